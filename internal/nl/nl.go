@@ -1,0 +1,230 @@
+// Package nl holds what every importer of netlink needs: running code in
+// another network namespace, sysctls there, the names under [spec.NetnsDir],
+// and the errors that mean "absent" and "already so".
+//
+// Only this package, overlay/vxlan, vip/ipvs and vip/nft touch the kernel's
+// network configuration.
+package nl
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"github.com/shoalnet/shoal/spec"
+)
+
+// Path is the file of a named network namespace; "" is this process's own.
+func Path(name string) string {
+	if name == "" {
+		return "/proc/self/ns/net"
+	}
+	return filepath.Join(spec.NetnsDir, name)
+}
+
+// Open opens a named network namespace. The error of an absent one satisfies
+// errors.Is(err, fs.ErrNotExist). A name whose mount is gone (a plain file, as
+// a crash between creation and mount leaves) counts as absent.
+func Open(name string) (netns.NsHandle, error) {
+	h, err := netns.GetFromPath(Path(name))
+	if err != nil {
+		return -1, fmt.Errorf("network namespace %s: %w", name, err)
+	}
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(int(h), &st); err == nil && st.Type != unix.NSFS_MAGIC && st.Type != unix.PROC_SUPER_MAGIC {
+		h.Close()
+		return -1, fmt.Errorf("network namespace %s: not mounted: %w", name, os.ErrNotExist)
+	}
+	return h, nil
+}
+
+// Do runs fn on a thread of its own inside the named namespace ("" is this
+// process's own) and returns fn's error. fn must not start goroutines that are
+// to be in the namespace.
+func Do(name string, fn func() error) error {
+	if name == "" {
+		return fn()
+	}
+	target, err := Open(name)
+	if err != nil {
+		return err
+	}
+	defer target.Close()
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		origin, err := netns.Get()
+		if err != nil {
+			done <- fmt.Errorf("own network namespace: %w", err)
+			return
+		}
+		defer origin.Close()
+		if err := netns.Set(target); err != nil {
+			runtime.UnlockOSThread()
+			done <- fmt.Errorf("enter network namespace %s: %w", name, err)
+			return
+		}
+		err = fn()
+		// A thread that can't go back stays locked and dies with this goroutine.
+		if netns.Set(origin) == nil {
+			runtime.UnlockOSThread()
+		}
+		done <- err
+	}()
+	return <-done
+}
+
+// Create makes a named namespace as "ip netns add" does (ip-netns(8)): a new
+// namespace, kept by a bind mount on a file in /run/netns. Its loopback device
+// is up. One that exists already is left as it is.
+func Create(name string) error {
+	if h, err := Open(name); err == nil {
+		return h.Close()
+	}
+	if err := ensureNetnsDir(); err != nil {
+		return err
+	}
+	path := Path(name)
+	f, err := os.OpenFile(path, os.O_RDONLY|os.O_CREATE, 0o444)
+	if err != nil {
+		return fmt.Errorf("network namespace %s: %w", name, err)
+	}
+	f.Close()
+	done := make(chan error, 1)
+	go func() {
+		// Never unlocked: the thread ends with the goroutine, so that no other
+		// code can run in the new namespace by accident.
+		runtime.LockOSThread()
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			done <- fmt.Errorf("unshare: %w", err)
+			return
+		}
+		src := fmt.Sprintf("/proc/self/task/%d/ns/net", unix.Gettid())
+		if err := unix.Mount(src, path, "none", unix.MS_BIND, ""); err != nil {
+			done <- fmt.Errorf("bind %s on %s: %w", src, path, err)
+			return
+		}
+		lo, err := netlink.LinkByName("lo")
+		if err == nil {
+			err = netlink.LinkSetUp(lo)
+		}
+		done <- err
+	}()
+	if err := <-done; err != nil {
+		Remove(name)
+		return fmt.Errorf("create network namespace %s: %w", name, err)
+	}
+	return nil
+}
+
+// ensureNetnsDir makes /run/netns a shared mount, so that namespaces made here
+// are seen, and can be removed, in other mount namespaces.
+func ensureNetnsDir() error {
+	if err := os.MkdirAll(spec.NetnsDir, 0o755); err != nil {
+		return err
+	}
+	err := unix.Mount("", spec.NetnsDir, "none", unix.MS_SHARED|unix.MS_REC, "")
+	if errors.Is(err, unix.EINVAL) { // not a mount point yet
+		if err := unix.Mount(spec.NetnsDir, spec.NetnsDir, "none", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+			return fmt.Errorf("bind mount %s: %w", spec.NetnsDir, err)
+		}
+		err = unix.Mount("", spec.NetnsDir, "none", unix.MS_SHARED|unix.MS_REC, "")
+	}
+	if err != nil {
+		return fmt.Errorf("make %s shared: %w", spec.NetnsDir, err)
+	}
+	return nil
+}
+
+// Remove unmounts and deletes a named namespace. The kernel destroys it, with
+// its devices, once no process, socket or open file holds it. An absent one
+// is no error.
+func Remove(name string) error {
+	path := Path(name)
+	for {
+		err := unix.Unmount(path, unix.MNT_DETACH)
+		if err == nil {
+			continue // mounted more than once
+		}
+		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
+			break
+		}
+		return fmt.Errorf("remove network namespace %s: unmount: %w", name, err)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("remove network namespace %s: %w", name, err)
+	}
+	return nil
+}
+
+// List names the namespaces in /run/netns that begin with prefix.
+func List(prefix string) ([]string, error) {
+	es, err := os.ReadDir(spec.NetnsDir)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list network namespaces: %w", err)
+	}
+	var out []string
+	for _, e := range es {
+		if strings.HasPrefix(e.Name(), prefix) {
+			out = append(out, e.Name())
+		}
+	}
+	return out, nil
+}
+
+func sysctlPath(key string) string {
+	return "/proc/sys/" + strings.ReplaceAll(key, ".", "/")
+}
+
+// Sysctl reads a sysctl of the calling thread's namespace; use it within Do.
+// Dots separate the parts of key, so a device name must hold none.
+func Sysctl(key string) (string, error) {
+	b, err := os.ReadFile(sysctlPath(key))
+	if err != nil {
+		return "", fmt.Errorf("read sysctl %s: %w", key, err)
+	}
+	return strings.TrimSpace(string(b)), nil
+}
+
+// SetSysctl sets a sysctl of the calling thread's namespace; use it within Do.
+// It writes only when the value differs.
+func SetSysctl(key, value string) error {
+	if have, err := Sysctl(key); err == nil && have == value {
+		return nil
+	}
+	if err := os.WriteFile(sysctlPath(key), []byte(value), 0o644); err != nil {
+		return fmt.Errorf("set sysctl %s=%s: %w", key, value, err)
+	}
+	return nil
+}
+
+// Absent tells whether err says that the object of a deletion was not there.
+func Absent(err error) bool {
+	var lnf netlink.LinkNotFoundError
+	return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENODEV) ||
+		errors.Is(err, unix.EADDRNOTAVAIL) || errors.As(err, &lnf)
+}
+
+// Exists tells whether err says that the object of an addition was there.
+func Exists(err error) bool { return errors.Is(err, unix.EEXIST) }
+
+// Dump runs a netlink dump again when the kernel interrupted it because the
+// table changed meanwhile (NLM_F_DUMP_INTR) or a signal did.
+func Dump[T any](fn func() (T, error)) (T, error) {
+	for try := 0; ; try++ {
+		v, err := fn()
+		if err == nil || try == 10 || !(errors.Is(err, netlink.ErrDumpInterrupted) || errors.Is(err, unix.EINTR)) {
+			return v, err
+		}
+	}
+}

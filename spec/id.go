@@ -1,0 +1,65 @@
+package spec
+
+import (
+	"crypto/rand"
+	"fmt"
+	"regexp"
+)
+
+// IDLen is the length of every ID made by [NewID].
+const IDLen = 12
+
+const idAlphabet = "abcdefghijklmnopqrstuvwxyz234567"
+
+// NewID returns a random 60-bit ID of [IDLen] characters from a-z and 2-7.
+// An ID is short enough that a prefix and the whole ID fit a Linux interface
+// name (IFNAMSIZ 16, with its final NUL).
+func NewID() string {
+	var b [IDLen]byte
+	rand.Read(b[:]) // never fails: crypto/rand documents that it crashes instead
+	for i := range b {
+		b[i] = idAlphabet[b[i]&31]
+	}
+	return string(b[:])
+}
+
+var (
+	nameRE = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9_.-]*[a-zA-Z0-9])?$`)
+	hostRE = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9-]*[a-zA-Z0-9])?$`)
+)
+
+// MaxNameLen is the longest name of a network, service, task or node. A name
+// is also a DNS label, whose limit is 63 octets (RFC 1035, section 2.3.4).
+const MaxNameLen = 63
+
+// ValidateName reports why name can't name an object of the given kind
+// ("network", "service", …), or nil.
+func ValidateName(kind, name string) error {
+	switch {
+	case name == "":
+		return fmt.Errorf("%s name is empty", kind)
+	case len(name) > MaxNameLen:
+		return fmt.Errorf("%s name %q is %d characters long: the longest allowed is %d", kind, name, len(name), MaxNameLen)
+	case !nameRE.MatchString(name):
+		return fmt.Errorf("%s name %q: use letters, digits, '-', '_' and '.', beginning and ending with a letter or digit", kind, name)
+	}
+	return nil
+}
+
+// ValidateHostname reports why name can't be the host name of a task: one or
+// more labels of letters, digits and hyphens, 64 characters at most
+// (sethostname(2): HOST_NAME_MAX).
+func ValidateHostname(name string) error {
+	if name == "" || len(name) > 64 {
+		return fmt.Errorf("hostname %q: use 1 to 64 characters", name)
+	}
+	for start, i := 0, 0; i <= len(name); i++ {
+		if i == len(name) || name[i] == '.' {
+			if l := name[start:i]; len(l) > 63 || !hostRE.MatchString(l) {
+				return fmt.Errorf("hostname %q: each label is letters, digits and '-', beginning and ending with a letter or digit", name)
+			}
+			start = i + 1
+		}
+	}
+	return nil
+}

@@ -1,0 +1,184 @@
+package spec
+
+import (
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+)
+
+// Network drivers.
+const (
+	DriverOverlay = "overlay"
+	DriverBridge  = "bridge" // one node only; reserved for a later issue
+)
+
+// DefaultNetwork is the name of the overlay network made at init, which a task
+// or service without --network joins.
+const DefaultNetwork = "default"
+
+// VNI range. A network's VNI also numbers its way out of a node (see
+// [Network.Egress]), which bounds the count of networks of a cluster.
+const (
+	MinVNI = 4096
+	MaxVNI = MinVNI + egressPairs - 1
+)
+
+// MTU bounds: RFC 791 requires every host to take 576 octets; 65535 is the
+// largest IPv4 packet.
+const (
+	MinMTU = 576
+	MaxMTU = 65535
+)
+
+// Network is one isolated overlay: intent and allocation, kept in raft.
+type Network struct {
+	ID       string            `json:"id"`
+	Name     string            `json:"name"`
+	Driver   string            `json:"driver"`
+	Labels   map[string]string `json:"labels,omitempty"`
+	Subnets  []netip.Prefix    `json:"subnets"`             // one per family or more, masked
+	Gateways []netip.Addr      `json:"gateways"`            // Gateways[i] lies in Subnets[i]
+	IPRanges []netip.Prefix    `json:"ip_ranges,omitempty"` // where given, addresses are allocated only from these
+	VNI      uint32            `json:"vni"`                 // 24 bits, RFC 7348
+	MTU      int               `json:"mtu,omitempty"`       // bytes; 0: underlay − overhead
+	Internal bool              `json:"internal,omitempty"`  // no way out
+	Options  map[string]string `json:"options,omitempty"`
+	Version  uint64            `json:"version"` // raft index of the last change
+	Created  int64             `json:"created"` // Unix milliseconds, set by the proposer
+}
+
+// Clone returns a deep copy.
+func (n Network) Clone() Network {
+	n.Labels, n.Options = maps.Clone(n.Labels), maps.Clone(n.Options)
+	n.Subnets, n.Gateways, n.IPRanges = slices.Clone(n.Subnets), slices.Clone(n.Gateways), slices.Clone(n.IPRanges)
+	return n
+}
+
+// Validate reports the first thing wrong with a complete network.
+func (n Network) Validate() error {
+	if err := ValidateName("network", n.Name); err != nil {
+		return err
+	}
+	if n.Driver != DriverOverlay {
+		return fmt.Errorf("network %s: driver %q is not supported: use %q", n.Name, n.Driver, DriverOverlay)
+	}
+	if len(n.Subnets) == 0 || len(n.Subnets) != len(n.Gateways) {
+		return fmt.Errorf("network %s: %d subnets and %d gateways: want one gateway for each of one or more subnets", n.Name, len(n.Subnets), len(n.Gateways))
+	}
+	for i, s := range n.Subnets {
+		if err := ValidateSubnet(s); err != nil {
+			return fmt.Errorf("network %s: %w", n.Name, err)
+		}
+		if !s.Contains(n.Gateways[i]) {
+			return fmt.Errorf("network %s: gateway %s is not in subnet %s", n.Name, n.Gateways[i], s)
+		}
+		for _, t := range n.Subnets[:i] {
+			if s.Overlaps(t) {
+				return fmt.Errorf("network %s: subnets %s and %s overlap", n.Name, t, s)
+			}
+		}
+	}
+	if n.VNI < MinVNI || n.VNI > MaxVNI {
+		return fmt.Errorf("network %s: VNI %d is out of range: use %d to %d", n.Name, n.VNI, MinVNI, MaxVNI)
+	}
+	return ValidateMTU(n.MTU)
+}
+
+// ValidateSubnet reports why s can't be a network's subnet: it must be masked,
+// hold at least four addresses, at most 2^24, and be ordinary unicast space.
+// 2^24 is the room for a service mark (see [Network.VIPMark]).
+func ValidateSubnet(s netip.Prefix) error {
+	if !s.IsValid() {
+		return fmt.Errorf("subnet is not an address and a prefix length like 10.1.0.0/24")
+	}
+	if s != s.Masked() {
+		return fmt.Errorf("subnet %s has host bits set: did you mean %s", s, s.Masked())
+	}
+	a := s.Addr()
+	if host := a.BitLen() - s.Bits(); host < 2 || (a.Is4() && host > 24) {
+		return fmt.Errorf("subnet %s: use a prefix length from /8 to /30", s)
+	}
+	if a.IsUnspecified() || a.IsLoopback() || a.IsMulticast() || a.IsLinkLocalUnicast() || a.Is4In6() ||
+		(a.Is4() && (a.As4()[0] >= 224 || a.As4()[0] == 0)) {
+		return fmt.Errorf("subnet %s is reserved address space: use a private range, such as one in 10.0.0.0/8", s)
+	}
+	return nil
+}
+
+// ValidateMTU reports why mtu (bytes, 0 for automatic) can't be a network's MTU.
+func ValidateMTU(mtu int) error {
+	if mtu != 0 && (mtu < MinMTU || mtu > MaxMTU) {
+		return fmt.Errorf("MTU %d is out of range: use %d to %d bytes, or 0 for the underlay's MTU less the VXLAN overhead", mtu, MinMTU, MaxMTU)
+	}
+	return nil
+}
+
+// Contains tells whether a lies in one of the network's subnets.
+func (n Network) Contains(a netip.Addr) bool {
+	return slices.ContainsFunc(n.Subnets, func(p netip.Prefix) bool { return p.Contains(a) })
+}
+
+// IsGateway tells whether a is one of the network's gateway addresses.
+func (n Network) IsGateway(a netip.Addr) bool { return slices.Contains(n.Gateways, a) }
+
+// VIPMarkBase and VIPMarkMask frame the firewall marks of virtual services in
+// an overlay namespace; [NodeMarkBase] lies outside of them.
+const (
+	VIPMarkBase  uint32 = 0x10000000
+	NodeMarkBase uint32 = 0x20000000
+	MarkKindMask uint32 = 0xf0000000
+)
+
+// VIPMark is the firewall mark that stands for vip in this network's overlay
+// namespaces: the subnet's index (4 bits) and the host part (24 bits).
+// Being derived, it is the same on every node and needs no allocation. It
+// returns false when vip is in none of the subnets.
+func (n Network) VIPMark(vip netip.Addr) (uint32, bool) {
+	for i, s := range n.Subnets {
+		if !s.Contains(vip) || i > 15 {
+			continue
+		}
+		b := vip.AsSlice()
+		base := s.Addr().AsSlice()
+		var host uint32
+		for k := len(b) - 3; k < len(b); k++ {
+			host = host<<8 | uint32(b[k]^base[k])
+		}
+		return VIPMarkBase | uint32(i)<<24 | host, true
+	}
+	return 0, false
+}
+
+// Egress addresses: one /31 (RFC 3021) per network for the veth between a
+// network's overlay namespace and the host's namespace. They are link-local,
+// never leave the node, and stay clear of 169.254.169.254, where clouds serve
+// metadata.
+const (
+	egressPairs = 10240
+)
+
+// egressBase is the first egress pair; the pairs end at 169.254.255.255.
+var egressBase = netip.MustParseAddr("169.254.176.0")
+
+// EgressPrefix covers every egress pair, plus nothing of the addresses that
+// nodes' routers use.
+var EgressPrefixes = []netip.Prefix{netip.MustParsePrefix("169.254.176.0/20"), netip.MustParsePrefix("169.254.192.0/18")}
+
+// Egress returns the addresses of the veth pair to the host's namespace: host
+// end and overlay end of a /31.
+func (n Network) Egress() (host, overlay netip.Addr) {
+	off := (n.VNI - MinVNI) % egressPairs * 2
+	return addToV4(egressBase, off), addToV4(egressBase, off+1)
+}
+
+func addToV4(a netip.Addr, n uint32) netip.Addr {
+	b := a.As4()
+	v := uint32(b[0])<<24 | uint32(b[1])<<16 | uint32(b[2])<<8 | uint32(b[3])
+	v += n
+	return netip.AddrFrom4([4]byte{byte(v >> 24), byte(v >> 16), byte(v >> 8), byte(v)})
+}
+
+// LinkGateway is the next hop of every task: the overlay namespace's end of
+// the task's veth. The same address serves every veth.
+var LinkGateway = netip.MustParseAddr("169.254.1.1")

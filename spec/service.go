@@ -1,0 +1,252 @@
+package spec
+
+import (
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Service endpoint modes, in Docker's words.
+const (
+	EndpointModeVIP   = "vip"
+	EndpointModeDNSRR = "dnsrr"
+)
+
+// MaxReplicas bounds a service: 2^16 replicas fit one /16.
+const MaxReplicas = 65535
+
+// TaskSpec is what a task runs.
+type TaskSpec struct {
+	Command    []string          `json:"command"`
+	Env        []string          `json:"env,omitempty"` // KEY=value
+	Dir        string            `json:"dir,omitempty"`
+	User       string            `json:"user,omitempty"`     // user[:group], names or numbers
+	Hostname   string            `json:"hostname,omitempty"` // template of services: {{.Task.Slot}} is not expanded; empty: the task's short name
+	Labels     map[string]string `json:"labels,omitempty"`
+	StopSignal string            `json:"stop_signal,omitempty"` // name or number; empty: SIGTERM
+	StopGrace  time.Duration     `json:"stop_grace,omitempty"`  // 0: DefaultStopGrace
+}
+
+// DefaultStopGrace is the time between the stop signal and SIGKILL, Docker's
+// default for --stop-grace-period.
+const DefaultStopGrace = 10 * time.Second
+
+// Clone returns a deep copy.
+func (t TaskSpec) Clone() TaskSpec {
+	t.Command, t.Env, t.Labels = slices.Clone(t.Command), slices.Clone(t.Env), maps.Clone(t.Labels)
+	return t
+}
+
+// Grace is StopGrace with its default applied.
+func (t TaskSpec) Grace() time.Duration {
+	if t.StopGrace <= 0 {
+		return DefaultStopGrace
+	}
+	return t.StopGrace
+}
+
+// Validate reports the first thing wrong.
+func (t TaskSpec) Validate() error {
+	if len(t.Command) == 0 || t.Command[0] == "" {
+		return fmt.Errorf("no command: give it after --, like: -- python3 -m http.server 80")
+	}
+	for _, e := range t.Env {
+		if k, _, ok := strings.Cut(e, "="); !ok || k == "" {
+			return fmt.Errorf("environment %q: want KEY=value", e)
+		}
+		if strings.ContainsRune(e, 0) {
+			return fmt.Errorf("environment %q: holds a NUL byte", e)
+		}
+	}
+	for _, c := range t.Command {
+		if strings.ContainsRune(c, 0) {
+			return fmt.Errorf("command argument %q: holds a NUL byte", c)
+		}
+	}
+	if t.Hostname != "" {
+		return ValidateHostname(t.Hostname)
+	}
+	if t.StopGrace < 0 {
+		return fmt.Errorf("stop grace period %s is negative", t.StopGrace)
+	}
+	return nil
+}
+
+// NetworkAttachment asks for one network.
+type NetworkAttachment struct {
+	Network string       `json:"network"` // ID (the API also takes a name and resolves it)
+	Aliases []string     `json:"aliases,omitempty"`
+	Addrs   []netip.Addr `json:"addrs,omitempty"` // static addresses (tasks) or VIPs (services); empty: allocated
+}
+
+// ServiceSpec is what the user asked for.
+type ServiceSpec struct {
+	Name         string              `json:"name"`
+	Labels       map[string]string   `json:"labels,omitempty"`
+	Replicas     int                 `json:"replicas"`
+	EndpointMode string              `json:"endpoint_mode"` // EndpointModeVIP or EndpointModeDNSRR
+	Networks     []NetworkAttachment `json:"networks"`
+	Constraints  []string            `json:"constraints,omitempty"` // node.id|name|role==x, != , node.labels.k==v
+	Task         TaskSpec            `json:"task"`
+	RestartDelay time.Duration       `json:"restart_delay,omitempty"` // first delay; doubles to 30 s; 0: 100 ms
+	RestartMax   int                 `json:"restart_max,omitempty"`   // attempts per slot; 0: no limit
+}
+
+// Clone returns a deep copy.
+func (s ServiceSpec) Clone() ServiceSpec {
+	s.Labels, s.Constraints, s.Task = maps.Clone(s.Labels), slices.Clone(s.Constraints), s.Task.Clone()
+	s.Networks = cloneAttachments(s.Networks)
+	return s
+}
+
+func cloneAttachments(in []NetworkAttachment) []NetworkAttachment {
+	out := slices.Clone(in)
+	for i := range out {
+		out[i].Aliases, out[i].Addrs = slices.Clone(out[i].Aliases), slices.Clone(out[i].Addrs)
+	}
+	return out
+}
+
+// Validate reports the first thing wrong with what does not need other objects
+// to be known.
+func (s ServiceSpec) Validate() error {
+	if err := ValidateName("service", s.Name); err != nil {
+		return err
+	}
+	if s.Replicas < 0 || s.Replicas > MaxReplicas {
+		return fmt.Errorf("service %s: %d replicas is out of range: use 0 to %d", s.Name, s.Replicas, MaxReplicas)
+	}
+	if s.EndpointMode != EndpointModeVIP && s.EndpointMode != EndpointModeDNSRR {
+		return fmt.Errorf("service %s: endpoint mode %q: use %q or %q", s.Name, s.EndpointMode, EndpointModeVIP, EndpointModeDNSRR)
+	}
+	for _, c := range s.Constraints {
+		if _, err := ParseConstraint(c); err != nil {
+			return fmt.Errorf("service %s: %w", s.Name, err)
+		}
+	}
+	if err := validateAttachments(s.Networks); err != nil {
+		return fmt.Errorf("service %s: %w", s.Name, err)
+	}
+	if err := s.Task.Validate(); err != nil {
+		return fmt.Errorf("service %s: %w", s.Name, err)
+	}
+	return nil
+}
+
+func validateAttachments(as []NetworkAttachment) error {
+	seen := map[string]bool{}
+	for _, a := range as {
+		if a.Network == "" {
+			return fmt.Errorf("network name is empty")
+		}
+		if seen[a.Network] {
+			return fmt.Errorf("network %s is given twice", a.Network)
+		}
+		seen[a.Network] = true
+		for _, al := range a.Aliases {
+			if err := ValidateName("alias", al); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// Constraint is one parsed placement constraint.
+type Constraint struct {
+	Key   string // node.id, node.name (also node.hostname), node.role, node.labels.KEY
+	Equal bool   // == or !=
+	Value string
+}
+
+// ParseConstraint parses "key==value" or "key!=value".
+func ParseConstraint(s string) (Constraint, error) {
+	for _, op := range []string{"==", "!="} {
+		if k, v, ok := strings.Cut(s, op); ok {
+			c := Constraint{strings.TrimSpace(k), op == "==", strings.TrimSpace(v)}
+			switch {
+			case c.Key == "node.hostname":
+				c.Key = "node.name"
+			case c.Key == "node.id", c.Key == "node.name", c.Key == "node.role":
+			case strings.HasPrefix(c.Key, "node.labels.") && len(c.Key) > len("node.labels."):
+			default:
+				return c, fmt.Errorf("constraint %q: key %q is unknown: use node.id, node.name, node.role or node.labels.KEY", s, c.Key)
+			}
+			if c.Value == "" {
+				return c, fmt.Errorf("constraint %q: the value is empty", s)
+			}
+			return c, nil
+		}
+	}
+	return Constraint{}, fmt.Errorf("constraint %q: want key==value or key!=value, like node.name==node2", s)
+}
+
+// Match tells whether n satisfies the constraint.
+func (c Constraint) Match(n Node) bool {
+	var v string
+	switch c.Key {
+	case "node.id":
+		v = n.ID
+	case "node.name":
+		v = n.Name
+	case "node.role":
+		v = n.Role
+	default:
+		v = n.Labels[strings.TrimPrefix(c.Key, "node.labels.")]
+	}
+	return (v == c.Value) == c.Equal
+}
+
+// VIPs are a service's virtual addresses on one network.
+type VIPs struct {
+	Network string       `json:"network"`
+	Addrs   []netip.Addr `json:"addrs"`
+}
+
+// Service is a service with what was allocated to it.
+type Service struct {
+	ID      string      `json:"id"`
+	Spec    ServiceSpec `json:"spec"`
+	VIPs    []VIPs      `json:"vips,omitempty"`
+	Version uint64      `json:"version"`
+	Created int64       `json:"created"` // Unix milliseconds
+}
+
+// Clone returns a deep copy.
+func (s Service) Clone() Service {
+	s.Spec = s.Spec.Clone()
+	s.VIPs = slices.Clone(s.VIPs)
+	for i := range s.VIPs {
+		s.VIPs[i].Addrs = slices.Clone(s.VIPs[i].Addrs)
+	}
+	return s
+}
+
+// VIPsOn returns the service's virtual addresses on a network; none when it is
+// not attached to it or its endpoint mode is dnsrr.
+func (s Service) VIPsOn(network string) []netip.Addr {
+	for _, v := range s.VIPs {
+		if v.Network == network {
+			return v.Addrs
+		}
+	}
+	return nil
+}
+
+// AliasesOn returns the service's further names on a network.
+func (s Service) AliasesOn(network string) []string {
+	for _, a := range s.Spec.Networks {
+		if a.Network == network {
+			return a.Aliases
+		}
+	}
+	return nil
+}
+
+// On tells whether the service is attached to a network.
+func (s Service) On(network string) bool {
+	return slices.ContainsFunc(s.Spec.Networks, func(a NetworkAttachment) bool { return a.Network == network })
+}

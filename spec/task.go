@@ -1,0 +1,169 @@
+package spec
+
+import (
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+)
+
+// TaskState is how far a task has come. The order is the order of life, as in
+// Docker Swarm; a task only moves forward.
+type TaskState int
+
+const (
+	TaskNew       TaskState = iota // created, no node yet
+	TaskPending                    // waiting for a node that fits
+	TaskAssigned                   // has a node and addresses
+	TaskPreparing                  // the node makes its sandbox and network
+	TaskStarting                   // its program was started and is not ready yet
+	TaskRunning                    // ready: its endpoints take traffic
+	TaskStopping                   // draining, then being stopped
+	TaskComplete                   // its program ended with status 0
+	TaskShutdown                   // ended because it was asked to
+	TaskFailed                     // its program ended with another status, or could not start
+	TaskRejected                   // the node can't run it
+	TaskLost                       // its node was declared dead
+)
+
+var taskStates = []string{"new", "pending", "assigned", "preparing", "starting", "running", "stopping", "complete", "shutdown", "failed", "rejected", "lost"}
+
+func (s TaskState) String() string {
+	if s < 0 || int(s) >= len(taskStates) {
+		return fmt.Sprintf("state(%d)", int(s))
+	}
+	return taskStates[s]
+}
+
+// ParseTaskState is the inverse of String.
+func ParseTaskState(s string) (TaskState, error) {
+	if i := slices.Index(taskStates, s); i >= 0 {
+		return TaskState(i), nil
+	}
+	return 0, fmt.Errorf("task state %q is unknown: use one of %v", s, taskStates)
+}
+
+// MarshalText implements encoding.TextMarshaler.
+func (s TaskState) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (s *TaskState) UnmarshalText(b []byte) (err error) {
+	*s, err = ParseTaskState(string(b))
+	return err
+}
+
+// Ended tells whether the program no longer runs as far as its node, or, for
+// TaskLost, the managers know.
+func (s TaskState) Ended() bool { return s >= TaskComplete }
+
+// Desired states of a task.
+const (
+	DesiredRunning  = "running"
+	DesiredShutdown = "shutdown" // stop it, keep its record
+	DesiredRemove   = "remove"   // stop it, then forget it
+)
+
+// TaskStatus is what a task's node last reported.
+type TaskStatus struct {
+	State    TaskState `json:"state"`
+	Message  string    `json:"message,omitempty"`
+	ExitCode int       `json:"exit_code,omitempty"` // 128+N for a program ended by signal N
+	PID      int       `json:"pid,omitempty"`       // of the program, in the node's PID namespace
+	At       int64     `json:"at"`                  // Unix milliseconds, the node's clock
+	// Released: the node has torn the sandbox down and withdrawn the
+	// endpoints; the addresses may be given to another.
+	Released bool `json:"released,omitempty"`
+}
+
+// Attachment is one network interface of a task. Interfaces are eth0, eth1, …
+// in the order of Task.Attachments.
+type Attachment struct {
+	Network string       `json:"network"` // ID
+	Addrs   []netip.Addr `json:"addrs"`
+	Aliases []string     `json:"aliases,omitempty"`
+}
+
+// Task is one run of a program on one node: a replica of a service, or on its
+// own (shoal run).
+type Task struct {
+	ID          string       `json:"id"`
+	Name        string       `json:"name"`              // web.1.k3v9x2m1p0qa, or the name given to shoal run
+	Service     string       `json:"service,omitempty"` // ID
+	Slot        int          `json:"slot,omitempty"`    // 1…replicas
+	Node        string       `json:"node,omitempty"`    // ID
+	Spec        TaskSpec     `json:"spec"`
+	Attachments []Attachment `json:"attachments"`
+	Desired     string       `json:"desired"`
+	Status      TaskStatus   `json:"status"`
+	Version     uint64       `json:"version"`
+	Created     int64        `json:"created"` // Unix milliseconds
+	// NotBefore delays the start: Unix milliseconds; restart backoff.
+	NotBefore int64 `json:"not_before,omitempty"`
+	// Attempt counts the runs of this slot since its last long run.
+	Attempt int `json:"attempt,omitempty"`
+}
+
+// Clone returns a deep copy.
+func (t Task) Clone() Task {
+	t.Spec = t.Spec.Clone()
+	t.Attachments = CloneAttachments(t.Attachments)
+	return t
+}
+
+// CloneAttachments returns a deep copy.
+func CloneAttachments(in []Attachment) []Attachment {
+	out := slices.Clone(in)
+	for i := range out {
+		out[i].Addrs, out[i].Aliases = slices.Clone(out[i].Addrs), slices.Clone(out[i].Aliases)
+	}
+	return out
+}
+
+// Live tells whether the task is meant to run and has not ended.
+func (t Task) Live() bool { return t.Desired == DesiredRunning && !t.Status.State.Ended() }
+
+// Roles and availability of a node, in Docker's words.
+const (
+	RoleManager = "manager"
+	RoleWorker  = "worker"
+
+	AvailabilityActive = "active"
+	AvailabilityPause  = "pause" // takes no new tasks
+	AvailabilityDrain  = "drain" // and gives its service tasks away
+)
+
+// Node statuses, as managers see them.
+const (
+	NodeReady   = "ready"
+	NodeDown    = "down"
+	NodeUnknown = "unknown" // not heard since the leader changed
+)
+
+// MaxNodes bounds a cluster: node numbers become router addresses in
+// 169.254.64.0/18.
+const MaxNodes = 16382
+
+// Node is a member of the cluster: intent and allocation, kept in raft.
+type Node struct {
+	ID           string            `json:"id"`
+	Name         string            `json:"name"`
+	Number       int               `json:"number"` // 1…MaxNodes, unique, allocated at join
+	Role         string            `json:"role"`
+	Availability string            `json:"availability"`
+	Labels       map[string]string `json:"labels,omitempty"`
+	Addr         netip.Addr        `json:"addr"`         // advertised: control, gossip and VXLAN
+	ControlPort  int               `json:"control_port"` // TCP
+	GossipPort   int               `json:"gossip_port"`  // TCP and UDP
+	Status       string            `json:"status"`
+	Message      string            `json:"message,omitempty"`
+	Version      uint64            `json:"version"`
+	Created      int64             `json:"created"` // Unix milliseconds
+	// DataPath is the VIP data path the node chose: "ipvs" or "nft".
+	DataPath string `json:"data_path,omitempty"`
+}
+
+// Clone returns a deep copy.
+func (n Node) Clone() Node {
+	n.Labels = maps.Clone(n.Labels)
+	return n
+}

@@ -1,0 +1,169 @@
+package spec
+
+import (
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// Liveness of a peer as this node sees it.
+type Liveness int
+
+const (
+	PeerAlive   Liveness = iota
+	PeerSuspect          // probes fail; takes no new connections where others can
+	PeerDead             // its endpoints are out of every VIP, name and route
+)
+
+func (l Liveness) String() string {
+	return [...]string{"alive", "suspect", "dead"}[l]
+}
+
+// Peer is a node as gossip knows it.
+type Peer struct {
+	ID       string
+	Name     string
+	Number   int        // see Node.Number
+	Addr     netip.Addr // where VXLAN packets for it go
+	Liveness Liveness
+}
+
+// RouterAddr is the next hop that stands for the node in every overlay
+// namespace: 169.254.64.0 + Number, outside every subnet, so that no address
+// of a network is spent on a node. It is never put on a wire.
+func RouterAddr(number int) netip.Addr {
+	return addToV4(netip.AddrFrom4([4]byte{169, 254, 64, 0}), uint32(number))
+}
+
+// RouterPrefix covers every RouterAddr.
+var RouterPrefix = netip.MustParsePrefix("169.254.64.0/18")
+
+// VTEPMAC is the node's VXLAN device address, the same in every network: a
+// locally administered unicast address (IEEE 802, second bit of the first
+// octet) that carries the node's number.
+func VTEPMAC(number int) net.HardwareAddr {
+	return net.HardwareAddr{0x02, 0x53, 0x68, byte(number >> 16), byte(number >> 8), byte(number)}
+}
+
+// EndpointState tells what may reach an endpoint.
+type EndpointState int
+
+const (
+	EndpointStarting EndpointState = iota // routed and named by its task name; takes no service traffic yet
+	EndpointActive                        // takes everything
+	EndpointDraining                      // keeps its connections, takes no new ones
+)
+
+func (s EndpointState) String() string {
+	return [...]string{"starting", "active", "draining"}[s]
+}
+
+// Endpoint is one task on one network, as its node gossips it. Only that node
+// ever writes it.
+type Endpoint struct {
+	Task     string        `json:"task"`
+	TaskName string        `json:"task_name"`
+	Hostname string        `json:"hostname,omitempty"`
+	Service  string        `json:"service,omitempty"` // ID
+	Slot     int           `json:"slot,omitempty"`
+	Network  string        `json:"network"` // ID
+	Addrs    []netip.Addr  `json:"addrs"`
+	Aliases  []string      `json:"aliases,omitempty"`
+	State    EndpointState `json:"state"`
+	Node     string        `json:"-"` // set by the reader, from whose record it is
+}
+
+// Key identifies an endpoint within the cluster.
+func (e Endpoint) Key() string { return e.Task + "/" + e.Network }
+
+// Equal compares all fields.
+func (e Endpoint) Equal(o Endpoint) bool {
+	return e.Task == o.Task && e.TaskName == o.TaskName && e.Hostname == o.Hostname && e.Service == o.Service &&
+		e.Slot == o.Slot && e.Network == o.Network && e.State == o.State && e.Node == o.Node &&
+		slices.Equal(e.Addrs, o.Addrs) && slices.Equal(e.Aliases, o.Aliases)
+}
+
+// Sandbox is a task on this node whose namespace is to be wired.
+type Sandbox struct {
+	Task        string
+	Name        string
+	Netns       string       // name under NetnsDir
+	Attachments []Attachment // in interface order: eth0, eth1, …
+	DNSPort     uint16       // 127.0.0.11:53 in the task is redirected to 127.0.0.11:DNSPort; 0: not
+}
+
+// Underlay is how this node reaches the others.
+type Underlay struct {
+	Addr      netip.Addr // local address of VXLAN packets
+	VXLANPort int        // UDP
+	MTU       int        // bytes, of the link that has Addr; 0: found by the overlay
+}
+
+// NetnsDir holds the namespaces that "ip netns" knows (ip-netns(8)).
+const NetnsDir = "/run/netns"
+
+// View is everything one node's data plane needs, at one moment. It is never
+// changed once made; a later moment is another View.
+type View struct {
+	// Self is this node's ID; its own Peer is among Peers.
+	Self string
+	// Instance prefixes what this agent names in places it shares with other
+	// agents of the same machine (network namespaces): "shoal" on a machine
+	// with one agent, "shoal-node1" in a lab.
+	Instance string
+	// Complete: control and gossip have each reported once, so that what is
+	// not in the View does not exist and may be removed from the kernel.
+	Complete bool
+	Underlay Underlay
+
+	Peers     []Peer     // by ID
+	Networks  []Network  // those this node takes part in, by ID
+	Services  []Service  // those on Networks, by ID
+	Endpoints []Endpoint // those on Networks, of peers that aren't dead, by Key
+	Sandboxes []Sandbox  // by Task
+}
+
+// Peer returns a peer by ID.
+func (v *View) Peer(id string) (Peer, bool) {
+	i, ok := slices.BinarySearchFunc(v.Peers, id, func(p Peer, id string) int { return strings.Compare(p.ID, id) })
+	if !ok {
+		return Peer{}, false
+	}
+	return v.Peers[i], true
+}
+
+// Network returns a network by ID.
+func (v *View) Network(id string) (Network, bool) {
+	i, ok := slices.BinarySearchFunc(v.Networks, id, func(n Network, id string) int { return strings.Compare(n.ID, id) })
+	if !ok {
+		return Network{}, false
+	}
+	return v.Networks[i], true
+}
+
+// Sort puts every list in its documented order. The maker of a View calls it
+// once, before anyone else sees it.
+func (v *View) Sort() {
+	slices.SortFunc(v.Peers, func(a, b Peer) int { return strings.Compare(a.ID, b.ID) })
+	slices.SortFunc(v.Networks, func(a, b Network) int { return strings.Compare(a.ID, b.ID) })
+	slices.SortFunc(v.Services, func(a, b Service) int { return strings.Compare(a.ID, b.ID) })
+	slices.SortFunc(v.Endpoints, func(a, b Endpoint) int { return strings.Compare(a.Key(), b.Key()) })
+	slices.SortFunc(v.Sandboxes, func(a, b Sandbox) int { return strings.Compare(a.Task, b.Task) })
+}
+
+// OverlayNetns is the name of a network's overlay namespace on a node whose
+// agent has the given instance name: "shoal-net-app-k3v9x2".
+func OverlayNetns(instance string, n Network) string {
+	return instance + "-net-" + n.Name + "-" + short(n.ID)
+}
+
+// TaskNetns is the name of a task's namespace: "shoal-task-web.1.k3v9x2m1p0qa".
+func TaskNetns(instance string, t Task) string {
+	if strings.Contains(t.Name, t.ID) {
+		return instance + "-task-" + t.Name
+	}
+	return instance + "-task-" + t.Name + "-" + short(t.ID)
+}
+
+func short(id string) string { return id[:min(6, len(id))] }
