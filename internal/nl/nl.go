@@ -9,6 +9,7 @@ package nl
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -227,4 +228,41 @@ func Dump[T any](fn func() (T, error)) (T, error) {
 			return v, err
 		}
 	}
+}
+
+// HostRoutes lists the prefixes that this process's namespace reaches by a
+// route, but for the default route, link-local and multicast ones, and those on
+// Shoal's own links.
+func HostRoutes() ([]netip.Prefix, error) {
+	routes, err := Dump(func() ([]netlink.Route, error) { return netlink.RouteList(nil, netlink.FAMILY_ALL) })
+	if err != nil {
+		return nil, fmt.Errorf("list routes: %w", err)
+	}
+	ours := map[int]bool{}
+	links, err := Dump(netlink.LinkList)
+	if err != nil {
+		return nil, fmt.Errorf("list links: %w", err)
+	}
+	for _, l := range links {
+		if strings.HasPrefix(l.Attrs().Alias, "shoal ") {
+			ours[l.Attrs().Index] = true
+		}
+	}
+	var out []netip.Prefix
+	for _, r := range routes {
+		if r.Dst == nil || ours[r.LinkIndex] {
+			continue
+		}
+		a, ok := netip.AddrFromSlice(r.Dst.IP)
+		if !ok {
+			continue
+		}
+		ones, _ := r.Dst.Mask.Size()
+		p := netip.PrefixFrom(a.Unmap(), ones)
+		if ones == 0 || a.IsLinkLocalUnicast() || a.IsMulticast() || a.IsLoopback() {
+			continue
+		}
+		out = append(out, p)
+	}
+	return out, nil
 }

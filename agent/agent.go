@@ -1,0 +1,584 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+	"golang.org/x/sys/unix"
+
+	"github.com/shoalnet/shoal/api"
+	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/api/shoal/v1/shoalv1connect"
+	"github.com/shoalnet/shoal/control"
+	"github.com/shoalnet/shoal/control/state"
+	"github.com/shoalnet/shoal/overlay"
+	"github.com/shoalnet/shoal/runtime"
+	"github.com/shoalnet/shoal/spec"
+	"github.com/shoalnet/shoal/vip"
+)
+
+// Default ports. 2377 and 7946 are Docker Swarm's (its users' firewalls know
+// them), 4789 is VXLAN's (RFC 7348, section 5).
+const (
+	DefaultControlPort  = 2377
+	DefaultGossipPort   = 7946
+	DefaultDataPathPort = 4789
+)
+
+// Defaults of address allocation, Docker Swarm's own.
+const (
+	DefaultPool       = "10.0.0.0/8"
+	DefaultSubnetSize = 24
+)
+
+// Config is what an agent is given: its place on the machine, and the
+// implementations that touch the machine, which only cmd/shoal knows.
+type Config struct {
+	NodeName    string // empty: the machine's host name
+	DataDir     string // survives a reboot
+	Socket      string // the API's unix socket
+	Instance    string // see spec.View.Instance
+	ControlPort int
+	GossipPort  int
+	// AdvertiseAddr is used by init and join that name none: an address or an
+	// interface; empty: the address of the default route.
+	AdvertiseAddr string
+	Version       string
+
+	Runtime runtime.Runtime
+	Overlay overlay.Dataplane
+	VIP     vip.Dataplane
+	// VIPReason says why VIP was chosen.
+	VIPReason string
+	// WatchKernel calls wake after changes of the kernel's that may concern
+	// us; nil: the loops' period must do.
+	WatchKernel func(ctx context.Context, wake func())
+	// Cleanup removes every kernel object of this instance.
+	Cleanup func() error
+	// HostRoutes are prefixes the machine reaches elsewhere.
+	HostRoutes func() []netip.Prefix
+	// Upstreams are the resolvers of the machine, SearchDomains its domains.
+	Upstreams     func() []netip.AddrPort
+	SearchDomains func() []string
+
+	Log *slog.Logger
+}
+
+// Agent is one node's process. Make it with New, run it with Run.
+type Agent struct {
+	cfg   Config
+	log   *slog.Logger
+	lock  *os.File
+	ident *identity
+
+	mu      sync.Mutex // held over init, join and leave
+	member  *member    // nil: in no cluster
+	memberR sync.RWMutex
+	evict   chan string
+}
+
+// New locks the data directory and reads who this node is.
+func New(cfg Config) (*Agent, error) {
+	if cfg.NodeName == "" {
+		if _, err := os.Stat(identityPath(cfg.DataDir)); err != nil {
+			h, err := os.Hostname()
+			if err != nil {
+				return nil, fmt.Errorf("host name: %w: give --node-name", err)
+			}
+			cfg.NodeName, _, _ = strings.Cut(h, ".")
+		}
+	}
+	if cfg.NodeName != "" {
+		if err := spec.ValidateName("node", cfg.NodeName); err != nil {
+			return nil, err
+		}
+	}
+	for flag, port := range map[string]int{"--control-port": cfg.ControlPort, "--gossip-port": cfg.GossipPort} {
+		if port < 1 || port > 65535 {
+			return nil, fmt.Errorf("%s %d is out of range: use 1 to 65535", flag, port)
+		}
+	}
+	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
+		return nil, fmt.Errorf("data directory: %w", err)
+	}
+	lock, err := lockDir(cfg.DataDir)
+	if err != nil {
+		return nil, err
+	}
+	ident, err := loadIdentity(cfg.DataDir, cfg.NodeName)
+	if err != nil {
+		lock.Close()
+		return nil, err
+	}
+	return &Agent{cfg: cfg, log: cfg.Log.With("node", ident.Name), lock: lock, ident: ident, evict: make(chan string, 1)}, nil
+}
+
+// Run serves until ctx ends. Tasks and the network go on without it, and are
+// adopted by the next Run.
+func (a *Agent) Run(ctx context.Context) error {
+	defer a.lock.Close()
+	ln, err := listenUnix(a.cfg.Socket)
+	if err != nil {
+		return err
+	}
+	srv := &http.Server{Handler: a.handler(true), Protocols: control.Protocols(), ReadHeaderTimeout: 10 * time.Second,
+		ErrorLog: slog.NewLogLogger(a.log.Handler(), slog.LevelDebug)}
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if err := srv.Serve(ln); err != nil && ctx.Err() == nil {
+			a.log.Error("API socket closed", "error", err)
+		}
+	})
+	defer func() {
+		srv.Close()
+		wg.Wait()
+	}()
+	a.log.Info("agent started", "id", a.ident.NodeID, "version", a.cfg.Version, "socket", a.cfg.Socket,
+		"data_path", a.cfg.VIP.Name(), "data_path_reason", a.cfg.VIPReason)
+	if a.ident.Cluster.ID != "" {
+		if err := a.resume(ctx); err != nil {
+			return err
+		}
+	}
+	for {
+		select {
+		case <-ctx.Done():
+			a.mu.Lock()
+			defer a.mu.Unlock()
+			if m := a.current(); m != nil {
+				a.setMember(nil)
+				m.stop()
+			}
+			a.log.Info("agent stopped; tasks go on")
+			return nil
+		case why := <-a.evict:
+			a.log.Warn("the managers removed this node from the cluster: leaving", "reason", why)
+			if err := a.leave(ctx, true); err != nil {
+				a.log.Error("leaving failed", "error", err)
+			}
+		}
+	}
+}
+
+// resume continues the life in the cluster of node.json. The addresses may
+// take a while to come up after a boot.
+func (a *Agent) resume(ctx context.Context) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var m *member
+	for try := 0; ; try++ {
+		var err error
+		if m, err = newMember(a.cfg, a.ident, a.log); err == nil {
+			break
+		}
+		if try == 0 {
+			a.log.Error("the node can't work yet; trying again", "error", err)
+		}
+		if try == 30 || !sleep(ctx, time.Second) {
+			return err
+		}
+	}
+	m.evicted = a.evicted
+	m.serve(a.handler(false))
+	err := func() error {
+		if a.ident.Role == spec.RoleManager {
+			if _, err := m.startManager(); err != nil {
+				return err
+			}
+		}
+		return m.start()
+	}()
+	if err != nil {
+		m.stop()
+		return err
+	}
+	a.setMember(m)
+	return nil
+}
+
+func (a *Agent) evicted(why string) {
+	select {
+	case a.evict <- why:
+	default:
+	}
+}
+
+func (a *Agent) current() *member {
+	a.memberR.RLock()
+	defer a.memberR.RUnlock()
+	return a.member
+}
+
+func (a *Agent) setMember(m *member) {
+	a.memberR.Lock()
+	a.member = m
+	a.memberR.Unlock()
+}
+
+// errNoCluster answers what needs a cluster.
+var errNoCluster = connect.NewError(connect.CodeFailedPrecondition,
+	errors.New("this node is in no cluster: run 'shoal init' to make one, or 'shoal join HOST' to join one"))
+
+// handler serves the API: all of it on the unix socket, all but Local on the
+// network.
+func (a *Agent) handler(local bool) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("/shoal.v1.Control/", func(w http.ResponseWriter, r *http.Request) {
+		m := a.current()
+		if m == nil {
+			_ = connect.NewErrorWriter().Write(w, r, errNoCluster)
+			return
+		}
+		m.fwd.ServeHTTP(w, r)
+	})
+	nodePath, nodeHandler := shoalv1connect.NewNodeHandler(&nodeAPI{a})
+	mux.Handle(nodePath, a.routeToNode(nodeHandler))
+	if local {
+		mux.Handle(shoalv1connect.NewLocalHandler(&localAPI{a}))
+	}
+	return mux
+}
+
+// listenUnix listens on a socket that root and its group may use. A file left
+// by an agent that was killed is replaced, one that answers is not.
+func listenUnix(path string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, fmt.Errorf("directory of the API socket: %w", err)
+	}
+	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
+		c.Close()
+		return nil, fmt.Errorf("another agent answers at %s: stop it, or give another --socket", path)
+	}
+	if fi, err := os.Lstat(path); err == nil {
+		if fi.Mode()&os.ModeSocket == 0 {
+			return nil, fmt.Errorf("%s exists and is not a socket: remove it, or give another --socket", path)
+		}
+		if err := os.Remove(path); err != nil {
+			return nil, fmt.Errorf("stale API socket: %w", err)
+		}
+	}
+	old := unix.Umask(0o117) // mode 0660 from the first moment
+	ln, err := net.Listen("unix", path)
+	unix.Umask(old)
+	if err != nil {
+		return nil, fmt.Errorf("API socket: %w", err)
+	}
+	return ln, nil
+}
+
+// ---- Local ----
+
+type localAPI struct{ *Agent }
+
+func invalid(format string, args ...any) error {
+	return connect.NewError(connect.CodeInvalidArgument, fmt.Errorf(format, args...))
+}
+
+func precondition(format string, args ...any) error {
+	return connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf(format, args...))
+}
+
+// Info tells who this node is.
+func (a *localAPI) Info(context.Context, *connect.Request[shoalv1.InfoRequest]) (*connect.Response[shoalv1.InfoResponse], error) {
+	resp := &shoalv1.InfoResponse{Version: a.cfg.Version, DataPath: a.cfg.VIP.Name(), DataPathReason: a.cfg.VIPReason, DataDir: a.cfg.DataDir}
+	if m := a.current(); m != nil {
+		resp.Cluster = m.ident.Cluster.ID
+		resp.Node = api.Node(m.node(m.ident.Role))
+		resp.Leader = m.leader()
+	} else {
+		resp.Node = &shoalv1.NodeInfo{Id: a.ident.NodeID, Name: a.ident.Name, DataPath: a.cfg.VIP.Name()}
+	}
+	return connect.NewResponse(resp), nil
+}
+
+// Init makes a cluster of this node.
+func (a *localAPI) Init(ctx context.Context, req *connect.Request[shoalv1.InitRequest]) (*connect.Response[shoalv1.InitResponse], error) {
+	if !a.mu.TryLock() {
+		return nil, precondition("this node is already busy with an init, join or leave: wait for it")
+	}
+	defer a.mu.Unlock()
+	if a.ident.Cluster.ID != "" {
+		return nil, precondition("this node is already in cluster %s: run 'shoal leave' first", a.ident.Cluster.ID)
+	}
+	r := req.Msg
+	cluster := state.Cluster{ID: spec.NewID(), SubnetSize: int(r.SubnetSize), DataPathPort: int(r.DataPathPort), Created: time.Now().UnixMilli()}
+	if cluster.SubnetSize == 0 {
+		cluster.SubnetSize = DefaultSubnetSize
+	}
+	if cluster.DataPathPort == 0 {
+		cluster.DataPathPort = DefaultDataPathPort
+	}
+	if cluster.DataPathPort < 1024 || cluster.DataPathPort > 49151 {
+		return nil, invalid("data path port %d is out of range: use 1024 to 49151, outside of the ephemeral ports", cluster.DataPathPort)
+	}
+	pools := r.AddressPools
+	if len(pools) == 0 {
+		pools = []string{DefaultPool}
+	}
+	for _, p := range pools {
+		pfx, err := netip.ParsePrefix(p)
+		if err != nil {
+			return nil, invalid("address pool %q: want an address and a prefix length, like 10.0.0.0/8", p)
+		}
+		cluster.Pools = append(cluster.Pools, pfx)
+	}
+	ident, err := a.newIdentity(r.AdvertiseAddr, spec.RoleManager)
+	if err != nil {
+		return nil, err
+	}
+	ident.Cluster = cluster
+	if err := a.checkPorts(ident); err != nil {
+		return nil, err
+	}
+	m, err := newMember(a.cfg, ident, a.log)
+	if err != nil {
+		return nil, connect.NewError(connect.CodeFailedPrecondition, err)
+	}
+	m.evicted = a.evicted
+	m.serve(a.handler(false))
+	err = func() error {
+		mgr, err := m.startManager()
+		if err != nil {
+			return err
+		}
+		n, err := mgr.Bootstrap(ctx, cluster)
+		if err != nil {
+			return err
+		}
+		ident.Number = n.Number
+		if err := ident.save(a.cfg.DataDir); err != nil {
+			return err
+		}
+		return m.start()
+	}()
+	if err != nil {
+		a.abandon(m)
+		return nil, err
+	}
+	a.setMember(m)
+	a.ident = ident
+	return connect.NewResponse(&shoalv1.InitResponse{Cluster: cluster.ID, Node: api.Node(m.node(spec.RoleManager))}), nil
+}
+
+// Join makes this node a member of the cluster that a manager names.
+func (a *localAPI) Join(ctx context.Context, req *connect.Request[shoalv1.JoinRequest]) (*connect.Response[shoalv1.JoinResponse], error) {
+	if !a.mu.TryLock() {
+		return nil, precondition("this node is already busy with an init, join or leave: wait for it")
+	}
+	defer a.mu.Unlock()
+	if a.ident.Cluster.ID != "" {
+		return nil, precondition("this node is already in cluster %s: run 'shoal leave' first", a.ident.Cluster.ID)
+	}
+	r := req.Msg
+	role := r.Role
+	switch role {
+	case "":
+		role = spec.RoleWorker
+	case spec.RoleManager, spec.RoleWorker:
+	default:
+		return nil, invalid("role %q: use manager or worker", role)
+	}
+	remote := r.Remote
+	if remote == "" {
+		return nil, invalid("no manager is named: give the address of one, like 'shoal join 192.0.2.1'")
+	}
+	if _, _, err := net.SplitHostPort(remote); err != nil {
+		remote = net.JoinHostPort(strings.Trim(remote, "[]"), strconv.Itoa(DefaultControlPort))
+	}
+	ident, err := a.newIdentity(r.AdvertiseAddr, role)
+	if err != nil {
+		return nil, err
+	}
+	if err := a.checkPorts(ident); err != nil {
+		return nil, err
+	}
+	m, err := newMember(a.cfg, ident, a.log)
+	if err != nil {
+		return nil, connect.NewError(connect.CodeFailedPrecondition, err)
+	}
+	m.evicted = a.evicted
+	m.serve(a.handler(false))
+	client := shoalv1connect.NewControlClient(control.TCPClient(), "http://"+remote)
+	joined := false
+	err = func() error {
+		if role == spec.RoleManager {
+			// Raft must answer before the leader counts on this voter.
+			if _, err := m.startManager(); err != nil {
+				return err
+			}
+		}
+		jctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+		defer cancel()
+		resp, err := client.JoinNode(jctx, connect.NewRequest(&shoalv1.JoinNodeRequest{Node: api.Node(m.node(role)), Token: r.Token}))
+		if err != nil {
+			if connect.CodeOf(err) == connect.CodeUnavailable {
+				return connect.NewError(connect.CodeUnavailable, fmt.Errorf("no manager answers at %s: check the address, and that port %s/tcp is open: %w", remote, port(remote), err))
+			}
+			return err
+		}
+		joined = true
+		if ident.Cluster, err = clusterOf(resp.Msg.Cluster); err != nil {
+			return err
+		}
+		ident.Number = int(resp.Msg.Node.GetNumber())
+		if ident.Number == 0 {
+			return fmt.Errorf("the manager's answer has no node number")
+		}
+		if err := checkUDPPort("VXLAN", netip.AddrPortFrom(ident.Addr, uint16(ident.Cluster.DataPathPort)), "--data-path-port of shoal init"); err != nil {
+			return err
+		}
+		ident.Managers = []string{remote}
+		if err := ident.save(a.cfg.DataDir); err != nil {
+			return err
+		}
+		if err := m.start(); err != nil {
+			return err
+		}
+		var peers []netip.AddrPort
+		for _, n := range resp.Msg.Managers {
+			if v, err := api.ToNode(n); err == nil && v.ID != ident.NodeID {
+				peers = append(peers, netip.AddrPortFrom(v.Addr, uint16(v.GossipPort)))
+			}
+		}
+		m.g.Join(peers)
+		return nil
+	}()
+	if err != nil {
+		if joined {
+			rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+			_, rerr := client.RemoveNode(rctx, connect.NewRequest(&shoalv1.RemoveNodeRequest{Ref: ident.NodeID, Force: true}))
+			cancel()
+			if rerr != nil {
+				err = fmt.Errorf("%w (and the managers still list this node: run 'shoal node rm --force %s' on one of them: %w)", err, ident.Name, rerr)
+			}
+		}
+		a.abandon(m)
+		return nil, err
+	}
+	a.setMember(m)
+	a.ident = ident
+	return connect.NewResponse(&shoalv1.JoinResponse{Cluster: ident.Cluster.ID, Node: api.Node(m.node(role))}), nil
+}
+
+func port(hostport string) string {
+	_, p, _ := net.SplitHostPort(hostport)
+	return p
+}
+
+// newIdentity is this node's identity in a cluster it is about to enter.
+func (a *Agent) newIdentity(advertise, role string) (*identity, error) {
+	if advertise == "" {
+		advertise = a.cfg.AdvertiseAddr
+	}
+	addr, err := advertiseAddr(advertise)
+	if err != nil {
+		return nil, connect.NewError(connect.CodeInvalidArgument, err)
+	}
+	return &identity{Format: identityFormat, NodeID: a.ident.NodeID, Name: a.ident.Name, Role: role, Addr: addr,
+		ControlPort: a.cfg.ControlPort, GossipPort: a.cfg.GossipPort}, nil
+}
+
+// checkPorts tries the ports that are opened only once the managers know of
+// this node, so that a taken one leaves nothing half-made.
+func (a *Agent) checkPorts(id *identity) error {
+	gossip := netip.AddrPortFrom(id.Addr, uint16(id.GossipPort))
+	ln, err := net.ListenTCP("tcp", net.TCPAddrFromAddrPort(gossip))
+	if err != nil {
+		return connect.NewError(connect.CodeFailedPrecondition, listenError("gossip", "tcp", gossip, "--gossip-port", err))
+	}
+	ln.Close()
+	if err := checkUDPPort("gossip", gossip, "--gossip-port"); err != nil {
+		return connect.NewError(connect.CodeFailedPrecondition, err)
+	}
+	if p := id.Cluster.DataPathPort; p != 0 {
+		if err := checkUDPPort("VXLAN", netip.AddrPortFrom(id.Addr, uint16(p)), "--data-path-port of shoal init"); err != nil {
+			return connect.NewError(connect.CodeFailedPrecondition, err)
+		}
+	}
+	return nil
+}
+
+// abandon undoes a failed init or join.
+func (a *Agent) abandon(m *member) {
+	m.stop()
+	if err := a.forget(); err != nil {
+		a.log.Error("a failed init or join left something behind", "error", err)
+	}
+}
+
+// forget makes this node one of no cluster, on disk and in the kernel.
+func (a *Agent) forget() error {
+	errs := []error{a.cfg.Cleanup()}
+	for _, p := range []string{control.RaftDir(a.cfg.DataDir), filepath.Join(a.cfg.DataDir, "assignment.json"), filepath.Join(a.cfg.DataDir, "gossip")} {
+		errs = append(errs, os.RemoveAll(p))
+	}
+	// A new ID: the old one is of the old cluster.
+	a.ident = &identity{Format: identityFormat, NodeID: spec.NewID(), Name: a.ident.Name}
+	errs = append(errs, a.ident.save(a.cfg.DataDir))
+	return errors.Join(errs...)
+}
+
+// Leave takes this node out of its cluster and removes everything Shoal made
+// on it.
+func (a *localAPI) Leave(ctx context.Context, req *connect.Request[shoalv1.LeaveRequest]) (*connect.Response[shoalv1.LeaveResponse], error) {
+	if err := a.leave(ctx, req.Msg.Force); err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&shoalv1.LeaveResponse{}), nil
+}
+
+func (a *Agent) leave(ctx context.Context, force bool) error {
+	if !a.mu.TryLock() {
+		return precondition("this node is already busy with an init, join or leave: wait for it")
+	}
+	defer a.mu.Unlock()
+	m := a.current()
+	if m == nil {
+		if a.ident.Cluster.ID == "" {
+			return errNoCluster
+		}
+		return a.forget()
+	}
+	// The managers first: they must agree, and then give this node nothing new.
+	if err := m.depart(ctx, force); err != nil && !force {
+		return err
+	} else if err != nil {
+		a.log.Warn("leaving without the managers' consent", "error", err)
+	}
+	sctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*spec.DefaultStopGrace)
+	defer cancel()
+	var errs []error
+	if err := m.tasks.stopAll(sctx); err != nil {
+		errs = append(errs, err)
+	}
+	if err := m.g.Leave(sctx); err != nil {
+		a.log.Warn("the other nodes may see this one fail instead of leave", "error", err)
+	}
+	a.setMember(nil)
+	m.stop()
+	// What a runner could not stop in time.
+	left, err := a.cfg.Runtime.List(sctx)
+	errs = append(errs, err)
+	for _, t := range left {
+		errs = append(errs, a.cfg.Runtime.Remove(sctx, t.ID))
+	}
+	errs = append(errs, a.forget())
+	return errors.Join(errs...)
+}
+
+// Doctor looks for what is wrong here.
+func (a *localAPI) Doctor(ctx context.Context, _ *connect.Request[shoalv1.DoctorRequest]) (*connect.Response[shoalv1.DoctorResponse], error) {
+	return connect.NewResponse(a.doctor(ctx)), nil
+}

@@ -1,0 +1,102 @@
+package agent
+
+import (
+	"slices"
+
+	"github.com/shoalnet/shoal/gossip"
+	"github.com/shoalnet/shoal/spec"
+)
+
+// assignment is what the managers last told this node. It is also what is
+// cached on disk.
+type assignment struct {
+	Index    uint64         `json:"index"`
+	Tasks    []spec.Task    `json:"tasks"`
+	Networks []spec.Network `json:"networks"`
+	Services []spec.Service `json:"services"`
+	Nodes    []spec.Node    `json:"nodes"`
+}
+
+func (a *assignment) network(id string) (spec.Network, bool) {
+	if a != nil {
+		for _, n := range a.Networks {
+			if n.ID == id {
+				return n, true
+			}
+		}
+	}
+	return spec.Network{}, false
+}
+
+// inputs of a View: one field per source.
+type inputs struct {
+	self     string
+	instance string
+	underlay spec.Underlay
+	assigned *assignment      // nil: managers have not reported, and nothing is cached
+	gossip   *gossip.Snapshot // nil: not started
+	// sandboxes here; adopted tells that those of an earlier agent are among them
+	sandboxes []spec.Sandbox
+	adopted   bool
+}
+
+// compose joins the sources into a View. It is pure.
+//
+// A network is present on this node while a task of it is meant to run here or
+// has a sandbox here: before the first task starts, so that its wiring is there
+// in time, and until the last is unwired.
+func compose(in inputs) *spec.View {
+	v := &spec.View{
+		Self:     in.self,
+		Instance: in.instance,
+		Underlay: in.underlay,
+		Complete: in.assigned != nil && in.gossip != nil && in.gossip.Synced && in.adopted,
+	}
+	present := map[string]bool{}
+	for _, s := range in.sandboxes {
+		for _, a := range s.Attachments {
+			present[a.Network] = true
+		}
+	}
+	if in.assigned != nil {
+		for _, t := range in.assigned.Tasks {
+			if t.Node == in.self && t.Live() {
+				for _, a := range t.Attachments {
+					present[a.Network] = true
+				}
+			}
+		}
+		for _, n := range in.assigned.Networks {
+			if present[n.ID] {
+				v.Networks = append(v.Networks, n)
+			}
+		}
+		for _, s := range in.assigned.Services {
+			if slices.ContainsFunc(s.Spec.Networks, func(a spec.NetworkAttachment) bool { return present[a.Network] }) {
+				v.Services = append(v.Services, s)
+			}
+		}
+	}
+	if in.gossip != nil {
+		for _, m := range in.gossip.Members {
+			v.Peers = append(v.Peers, m.Peer)
+		}
+		for _, e := range in.gossip.Endpoints {
+			if present[e.Network] {
+				v.Endpoints = append(v.Endpoints, e)
+			}
+		}
+	}
+	// A sandbox is wired only to networks that are known; the rest of it waits.
+	for _, s := range in.sandboxes {
+		known := !slices.ContainsFunc(s.Attachments, func(a spec.Attachment) bool {
+			_, ok := in.assigned.network(a.Network)
+			return !ok
+		})
+		if known {
+			v.Sandboxes = append(v.Sandboxes, s)
+		}
+	}
+	v.Sort()
+	return v
+}

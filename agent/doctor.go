@@ -1,0 +1,119 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+
+	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/reconcile"
+	"github.com/shoalnet/shoal/spec"
+)
+
+// leader is the ID of the managers' leader as far as this node knows.
+func (m *member) leader() string {
+	m.mu.Lock()
+	mgr := m.manager
+	m.mu.Unlock()
+	if mgr == nil {
+		return ""
+	}
+	id, _ := mgr.Leader()
+	return id
+}
+
+// depart asks the managers to forget this node. The last manager has nobody to
+// ask and takes the cluster with it.
+func (m *member) depart(ctx context.Context, force bool) error {
+	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
+	defer cancel()
+	resp, err := m.client.ListNodes(ctx, connect.NewRequest(&shoalv1.ListNodesRequest{}))
+	if err != nil {
+		if force {
+			return nil
+		}
+		return connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("the managers can't be told: %w: run 'shoal leave --force' to leave all the same", err))
+	}
+	managers, others := 0, 0
+	for _, n := range resp.Msg.Nodes {
+		if n.Id != m.ident.NodeID {
+			others++
+			if n.Role == spec.RoleManager {
+				managers++
+			}
+		}
+	}
+	if m.ident.Role == spec.RoleManager && managers == 0 {
+		if !force {
+			if others == 0 {
+				return precondition("this node is the last of its cluster: leaving ends the cluster with all its services and networks: run 'shoal leave --force' to do so")
+			}
+			return precondition("this node is the last manager: leaving ends the cluster for the %d other nodes, too: promote one first, or run 'shoal leave --force'", others)
+		}
+		return nil
+	}
+	_, err = m.client.RemoveNode(ctx, connect.NewRequest(&shoalv1.RemoveNodeRequest{Ref: m.ident.NodeID, Force: true}))
+	return err
+}
+
+// doctor reports the health of this node: what it can see for itself.
+func (a *Agent) doctor(ctx context.Context) *shoalv1.DoctorResponse {
+	resp := &shoalv1.DoctorResponse{}
+	check := func(name, status, msg, hint string) {
+		resp.Checks = append(resp.Checks, &shoalv1.DoctorResponse_Check{Name: name, Status: status, Message: msg, Hint: hint})
+	}
+	check("data path", "ok", fmt.Sprintf("%s: %s", a.cfg.VIP.Name(), a.cfg.VIPReason), "")
+	m := a.current()
+	if m == nil {
+		check("cluster", "warn", "this node is in no cluster", "shoal init, or shoal join HOST")
+		return resp
+	}
+	check("cluster", "ok", fmt.Sprintf("%s, as %s", m.ident.Cluster.ID, m.ident.Role), "")
+
+	lctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	if _, err := m.client.ListNodes(lctx, connect.NewRequest(&shoalv1.ListNodesRequest{Refs: []string{m.ident.NodeID}})); err != nil {
+		check("managers", "error", "no manager answers: "+err.Error(), "running tasks, VIPs and names go on; bring a majority of the managers back")
+	} else {
+		check("managers", "ok", "the leader answers", "")
+	}
+	snap := m.g.Snapshot()
+	var bad []string
+	for _, p := range snap.Members {
+		if p.Liveness != spec.PeerAlive {
+			bad = append(bad, fmt.Sprintf("%s is %s", p.Name, p.Liveness))
+		}
+	}
+	switch {
+	case len(bad) > 0:
+		check("gossip", "warn", strings.Join(bad, ", "), fmt.Sprintf("see whether they run, and reach them on port %d/tcp and /udp", m.ident.GossipPort))
+	case !snap.Synced:
+		check("gossip", "warn", "no other node has answered yet", "")
+	default:
+		check("gossip", "ok", fmt.Sprintf("%d nodes, %d endpoints", len(snap.Members), len(snap.Endpoints)), "")
+	}
+	loops := []struct {
+		name   string
+		status []reconcile.ObjectStatus
+		last   reconcile.Pass
+	}{{"overlay", m.overlay.Status(), m.overlay.Last()}, {"vip", m.vip.Status(), m.vip.Last()}}
+	for _, l := range loops {
+		failed := 0
+		for _, o := range l.status {
+			if o.Phase == reconcile.Failed {
+				failed++
+			}
+			resp.Objects = append(resp.Objects, &shoalv1.DoctorResponse_Object{Reconciler: l.name, Object: o.Object, Phase: string(o.Phase),
+				Op: o.Op, SinceMs: o.Since.UnixMilli(), Error: o.Err, Tries: int32(o.Tries)})
+		}
+		if failed > 0 {
+			check(l.name, "error", fmt.Sprintf("%d objects can't be set up: see below", failed), "")
+		} else {
+			check(l.name, "ok", fmt.Sprintf("as wanted; last pass took %s", l.last.Elapsed.Round(time.Microsecond)), "")
+		}
+	}
+	return resp
+}

@@ -1,0 +1,692 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/shoalnet/shoal/api"
+	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/api/shoal/v1/shoalv1connect"
+	"github.com/shoalnet/shoal/control"
+	"github.com/shoalnet/shoal/control/state"
+	"github.com/shoalnet/shoal/dns"
+	"github.com/shoalnet/shoal/gossip"
+	"github.com/shoalnet/shoal/overlay"
+	"github.com/shoalnet/shoal/reconcile"
+	"github.com/shoalnet/shoal/spec"
+	"github.com/shoalnet/shoal/vip"
+)
+
+// Timers of a member.
+const (
+	reportInterval = time.Second     // sign of life to the leader; it takes 3 s of silence for suspicion
+	reportTimeout  = 2 * time.Second // one report
+	streamSilence  = 5 * time.Second // of an assignment stream that sends one each second
+)
+
+// member is the node's life in one cluster.
+type member struct {
+	cfg   Config
+	ident *identity // written by the member's owner only
+	log   *slog.Logger
+
+	listener *net.TCPListener // control port
+	raft     net.Listener     // raft's share of it
+	http     net.Listener     // HTTP's share of it
+	fwd      *control.Forwarder
+	client   shoalv1connect.ControlClient // by way of fwd
+
+	g       *gossip.Gossip
+	tasks   *tasks
+	dns     *dns.Server
+	overlay *reconcile.Loop[overlay.State, overlay.State]
+	vip     *reconcile.Loop[vip.State, vip.State]
+
+	composeWake chan struct{} // size 1
+	reportWake  chan struct{} // size 1
+	progress    *progress
+	evicted     func(reason string) // told once when the managers no longer know this node
+
+	ctx    context.Context
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	publishMu sync.Mutex // orders SetEndpoints
+
+	mu       sync.Mutex
+	manager  *control.Manager
+	stopMgr  context.CancelFunc
+	mgrDone  chan struct{}
+	assigned *assignment
+	fresh    bool // assigned came from the managers since the start
+	acked    map[string]spec.TaskStatus
+}
+
+// newMember opens the control port. Nothing is started.
+func newMember(cfg Config, ident *identity, log *slog.Logger) (*member, error) {
+	addr := netip.AddrPortFrom(ident.Addr, uint16(ident.ControlPort))
+	ln, err := net.ListenTCP("tcp", net.TCPAddrFromAddrPort(addr))
+	if err != nil {
+		return nil, listenError("control", "tcp", addr, "--control-port", err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	m := &member{cfg: cfg, ident: ident, log: log, listener: ln, ctx: ctx, cancel: cancel,
+		composeWake: make(chan struct{}, 1), reportWake: make(chan struct{}, 1), progress: newProgress(), acked: map[string]spec.TaskStatus{}}
+	m.raft, m.http = control.Split(ln)
+	m.fwd = control.NewForwarder(control.ForwarderConfig{NodeID: ident.NodeID, Managers: m.managerAddrs, Log: log})
+	// By way of the agent's own socket, as every other client: the forwarder
+	// behind it finds the leader.
+	m.client = shoalv1connect.NewControlClient(control.UnixClient(cfg.Socket), "http://shoal")
+	return m, nil
+}
+
+// serve starts HTTP on the control port.
+func (m *member) serve(h http.Handler) {
+	srv := &http.Server{Handler: h, Protocols: control.Protocols(), ReadHeaderTimeout: 10 * time.Second,
+		ErrorLog: slog.NewLogLogger(m.log.Handler(), slog.LevelDebug)}
+	m.wg.Go(func() {
+		if err := srv.Serve(m.http); err != nil && m.ctx.Err() == nil {
+			m.log.Error("control port closed", "error", err)
+		}
+	})
+	m.wg.Go(func() {
+		<-m.ctx.Done()
+		// Streams last as long as their peers like: they are cut.
+		srv.Close()
+	})
+}
+
+// startManager makes this node a manager. It is not one yet if the cluster has
+// not added it.
+func (m *member) startManager() (*control.Manager, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.manager != nil {
+		return m.manager, nil
+	}
+	mgr, err := control.NewManager(control.ManagerConfig{
+		Node: m.node(spec.RoleManager), DataDir: m.cfg.DataDir, RaftListener: m.raft,
+		Liveness: m.liveness, HostRoutes: m.cfg.HostRoutes, Log: m.log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(m.ctx)
+	m.manager, m.stopMgr, m.mgrDone = mgr, cancel, make(chan struct{})
+	done := m.mgrDone
+	m.wg.Go(func() {
+		defer close(done)
+		if err := mgr.Run(ctx); err != nil && ctx.Err() == nil {
+			m.log.Error("manager ended", "error", err)
+		}
+	})
+	m.fwd.SetManager(mgr)
+	return mgr, nil
+}
+
+// stopManager makes this node a worker; its raft data go, as it may never vote
+// from them again.
+func (m *member) stopManager() error {
+	m.mu.Lock()
+	mgr, stop, done := m.manager, m.stopMgr, m.mgrDone
+	m.manager = nil
+	m.mu.Unlock()
+	if mgr == nil {
+		return nil
+	}
+	m.fwd.SetManager(nil)
+	stop()
+	<-done
+	return os.RemoveAll(control.RaftDir(m.cfg.DataDir))
+}
+
+func (m *member) node(role string) spec.Node {
+	id := m.ident
+	return spec.Node{ID: id.NodeID, Name: id.Name, Number: id.Number, Role: role, Availability: spec.AvailabilityActive,
+		Addr: id.Addr, ControlPort: id.ControlPort, GossipPort: id.GossipPort, DataPath: m.cfg.VIP.Name()}
+}
+
+// start begins the node's work, once ident is complete.
+func (m *member) start() error {
+	g, err := gossip.Open(gossip.Config{
+		NodeID: m.ident.NodeID, Name: m.ident.Name, Number: m.ident.Number, Role: m.ident.Role, Cluster: m.ident.Cluster.ID,
+		Addr: m.ident.Addr, Port: m.ident.GossipPort, ControlPort: m.ident.ControlPort, DataDir: m.cfg.DataDir, Log: m.log,
+	})
+	if err != nil {
+		return err
+	}
+	m.g = g
+	m.dns = dns.NewServer(dns.Config{Upstreams: m.cfg.Upstreams, Log: m.log})
+	m.tasks = &tasks{rt: m.cfg.Runtime, dns: m.dns, instance: m.cfg.Instance, search: m.cfg.SearchDomains,
+		log: m.log, plumbing: m, ctx: m.ctx, runners: map[string]*runner{}}
+	m.overlay = reconcile.New("overlay", overlay.NewTarget(m.cfg.Overlay), reconcile.Options{Log: m.log, OnPass: m.overlayPass})
+	m.vip = reconcile.New("vip", vip.NewTarget(m.cfg.VIP), reconcile.Options{Log: m.log, OnPass: m.vipPass})
+	m.loadAssignment()
+
+	m.wg.Go(func() {
+		if err := g.Run(m.ctx); err != nil && m.ctx.Err() == nil {
+			m.log.Error("gossip ended", "error", err)
+		}
+	})
+	m.joinKnown()
+	m.wg.Go(func() { m.overlay.Run(m.ctx) })
+	m.wg.Go(func() { m.vip.Run(m.ctx) })
+	if m.cfg.WatchKernel != nil {
+		m.wg.Go(func() {
+			m.cfg.WatchKernel(m.ctx, func() {
+				m.overlay.Wake()
+				m.vip.Wake()
+			})
+		})
+	}
+	m.wg.Go(m.runtimeLoop)
+	m.wg.Go(m.composeLoop)
+	m.wg.Go(m.assignLoop)
+	m.wg.Go(m.reportLoop)
+	return nil
+}
+
+// stop ends every goroutine of the member, and leaves tasks and kernel state.
+func (m *member) stop() {
+	m.cancel()
+	m.listener.Close()
+	m.wg.Wait()
+	if m.tasks != nil {
+		m.tasks.wg.Wait()
+	}
+}
+
+// managerAddrs are the control addresses of managers, most likely to live first.
+func (m *member) managerAddrs() []string {
+	var out []string
+	add := func(a string) {
+		if !slices.Contains(out, a) {
+			out = append(out, a)
+		}
+	}
+	if m.g != nil {
+		for _, p := range m.g.Snapshot().Members {
+			if p.Role == spec.RoleManager && p.Liveness == spec.PeerAlive && p.Peer.ID != m.ident.NodeID {
+				add(netip.AddrPortFrom(p.Addr, uint16(p.ControlPort)).String())
+			}
+		}
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.assigned != nil {
+		for _, n := range m.assigned.Nodes {
+			if n.Role == spec.RoleManager && n.ID != m.ident.NodeID {
+				add(netip.AddrPortFrom(n.Addr, uint16(n.ControlPort)).String())
+			}
+		}
+	}
+	for _, a := range m.ident.Managers {
+		add(a)
+	}
+	return out
+}
+
+// liveness is this node's opinion of the others, for the manager on it.
+func (m *member) liveness() map[string]spec.Liveness {
+	out := map[string]spec.Liveness{}
+	if m.g == nil {
+		return out
+	}
+	for _, p := range m.g.Snapshot().Members {
+		out[p.Peer.ID] = p.Liveness
+	}
+	return out
+}
+
+// ---- composing ----
+
+func (m *member) composeLoop() {
+	for {
+		select {
+		case <-m.ctx.Done():
+			return
+		case <-m.composeWake:
+		case <-m.g.Changed():
+		}
+		m.compose()
+	}
+}
+
+func (m *member) compose() {
+	var ticket uint64
+	m.progress.update(func(p *progress) { ticket = p.requested })
+	sandboxes, adopted := m.tasks.sandboxes()
+	m.mu.Lock()
+	assigned := m.assigned
+	m.mu.Unlock()
+	snap := m.g.Snapshot()
+	v := compose(inputs{
+		self: m.ident.NodeID, instance: m.cfg.Instance, assigned: assigned, gossip: snap, sandboxes: sandboxes, adopted: adopted,
+		underlay: spec.Underlay{Addr: m.ident.Addr, VXLANPort: m.ident.Cluster.DataPathPort},
+	})
+	var nodes []spec.Node
+	if assigned != nil {
+		nodes = assigned.Nodes
+	}
+	m.dns.SetZone(dns.NewZone(v, dns.ZoneOptions{Nodes: nodes}))
+	wires, servers := overlay.Desired(v), vip.Desired(v)
+	// Set under the progress lock, so that no pass is noted before the
+	// generation it belongs to.
+	m.progress.update(func(p *progress) {
+		gens := generations{overlay: m.overlay.Set(wires), vip: m.vip.Set(servers)}
+		p.composed, p.want = ticket, gens
+		p.pending = append(p.pending, appliedRev{snap.Rev, gens})
+	})
+}
+
+func (m *member) overlayPass(p reconcile.Pass) {
+	m.passed(func(g *generations) { g.overlay = p.Gen })
+}
+
+func (m *member) vipPass(p reconcile.Pass) {
+	m.passed(func(g *generations) { g.vip = p.Gen })
+}
+
+// passed notes a pass. One that failed for some object counts: whoever waits
+// for a drain is told of what could be done, and must not wait for a fault
+// elsewhere.
+func (m *member) passed(fn func(*generations)) {
+	if rev := m.progress.passed(fn); rev != 0 {
+		m.g.Applied(rev)
+	}
+}
+
+func wake(ch chan struct{}) {
+	select {
+	case ch <- struct{}{}:
+	default:
+	}
+}
+
+// publish implements plumbing.
+func (m *member) publish() {
+	m.publishMu.Lock()
+	m.g.SetEndpoints(m.tasks.endpoints())
+	m.publishMu.Unlock()
+	wake(m.composeWake)
+	wake(m.reportWake)
+}
+
+// applied waits until this node's kernel follows a View made after the call.
+func (m *member) applied(ctx context.Context) error {
+	t := m.progress.ticket()
+	wake(m.composeWake)
+	var want generations
+	if err := m.progress.await(ctx, func(p *progress) bool { want = p.want; return p.composed >= t }); err != nil {
+		return err
+	}
+	return m.progress.await(ctx, func(p *progress) bool { return p.have.reached(want) })
+}
+
+// settled implements plumbing.
+func (m *member) settled(ctx context.Context) error {
+	local := make(chan error, 1)
+	go func() { local <- m.applied(ctx) }()
+	missing, err := m.g.Barrier(ctx)
+	if lerr := <-local; lerr != nil {
+		return fmt.Errorf("this node: %w", lerr)
+	}
+	if err != nil && len(missing) > 0 {
+		return fmt.Errorf("%w: nodes %s", err, strings.Join(missing, ", "))
+	}
+	return err
+}
+
+// wired implements plumbing: it waits for a pass of the overlay loop after
+// which nothing of the task or its networks is failed.
+func (m *member) wired(ctx context.Context, t spec.Task) error {
+	prefixes := []string{"task " + t.Name + ": ", "node: ", "overlay: "}
+	for _, a := range t.Attachments {
+		m.mu.Lock()
+		n, ok := m.assigned.network(a.Network)
+		m.mu.Unlock()
+		if ok {
+			prefixes = append(prefixes, "network "+n.Name+": ")
+		}
+	}
+	for {
+		err := m.applied(ctx)
+		var failed error
+		for _, o := range m.overlay.Status() {
+			if o.Phase == reconcile.Failed && slices.ContainsFunc(prefixes, func(p string) bool { return strings.HasPrefix(o.Object, p) }) {
+				failed = fmt.Errorf("%s: %s", o.Op, o.Err)
+				break
+			}
+		}
+		switch {
+		case failed == nil && err == nil:
+			return nil
+		case err != nil:
+			return errors.Join(fmt.Errorf("network of task %s is not ready after %s", t.Name, wireTimeout), failed)
+		}
+		if !sleep(ctx, 50*time.Millisecond) {
+			return fmt.Errorf("network of task %s is not ready after %s: %w", t.Name, wireTimeout, failed)
+		}
+	}
+}
+
+// ---- tasks ----
+
+// runtimeLoop adopts what an earlier agent left, and then passes on what ends.
+func (m *member) runtimeLoop() {
+	events := m.cfg.Runtime.Events(m.ctx)
+	for m.ctx.Err() == nil {
+		if err := m.tasks.adopt(m.ctx); err == nil {
+			break
+		} else if m.ctx.Err() == nil {
+			m.log.Error("running tasks can't be listed; trying again", "error", err)
+			sleep(m.ctx, time.Second)
+		}
+	}
+	m.mu.Lock()
+	assigned, fresh := m.assigned, m.fresh
+	m.mu.Unlock()
+	if assigned != nil {
+		m.tasks.assign(m.ident.NodeID, assigned.Tasks, fresh)
+	}
+	m.publish()
+	for {
+		select {
+		case <-m.ctx.Done():
+			return
+		case e, ok := <-events:
+			if !ok {
+				return
+			}
+			m.tasks.event(e.ID)
+		}
+	}
+}
+
+func (m *member) assignmentPath() string { return filepath.Join(m.cfg.DataDir, "assignment.json") }
+
+// loadAssignment takes what the managers said last, so that the node works
+// while none of them is up. A damaged file is as good as none: the managers
+// will say it again.
+func (m *member) loadAssignment() {
+	b, err := os.ReadFile(m.assignmentPath())
+	if err != nil {
+		return
+	}
+	a := &assignment{}
+	if err := json.Unmarshal(b, a); err != nil {
+		m.log.Warn("the cached assignment can't be read; waiting for a manager", "error", err)
+		return
+	}
+	m.mu.Lock()
+	m.assigned = a
+	m.mu.Unlock()
+}
+
+func (m *member) saveAssignment(a *assignment) {
+	b, err := json.Marshal(a)
+	if err == nil {
+		err = writeFile(m.assignmentPath(), b)
+	}
+	if err != nil {
+		m.log.Error("the assignment can't be cached", "error", err)
+	}
+}
+
+func (m *member) assignLoop() {
+	for m.ctx.Err() == nil {
+		err := m.followAssignments()
+		if m.ctx.Err() != nil {
+			return
+		}
+		m.log.Debug("assignment stream ended", "error", err)
+		if connect.CodeOf(err) == connect.CodeNotFound {
+			m.evicted(err.Error())
+		}
+		sleep(m.ctx, 200*time.Millisecond)
+	}
+}
+
+func (m *member) followAssignments() error {
+	ctx, cancel := context.WithCancel(m.ctx)
+	defer cancel()
+	// The stream is silent only when its connection, or its leader, is gone.
+	silent := time.AfterFunc(3*streamSilence, cancel) // the forwarder may first look for a leader
+	defer silent.Stop()
+	stream, err := m.client.Assignments(ctx, connect.NewRequest(&shoalv1.AssignmentsRequest{Node: m.ident.NodeID}))
+	if err != nil {
+		return err
+	}
+	defer stream.Close()
+	first := true
+	for stream.Receive() {
+		silent.Reset(streamSilence)
+		msg := stream.Msg()
+		if first {
+			// Another leader may not have what the last one was told.
+			m.mu.Lock()
+			m.acked = map[string]spec.TaskStatus{}
+			m.mu.Unlock()
+			wake(m.reportWake)
+			first = false
+		}
+		if msg.Unchanged {
+			continue
+		}
+		a, err := toAssignment(msg)
+		if err != nil {
+			return err
+		}
+		m.assign(a)
+	}
+	return stream.Err()
+}
+
+func toAssignment(msg *shoalv1.AssignmentsResponse) (*assignment, error) {
+	a := &assignment{Index: msg.Index}
+	for _, t := range msg.Tasks {
+		v, err := api.ToTask(t)
+		if err != nil {
+			return nil, err
+		}
+		a.Tasks = append(a.Tasks, v)
+	}
+	for _, n := range msg.Networks {
+		v, err := api.ToNetwork(n)
+		if err != nil {
+			return nil, err
+		}
+		a.Networks = append(a.Networks, v)
+	}
+	for _, s := range msg.Services {
+		v, err := api.ToService(s)
+		if err != nil {
+			return nil, err
+		}
+		a.Services = append(a.Services, v)
+	}
+	for _, n := range msg.Nodes {
+		v, err := api.ToNode(n)
+		if err != nil {
+			return nil, err
+		}
+		a.Nodes = append(a.Nodes, v)
+	}
+	return a, nil
+}
+
+// assign takes a fresh assignment.
+func (m *member) assign(a *assignment) {
+	m.mu.Lock()
+	m.assigned, m.fresh = a, true
+	m.mu.Unlock()
+	m.saveAssignment(a)
+	m.joinKnown()
+	known := map[string]bool{}
+	for _, n := range a.Nodes {
+		known[n.ID] = true
+		if n.ID == m.ident.NodeID {
+			m.follow(n)
+		}
+	}
+	for _, p := range m.g.Snapshot().Members {
+		if p.Liveness == spec.PeerDead && !known[p.Peer.ID] {
+			m.g.Forget(p.Peer.ID)
+		}
+	}
+	if _, adopted := m.tasks.sandboxes(); adopted {
+		m.tasks.assign(m.ident.NodeID, a.Tasks, true)
+	}
+	wake(m.composeWake)
+}
+
+// follow takes up what the managers decided of this node itself.
+func (m *member) follow(n spec.Node) {
+	if n.Role == m.ident.Role {
+		return
+	}
+	m.log.Info("role changed", "from", m.ident.Role, "to", n.Role)
+	var err error
+	if n.Role == spec.RoleManager {
+		_, err = m.startManager()
+	} else {
+		err = m.stopManager()
+	}
+	if err != nil {
+		m.log.Error("role can't be changed; trying again with the next assignment", "error", err)
+		return
+	}
+	m.ident.Role = n.Role
+	if err := m.ident.save(m.cfg.DataDir); err != nil {
+		m.log.Error("node identity can't be kept", "error", err)
+	}
+	m.g.SetMeta(m.ident.Number, n.Role)
+}
+
+// joinKnown gives gossip the addresses of the cluster's nodes.
+func (m *member) joinKnown() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.assigned == nil {
+		return
+	}
+	var addrs []netip.AddrPort
+	var managers []string
+	for _, n := range m.assigned.Nodes {
+		if n.ID == m.ident.NodeID {
+			continue
+		}
+		addrs = append(addrs, netip.AddrPortFrom(n.Addr, uint16(n.GossipPort)))
+		if n.Role == spec.RoleManager {
+			managers = append(managers, netip.AddrPortFrom(n.Addr, uint16(n.ControlPort)).String())
+		}
+	}
+	m.g.Join(addrs)
+	if len(managers) > 0 && !slices.Equal(managers, m.ident.Managers) {
+		m.ident.Managers = managers
+		if err := m.ident.save(m.cfg.DataDir); err != nil {
+			m.log.Error("node identity can't be kept", "error", err)
+		}
+	}
+}
+
+// ---- reports ----
+
+func (m *member) reportLoop() {
+	ticker := time.NewTicker(reportInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-m.ctx.Done():
+			return
+		case <-m.reportWake:
+		case <-ticker.C:
+		}
+		if err := m.report(); err != nil && m.ctx.Err() == nil {
+			m.log.Debug("report failed", "error", err)
+			if connect.CodeOf(err) == connect.CodeNotFound {
+				m.evicted(err.Error())
+			}
+			sleep(m.ctx, 100*time.Millisecond)
+			wake(m.reportWake)
+		}
+	}
+}
+
+func (m *member) report() error {
+	req := &shoalv1.ReportRequest{Node: m.ident.NodeID, Tasks: map[string]*shoalv1.TaskStatus{}, Addr: m.ident.Addr.String(),
+		ControlPort: int32(m.ident.ControlPort), GossipPort: int32(m.ident.GossipPort), DataPath: m.cfg.VIP.Name()}
+	sent := m.tasks.statuses()
+	m.mu.Lock()
+	for id := range m.acked {
+		if _, ok := sent[id]; !ok {
+			delete(m.acked, id)
+		}
+	}
+	maps.DeleteFunc(sent, func(id string, st spec.TaskStatus) bool { return m.acked[id] == st || st.At == 0 })
+	m.mu.Unlock()
+	for id, st := range sent {
+		req.Tasks[id] = api.TaskStatus(st)
+	}
+	for _, p := range m.g.Snapshot().Members {
+		if p.Liveness == spec.PeerDead {
+			req.DeadPeers = append(req.DeadPeers, p.Peer.ID)
+		}
+	}
+	ctx, cancel := context.WithTimeout(m.ctx, reportTimeout)
+	defer cancel()
+	if _, err := m.client.Report(ctx, connect.NewRequest(req)); err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	maps.Copy(m.acked, sent)
+	return nil
+}
+
+// listenError explains a port that can't be listened on.
+func listenError(what, proto string, addr netip.AddrPort, flag string, err error) error {
+	owner := ""
+	if o := portOwner(proto, addr.Port()); o != "" {
+		owner = " by " + o
+	}
+	if errors.Is(err, errAddrInUse) {
+		return fmt.Errorf("%s port %s/%s is taken%s: stop that program, or start the agent with %s PORT", what, strconv.Itoa(int(addr.Port())), proto, owner, flag)
+	}
+	if errors.Is(err, errAddrNotAvail) {
+		return fmt.Errorf("address %s is not one of this machine's: give one of its own with --advertise-addr", addr.Addr())
+	}
+	return fmt.Errorf("listen on %s %s: %w", proto, addr, err)
+}
+
+// clusterOf is the Cluster of an answer.
+func clusterOf(c *shoalv1.Cluster) (state.Cluster, error) {
+	if c.GetId() == "" {
+		return state.Cluster{}, errors.New("the manager's answer names no cluster")
+	}
+	out := state.Cluster{ID: c.Id, SubnetSize: int(c.SubnetSize), DataPathPort: int(c.DataPathPort)}
+	for _, p := range c.AddressPools {
+		pfx, err := netip.ParsePrefix(p)
+		if err != nil {
+			return out, fmt.Errorf("address pool in the manager's answer: %w", err)
+		}
+		out.Pools = append(out.Pools, pfx)
+	}
+	return out, nil
+}

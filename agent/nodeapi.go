@@ -1,0 +1,232 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"net/netip"
+	"strconv"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/shoalnet/shoal/api"
+	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/control"
+	"github.com/shoalnet/shoal/runtime"
+	"github.com/shoalnet/shoal/spec"
+)
+
+// NodeHeader names the node (ID) that a call of the Node service is for. The
+// agent that gets it passes it on when it is another.
+const NodeHeader = "Shoal-Node"
+
+// routeToNode passes calls for another node on to it.
+func (a *Agent) routeToNode(local http.Handler) http.Handler {
+	transport := control.TCPClient().Transport
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		target := r.Header.Get(NodeHeader)
+		m := a.current()
+		if m == nil {
+			_ = connect.NewErrorWriter().Write(w, r, errNoCluster)
+			return
+		}
+		if target == "" || target == m.ident.NodeID {
+			local.ServeHTTP(w, r)
+			return
+		}
+		addr, err := m.controlAddr(target)
+		if err != nil {
+			_ = connect.NewErrorWriter().Write(w, r, connect.NewError(connect.CodeUnavailable, err))
+			return
+		}
+		proxy := &httputil.ReverseProxy{
+			Transport:     transport,
+			FlushInterval: -1, // streams
+			Rewrite: func(p *httputil.ProxyRequest) {
+				p.Out.URL.Scheme, p.Out.URL.Host = "http", addr
+			},
+			ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
+				_ = connect.NewErrorWriter().Write(w, r, connect.NewError(connect.CodeUnavailable, fmt.Errorf("node %s at %s does not answer: %w", target, addr, err)))
+			},
+		}
+		proxy.ServeHTTP(w, r)
+	})
+}
+
+// controlAddr finds where a node listens, by gossip or the last assignment.
+func (m *member) controlAddr(id string) (string, error) {
+	for _, p := range m.g.Snapshot().Members {
+		if p.Peer.ID == id {
+			if p.Liveness == spec.PeerDead {
+				return "", fmt.Errorf("node %s is down", p.Name)
+			}
+			return netip.AddrPortFrom(p.Addr, uint16(p.ControlPort)).String(), nil
+		}
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.assigned != nil {
+		for _, n := range m.assigned.Nodes {
+			if n.ID == id {
+				return net.JoinHostPort(n.Addr.String(), strconv.Itoa(n.ControlPort)), nil
+			}
+		}
+	}
+	return "", fmt.Errorf("node %s is not known here", id)
+}
+
+// nodeAPI serves what concerns this node's tasks.
+type nodeAPI struct{ *Agent }
+
+func (a *nodeAPI) task(id string) (*member, spec.Task, error) {
+	m := a.current()
+	if m == nil {
+		return nil, spec.Task{}, errNoCluster
+	}
+	t, _, ok := m.tasks.find(id)
+	if !ok {
+		return nil, spec.Task{}, connect.NewError(connect.CodeNotFound, fmt.Errorf("task %s is not on node %s", id, m.ident.Name))
+	}
+	return m, t, nil
+}
+
+// Exec runs a command inside a task.
+func (a *nodeAPI) Exec(ctx context.Context, stream *connect.BidiStream[shoalv1.ExecRequest, shoalv1.ExecResponse]) error {
+	first, err := stream.Receive()
+	if err != nil {
+		return err
+	}
+	start := first.GetStart()
+	if start == nil {
+		return invalid("exec: the first message is not a start")
+	}
+	if len(start.Command) == 0 {
+		return invalid("exec: no command is given")
+	}
+	m, t, err := a.task(start.Task)
+	if err != nil {
+		return err
+	}
+	var sendMu sync.Mutex
+	send := func(r *shoalv1.ExecResponse) error {
+		sendMu.Lock()
+		defer sendMu.Unlock()
+		return stream.Send(r)
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stdinR, stdinW := io.Pipe()
+	defer stdinR.Close()
+	spec := runtime.ExecSpec{Command: start.Command, Env: start.Env, Dir: start.Dir, User: start.User, TTY: start.Tty,
+		Rows: uint16(start.Rows), Cols: uint16(start.Cols),
+		Stdout: writerFunc(func(b []byte) error {
+			return send(&shoalv1.ExecResponse{Msg: &shoalv1.ExecResponse_Stdout{Stdout: b}})
+		}),
+		Stderr: writerFunc(func(b []byte) error {
+			return send(&shoalv1.ExecResponse{Msg: &shoalv1.ExecResponse_Stderr{Stderr: b}})
+		}),
+	}
+	if start.Stdin {
+		spec.Stdin = stdinR
+	}
+	proc, err := m.cfg.Runtime.Exec(ctx, t.ID, spec)
+	if err != nil {
+		return connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("exec in task %s: %w", t.Name, err))
+	}
+	// Ends with the stream, which ends when this handler returns.
+	go func() {
+		defer stdinW.Close()
+		for {
+			msg, err := stream.Receive()
+			if err != nil {
+				if !errors.Is(err, io.EOF) {
+					cancel() // the client is gone: so goes its command
+				}
+				return
+			}
+			switch v := msg.Msg.(type) {
+			case *shoalv1.ExecRequest_Stdin:
+				if start.Stdin {
+					// A command that no longer reads is no error of the client's.
+					_, _ = stdinW.Write(v.Stdin)
+				}
+			case *shoalv1.ExecRequest_StdinEof:
+				stdinW.Close()
+			case *shoalv1.ExecRequest_Resize_:
+				_ = proc.Resize(uint16(v.Resize.Rows), uint16(v.Resize.Cols))
+			case *shoalv1.ExecRequest_Signal:
+				_ = proc.Signal(int(v.Signal))
+			}
+		}
+	}()
+	code, err := proc.Wait()
+	if err != nil {
+		return connect.NewError(connect.CodeInternal, fmt.Errorf("exec in task %s: %w", t.Name, err))
+	}
+	return send(&shoalv1.ExecResponse{Msg: &shoalv1.ExecResponse_ExitCode{ExitCode: int32(code)}})
+}
+
+type writerFunc func([]byte) error
+
+func (f writerFunc) Write(b []byte) (int, error) {
+	if err := f(b); err != nil {
+		return 0, err
+	}
+	return len(b), nil
+}
+
+// Logs streams a task's output.
+func (a *nodeAPI) Logs(ctx context.Context, req *connect.Request[shoalv1.LogsRequest], stream *connect.ServerStream[shoalv1.LogsResponse]) error {
+	m, t, err := a.task(req.Msg.Task)
+	if err != nil {
+		return err
+	}
+	for line, err := range m.cfg.Runtime.Logs(ctx, t.ID, runtime.LogOptions{Follow: req.Msg.Follow, Tail: int(req.Msg.Tail)}) {
+		if err != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
+			return connect.NewError(connect.CodeInternal, fmt.Errorf("output of task %s: %w", t.Name, err))
+		}
+		if err := stream.Send(&shoalv1.LogsResponse{Stderr: line.Stderr, AtMs: line.Time.UnixMilli(), Line: line.Line}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Wait answers when the task has ended.
+func (a *nodeAPI) Wait(ctx context.Context, req *connect.Request[shoalv1.WaitRequest]) (*connect.Response[shoalv1.WaitResponse], error) {
+	m, _, err := a.task(req.Msg.Task)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		_, st, ok := m.tasks.find(req.Msg.Task)
+		if !ok || st.State.Ended() {
+			return connect.NewResponse(&shoalv1.WaitResponse{Status: api.TaskStatus(st)}), nil
+		}
+		if err := m.tasks.changed(ctx, req.Msg.Task, st); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// changed waits until a task's status is no longer the given one.
+func (m *tasks) changed(ctx context.Context, id string, was spec.TaskStatus) error {
+	for {
+		_, st, ok := m.find(id)
+		if !ok || st != was {
+			return nil
+		}
+		if !sleep(ctx, 20*time.Millisecond) {
+			return ctx.Err()
+		}
+	}
+}

@@ -1,0 +1,83 @@
+package agent
+
+import (
+	"context"
+	"sync"
+)
+
+// progress tells how far the node's data plane is behind what is wanted. Every
+// change of it wakes all who wait in await.
+type progress struct {
+	mu sync.Mutex
+	ch chan struct{} // closed and replaced at each change
+
+	requested uint64 // newest ticket taken
+	composed  uint64 // newest ticket that a View has covered
+	// want are the generations of the newest View in the two loops, have those
+	// of their newest passes.
+	want, have generations
+	pending    []appliedRev // Views not applied yet, oldest first
+}
+
+type generations struct{ overlay, vip uint64 }
+
+func (g generations) reached(want generations) bool {
+	return g.overlay >= want.overlay && g.vip >= want.vip
+}
+
+type appliedRev struct {
+	rev  uint64 // of the gossip snapshot in the View
+	gens generations
+}
+
+func newProgress() *progress { return &progress{ch: make(chan struct{})} }
+
+// update changes the progress under its lock.
+func (p *progress) update(fn func(*progress)) {
+	p.mu.Lock()
+	fn(p)
+	close(p.ch)
+	p.ch = make(chan struct{})
+	p.mu.Unlock()
+}
+
+// await returns when cond, called under the lock, is true.
+func (p *progress) await(ctx context.Context, cond func(*progress) bool) error {
+	for {
+		p.mu.Lock()
+		ok, ch := cond(p), p.ch
+		p.mu.Unlock()
+		if ok {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-ch:
+		}
+	}
+}
+
+// ticket numbers a request for a View.
+func (p *progress) ticket() (t uint64) {
+	p.update(func(p *progress) {
+		p.requested++
+		t = p.requested
+	})
+	return t
+}
+
+// passed records a loop's pass and returns the newest gossip revision that is
+// now in the kernel, 0 if that did not change.
+func (p *progress) passed(fn func(*generations)) (rev uint64) {
+	p.update(func(p *progress) {
+		fn(&p.have)
+		n := 0
+		for n < len(p.pending) && p.have.reached(p.pending[n].gens) {
+			rev = p.pending[n].rev
+			n++
+		}
+		p.pending = p.pending[n:]
+	})
+	return rev
+}

@@ -1,0 +1,613 @@
+package agent
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/shoalnet/shoal/dns"
+	"github.com/shoalnet/shoal/runtime"
+	"github.com/shoalnet/shoal/spec"
+)
+
+// Bounds of the steps of a task's life. Each is a bound on waiting for others,
+// after which the task goes on without them.
+const (
+	wireTimeout   = 15 * time.Second       // for its interfaces and routes
+	routeTimeout  = 300 * time.Millisecond // for the other nodes' routes to it
+	drainTimeout  = 2 * time.Second        // for every node's balancer to stop choosing it: Swarm's fixed wait
+	readyTimeout  = 3 * time.Second        // for its program to listen
+	readyInterval = 15 * time.Millisecond  // between looks at it
+)
+
+// plumbing is what a runner needs of the rest of the agent.
+type plumbing interface {
+	// publish makes what the runners now say known: to gossip at once, to the
+	// View soon. It does not wait.
+	publish()
+	// wired waits until the task's interfaces and routes are as wanted.
+	wired(ctx context.Context, t spec.Task) error
+	// settled waits until this node and every live one has applied what was
+	// published before the call.
+	settled(ctx context.Context) error
+}
+
+// tasks owns the runners of this node, one per task.
+type tasks struct {
+	rt       runtime.Runtime
+	dns      *dns.Server
+	instance string
+	search   func() []string
+	log      *slog.Logger
+	plumbing plumbing
+
+	ctx context.Context // of every runner
+	wg  sync.WaitGroup
+
+	mu      sync.Mutex
+	runners map[string]*runner
+	adopted bool
+}
+
+// runner moves one task through its life. Its fields are guarded by tasks.mu.
+type runner struct {
+	*tasks
+	id   string
+	wake chan struct{} // size 1: task, or the program's state, changed
+
+	task     spec.Task
+	forgoten bool // the managers have no record of it: stop and remove
+	status   spec.TaskStatus
+	sandbox  *spec.Sandbox
+	endpoint *spec.EndpointState // nil: not announced
+	stopDNS  context.CancelFunc
+}
+
+// task data kept by the runtime, for adoption.
+func encodeTask(t spec.Task) []byte {
+	b, err := json.Marshal(t)
+	if err != nil {
+		panic(err) // plain values: can't fail
+	}
+	return b
+}
+
+// adopt makes a runner for every task the runtime still has. It is called once,
+// before the first assign.
+func (m *tasks) adopt(ctx context.Context) error {
+	have, err := m.rt.List(ctx)
+	if err != nil {
+		return fmt.Errorf("find running tasks: %w", err)
+	}
+	for _, st := range have {
+		var t spec.Task
+		if err := json.Unmarshal(st.Data, &t); err != nil || t.ID != st.ID {
+			m.log.Error("removing a task whose record can't be read", "task", st.Name, "error", err)
+			if err := m.rt.Remove(ctx, st.ID); err != nil {
+				return err
+			}
+			continue
+		}
+		m.log.Info("adopting task", "task", t.Name, "state", st.State, "pid", st.PID)
+		m.start(t, &st)
+	}
+	m.mu.Lock()
+	m.adopted = true
+	m.mu.Unlock()
+	return nil
+}
+
+// assign brings the runners in line with an assignment: new tasks get a runner,
+// known ones their new desired state. Only a fresh assignment, one that comes
+// from the managers now, may end what it does not name.
+func (m *tasks) assign(self string, assigned []spec.Task, fresh bool) {
+	named := map[string]bool{}
+	for _, t := range assigned {
+		if t.Node != self {
+			continue
+		}
+		named[t.ID] = true
+		m.mu.Lock()
+		r := m.runners[t.ID]
+		if r != nil {
+			r.task.Desired, r.task.Status = t.Desired, t.Status
+			r.task.Attachments = t.Attachments
+			r.kick()
+		}
+		m.mu.Unlock()
+		if r == nil && !t.Status.Released {
+			m.start(t, nil)
+		}
+	}
+	if !fresh {
+		return
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for id, r := range m.runners {
+		if !named[id] && !r.forgoten {
+			r.forgoten = true
+			r.kick()
+		}
+	}
+}
+
+func (m *tasks) start(t spec.Task, found *runtime.Status) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.runners[t.ID] != nil || m.ctx.Err() != nil {
+		return
+	}
+	r := &runner{tasks: m, id: t.ID, wake: make(chan struct{}, 1), task: t}
+	m.runners[t.ID] = r
+	m.wg.Go(func() { r.run(m.ctx, found) })
+}
+
+// event passes the program's change of state on to its runner.
+func (m *tasks) event(id string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if r := m.runners[id]; r != nil {
+		r.kick()
+	}
+}
+
+// stopAll asks every task to stop and waits until they have, for leave.
+func (m *tasks) stopAll(ctx context.Context) error {
+	for {
+		m.mu.Lock()
+		left := slices.Sorted(maps.Keys(m.runners))
+		for _, r := range m.runners {
+			r.forgoten = true
+			r.kick()
+		}
+		m.mu.Unlock()
+		if len(left) == 0 {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%d tasks did not end: %s", len(left), strings.Join(left, ", "))
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// sandboxes, endpoints and statuses are what the runners now say.
+func (m *tasks) sandboxes() (out []spec.Sandbox, adopted bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, r := range m.runners {
+		if r.sandbox != nil {
+			out = append(out, *r.sandbox)
+		}
+	}
+	return out, m.adopted
+}
+
+func (m *tasks) endpoints() []spec.Endpoint {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var out []spec.Endpoint
+	for _, r := range m.runners {
+		if r.endpoint == nil {
+			continue
+		}
+		for _, a := range r.task.Attachments {
+			out = append(out, spec.Endpoint{Task: r.id, TaskName: r.task.Name, Hostname: hostname(r.task),
+				Service: r.task.Service, Slot: r.task.Slot, Network: a.Network, Addrs: a.Addrs, Aliases: a.Aliases, State: *r.endpoint})
+		}
+	}
+	slices.SortFunc(out, func(a, b spec.Endpoint) int { return cmp.Compare(a.Key(), b.Key()) })
+	return out
+}
+
+func (m *tasks) statuses() map[string]spec.TaskStatus {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	out := make(map[string]spec.TaskStatus, len(m.runners))
+	for id, r := range m.runners {
+		out[id] = r.status
+	}
+	return out
+}
+
+// find returns the task of a runner, by ID.
+func (m *tasks) find(id string) (spec.Task, spec.TaskStatus, bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	r := m.runners[id]
+	if r == nil {
+		return spec.Task{}, spec.TaskStatus{}, false
+	}
+	return r.task, r.status, true
+}
+
+func (r *runner) kick() {
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
+}
+
+// set changes what the runner says and publishes it.
+func (r *runner) set(fn func()) {
+	r.mu.Lock()
+	fn()
+	r.mu.Unlock()
+	r.plumbing.publish()
+}
+
+// state records how far the task is.
+func (r *runner) state(s spec.TaskState, msg string) {
+	r.set(func() {
+		r.status.State, r.status.Message, r.status.At = s, msg, time.Now().UnixMilli()
+	})
+	r.log.Info("task", "task", r.task.Name, "state", s, "message", msg)
+}
+
+func (r *runner) announce(s spec.EndpointState) { r.set(func() { r.endpoint = &s }) }
+func (r *runner) withdraw()                     { r.set(func() { r.endpoint = nil }) }
+
+// unwanted tells why the task is to end, "" while it is to run.
+func (r *runner) unwanted() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	switch {
+	case r.forgoten:
+		return "removed"
+	case r.task.Desired != spec.DesiredRunning:
+		return "stopped"
+	}
+	return ""
+}
+
+// gone tells that nothing is to be kept of the task, its output neither.
+func (r *runner) gone() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.forgoten
+}
+
+// run is the task's life. When ctx ends it returns and leaves the task as it is,
+// for the next agent to adopt.
+func (r *runner) run(ctx context.Context, found *runtime.Status) {
+	err := r.live(ctx, found)
+	if ctx.Err() != nil {
+		return
+	}
+	if err != nil {
+		r.state(spec.TaskFailed, err.Error())
+	}
+	r.release(ctx)
+	if ctx.Err() != nil {
+		return
+	}
+	// The output stays until the managers forget the task.
+	for !r.gone() {
+		select {
+		case <-ctx.Done():
+			return
+		case <-r.wake:
+		}
+	}
+	for {
+		err := r.rt.Remove(ctx, r.id)
+		if err == nil {
+			break
+		}
+		r.log.Error("task can't be removed; trying again", "task", r.task.Name, "error", err)
+		if !sleep(ctx, time.Second) {
+			return
+		}
+	}
+	r.mu.Lock()
+	delete(r.runners, r.id)
+	r.mu.Unlock()
+	r.plumbing.publish()
+}
+
+// live runs the task until its program has ended and its final state is set;
+// an error means that it could not be run.
+func (r *runner) live(ctx context.Context, found *runtime.Status) error {
+	t := r.task
+	running := found != nil && found.State == runtime.Running
+	if found == nil || found.State == runtime.Created {
+		if why := r.unwanted(); why != "" {
+			r.state(spec.TaskShutdown, why+" before it started")
+			return nil
+		}
+		r.state(spec.TaskPreparing, "")
+	}
+	if found != nil && found.State == runtime.Exited {
+		r.ended(*found)
+		return nil
+	}
+
+	sb := spec.Sandbox{Task: t.ID, Name: t.Name, Attachments: t.Attachments}
+	if found != nil {
+		sb.Netns, sb.DNSPort = found.Sandbox.Netns, found.Sandbox.DNSPort
+	} else {
+		made, err := r.rt.Create(ctx, runtime.Task{
+			ID: t.ID, Name: t.Name, Netns: spec.TaskNetns(r.instance, t), Spec: t.Spec, Hostname: hostname(t),
+			ResolvConf: resolvConf(r.search()), Hosts: hosts(t), Data: encodeTask(t),
+		})
+		if err != nil {
+			return err
+		}
+		sb.Netns, sb.DNSPort = made.Netns, made.DNSPort
+	}
+	if err := r.serveDNS(ctx); err != nil {
+		return err
+	}
+	first := spec.EndpointStarting
+	if running {
+		first = spec.EndpointActive
+	}
+	r.set(func() { r.sandbox, r.endpoint = &sb, &first })
+
+	if !running {
+		wctx, cancel := context.WithTimeout(ctx, wireTimeout)
+		err := r.plumbing.wired(wctx, t)
+		cancel()
+		if err != nil {
+			return err
+		}
+		sctx, cancel := context.WithTimeout(ctx, routeTimeout)
+		err = r.plumbing.settled(sctx)
+		cancel()
+		if err != nil {
+			r.log.Debug("starting before every node has a route to the task", "task", t.Name, "missing", err)
+		}
+		if wait := time.Until(time.UnixMilli(t.NotBefore)); t.NotBefore > 0 && wait > 0 {
+			r.state(spec.TaskPreparing, fmt.Sprintf("waiting %s before it starts again", wait.Round(time.Millisecond)))
+			if !r.waitUnless(ctx, wait) {
+				if ctx.Err() == nil {
+					r.state(spec.TaskShutdown, r.unwanted()+" before it started")
+				}
+				return nil
+			}
+		}
+		r.state(spec.TaskStarting, "")
+		if err := r.rt.Start(ctx, t.ID); err != nil {
+			return err
+		}
+		r.awaitReady(ctx)
+	}
+	return r.watch(ctx)
+}
+
+// waitUnless waits for d, and returns false as soon as the task is unwanted or
+// ctx ends.
+func (r *runner) waitUnless(ctx context.Context, d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	for {
+		if r.unwanted() != "" {
+			return false
+		}
+		select {
+		case <-ctx.Done():
+			return false
+		case <-timer.C:
+			return true
+		case <-r.wake:
+		}
+	}
+}
+
+// awaitReady returns when the program listens, has ended, is unwanted, or has
+// had its time: a replica enters a VIP when it can answer, which Swarm's does
+// before (1 request refused in each rolling update of PEERS.md), while a
+// program that never listens is not kept waiting for long.
+func (r *runner) awaitReady(ctx context.Context) {
+	deadline := time.Now().Add(readyTimeout)
+	for time.Now().Before(deadline) && r.unwanted() == "" {
+		if st, err := r.programState(ctx); err != nil || st.State != runtime.Running {
+			return
+		}
+		if up, err := r.rt.Listening(ctx, r.id); err == nil && up {
+			return
+		}
+		if !sleep(ctx, readyInterval) {
+			return
+		}
+	}
+}
+
+func (r *runner) programState(ctx context.Context) (runtime.Status, error) {
+	return r.rt.Status(ctx, r.id)
+}
+
+// watch waits for the program's end, and stops it when it is unwanted.
+func (r *runner) watch(ctx context.Context) error {
+	for {
+		st, err := r.programState(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if st.State == runtime.Exited {
+			r.withdraw()
+			r.ended(st)
+			return nil
+		}
+		if r.unwanted() != "" {
+			return r.stop(ctx)
+		}
+		r.mu.Lock()
+		isRunning := r.status.State == spec.TaskRunning
+		r.mu.Unlock()
+		if !isRunning {
+			active := spec.EndpointActive
+			r.set(func() {
+				r.endpoint = &active
+				r.status.PID = st.PID
+			})
+			r.state(spec.TaskRunning, "")
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-r.wake:
+		}
+	}
+}
+
+// stop ends the task in good order: it is out of every balancer before its
+// program hears of it.
+func (r *runner) stop(ctx context.Context) error {
+	r.announce(spec.EndpointDraining)
+	r.state(spec.TaskStopping, "draining")
+	dctx, cancel := context.WithTimeout(ctx, drainTimeout)
+	err := r.plumbing.settled(dctx)
+	cancel()
+	if err != nil {
+		r.log.Warn("stopping a task that not every node is known to have drained", "task", r.task.Name, "error", err)
+	}
+	r.state(spec.TaskStopping, "")
+	if err := r.rt.Stop(ctx, r.id, cmp.Or(r.task.Spec.StopSignal, "SIGTERM"), r.task.Spec.Grace()); err != nil {
+		if ctx.Err() != nil {
+			return nil
+		}
+		r.withdraw()
+		return err
+	}
+	st, err := r.programState(ctx)
+	if ctx.Err() != nil {
+		return nil
+	}
+	r.withdraw()
+	if err != nil {
+		return err
+	}
+	r.set(func() { r.status.ExitCode = st.ExitCode })
+	r.state(spec.TaskShutdown, "")
+	return nil
+}
+
+// ended sets the final state of a program that ended by itself.
+func (r *runner) ended(st runtime.Status) {
+	s, msg := spec.TaskFailed, st.Err
+	if st.ExitCode == 0 && st.Err == "" {
+		s = spec.TaskComplete
+	} else if msg == "" {
+		msg = fmt.Sprintf("exit status %d", st.ExitCode)
+	}
+	if r.unwanted() != "" {
+		s, msg = spec.TaskShutdown, ""
+	}
+	r.set(func() { r.status.ExitCode, r.status.PID = st.ExitCode, 0 })
+	r.state(s, msg)
+}
+
+// release takes the task off the network and tells the managers that its
+// addresses are free.
+func (r *runner) release(ctx context.Context) {
+	r.set(func() { r.sandbox, r.endpoint = nil, nil })
+	if r.stopDNS != nil {
+		r.stopDNS()
+	}
+	for {
+		err := r.rt.Release(ctx, r.id)
+		if err == nil {
+			break
+		}
+		r.log.Error("the task's sandbox can't be removed; trying again", "task", r.task.Name, "error", err)
+		if !sleep(ctx, time.Second) {
+			return
+		}
+	}
+	r.set(func() {
+		r.status.Released, r.status.PID = true, 0
+		r.status.At = time.Now().UnixMilli()
+	})
+}
+
+// serveDNS answers at 127.0.0.11 of the task's namespace until the task is
+// released.
+func (r *runner) serveDNS(ctx context.Context) error {
+	pc, ln, err := r.rt.DNSSockets(ctx, r.id)
+	if err != nil {
+		return fmt.Errorf("name server of task %s: %w", r.task.Name, err)
+	}
+	var nets []string
+	for _, a := range r.task.Attachments {
+		nets = append(nets, a.Network)
+	}
+	dctx, cancel := context.WithCancel(ctx)
+	r.stopDNS = cancel
+	r.wg.Go(func() {
+		defer cancel()
+		if err := r.dns.Serve(dctx, dns.Asker{Task: r.id, Networks: nets}, pc, ln); err != nil && dctx.Err() == nil && !errors.Is(err, net.ErrClosed) {
+			r.log.Error("name server of a task ended", "task", r.task.Name, "error", err)
+		}
+	})
+	return nil
+}
+
+// sleep waits for d and tells whether ctx still goes on.
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
+	}
+}
+
+// hostname of a task: what was asked for, else its name in letters that a host
+// name may have. A task's name is unique, so its host name is, too.
+func hostname(t spec.Task) string {
+	if t.Spec.Hostname != "" {
+		return t.Spec.Hostname
+	}
+	h := strings.Map(func(r rune) rune {
+		if r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '-' {
+			return r
+		}
+		return '-'
+	}, t.Name)
+	if len(h) > 63 {
+		// The end of a replica's name is what makes it unique.
+		h = strings.TrimLeft(h[len(h)-63:], "-")
+	}
+	return h
+}
+
+// resolvConf points the task at its name server. ndots:0, as Docker has it,
+// asks for a name as it is before any search domain.
+func resolvConf(search []string) []byte {
+	var b strings.Builder
+	b.WriteString("# made by shoal: names of the task's networks, then the node's own resolvers\n")
+	if len(search) > 0 {
+		b.WriteString("search " + strings.Join(search, " ") + "\n")
+	}
+	b.WriteString("nameserver 127.0.0.11\noptions ndots:0\n")
+	return []byte(b.String())
+}
+
+// hosts names the task itself, as Docker's /etc/hosts does.
+func hosts(t spec.Task) []byte {
+	var b strings.Builder
+	b.WriteString("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nfe00::\tip6-localnet\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n")
+	for _, a := range t.Attachments {
+		for _, ip := range a.Addrs {
+			fmt.Fprintf(&b, "%s\t%s\n", ip, hostname(t))
+		}
+	}
+	return []byte(b.String())
+}

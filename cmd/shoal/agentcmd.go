@@ -1,0 +1,153 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/shoalnet/shoal/agent"
+	"github.com/shoalnet/shoal/dns"
+	"github.com/shoalnet/shoal/internal/nl"
+	"github.com/shoalnet/shoal/overlay/vxlan"
+	"github.com/shoalnet/shoal/runtime/proc"
+	"github.com/shoalnet/shoal/vip"
+	"github.com/shoalnet/shoal/vip/ipvs"
+	"github.com/shoalnet/shoal/vip/nft"
+)
+
+const resolvConfPath = "/etc/resolv.conf"
+
+func (c *cli) agentCmd() *cobra.Command {
+	cfg := agent.Config{Version: versionString()}
+	var runDir, dataPath, logLevel, logFormat string
+	cmd := &cobra.Command{
+		Use: "agent", Short: "Run this node's agent", Args: exactly(0),
+		Long: `Agent is the daemon of a node. It listens on its unix socket only, until 'shoal
+init' or 'shoal join' gives it an address to advertise. Tasks and their network
+go on when it stops or is killed; the next agent adopts them.`,
+		Example: `  shoal agent
+  shoal agent --data-dir /srv/shoal --data-path nft --log-level debug`,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg.Socket = c.socket
+			var level slog.Level
+			if err := level.UnmarshalText([]byte(logLevel)); err != nil {
+				return usageError(cmd, fmt.Errorf("--log-level %q: use debug, info, warn or error", logLevel))
+			}
+			opt := &slog.HandlerOptions{Level: level}
+			switch logFormat {
+			case "text":
+				cfg.Log = slog.New(slog.NewTextHandler(c.err, opt))
+			case "json":
+				cfg.Log = slog.New(slog.NewJSONHandler(c.err, opt))
+			default:
+				return usageError(cmd, fmt.Errorf("--log-format %q: use text or json", logFormat))
+			}
+			if os.Geteuid() != 0 {
+				return fmt.Errorf("the agent needs root, for network namespaces and devices: run it as root, or by systemd")
+			}
+			return runAgent(cmd.Context(), cfg, runDir, dataPath)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&cfg.DataDir, "data-dir", "/var/lib/shoal", "what survives a reboot: identity, raft, task output")
+	f.StringVar(&runDir, "run-dir", "/run/shoal", "what does not")
+	f.StringVar(&cfg.NodeName, "node-name", "", "name of this node (default: the host name)")
+	f.StringVar(&cfg.AdvertiseAddr, "advertise-addr", "", "address or interface for init and join that name none")
+	f.IntVar(&cfg.ControlPort, "control-port", agent.DefaultControlPort, "TCP port of the managers' and nodes' API")
+	f.IntVar(&cfg.GossipPort, "gossip-port", agent.DefaultGossipPort, "TCP and UDP port of gossip")
+	f.StringVar(&dataPath, "data-path", "auto", "VIP data path: ipvs, nft, or auto: ipvs where the kernel has it")
+	f.StringVar(&cfg.Instance, "instance", "shoal", "prefix of what this agent names on the machine, for several agents on one")
+	f.StringVar(&logLevel, "log-level", "info", "debug, info, warn or error")
+	f.StringVar(&logFormat, "log-format", "text", "text or json")
+	_ = cmd.RegisterFlagCompletionFunc("data-path", cobra.FixedCompletions([]string{"auto", "ipvs", "nft"}, cobra.ShellCompDirectiveNoFileComp))
+	return cmd
+}
+
+// runAgent picks the implementations and runs the agent.
+func runAgent(ctx context.Context, cfg agent.Config, runDir, dataPath string) error {
+	if err := vxlan.Probe(); err != nil {
+		return err
+	}
+	var err error
+	if cfg.VIP, cfg.VIPReason, err = pickDataPath(dataPath, cfg.Log); err != nil {
+		return err
+	}
+	dp := vxlan.New(vxlan.Config{Instance: cfg.Instance, Log: cfg.Log})
+	cfg.Overlay = dp
+	cfg.WatchKernel = dp.Watch
+	cfg.Cleanup = func() error { return vxlan.Cleanup(cfg.Instance) }
+	cfg.HostRoutes = func() []netip.Prefix {
+		rs, err := nl.HostRoutes()
+		if err != nil {
+			cfg.Log.Warn("the host's routes can't be read: a new subnet may overlap one", "error", err)
+		}
+		return rs
+	}
+	cfg.Upstreams = dns.Upstreams(resolvConfPath)
+	cfg.SearchDomains = func() []string { return searchDomains(resolvConfPath) }
+	exe, err := os.Executable()
+	if err != nil {
+		return fmt.Errorf("own executable: %w", err)
+	}
+	rt, err := proc.New(proc.Config{StateDir: filepath.Join(cfg.DataDir, "tasks"), RunDir: filepath.Join(runDir, "tasks"), Exe: []string{exe}, Log: cfg.Log})
+	if err != nil {
+		return err
+	}
+	cfg.Runtime = rt
+	a, err := agent.New(cfg)
+	if err != nil {
+		return errors.Join(err, rt.Close())
+	}
+	err = a.Run(ctx)
+	return errors.Join(err, rt.Close())
+}
+
+// pickDataPath chooses the VIP data path, and says why.
+func pickDataPath(want string, log *slog.Logger) (vip.Dataplane, string, error) {
+	switch want {
+	case "ipvs":
+		if err := ipvs.Probe(); err != nil {
+			return nil, "", fmt.Errorf("data path ipvs: %w: use --data-path nft, or auto", err)
+		}
+		return ipvs.New(ipvs.Config{Log: log}), "as asked for with --data-path", nil
+	case "nft":
+		if err := nft.Probe(); err != nil {
+			return nil, "", fmt.Errorf("data path nft: %w", err)
+		}
+		return nft.New(nft.Config{Log: log}), "as asked for with --data-path", nil
+	case "auto":
+		ipvsErr := ipvs.Probe()
+		if ipvsErr == nil {
+			return ipvs.New(ipvs.Config{Log: log}), "the kernel has IPVS", nil
+		}
+		if err := nft.Probe(); err != nil {
+			return nil, "", fmt.Errorf("no VIP data path works here: ipvs: %w; nft: %w", ipvsErr, err)
+		}
+		log.Warn("virtual IPs use nftables, because IPVS can't be used here", "reason", ipvsErr)
+		return nft.New(nft.Config{Log: log}), "IPVS can't be used: " + ipvsErr.Error(), nil
+	}
+	return nil, "", &exitError{code: 2, err: fmt.Errorf("--data-path %q: use auto, ipvs or nft", want)}
+}
+
+// searchDomains are the machine's own (resolv.conf(5)): the last search or
+// domain line counts.
+func searchDomains(path string) []string {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil
+	}
+	var out []string
+	for l := range strings.Lines(string(b)) {
+		if f := strings.Fields(l); len(f) > 1 && (f[0] == "search" || f[0] == "domain") {
+			out = f[1:]
+		}
+	}
+	return out
+}

@@ -1,0 +1,235 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"runtime"
+	"runtime/debug"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+
+	"github.com/shoalnet/shoal/agent"
+	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+)
+
+// version is set by the build (-ldflags -X main.version=…).
+var version = ""
+
+func versionString() string {
+	if version != "" {
+		return version
+	}
+	if bi, ok := debug.ReadBuildInfo(); ok && bi.Main.Version != "" {
+		return bi.Main.Version
+	}
+	return "unknown"
+}
+
+func (c *cli) versionCmd() *cobra.Command {
+	cmd := &cobra.Command{Use: "version", Short: "Show the version", Args: exactly(0),
+		RunE: func(*cobra.Command, []string) error {
+			if c.output == "json" {
+				return c.json(map[string]string{"version": versionString(), "go": runtime.Version(), "arch": runtime.GOARCH})
+			}
+			fmt.Fprintf(c.out, "shoal %s (%s, linux/%s)\n", versionString(), runtime.Version(), runtime.GOARCH)
+			return nil
+		}}
+	c.outputFlag(cmd, "json")
+	return cmd
+}
+
+func (c *cli) initCmd() *cobra.Command {
+	req := &shoalv1.InitRequest{}
+	cmd := &cobra.Command{
+		Use:   "init",
+		Short: "Make a cluster, with this node as its first manager",
+		Example: `  shoal init
+  shoal init --advertise-addr 192.0.2.1
+  shoal init --advertise-addr eth1 --default-addr-pool 10.20.0.0/16 --default-addr-pool-mask-length 26`,
+		Args: exactly(0),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			resp, err := c.local().Init(cmd.Context(), connect.NewRequest(req))
+			if err != nil {
+				return err
+			}
+			n := resp.Msg.Node
+			fmt.Fprintf(c.out, "Cluster %s is made; this node (%s) is its manager.\n\nTo add a node, start its agent and run on it:\n\n    shoal join %s\n\nor 'shoal join --role manager %s' for a further manager: three bear the loss of one.\n",
+				resp.Msg.Cluster, n.Name, hostPort(n), hostPort(n))
+			return nil
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&req.AdvertiseAddr, "advertise-addr", "", "address or interface that other nodes reach this one by (default: that of the default route)")
+	f.StringSliceVar(&req.AddressPools, "default-addr-pool", nil, "pool that networks' subnets are cut from (default "+agent.DefaultPool+"; repeatable)")
+	f.Int32Var(&req.SubnetSize, "default-addr-pool-mask-length", agent.DefaultSubnetSize, "prefix length of those subnets")
+	f.Int32Var(&req.DataPathPort, "data-path-port", agent.DefaultDataPathPort, "UDP port of VXLAN, the same on every node")
+	return cmd
+}
+
+func hostPort(n *shoalv1.NodeInfo) string {
+	host := n.Addr
+	if strings.Contains(host, ":") {
+		host = "[" + host + "]"
+	}
+	if n.ControlPort == agent.DefaultControlPort {
+		return strings.Trim(host, "[]")
+	}
+	return fmt.Sprintf("%s:%d", host, n.ControlPort)
+}
+
+func (c *cli) joinCmd() *cobra.Command {
+	req := &shoalv1.JoinRequest{}
+	cmd := &cobra.Command{
+		Use:   "join HOST[:PORT]",
+		Short: "Join this node to the cluster of a manager",
+		Example: `  shoal join 192.0.2.1
+  shoal join --role manager --advertise-addr 192.0.2.2 192.0.2.1:2377`,
+		Args: exactly(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			req.Remote = args[0]
+			resp, err := c.local().Join(cmd.Context(), connect.NewRequest(req))
+			if err != nil {
+				return err
+			}
+			fmt.Fprintf(c.out, "This node (%s) joined cluster %s as a %s.\n", resp.Msg.Node.Name, resp.Msg.Cluster, resp.Msg.Node.Role)
+			return nil
+		},
+	}
+	cmd.Flags().StringVar(&req.AdvertiseAddr, "advertise-addr", "", "address or interface that other nodes reach this one by (default: that of the default route)")
+	cmd.Flags().StringVar(&req.Role, "role", "worker", "manager or worker")
+	cmd.Flags().StringVar(&req.Token, "token", "", "join token (not asked for yet)")
+	_ = cmd.RegisterFlagCompletionFunc("role", cobra.FixedCompletions([]string{"manager", "worker"}, cobra.ShellCompDirectiveNoFileComp))
+	return cmd
+}
+
+func (c *cli) leaveCmd() *cobra.Command {
+	req := &shoalv1.LeaveRequest{}
+	cmd := &cobra.Command{
+		Use:   "leave",
+		Short: "Stop this node's tasks, leave the cluster and remove all that Shoal made here",
+		Args:  exactly(0),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			done := c.progress("Leaving: draining and stopping this node's tasks")
+			_, err := c.local().Leave(cmd.Context(), connect.NewRequest(req))
+			done()
+			if err != nil {
+				return err
+			}
+			fmt.Fprintln(c.out, "This node left the cluster.")
+			return nil
+		},
+	}
+	cmd.Flags().BoolVarP(&req.Force, "force", "f", false, "also when it is the last manager, or no manager answers")
+	return cmd
+}
+
+func (c *cli) infoCmd() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "info",
+		Short: "Show this node and its cluster",
+		Args:  exactly(0),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			resp, err := c.local().Info(cmd.Context(), connect.NewRequest(&shoalv1.InfoRequest{}))
+			if err != nil {
+				return err
+			}
+			m := resp.Msg
+			if c.output == "json" {
+				return c.json(map[string]any{"version": m.Version, "cluster": m.Cluster, "node_id": m.Node.GetId(), "node": m.Node.GetName(), "number": m.Node.GetNumber(),
+					"role": m.Node.GetRole(), "addr": m.Node.GetAddr(), "data_path": m.DataPath, "data_path_reason": m.DataPathReason, "data_dir": m.DataDir, "leader": m.Leader})
+			}
+			cluster := m.Cluster
+			if cluster == "" {
+				cluster = "none: run 'shoal init' or 'shoal join HOST'"
+			}
+			c.table([][]string{{"Node:", m.Node.GetName()}, {"Node ID:", m.Node.GetId()}, {"Cluster:", cluster}, {"Role:", m.Node.GetRole()}, {"Address:", m.Node.GetAddr()},
+				{"Data path:", m.DataPath + " (" + m.DataPathReason + ")"}, {"Data directory:", m.DataDir}, {"Agent version:", m.Version}})
+			return nil
+		},
+	}
+	c.outputFlag(cmd, "json")
+	return cmd
+}
+
+func (c *cli) doctorCmd() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "doctor",
+		Short: "Look for what is wrong on this node",
+		Long: `Doctor checks this node's part of the cluster and lists every kernel object that
+can't be brought into the state that is wanted. It exits with status 1 when it
+finds an error.`,
+		Args: exactly(0),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			resp, err := c.local().Doctor(cmd.Context(), connect.NewRequest(&shoalv1.DoctorRequest{}))
+			if err != nil {
+				return err
+			}
+			bad := false
+			for _, ch := range resp.Msg.Checks {
+				bad = bad || ch.Status == "error"
+			}
+			if c.output == "json" {
+				checks, _ := each(resp.Msg.Checks, func(ch *shoalv1.DoctorResponse_Check) (map[string]string, error) {
+					return map[string]string{"name": ch.Name, "status": ch.Status, "message": ch.Message, "hint": ch.Hint}, nil
+				})
+				objects, _ := each(resp.Msg.Objects, func(o *shoalv1.DoctorResponse_Object) (map[string]any, error) {
+					return map[string]any{"reconciler": o.Reconciler, "object": o.Object, "phase": o.Phase, "op": o.Op, "since_ms": o.SinceMs, "error": o.Error, "tries": o.Tries}, nil
+				})
+				if err := c.json(map[string]any{"checks": checks, "objects": objects}); err != nil {
+					return err
+				}
+			} else {
+				for _, ch := range resp.Msg.Checks {
+					fmt.Fprintf(c.out, "%-6s%-11s%s\n", ch.Status, ch.Name, ch.Message)
+					if ch.Hint != "" {
+						fmt.Fprintf(c.out, "%17s%s\n", "", ch.Hint)
+					}
+				}
+				for _, o := range resp.Msg.Objects {
+					if o.Phase == "error" || c.output == "wide" {
+						fmt.Fprintf(c.out, "%-6s%s\n      %s, for %s\n", o.Phase, o.Object, o.Op, time.Since(time.UnixMilli(o.SinceMs)).Round(time.Second))
+						if o.Error != "" {
+							fmt.Fprintf(c.out, "      %s (tried %d times)\n", o.Error, o.Tries)
+						}
+					}
+				}
+			}
+			if bad {
+				return &exitError{code: 1}
+			}
+			return nil
+		},
+	}
+	c.outputFlag(cmd, "json", "wide")
+	return cmd
+}
+
+// progress shows on a terminal that something goes on; call what it returns
+// when it is over.
+func (c *cli) progress(what string) func() {
+	if !c.terminal() {
+		return func() {}
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		start := time.Now()
+		for {
+			fmt.Fprintf(c.err, "\r%s (%s) \033[K", what, time.Since(start).Round(time.Second))
+			select {
+			case <-ctx.Done():
+				fmt.Fprint(c.err, "\r\033[K")
+				return
+			case <-time.After(time.Second):
+			}
+		}
+	}()
+	return func() {
+		cancel()
+		<-done
+	}
+}

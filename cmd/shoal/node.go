@@ -1,0 +1,158 @@
+package main
+
+import (
+	"fmt"
+	"strings"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+
+	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+)
+
+func (c *cli) nodeCmd() *cobra.Command {
+	return group("node", "Manage the cluster's nodes", nil, c.nodeLs(), c.nodeInspect(), c.nodeUpdate(), c.nodeRm())
+}
+
+func (c *cli) nodeLs() *cobra.Command {
+	var quiet bool
+	cmd := &cobra.Command{Use: "ls", Short: "List the nodes", Aliases: []string{"list"}, Args: exactly(0),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			nodes, _, err := c.nodes(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if c.output == "json" {
+				js, err := each(nodes, toNodeJSON)
+				if err != nil {
+					return err
+				}
+				return c.json(js)
+			}
+			if quiet {
+				for _, n := range nodes {
+					fmt.Fprintln(c.out, n.Id)
+				}
+				return nil
+			}
+			head := []string{"ID", "NAME", "STATUS", "AVAILABILITY", "ROLE", "ADDRESS"}
+			if c.output == "wide" {
+				head = append(head, "NUMBER", "DATA PATH", "MESSAGE")
+			}
+			rows := [][]string{head}
+			for _, n := range nodes {
+				role := n.Role
+				if n.Leader {
+					role = "leader"
+				}
+				row := []string{n.Id, n.Name, n.Status, n.Availability, role, n.Addr}
+				if c.output == "wide" {
+					row = append(row, fmt.Sprint(n.Number), n.DataPath, n.Message)
+				}
+				rows = append(rows, row)
+			}
+			c.table(rows)
+			return nil
+		}}
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "IDs only")
+	c.outputFlag(cmd, "json", "wide")
+	return cmd
+}
+
+func (c *cli) nodeInspect() *cobra.Command {
+	cmd := &cobra.Command{Use: "inspect NODE [NODE...]", Short: "Show nodes in full", Args: atLeast(1),
+		Example:           "  shoal node inspect node2\n  shoal node inspect self",
+		ValidArgsFunction: c.complete(c.nodeNames),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			for i, a := range args {
+				if a == "self" {
+					info, err := c.local().Info(cmd.Context(), connect.NewRequest(&shoalv1.InfoRequest{}))
+					if err != nil {
+						return err
+					}
+					args[i] = info.Msg.Node.GetId()
+				}
+			}
+			nodes, _, err := c.nodes(cmd.Context(), args...)
+			if err != nil {
+				return err
+			}
+			js, err := each(nodes, toNodeJSON)
+			if err != nil {
+				return err
+			}
+			return c.json(js)
+		}}
+	c.outputFlag(cmd, "json")
+	return cmd
+}
+
+func (c *cli) nodeUpdate() *cobra.Command {
+	var role, availability string
+	var add, rm []string
+	cmd := &cobra.Command{Use: "update NODE", Short: "Change a node's role, availability or labels", Args: exactly(1),
+		Example: `  shoal node update --availability drain node2     # move its replicas elsewhere
+  shoal node update --role manager node3
+  shoal node update --label-add disk=ssd node1`,
+		ValidArgsFunction: c.complete(c.nodeNames),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			req := &shoalv1.UpdateNodeRequest{Ref: args[0], RemoveLabels: rm}
+			if cmd.Flags().Changed("role") {
+				req.Role = &role
+			}
+			if cmd.Flags().Changed("availability") {
+				req.Availability = &availability
+			}
+			var err error
+			if req.SetLabels, err = labels(add); err != nil {
+				return usageError(cmd, err)
+			}
+			resp, err := c.control().UpdateNode(cmd.Context(), connect.NewRequest(req))
+			if err != nil {
+				return err
+			}
+			fmt.Fprintln(c.out, resp.Msg.Node.Name)
+			return nil
+		}}
+	f := cmd.Flags()
+	f.StringVar(&role, "role", "", "manager or worker")
+	f.StringVar(&availability, "availability", "", "active, pause (no new tasks) or drain (none at all)")
+	f.StringSliceVar(&add, "label-add", nil, "set a label, key=value")
+	f.StringSliceVar(&rm, "label-rm", nil, "remove a label, by key")
+	return cmd
+}
+
+func (c *cli) nodeRm() *cobra.Command {
+	var force bool
+	cmd := &cobra.Command{Use: "rm NODE [NODE...]", Short: "Remove nodes from the cluster", Aliases: []string{"remove"}, Args: atLeast(1),
+		Long: `Rm makes the managers forget a node that will not come back; its tasks' addresses
+are free again. Run 'shoal leave' on a node that still works.`,
+		ValidArgsFunction: c.complete(c.nodeNames),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			for _, a := range args {
+				if _, err := c.control().RemoveNode(cmd.Context(), connect.NewRequest(&shoalv1.RemoveNodeRequest{Ref: a, Force: force})); err != nil {
+					return err
+				}
+				fmt.Fprintln(c.out, a)
+			}
+			return nil
+		}}
+	cmd.Flags().BoolVarP(&force, "force", "f", false, "also a node that is not down")
+	return cmd
+}
+
+// labels parses key=value; a key alone has an empty value, as Docker has it.
+func labels(in []string) (map[string]string, error) {
+	if len(in) == 0 {
+		return nil, nil
+	}
+	m := map[string]string{}
+	for _, l := range in {
+		k, v, _ := strings.Cut(l, "=")
+		if k == "" {
+			return nil, fmt.Errorf("label %q: want key=value", l)
+		}
+		m[k] = v
+	}
+	return m, nil
+}

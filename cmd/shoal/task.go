@@ -1,0 +1,428 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"github.com/shoalnet/shoal/agent"
+	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/spec"
+)
+
+func (c *cli) runCmd() *cobra.Command {
+	var tf taskFlags
+	var detach, remove bool
+	var stopTimeout int
+	req := &shoalv1.CreateTaskRequest{}
+	cmd := &cobra.Command{
+		Use: "run [flags] -- COMMAND [ARG...]", Short: "Run a task on one node, this one by default", Args: cobra.ArbitraryArgs,
+		Long: `Run starts a task of its own, outside of any service, on this node or the one
+given with --node. In the foreground it shows the task's output, passes SIGINT
+and SIGTERM on, and exits with the task's exit status; with -d it prints the
+task's ID once it runs.`,
+		Example: `  shoal run -d --name c1 --network app -- sleep 3600
+  shoal run --rm --network app -- curl -s http://web/`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return usageError(cmd, fmt.Errorf("no command: give it after --, like: shoal run --network app -- sleep 60"))
+			}
+			tf.stopGrace = time.Duration(stopTimeout) * time.Second
+			var err error
+			if req.Spec, err = tf.spec(args); err != nil {
+				return usageError(cmd, err)
+			}
+			if req.Networks, err = tf.attachments(); err != nil {
+				return usageError(cmd, err)
+			}
+			if req.Node == "" {
+				info, err := c.local().Info(cmd.Context(), connect.NewRequest(&shoalv1.InfoRequest{}))
+				if err != nil {
+					return err
+				}
+				req.Node = info.Msg.Node.GetId()
+			}
+			resp, err := c.control().CreateTask(cmd.Context(), connect.NewRequest(req))
+			if err != nil {
+				return err
+			}
+			return c.attend(cmd.Context(), resp.Msg.Task, detach, remove)
+		},
+	}
+	f := cmd.Flags()
+	f.SetInterspersed(false)
+	f.BoolVarP(&detach, "detach", "d", false, "leave it running and print its ID")
+	f.BoolVar(&remove, "rm", false, "remove its record when it has ended")
+	f.StringVar(&req.Name, "name", "", "name of the task, and its host name on its networks")
+	f.StringVar(&req.Node, "node", "", "node to run it on, by name or ID (default: this one)")
+	f.IntVar(&stopTimeout, "stop-timeout", int(spec.DefaultStopGrace/time.Second), "seconds between the stop signal and the kill")
+	tf.add(f)
+	_ = cmd.RegisterFlagCompletionFunc("network", c.complete(c.networkNames))
+	_ = cmd.RegisterFlagCompletionFunc("node", c.complete(c.nodeNames))
+	return cmd
+}
+
+// attend waits until a new task runs (detached), or for its end.
+func (c *cli) attend(ctx context.Context, t *shoalv1.Task, detach, remove bool) error {
+	id := t.Id
+	// A context of its own: an interrupt stops the task, not the waiting.
+	wctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	if !detach {
+		stopping := make(chan struct{})
+		go func() {
+			defer close(stopping)
+			select {
+			case <-ctx.Done():
+				_, _ = c.control().StopTask(wctx, connect.NewRequest(&shoalv1.StopTaskRequest{Ref: id}))
+			case <-wctx.Done():
+			}
+		}()
+		defer func() {
+			cancel()
+			<-stopping
+		}()
+	} else {
+		wctx = ctx
+	}
+	for {
+		ts, err := c.tasks(wctx, &shoalv1.ListTasksRequest{Refs: []string{id}, All: true})
+		if err != nil {
+			return err
+		}
+		if len(ts) == 1 {
+			t = ts[0]
+		}
+		st, err := spec.ParseTaskState(t.GetStatus().GetState())
+		if err != nil {
+			return err
+		}
+		if st >= spec.TaskStarting {
+			if !detach {
+				break
+			}
+			if st.Ended() && st != spec.TaskComplete {
+				return c.taskFailed(t)
+			}
+			if st >= spec.TaskRunning {
+				fmt.Fprintln(c.out, id)
+				return nil
+			}
+		}
+		if !sleep(wctx, 20*time.Millisecond) {
+			return wctx.Err()
+		}
+	}
+	// The node keeps the output of a task that has ended, so none is lost even
+	// when it was quick.
+	err := c.taskLogs(wctx, t, true, 0, func(m *shoalv1.LogsResponse) {
+		w := c.out
+		if m.Stderr {
+			w = c.err
+		}
+		fmt.Fprintf(w, "%s\n", m.Line)
+	})
+	if err != nil {
+		return err
+	}
+	for !ended(t) {
+		ts, err := c.tasks(wctx, &shoalv1.ListTasksRequest{Refs: []string{id}, All: true})
+		if err != nil {
+			return err
+		}
+		if len(ts) == 1 {
+			t = ts[0]
+		}
+		if !ended(t) && !sleep(wctx, 20*time.Millisecond) {
+			return wctx.Err()
+		}
+	}
+	if remove {
+		if _, err := c.control().StopTask(wctx, connect.NewRequest(&shoalv1.StopTaskRequest{Ref: id, Remove: true})); err != nil {
+			return err
+		}
+	}
+	if code := t.GetStatus().GetExitCode(); code != 0 {
+		return &exitError{code: int(code)}
+	}
+	if t.GetStatus().GetState() != spec.TaskComplete.String() && t.GetStatus().GetState() != spec.TaskShutdown.String() {
+		return c.taskFailed(t)
+	}
+	return nil
+}
+
+// taskFailed reports a task that could not run. 125 is Docker's status for that.
+func (c *cli) taskFailed(t *shoalv1.Task) error {
+	code := cmp.Or(int(t.GetStatus().GetExitCode()), 125)
+	return &exitError{code: code, err: fmt.Errorf("task %s %s: %s: see 'shoal logs %s'; 'shoal rm %s' frees its name", t.Name, t.GetStatus().GetState(), t.GetStatus().GetMessage(), t.Name, t.Name)}
+}
+
+func sleep(ctx context.Context, d time.Duration) bool {
+	select {
+	case <-ctx.Done():
+		return false
+	case <-time.After(d):
+		return true
+	}
+}
+
+func (c *cli) psCmd() *cobra.Command {
+	req := &shoalv1.ListTasksRequest{}
+	var quiet bool
+	cmd := &cobra.Command{Use: "ps", Short: "List tasks, of all nodes", Args: exactly(0),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			tasks, err := c.tasks(cmd.Context(), req)
+			if err != nil {
+				return err
+			}
+			if quiet {
+				for _, t := range tasks {
+					fmt.Fprintln(c.out, t.Id)
+				}
+				return nil
+			}
+			return c.taskTable(cmd.Context(), tasks)
+		}}
+	cmd.Flags().BoolVarP(&req.All, "all", "a", false, "also those that have ended")
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "IDs only")
+	cmd.Flags().StringVar(&req.Node, "node", "", "only those of one node")
+	_ = cmd.RegisterFlagCompletionFunc("node", c.complete(c.nodeNames))
+	c.outputFlag(cmd, "json", "wide")
+	return cmd
+}
+
+func (c *cli) stopCmd() *cobra.Command {
+	return &cobra.Command{Use: "stop TASK [TASK...]", Short: "Stop tasks made with shoal run", Args: atLeast(1),
+		ValidArgsFunction: c.complete(c.taskNames),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return c.endTasks(cmd.Context(), args, false)
+		}}
+}
+
+func (c *cli) rmCmd() *cobra.Command {
+	var force bool
+	cmd := &cobra.Command{Use: "rm TASK [TASK...]", Short: "Remove tasks made with shoal run", Aliases: []string{"remove"}, Args: atLeast(1),
+		ValidArgsFunction: c.complete(c.taskNames),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if !force {
+				for _, a := range args {
+					t, err := c.task(cmd.Context(), a)
+					if err != nil {
+						return err
+					}
+					if !ended(t) {
+						return fmt.Errorf("task %s is %s: run 'shoal stop %s' first, or 'shoal rm -f %s'", t.Name, t.GetStatus().GetState(), a, a)
+					}
+				}
+			}
+			return c.endTasks(cmd.Context(), args, true)
+		}}
+	cmd.Flags().BoolVarP(&force, "force", "f", false, "stop those that run")
+	return cmd
+}
+
+// endTasks asks for the end of tasks, and waits for it.
+func (c *cli) endTasks(ctx context.Context, refs []string, remove bool) error {
+	return c.forEach(refs, func(ref string) error {
+		t, err := c.task(ctx, ref)
+		if err != nil {
+			return err
+		}
+		if t.Service != "" {
+			return fmt.Errorf("task %s is a replica of a service, which would replace it: use 'shoal svc scale' or 'shoal svc rm'", t.Name)
+		}
+		if _, err := c.control().StopTask(ctx, connect.NewRequest(&shoalv1.StopTaskRequest{Ref: t.Id, Remove: remove})); err != nil {
+			return err
+		}
+		done := c.progress("Stopping " + t.Name)
+		defer done()
+		limit := time.Now().Add(time.Duration(t.GetSpec().GetStopGraceMs())*time.Millisecond + 20*time.Second)
+		for time.Now().Before(limit) {
+			ts, err := c.tasks(ctx, &shoalv1.ListTasksRequest{Refs: []string{t.Id}, All: true})
+			if connect.CodeOf(err) == connect.CodeNotFound && err != nil {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			if len(ts) == 0 || (!remove && ended(ts[0])) {
+				return nil
+			}
+			if !sleep(ctx, 30*time.Millisecond) {
+				return ctx.Err()
+			}
+		}
+		return fmt.Errorf("task %s was asked to stop, but its node has not confirmed it: see 'shoal ps -a'", t.Name)
+	})
+}
+
+func (c *cli) logsCmd() *cobra.Command {
+	lf := logFlags{}
+	cmd := &cobra.Command{Use: "logs TASK", Short: "Show the output of a task", Args: exactly(1),
+		ValidArgsFunction: c.complete(c.taskNames),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			t, err := c.task(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			return c.followLogs(cmd.Context(), []*shoalv1.Task{t}, lf)
+		}}
+	f := cmd.Flags()
+	f.BoolVarP(&lf.follow, "follow", "f", false, "go on as more comes")
+	f.BoolVarP(&lf.timestamps, "timestamps", "t", false, "begin each line with its time")
+	f.Int32VarP(&lf.tail, "tail", "n", 0, "only the last lines (0: all)")
+	return cmd
+}
+
+func (c *cli) execCmd() *cobra.Command {
+	start := &shoalv1.ExecRequest_Start{}
+	cmd := &cobra.Command{
+		Use: "exec [flags] TASK COMMAND [ARG...]", Short: "Run a command inside a running task", Args: cobra.ArbitraryArgs,
+		Long: `Exec runs a command in a task's namespaces, on whichever node it is, and exits
+with the command's exit status: 126 when it can't be executed, 127 when it is
+not found. SERVICE.SLOT names a replica, such as web.1.`,
+		Example: `  shoal exec c1 ip route
+  shoal exec -it web.1 bash
+  tar -c . | shoal exec -i c1 tar -x -C /tmp`,
+		ValidArgsFunction: c.complete(c.taskNames),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 1 && args[1] == "--" {
+				args = append(args[:1:1], args[2:]...)
+			}
+			if len(args) < 2 {
+				return usageError(cmd, fmt.Errorf("exec takes a task and a command, like: shoal exec c1 ip addr"))
+			}
+			t, err := c.task(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			if ended(t) {
+				return fmt.Errorf("task %s is %s: exec needs one that runs", t.Name, t.GetStatus().GetState())
+			}
+			start.Task, start.Command = t.Id, args[1:]
+			return c.exec(cmd.Context(), t.Node, start)
+		},
+	}
+	f := cmd.Flags()
+	f.SetInterspersed(false)
+	f.BoolVarP(&start.Stdin, "interactive", "i", false, "pass standard input on")
+	f.BoolVarP(&start.Tty, "tty", "t", false, "give the command a terminal")
+	f.StringArrayVarP(&start.Env, "env", "e", nil, "further environment variable, KEY=value (repeatable)")
+	f.StringVarP(&start.Dir, "workdir", "w", "", "working directory")
+	f.StringVarP(&start.User, "user", "u", "", "user or uid, and group: NAME[:GROUP]")
+	return cmd
+}
+
+// exec runs one command over the Node API.
+func (c *cli) exec(ctx context.Context, node string, start *shoalv1.ExecRequest_Start) error {
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx)) // signals are the command's
+	defer cancel()
+	in, _ := c.in.(*os.File)
+	if start.Tty {
+		if !start.Stdin || in == nil || !term.IsTerminal(int(in.Fd())) {
+			if start.Stdin {
+				return fmt.Errorf("-t needs a terminal, and standard input is none: leave -t out")
+			}
+		} else {
+			old, err := term.MakeRaw(int(in.Fd()))
+			if err != nil {
+				return err
+			}
+			defer func() { _ = term.Restore(int(in.Fd()), old) }()
+			if w, h, err := term.GetSize(int(in.Fd())); err == nil {
+				start.Rows, start.Cols = int32(h), int32(w)
+			}
+			start.Env = append([]string{"TERM=" + cmp.Or(os.Getenv("TERM"), "xterm")}, start.Env...)
+		}
+	}
+	stream := c.node().Exec(ctx)
+	stream.RequestHeader().Set(agent.NodeHeader, node)
+	var sendMu sync.Mutex
+	send := func(r *shoalv1.ExecRequest) error {
+		sendMu.Lock()
+		defer sendMu.Unlock()
+		return stream.Send(r)
+	}
+	if err := send(&shoalv1.ExecRequest{Msg: &shoalv1.ExecRequest_Start_{Start: start}}); err != nil && !errors.Is(err, io.EOF) {
+		return explain{c.socket}.err(err)
+	}
+	if start.Stdin {
+		go func() { // ends with the process: a read of standard input can't be cut short
+			buf := make([]byte, 32<<10)
+			for {
+				n, err := c.in.Read(buf)
+				if n > 0 {
+					if send(&shoalv1.ExecRequest{Msg: &shoalv1.ExecRequest_Stdin{Stdin: buf[:n]}}) != nil {
+						return
+					}
+				}
+				if err != nil {
+					_ = send(&shoalv1.ExecRequest{Msg: &shoalv1.ExecRequest_StdinEof{StdinEof: true}})
+					return
+				}
+			}
+		}()
+	}
+	sigs := make(chan os.Signal, 8)
+	signal.Notify(sigs, syscall.SIGINT, syscall.SIGTERM, syscall.SIGWINCH)
+	defer signal.Stop(sigs)
+	go func() {
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case s := <-sigs:
+				if s == syscall.SIGWINCH {
+					if in != nil && start.Tty {
+						if w, h, err := term.GetSize(int(in.Fd())); err == nil {
+							_ = send(&shoalv1.ExecRequest{Msg: &shoalv1.ExecRequest_Resize_{Resize: &shoalv1.ExecRequest_Resize{Rows: int32(h), Cols: int32(w)}}})
+						}
+					}
+					continue
+				}
+				_ = send(&shoalv1.ExecRequest{Msg: &shoalv1.ExecRequest_Signal{Signal: int32(s.(syscall.Signal))}})
+			}
+		}
+	}()
+	for {
+		msg, err := stream.Receive()
+		if err != nil {
+			if errors.Is(err, io.EOF) {
+				return fmt.Errorf("the node ended the command without an exit status")
+			}
+			if m := message(err); strings.Contains(m, "executable file not found") || strings.Contains(m, "no such file") {
+				return &exitError{code: 127, err: err}
+			} else if strings.Contains(m, "permission denied") {
+				return &exitError{code: 126, err: err}
+			}
+			return explain{c.socket}.err(err)
+		}
+		switch v := msg.Msg.(type) {
+		case *shoalv1.ExecResponse_Stdout:
+			if _, err := c.out.Write(v.Stdout); err != nil {
+				return err
+			}
+		case *shoalv1.ExecResponse_Stderr:
+			if _, err := c.err.Write(v.Stderr); err != nil {
+				return err
+			}
+		case *shoalv1.ExecResponse_ExitCode:
+			if v.ExitCode != 0 {
+				return &exitError{code: int(v.ExitCode)}
+			}
+			return nil
+		}
+	}
+}

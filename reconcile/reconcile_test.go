@@ -1,0 +1,249 @@
+package reconcile
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// world is a kernel with named objects; broken ones can't be applied.
+type world struct {
+	mu       sync.Mutex
+	have     map[string]bool
+	broken   map[string]bool
+	observe  error
+	attempts map[string]int
+	drainEnd time.Time
+}
+
+type op struct {
+	name string
+	add  bool
+}
+
+func (o op) Object() string { return o.name }
+func (o op) String() string { return fmt.Sprintf("set %s=%t", o.name, o.add) }
+
+func newWorld() *world {
+	return &world{have: map[string]bool{}, broken: map[string]bool{}, attempts: map[string]int{}}
+}
+
+func (w *world) Observe(context.Context, []string) ([]string, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var out []string
+	for n := range w.have {
+		out = append(out, n)
+	}
+	return out, w.observe
+}
+
+func (w *world) Diff(want, have []string, now time.Time) (ops []Op, next time.Time) {
+	for _, n := range want {
+		if !slices.Contains(have, n) {
+			ops = append(ops, op{n, true})
+		}
+	}
+	for _, n := range have {
+		if !slices.Contains(want, n) {
+			if end := w.drainEnd; now.Before(end) {
+				next = end
+				continue
+			}
+			ops = append(ops, op{n, false})
+		}
+	}
+	return ops, next
+}
+
+func (w *world) Apply(_ context.Context, o Op) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	x := o.(op)
+	w.attempts[x.name]++
+	if w.broken[x.name] {
+		return errors.New("no such device")
+	}
+	if x.add {
+		w.have[x.name] = true
+	} else {
+		delete(w.have, x.name)
+	}
+	return nil
+}
+
+func (w *world) do(fn func()) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	fn()
+}
+
+func (w *world) names() []string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var out []string
+	for n := range w.have {
+		out = append(out, n)
+	}
+	slices.Sort(out)
+	return out
+}
+
+func eventually(t *testing.T, what string, cond func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		if cond() {
+			return
+		}
+	}
+	t.Fatalf("never: %s", what)
+}
+
+// start runs a loop until the test ends.
+func start(t *testing.T, w *world, opt Options) *Loop[[]string, []string] {
+	t.Helper()
+	opt.Log = slog.New(slog.DiscardHandler)
+	l := New("test", w, opt)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		l.Run(ctx)
+	}()
+	t.Cleanup(func() {
+		cancel()
+		<-done
+	})
+	return l
+}
+
+func TestNothingHappensBeforeTheFirstSet(t *testing.T) {
+	w := newWorld()
+	w.have["foreign"] = true
+	l := start(t, w, Options{Period: time.Millisecond})
+	l.Wake()
+	passes := l.Last()
+	if passes.Gen != 0 || len(w.names()) != 1 {
+		t.Fatalf("a pass ran before Set: %+v, have %v", passes, w.names())
+	}
+	l.Set(nil)
+	eventually(t, "the unwanted object goes", func() bool { return len(w.names()) == 0 })
+}
+
+func TestConvergesAndRepairs(t *testing.T) {
+	w := newWorld()
+	l := start(t, w, Options{Period: 5 * time.Millisecond})
+	gen := l.Set([]string{"a", "b"})
+	eventually(t, "a and b exist", func() bool { return slices.Equal(w.names(), []string{"a", "b"}) })
+	eventually(t, "the generation is applied", func() bool { return l.Applied() == gen })
+	w.do(func() { delete(w.have, "a") })
+	eventually(t, "a is back, with no notice", func() bool { return slices.Equal(w.names(), []string{"a", "b"}) })
+	l.Set([]string{"b", "c"})
+	eventually(t, "c replaced a", func() bool { return slices.Equal(w.names(), []string{"b", "c"}) })
+}
+
+func TestOneFailureStopsNothingElse(t *testing.T) {
+	w := newWorld()
+	w.broken["bad"] = true
+	l := start(t, w, Options{Period: time.Hour})
+	gen := l.Set([]string{"a", "bad", "z"})
+	eventually(t, "a and z exist", func() bool { return slices.Equal(w.names(), []string{"a", "z"}) })
+	eventually(t, "bad is retried without a wake", func() bool {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		return w.attempts["bad"] >= 3
+	})
+	if l.Applied() >= gen {
+		t.Error("a generation with a failed object counts as applied")
+	}
+	st := l.Status()
+	if len(st) != 3 || st[0].Object != "bad" || st[0].Phase != Failed || st[0].Err != "no such device" || st[0].Tries < 2 {
+		t.Errorf("status = %+v", st)
+	}
+	w.do(func() { delete(w.broken, "bad") })
+	eventually(t, "bad exists at last", func() bool { return len(w.names()) == 3 })
+	eventually(t, "the generation is applied", func() bool { return l.Applied() == gen })
+	for _, o := range l.Status() {
+		if o.Phase != Done {
+			t.Errorf("still %+v", o)
+		}
+	}
+}
+
+func TestBackoffHoldsOnlyTheFailedObject(t *testing.T) {
+	w := newWorld()
+	w.broken["bad"] = true
+	var mu sync.Mutex
+	held := 0
+	l := start(t, w, Options{Period: time.Hour, OnPass: func(p Pass) {
+		mu.Lock()
+		held += p.Held
+		mu.Unlock()
+	}})
+	l.Set([]string{"bad"})
+	eventually(t, "bad failed a few times", func() bool {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		return w.attempts["bad"] >= 2
+	})
+	// A wake while bad backs off works on the rest and leaves bad alone.
+	w.do(func() { w.attempts["bad"] = 0 })
+	l.Set([]string{"bad", "new"})
+	eventually(t, "new exists", func() bool { return slices.Equal(w.names(), []string{"new"}) })
+	mu.Lock()
+	defer mu.Unlock()
+	if held == 0 {
+		t.Error("no operation was ever held back")
+	}
+}
+
+func TestFailedObjectThatIsNoLongerWantedIsForgotten(t *testing.T) {
+	w := newWorld()
+	w.broken["bad"] = true
+	l := start(t, w, Options{Period: time.Millisecond})
+	l.Set([]string{"bad"})
+	eventually(t, "bad is reported", func() bool { return len(l.Status()) == 1 })
+	l.Set(nil)
+	eventually(t, "bad is forgotten", func() bool { return len(l.Status()) == 0 })
+}
+
+func TestObserveErrorIsRetriedAndReported(t *testing.T) {
+	w := newWorld()
+	w.observe = errors.New("no permission")
+	l := start(t, w, Options{Period: time.Hour})
+	l.Set([]string{"a"})
+	eventually(t, "the error is in the status", func() bool {
+		st := l.Status()
+		return len(st) == 1 && st[0].Err == "no permission"
+	})
+	if len(w.names()) != 0 {
+		t.Error("applied a diff against an observation that failed")
+	}
+	w.do(func() { w.observe = nil })
+	eventually(t, "a exists", func() bool { return len(w.names()) == 1 })
+	eventually(t, "the status is clean", func() bool {
+		st := l.Status()
+		return len(st) == 1 && st[0].Object == "a" && st[0].Phase == Done
+	})
+}
+
+func TestDiffNamesItsNextMoment(t *testing.T) {
+	w := newWorld()
+	w.have["old"] = true
+	w.drainEnd = time.Now().Add(50 * time.Millisecond)
+	l := start(t, w, Options{Period: time.Hour})
+	l.Set(nil)
+	eventually(t, "old goes when its drain ends", func() bool { return len(w.names()) == 0 })
+	if time.Now().Before(w.drainEnd) {
+		t.Error("old went before its time")
+	}
+}

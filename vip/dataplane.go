@@ -1,0 +1,52 @@
+package vip
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"time"
+
+	"github.com/shoalnet/shoal/reconcile"
+)
+
+// Dataplane carries virtual servers in a kernel, or pretends to.
+//
+// Observe reports, for each network of want, what is in its namespace and
+// marked as ours; it looks nowhere else. A namespace that does not exist is
+// reported as Absent, not as an error.
+//
+// Apply is idempotent: setting what is set and deleting what is absent succeed.
+// Where the namespace does not exist it fails with an error that satisfies
+// errors.Is(err, [ErrNoNamespace]), except for a deletion, which succeeds. A
+// failed Apply may have done part of its work; applying the difference that is
+// observed next completes it.
+//
+// Both are called from one goroutine at a time.
+type Dataplane interface {
+	Name() string // "ipvs", "nft": see spec.Node.DataPath
+	Observe(ctx context.Context, want State) (State, error)
+	Apply(ctx context.Context, op reconcile.Op) error
+}
+
+// ErrNoNamespace: the overlay has not made the network's namespace yet.
+var ErrNoNamespace = errors.New("overlay namespace does not exist yet")
+
+// NamespaceError is err with its absence of a namespace named.
+func NamespaceError(n Network, err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("network %s: namespace %s: %w", n.Name, n.Namespace, ErrNoNamespace)
+	}
+	return err
+}
+
+// Target is a Dataplane with [Diff] as a reconcile.Target. Its want is what
+// [Desired] returns.
+type Target struct{ Dataplane }
+
+var _ reconcile.Target[State, State] = Target{}
+
+// Diff implements reconcile.Target.
+func (Target) Diff(want, have State, now time.Time) ([]reconcile.Op, time.Time) {
+	return Diff(want, have, now)
+}
