@@ -1,6 +1,7 @@
 package vip
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -28,6 +29,10 @@ type Network struct {
 	// order: those that may be balanced to themselves (hairpin).
 	Locals  []netip.Addr
 	Servers []Server // by VIP
+	// Orphans (wanted only) are the addresses, in order, of endpoints whose
+	// service is not in the View any more: it was removed, and its tasks are
+	// on their way out. See [Diff].
+	Orphans []netip.Addr
 
 	// Absent (observed only): the namespace does not exist.
 	Absent bool
@@ -109,7 +114,7 @@ func (n Network) Server(vip netip.Addr) (Server, bool) {
 
 // header is n without its servers, which is what operations carry along.
 func (n Network) header() Network {
-	n.Servers = nil
+	n.Servers, n.Orphans = nil, nil
 	return n
 }
 
@@ -125,6 +130,11 @@ func (n Network) VIPOf(mark uint32) (netip.Addr, bool) {
 	}
 	a, ok := netip.AddrFromSlice(b)
 	return a, ok && n.Subnets[i].Contains(a)
+}
+
+// MarkOf is spec.Network.VIPMark for this network.
+func (n Network) MarkOf(a netip.Addr) (uint32, bool) {
+	return spec.Network{Subnets: n.Subnets}.VIPMark(a)
 }
 
 // Contains tells whether a lies in one of the network's subnets and is not a
@@ -170,8 +180,9 @@ func desiredNetwork(v *spec.View, n spec.Network) Network {
 	out := Network{ID: n.ID, Name: n.Name, Namespace: spec.OverlayNetns(v.Instance, n),
 		Subnets: slices.Clone(n.Subnets), Gateways: slices.Clone(n.Gateways)}
 
-	vips := map[netip.Addr]bool{}
+	vips, services := map[netip.Addr]bool{}, map[string]bool{}
 	for _, s := range v.Services {
+		services[s.ID] = true
 		if s.Spec.EndpointMode != spec.EndpointModeVIP {
 			continue
 		}
@@ -181,7 +192,7 @@ func desiredNetwork(v *spec.View, n spec.Network) Network {
 	}
 
 	wills := map[string]map[netip.Addr]will{} // by service ID
-	locals := map[netip.Addr]bool{}
+	locals, orphans := map[netip.Addr]bool{}, map[netip.Addr]bool{}
 	for _, e := range v.Endpoints {
 		if e.Network != n.ID {
 			continue
@@ -207,6 +218,10 @@ func desiredNetwork(v *spec.View, n spec.Network) Network {
 			if e.Service == "" || dead || (e.State != spec.EndpointActive && e.State != spec.EndpointDraining) {
 				continue
 			}
+			if !services[e.Service] {
+				orphans[a] = true
+				continue
+			}
 			m := wills[e.Service]
 			if m == nil {
 				m = map[netip.Addr]will{}
@@ -217,10 +232,8 @@ func desiredNetwork(v *spec.View, n spec.Network) Network {
 			}
 		}
 	}
-	for a := range locals {
-		out.Locals = append(out.Locals, a)
-	}
-	slices.SortFunc(out.Locals, netip.Addr.Compare)
+	out.Locals = slices.SortedFunc(maps.Keys(locals), netip.Addr.Compare)
+	out.Orphans = slices.SortedFunc(maps.Keys(orphans), netip.Addr.Compare)
 
 	taken := map[netip.Addr]bool{}
 	for _, s := range v.Services {

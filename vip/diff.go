@@ -14,6 +14,7 @@ import (
 // says: tables, chains, sysctls, and the hairpin of Want.Locals.
 type SetNetwork struct {
 	Want Network
+	// With Servers, everything is to be built in what is an empty namespace.
 	// Why is what was found wrong.
 	Why string
 }
@@ -41,7 +42,9 @@ type SetServer struct {
 }
 
 // Object implements reconcile.Op.
-func (o SetServer) Object() string { return "network " + o.Network.Name + ": vip " + o.Want.VIP.String() }
+func (o SetServer) Object() string {
+	return "network " + o.Network.Name + ": vip " + o.Want.VIP.String()
+}
 
 func (o SetServer) String() string {
 	s := o.Object() + ": service " + o.Want.Name + ", backends "
@@ -86,7 +89,9 @@ type DelServer struct {
 }
 
 // Object implements reconcile.Op.
-func (o DelServer) Object() string { return "network " + o.Network.Name + ": vip " + o.Have.VIP.String() }
+func (o DelServer) Object() string {
+	return "network " + o.Network.Name + ": vip " + o.Have.VIP.String()
+}
 
 func (o DelServer) String() string { return o.Object() + ": remove" }
 
@@ -109,6 +114,10 @@ func addrs(as []netip.Addr) string {
 // them: per network the shared part, then servers to add or change, then those
 // to remove. There is one operation per VIP. While want is not Complete,
 // nothing is removed: no server, no backend, no hairpin.
+//
+// The VIP of a removed service stays as long as tasks of that service do that
+// were its backends, draining, so that removing a service ends its connections
+// the way its tasks end them, not before. New connections are refused.
 //
 // The second result is always zero: nothing here waits for a moment (see the
 // package comment on weights). now is there for the shape that all data plane
@@ -135,6 +144,11 @@ func diffNetwork(w, h Network, complete bool) []reconcile.Op {
 		hdr.Locals = union(w.Locals, h.Locals)
 	}
 	switch {
+	case h.Fault != "" && len(h.Servers) == 0:
+		// A fresh namespace: all at once, which is several times faster than
+		// one by one when there are thousands.
+		hdr.Servers = w.Servers
+		return append(ops, SetNetwork{Want: hdr, Why: h.Fault})
 	case h.Fault != "":
 		ops = append(ops, SetNetwork{Want: hdr, Why: h.Fault})
 	case !slices.Equal(hdr.Locals, h.Locals):
@@ -153,12 +167,32 @@ func diffNetwork(w, h Network, complete bool) []reconcile.Op {
 	}
 	if complete {
 		for _, s := range h.Servers {
-			if _, ok := w.Server(s.VIP); !ok {
+			if _, ok := w.Server(s.VIP); ok {
+				continue
+			}
+			d := Server{VIP: s.VIP, Mark: s.Mark, Name: "removed", Backends: stay(s.Backends, w.Orphans)}
+			switch m, ok := w.MarkOf(s.VIP); {
+			case len(d.Backends) == 0 || !ok:
 				ops = append(ops, DelServer{Network: hdr, Have: s})
+			default:
+				if d.Mark = m; !matches(d, s) {
+					ops = append(ops, SetServer{Network: hdr, Want: d, Have: s})
+				}
 			}
 		}
 	}
 	return ops
+}
+
+// stay are the backends of have that orphans has, draining.
+func stay(have []Backend, orphans []netip.Addr) []Backend {
+	var out []Backend
+	for _, b := range have {
+		if _, ok := slices.BinarySearchFunc(orphans, b.Addr, netip.Addr.Compare); ok {
+			out = append(out, Backend{Addr: b.Addr})
+		}
+	}
+	return out
 }
 
 func matches(want, have Server) bool {

@@ -175,6 +175,18 @@ func (c *Chain) Is(b Base, comments ...string) bool {
 	return true
 }
 
+// HasTable tells whether our table exists.
+func HasTable(f Family) (bool, error) {
+	_, err := request(f, unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_GETTABLE, unix.NLM_F_ACK, str(unix.NFTA_TABLE_NAME, Table))
+	if absentTable(err) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("look up nftables table: %w", err)
+	}
+	return true, nil
+}
+
 // ErrNoSet: the set does not exist.
 var ErrNoSet = errors.New("nftables set does not exist")
 

@@ -1,0 +1,89 @@
+package agent
+
+import (
+	"net/netip"
+	"testing"
+
+	"github.com/shoalnet/shoal/gossip"
+	"github.com/shoalnet/shoal/spec"
+)
+
+func ep(task, net, node string, s spec.EndpointState) spec.Endpoint {
+	return spec.Endpoint{Task: task, TaskName: task, Network: net, Node: node, State: s, Addrs: []netip.Addr{netip.MustParseAddr("10.0.0.9")}}
+}
+
+func sources() inputs {
+	return inputs{
+		self: "n1", instance: "shoal", adopted: true,
+		assigned: &assignment{
+			Networks: []spec.Network{{ID: "app", Name: "app"}, {ID: "db", Name: "db"}},
+			Services: []spec.Service{
+				{ID: "s1", Spec: spec.ServiceSpec{Name: "web", Networks: []spec.NetworkAttachment{{Network: "app"}}}},
+				{ID: "s2", Spec: spec.ServiceSpec{Name: "pg", Networks: []spec.NetworkAttachment{{Network: "db"}}}},
+			},
+			Tasks: []spec.Task{{ID: "t1", Node: "n1", Desired: spec.DesiredRunning, Attachments: []spec.Attachment{{Network: "app"}}}},
+		},
+		gossip: &gossip.Snapshot{Synced: true,
+			Members:   []gossip.Member{{Peer: spec.Peer{ID: "n1"}}, {Peer: spec.Peer{ID: "n2"}}},
+			Endpoints: []spec.Endpoint{ep("t1", "app", "n1", spec.EndpointActive), ep("t2", "app", "n2", spec.EndpointDraining), ep("t3", "db", "n2", spec.EndpointActive)}},
+	}
+}
+
+func TestComposeKeepsToTheNodesNetworks(t *testing.T) {
+	v := compose(sources())
+	if !v.Complete || len(v.Networks) != 1 || v.Networks[0].ID != "app" || len(v.Services) != 1 || v.Services[0].ID != "s1" || len(v.Endpoints) != 2 || len(v.Peers) != 2 {
+		t.Fatalf("view = %+v", v)
+	}
+}
+
+func TestComposeNetworkStaysUntilTheLastSandboxIsGone(t *testing.T) {
+	in := sources()
+	in.assigned.Tasks[0].Desired = spec.DesiredShutdown
+	in.sandboxes = []spec.Sandbox{{Task: "t1", Attachments: []spec.Attachment{{Network: "app"}}}}
+	if v := compose(in); len(v.Networks) != 1 || len(v.Sandboxes) != 1 {
+		t.Fatalf("with its sandbox: %+v", v)
+	}
+	in.sandboxes = nil
+	if v := compose(in); len(v.Networks) != 0 || len(v.Endpoints) != 0 {
+		t.Fatalf("without it: %+v", v)
+	}
+}
+
+func TestComposeIsIncompleteUntilEverySourceReported(t *testing.T) {
+	for name, change := range map[string]func(*inputs){
+		"no assignment":     func(in *inputs) { in.assigned = nil },
+		"no gossip":         func(in *inputs) { in.gossip = nil },
+		"gossip not synced": func(in *inputs) { s := *in.gossip; s.Synced = false; in.gossip = &s },
+		"not adopted":       func(in *inputs) { in.adopted = false },
+	} {
+		in := sources()
+		change(&in)
+		if v := compose(in); v.Complete {
+			t.Errorf("%s: complete", name)
+		}
+	}
+}
+
+func TestComposeWaitsForTheNetworkOfASandbox(t *testing.T) {
+	in := sources()
+	in.sandboxes = []spec.Sandbox{{Task: "t9", Attachments: []spec.Attachment{{Network: "new"}}}}
+	if v := compose(in); len(v.Sandboxes) != 0 {
+		t.Fatalf("wires to an unknown network: %+v", v.Sandboxes)
+	}
+}
+
+func TestHostname(t *testing.T) {
+	for in, want := range map[string]string{
+		"c1":                 "c1",
+		"web.1.abcdefghijkl": "web-1-abcdefghijkl",
+		"my_task":            "my-task",
+	} {
+		if got := hostname(spec.Task{Name: in}); got != want || spec.ValidateHostname(got) != nil {
+			t.Errorf("%s → %s, want %s", in, got, want)
+		}
+	}
+	long := spec.Task{Name: "a123456789012345678901234567890123456789012345678901234567890.12.abcdefghijkl"}
+	if got := hostname(long); spec.ValidateHostname(got) != nil || len(got) > 63 {
+		t.Errorf("%q is no host name", got)
+	}
+}

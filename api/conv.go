@@ -1,0 +1,216 @@
+// Package api converts between the wire form of the Shoal API (api/shoal/v1,
+// generated) and the project's own values (package spec).
+//
+// Addresses and prefixes are text on the wire, durations and instants are
+// milliseconds. What comes from the wire is checked here for form only; whether
+// it makes sense is the receiver's to say.
+package api
+
+import (
+	"fmt"
+	"net/netip"
+	"time"
+
+	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/spec"
+)
+
+func texts[T fmt.Stringer](in []T) []string {
+	if len(in) == 0 {
+		return nil
+	}
+	out := make([]string, len(in))
+	for i, v := range in {
+		out[i] = v.String()
+	}
+	return out
+}
+
+// Addrs parses addresses; field names them in the error.
+func Addrs(field string, in []string) ([]netip.Addr, error) {
+	var out []netip.Addr
+	for _, s := range in {
+		a, err := netip.ParseAddr(s)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %q is not an IP address", field, s)
+		}
+		out = append(out, a)
+	}
+	return out, nil
+}
+
+// Prefixes parses prefixes; field names them in the error.
+func Prefixes(field string, in []string) ([]netip.Prefix, error) {
+	var out []netip.Prefix
+	for _, s := range in {
+		p, err := netip.ParsePrefix(s)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %q is not an address and a prefix length like 10.1.0.0/24", field, s)
+		}
+		out = append(out, p)
+	}
+	return out, nil
+}
+
+// Network is n on the wire.
+func Network(n spec.Network) *shoalv1.Network {
+	return &shoalv1.Network{Id: n.ID, Name: n.Name, Driver: n.Driver, Labels: n.Labels, Subnets: texts(n.Subnets), Gateways: texts(n.Gateways),
+		IpRanges: texts(n.IPRanges), Vni: n.VNI, Mtu: int32(n.MTU), Internal: n.Internal, Options: n.Options, Version: n.Version, CreatedMs: n.Created}
+}
+
+// ToNetwork is the inverse of Network.
+func ToNetwork(n *shoalv1.Network) (spec.Network, error) {
+	out := spec.Network{ID: n.GetId(), Name: n.GetName(), Driver: n.GetDriver(), Labels: n.GetLabels(), VNI: n.GetVni(), MTU: int(n.GetMtu()),
+		Internal: n.GetInternal(), Options: n.GetOptions(), Version: n.GetVersion(), Created: n.GetCreatedMs()}
+	var err error
+	if out.Subnets, err = Prefixes("subnet", n.GetSubnets()); err != nil {
+		return out, err
+	}
+	if out.Gateways, err = Addrs("gateway", n.GetGateways()); err != nil {
+		return out, err
+	}
+	out.IPRanges, err = Prefixes("ip range", n.GetIpRanges())
+	return out, err
+}
+
+// NetworkAttachments are as on the wire.
+func NetworkAttachments(in []spec.NetworkAttachment) []*shoalv1.NetworkAttachment {
+	var out []*shoalv1.NetworkAttachment
+	for _, a := range in {
+		out = append(out, &shoalv1.NetworkAttachment{Network: a.Network, Aliases: a.Aliases, Addrs: texts(a.Addrs)})
+	}
+	return out
+}
+
+// ToNetworkAttachments is the inverse of NetworkAttachments.
+func ToNetworkAttachments(in []*shoalv1.NetworkAttachment) ([]spec.NetworkAttachment, error) {
+	var out []spec.NetworkAttachment
+	for _, a := range in {
+		addrs, err := Addrs("address on network "+a.GetNetwork(), a.GetAddrs())
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, spec.NetworkAttachment{Network: a.GetNetwork(), Aliases: a.GetAliases(), Addrs: addrs})
+	}
+	return out, nil
+}
+
+// TaskSpec is t on the wire.
+func TaskSpec(t spec.TaskSpec) *shoalv1.TaskSpec {
+	return &shoalv1.TaskSpec{Command: t.Command, Env: t.Env, Dir: t.Dir, User: t.User, Hostname: t.Hostname, Labels: t.Labels,
+		StopSignal: t.StopSignal, StopGraceMs: t.StopGrace.Milliseconds()}
+}
+
+// ToTaskSpec is the inverse of TaskSpec.
+func ToTaskSpec(t *shoalv1.TaskSpec) spec.TaskSpec {
+	return spec.TaskSpec{Command: t.GetCommand(), Env: t.GetEnv(), Dir: t.GetDir(), User: t.GetUser(), Hostname: t.GetHostname(), Labels: t.GetLabels(),
+		StopSignal: t.GetStopSignal(), StopGrace: time.Duration(t.GetStopGraceMs()) * time.Millisecond}
+}
+
+// ServiceSpec is s on the wire.
+func ServiceSpec(s spec.ServiceSpec) *shoalv1.ServiceSpec {
+	return &shoalv1.ServiceSpec{Name: s.Name, Labels: s.Labels, Replicas: int32(s.Replicas), EndpointMode: s.EndpointMode,
+		Networks: NetworkAttachments(s.Networks), Constraints: s.Constraints, Task: TaskSpec(s.Task),
+		RestartDelayMs: s.RestartDelay.Milliseconds(), RestartMax: int32(s.RestartMax)}
+}
+
+// ToServiceSpec is the inverse of ServiceSpec.
+func ToServiceSpec(s *shoalv1.ServiceSpec) (spec.ServiceSpec, error) {
+	nets, err := ToNetworkAttachments(s.GetNetworks())
+	return spec.ServiceSpec{Name: s.GetName(), Labels: s.GetLabels(), Replicas: int(s.GetReplicas()), EndpointMode: s.GetEndpointMode(),
+		Networks: nets, Constraints: s.GetConstraints(), Task: ToTaskSpec(s.GetTask()),
+		RestartDelay: time.Duration(s.GetRestartDelayMs()) * time.Millisecond, RestartMax: int(s.GetRestartMax())}, err
+}
+
+// Service is s on the wire; running is the leader's count.
+func Service(s spec.Service, running int) *shoalv1.Service {
+	out := &shoalv1.Service{Id: s.ID, Spec: ServiceSpec(s.Spec), Version: s.Version, CreatedMs: s.Created, Running: int32(running)}
+	for _, v := range s.VIPs {
+		out.Vips = append(out.Vips, &shoalv1.VIPs{Network: v.Network, Addrs: texts(v.Addrs)})
+	}
+	return out
+}
+
+// ToService is the inverse of Service, but for the count.
+func ToService(s *shoalv1.Service) (spec.Service, error) {
+	out := spec.Service{ID: s.GetId(), Version: s.GetVersion(), Created: s.GetCreatedMs()}
+	var err error
+	if out.Spec, err = ToServiceSpec(s.GetSpec()); err != nil {
+		return out, err
+	}
+	for _, v := range s.GetVips() {
+		addrs, err := Addrs("virtual IP of "+out.Spec.Name, v.GetAddrs())
+		if err != nil {
+			return out, err
+		}
+		out.VIPs = append(out.VIPs, spec.VIPs{Network: v.GetNetwork(), Addrs: addrs})
+	}
+	return out, nil
+}
+
+// TaskStatus is s on the wire.
+func TaskStatus(s spec.TaskStatus) *shoalv1.TaskStatus {
+	return &shoalv1.TaskStatus{State: s.State.String(), Message: s.Message, ExitCode: int32(s.ExitCode), Pid: int32(s.PID), AtMs: s.At, Released: s.Released}
+}
+
+// ToTaskStatus is the inverse of TaskStatus.
+func ToTaskStatus(s *shoalv1.TaskStatus) (spec.TaskStatus, error) {
+	out := spec.TaskStatus{Message: s.GetMessage(), ExitCode: int(s.GetExitCode()), PID: int(s.GetPid()), At: s.GetAtMs(), Released: s.GetReleased()}
+	var err error
+	out.State, err = spec.ParseTaskState(s.GetState())
+	return out, err
+}
+
+// Task is t on the wire.
+func Task(t spec.Task) *shoalv1.Task {
+	out := &shoalv1.Task{Id: t.ID, Name: t.Name, Service: t.Service, Slot: int32(t.Slot), Node: t.Node, Spec: TaskSpec(t.Spec), Desired: t.Desired,
+		Status: TaskStatus(t.Status), Version: t.Version, CreatedMs: t.Created, NotBeforeMs: t.NotBefore, Attempt: int32(t.Attempt)}
+	for _, a := range t.Attachments {
+		out.Attachments = append(out.Attachments, &shoalv1.Attachment{Network: a.Network, Addrs: texts(a.Addrs), Aliases: a.Aliases})
+	}
+	return out
+}
+
+// ToTask is the inverse of Task.
+func ToTask(t *shoalv1.Task) (spec.Task, error) {
+	out := spec.Task{ID: t.GetId(), Name: t.GetName(), Service: t.GetService(), Slot: int(t.GetSlot()), Node: t.GetNode(), Spec: ToTaskSpec(t.GetSpec()),
+		Desired: t.GetDesired(), Version: t.GetVersion(), Created: t.GetCreatedMs(), NotBefore: t.GetNotBeforeMs(), Attempt: int(t.GetAttempt())}
+	var err error
+	if out.Status, err = ToTaskStatus(t.GetStatus()); err != nil {
+		return out, fmt.Errorf("task %s: %w", out.Name, err)
+	}
+	for _, a := range t.GetAttachments() {
+		addrs, err := Addrs("address of task "+out.Name, a.GetAddrs())
+		if err != nil {
+			return out, err
+		}
+		out.Attachments = append(out.Attachments, spec.Attachment{Network: a.GetNetwork(), Addrs: addrs, Aliases: a.GetAliases()})
+	}
+	return out, nil
+}
+
+// Node is n on the wire.
+func Node(n spec.Node) *shoalv1.NodeInfo {
+	out := &shoalv1.NodeInfo{Id: n.ID, Name: n.Name, Number: int32(n.Number), Role: n.Role, Availability: n.Availability, Labels: n.Labels,
+		ControlPort: int32(n.ControlPort), GossipPort: int32(n.GossipPort), Status: n.Status, Message: n.Message, Version: n.Version,
+		CreatedMs: n.Created, DataPath: n.DataPath}
+	if n.Addr.IsValid() {
+		out.Addr = n.Addr.String()
+	}
+	return out
+}
+
+// ToNode is the inverse of Node.
+func ToNode(n *shoalv1.NodeInfo) (spec.Node, error) {
+	out := spec.Node{ID: n.GetId(), Name: n.GetName(), Number: int(n.GetNumber()), Role: n.GetRole(), Availability: n.GetAvailability(), Labels: n.GetLabels(),
+		ControlPort: int(n.GetControlPort()), GossipPort: int(n.GetGossipPort()), Status: n.GetStatus(), Message: n.GetMessage(), Version: n.GetVersion(),
+		Created: n.GetCreatedMs(), DataPath: n.GetDataPath()}
+	if n.GetAddr() != "" {
+		a, err := netip.ParseAddr(n.GetAddr())
+		if err != nil {
+			return out, fmt.Errorf("address of node %s: %q is not an IP address", out.Name, n.GetAddr())
+		}
+		out.Addr = a
+	}
+	return out, nil
+}

@@ -1,0 +1,265 @@
+package control
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/shoalnet/shoal/control/state"
+)
+
+const (
+	// hopHeader marks a call that another node forwarded: it goes no further.
+	hopHeader = "Shoal-Forwarded"
+	// notLeaderHeader marks an answer that says "ask another": nothing was done.
+	notLeaderHeader = "Shoal-Not-Leader"
+	// LeaderPath answers with the leader's control address as this node knows it.
+	LeaderPath = "/shoal.v1.Control/leader"
+
+	leaderWait    = 10 * time.Second       // for a leader to be found
+	leaderRetry   = 100 * time.Millisecond // between looks
+	leaderTimeout = time.Second            // for one manager's answer
+)
+
+// ForwarderConfig is what a Forwarder needs.
+type ForwarderConfig struct {
+	NodeID string
+	// Managers are control addresses to ask, HOST:PORT.
+	Managers func() []string
+	Log      *slog.Logger
+}
+
+// Forwarder serves the Control service on any node: it answers where the leader
+// is here, and passes the call on where it is not. While there is no leader it
+// waits for one for a while.
+type Forwarder struct {
+	cfg    ForwarderConfig
+	client *http.Client
+
+	mu      sync.Mutex
+	manager *Manager
+	handler http.Handler
+	leader  string // last known, HOST:PORT
+}
+
+// NewForwarder makes a Forwarder for a node that is no manager yet.
+func NewForwarder(cfg ForwarderConfig) *Forwarder {
+	return &Forwarder{cfg: cfg, client: TCPClient()}
+}
+
+// SetManager tells that this node is a manager now, or (nil) no longer.
+func (f *Forwarder) SetManager(m *Manager) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.manager, f.handler = m, nil
+	if m != nil {
+		f.handler = m.Handler()
+	}
+}
+
+func (f *Forwarder) local() (*Manager, http.Handler) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.manager, f.handler
+}
+
+// ServeHTTP implements http.Handler.
+func (f *Forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	m, h := f.local()
+	if r.URL.Path == LeaderPath {
+		f.serveLeader(w, m)
+		return
+	}
+	if r.Header.Get(hopHeader) != "" {
+		if m == nil || !m.IsLeader() {
+			w.Header().Set(notLeaderHeader, "1")
+			_ = connect.NewErrorWriter().Write(w, r, errNotLeader())
+			return
+		}
+		h.ServeHTTP(w, r)
+		return
+	}
+	// The body of a call of this service is one small message: it is kept, to
+	// be sent again when a manager says that it does not lead.
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, state.MaxCommand))
+	if err != nil {
+		_ = connect.NewErrorWriter().Write(w, r, connect.NewError(connect.CodeResourceExhausted, fmt.Errorf("request: %w", err)))
+		return
+	}
+	deadline := time.Now().Add(leaderWait)
+	var last error
+	for {
+		m, h := f.local()
+		if m != nil && m.IsLeader() {
+			r.Body = io.NopCloser(bytes.NewReader(body))
+			h.ServeHTTP(w, r)
+			return
+		}
+		addr := f.findLeader(r.Context(), m)
+		if addr != "" {
+			sent, err := f.forward(w, r, addr, body)
+			if sent {
+				return
+			}
+			last = err
+			f.forget(addr)
+		}
+		if r.Context().Err() != nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			break
+		}
+		pause(r.Context(), leaderRetry)
+	}
+	msg := fmt.Errorf("no manager leads the cluster: see whether a majority of the managers run and reach each other")
+	if last != nil {
+		msg = fmt.Errorf("%w (%w)", msg, last)
+	}
+	_ = connect.NewErrorWriter().Write(w, r, connect.NewError(connect.CodeUnavailable, msg))
+}
+
+func (f *Forwarder) forget(addr string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.leader == addr {
+		f.leader = ""
+	}
+}
+
+// serveLeader tells who leads, in text: the control address, or nothing.
+func (f *Forwarder) serveLeader(w http.ResponseWriter, m *Manager) {
+	w.Header().Set("Content-Type", "text/plain")
+	if m == nil {
+		return
+	}
+	if _, addr := m.Leader(); addr != "" {
+		_, _ = io.WriteString(w, addr)
+	}
+}
+
+// findLeader returns the leader's address, "" when nobody knows one.
+func (f *Forwarder) findLeader(ctx context.Context, m *Manager) string {
+	if m != nil {
+		if id, addr := m.Leader(); addr != "" && id != f.cfg.NodeID {
+			return addr
+		}
+	}
+	f.mu.Lock()
+	known := f.leader
+	f.mu.Unlock()
+	if known != "" {
+		return known
+	}
+	// All at once: the first may be down.
+	managers := f.cfg.Managers()
+	ctx, cancel := context.WithTimeout(ctx, leaderTimeout)
+	defer cancel()
+	answers := make(chan string, len(managers))
+	for _, a := range managers {
+		go func() { answers <- f.askLeader(ctx, a) }()
+	}
+	for range managers {
+		if a := <-answers; a != "" {
+			f.mu.Lock()
+			f.leader = a
+			f.mu.Unlock()
+			return a
+		}
+	}
+	return ""
+}
+
+func (f *Forwarder) askLeader(ctx context.Context, addr string) string {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+LeaderPath, nil)
+	if err != nil {
+		return ""
+	}
+	resp, err := f.client.Do(req)
+	if err != nil {
+		return ""
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(io.LimitReader(resp.Body, 256))
+	if err != nil {
+		return ""
+	}
+	if _, err := netip.ParseAddrPort(string(b)); err != nil {
+		return ""
+	}
+	return string(b)
+}
+
+// repeatable are calls that may be made twice: reads, and reports, which say
+// the same again.
+func repeatable(path string) bool {
+	verb := path[strings.LastIndexByte(path, '/')+1:]
+	return strings.HasPrefix(verb, "List") || verb == "Report" || verb == "Assignments"
+}
+
+// forward passes a call on. It returns false when nothing was done and nothing
+// was answered, so that another may be asked.
+func (f *Forwarder) forward(w http.ResponseWriter, r *http.Request, addr string, body []byte) (sent bool, err error) {
+	ctx, cancel := context.WithCancel(r.Context())
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, r.Method, "http://"+addr+r.URL.RequestURI(), bytes.NewReader(body))
+	if err != nil {
+		return false, err
+	}
+	for k, v := range r.Header {
+		if !slices.Contains([]string{"Connection", "Te", "Transfer-Encoding", "Content-Length", "Keep-Alive", "Upgrade"}, k) {
+			req.Header[k] = v
+		}
+	}
+	req.Header.Set(hopHeader, f.cfg.NodeID)
+	resp, err := f.client.Do(req)
+	if err != nil {
+		// A connection that was never made has carried nothing.
+		var de interface{ Timeout() bool }
+		notSent := strings.Contains(err.Error(), "dial ") || errors.As(err, &de) && strings.Contains(err.Error(), "connect:")
+		if notSent || repeatable(r.URL.Path) {
+			return false, fmt.Errorf("manager %s: %w", addr, err)
+		}
+		_ = connect.NewErrorWriter().Write(w, r, connect.NewError(connect.CodeUnavailable,
+			fmt.Errorf("the leading manager at %s was lost while it worked on this: see whether the change was made: %w", addr, err)))
+		return true, nil
+	}
+	defer resp.Body.Close()
+	if resp.Header.Get(notLeaderHeader) != "" {
+		return false, fmt.Errorf("manager %s does not lead", addr)
+	}
+	h := w.Header()
+	for k, v := range resp.Header {
+		h[k] = v
+	}
+	w.WriteHeader(resp.StatusCode)
+	rc := http.NewResponseController(w)
+	buf := make([]byte, 32<<10)
+	for {
+		n, rerr := resp.Body.Read(buf)
+		if n > 0 {
+			if _, err := w.Write(buf[:n]); err != nil {
+				return true, nil
+			}
+			_ = rc.Flush()
+		}
+		if rerr == io.EOF {
+			return true, nil
+		}
+		if rerr != nil {
+			// The answer has begun: cutting it is all that can be said.
+			panic(http.ErrAbortHandler)
+		}
+	}
+}

@@ -1,0 +1,100 @@
+package control
+
+import (
+	"fmt"
+	"io"
+	"log/slog"
+	"sync"
+
+	"github.com/hashicorp/raft"
+
+	"github.com/shoalnet/shoal/control/state"
+)
+
+// fsm is raft's view of the state. Readers take the lock for reading.
+type fsm struct {
+	log *slog.Logger
+
+	mu      sync.RWMutex
+	st      *state.State
+	changed chan struct{} // closed and replaced after each change
+}
+
+func newFSM(log *slog.Logger) *fsm {
+	return &fsm{log: log, st: state.New(), changed: make(chan struct{})}
+}
+
+// read calls fn with the state, which fn must not keep.
+func (f *fsm) read(fn func(*state.State)) {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	fn(f.st)
+}
+
+// next is closed at the next change. Take it before reading what may change.
+func (f *fsm) next() <-chan struct{} {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	return f.changed
+}
+
+func (f *fsm) notify() {
+	close(f.changed)
+	f.changed = make(chan struct{})
+}
+
+// Apply implements raft.FSM. An entry that can't be read is of a newer version
+// or damaged; every manager of this version skips it alike.
+func (f *fsm) Apply(l *raft.Log) any {
+	cmd, err := state.Decode(l.Data)
+	if err != nil {
+		f.log.Error("a raft entry can't be read, and is skipped", "index", l.Index, "error", err)
+		return state.Result{Err: err}
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	r := f.st.Apply(l.Index, cmd)
+	f.notify()
+	return r
+}
+
+// Snapshot implements raft.FSM.
+func (f *fsm) Snapshot() (raft.FSMSnapshot, error) {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	b, err := f.st.Snapshot()
+	if err != nil {
+		return nil, fmt.Errorf("snapshot of the cluster state: %w", err)
+	}
+	return snapshot(b), nil
+}
+
+// Restore implements raft.FSM.
+func (f *fsm) Restore(r io.ReadCloser) error {
+	defer r.Close()
+	b, err := io.ReadAll(r)
+	if err != nil {
+		return fmt.Errorf("read snapshot of the cluster state: %w", err)
+	}
+	st, err := state.Restore(b)
+	if err != nil {
+		return err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.st = st
+	f.notify()
+	return nil
+}
+
+type snapshot []byte
+
+func (s snapshot) Persist(sink raft.SnapshotSink) error {
+	if _, err := sink.Write(s); err != nil {
+		_ = sink.Cancel()
+		return err
+	}
+	return sink.Close()
+}
+
+func (snapshot) Release() {}

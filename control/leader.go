@@ -1,0 +1,186 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/hashicorp/raft"
+
+	"github.com/shoalnet/shoal/control/state"
+	"github.com/shoalnet/shoal/spec"
+)
+
+// schedule carries out what Plan decides, after each change and when Plan said
+// it would have more to say.
+func (m *Manager) schedule(ctx context.Context) {
+	for ctx.Err() == nil {
+		changed := m.fsm.next()
+		now := time.Now().UnixMilli()
+		var ops []state.ScheduleOp
+		var next int64
+		m.fsm.read(func(s *state.State) { ops, next = state.Plan(s, now) })
+		if len(ops) > 0 {
+			if _, err := m.Propose(ctx, state.Command{Schedule: &state.Schedule{Now: now, Ops: ops}}); err != nil {
+				m.log.Warn("a schedule was not accepted; planning again", "error", err)
+				pause(ctx, 100*time.Millisecond)
+			}
+			continue
+		}
+		wait := time.Minute
+		if next > 0 {
+			wait = max(time.Until(time.UnixMilli(next)), time.Millisecond)
+		}
+		t := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+		case <-changed:
+		case <-t.C:
+		}
+		t.Stop()
+	}
+}
+
+func pause(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+	case <-t.C:
+	}
+}
+
+// monitorInterval is how often silence is looked at.
+const monitorInterval = 200 * time.Millisecond
+
+// seen notes a sign of life of a node.
+func (m *Manager) seen(id string) {
+	m.mu.Lock()
+	m.lastSeen[id] = time.Now()
+	m.mu.Unlock()
+}
+
+// monitor keeps the nodes' status as what was heard of them says.
+func (m *Manager) monitor(ctx context.Context, since time.Time) {
+	t := time.NewTicker(monitorInterval)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-m.wakeNodes:
+		case <-t.C:
+		}
+		var nodes []spec.Node
+		m.fsm.read(func(s *state.State) { nodes = s.Nodes() })
+		m.mu.Lock()
+		seen := func(id string) time.Time {
+			if t, ok := m.lastSeen[id]; ok {
+				return t
+			}
+			return since
+		}
+		changes := judge(nodes, m.cfg.Node.ID, seen, m.cfg.Liveness(), time.Now(), m.cfg.Tuning)
+		m.mu.Unlock()
+		if len(changes) == 0 {
+			continue
+		}
+		for _, c := range changes {
+			m.log.Info("node status", "id", c.ID, "status", c.Status, "message", c.Message)
+		}
+		if _, err := m.Propose(ctx, state.Command{SetNodeStatus: &state.SetNodeStatus{Nodes: changes}}); err != nil && ctx.Err() == nil {
+			m.log.Warn("a node's status was not accepted; trying again", "error", err)
+		}
+	}
+}
+
+// judge decides which nodes' status is another now. It is pure.
+func judge(nodes []spec.Node, self string, seen func(string) time.Time, live map[string]spec.Liveness, now time.Time, t Tuning) []state.NodeStatus {
+	type verdict struct {
+		n      spec.Node
+		silent time.Duration
+		dead   bool
+	}
+	var vs []verdict
+	dead := 0
+	for _, n := range nodes {
+		v := verdict{n: n, silent: now.Sub(seen(n.ID))}
+		v.dead = n.ID != self && (v.silent > t.DownAfter && live[n.ID] == spec.PeerDead || v.silent > t.DownRegardless)
+		if v.dead {
+			dead++
+		}
+		vs = append(vs, v)
+	}
+	// When most others look dead it is more likely that this node is cut off.
+	doubt := len(nodes) > 3 && 2*dead > len(nodes)
+	var out []state.NodeStatus
+	for _, v := range vs {
+		status, msg := v.n.Status, v.n.Message
+		switch {
+		case v.n.ID == self:
+			status, msg = spec.NodeReady, ""
+		case v.dead && !(doubt && v.silent <= t.DownRegardless):
+			// Only a report of its own makes it ready again.
+			status, msg = spec.NodeDown, "not heard from since "+seen(v.n.ID).UTC().Format(time.RFC3339)
+		}
+		if status != v.n.Status {
+			out = append(out, state.NodeStatus{ID: v.n.ID, Status: status, Message: msg})
+		}
+	}
+	return out
+}
+
+const votersInterval = time.Second
+
+// keepVoters makes the voters of raft those nodes that are managers: a node's
+// role is what the state says, and raft follows.
+func (m *Manager) keepVoters(ctx context.Context) {
+	for {
+		pause(ctx, votersInterval)
+		if ctx.Err() != nil {
+			return
+		}
+		if err := m.fixVoters(); err != nil && ctx.Err() == nil {
+			m.log.Warn("raft's voters can't be brought in line with the managers; trying again", "error", err)
+		}
+	}
+}
+
+func (m *Manager) fixVoters() error {
+	f := m.raft.GetConfiguration()
+	if err := f.Error(); err != nil {
+		return err
+	}
+	var nodes []spec.Node
+	m.fsm.read(func(s *state.State) { nodes = s.Nodes() })
+	servers := f.Configuration().Servers
+	var errs []error
+	for _, n := range nodes {
+		if n.Role != spec.RoleManager || n.Status == spec.NodeDown {
+			continue
+		}
+		i := slices.IndexFunc(servers, func(s raft.Server) bool { return string(s.ID) == n.ID })
+		if i < 0 || servers[i].Address != raftAddress(n) {
+			m.log.Info("adding a manager to raft", "node", n.Name, "addr", raftAddress(n))
+			errs = append(errs, m.addVoter(n))
+		}
+	}
+	for _, s := range servers {
+		// Its own removal, too: raft steps down once that is committed.
+		i := slices.IndexFunc(nodes, func(n spec.Node) bool { return n.ID == string(s.ID) })
+		if i < 0 || nodes[i].Role != spec.RoleManager {
+			m.log.Info("removing a manager from raft", "id", s.ID)
+			errs = append(errs, m.raft.RemoveServer(s.ID, 0, proposeTimeout).Error())
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (m *Manager) addVoter(n spec.Node) error {
+	if err := m.raft.AddVoter(raft.ServerID(n.ID), raftAddress(n), 0, proposeTimeout).Error(); err != nil {
+		return fmt.Errorf("add manager %s at %s: %w", n.Name, raftAddress(n), err)
+	}
+	return nil
+}

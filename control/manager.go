@@ -1,0 +1,347 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/hashicorp/raft"
+	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
+
+	"github.com/shoalnet/shoal/api/shoal/v1/shoalv1connect"
+	"github.com/shoalnet/shoal/control/state"
+	"github.com/shoalnet/shoal/spec"
+)
+
+// Tuning are a manager's timers; the zero value is for a LAN.
+type Tuning struct {
+	// Raft's: a follower that hears nothing for Heartbeat stands for election,
+	// which takes up to Election. 0: 750 ms each.
+	Heartbeat, Election time.Duration
+	// Silence of a node before it is down: when gossip agrees, and regardless.
+	// 0: 3 s and 15 s.
+	DownAfter, DownRegardless time.Duration
+	// Sign of life on assignment streams. 0: 1 s.
+	Alive time.Duration
+}
+
+func (t *Tuning) defaults() {
+	def := func(d *time.Duration, v time.Duration) {
+		if *d == 0 {
+			*d = v
+		}
+	}
+	// Long enough that a manager which is starved for half a second on a busy
+	// machine costs no election, short enough that a dead leader costs 1.5 s.
+	def(&t.Heartbeat, 750*time.Millisecond)
+	def(&t.Election, 750*time.Millisecond)
+	def(&t.DownAfter, 3*time.Second)
+	def(&t.DownRegardless, 15*time.Second)
+	def(&t.Alive, time.Second)
+}
+
+// ManagerConfig is what a Manager needs.
+type ManagerConfig struct {
+	Node    spec.Node // this one: ID, name, address, control port
+	DataDir string    // raft's files are in RaftDir(DataDir)
+	// RaftListener is raft's share of the control port.
+	RaftListener *Conns
+	// Liveness is what this node's gossip holds of the others, by ID.
+	Liveness func() map[string]spec.Liveness
+	// HostRoutes are prefixes that this machine reaches elsewhere: no new
+	// subnet may overlap one.
+	HostRoutes func() []netip.Prefix
+	Log        *slog.Logger
+	Tuning     Tuning
+}
+
+// RaftDir is where a manager keeps raft's log and snapshots.
+func RaftDir(dataDir string) string { return filepath.Join(dataDir, "raft") }
+
+// Manager is one member of the raft cluster.
+type Manager struct {
+	cfg   ManagerConfig
+	log   *slog.Logger
+	fsm   *fsm
+	raft  *raft.Raft
+	store *raftboltdb.BoltStore
+	trans *raft.NetworkTransport
+
+	mu         sync.Mutex
+	leadership context.Context // of the current term as leader; nil: not leader, or not ready
+	verified   time.Time       // when leadership was last confirmed by a majority
+	lastSeen   map[string]time.Time
+	wakeNodes  chan struct{} // size 1
+}
+
+const (
+	snapshotsKept  = 2
+	proposeTimeout = 5 * time.Second
+)
+
+// NewManager opens raft. Without files of an earlier life it waits to be added
+// by a leader, or for Bootstrap.
+func NewManager(cfg ManagerConfig) (*Manager, error) {
+	cfg.Tuning.defaults()
+	if cfg.Liveness == nil {
+		cfg.Liveness = func() map[string]spec.Liveness { return nil }
+	}
+	if cfg.HostRoutes == nil {
+		cfg.HostRoutes = func() []netip.Prefix { return nil }
+	}
+	dir := RaftDir(cfg.DataDir)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("raft directory: %w", err)
+	}
+	m := &Manager{cfg: cfg, log: cfg.Log, fsm: newFSM(cfg.Log), lastSeen: map[string]time.Time{}, wakeNodes: make(chan struct{}, 1)}
+	var err error
+	if m.store, err = raftboltdb.NewBoltStore(filepath.Join(dir, "log.db")); err != nil {
+		return nil, fmt.Errorf("raft log: %w", err)
+	}
+	logger := raftLogger(cfg.Log)
+	snaps, err := raft.NewFileSnapshotStoreWithLogger(dir, snapshotsKept, logger)
+	if err != nil {
+		m.store.Close()
+		return nil, fmt.Errorf("raft snapshots: %w", err)
+	}
+	m.trans = raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
+		Stream: layer{cfg.RaftListener.Borrow()}, MaxPool: 3, Timeout: 2 * time.Second, Logger: logger,
+	})
+	rc := raft.DefaultConfig()
+	rc.LocalID = raft.ServerID(cfg.Node.ID)
+	rc.HeartbeatTimeout, rc.ElectionTimeout = cfg.Tuning.Heartbeat, cfg.Tuning.Election
+	rc.LeaderLeaseTimeout = cfg.Tuning.Heartbeat * 2 / 3
+	rc.CommitTimeout = 20 * time.Millisecond
+	rc.SnapshotThreshold, rc.SnapshotInterval = 8192, 2*time.Minute
+	rc.Logger = logger
+	m.raft, err = raft.NewRaft(rc, m.fsm, m.store, m.store, snaps, m.trans)
+	if err != nil {
+		m.trans.Close()
+		m.store.Close()
+		return nil, fmt.Errorf("start raft: %w", err)
+	}
+	return m, nil
+}
+
+func (m *Manager) address() raft.ServerAddress {
+	return raft.ServerAddress(net.JoinHostPort(m.cfg.Node.Addr.String(), strconv.Itoa(m.cfg.Node.ControlPort)))
+}
+
+func raftAddress(n spec.Node) raft.ServerAddress {
+	return raft.ServerAddress(netip.AddrPortFrom(n.Addr, uint16(n.ControlPort)).String())
+}
+
+// Bootstrap makes this manager the first of a new cluster. Run must be running.
+func (m *Manager) Bootstrap(ctx context.Context, c state.Cluster) (spec.Node, error) {
+	err := m.raft.BootstrapCluster(raft.Configuration{Servers: []raft.Server{{ID: raft.ServerID(m.cfg.Node.ID), Address: m.address()}}}).Error()
+	if err != nil {
+		return spec.Node{}, fmt.Errorf("make the cluster: %w", err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	for !m.IsLeader() {
+		select {
+		case <-ctx.Done():
+			return spec.Node{}, fmt.Errorf("make the cluster: raft elected no leader: %w", ctx.Err())
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+	if _, err := m.Propose(ctx, state.Command{InitCluster: &state.InitCluster{Cluster: c, DefaultNetwork: spec.NewID(), HostRoutes: m.cfg.HostRoutes()}}); err != nil {
+		return spec.Node{}, err
+	}
+	n := m.cfg.Node
+	n.Created = time.Now().UnixMilli()
+	r, err := m.Propose(ctx, state.Command{UpsertNode: &state.UpsertNode{Node: n}})
+	if err != nil {
+		return spec.Node{}, err
+	}
+	return *r.Node, nil
+}
+
+// Run leads while this manager is the leader, and shuts raft down when ctx ends.
+func (m *Manager) Run(ctx context.Context) error {
+	var wg sync.WaitGroup
+	lead := func() context.CancelFunc {
+		lctx, cancel := context.WithCancel(ctx)
+		wg.Go(func() { m.lead(lctx) })
+		return cancel
+	}
+	stop := func() {}
+	if m.raft.State() == raft.Leader { // the notice may have come before anyone listened
+		stop = lead()
+	}
+	defer func() {
+		stop()
+		wg.Wait()
+		if err := m.raft.Shutdown().Error(); err != nil {
+			m.log.Error("raft did not shut down in order", "error", err)
+		}
+		m.trans.Close()
+		m.store.Close()
+	}()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case leader, ok := <-m.raft.LeaderCh():
+			if !ok {
+				return nil
+			}
+			stop()
+			wg.Wait()
+			stop = func() {}
+			if leader {
+				stop = lead()
+			}
+		}
+	}
+}
+
+// lead is one term as leader.
+func (m *Manager) lead(ctx context.Context) {
+	// Everything that earlier terms committed must be applied before anybody
+	// is answered.
+	for {
+		err := m.raft.Barrier(proposeTimeout).Error()
+		if err == nil {
+			break
+		}
+		if ctx.Err() != nil || m.raft.State() != raft.Leader {
+			return
+		}
+		m.log.Debug("waiting for the log to be applied", "error", err)
+	}
+	if ctx.Err() != nil {
+		return
+	}
+	now := time.Now()
+	m.mu.Lock()
+	m.leadership, m.verified = ctx, now
+	m.lastSeen = map[string]time.Time{}
+	m.mu.Unlock()
+	m.log.Info("leading the managers")
+	defer func() {
+		m.mu.Lock()
+		m.leadership = nil
+		m.mu.Unlock()
+		m.log.Info("no longer leading the managers")
+	}()
+	var wg sync.WaitGroup
+	wg.Go(func() { m.schedule(ctx) })
+	wg.Go(func() { m.monitor(ctx, now) })
+	wg.Go(func() { m.keepVoters(ctx) })
+	wg.Wait()
+}
+
+// Leader is the leader's node ID and control address; empty while unknown.
+func (m *Manager) Leader() (id, addr string) {
+	a, i := m.raft.LeaderWithID()
+	return string(i), string(a)
+}
+
+// IsLeader tells whether this manager leads and has applied all that was
+// committed before.
+func (m *Manager) IsLeader() bool {
+	_, ok := m.term()
+	return ok
+}
+
+func (m *Manager) term() (context.Context, bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.leadership, m.leadership != nil
+}
+
+// errNotLeader answers what only the leader can do. The Forwarder takes the
+// header as leave to ask another.
+func errNotLeader() error {
+	err := connect.NewError(connect.CodeUnavailable, errors.New("this manager does not lead the cluster now"))
+	err.Meta().Set(notLeaderHeader, "1")
+	return err
+}
+
+// Propose puts a command through raft and returns what the state made of it.
+func (m *Manager) Propose(ctx context.Context, c state.Command) (state.Result, error) {
+	b, err := state.Encode(c)
+	if err != nil {
+		return state.Result{}, rpcError(err)
+	}
+	if !m.IsLeader() {
+		return state.Result{}, errNotLeader()
+	}
+	timeout := proposeTimeout
+	if d, ok := ctx.Deadline(); ok {
+		timeout = min(timeout, time.Until(d))
+	}
+	f := m.raft.Apply(b, max(timeout, time.Millisecond))
+	switch err := f.Error(); {
+	case errors.Is(err, raft.ErrNotLeader), errors.Is(err, raft.ErrLeadershipTransferInProgress):
+		return state.Result{}, errNotLeader()
+	case err != nil:
+		return state.Result{}, connect.NewError(connect.CodeUnavailable, fmt.Errorf("the managers did not agree in time, the change may or may not have been made: %w", err))
+	}
+	r, ok := f.Response().(state.Result)
+	if !ok {
+		return r, connect.NewError(connect.CodeInternal, fmt.Errorf("unexpected answer of the state machine: %T", f.Response()))
+	}
+	if r.Err != nil {
+		return r, rpcError(r.Err)
+	}
+	return r, nil
+}
+
+// verify makes sure that this manager still leads before a read. A confirmation
+// holds for half of the time in which no other could have been elected.
+func (m *Manager) verify() error {
+	if !m.IsLeader() {
+		return errNotLeader()
+	}
+	m.mu.Lock()
+	fresh := time.Since(m.verified) < m.cfg.Tuning.Heartbeat/3
+	m.mu.Unlock()
+	if fresh {
+		return nil
+	}
+	at := time.Now()
+	if err := m.raft.VerifyLeader().Error(); err != nil {
+		return errNotLeader()
+	}
+	m.mu.Lock()
+	m.verified = at
+	m.mu.Unlock()
+	return nil
+}
+
+// rpcError gives a refusal its RPC code.
+func rpcError(err error) error {
+	code := connect.CodeInternal
+	for _, k := range []struct {
+		kind error
+		code connect.Code
+	}{
+		{state.ErrNotFound, connect.CodeNotFound}, {state.ErrExists, connect.CodeAlreadyExists}, {state.ErrInUse, connect.CodeFailedPrecondition},
+		{state.ErrInvalid, connect.CodeInvalidArgument}, {state.ErrExhausted, connect.CodeResourceExhausted}, {state.ErrConflict, connect.CodeAborted},
+	} {
+		if errors.Is(err, k.kind) {
+			code = k.code
+		}
+	}
+	return connect.NewError(code, err)
+}
+
+// Handler serves the Control service. On a manager that does not lead every call
+// fails with CodeUnavailable.
+func (m *Manager) Handler() http.Handler {
+	_, h := shoalv1connect.NewControlHandler(&service{m}, connect.WithReadMaxBytes(state.MaxCommand))
+	return h
+}

@@ -1,0 +1,454 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/hashicorp/raft"
+
+	"github.com/shoalnet/shoal/api"
+	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/control/state"
+	"github.com/shoalnet/shoal/spec"
+)
+
+// service is the Control service on the leader.
+type service struct{ m *Manager }
+
+func invalid(err error) error { return connect.NewError(connect.CodeInvalidArgument, err) }
+
+// read answers from the state once leadership is sure.
+func (s *service) read(fn func(*state.State) error) error {
+	if err := s.m.verify(); err != nil {
+		return err
+	}
+	var err error
+	s.m.fsm.read(func(st *state.State) { err = fn(st) })
+	if err != nil {
+		return rpcError(err)
+	}
+	return nil
+}
+
+func (s *service) CreateNetwork(ctx context.Context, req *connect.Request[shoalv1.CreateNetworkRequest]) (*connect.Response[shoalv1.CreateNetworkResponse], error) {
+	r := req.Msg
+	n := spec.Network{ID: spec.NewID(), Name: r.Name, Driver: r.Driver, Labels: r.Labels, MTU: int(r.Mtu), Internal: r.Internal, Options: r.Options, Created: time.Now().UnixMilli()}
+	var err error
+	if n.Subnets, err = api.Prefixes("subnet", r.Subnets); err != nil {
+		return nil, invalid(err)
+	}
+	if n.Gateways, err = api.Addrs("gateway", r.Gateways); err != nil {
+		return nil, invalid(err)
+	}
+	if n.IPRanges, err = api.Prefixes("ip range", r.IpRanges); err != nil {
+		return nil, invalid(err)
+	}
+	res, err := s.m.Propose(ctx, state.Command{CreateNetwork: &state.CreateNetwork{Network: n, HostRoutes: s.m.cfg.HostRoutes()}})
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&shoalv1.CreateNetworkResponse{Network: api.Network(*res.Network)}), nil
+}
+
+// pick lists all objects, or those that refs name.
+func pick[T any](refs []string, all func() []T, one func(string) (T, error)) ([]T, error) {
+	if len(refs) == 0 {
+		return all(), nil
+	}
+	var out []T
+	for _, ref := range refs {
+		v, err := one(ref)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, v)
+	}
+	return out, nil
+}
+
+func (s *service) ListNetworks(_ context.Context, req *connect.Request[shoalv1.ListNetworksRequest]) (*connect.Response[shoalv1.ListNetworksResponse], error) {
+	resp := &shoalv1.ListNetworksResponse{}
+	err := s.read(func(st *state.State) error {
+		ns, err := pick(req.Msg.Refs, st.Networks, st.Network)
+		for _, n := range ns {
+			resp.Networks = append(resp.Networks, api.Network(n))
+		}
+		return err
+	})
+	return connect.NewResponse(resp), err
+}
+
+func (s *service) RemoveNetwork(ctx context.Context, req *connect.Request[shoalv1.RemoveNetworkRequest]) (*connect.Response[shoalv1.RemoveNetworkResponse], error) {
+	_, err := s.m.Propose(ctx, state.Command{RemoveNetwork: &state.RemoveNetwork{Ref: req.Msg.Ref}})
+	return connect.NewResponse(&shoalv1.RemoveNetworkResponse{}), err
+}
+
+func (s *service) CreateService(ctx context.Context, req *connect.Request[shoalv1.CreateServiceRequest]) (*connect.Response[shoalv1.CreateServiceResponse], error) {
+	sp, err := api.ToServiceSpec(req.Msg.Spec)
+	if err != nil {
+		return nil, invalid(err)
+	}
+	if sp.EndpointMode == "" {
+		sp.EndpointMode = spec.EndpointModeVIP
+	}
+	res, err := s.m.Propose(ctx, state.Command{CreateService: &state.CreateService{ID: spec.NewID(), Spec: sp, Created: time.Now().UnixMilli()}})
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&shoalv1.CreateServiceResponse{Service: api.Service(*res.Service, 0)}), nil
+}
+
+func (s *service) UpdateService(ctx context.Context, req *connect.Request[shoalv1.UpdateServiceRequest]) (*connect.Response[shoalv1.UpdateServiceResponse], error) {
+	cmd := &state.UpdateService{Ref: req.Msg.Ref, Version: req.Msg.Version}
+	if req.Msg.Spec != nil {
+		sp, err := api.ToServiceSpec(req.Msg.Spec)
+		if err != nil {
+			return nil, invalid(err)
+		}
+		cmd.Spec = &sp
+	}
+	if req.Msg.Replicas != nil {
+		n := int(*req.Msg.Replicas)
+		cmd.Replicas = &n
+	}
+	if cmd.Spec == nil && cmd.Replicas == nil {
+		return nil, invalid(errors.New("update of a service: neither a spec nor replicas are given"))
+	}
+	res, err := s.m.Propose(ctx, state.Command{UpdateService: cmd})
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&shoalv1.UpdateServiceResponse{Service: api.Service(*res.Service, 0)}), nil
+}
+
+func (s *service) ListServices(_ context.Context, req *connect.Request[shoalv1.ListServicesRequest]) (*connect.Response[shoalv1.ListServicesResponse], error) {
+	resp := &shoalv1.ListServicesResponse{}
+	err := s.read(func(st *state.State) error {
+		ss, err := pick(req.Msg.Refs, st.Services, st.Service)
+		for _, v := range ss {
+			resp.Services = append(resp.Services, api.Service(v, st.Running(v.ID)))
+		}
+		return err
+	})
+	return connect.NewResponse(resp), err
+}
+
+func (s *service) RemoveService(ctx context.Context, req *connect.Request[shoalv1.RemoveServiceRequest]) (*connect.Response[shoalv1.RemoveServiceResponse], error) {
+	_, err := s.m.Propose(ctx, state.Command{RemoveService: &state.RemoveService{Ref: req.Msg.Ref}})
+	return connect.NewResponse(&shoalv1.RemoveServiceResponse{}), err
+}
+
+func (s *service) CreateTask(ctx context.Context, req *connect.Request[shoalv1.CreateTaskRequest]) (*connect.Response[shoalv1.CreateTaskResponse], error) {
+	nets, err := api.ToNetworkAttachments(req.Msg.Networks)
+	if err != nil {
+		return nil, invalid(err)
+	}
+	id := spec.NewID()
+	name := req.Msg.Name
+	if name == "" {
+		name = "task-" + id[:6]
+	}
+	res, err := s.m.Propose(ctx, state.Command{CreateTask: &state.CreateTask{
+		ID: id, Name: name, Node: req.Msg.Node, Spec: api.ToTaskSpec(req.Msg.Spec), Networks: nets, Created: time.Now().UnixMilli()}})
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&shoalv1.CreateTaskResponse{Task: api.Task(*res.Task)}), nil
+}
+
+func (s *service) ListTasks(_ context.Context, req *connect.Request[shoalv1.ListTasksRequest]) (*connect.Response[shoalv1.ListTasksResponse], error) {
+	resp := &shoalv1.ListTasksResponse{}
+	r := req.Msg
+	err := s.read(func(st *state.State) error {
+		f := state.TaskFilter{All: r.All}
+		if r.Service != "" {
+			v, err := st.Service(r.Service)
+			if err != nil {
+				return err
+			}
+			f.Service = v.ID
+		}
+		if r.Node != "" {
+			v, err := st.Node(r.Node)
+			if err != nil {
+				return err
+			}
+			f.Node = v.ID
+		}
+		ts, err := pick(r.Refs, func() []spec.Task { return st.Tasks(f) }, st.Task)
+		for _, t := range ts {
+			resp.Tasks = append(resp.Tasks, api.Task(t))
+		}
+		return err
+	})
+	return connect.NewResponse(resp), err
+}
+
+func (s *service) StopTask(ctx context.Context, req *connect.Request[shoalv1.StopTaskRequest]) (*connect.Response[shoalv1.StopTaskResponse], error) {
+	_, err := s.m.Propose(ctx, state.Command{StopTask: &state.StopTask{Ref: req.Msg.Ref, Remove: req.Msg.Remove}})
+	return connect.NewResponse(&shoalv1.StopTaskResponse{}), err
+}
+
+func (s *service) ListNodes(_ context.Context, req *connect.Request[shoalv1.ListNodesRequest]) (*connect.Response[shoalv1.ListNodesResponse], error) {
+	resp := &shoalv1.ListNodesResponse{}
+	err := s.read(func(st *state.State) error {
+		ns, err := pick(req.Msg.Refs, st.Nodes, st.Node)
+		for _, n := range ns {
+			resp.Nodes = append(resp.Nodes, s.nodeInfo(n))
+		}
+		return err
+	})
+	return connect.NewResponse(resp), err
+}
+
+func (s *service) nodeInfo(n spec.Node) *shoalv1.NodeInfo {
+	info := api.Node(n)
+	info.Leader = n.ID == s.m.cfg.Node.ID // only the leader answers
+	return info
+}
+
+func (s *service) UpdateNode(ctx context.Context, req *connect.Request[shoalv1.UpdateNodeRequest]) (*connect.Response[shoalv1.UpdateNodeResponse], error) {
+	r := req.Msg
+	if r.Role != nil && *r.Role == spec.RoleWorker {
+		if err := s.read(func(st *state.State) error { return lastManager(st, r.Ref, "made a worker") }); err != nil {
+			return nil, err
+		}
+	}
+	res, err := s.m.Propose(ctx, state.Command{UpdateNode: &state.UpdateNode{Ref: r.Ref, Role: r.Role, Availability: r.Availability, SetLabels: r.SetLabels, RemoveLabels: r.RemoveLabels}})
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&shoalv1.UpdateNodeResponse{Node: s.nodeInfo(*res.Node)}), nil
+}
+
+// errLastManager refuses what would leave nobody to decide anything.
+type errLastManager struct{ error }
+
+// Is makes it an ErrInUse.
+func (errLastManager) Is(target error) bool { return target == state.ErrInUse }
+
+func lastManager(st *state.State, ref, what string) error {
+	n, err := st.Node(ref)
+	if err != nil {
+		return err
+	}
+	ready := 0
+	for _, o := range st.Nodes() {
+		if o.ID != n.ID && o.Role == spec.RoleManager && o.Status != spec.NodeDown {
+			ready++
+		}
+	}
+	if n.Role == spec.RoleManager && ready == 0 {
+		return errLastManager{fmt.Errorf("node %s is the last manager that works and can't be %s: make another one a manager first, with 'shoal node update --role manager NODE'", n.Name, what)}
+	}
+	return nil
+}
+
+func (s *service) RemoveNode(ctx context.Context, req *connect.Request[shoalv1.RemoveNodeRequest]) (*connect.Response[shoalv1.RemoveNodeResponse], error) {
+	var n spec.Node
+	err := s.read(func(st *state.State) (err error) {
+		if n, err = st.Node(req.Msg.Ref); err != nil {
+			return err
+		}
+		return lastManager(st, n.ID, "removed")
+	})
+	if err != nil {
+		return nil, err
+	}
+	// The state first: it can refuse. Raft's voters follow at once, or by
+	// keepVoters if this manager ends in between.
+	if _, err := s.m.Propose(ctx, state.Command{RemoveNode: &state.RemoveNode{Ref: n.ID, Force: req.Msg.Force}}); err != nil {
+		return nil, err
+	}
+	if n.Role == spec.RoleManager {
+		if err := s.m.raft.RemoveServer(raft.ServerID(n.ID), 0, proposeTimeout).Error(); err != nil {
+			s.m.log.Warn("a removed manager is still a voter; trying again", "node", n.Name, "error", err)
+		}
+	}
+	return connect.NewResponse(&shoalv1.RemoveNodeResponse{}), nil
+}
+
+// dialBackTimeout bounds the look at whether a joining node can be reached.
+const dialBackTimeout = 3 * time.Second
+
+func (s *service) JoinNode(ctx context.Context, req *connect.Request[shoalv1.JoinNodeRequest]) (*connect.Response[shoalv1.JoinNodeResponse], error) {
+	n, err := api.ToNode(req.Msg.Node)
+	if err != nil {
+		return nil, invalid(err)
+	}
+	if !n.Addr.IsValid() || n.ControlPort < 1 || n.ControlPort > 65535 || n.GossipPort < 1 || n.GossipPort > 65535 {
+		return nil, invalid(fmt.Errorf("node %s: address %s, control port %d, gossip port %d: want an address and ports from 1 to 65535", n.Name, n.Addr, n.ControlPort, n.GossipPort))
+	}
+	var cluster state.Cluster
+	err = s.read(func(st *state.State) error {
+		cluster, _ = st.Cluster()
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	if c := req.Msg.Cluster; c != "" && c != cluster.ID {
+		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("node %s belongs to cluster %s, this is cluster %s: run 'shoal leave --force' on it first", n.Name, c, cluster.ID))
+	}
+	addr := netip.AddrPortFrom(n.Addr, uint16(n.ControlPort)).String()
+	c, err := net.DialTimeout("tcp", addr, dialBackTimeout)
+	if err != nil {
+		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("the managers can't reach node %s at %s, which it advertises: %w: give another --advertise-addr, or open the port", n.Name, addr, err))
+	}
+	c.Close()
+	n.Created = time.Now().UnixMilli()
+	res, err := s.m.Propose(ctx, state.Command{UpsertNode: &state.UpsertNode{Node: n}})
+	if err != nil {
+		return nil, err
+	}
+	joined := *res.Node
+	s.m.seen(joined.ID)
+	if joined.Role == spec.RoleManager {
+		if err := s.m.addVoter(joined); err != nil {
+			return nil, connect.NewError(connect.CodeUnavailable, err)
+		}
+	}
+	resp := &shoalv1.JoinNodeResponse{Cluster: clusterInfo(cluster), Node: s.nodeInfo(joined)}
+	err = s.read(func(st *state.State) error {
+		for _, n := range st.Nodes() {
+			if n.Role == spec.RoleManager {
+				resp.Managers = append(resp.Managers, s.nodeInfo(n))
+			}
+		}
+		return nil
+	})
+	return connect.NewResponse(resp), err
+}
+
+func clusterInfo(c state.Cluster) *shoalv1.Cluster {
+	out := &shoalv1.Cluster{Id: c.ID, SubnetSize: int32(c.SubnetSize), DataPathPort: int32(c.DataPathPort)}
+	for _, p := range c.Pools {
+		out.AddressPools = append(out.AddressPools, p.String())
+	}
+	return out
+}
+
+// Assignments streams a node's assignment while this manager leads.
+func (s *service) Assignments(ctx context.Context, req *connect.Request[shoalv1.AssignmentsRequest], stream *connect.ServerStream[shoalv1.AssignmentsResponse]) error {
+	if err := s.m.verify(); err != nil {
+		return err
+	}
+	term, ok := s.m.term()
+	if !ok {
+		return errNotLeader()
+	}
+	alive := time.NewTicker(s.m.cfg.Tuning.Alive)
+	defer alive.Stop()
+	var sent uint64
+	for first := true; ; first = false {
+		changed := s.m.fsm.next()
+		var a state.Assignment
+		var index uint64
+		var err error
+		s.m.fsm.read(func(st *state.State) {
+			// Nothing of this node's has changed: most changes are others'.
+			if index = st.AssignmentIndex(req.Msg.Node); first || index != sent {
+				a, err = st.AssignmentFor(req.Msg.Node)
+			}
+		})
+		if err != nil {
+			return rpcError(err)
+		}
+		if first || index != sent {
+			if err := stream.Send(assignment(a)); err != nil {
+				return err
+			}
+			sent = index
+		}
+	wait:
+		for {
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-term.Done():
+				return errNotLeader()
+			case <-changed:
+				break wait
+			case <-alive.C:
+				if err := stream.Send(&shoalv1.AssignmentsResponse{Index: sent, Unchanged: true}); err != nil {
+					return err
+				}
+			}
+		}
+	}
+}
+
+func assignment(a state.Assignment) *shoalv1.AssignmentsResponse {
+	out := &shoalv1.AssignmentsResponse{Index: a.Index, Cluster: clusterInfo(a.Cluster)}
+	for _, t := range a.Tasks {
+		out.Tasks = append(out.Tasks, api.Task(t))
+	}
+	for _, n := range a.Networks {
+		out.Networks = append(out.Networks, api.Network(n))
+	}
+	for _, v := range a.Services {
+		out.Services = append(out.Services, api.Service(v, 0))
+	}
+	for _, n := range a.Nodes {
+		out.Nodes = append(out.Nodes, api.Node(n))
+	}
+	return out
+}
+
+// Report takes a node's sign of life and its tasks' statuses.
+func (s *service) Report(ctx context.Context, req *connect.Request[shoalv1.ReportRequest]) (*connect.Response[shoalv1.ReportResponse], error) {
+	r := req.Msg
+	if !s.m.IsLeader() {
+		return nil, errNotLeader()
+	}
+	var known spec.Node
+	var err error
+	s.m.fsm.read(func(st *state.State) {
+		ns := st.Nodes()
+		if i := slices.IndexFunc(ns, func(n spec.Node) bool { return n.ID == r.Node }); i >= 0 {
+			known = ns[i]
+		} else {
+			err = &state.NotFoundError{Kind: "node", Ref: r.Node}
+		}
+	})
+	if err != nil {
+		// A deposed leader may not know of a node that joined since.
+		if verr := s.m.verify(); verr != nil {
+			return nil, verr
+		}
+		return nil, rpcError(err)
+	}
+	s.m.seen(r.Node)
+	now := known
+	if r.Addr != "" {
+		if now.Addr, err = netip.ParseAddr(r.Addr); err != nil {
+			return nil, invalid(fmt.Errorf("address of node %s: %q is not an IP address", known.Name, r.Addr))
+		}
+		now.ControlPort, now.GossipPort, now.DataPath = int(r.ControlPort), int(r.GossipPort), r.DataPath
+	}
+	if known.Status != spec.NodeReady || now.Addr != known.Addr || now.ControlPort != known.ControlPort || now.GossipPort != known.GossipPort || now.DataPath != known.DataPath {
+		if _, err := s.m.Propose(ctx, state.Command{UpsertNode: &state.UpsertNode{Node: now}}); err != nil {
+			return nil, err
+		}
+	}
+	if len(r.Tasks) > 0 {
+		cmd := &state.ReportTasks{Node: r.Node, Now: time.Now().UnixMilli(), Tasks: map[string]spec.TaskStatus{}}
+		for id, t := range r.Tasks {
+			st, err := api.ToTaskStatus(t)
+			if err != nil {
+				return nil, invalid(fmt.Errorf("task %s: %w", id, err))
+			}
+			cmd.Tasks[id] = st
+		}
+		if _, err := s.m.Propose(ctx, state.Command{ReportTasks: cmd}); err != nil {
+			return nil, err
+		}
+	}
+	return connect.NewResponse(&shoalv1.ReportResponse{}), nil
+}

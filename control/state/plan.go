@@ -1,0 +1,527 @@
+package state
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/base32"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/shoalnet/shoal/spec"
+)
+
+// planner is one run of Plan.
+type planner struct {
+	s     *State
+	now   int64
+	ops   []ScheduleOp
+	next  int64
+	nodes []*node // by ID
+	idx   map[string]int
+	total []int // tasks by node; made when first needed
+	lost  map[*task]bool
+	room  map[string]*room // by network; made when first needed
+	slots []slotPlan       // of the service at hand; kept for its memory
+}
+
+type room struct {
+	free int
+	err  error // why none is
+}
+
+func newPlanner(s *State, now int64) *planner {
+	p := &planner{s: s, now: now, idx: make(map[string]int, len(s.nodes)), lost: map[*task]bool{}, room: map[string]*room{}}
+	for i, id := range slices.Sorted(maps.Keys(s.nodes)) {
+		p.nodes = append(p.nodes, s.nodes[id])
+		p.idx[id] = i
+	}
+	return p
+}
+
+func (p *planner) op(o ScheduleOp) { p.ops = append(p.ops, o) }
+
+func (p *planner) full() bool { return len(p.ops) >= maxOps }
+
+// again asks for another plan at the given time.
+func (p *planner) again(at int64) {
+	if p.next == 0 || at < p.next {
+		p.next = at
+	}
+}
+
+// loseTasks marks what runs on nodes that are down.
+func (p *planner) loseTasks() {
+	for _, n := range p.nodes {
+		if n.Status != spec.NodeDown {
+			continue
+		}
+		var ts []*task
+		for _, t := range n.tasks {
+			if !t.Status.State.Ended() {
+				ts = append(ts, t)
+			}
+		}
+		slices.SortFunc(ts, func(a, b *task) int { return cmp.Compare(a.seq, b.seq) })
+		for _, t := range ts {
+			p.lost[t] = true
+			p.op(ScheduleOp{Kind: OpLost, Task: t.ID, Version: t.Version})
+		}
+	}
+}
+
+// servicePlan is what is known of the service at hand.
+type servicePlan struct {
+	v       *service
+	fits    []bool // by node: meets the constraints; nil: there are none
+	counts  []int  // by node: tasks that will stay; made when first needed
+	fails   []int  // by node: recent failures
+	unmet   string // a constraint that no node meets
+	ready   bool   // counts and fails are made
+	started int    // slots on their way to the current template
+}
+
+// slotPlan is what is known of one active slot.
+type slotPlan struct {
+	slot  int
+	best  *task   // the one that is to stay
+	stale *task   // the best of those that are to be replaced
+	drop  []*task // others that run or will
+	last  *task   // the newest that has ended and was not replaced
+	gone  bool    // scaled down
+}
+
+func (p *planner) service(v *service) {
+	sv := &servicePlan{v: v}
+	if len(v.Spec.Constraints) > 0 {
+		p.match(sv)
+	}
+	p.slots = p.slots[:0]
+	for i := 0; i < len(v.tasks); {
+		sp := slotPlan{slot: v.tasks[i].Slot}
+		active := false
+		for ; i < len(v.tasks) && v.tasks[i].Slot == sp.slot; i++ {
+			t := v.tasks[i]
+			if t.Desired != spec.DesiredRunning {
+				continue
+			}
+			active = true
+			if t.Status.State.Ended() || (len(p.lost) > 0 && p.lost[t]) {
+				sp.last = t
+				continue
+			}
+			keep := &sp.best
+			if t.rev != v.rev || !p.stays(sv, t) {
+				keep = &sp.stale
+			}
+			if *keep == nil {
+				*keep = t
+			} else if rank(t) > rank(*keep) {
+				sp.drop = append(sp.drop, *keep)
+				*keep = t
+			} else {
+				sp.drop = append(sp.drop, t)
+			}
+		}
+		if active {
+			p.slots = append(p.slots, sp)
+		}
+	}
+	if k := len(p.slots) - v.Spec.Replicas; k > 0 {
+		p.scaleDown(sv, k)
+	}
+	for i := range p.slots {
+		if sp := &p.slots[i]; !sp.gone && p.underway(v, sp) {
+			sv.started++
+		}
+	}
+	for i := range p.slots {
+		if p.full() {
+			return
+		}
+		if sp := &p.slots[i]; !sp.gone {
+			p.slot(sv, sp)
+		}
+	}
+	// New slots take the lowest free numbers.
+	slot, at := 1, 0
+	for k := len(p.slots); k < v.Spec.Replicas && !p.full(); k++ {
+		for at < len(p.slots) && p.slots[at].slot == slot {
+			at++
+			slot++
+		}
+		p.create(sv, slot, 0, 0, nil)
+		slot++
+	}
+}
+
+// rank orders the tasks of a slot by how much they are worth keeping.
+func rank(t *task) int {
+	switch t.Status.State {
+	case spec.TaskRunning:
+		return 100
+	case spec.TaskStopping:
+		return 0
+	}
+	return 1 + int(t.Status.State)
+}
+
+func running(t *task) bool { return t != nil && t.Status.State == spec.TaskRunning }
+
+// underway tells whether a slot is on its way to run a task of the current
+// template. One that waits for a node, with nothing to replace, is not: it would
+// hold up the others for ever.
+func (p *planner) underway(v *service, sp *slotPlan) bool {
+	if sp.best != nil {
+		return !running(sp.best) && (sp.stale != nil || sp.best.Node != "" || sp.best.NotBefore > p.now)
+	}
+	return sp.last != nil && sp.last.rev == v.rev && sp.last.Status.State != spec.TaskLost && !p.lost[sp.last]
+}
+
+// slot decides for one active slot.
+func (p *planner) slot(sv *servicePlan, sp *slotPlan) {
+	switch {
+	case running(sp.best):
+		if sp.stale != nil {
+			sp.drop = append(sp.drop, sp.stale)
+		}
+		for _, t := range sp.drop {
+			p.stop(t, sp.best.ID)
+		}
+	case sp.best != nil:
+		for _, t := range sp.drop {
+			p.stop(t, "")
+		}
+		if sp.stale != nil && !running(sp.stale) && (sp.best.Node != "" || sp.stale.Node == "") {
+			p.stop(sp.stale, "") // neither runs: no use in the older
+			sp.stale = nil
+		}
+		if sp.best.Node == "" {
+			p.place(sv, sp)
+		}
+	case sp.stale != nil:
+		for _, t := range sp.drop {
+			p.stop(t, "")
+		}
+		attempt, at, ok := 0, int64(0), true
+		if sp.last != nil && sp.last.rev == sv.v.rev {
+			attempt, at, ok = p.restart(sv.v, sp.last)
+		} else if running(sp.stale) && p.stays(sv, sp.stale) {
+			// One slot at a time gives its place to another template.
+			if sv.started > 0 {
+				return
+			}
+			sv.started++
+		}
+		if ok {
+			p.create(sv, sp.slot, attempt, at, sp.last)
+		}
+	default:
+		if attempt, at, ok := p.restart(sv.v, sp.last); ok {
+			p.create(sv, sp.slot, attempt, at, sp.last)
+		}
+	}
+}
+
+func (p *planner) stop(t *task, by string) {
+	p.op(ScheduleOp{Kind: OpStop, Task: t.ID, Version: t.Version, By: by})
+}
+
+// restart tells whether and from when on an ended task is to be replaced.
+func (p *planner) restart(v *service, last *task) (attempt int, at int64, ok bool) {
+	switch {
+	case last.rev != v.rev:
+		return 0, 0, true
+	case last.Status.State == spec.TaskLost || p.lost[last]:
+		return last.Attempt, 0, true
+	}
+	attempt = last.Attempt + 1
+	if last.started > 0 && last.ended-last.started >= longRun {
+		attempt = 1
+	}
+	if v.Spec.RestartMax > 0 && attempt > v.Spec.RestartMax {
+		return 0, 0, false
+	}
+	delay := v.Spec.RestartDelay.Milliseconds()
+	if delay <= 0 {
+		delay = restartFirst
+	}
+	for i := 1; i < attempt && delay < restartMost; i++ {
+		delay = min(2*delay, restartMost)
+	}
+	return attempt, last.ended + delay, true
+}
+
+// create makes a task for a slot, with a node if it may start now and one fits.
+func (p *planner) create(sv *servicePlan, slot, attempt int, at int64, last *task) {
+	o := ScheduleOp{Kind: OpCreate, Task: p.newID(sv.v, slot), Service: sv.v.ID, ServiceVersion: sv.v.Version, Slot: slot, Attempt: attempt}
+	if at > p.now {
+		o.NotBefore = at
+		o.Message = fmt.Sprintf("restart %d is due in %s", attempt, milliseconds(at-p.now))
+		if last != nil && last.Status.Message != "" {
+			o.Message += ": the last run ended with: " + last.Status.Message
+		}
+		p.again(at)
+	} else if i, why := p.find(sv); i >= 0 {
+		o.Node = p.nodes[i].ID
+	} else {
+		o.Message = why
+	}
+	p.op(o)
+}
+
+// place finds a node for a pending task. Where that is impossible while a task
+// that must go still runs, that one is stopped first.
+func (p *planner) place(sv *servicePlan, sp *slotPlan) {
+	t := sp.best
+	if t.NotBefore > p.now {
+		p.again(t.NotBefore)
+		return
+	}
+	i, why := p.find(sv)
+	if i >= 0 {
+		p.op(ScheduleOp{Kind: OpAssign, Task: t.ID, Version: t.Version, Node: p.nodes[i].ID})
+		return
+	}
+	if t.Status.Message != why {
+		p.op(ScheduleOp{Kind: OpWait, Task: t.ID, Version: t.Version, Message: why})
+	}
+	if sp.stale != nil && (!p.stays(sv, sp.stale) || p.addressless(sv.v) != nil) {
+		p.stop(sp.stale, "")
+	}
+}
+
+// find picks a node for one more task of a service, and counts it there. Without
+// one it returns -1 and why.
+func (p *planner) find(sv *servicePlan) (int, string) {
+	if r := p.addressless(sv.v); r != nil {
+		return -1, r.Error()
+	}
+	i, why := p.pick(sv)
+	if i < 0 {
+		return -1, why
+	}
+	for _, a := range sv.v.Spec.Networks {
+		p.room[a.Network].free--
+	}
+	sv.counts[i]++
+	p.total[i]++
+	return i, ""
+}
+
+// addressless tells why a network of the service has no address for another
+// task; nil if all have.
+func (p *planner) addressless(v *service) error {
+	for _, a := range v.Spec.Networks {
+		r := p.room[a.Network]
+		if r == nil {
+			r = &room{}
+			r.free, r.err = p.s.networks[a.Network].room()
+			p.room[a.Network] = r
+		}
+		if r.free <= 0 {
+			if r.err == nil {
+				// This plan took the last one.
+				n := p.s.networks[a.Network]
+				r.err = fmt.Errorf("network %s: no address is free in %s", n.Name, joinPrefixes(n.Subnets))
+			}
+			return r.err
+		}
+	}
+	return nil
+}
+
+// match finds the nodes that meet the constraints.
+func (p *planner) match(sv *servicePlan) {
+	cs := make([]spec.Constraint, 0, len(sv.v.Spec.Constraints))
+	for _, c := range sv.v.Spec.Constraints {
+		if pc, err := spec.ParseConstraint(c); err == nil { // validated when the service was made
+			cs = append(cs, pc)
+		}
+	}
+	sv.fits = make([]bool, len(p.nodes))
+	left := len(p.nodes)
+	for i := range sv.fits {
+		sv.fits[i] = true
+	}
+	for k, c := range cs {
+		for i, n := range p.nodes {
+			if sv.fits[i] && !c.Match(n.Node) {
+				sv.fits[i] = false
+				left--
+			}
+		}
+		if left == 0 && sv.unmet == "" {
+			sv.unmet = sv.v.Spec.Constraints[k]
+		}
+	}
+}
+
+// stays tells whether a task may stay on its node.
+func (p *planner) stays(sv *servicePlan, t *task) bool {
+	if t.Node == "" {
+		return true
+	}
+	i, ok := p.idx[t.Node]
+	return ok && p.nodes[i].Availability != spec.AvailabilityDrain && (sv.fits == nil || sv.fits[i])
+}
+
+// prepare counts tasks by node.
+func (p *planner) prepare(sv *servicePlan) {
+	if p.total == nil {
+		p.total = make([]int, len(p.nodes))
+		for i, n := range p.nodes {
+			for _, t := range n.tasks {
+				if t.Live() && !p.lost[t] {
+					p.total[i]++
+				}
+			}
+		}
+	}
+	if sv == nil || sv.ready {
+		return
+	}
+	sv.ready = true
+	sv.counts, sv.fails = make([]int, len(p.nodes)), make([]int, len(p.nodes))
+	for _, t := range sv.v.tasks {
+		i, ok := p.idx[t.Node]
+		switch {
+		case !ok || t.rev != sv.v.rev:
+		case t.Live() && !p.lost[t] && p.stays(sv, t):
+			sv.counts[i]++
+		case (t.Status.State == spec.TaskFailed || t.Status.State == spec.TaskRejected) && p.now-t.ended < failWindow:
+			sv.fails[i]++
+		}
+	}
+}
+
+// pick chooses a node for one more task: fewest tasks of the service (nil: none),
+// then fewest in all, then the lowest ID. Without one it returns -1 and why.
+func (p *planner) pick(sv *servicePlan) (int, string) {
+	p.prepare(sv)
+	best := -1
+	var bestKey [3]int
+	for i, n := range p.nodes {
+		if !assignable(n) || (sv != nil && sv.fits != nil && !sv.fits[i]) {
+			continue
+		}
+		key := [3]int{2: p.total[i]}
+		if sv != nil {
+			key[1] = sv.counts[i]
+			if sv.fails[i] >= failMost {
+				key[0] = 1
+			}
+		}
+		if best < 0 || slices.Compare(key[:], bestKey[:]) < 0 {
+			best, bestKey = i, key
+		}
+	}
+	if best >= 0 {
+		return best, ""
+	}
+	return -1, p.nowhere(sv)
+}
+
+// nowhere tells why no node fits.
+func (p *planner) nowhere(sv *servicePlan) string {
+	if len(p.nodes) == 0 {
+		return "the cluster has no nodes"
+	}
+	if sv != nil && sv.unmet != "" {
+		if len(sv.v.Spec.Constraints) == 1 {
+			return "no node matches constraint " + sv.unmet
+		}
+		return "no node matches all constraints: " + strings.Join(sv.v.Spec.Constraints, ", ")
+	}
+	match, counts := 0, map[string]int{}
+	for i, n := range p.nodes {
+		if sv != nil && sv.fits != nil && !sv.fits[i] {
+			continue
+		}
+		match++
+		switch {
+		case n.Status == spec.NodeDown:
+			counts["down"]++
+		case n.Status != spec.NodeReady:
+			counts["not heard of yet"]++
+		case n.Availability == spec.AvailabilityDrain:
+			counts["drained"]++
+		default:
+			counts["paused"]++
+		}
+	}
+	var parts []string
+	for _, k := range []string{"down", "not heard of yet", "drained", "paused"} {
+		if counts[k] > 0 {
+			parts = append(parts, fmt.Sprintf("%d %s", counts[k], k))
+		}
+	}
+	what := "nodes"
+	if match == 1 {
+		what = "node"
+	}
+	if match < len(p.nodes) {
+		what += " that match"
+		if match == 1 {
+			what += "es"
+		}
+		what += " the constraints"
+	}
+	return fmt.Sprintf("%d %s: %s", match, what, strings.Join(parts, ", "))
+}
+
+// scaleDown removes k slots: of those that run nowhere while the others are
+// spread evenly, else from the node with most.
+func (p *planner) scaleDown(sv *servicePlan, k int) {
+	p.prepare(nil)
+	byNode := make([][]int, len(p.nodes)) // indices into slots, ascending
+	var unplaced []int
+	for i := range p.slots {
+		home := p.slots[i].best
+		if home == nil || home.Node == "" {
+			home = p.slots[i].stale
+		}
+		if home == nil || home.Node == "" {
+			unplaced = append(unplaced, i)
+		} else {
+			at := p.idx[home.Node]
+			byNode[at] = append(byNode[at], i)
+		}
+	}
+	for ; k > 0 && !p.full(); k-- {
+		most, least := -1, -1
+		for i, n := range p.nodes {
+			c := len(byNode[i])
+			if most < 0 || c > len(byNode[most]) || (c == len(byNode[most]) && p.total[i] >= p.total[most]) {
+				most = i
+			}
+			if assignable(n) && (sv.fits == nil || sv.fits[i]) && (least < 0 || c < least) {
+				least = c
+			}
+		}
+		var victim int
+		if most < 0 || len(byNode[most]) == 0 || (len(unplaced) > 0 && (least < 0 || len(byNode[most])-least <= 1)) {
+			victim, unplaced = unplaced[len(unplaced)-1], unplaced[:len(unplaced)-1]
+		} else {
+			l := byNode[most]
+			victim, byNode[most] = l[len(l)-1], l[:len(l)-1]
+			p.total[most]--
+		}
+		p.slots[victim].gone = true
+		p.op(ScheduleOp{Kind: OpRemove, Service: sv.v.ID, ServiceVersion: sv.v.Version, Slot: p.slots[victim].slot})
+	}
+}
+
+// newID makes an ID that is new, and the same for the same state.
+func (p *planner) newID(v *service, slot int) string {
+	h := sha256.Sum256(fmt.Appendf(nil, "%s/%s/%d/%d/%d", p.s.cluster.ID, v.ID, slot, p.s.index, len(p.ops)))
+	return strings.ToLower(base32.StdEncoding.EncodeToString(h[:10]))[:spec.IDLen]
+}
+
+func milliseconds(ms int64) string {
+	if ms < 1000 {
+		return fmt.Sprintf("%d ms", ms)
+	}
+	return fmt.Sprintf("%.1f s", float64(ms)/1000)
+}

@@ -1,0 +1,269 @@
+package state
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/shoalnet/shoal/spec"
+)
+
+// maxMessage bounds what a node may say of a task, in bytes.
+const maxMessage = 1024
+
+// put adds a task to the state and all indices.
+func (s *State) put(t *task) {
+	s.tasks[t.ID] = t
+	if t.Service != "" || t.Desired != spec.DesiredRemove {
+		s.taskNames[t.Name] = t.ID
+	}
+	if v := s.services[t.Service]; v != nil {
+		i, _ := slices.BinarySearchFunc(v.tasks, t, func(a, b *task) int {
+			return cmp.Or(cmp.Compare(a.Slot, b.Slot), cmp.Compare(a.seq, b.seq))
+		})
+		v.tasks = slices.Insert(v.tasks, i, t)
+	}
+	if n := s.nodes[t.Node]; n != nil {
+		n.tasks[t.ID] = t
+		n.changed = s.index
+	}
+}
+
+// forget removes a task, which must not hold addresses, from state and indices.
+func (s *State) forget(t *task) {
+	delete(s.tasks, t.ID)
+	if s.taskNames[t.Name] == t.ID {
+		delete(s.taskNames, t.Name)
+	}
+	if v := s.services[t.Service]; v != nil {
+		if i := slices.Index(v.tasks, t); i >= 0 {
+			v.tasks = slices.Delete(v.tasks, i, i+1)
+		}
+	}
+	if n := s.nodes[t.Node]; n != nil {
+		delete(n.tasks, t.ID)
+		n.changed = s.index
+	}
+}
+
+// touchTask notes a change that the task's node must hear of.
+func (s *State) touchTask(t *task) {
+	t.Version = s.index
+	if n := s.nodes[t.Node]; n != nil {
+		n.changed = s.index
+	}
+}
+
+// end sets the desired state of a task to shutdown or remove, and forgets it
+// where nobody is left to act on that.
+func (s *State) end(t *task, desired string) {
+	if t.Desired == spec.DesiredRemove {
+		desired = spec.DesiredRemove
+	}
+	if t.Node == "" || (desired == spec.DesiredRemove && !t.holds()) {
+		// No node ever had it, or its node has released it.
+		s.forget(t)
+		return
+	}
+	if t.Desired == desired {
+		return
+	}
+	t.Desired = desired
+	if t.Service == "" && desired == spec.DesiredRemove && s.taskNames[t.Name] == t.ID {
+		delete(s.taskNames, t.Name)
+	}
+	s.touchTask(t)
+}
+
+// assign gives a task its node and addresses, or changes nothing.
+func (s *State) assign(t *task, n *node, asked []spec.NetworkAttachment) error {
+	var u undo
+	var as []spec.Attachment
+	for _, a := range asked {
+		w := s.networks[a.Network]
+		if w == nil {
+			u.run()
+			return &NotFoundError{"network", a.Network}
+		}
+		addrs, err := w.allocate(a.Addrs, t.holder(), &u)
+		if err != nil {
+			u.run()
+			return err
+		}
+		as = append(as, spec.Attachment{Network: a.Network, Addrs: addrs, Aliases: slices.Clone(a.Aliases)})
+	}
+	t.Attachments = as
+	t.Node = n.ID
+	return nil
+}
+
+func (s *State) createTask(c *CreateTask) Result {
+	if err := s.checkID("task", c.ID); err != nil {
+		return Result{Err: err}
+	}
+	if err := spec.ValidateName("task", c.Name); err != nil {
+		return Result{Err: failf(ErrInvalid, "%w", err)}
+	}
+	if err := c.Spec.Validate(); err != nil {
+		return Result{Err: failf(ErrInvalid, "task %s: %w", c.Name, err)}
+	}
+	if id, ok := s.taskNames[c.Name]; ok {
+		t, where := s.tasks[id], ""
+		if n := s.nodes[t.Node]; n != nil {
+			where = " on node " + n.Name
+		}
+		return Result{Err: failf(ErrExists, "name %s is taken by task %s%s: remove it with 'shoal rm %s'", c.Name, id, where, c.Name)}
+	}
+	nets, err := s.resolve(c.Networks)
+	if err != nil {
+		return Result{Err: fmt.Errorf("task %s: %w", c.Name, err)}
+	}
+	var n *node
+	if c.Node == "" {
+		p := newPlanner(s, c.Created)
+		i, why := p.pick(nil)
+		if i < 0 {
+			return Result{Err: failf(ErrInvalid, "task %s: no node can run it: %s", c.Name, why)}
+		}
+		n = p.nodes[i]
+	} else if n, err = s.node(c.Node); err != nil {
+		return Result{Err: err}
+	}
+	if n.Status == spec.NodeDown {
+		return Result{Err: failf(ErrInvalid, "task %s: node %s is down", c.Name, n.Name)}
+	}
+	t := &task{seq: s.seq + 1, Task: spec.Task{ID: c.ID, Name: c.Name, Spec: c.Spec.Clone(), Desired: spec.DesiredRunning,
+		Status: spec.TaskStatus{State: spec.TaskAssigned, At: c.Created}, Version: s.index, Created: c.Created}}
+	if err := s.assign(t, n, nets); err != nil {
+		return Result{Err: fmt.Errorf("task %s: %w", c.Name, err)}
+	}
+	s.seq++
+	s.put(t)
+	out := t.Task
+	return Result{Task: &out}
+}
+
+func (s *State) stopTask(c *StopTask) Result {
+	t, err := s.task(c.Ref)
+	if err != nil {
+		return Result{Err: err}
+	}
+	desired := spec.DesiredShutdown
+	if c.Remove {
+		desired = spec.DesiredRemove
+	}
+	s.end(t, desired)
+	out := t.Task
+	out.Desired = desired
+	if v := s.services[t.Service]; v != nil {
+		s.finish(v)
+	}
+	return Result{Task: &out}
+}
+
+func (s *State) reportTasks(c *ReportTasks) Result {
+	n := s.nodes[c.Node]
+	if n == nil {
+		return Result{Err: &NotFoundError{"node", c.Node}}
+	}
+	for _, id := range slices.Sorted(maps.Keys(c.Tasks)) {
+		if t := s.tasks[id]; t != nil && t.Node == n.ID {
+			s.report(t, c.Tasks[id], c.Now)
+		}
+	}
+	return Result{}
+}
+
+// report takes up what a task's node says. States only move forward, but for
+// one: a lost task that runs on and has no successor is taken back.
+func (s *State) report(t *task, st spec.TaskStatus, now int64) {
+	cur := t.Status
+	if cur.Released || st.State < spec.TaskPreparing || st.State >= spec.TaskLost {
+		return
+	}
+	if st.Released && !st.State.Ended() {
+		if st.State = spec.TaskFailed; t.Desired != spec.DesiredRunning {
+			st.State = spec.TaskShutdown
+		}
+	}
+	if len(st.Message) > maxMessage {
+		st.Message = strings.ToValidUTF8(st.Message[:maxMessage], "") + "…"
+	}
+	switch {
+	case cur.State == spec.TaskLost && st.State.Ended():
+	case cur.State == spec.TaskLost:
+		if !s.revivable(t) {
+			return
+		}
+		t.ended, t.was = 0, 0
+		s.touchTask(t)
+	case cur.State.Ended() && st.State != cur.State:
+		if !st.Released {
+			return
+		}
+		cur.Released, cur.PID = true, 0
+		st = cur
+	case st.State < cur.State || st == cur:
+		return
+	}
+	t.Status, t.Version = st, s.index
+	if st.State == spec.TaskRunning && t.started == 0 {
+		t.started = now
+	}
+	if st.State.Ended() && (t.ended == 0 || cur.State == spec.TaskLost) {
+		t.ended = now
+	}
+	if st.Released {
+		t.Status.Released = false
+		s.free(t)
+	}
+}
+
+// free gives the task's addresses back: its node has released it, or is gone.
+func (s *State) free(t *task) {
+	if t.holds() {
+		for _, a := range t.Attachments {
+			s.release(a.Network, a.Addrs, t.holder())
+		}
+	}
+	t.Status.Released, t.Status.PID = true, 0
+	s.touchTask(t)
+	v := s.services[t.Service]
+	if t.Desired == spec.DesiredRemove {
+		s.forget(t)
+	} else if v != nil {
+		s.trim(v, t.Slot)
+	}
+	if v != nil {
+		s.finish(v)
+	}
+}
+
+// revivable tells whether a lost task is still the one that its slot wants.
+func (s *State) revivable(t *task) bool {
+	if t.Desired != spec.DesiredRunning {
+		return false
+	}
+	v := s.services[t.Service]
+	if v == nil {
+		return true
+	}
+	for _, o := range v.slot(t.Slot) {
+		if o != t && o.Live() && o.Node != "" {
+			return false
+		}
+	}
+	return true
+}
+
+// lose marks a task of a node that is down.
+func (s *State) lose(t *task, now int64) {
+	t.was, t.ended = t.Status.State, now
+	t.Status.State, t.Status.Message = spec.TaskLost, "its node is down"
+	if n := s.nodes[t.Node]; n != nil {
+		t.Status.Message = "node " + n.Name + " is down"
+	}
+	t.Version = s.index
+}

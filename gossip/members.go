@@ -1,0 +1,485 @@
+package gossip
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/hashicorp/memberlist"
+
+	"github.com/shoalnet/shoal/spec"
+)
+
+// member is another node as far as memberlist and our pings tell.
+type member struct {
+	addr   netip.AddrPort
+	meta   meta
+	metaOK bool
+
+	up   bool // memberlist holds it alive or suspect
+	left bool // it said so itself
+	// holding: memberlist holds it dead, but it has not missed our pings.
+	holding   bool
+	forgotten bool // hidden, see Forget
+	fails     int  // pings in a row without answer
+	suspect   bool // fails reached Tuning.SuspectAfter
+	pinging   bool
+	since     time.Time // of the last change of up or left
+}
+
+func (m *member) reachable() bool { return (m.up || m.holding) && !m.left && !m.forgotten }
+
+func (m *member) shown() bool { return m.metaOK && !m.left && !m.forgotten }
+
+func (m *member) liveness() spec.Liveness {
+	switch {
+	case !m.reachable():
+		return spec.PeerDead
+	case m.suspect || !m.up:
+		return spec.PeerSuspect
+	}
+	return spec.PeerAlive
+}
+
+// count refreshes the number of nodes for the queues. Under mu.
+func (g *Gossip) count() {
+	n := int64(1)
+	for _, m := range g.members {
+		if m.reachable() {
+			n++
+		}
+	}
+	g.nodes.Store(n)
+}
+
+// delegate is what memberlist calls. Events come under its node lock.
+type delegate struct{ g *Gossip }
+
+// NodeMeta implements memberlist.Delegate.
+func (d *delegate) NodeMeta(limit int) []byte {
+	d.g.mu.Lock()
+	defer d.g.mu.Unlock()
+	b := d.g.meta.encode()
+	if len(b) > limit { // 64+65+6 bytes at most, of 512
+		return nil
+	}
+	return b
+}
+
+// NotifyMsg implements memberlist.Delegate.
+func (d *delegate) NotifyMsg(b []byte) {
+	if d.g.running() != nil {
+		d.g.receive(b)
+	}
+}
+
+// GetBroadcasts implements memberlist.Delegate: own rumours first.
+func (d *delegate) GetBroadcasts(overhead, limit int) [][]byte {
+	out := d.g.own.GetBroadcasts(overhead, limit)
+	for _, m := range out {
+		limit -= overhead + len(m)
+	}
+	if limit > overhead {
+		out = append(out, d.g.relay.GetBroadcasts(overhead, limit)...)
+	}
+	d.g.stats.rumours.Add(uint64(len(out)))
+	return out
+}
+
+// LocalState implements memberlist.Delegate.
+func (d *delegate) LocalState(bool) []byte {
+	d.g.mu.Lock()
+	m := message{header: d.g.header(msgState), digest: d.g.digest()}
+	d.g.mu.Unlock()
+	return m.encode()
+}
+
+// MergeRemoteState implements memberlist.Delegate.
+func (d *delegate) MergeRemoteState(b []byte, _ bool) {
+	if d.g.running() != nil {
+		d.g.receive(b)
+	}
+}
+
+// NotifyJoin implements memberlist.EventDelegate: a new member, or one that
+// was dead or had left.
+func (d *delegate) NotifyJoin(n *memberlist.Node) { d.g.memberUp(n, true) }
+
+// NotifyUpdate implements memberlist.EventDelegate: other metadata.
+func (d *delegate) NotifyUpdate(n *memberlist.Node) { d.g.memberUp(n, false) }
+
+// NotifyLeave implements memberlist.EventDelegate: dead, or left; it does not
+// tell which.
+func (d *delegate) NotifyLeave(n *memberlist.Node) { d.g.memberDown(n.Name) }
+
+func (g *Gossip) memberUp(n *memberlist.Node, join bool) {
+	if n.Name == g.cfg.NodeID || g.running() == nil {
+		return
+	}
+	ip, ok := netip.AddrFromSlice(n.Addr)
+	if !ok || len(n.Name) > maxID {
+		g.stats.malformed.Add(1)
+		return
+	}
+	mt, err := decodeMeta(n.Meta)
+	if err != nil {
+		g.stats.malformed.Add(1)
+		g.log.Warn("member with unreadable metadata", "node", n.Name, "error", err)
+	}
+	addr := netip.AddrPortFrom(ip.Unmap(), n.Port)
+	g.mu.Lock()
+	m := g.members[n.Name]
+	if m == nil {
+		m = &member{}
+		g.members[n.Name] = m
+	}
+	before := *m
+	m.addr, m.meta, m.metaOK = addr, mt, err == nil
+	m.up, m.holding = true, false
+	if join {
+		// Only the node itself can come back from having left.
+		m.left, m.fails, m.suspect, m.since = false, 0, false, time.Now()
+		if r := g.recs[n.Name]; r != nil && r.left && !before.up {
+			r.leftAt = time.Time{}
+		}
+	}
+	if _, banned := g.banned[n.Name]; banned {
+		m.forgotten = true
+	}
+	g.addPeer(addr, n.Name)
+	g.count()
+	g.bump()
+	greet := join && len(g.members) <= g.tune.DirectPeers
+	g.mu.Unlock()
+	if join {
+		g.log.Info("node is a member", "node", n.Name, "name", mt.name, "addr", addr)
+	}
+	if greet {
+		id := n.Name
+		g.spawn(func(context.Context) { g.greet(id, addr) })
+	}
+}
+
+// greet tells a new member how far this node's record is. Who joins fetches all
+// records from the one it joins by; the others would hear of the newcomer's, if
+// it spoke before it joined, only from a digest.
+func (g *Gossip) greet(id string, addr netip.AddrPort) {
+	g.mu.Lock()
+	mine := g.recs[g.cfg.NodeID].digest()
+	g.mu.Unlock()
+	if mine.seq > 0 {
+		m := message{header: g.header(msgHave), digest: []digestItem{mine}}
+		g.packet(id, addr, m.encode())
+	}
+}
+
+func (g *Gossip) memberDown(id string) {
+	if id == g.cfg.NodeID || g.running() == nil {
+		return
+	}
+	g.mu.Lock()
+	m := g.members[id]
+	if m == nil {
+		g.mu.Unlock()
+		return
+	}
+	m.up, m.since = false, time.Now()
+	m.holding = !m.suspect && !m.left && !m.forgotten
+	if m.forgotten {
+		delete(g.members, id)
+	}
+	if p := g.peers[m.addr]; p != nil {
+		p.due()
+	}
+	left, holding := m.left, m.holding
+	g.count()
+	g.bump()
+	g.mu.Unlock()
+	switch {
+	case left:
+	case holding:
+		g.stats.held.Add(1)
+		g.log.Warn("the cluster holds a node for dead that still answers this one", "node", id)
+	default:
+		g.log.Warn("node is dead", "node", id)
+	}
+	poke(g.rejoin)
+}
+
+// detectLoop pings peers more often than memberlist probes them, so that a
+// silent one is suspect after half a second.
+//
+// memberlist.Ping blocks for ProbeTimeout at most and leaves only a timer of
+// ProbeInterval behind. It has one fault to allow for: with an error of its
+// own socket, not the peer's, it fails at once; such an error says nothing of
+// the peer and is not counted.
+func (g *Gossip) detectLoop(ctx context.Context) {
+	tick := time.NewTicker(g.tune.PingInterval)
+	defer tick.Stop()
+	last := time.Now()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		now := time.Now()
+		late := now.Sub(last) - g.tune.PingInterval
+		last = now
+		for _, p := range g.pingRound() {
+			g.spawn(func(context.Context) { g.ping(p.id, p.addr, late > stalled) })
+		}
+	}
+}
+
+// pingRound chooses whom to ping, and marks them: all, or in a large cluster
+// those in doubt and some at random.
+func (g *Gossip) pingRound() []peerAddr {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	var sure, doubt []peerAddr
+	for id, m := range g.members {
+		switch {
+		case !m.reachable() || m.pinging:
+		case m.fails > 0 || m.holding:
+			doubt = append(doubt, peerAddr{id, m.addr})
+		default:
+			sure = append(sure, peerAddr{id, m.addr})
+		}
+	}
+	rand.Shuffle(len(sure), func(i, j int) { sure[i], sure[j] = sure[j], sure[i] })
+	round := append(doubt, sure[:min(len(sure), max(0, g.tune.DirectPeers-len(doubt)))]...)
+	for _, p := range round {
+		g.members[p.id].pinging = true
+	}
+	return round
+}
+
+func (g *Gossip) ping(id string, addr netip.AddrPort, stalledNow bool) {
+	start := time.Now()
+	_, err := g.ml.Load().Ping(id, net.UDPAddrFromAddrPort(addr))
+	took := time.Since(start)
+	g.stats.pings.Add(1)
+	var silent memberlist.NoPingResponseError
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	m := g.members[id]
+	if m == nil {
+		return
+	}
+	m.pinging = false
+	if m.addr != addr {
+		return
+	}
+	before := m.liveness()
+	switch {
+	case err == nil:
+		m.fails, m.suspect = 0, false
+	case !errors.As(err, &silent):
+		g.stats.sendErrors.Add(1)
+	default:
+		g.stats.pingsLost.Add(1)
+		// A timeout noticed late is this process's lateness.
+		if stalledNow || took > g.tune.ProbeTimeout+stalled {
+			break
+		}
+		if m.fails++; m.fails >= g.tune.SuspectAfter {
+			m.suspect, m.holding = true, false
+		}
+	}
+	if after := m.liveness(); after != before {
+		g.count()
+		g.bump()
+		g.log.Info("node is "+after.String(), "node", id, "was", before.String())
+	}
+}
+
+// janitorLoop drops what has become old.
+func (g *Gossip) janitorLoop(ctx context.Context) {
+	for sleep(ctx, jitter(time.Second)) {
+		g.mu.Lock()
+		g.tidy(time.Now())
+		dirty := g.dirty
+		g.mu.Unlock()
+		if dirty {
+			g.savePeers()
+		}
+	}
+}
+
+// tidy does the janitor's work. Under mu.
+func (g *Gossip) tidy(now time.Time) {
+	changed := false
+	for id, m := range g.members {
+		switch {
+		case m.left && now.Sub(m.since) > leftKept,
+			!m.reachable() && !m.up && now.Sub(m.since) > g.tune.ForgetAfter:
+			delete(g.members, id)
+			delete(g.recs, id)
+			changed = true
+		}
+	}
+	for id, r := range g.recs {
+		if id != g.cfg.NodeID && g.members[id] == nil && now.Sub(r.touched) > strangerAge {
+			delete(g.recs, id)
+			continue
+		}
+		r.prune(now, g.tune.TombstoneMax, g.tune.TombstoneAge)
+	}
+	for id, b := range g.banned {
+		if now.Sub(b.at) > g.tune.ForgetAfter {
+			delete(g.banned, id)
+		}
+	}
+	for id, end := range g.digests {
+		if now.After(end) {
+			delete(g.digests, id)
+		}
+	}
+	for k, w := range g.waiters {
+		if now.After(w.end) {
+			delete(g.waiters, k)
+		}
+	}
+	if changed {
+		g.bump()
+	}
+}
+
+// ---- the durable peer list ----
+
+// peer is an address that is or was a node's.
+type peer struct {
+	node   string // its ID, once known
+	next   time.Time
+	delay  time.Duration
+	trying bool
+}
+
+// due makes the next attempt soon.
+func (p *peer) due() { p.next, p.delay = time.Time{}, 0 }
+
+// addPeer adds an address, or notes whose it is. Under mu.
+func (g *Gossip) addPeer(a netip.AddrPort, node string) {
+	a = netip.AddrPortFrom(a.Addr().Unmap(), a.Port())
+	if !a.IsValid() || a.Port() == 0 || a.Addr().IsUnspecified() || a == g.addr {
+		return
+	}
+	p := g.peers[a]
+	if p == nil {
+		p = &peer{}
+		g.peers[a] = p
+		g.dirty = true
+	}
+	if node == "" || p.node == node {
+		return
+	}
+	p.node = node
+	g.dirty = true
+	for b, q := range g.peers { // it has moved
+		if b != a && q.node == node {
+			delete(g.peers, b)
+		}
+	}
+}
+
+func (g *Gossip) savePeers() {
+	g.saveMu.Lock()
+	defer g.saveMu.Unlock()
+	g.mu.Lock()
+	if !g.dirty {
+		g.mu.Unlock()
+		return
+	}
+	g.dirty = false
+	list := make([]peerRecord, 0, len(g.peers))
+	for a, p := range g.peers {
+		list = append(list, peerRecord{Addr: a, Node: p.node})
+	}
+	g.mu.Unlock()
+	slices.SortFunc(list, func(a, b peerRecord) int { return a.Addr.Compare(b.Addr) })
+	if err := savePeers(g.dir, list); err != nil {
+		g.log.Error("peer list can't be kept", "error", err)
+		g.mu.Lock()
+		g.dirty = true
+		g.mu.Unlock()
+	}
+}
+
+// rejoinParallel bounds attempts at a time.
+const rejoinParallel = 8
+
+// rejoinLoop tries the addresses that no living member has.
+func (g *Gossip) rejoinLoop(ctx context.Context) {
+	for {
+		now := time.Now()
+		for _, a := range g.rejoinRound(now) {
+			if !g.spawn(func(context.Context) { g.tryJoin(a) }) {
+				return
+			}
+		}
+		t := time.NewTimer(g.tune.RejoinInterval / 4)
+		select {
+		case <-ctx.Done():
+			t.Stop()
+			return
+		case <-t.C:
+		case <-g.rejoin:
+			t.Stop()
+		}
+	}
+}
+
+func (g *Gossip) rejoinRound(now time.Time) []netip.AddrPort {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.left {
+		return nil
+	}
+	alive := make(map[netip.AddrPort]bool, len(g.members))
+	for _, m := range g.members {
+		if m.up && !m.left {
+			alive[m.addr] = true
+		}
+	}
+	var due []netip.AddrPort
+	lost, trying := 0, 0
+	for a, p := range g.peers {
+		if alive[a] {
+			continue
+		}
+		lost++
+		if p.trying {
+			trying++
+		} else if !p.next.After(now) {
+			due = append(due, a)
+		}
+	}
+	limit := max(g.tune.RejoinMax, time.Duration(lost)*g.tune.RejoinInterval/3)
+	rand.Shuffle(len(due), func(i, j int) { due[i], due[j] = due[j], due[i] })
+	due = due[:min(len(due), max(0, rejoinParallel-trying))]
+	for _, a := range due {
+		p := g.peers[a]
+		p.trying = true
+		p.delay = min(max(2*p.delay, g.tune.RejoinInterval), limit)
+		p.next = now.Add(jitter(p.delay))
+	}
+	return due
+}
+
+func (g *Gossip) tryJoin(a netip.AddrPort) {
+	g.stats.rejoins.Add(1)
+	_, err := g.ml.Load().Join([]string{a.String()})
+	if err != nil {
+		g.log.Debug("peer can't be joined", "addr", a, "error", err)
+	}
+	g.mu.Lock()
+	if p := g.peers[a]; p != nil {
+		p.trying = false
+	}
+	g.mu.Unlock()
+}

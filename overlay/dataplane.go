@@ -1,0 +1,39 @@
+package overlay
+
+import (
+	"context"
+	"time"
+
+	"github.com/shoalnet/shoal/reconcile"
+)
+
+// Dataplane carries a State in a kernel, or pretends to.
+//
+// Observe reports what is there and marked as ours: in the host's namespace, in
+// every namespace that want names, and, as [Namespace] objects only, ovns's of
+// this agent that want does not name. An object that is as wanted is reported
+// equal to the wanted one, whose MTUs of 0 stand for the underlay's less the
+// overhead: see [State.Resolve].
+//
+// Apply takes the operations that [Diff] returns. It is idempotent: making what
+// is there and deleting what is absent succeed. It never changes what is not
+// ours, and fails when that is in the way.
+//
+// Both are called from one goroutine at a time.
+type Dataplane interface {
+	Observe(ctx context.Context, want State) (State, error)
+	Apply(ctx context.Context, op reconcile.Op) error
+}
+
+// Target is a Dataplane with [Diff] as a reconcile.Target.
+type Target struct{ Dataplane }
+
+var _ reconcile.Target[State, State] = Target{}
+
+// NewTarget makes a Target.
+func NewTarget(d Dataplane) Target { return Target{d} }
+
+// Diff implements reconcile.Target.
+func (Target) Diff(want, have State, now time.Time) ([]reconcile.Op, time.Time) {
+	return Diff(want, have, now)
+}

@@ -1,0 +1,302 @@
+package overlay
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/base32"
+	"fmt"
+	"maps"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/shoalnet/shoal/spec"
+)
+
+// VXLAN's overhead in bytes: an inner Ethernet header (14), VXLAN (8), UDP (8)
+// and the outer IP header, 20 or 40 (RFC 7348, section 5).
+const (
+	overhead4 = 50
+	overhead6 = 70
+)
+
+// Desired returns what the View asks of this node's kernel. It is pure.
+//
+// A View that does not know this node's own number or address yet asks for
+// nothing, and for nothing to be removed.
+func Desired(v *spec.View) State {
+	s := State{Overhead: overhead4, UnderlayMTU: v.Underlay.MTU, Owners: map[string]string{}, PortOwners: map[string]string{}}
+	self, ok := v.Peer(v.Self)
+	if !ok || self.Number < 1 || self.Number > spec.MaxNodes || !v.Underlay.Addr.IsValid() {
+		return s
+	}
+	s.Complete = v.Complete
+	if v.Underlay.Addr.Is6() {
+		s.Overhead = overhead6
+	}
+	s.Owners[""] = "node"
+	if len(v.Networks) > 0 {
+		s.Add(Underlay{v.Underlay.Addr})
+	}
+	nets := map[string]*network{}
+	for _, n := range v.Networks {
+		nets[n.ID] = s.network(v, self, n)
+	}
+	for _, b := range v.Sandboxes {
+		s.sandbox(b, nets)
+	}
+	for _, n := range v.Networks {
+		s.remotes(v, nets[n.ID])
+	}
+	return s
+}
+
+// network is what the parts of Desired share about one network.
+type network struct {
+	spec.Network
+	ns     string
+	mtu    int
+	taken  map[netip.Addr]bool // local endpoints, VIPs and gateways
+	hasV6  bool
+	hostIf string
+}
+
+func (n *network) gateway(v6 bool) netip.Addr {
+	for _, g := range n.Gateways {
+		if g.Is6() == v6 {
+			return g
+		}
+	}
+	return netip.Addr{}
+}
+
+// network adds what a network needs whoever is on it.
+func (s *State) network(v *spec.View, self spec.Peer, sn spec.Network) *network {
+	n := &network{Network: sn, ns: spec.OverlayNetns(v.Instance, sn), mtu: sn.MTU, taken: map[netip.Addr]bool{},
+		hostIf: ifName(HostPrefix, sn.ID)}
+	n.hasV6 = slices.ContainsFunc(n.Subnets, func(p netip.Prefix) bool { return p.Addr().Is6() })
+	hasV4 := slices.ContainsFunc(n.Subnets, func(p netip.Prefix) bool { return p.Addr().Is4() })
+	out := !n.Internal && hasV4
+	s.Owners[n.ns] = "network " + n.Name
+
+	s.Add(Namespace{n.ns, n.ID})
+	s.Add(Filter{Netns: n.ns, Subnets: Prefixes(n.Subnets), Out: out})
+	set := func(dev, name, value string) { s.Add(Sysctl{n.ns, dev, name, value}) }
+	set("", "net.ipv4.ip_forward", "1")
+	for _, conf := range []string{"all", "default"} {
+		set("", "net.ipv4.conf."+conf+".send_redirects", "0")
+		set("", "net.ipv4.conf."+conf+".rp_filter", "0")
+		if n.hasV6 {
+			set("", "net.ipv6.conf."+conf+".disable_ipv6", "0")
+			set("", "net.ipv6.conf."+conf+".forwarding", "1")
+		} else {
+			set("", "net.ipv6.conf."+conf+".disable_ipv6", "1")
+		}
+	}
+
+	s.Add(VXLAN{Netns: n.ns, Network: n.ID, VNI: n.VNI, Local: v.Underlay.Addr, Port: v.Underlay.VXLANPort,
+		MAC: spec.VTEPMAC(self.Number).String(), MTU: n.mtu})
+	s.devSysctls(n.ns, VXLANDev)
+	// Errors that another node's ovns reports come from the gateway address,
+	// which is a local address here as well.
+	set(VXLANDev, "net.ipv4.conf."+VXLANDev+".accept_local", "1")
+	for _, g := range n.Gateways {
+		n.taken[g] = true
+		s.Add(Addr{n.ns, "lo", host(g)})
+	}
+	for _, p := range n.Subnets {
+		s.Add(Route{Netns: n.ns, Dst: p, Metric: MetricUnreachable, Type: "unreachable"})
+	}
+	for _, svc := range v.Services {
+		for _, a := range svc.VIPsOn(n.ID) {
+			n.taken[a] = true
+		}
+	}
+
+	if out {
+		s.Add(Forwarding{Table: HostTable(v.Instance)})
+		hostAddr, ovAddr := n.Egress()
+		s.Add(Egress{Netns: n.ns, Network: n.ID, Dev: n.hostIf, MTU: n.mtu})
+		s.devSysctls(n.ns, OutDev)
+		s.Add(Sysctl{"", n.hostIf, "net.ipv4.conf." + n.hostIf + ".forwarding", "1"})
+		s.Add(Sysctl{"", n.hostIf, "net.ipv6.conf." + n.hostIf + ".disable_ipv6", "1"})
+		s.Add(Addr{"", n.hostIf, netip.PrefixFrom(hostAddr, 31)})
+		s.Add(Addr{n.ns, OutDev, netip.PrefixFrom(ovAddr, 31)})
+		s.Add(Route{Netns: n.ns, Dst: netip.PrefixFrom(netip.IPv4Unspecified(), 0), Via: hostAddr, Dev: OutDev})
+	}
+	return n
+}
+
+// devSysctls adds the settings of one device of an ovns. New devices take them
+// from "default"; here is who looks after them later.
+func (s *State) devSysctls(ns, dev string) {
+	s.Add(Sysctl{ns, dev, "net.ipv4.conf." + dev + ".send_redirects", "0"})
+	s.Add(Sysctl{ns, dev, "net.ipv4.conf." + dev + ".rp_filter", "0"})
+}
+
+// sandbox adds the wires of one task.
+func (s *State) sandbox(b spec.Sandbox, nets map[string]*network) {
+	owner := "task " + b.Name
+	s.Owners[b.Netns] = owner
+	s.Add(Sandbox{b.Netns, b.Task})
+	if b.DNSPort != 0 {
+		s.Add(Redirect{Netns: b.Netns, Port: b.DNSPort})
+	}
+	dev := ifName(PortPrefix, b.Task)
+	s.PortOwners[dev] = owner
+	hasDefault := false
+	seen := map[string]bool{}
+	for i, a := range b.Attachments {
+		n := nets[a.Network]
+		addrs := slices.DeleteFunc(slices.Clone(a.Addrs), func(x netip.Addr) bool {
+			return n == nil || !n.Contains(x) || n.taken[x]
+		})
+		if n == nil || seen[a.Network] || len(addrs) == 0 {
+			continue
+		}
+		seen[a.Network] = true
+		eth := fmt.Sprintf("eth%d", i)
+		mac := endpointMAC(addrs[0])
+		s.Add(Port{Netns: n.ns, Dev: dev, Network: n.ID, Task: b.Task, TaskNetns: b.Netns, Eth: eth, MAC: mac, MTU: n.mtu})
+		s.devSysctls(n.ns, dev)
+		v4, v6 := false, false
+		for _, x := range addrs {
+			n.taken[x] = true
+			gw, ethMetric, ovMetric := spec.LinkGateway, i, 0
+			v4, v6 = v4 || x.Is4(), v6 || x.Is6()
+			if x.Is6() {
+				gw, ethMetric, ovMetric = LinkGateway6, metric6+i, metric6
+			}
+			s.Add(Guard{n.ns, dev, x})
+			s.Add(Addr{n.ns, dev, gwPrefix(gw)})
+			s.Add(Neigh{n.ns, dev, x, mac})
+			s.Add(Route{Netns: n.ns, Dst: host(x), Metric: ovMetric, Dev: dev, Src: n.gateway(x.Is6())})
+
+			s.Add(Addr{b.Netns, eth, host(x)})
+			s.Add(Neigh{b.Netns, eth, gw, LinkMAC})
+			if x.Is4() {
+				s.Add(Route{Netns: b.Netns, Dst: host(gw), Metric: ethMetric, Dev: eth})
+			}
+			for _, p := range n.Subnets {
+				if p.Addr().Is4() == x.Is4() {
+					s.addFirst(Route{Netns: b.Netns, Dst: p, Metric: ethMetric, Via: gw, Dev: eth, Src: x})
+				}
+			}
+			if x.Is4() && !n.Internal && !hasDefault {
+				hasDefault = true
+				s.Add(Route{Netns: b.Netns, Dst: netip.PrefixFrom(netip.IPv4Unspecified(), 0), Metric: ethMetric, Via: gw, Dev: eth, Src: x})
+			}
+		}
+	}
+}
+
+// addFirst adds o unless its key is taken: of several addresses of one
+// attachment the first is the preferred source.
+func (s *State) addFirst(o Object) {
+	if s.objects[o.Key()] == nil {
+		s.Add(o)
+	}
+}
+
+// metric6 is the kernel's default metric of IPv6 routes (IP6_RT_PRIO_USER,
+// linux/ipv6_route.h); 0 stands for it in requests, but not in answers.
+const metric6 = 1024
+
+// remotes adds the routes to a network's endpoints on other nodes, and these
+// nodes as next hops. Addresses that a local task has, or that aren't an
+// endpoint's to have, are left out, whatever gossip says.
+func (s *State) remotes(v *spec.View, n *network) {
+	type claim struct {
+		e spec.Endpoint
+		p spec.Peer
+	}
+	claims := map[netip.Addr]claim{}
+	for _, e := range v.Endpoints {
+		if e.Network != n.ID || e.Node == v.Self {
+			continue
+		}
+		p, ok := v.Peer(e.Node)
+		if !ok || p.Liveness == spec.PeerDead || p.Number < 1 || p.Number > spec.MaxNodes ||
+			!p.Addr.IsValid() || p.Addr.Is4() != v.Underlay.Addr.Is4() {
+			continue
+		}
+		for _, a := range e.Addrs {
+			if !n.Contains(a) || n.taken[a] {
+				continue
+			}
+			if c, ok := claims[a]; ok && !better(p, e, c.p, c.e) {
+				continue
+			}
+			claims[a] = claim{e, p}
+		}
+	}
+	for _, a := range slices.SortedFunc(maps.Keys(claims), netip.Addr.Compare) {
+		p := claims[a].p
+		router, metric := spec.RouterAddr(p.Number), 0
+		if a.Is6() {
+			router, metric = router6(p.Number), metric6
+		}
+		mac := spec.VTEPMAC(p.Number).String()
+		s.Add(Neigh{n.ns, VXLANDev, router, mac})
+		s.Add(FDB{n.ns, mac, p.Addr})
+		s.Add(Route{Netns: n.ns, Dst: host(a), Metric: metric, Via: router, Dev: VXLANDev, Src: n.gateway(a.Is6()), Onlink: true})
+	}
+}
+
+// better tells whether, of two nodes that claim the same address, p with e is
+// to be believed rather than q with f. One of them is behind: better the one
+// that answers, then the one whose task isn't on its way out.
+func better(p spec.Peer, e spec.Endpoint, q spec.Peer, f spec.Endpoint) bool {
+	return cmp.Or(cmp.Compare(p.Liveness, q.Liveness), cmp.Compare(drains(e), drains(f)), strings.Compare(e.Key(), f.Key())) < 0
+}
+
+func drains(e spec.Endpoint) int {
+	if e.State == spec.EndpointDraining {
+		return 1
+	}
+	return 0
+}
+
+// router6 is spec.RouterAddr's like for IPv6: link-local, in a range of ours.
+func router6(number int) netip.Addr {
+	return netip.AddrFrom16([16]byte{0xfe, 0x80, 8: 0x53, 9: 0x68, 14: byte(number >> 8), 15: byte(number)})
+}
+
+func host(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
+
+func gwPrefix(a netip.Addr) netip.Prefix {
+	if a.Is6() {
+		return netip.PrefixFrom(a, 64)
+	}
+	return host(a)
+}
+
+// endpointMAC is a locally administered unicast address (IEEE 802) that carries
+// the last four octets of the endpoint's address, so that it is stable.
+func endpointMAC(a netip.Addr) string {
+	b := a.AsSlice()
+	b = b[len(b)-4:]
+	return net.HardwareAddr{0x06, 0x53, b[0], b[1], b[2], b[3]}.String()
+}
+
+// ifName is prefix and ID as a device name, at most 15 characters (IFNAMSIZ
+// less the final NUL). An ID not made by spec.NewID is hashed.
+func ifName(prefix, id string) string {
+	plain := len(id) == spec.IDLen && !strings.ContainsFunc(id, func(r rune) bool {
+		return !(r >= 'a' && r <= 'z' || r >= '0' && r <= '9')
+	})
+	if !plain {
+		h := sha256.Sum256([]byte(id))
+		id = strings.ToLower(base32.StdEncoding.EncodeToString(h[:]))[:spec.IDLen]
+	}
+	return prefix + id
+}
+
+// HostTable is the name of an agent's nftables table in the host's namespace.
+func HostTable(instance string) string {
+	if !strings.HasPrefix(instance, "shoal") {
+		instance = "shoal-" + instance
+	}
+	return instance + "-egress"
+}

@@ -1,0 +1,385 @@
+package proc
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	goruntime "runtime"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/shoalnet/shoal/internal/nl"
+	"github.com/shoalnet/shoal/runtime"
+)
+
+// Words by which this binary is told to be one of the helpers.
+const (
+	shimWord = "task-shim"
+	initWord = "task-init"
+	execWord = "task-exec"
+)
+
+// Dispatch runs a helper if the arguments name one. It is called first thing in
+// main, before anything that only the program itself needs.
+func Dispatch(args []string) (handled bool, exitCode int) {
+	if len(args) < 2 {
+		return false, 0
+	}
+	switch args[1] {
+	case shimWord:
+		return true, shimMain(args[2:])
+	case initWord:
+		return true, initMain(args[2:])
+	case execWord:
+		return true, execMain(args[2:])
+	}
+	return false, 0
+}
+
+// Files of a task's directory.
+const (
+	taskFile = "task.json"
+	exitFile = "exit.json"
+	logFile  = "output.log"
+)
+
+// readyFD is where the shim reports to who started it: a ready, as JSON.
+const readyFD = 3
+
+type ready struct {
+	Err     string `json:"err,omitempty"`
+	DNSPort uint16 `json:"dns_port,omitempty"`
+}
+
+// shim is the state of one shim process.
+type shim struct {
+	dir  string
+	task runtime.Task
+
+	udp *net.UDPConn
+	tcp *net.TCPListener
+	log *logWriter
+
+	mu       sync.Mutex
+	status   runtime.Status
+	initPID  int
+	changed  chan struct{} // closed and replaced at each change of status
+	stopping bool
+	done     chan struct{} // closed when the program has ended
+}
+
+// shimMain is the shim process: DIR SOCKET. It is in the task's network
+// namespace from its start.
+func shimMain(args []string) int {
+	report := os.NewFile(readyFD, "ready")
+	fail := func(err error) int {
+		b, _ := json.Marshal(ready{Err: err.Error()})
+		_, _ = report.Write(b)
+		return 1
+	}
+	if len(args) != 2 {
+		return fail(errors.New("task-shim is for the agent's use"))
+	}
+	// One shim per task: it must be small more than fast.
+	goruntime.GOMAXPROCS(1)
+	debug.SetGCPercent(20)
+	// Nothing but its socket ends a shim: not the terminal, nor a group's signal.
+	signal.Ignore(syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGPIPE)
+	s := &shim{dir: args[0], changed: make(chan struct{}), done: make(chan struct{})}
+	if err := readJSON(filepath.Join(s.dir, taskFile), &s.task); err != nil {
+		return fail(err)
+	}
+	// As Docker has it since 20.10: in a namespace of its own a task may use
+	// low ports and ICMP sockets without privileges (ip(7), icmp(7)).
+	for k, v := range map[string]string{"net.ipv4.ip_unprivileged_port_start": "0", "net.ipv4.ping_group_range": "0\t2147483647"} {
+		if err := nl.SetSysctl(k, v); err != nil {
+			return fail(err)
+		}
+	}
+	if err := s.openDNS(); err != nil {
+		return fail(err)
+	}
+	var err error
+	if s.log, err = newLogWriter(filepath.Join(s.dir, logFile)); err != nil {
+		return fail(err)
+	}
+	port := uint16(s.udp.LocalAddr().(*net.UDPAddr).Port)
+	s.status = runtime.Status{ID: s.task.ID, Name: s.task.Name, State: runtime.Created, Sandbox: runtime.Sandbox{Netns: s.task.Netns, DNSPort: port}}
+	_ = os.Remove(args[1])
+	old := unix.Umask(0o177)
+	ln, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: args[1], Net: "unixpacket"})
+	unix.Umask(old)
+	if err != nil {
+		return fail(err)
+	}
+	b, _ := json.Marshal(ready{DNSPort: port})
+	_, _ = report.Write(b)
+	report.Close()
+	for {
+		c, err := ln.AcceptUnix()
+		if err != nil {
+			return 1
+		}
+		go s.serve(c)
+	}
+}
+
+// openDNS opens the name server's sockets: one port, UDP and TCP, on the
+// address that Docker made known. The redirection of port 53 is the overlay's.
+func (s *shim) openDNS() error {
+	ip := net.IPv4(127, 0, 0, 11)
+	var err error
+	for range 20 {
+		if s.udp, err = net.ListenUDP("udp4", &net.UDPAddr{IP: ip}); err != nil {
+			return fmt.Errorf("name server socket: %w", err)
+		}
+		port := s.udp.LocalAddr().(*net.UDPAddr).Port
+		if s.tcp, err = net.ListenTCP("tcp4", &net.TCPAddr{IP: ip, Port: port}); err == nil {
+			return nil
+		}
+		s.udp.Close()
+	}
+	return fmt.Errorf("name server socket: %w", err)
+}
+
+func (s *shim) serve(c *net.UnixConn) {
+	defer c.Close()
+	var req request
+	if _, err := receive(c, &req); err != nil {
+		return
+	}
+	answer := func(err error, fds ...int) {
+		s.mu.Lock()
+		r := response{Status: s.status, InitPID: s.initPID, ShimPID: os.Getpid()}
+		s.mu.Unlock()
+		if err != nil {
+			r.Err = err.Error()
+		}
+		_ = send(c, r, fds...)
+	}
+	switch req.Op {
+	case "start":
+		answer(s.start())
+	case "stop":
+		s.stop(syscall.Signal(req.Signal), req.Grace)
+		answer(nil)
+	case "watch":
+		s.watch(c)
+	case "dns":
+		u, err1 := s.udp.File()
+		t, err2 := s.tcp.File()
+		if err := errors.Join(err1, err2); err != nil {
+			answer(err)
+			return
+		}
+		answer(nil, int(u.Fd()), int(t.Fd()))
+		u.Close()
+		t.Close()
+	case "shutdown":
+		s.stop(syscall.SIGKILL, 0)
+		answer(nil)
+		os.Exit(0)
+	default:
+		answer(fmt.Errorf("unknown operation %q", req.Op))
+	}
+}
+
+// watch sends the status now and at each change.
+func (s *shim) watch(c *net.UnixConn) {
+	for {
+		s.mu.Lock()
+		r, ch := response{Status: s.status, InitPID: s.initPID, ShimPID: os.Getpid()}, s.changed
+		s.mu.Unlock()
+		if send(c, r) != nil {
+			return
+		}
+		<-ch
+	}
+}
+
+func (s *shim) set(fn func(*runtime.Status)) {
+	s.mu.Lock()
+	fn(&s.status)
+	close(s.changed)
+	s.changed = make(chan struct{})
+	s.mu.Unlock()
+}
+
+// start runs the program. The thread that forks must live as long as the child:
+// a parent-death signal is about the thread (prctl(2), PR_SET_PDEATHSIG), so
+// one goroutine keeps it from fork to wait.
+func (s *shim) start() error {
+	s.mu.Lock()
+	st := s.status.State
+	s.mu.Unlock()
+	if st != runtime.Created {
+		return nil // the agent asks again after a restart
+	}
+	started := make(chan error, 1)
+	go func() {
+		goruntime.LockOSThread()
+		err := s.runInit(started)
+		if err != nil {
+			started <- err
+		}
+	}()
+	return <-started
+}
+
+// runInit starts task-init, tells on started that the program runs, and waits
+// for the end. An error means that the program did not start.
+func (s *shim) runInit(started chan<- error) error {
+	errR, errW, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer errR.Close()
+	outR, outW, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	logErrR, logErrW, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	cmd := exec.Command("/proc/self/exe", initWord, s.dir)
+	cmd.Stdout, cmd.Stderr = outW, logErrW
+	cmd.ExtraFiles = []*os.File{errW}
+	cmd.Env = []string{}
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC,
+		Pdeathsig:  syscall.SIGKILL,
+		Setsid:     true,
+	}
+	err = cmd.Start()
+	errW.Close()
+	outW.Close()
+	logErrW.Close()
+	if err != nil {
+		outR.Close()
+		logErrR.Close()
+		return fmt.Errorf("start task: %w", err)
+	}
+	var logs sync.WaitGroup
+	logs.Go(func() { s.log.copy(outR, false) })
+	logs.Go(func() { s.log.copy(logErrR, true) })
+	// init closes the pipe without a word once the program is executed.
+	msg, _ := readAll(errR, 4096)
+	startErr := string(msg)
+	if startErr == "" {
+		pid := childOf(cmd.Process.Pid)
+		s.mu.Lock()
+		s.initPID = cmd.Process.Pid
+		s.mu.Unlock()
+		s.set(func(st *runtime.Status) {
+			st.State, st.PID, st.StartedAt = runtime.Running, pid, time.Now()
+		})
+		started <- nil
+	}
+	err = cmd.Wait()
+	// The kernel has killed the rest of the PID namespace, so the pipes end.
+	logs.Wait()
+	s.log.flush()
+	code := 0
+	var ee *exec.ExitError
+	if errors.As(err, &ee) {
+		if ws := ee.Sys().(syscall.WaitStatus); ws.Signaled() {
+			code = 128 + int(ws.Signal())
+		} else {
+			code = ws.ExitStatus()
+		}
+	} else if err != nil {
+		code = 255
+	}
+	var final runtime.Status
+	s.mu.Lock()
+	final = s.status
+	s.mu.Unlock()
+	final.State, final.PID, final.ExitCode, final.ExitedAt, final.Err = runtime.Exited, 0, code, time.Now(), startErr
+	if err := writeJSON(filepath.Join(s.dir, exitFile), final); err != nil {
+		final.Err = strings.TrimPrefix(final.Err+"; exit status could not be kept: "+err.Error(), "; ")
+	}
+	s.set(func(st *runtime.Status) { *st = final })
+	close(s.done)
+	if startErr != "" {
+		return errors.New(startErr)
+	}
+	return nil
+}
+
+// stop signals the program, kills the task after grace, and waits for its end.
+func (s *shim) stop(sig syscall.Signal, grace time.Duration) {
+	s.mu.Lock()
+	st, initPID := s.status, s.initPID
+	s.mu.Unlock()
+	if st.State != runtime.Running {
+		return
+	}
+	if sig != syscall.SIGKILL && grace > 0 {
+		if st.PID > 0 {
+			_ = syscall.Kill(st.PID, sig)
+		}
+		t := time.NewTimer(grace)
+		defer t.Stop()
+		select {
+		case <-s.done:
+			return
+		case <-t.C:
+		}
+	}
+	// PID 1 takes its namespace with it (pid_namespaces(7)). The pid can't have
+	// been given to another: runInit has not waited for it before done.
+	select {
+	case <-s.done:
+	default:
+		_ = syscall.Kill(initPID, syscall.SIGKILL)
+	}
+	<-s.done
+}
+
+// childOf finds the only child of a process. The program may have ended
+// already: then it is 0.
+func childOf(pid int) int {
+	es, err := os.ReadDir("/proc")
+	if err != nil {
+		return 0
+	}
+	for _, e := range es {
+		p, err := strconv.Atoi(e.Name())
+		if err != nil || p <= pid/2 && p == 1 {
+			continue
+		}
+		if parentOf(p) == pid {
+			return p
+		}
+	}
+	return 0
+}
+
+// parentOf reads a process's parent (proc(5): the fourth field of stat, after
+// the name in parentheses).
+func parentOf(pid int) int {
+	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	if err != nil {
+		return 0
+	}
+	s := string(b)
+	if i := strings.LastIndexByte(s, ')'); i >= 0 {
+		if f := strings.Fields(s[i+1:]); len(f) > 1 {
+			n, _ := strconv.Atoi(f[1])
+			return n
+		}
+	}
+	return 0
+}

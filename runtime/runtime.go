@@ -1,0 +1,148 @@
+// Package runtime is what the agent asks of whatever runs tasks: make a sandbox
+// with a network namespace, run a program in it, tell when it ends, keep its
+// output, and be found again by the next agent.
+//
+// The steps are apart because the network comes in between: Create makes the
+// namespace and everything that must exist before the program, the overlay
+// wires it, and only then Start runs the program. Release takes the sandbox
+// away and keeps what a person may still ask for (output, exit status); Remove
+// takes that, too.
+//
+// Package proc implements it with processes in namespaces on the node's own
+// file system. Containers' images will come as another implementation.
+package runtime
+
+import (
+	"context"
+	"errors"
+	"io"
+	"iter"
+	"net"
+	"time"
+
+	"github.com/shoalnet/shoal/spec"
+)
+
+// ErrNotFound answers a call for a task that the runtime does not have.
+var ErrNotFound = errors.New("no such task")
+
+// Task is what is to be run.
+type Task struct {
+	ID         string        `json:"id"`
+	Name       string        `json:"name"`
+	Netns      string        `json:"netns"` // name below spec.NetnsDir, made by Create
+	Spec       spec.TaskSpec `json:"spec"`
+	Hostname   string        `json:"hostname"`
+	ResolvConf []byte        `json:"resolv_conf"`
+	Hosts      []byte        `json:"hosts"`
+	// Data is kept for the caller and comes back in Status.
+	Data []byte `json:"data,omitempty"`
+}
+
+// Sandbox is where a task's network goes.
+type Sandbox struct {
+	Netns string `json:"netns"`
+	// DNSPort is the port on 127.0.0.11 of the sockets of DNSSockets.
+	DNSPort uint16 `json:"dns_port"`
+}
+
+// State of a task's program.
+type State string
+
+// States.
+const (
+	Created State = "created" // the sandbox is there, the program was not started
+	Running State = "running"
+	Exited  State = "exited"
+)
+
+// Status of a task.
+type Status struct {
+	ID        string    `json:"id"`
+	Name      string    `json:"name"`
+	State     State     `json:"state"`
+	PID       int       `json:"pid,omitempty"`       // of the program, as the host numbers it
+	ExitCode  int       `json:"exit_code,omitempty"` // 128+N after signal N
+	Err       string    `json:"err,omitempty"`       // why it ended, when that is not its exit status
+	StartedAt time.Time `json:"started_at,omitzero"`
+	ExitedAt  time.Time `json:"exited_at,omitzero"`
+	Sandbox   Sandbox   `json:"sandbox"`
+	Data      []byte    `json:"data,omitempty"`
+}
+
+// Event tells that a task's Status changed.
+type Event struct{ ID string }
+
+// Runtime runs tasks. Calls for one task come one at a time, but for Exec, Logs,
+// Status and Listening; calls for different tasks at once.
+type Runtime interface {
+	// Create makes the sandbox. Nothing is left behind when it fails.
+	Create(ctx context.Context, t Task) (Sandbox, error)
+	// Start runs the program. Its error is one line for a person.
+	Start(ctx context.Context, id string) error
+	// Stop sends the signal ("SIGTERM" or a number), and SIGKILL to the whole
+	// task after grace. It returns when the program has ended; one that has
+	// ended already, or never started, is no error.
+	Stop(ctx context.Context, id, signal string, grace time.Duration) error
+	// Release ends whatever still runs and removes the sandbox. Output and
+	// status stay. It is idempotent.
+	Release(ctx context.Context, id string) error
+	// Remove releases the task and forgets it. Absence is no error.
+	Remove(ctx context.Context, id string) error
+	// List finds every task, those of an earlier process included.
+	List(ctx context.Context) ([]Status, error)
+	// Status returns ErrNotFound for a task that is not there.
+	Status(ctx context.Context, id string) (Status, error)
+	// Events tells of changes until ctx ends. One caller at a time.
+	Events(ctx context.Context) <-chan Event
+	// Exec runs a command inside a running task.
+	Exec(ctx context.Context, id string, s ExecSpec) (Process, error)
+	// Logs yields the task's output, oldest first; with Follow until the task
+	// has ended.
+	Logs(ctx context.Context, id string, o LogOptions) iter.Seq2[LogLine, error]
+	// DNSSockets returns a UDP and a TCP socket on 127.0.0.11 in the task's
+	// namespace. They are duplicates: closing them ends nothing, and what was
+	// sent to them while nobody read is still there.
+	DNSSockets(ctx context.Context, id string) (net.PacketConn, net.Listener, error)
+	// Listening tells whether the task accepts traffic: a TCP socket that
+	// listens, or a UDP socket that is bound, on more than loopback.
+	Listening(ctx context.Context, id string) (bool, error)
+	// Close ends this process's part. Tasks go on.
+	Close() error
+}
+
+// ExecSpec is a command to run inside a task, with the task's environment, to
+// which Env is added. Stdin nil is empty input.
+type ExecSpec struct {
+	Command        []string
+	Env            []string
+	Dir, User      string
+	TTY            bool // Stdout carries both streams
+	Rows, Cols     uint16
+	Stdin          io.Reader
+	Stdout, Stderr io.Writer
+}
+
+// Process is a command that Exec started. It is killed when Exec's context
+// ends.
+type Process interface {
+	// Wait returns the exit status: 127 for a command that was not found, 126
+	// for one that can't be executed, 128+N for one ended by signal N.
+	Wait() (int, error)
+	Resize(rows, cols uint16) error
+	Signal(sig int) error
+}
+
+// LogOptions choose what Logs yields.
+type LogOptions struct {
+	Follow bool
+	Tail   int // only the last lines; 0: all
+}
+
+// LogLine is one line of output, without its newline. Lines beyond 16 KiB come
+// in pieces.
+type LogLine struct {
+	Time   time.Time
+	Stderr bool
+	Line   []byte
+}

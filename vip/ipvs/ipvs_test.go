@@ -1,0 +1,93 @@
+package ipvs
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/shoalnet/shoal/vip"
+	"github.com/shoalnet/shoal/vip/viptest"
+)
+
+func TestConformance(t *testing.T) {
+	viptest.NeedRoot(t)
+	if err := Probe(); err != nil {
+		viptest.Skip(t, "missing: %v", err)
+	}
+	nft := func(cmd func(s vip.Server) string) func(testing.TB, string, vip.Server) {
+		return func(tb testing.TB, ns string, s vip.Server) { viptest.In(tb, ns, "nft "+cmd(s)) }
+	}
+	adm := func(cmd func(s vip.Server) string) func(testing.TB, string, vip.Server) {
+		return func(tb testing.TB, ns string, s vip.Server) { viptest.In(tb, ns, "ipvsadm "+cmd(s)) }
+	}
+	v := func(s vip.Server) string { return s.VIP.String() }
+	scale := 2000
+	if !viptest.Native() {
+		scale = 100
+	}
+	viptest.Run(t, viptest.Harness{
+		New:             func(testing.TB) vip.Dataplane { return New(Config{}) },
+		AddNamespace:    viptest.AddNamespace,
+		RemoveNamespace: viptest.RemoveNamespace,
+		Kernel:          true,
+		Native:          viptest.Native(),
+		Scale:           scale,
+		Foreign: func(tb testing.TB, ns string) func(testing.TB) {
+			check := viptest.Foreign(tb, ns)
+			viptest.In(tb, ns, "ipvsadm -A -f 7 -s wrr")
+			viptest.In(tb, ns, "ipvsadm -a -f 7 -r 10.213.7.200:0 -m -w 3")
+			viptest.In(tb, ns, "ipvsadm -A -t 10.213.7.77:80 -s lc")
+			viptest.In(tb, ns, "ipvsadm -a -t 10.213.7.77:80 -r 10.213.7.201:8080 -m")
+			before := viptest.In(tb, ns, "ipvsadm -S -n")
+			return func(tb testing.TB) {
+				check(tb)
+				if after := viptest.In(tb, ns, "ipvsadm -S -n"); after != before {
+					tb.Errorf("strangers' IPVS services were\n%s\nand are\n%s", before, after)
+				}
+			}
+		},
+		Breakages: []viptest.Breakage{
+			{Name: "address", Do: func(tb testing.TB, ns string, s vip.Server) {
+				viptest.Sh(tb, "ip -n "+ns+" addr del "+v(s)+"/32 dev lo")
+			}},
+			{Name: "all addresses", Do: func(tb testing.TB, ns string, s vip.Server) { viptest.Sh(tb, "ip -n "+ns+" addr flush dev lo") }},
+			{Name: "table", Do: nft(func(vip.Server) string { return "delete table ip shoal-vip" })},
+			{Name: "element", Do: nft(func(s vip.Server) string { return "delete element ip shoal-vip marks { " + v(s) + " }" })},
+			{Name: "served", Do: nft(func(s vip.Server) string { return "delete element ip shoal-vip served { " + v(s) + " }" })},
+			{Name: "hairpin", Do: nft(func(s vip.Server) string { return "flush map ip shoal-vip self" })},
+			{Name: "hairpin back", Do: nft(func(s vip.Server) string { return "flush map ip shoal-vip back" })},
+			{Name: "chain to-vip", Do: nft(func(s vip.Server) string { return "flush chain ip shoal-vip to-vip" })},
+			{Name: "prerouting", Do: nft(func(s vip.Server) string { return "flush chain ip shoal-vip prerouting" })},
+			{Name: "postrouting", Do: nft(func(s vip.Server) string {
+				return "flush chain ip shoal-vip postrouting ; delete chain ip shoal-vip postrouting"
+			})},
+			{Name: "other mark", Do: func(tb testing.TB, ns string, s vip.Server) {
+				viptest.In(tb, ns, "nft delete element ip shoal-vip marks { "+v(s)+" } ; add element ip shoal-vip marks { "+v(s)+" : 5 }")
+			}},
+			{Name: "service", Do: adm(func(s vip.Server) string { return fmt.Sprintf("-D -f %d", s.Mark) })},
+			{Name: "all services", Do: adm(func(s vip.Server) string { return "-C" })},
+			{Name: "backend", Do: adm(func(s vip.Server) string { return fmt.Sprintf("-d -f %d -r %s:0", s.Mark, s.Backends[0].Addr) })},
+			{Name: "draining backend", Do: adm(func(s vip.Server) string { return fmt.Sprintf("-d -f %d -r %s:0", s.Mark, s.Drains()[0]) })},
+			{Name: "weight", Do: adm(func(s vip.Server) string {
+				return fmt.Sprintf("-e -f %d -r %s:0 -m -w 5", s.Mark, s.Backends[0].Addr)
+			})},
+			{Name: "scheduler", Do: adm(func(s vip.Server) string { return fmt.Sprintf("-E -f %d -s wlc -p 60", s.Mark) })},
+			{Name: "backend added", Do: adm(func(s vip.Server) string { return fmt.Sprintf("-a -f %d -r 10.213.7.199:0 -m -w 1", s.Mark) })},
+			{Name: "backend of another method", Do: adm(func(s vip.Server) string { return fmt.Sprintf("-a -f %d -r 10.213.7.199:0 -g -w 1", s.Mark) })},
+			{Name: "timeouts", Do: adm(func(s vip.Server) string { return "--set 900 60 60" })},
+			{Name: "sysctl", Do: func(tb testing.TB, ns string, s vip.Server) {
+				viptest.In(tb, ns, "sysctl -q -w net.ipv4.vs.expire_nodest_conn=0")
+			}},
+		},
+	})
+}
+
+func TestProbe(t *testing.T) {
+	viptest.NeedRoot(t)
+	if err := Probe(); err != nil {
+		t.Logf("not here: %v", err)
+		if !strings.Contains(err.Error(), "kernel") {
+			t.Errorf("the reason does not name what is missing: %v", err)
+		}
+	}
+}

@@ -1,0 +1,709 @@
+// Package nft is the VIP data path of nftables: NAT with connection tracking,
+// on every kernel that has nf_tables, nf_nat and nf_conntrack.
+//
+// What it keeps in each overlay namespace, per address family (as nft(8) lists it):
+//
+//	table ip shoal-vip {
+//	  map vips    { type ipv4_addr : verdict        ; elements = { 10.0.1.2 : goto vip-10.0.1.2 } }
+//	  set leaving { type ipv4_addr . ipv4_addr      ; elements = { 10.0.1.2 . 10.0.1.12 } }
+//	  set hairpin { type ipv4_addr . ipv4_addr      ; elements = { 10.0.1.10 . 10.0.1.10 } }
+//	  chain prerouting  { type nat hook prerouting priority dstnat;
+//	    meta l4proto { tcp, udp, sctp } ip daddr vmap @vips }
+//	  chain postrouting { type nat hook postrouting priority srcnat;
+//	    ct status dnat ip saddr . ip daddr @hairpin snat to 169.254.1.1 }
+//	  chain input       { type filter hook input priority filter;
+//	    meta l4proto { udp, sctp } ip daddr 10.0.1.0/24 ip daddr != 10.0.1.1 reject }
+//	  chain vip-10.0.1.2 { dnat to numgen inc mod 2 map { 0 : 10.0.1.10, 1 : 10.0.1.11 } comment "…digest…" }
+//	}
+//
+// # Why this form
+//
+// Round robin has to be exact for each service, also when a client calls
+// several in turn. One counter for all services (a single rule over one big
+// map) would correlate them: two services called alternately would each see
+// every second value. So each service has its own rule, and thereby its own
+// counter, reached by one hash lookup whatever the number of services. A fixed
+// number of slots that does not divide by the number of backends is uneven;
+// here the modulus is the number of backends.
+//
+// The backends are an anonymous map inside the rule, not elements of a shared
+// one. Such a map can't be changed, only be replaced with its rule, hence: an
+// update is "empty the chain, add the rule" in one transaction whatever was
+// there before; packets see the old or the new, never neither; and a digest of
+// the backends in the rule's comment says reliably what the rule does, which
+// makes observing 2,000 services a matter of reading 2,000 comments. Only where
+// the digest is not the wanted one is the map itself read.
+//
+// # Draining and removal
+//
+// A connection, once tracked, does not look at the rules again. So a draining
+// backend just isn't in the map any more; it is remembered in the set leaving,
+// because what is observed must come from the kernel: it is how the removal,
+// later or by another agent process, knows that this backend may still have
+// connections. A removed backend passes through leaving as well: out of the map
+// and into leaving in one transaction, then its conntrack entries are deleted,
+// then it leaves leaving. A crash in between is seen as a draining backend that
+// nobody wants, and is finished.
+//
+// Deleting the entry of a TCP connection resets it: its next packet is tracked
+// as new (nf_conntrack_tcp_loose), goes to another backend, and that one
+// answers RST. A UDP flow continues at another backend.
+//
+// A VIP that gets its first backend has the opposite problem: a UDP client that
+// kept sending to it while it refused would be tracked as untranslated, and be
+// refused for as long as it sends. Chain input sees to it that no such entry is
+// made: a packet rejected there, where the local stack would have refused it,
+// is never confirmed as a connection. (Deleting the entries when a VIP opens
+// was tried: reading the conntrack table walks its every bucket, 10 ms for each
+// VIP, which made loading 2,000 services take 30 s.) TCP needs no such help: a
+// new SYN replaces the entry of a refused one.
+//
+// # One source port, used both directly and by the VIP
+//
+// is no collision here: both are tracked, and the chain in postrouting makes
+// the kernel move the second connection's source port when the server could
+// not tell the two apart.
+package nft
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/netip"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+
+	"github.com/shoalnet/shoal/internal/nl"
+	"github.com/shoalnet/shoal/reconcile"
+	"github.com/shoalnet/shoal/vip"
+	"github.com/shoalnet/shoal/vip/internal/kern"
+)
+
+const (
+	mapVIPs    = "vips"
+	setLeaving = "leaving"
+	setHairpin = "hairpin"
+
+	// formVersion is part of every comment: another form of the rules is
+	// another version, and what an older agent left is rewritten.
+	formVersion = 1
+
+	// minEstablished is the least idle time of a TCP connection, in seconds:
+	// the first keepalive comes after 7200 s (tcp_keepalive_time, tcp(7)), and
+	// nine more 75 s apart.
+	minEstablished = 7200 + 10*75
+)
+
+var (
+	pre  = kern.Base{Name: "prerouting", Type: nftables.ChainTypeNAT, Hook: nftables.ChainHookPrerouting, Prio: nftables.ChainPriorityNATDest}
+	in   = kern.Base{Name: "input", Type: nftables.ChainTypeFilter, Hook: nftables.ChainHookInput, Prio: nftables.ChainPriorityFilter}
+	post = kern.Base{Name: "postrouting", Type: nftables.ChainTypeNAT, Hook: nftables.ChainHookPostrouting, Prio: nftables.ChainPriorityNATSource}
+)
+
+// Config of a Dataplane. The zero value is ready.
+type Config struct {
+	Log *slog.Logger // nil: slog.Default
+}
+
+// Dataplane implements vip.Dataplane. It holds no state and no sockets, so
+// that a namespace can go at any time.
+type Dataplane struct {
+	log *slog.Logger
+}
+
+var _ vip.Dataplane = (*Dataplane)(nil)
+
+// New makes a Dataplane. Whether the kernel can do it is told by [Probe].
+func New(cfg Config) *Dataplane {
+	if cfg.Log == nil {
+		cfg.Log = slog.Default()
+	}
+	return &Dataplane{log: cfg.Log}
+}
+
+// Name implements vip.Dataplane.
+func (*Dataplane) Name() string { return "nft" }
+
+// Observe implements vip.Dataplane.
+func (d *Dataplane) Observe(ctx context.Context, want vip.State) (vip.State, error) {
+	var out vip.State
+	for _, w := range want.Networks {
+		if err := ctx.Err(); err != nil {
+			return out, err
+		}
+		h := vip.Network{ID: w.ID, Name: w.Name, Namespace: w.Namespace, Subnets: w.Subnets, Gateways: w.Gateways}
+		err := nl.Do(w.Namespace, func() error { return observe(w, &h) })
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			h = vip.Network{ID: w.ID, Name: w.Name, Namespace: w.Namespace, Absent: true}
+		case err != nil:
+			return out, fmt.Errorf("network %s: %w", w.Name, err)
+		}
+		out.Networks = append(out.Networks, h)
+	}
+	return out, nil
+}
+
+// server gathers what is found of one VIP.
+type server struct {
+	vip.Server
+	addressed, served bool
+}
+
+func observe(w vip.Network, h *vip.Network) error {
+	found := map[netip.Addr]*server{}
+	get := func(a netip.Addr) *server {
+		s := found[a]
+		if s == nil {
+			s = &server{Server: vip.Server{VIP: a}}
+			found[a] = s
+		}
+		return s
+	}
+	as, err := kern.Addrs(w)
+	if err != nil {
+		return err
+	}
+	for a := range as {
+		get(a).addressed = true
+	}
+	if f := kern.ICMPFault(w); f != "" {
+		h.Fault = f
+	}
+	for _, f := range kern.Families(w) {
+		if err := observeFamily(w, f, h, get); err != nil {
+			return err
+		}
+	}
+	for _, s := range found {
+		slices.SortFunc(s.Backends, func(a, b vip.Backend) int { return a.Addr.Compare(b.Addr) })
+		switch {
+		case s.Fault != "":
+		case !s.addressed:
+			s.Fault = "its address is missing on lo"
+		case s.served && !s.Open:
+			s.Fault = "its element in map vips is missing"
+		case s.Open && !s.served:
+			s.Fault = "its chain is missing"
+		}
+		h.Servers = append(h.Servers, s.Server)
+	}
+	slices.SortFunc(h.Servers, func(a, b vip.Server) int { return a.VIP.Compare(b.VIP) })
+	slices.SortFunc(h.Locals, netip.Addr.Compare)
+	return nil
+}
+
+func observeFamily(w vip.Network, f kern.Family, h *vip.Network, get func(netip.Addr) *server) error {
+	chains, err := kern.Chains(f)
+	if err != nil {
+		return err
+	}
+	c := commentsOf(w, f)
+	if !chains[pre.Name].Is(pre, c.pre) || !chains[in.Name].Is(in, c.in...) || !chains[post.Name].Is(post, c.post...) {
+		h.Fault = "table " + kern.Table + " is missing or was changed"
+	}
+	if len(chains) == 0 {
+		return nil
+	}
+	sets := map[string][]kern.Elem{}
+	for _, name := range []string{mapVIPs, setLeaving, setHairpin} {
+		es, err := kern.Elems(f, name)
+		if errors.Is(err, kern.ErrNoSet) {
+			h.Fault = "set " + name + " of table " + kern.Table + " is missing"
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		sets[name] = es
+	}
+	for _, e := range sets[setHairpin] {
+		if a, b, ok := pair(e.Key, f); ok && a == b {
+			h.Locals = append(h.Locals, a)
+		}
+	}
+	for _, e := range sets[mapVIPs] {
+		if a, ok := netip.AddrFromSlice(e.Key); ok {
+			s := get(a)
+			s.Open = true
+			if e.Chain != chainOf(a) {
+				s.Fault = "its element in map vips leads elsewhere"
+			}
+		}
+	}
+	leaving := map[netip.Addr][]netip.Addr{}
+	for _, e := range sets[setLeaving] {
+		if v, b, ok := pair(e.Key, f); ok {
+			get(v)
+			leaving[v] = append(leaving[v], b)
+		}
+	}
+	for name, c := range chains {
+		a, ok := vipOf(name)
+		if !ok || a.Is4() == f.V6 {
+			continue
+		}
+		s := get(a)
+		s.served = true
+		want, _ := w.Server(a)
+		if c.Is(kern.Base{}, comment(want.Takes())) {
+			for _, b := range want.Takes() {
+				s.Backends = append(s.Backends, vip.Backend{Addr: b, Weight: 1})
+			}
+			continue
+		}
+		// Not as wanted, or not one of our rules any more: read the map.
+		var bs []netip.Addr
+		for _, r := range c.Rules {
+			for _, set := range r.Sets {
+				es, err := kern.Elems(f, set)
+				if errors.Is(err, kern.ErrNoSet) {
+					continue
+				}
+				if err != nil {
+					return err
+				}
+				slices.SortFunc(es, func(a, b kern.Elem) int { return int(slot(a.Key)) - int(slot(b.Key)) })
+				for _, e := range es {
+					if b, ok := netip.AddrFromSlice(e.Val); ok && b.Is4() != f.V6 {
+						bs = append(bs, b)
+					}
+				}
+			}
+		}
+		if !c.Is(kern.Base{}, comment(bs)) {
+			s.Fault = "its chain was changed"
+		}
+		slices.SortFunc(bs, netip.Addr.Compare)
+		for _, b := range slices.Compact(bs) {
+			s.Backends = append(s.Backends, vip.Backend{Addr: b, Weight: 1})
+		}
+	}
+	for v, bs := range leaving {
+		s := get(v)
+		for _, b := range bs {
+			if _, ok := s.Backend(b); ok {
+				s.Fault = "backend " + b.String() + " both takes connections and drains"
+				continue
+			}
+			s.Backends = append(s.Backends, vip.Backend{Addr: b})
+		}
+	}
+	return nil
+}
+
+func slot(key []byte) uint32 {
+	if len(key) != 4 {
+		return 0
+	}
+	return binary.NativeEndian.Uint32(key)
+}
+
+func pair(key []byte, f kern.Family) (a, b netip.Addr, ok bool) {
+	if len(key) != int(2*f.Len) {
+		return a, b, false
+	}
+	a, _ = netip.AddrFromSlice(key[:f.Len])
+	b, ok = netip.AddrFromSlice(key[f.Len:])
+	return a, b, ok
+}
+
+// chainOf names a VIP's chain. A colon is not part of nft(8)'s identifiers.
+func chainOf(v netip.Addr) string { return "vip-" + strings.ReplaceAll(v.String(), ":", "_") }
+
+func vipOf(chain string) (netip.Addr, bool) {
+	s, ok := strings.CutPrefix(chain, "vip-")
+	if !ok {
+		return netip.Addr{}, false
+	}
+	a, err := netip.ParseAddr(strings.ReplaceAll(s, "_", ":"))
+	return a, err == nil && a.Zone() == ""
+}
+
+// comment is what a VIP's rule says about itself: the digest of its backends
+// in slot order.
+func comment(bs []netip.Addr) string {
+	return "rr " + strconv.Itoa(len(bs)) + " " + kern.Digest(formVersion, bs)
+}
+
+// comments of the rules in base chains: digests of what they depend on.
+type comments struct {
+	pre      string
+	in, post []string
+}
+
+func commentsOf(n vip.Network, f kern.Family) comments {
+	c := comments{pre: "to VIPs " + kern.Digest(formVersion)}
+	for _, s := range subnets(n, f) {
+		c.in = append(c.in, "refused "+kern.Digest(formVersion, s, n.Gateways))
+	}
+	if a, ok := kern.Hairpin(n, f); ok {
+		c.post = []string{"hairpin as " + a.String() + " " + kern.Digest(formVersion)}
+	}
+	return c
+}
+
+func subnets(n vip.Network, f kern.Family) []netip.Prefix {
+	return slices.DeleteFunc(slices.Clone(n.Subnets), func(p netip.Prefix) bool { return p.Addr().Is4() == f.V6 })
+}
+
+// Apply implements vip.Dataplane.
+func (d *Dataplane) Apply(ctx context.Context, op reconcile.Op) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	switch op := op.(type) {
+	case vip.SetNetwork:
+		return vip.NamespaceError(op.Want, nl.Do(op.Want.Namespace, func() error { return d.setNetwork(op.Want) }))
+	case vip.SetServer:
+		return vip.NamespaceError(op.Network, nl.Do(op.Network.Namespace, func() error { return d.setServers([]vip.SetServer{op}) }))
+	case vip.DelServer:
+		err := nl.Do(op.Network.Namespace, func() error { return delServer(op) })
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		return err
+	}
+	return fmt.Errorf("%s: unknown operation %T", op.Object(), op)
+}
+
+func (d *Dataplane) setNetwork(n vip.Network) error {
+	for _, f := range kern.Families(n) {
+		err := setBase(n, f, false)
+		if err != nil && !errors.Is(err, unix.EPERM) {
+			// Something of our name is there in another form (an older agent's,
+			// or a stranger's doing). Replace the whole table; the servers
+			// follow in the next pass.
+			d.log.Warn("replacing nftables table", "network", n.Name, "table", kern.Table, "because", err)
+			err = setBase(n, f, true)
+		}
+		if err != nil {
+			return fmt.Errorf("network %s: %w", n.Name, err)
+		}
+	}
+	if err := errors.Join(setTimeout(), kern.SetICMP(n)); err != nil {
+		return fmt.Errorf("network %s: %w", n.Name, err)
+	}
+	var ops []vip.SetServer
+	hdr := n
+	hdr.Servers = nil
+	for _, s := range n.Servers {
+		ops = append(ops, vip.SetServer{Network: hdr, Want: s, Have: vip.Server{VIP: s.VIP}})
+	}
+	return d.setServers(ops)
+}
+
+// setTimeout keeps idle TCP connections tracked beyond their first keepalive.
+// The kernel's own default is five days.
+func setTimeout() error {
+	const key = "net.netfilter.nf_conntrack_tcp_timeout_established"
+	v, err := nl.Sysctl(key)
+	if err != nil {
+		return err
+	}
+	if n, err := strconv.Atoi(v); err == nil && n >= minEstablished {
+		return nil
+	}
+	return nl.SetSysctl(key, strconv.Itoa(minEstablished))
+}
+
+func setBase(n vip.Network, f kern.Family, replace bool) error {
+	t := kern.Begin(f)
+	t.Table()
+	if replace {
+		t.DelTable()
+		t.Table()
+	}
+	addr := f.Type
+	two := nftables.MustConcatSetType(addr, addr)
+	verdict := nftables.TypeVerdict
+	vips := t.Set(mapVIPs, addr, &verdict)
+	t.Set(setLeaving, two, nil)
+	hairpin := t.Set(setHairpin, two, nil)
+	t.Flush(hairpin)
+	var es []nftables.SetElement
+	for _, a := range kern.Locals(n, f) {
+		es = append(es, nftables.SetElement{Key: slices.Concat(a.AsSlice(), a.AsSlice())})
+	}
+	t.Add(hairpin, es)
+
+	says := commentsOf(n, f)
+	c := t.BaseChain(pre)
+	t.Rule(c, says.pre, slices.Concat(kern.Proto(t.Protocols(kern.Protocols...)), []expr.Any{
+		f.LoadDst(1),
+		&expr.Lookup{SourceRegister: 1, SetName: vips.Name, SetID: vips.ID, IsDestRegSet: true}, // register 0: the verdict
+	})...)
+
+	c = t.BaseChain(in)
+	for i, p := range subnets(n, f) {
+		es := append(kern.Proto(t.Protocols(unix.IPPROTO_UDP, unix.IPPROTO_SCTP)), f.LoadDst(1))
+		for _, g := range n.Gateways {
+			if g.Is4() != f.V6 {
+				es = append(es, &expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: g.AsSlice()})
+			}
+		}
+		es = append(es,
+			&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: f.Len, Mask: net.CIDRMask(p.Bits(), int(8*f.Len)), Xor: make([]byte, f.Len)},
+			&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: p.Addr().AsSlice()},
+			&expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: portUnreachable(f)})
+		t.Rule(c, says.in[i], es...)
+	}
+
+	c = t.BaseChain(post)
+	if a, ok := kern.Hairpin(n, f); ok {
+		t.Rule(c, says.post[0],
+			&expr.Ct{Register: 1, Key: expr.CtKeySTATUS},
+			&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: binary.NativeEndian.AppendUint32(nil, ipsDstNAT), Xor: make([]byte, 4)},
+			&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)},
+			f.LoadSrc(f.Reg(0)), f.LoadDst(f.Reg(1)),
+			&expr.Lookup{SourceRegister: f.Reg(0), SetName: hairpin.Name, SetID: hairpin.ID},
+			&expr.Immediate{Register: 1, Data: a.AsSlice()},
+			&expr.NAT{Type: expr.NATTypeSourceNAT, Family: uint32(f.AF), RegAddrMin: 1},
+		)
+	}
+	return t.Commit()
+}
+
+// portUnreachable is the ICMP code (RFC 792, RFC 4443).
+func portUnreachable(f kern.Family) uint8 {
+	if f.V6 {
+		return 4
+	}
+	return 3
+}
+
+// ipsDstNAT is IPS_DST_NAT (linux/netfilter/nf_conntrack_common.h).
+const ipsDstNAT = 1 << 5
+
+// batch is how many servers share a transaction when many are set at once.
+const batch = 200
+
+// setServers makes VIPs as wanted. With more than one, those of a failed
+// transaction are tried again one by one, so that one bad VIP spoils no other.
+func (d *Dataplane) setServers(ops []vip.SetServer) error {
+	var errs []error
+	for chunk := range slices.Chunk(ops, batch) {
+		err := setServers(chunk)
+		if err != nil && len(chunk) > 1 {
+			for _, op := range chunk {
+				errs = append(errs, setServers([]vip.SetServer{op}))
+			}
+			continue
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+func setServers(ops []vip.SetServer) error {
+	name := fmt.Sprintf("network %s: %d vips", ops[0].Network.Name, len(ops))
+	if len(ops) == 1 {
+		name = ops[0].Object()
+	}
+	fail := func(err error) error { return fmt.Errorf("%s: %w", name, err) }
+	// Addresses first: until the VIP is local, packets for it would be routed.
+	for _, op := range ops {
+		if err := kern.AddAddr(op.Want.VIP); err != nil {
+			return fail(err)
+		}
+	}
+	for _, f := range kern.Families(ops[0].Network) {
+		var mine []vip.SetServer
+		for _, op := range ops {
+			if op.Want.VIP.Is4() != f.V6 {
+				mine = append(mine, op)
+			}
+		}
+		if len(mine) == 0 {
+			continue
+		}
+		t := kern.Begin(f)
+		var gone []flow
+		for _, op := range mine {
+			g, err := setServer(t, f, op)
+			if err != nil {
+				return fail(err)
+			}
+			gone = append(gone, g...)
+		}
+		if err := t.Commit(); err != nil {
+			return fail(err)
+		}
+		if err := dropFlows(f, gone); err != nil {
+			return fail(err)
+		}
+		t = kern.Begin(f)
+		for _, g := range gone {
+			t.Del(t.Ref(setLeaving), []nftables.SetElement{{Key: g.key()}})
+		}
+		if err := t.Commit(); err != nil {
+			return fail(err)
+		}
+	}
+	return nil
+}
+
+// setServer adds to t what makes one VIP as wanted. It returns the flows to
+// drop after the commit: of backends that are gone, which are in set leaving
+// until then.
+func setServer(t *kern.Tx, f kern.Family, op vip.SetServer) (gone []flow, err error) {
+	w := op.Want
+	vips, leaving := t.Ref(mapVIPs), t.Ref(setLeaving)
+	takes := w.Takes()
+	if len(takes) > 0 {
+		backends(t, f, t.Chain(chainOf(w.VIP)), takes)
+		if !op.Have.Open || op.Have.Fault != "" {
+			// An element that leads elsewhere can't be overwritten.
+			if err := del(t, f, vips, w.VIP.AsSlice()); err != nil {
+				return nil, err
+			}
+		}
+		t.Add(vips, []nftables.SetElement{{Key: w.VIP.AsSlice(), VerdictData: &expr.Verdict{Kind: expr.VerdictGoto, Chain: chainOf(w.VIP)}}})
+	} else if err := closeServer(t, f, w.VIP); err != nil {
+		return nil, err
+	}
+	for _, b := range w.Drains() {
+		t.Add(leaving, []nftables.SetElement{{Key: flow{w.VIP, b}.key()}})
+	}
+	for _, b := range op.Removed() {
+		g := flow{w.VIP, b}
+		t.Add(leaving, []nftables.SetElement{{Key: g.key()}})
+		gone = append(gone, g)
+	}
+	for _, b := range takes {
+		if x, ok := op.Have.Backend(b); ok && x.Weight > 0 && op.Have.Fault == "" {
+			continue
+		}
+		if err := del(t, f, leaving, flow{w.VIP, b}.key()); err != nil {
+			return nil, err
+		}
+	}
+	return gone, nil
+}
+
+// closeServer adds to t the removal of a VIP's element, then of its chain.
+func closeServer(t *kern.Tx, f kern.Family, v netip.Addr) error {
+	if err := del(t, f, t.Ref(mapVIPs), v.AsSlice()); err != nil {
+		return err
+	}
+	t.Chain(chainOf(v)) // so that deleting it can't fail
+	t.DelChain(chainOf(v))
+	return nil
+}
+
+// del adds the deletion of an element to t if it is there.
+func del(t *kern.Tx, f kern.Family, s *nftables.Set, key []byte) error {
+	ok, err := kern.Has(f, s.Name, key)
+	if ok {
+		t.Del(s, []nftables.SetElement{{Key: key}})
+	}
+	return err
+}
+
+// backends adds the rule that spreads connections over bs in turn.
+func backends(t *kern.Tx, f kern.Family, c *nftables.Chain, bs []netip.Addr) {
+	addr := f.Type
+	es := make([]nftables.SetElement, len(bs))
+	for i, b := range bs {
+		es[i] = nftables.SetElement{Key: binary.NativeEndian.AppendUint32(nil, uint32(i)), Val: b.AsSlice()}
+	}
+	// A slot is typed as a mark: four octets in host order, which is what
+	// numgen writes. (The library declares constant sets to nft(8) as being in
+	// network order, so it lists slot 1 as 0x01000000.)
+	m := t.Anonymous(nftables.TypeMark, &addr, es)
+	t.Rule(c, comment(bs),
+		&expr.Numgen{Register: 1, Modulus: uint32(len(bs)), Type: unix.NFT_NG_INCREMENTAL},
+		&expr.Lookup{SourceRegister: 1, DestRegister: 1, IsDestRegSet: true, SetName: m.Name, SetID: m.ID},
+		&expr.NAT{Type: expr.NATTypeDestNAT, Family: uint32(f.AF), RegAddrMin: 1},
+	)
+}
+
+func delServer(op vip.DelServer) error {
+	v := op.Have.VIP
+	f := kern.Of(v)
+	fail := func(err error) error { return fmt.Errorf("%s: %w", op.Object(), err) }
+	table, err := kern.HasTable(f)
+	if err != nil {
+		return fail(err)
+	}
+	var gone []flow
+	for _, b := range op.Have.Backends {
+		gone = append(gone, flow{v, b.Addr})
+	}
+	if table {
+		t := kern.Begin(f)
+		if err := closeServer(t, f, v); err != nil {
+			return fail(err)
+		}
+		if err := t.Commit(); err != nil {
+			return fail(err)
+		}
+	}
+	if err := dropFlows(f, gone); err != nil {
+		return fail(err)
+	}
+	if table {
+		t := kern.Begin(f)
+		for _, g := range gone {
+			if err := del(t, f, t.Ref(setLeaving), g.key()); err != nil {
+				return fail(err)
+			}
+		}
+		if err := t.Commit(); err != nil {
+			return fail(err)
+		}
+	}
+	// The address last: while it is there, clients are refused at once.
+	if err := kern.DelAddr(v); err != nil {
+		return fail(err)
+	}
+	return nil
+}
+
+// Probe tells whether this kernel can carry the data path, by building one VIP
+// in a namespace of its own that ends with the call. The error names what is
+// missing.
+func Probe() error {
+	done := make(chan error, 1)
+	go func() {
+		// Not unlocked: the thread, and with it the namespace, ends with the
+		// goroutine.
+		runtime.LockOSThread()
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			done <- fmt.Errorf("a network namespace can't be made: %w", err)
+			return
+		}
+		done <- probe()
+	}()
+	return <-done
+}
+
+func probe() error {
+	n := vip.Network{Name: "probe", Subnets: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/24")}}
+	if err := setBase(n, kern.V4, false); err != nil {
+		return fmt.Errorf("kernel lacks nftables NAT (nf_tables, nft_nat, nft_ct and nft_reject modules): %w", err)
+	}
+	if err := setTimeout(); err != nil {
+		return fmt.Errorf("kernel lacks connection tracking sysctls (nf_conntrack module): %w", err)
+	}
+	t := kern.Begin(kern.V4)
+	a := netip.MustParseAddr("10.0.0.2")
+	backends(t, kern.V4, t.Chain(chainOf(a)), []netip.Addr{netip.MustParseAddr("10.0.0.3")})
+	if err := t.Commit(); err != nil {
+		return fmt.Errorf("kernel lacks nftables number generators (nft_numgen module): %w", err)
+	}
+	if err := kern.ProbeFlows(kern.V4); err != nil {
+		return fmt.Errorf("kernel lacks connection tracking netlink (nf_conntrack_netlink module): %w", err)
+	}
+	return nil
+}
