@@ -16,7 +16,7 @@ import (
 	"github.com/shoalnet/shoal/dns"
 	"github.com/shoalnet/shoal/internal/nl"
 	"github.com/shoalnet/shoal/overlay/vxlan"
-	"github.com/shoalnet/shoal/runtime/proc"
+	"github.com/shoalnet/shoal/runtime/process"
 	"github.com/shoalnet/shoal/vip"
 	"github.com/shoalnet/shoal/vip/ipvs"
 	"github.com/shoalnet/shoal/vip/nft"
@@ -96,7 +96,7 @@ func runAgent(ctx context.Context, cfg agent.Config, runDir, dataPath string) er
 	if err != nil {
 		return fmt.Errorf("own executable: %w", err)
 	}
-	rt, err := proc.New(proc.Config{StateDir: filepath.Join(cfg.DataDir, "tasks"), RunDir: filepath.Join(runDir, "tasks"), Exe: []string{exe}, Log: cfg.Log})
+	rt, err := process.New(process.Config{StateDir: filepath.Join(cfg.DataDir, "tasks"), RunDir: filepath.Join(runDir, "tasks"), Exe: []string{exe}, Log: cfg.Log})
 	if err != nil {
 		return err
 	}

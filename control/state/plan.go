@@ -90,6 +90,9 @@ type slotPlan struct {
 	drop  []*task // others that run or will
 	last  *task   // the newest that has ended and was not replaced
 	gone  bool    // scaled down
+	// ending: a task that was stopped has not let go of its addresses yet, which
+	// the slot's next one may be waiting for
+	ending bool
 }
 
 func (p *planner) service(v *service) {
@@ -104,6 +107,7 @@ func (p *planner) service(v *service) {
 		for ; i < len(v.tasks) && v.tasks[i].Slot == sp.slot; i++ {
 			t := v.tasks[i]
 			if t.Desired != spec.DesiredRunning {
+				sp.ending = sp.ending || (t.holds() && t.Status.State != spec.TaskLost)
 				continue
 			}
 			active = true
@@ -136,12 +140,16 @@ func (p *planner) service(v *service) {
 			sv.started++
 		}
 	}
-	for i := range p.slots {
-		if p.full() {
-			return
-		}
-		if sp := &p.slots[i]; !sp.gone {
-			p.slot(sv, sp)
+	// Slots that have nothing but what must go come last: whether one may begin
+	// depends on what the others are about.
+	for _, only := range []bool{false, true} {
+		for i := range p.slots {
+			if p.full() {
+				return
+			}
+			if sp := &p.slots[i]; !sp.gone && (sp.best == nil && sp.stale != nil) == only {
+				p.slot(sv, sp)
+			}
 		}
 	}
 	// New slots take the lowest free numbers.
@@ -174,7 +182,7 @@ func running(t *task) bool { return t != nil && t.Status.State == spec.TaskRunni
 // hold up the others for ever.
 func (p *planner) underway(v *service, sp *slotPlan) bool {
 	if sp.best != nil {
-		return !running(sp.best) && (sp.stale != nil || sp.best.Node != "" || sp.best.NotBefore > p.now)
+		return !running(sp.best) && (sp.stale != nil || sp.ending || sp.best.Node != "" || sp.best.NotBefore > p.now)
 	}
 	return sp.last != nil && sp.last.rev == v.rev && sp.last.Status.State != spec.TaskLost && !p.lost[sp.last]
 }
@@ -307,6 +315,7 @@ func (p *planner) find(sv *servicePlan) (int, string) {
 	}
 	sv.counts[i]++
 	p.total[i]++
+	sv.started++
 	return i, ""
 }
 

@@ -1,0 +1,71 @@
+package process
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+)
+
+func readJSON(path string, v any) error {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(b, v); err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	return nil
+}
+
+// readLine decodes one line of JSON and reads nothing behind it.
+func readLine(r io.Reader, v any) error {
+	var line []byte
+	for b := make([]byte, 1); len(line) < maxLine; {
+		if _, err := io.ReadFull(r, b); err != nil {
+			return err
+		}
+		if b[0] == '\n' {
+			return json.Unmarshal(line, v)
+		}
+		line = append(line, b[0])
+	}
+	return errors.New("line is too long")
+}
+
+// maxLine is more than a command line can be (execve(2): 128 KiB an argument,
+// by default 2 MiB in all).
+const maxLine = 8 << 20
+
+// writeJSON replaces a file whole or not at all.
+func writeJSON(path string, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	tmp := path + ".tmp"
+	if err := os.WriteFile(tmp, b, 0o600); err != nil {
+		return err
+	}
+	if err := os.Rename(tmp, path); err != nil {
+		return errors.Join(err, os.Remove(tmp))
+	}
+	return nil
+}
+
+// readAll reads at most n bytes, to the end.
+func readAll(r io.Reader, n int64) ([]byte, error) { return io.ReadAll(io.LimitReader(r, n)) }
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}
+
+// taskDir is where a task's files are.
+func (r *Runtime) taskDir(id string) string { return filepath.Join(r.cfg.StateDir, id) }
+
+// socket of a task's shim. Its path is short, because 108 bytes are the limit
+// (unix(7)), and the state directory may be anywhere.
+func (r *Runtime) socket(id string) string { return filepath.Join(r.cfg.RunDir, id+".sock") }

@@ -1,0 +1,723 @@
+package process
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/creack/pty"
+
+	"github.com/shoalnet/shoal/internal/nl"
+	"github.com/shoalnet/shoal/runtime"
+)
+
+// Config of a Runtime.
+type Config struct {
+	StateDir string   // a directory per task; survives a reboot
+	RunDir   string   // sockets; need not. Its path must be short (unix(7): 108 bytes)
+	Exe      []string // how to start a helper; empty: this program
+	Log      *slog.Logger
+}
+
+// Runtime implements runtime.Runtime.
+type Runtime struct {
+	cfg    Config
+	log    *slog.Logger
+	ctx    context.Context // of the watchers
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	mu     sync.Mutex
+	tasks  map[string]*entry
+	queue  []runtime.Event
+	queued chan struct{} // size 1
+}
+
+// entry is what is known of a task.
+type entry struct {
+	status  runtime.Status
+	initPID int
+	shim    *os.Process   // when it is this process's child, to be waited for
+	watched chan struct{} // closed when the shim's end is known
+}
+
+const callTimeout = 10 * time.Second
+
+// New makes a Runtime on the given directories, which may have tasks.
+func New(cfg Config) (*Runtime, error) {
+	if len(cfg.Exe) == 0 {
+		exe, err := os.Executable()
+		if err != nil {
+			return nil, fmt.Errorf("own executable: %w", err)
+		}
+		cfg.Exe = []string{exe}
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.Default()
+	}
+	for _, d := range []string{cfg.StateDir, cfg.RunDir} {
+		if err := os.MkdirAll(d, 0o700); err != nil {
+			return nil, fmt.Errorf("directory for tasks: %w", err)
+		}
+	}
+	if n := len(cfg.RunDir) + len("/abcdefghijkl.sock"); n > 107 {
+		return nil, fmt.Errorf("run directory %s is too long for a unix socket in it: use one shorter by %d characters", cfg.RunDir, n-107)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	return &Runtime{cfg: cfg, log: cfg.Log, ctx: ctx, cancel: cancel, tasks: map[string]*entry{}, queued: make(chan struct{}, 1)}, nil
+}
+
+// Close implements runtime.Runtime.
+func (r *Runtime) Close() error {
+	r.cancel()
+	r.wg.Wait()
+	return nil
+}
+
+func validID(id string) error {
+	if id == "" || strings.ContainsAny(id, "/. ") || len(id) > 40 {
+		return fmt.Errorf("task ID %q is not one of ours", id)
+	}
+	return nil
+}
+
+// Create implements runtime.Runtime.
+func (r *Runtime) Create(ctx context.Context, t runtime.Task) (_ runtime.Sandbox, err error) {
+	if err := validID(t.ID); err != nil {
+		return runtime.Sandbox{}, err
+	}
+	if st, err := r.Status(ctx, t.ID); err == nil {
+		return st.Sandbox, nil
+	}
+	dir := r.taskDir(t.ID)
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+		return runtime.Sandbox{}, fmt.Errorf("task %s: %w", t.Name, err)
+	}
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("task %s: %w", t.Name, err)
+			if cerr := r.sweep(t.ID, t.Netns); cerr != nil {
+				err = fmt.Errorf("%w (and not all of it could be undone: %w)", err, cerr)
+			}
+		}
+	}()
+	// The record comes first: it names all that is made after it.
+	if err := writeJSON(filepath.Join(dir, taskFile), t); err != nil {
+		return runtime.Sandbox{}, err
+	}
+	if err := nl.Create(t.Netns); err != nil {
+		return runtime.Sandbox{}, err
+	}
+	rd, shim, err := r.startShim(ctx, t)
+	if err != nil {
+		return runtime.Sandbox{}, err
+	}
+	sb := runtime.Sandbox{Netns: t.Netns, DNSPort: rd.DNSPort}
+	r.watch(&entry{status: runtime.Status{ID: t.ID, Name: t.Name, State: runtime.Created, Sandbox: sb, Data: t.Data}, shim: shim})
+	return sb, nil
+}
+
+// startShim starts the shim in the task's namespace and waits until it serves.
+func (r *Runtime) startShim(ctx context.Context, t runtime.Task) (rd ready, p *os.Process, err error) {
+	dir := r.taskDir(t.ID)
+	pr, pw, err := os.Pipe()
+	if err != nil {
+		return rd, nil, err
+	}
+	defer pr.Close()
+	errLog, err := os.OpenFile(filepath.Join(dir, "shim.log"), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		pw.Close()
+		return rd, nil, err
+	}
+	defer errLog.Close()
+	args := append(slices.Clone(r.cfg.Exe[1:]), shimWord, dir, r.socket(t.ID))
+	cmd := exec.Command(r.cfg.Exe[0], args...)
+	cmd.Dir = "/"
+	cmd.Stderr = errLog
+	cmd.ExtraFiles = []*os.File{pw}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	// A child is born in the namespace of the thread that forks it.
+	err = nl.Do(t.Netns, cmd.Start)
+	pw.Close()
+	if err != nil {
+		return rd, nil, fmt.Errorf("start shim: %w", err)
+	}
+	stop := context.AfterFunc(ctx, func() { pr.SetReadDeadline(time.Now()) })
+	defer stop()
+	_ = pr.SetReadDeadline(time.Now().Add(callTimeout))
+	b, err := readAll(pr, 4096)
+	if err == nil {
+		err = json.Unmarshal(b, &rd)
+	}
+	if err == nil && rd.Err != "" {
+		err = errors.New(rd.Err)
+	}
+	if err != nil {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		return rd, nil, fmt.Errorf("shim: %w", err)
+	}
+	return rd, cmd.Process, nil
+}
+
+// watch registers a task and follows its shim until that ends.
+func (r *Runtime) watch(e *entry) {
+	e.watched = make(chan struct{})
+	r.mu.Lock()
+	r.tasks[e.status.ID] = e
+	r.mu.Unlock()
+	r.wg.Go(func() {
+		defer close(e.watched)
+		r.follow(e)
+	})
+}
+
+func (r *Runtime) follow(e *entry) {
+	id := e.status.ID
+	c, err := dialShim(r.socket(id))
+	if err == nil {
+		defer c.Close()
+		stop := context.AfterFunc(r.ctx, func() { c.Close() })
+		defer stop()
+		if err = send(c, request{Op: "watch"}); err == nil {
+			for {
+				var resp response
+				if _, err = receive(c, &resp); err != nil {
+					break
+				}
+				r.update(e, func() {
+					data := e.status.Data
+					e.status, e.initPID = resp.Status, resp.InitPID
+					e.status.Data = data
+				})
+			}
+		}
+	}
+	if r.ctx.Err() != nil {
+		return
+	}
+	if e.shim != nil {
+		_, _ = e.shim.Wait() // it is ending: the socket was the last of it
+	}
+	// The shim is gone. Unless it kept how the task ended, it died before it.
+	r.update(e, func() { r.conclude(e) })
+}
+
+// conclude sets the status of a task without a shim.
+func (r *Runtime) conclude(e *entry) {
+	var final runtime.Status
+	if err := readJSON(filepath.Join(r.taskDir(e.status.ID), exitFile), &final); err == nil {
+		final.Data = e.status.Data
+		e.status = final
+		return
+	}
+	if e.status.State != runtime.Exited {
+		e.status.State, e.status.PID, e.status.ExitCode, e.status.ExitedAt = runtime.Exited, 0, 137, time.Now()
+		e.status.Err = "the task's shim is gone: it was killed, or the machine was restarted"
+		_ = writeJSON(filepath.Join(r.taskDir(e.status.ID), exitFile), e.status)
+	}
+}
+
+func (r *Runtime) update(e *entry, fn func()) {
+	r.mu.Lock()
+	fn()
+	r.queue = append(r.queue, runtime.Event{ID: e.status.ID})
+	r.mu.Unlock()
+	select {
+	case r.queued <- struct{}{}:
+	default:
+	}
+}
+
+// Events implements runtime.Runtime.
+func (r *Runtime) Events(ctx context.Context) <-chan runtime.Event {
+	out := make(chan runtime.Event)
+	r.wg.Go(func() {
+		defer close(out)
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-r.ctx.Done():
+				return
+			case <-r.queued:
+			}
+			r.mu.Lock()
+			batch := r.queue
+			r.queue = nil
+			r.mu.Unlock()
+			for _, e := range batch {
+				select {
+				case out <- e:
+				case <-ctx.Done():
+					return
+				case <-r.ctx.Done():
+					return
+				}
+			}
+		}
+	})
+	return out
+}
+
+// Status implements runtime.Runtime.
+func (r *Runtime) Status(_ context.Context, id string) (runtime.Status, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	e := r.tasks[id]
+	if e == nil {
+		return runtime.Status{}, fmt.Errorf("%w: %s", runtime.ErrNotFound, id)
+	}
+	return e.status, nil
+}
+
+// List implements runtime.Runtime.
+func (r *Runtime) List(ctx context.Context) ([]runtime.Status, error) {
+	dirs, err := os.ReadDir(r.cfg.StateDir)
+	if err != nil {
+		return nil, fmt.Errorf("list tasks: %w", err)
+	}
+	for _, d := range dirs {
+		id := d.Name()
+		if validID(id) != nil {
+			continue
+		}
+		if _, err := r.Status(ctx, id); err == nil {
+			continue
+		}
+		if err := r.adopt(id); err != nil {
+			return nil, err
+		}
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var out []runtime.Status
+	for _, e := range r.tasks {
+		out = append(out, e.status)
+	}
+	slices.SortFunc(out, func(a, b runtime.Status) int { return strings.Compare(a.ID, b.ID) })
+	return out, nil
+}
+
+// adopt takes over a task that another process made, or clears away one that it
+// had not finished making.
+func (r *Runtime) adopt(id string) error {
+	dir := r.taskDir(id)
+	var t runtime.Task
+	if err := readJSON(filepath.Join(dir, taskFile), &t); err != nil {
+		r.log.Warn("clearing away a task that was never made", "task", id, "error", err)
+		return r.sweep(id, "")
+	}
+	e := &entry{status: runtime.Status{ID: id, Name: t.Name, State: runtime.Created, Sandbox: runtime.Sandbox{Netns: t.Netns}, Data: t.Data}}
+	resp, err := r.peek(id)
+	if err == nil {
+		e.status, e.initPID = resp.Status, resp.InitPID
+		e.status.Data = t.Data
+		r.watch(e)
+		return nil
+	}
+	if !exists(filepath.Join(dir, exitFile)) && !exists(r.socket(id)) && !exists(filepath.Join(dir, logFile)) {
+		r.log.Warn("clearing away a task whose shim was never started", "task", t.Name)
+		return r.sweep(id, t.Netns)
+	}
+	r.conclude(e)
+	e.watched = make(chan struct{})
+	close(e.watched)
+	r.mu.Lock()
+	r.tasks[id] = e
+	r.mu.Unlock()
+	return nil
+}
+
+// peek asks a shim for its status.
+func (r *Runtime) peek(id string) (response, error) {
+	c, err := dialShim(r.socket(id))
+	if err != nil {
+		return response{}, err
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(callTimeout))
+	if err := send(c, request{Op: "watch"}); err != nil {
+		return response{}, err
+	}
+	var resp response
+	_, err = receive(c, &resp)
+	return resp, err
+}
+
+// Start implements runtime.Runtime.
+func (r *Runtime) Start(ctx context.Context, id string) error {
+	if _, err := r.Status(ctx, id); err != nil {
+		return err
+	}
+	resp, _, err := call(r.socket(id), request{Op: "start"}, 0)
+	if err != nil {
+		return err
+	}
+	// What the answer says is true now, before the watcher hears of it.
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if e := r.tasks[id]; e != nil && e.status.State == runtime.Created {
+		data := e.status.Data
+		e.status, e.initPID = resp.Status, resp.InitPID
+		e.status.Data = data
+	}
+	return nil
+}
+
+// Stop implements runtime.Runtime.
+func (r *Runtime) Stop(ctx context.Context, id, signal string, grace time.Duration) error {
+	sig, err := ParseSignal(signal)
+	if err != nil {
+		return err
+	}
+	st, err := r.Status(ctx, id)
+	if err != nil {
+		return err
+	}
+	if st.State != runtime.Running {
+		return nil
+	}
+	// The shim counts the grace; this process may end meanwhile.
+	done := make(chan error, 1)
+	c, err := dialShim(r.socket(id))
+	if err != nil {
+		return r.settle(ctx, id)
+	}
+	defer c.Close()
+	go func() {
+		if err := send(c, request{Op: "stop", Signal: int(sig), Grace: grace}); err != nil {
+			done <- nil // the shim has ended, and with it the task
+			return
+		}
+		var resp response
+		_, _ = receive(c, &resp)
+		done <- nil
+	}()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-done:
+		return r.settle(ctx, id)
+	}
+}
+
+// settle waits until this process knows of a task's end.
+func (r *Runtime) settle(ctx context.Context, id string) error {
+	for deadline := time.Now().Add(callTimeout); ; {
+		st, err := r.Status(ctx, id)
+		if err != nil || st.State == runtime.Exited {
+			return err
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("task %s: its shim does not tell of its end", st.Name)
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(2 * time.Millisecond):
+		}
+	}
+}
+
+// Release implements runtime.Runtime.
+func (r *Runtime) Release(ctx context.Context, id string) error {
+	st, err := r.Status(ctx, id)
+	if errors.Is(err, runtime.ErrNotFound) {
+		return nil
+	}
+	r.mu.Lock()
+	e := r.tasks[id]
+	r.mu.Unlock()
+	if st.State == runtime.Created && !exists(filepath.Join(r.taskDir(id), exitFile)) {
+		// It never ran: that is how it ended.
+		r.mu.Lock()
+		final := e.status
+		r.mu.Unlock()
+		final.State, final.ExitedAt, final.Err = runtime.Exited, time.Now(), "it was not started"
+		if err := writeJSON(filepath.Join(r.taskDir(id), exitFile), final); err != nil {
+			return fmt.Errorf("task %s: %w", st.Name, err)
+		}
+	}
+	if _, _, err := call(r.socket(id), request{Op: "shutdown"}, 0); err == nil || e.watched != nil {
+		select {
+		case <-e.watched:
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(callTimeout):
+			return fmt.Errorf("task %s: its shim does not end", st.Name)
+		}
+	}
+	if err := os.Remove(r.socket(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nl.Remove(st.Sandbox.Netns)
+}
+
+// Remove implements runtime.Runtime.
+func (r *Runtime) Remove(ctx context.Context, id string) error {
+	if err := validID(id); err != nil {
+		return err
+	}
+	if _, err := r.Status(ctx, id); errors.Is(err, runtime.ErrNotFound) {
+		if !exists(r.taskDir(id)) {
+			return nil
+		}
+		if err := r.adopt(id); err != nil {
+			return err
+		}
+	}
+	if err := r.Release(ctx, id); err != nil {
+		return err
+	}
+	if err := os.RemoveAll(r.taskDir(id)); err != nil {
+		return fmt.Errorf("remove task %s: %w", id, err)
+	}
+	r.mu.Lock()
+	delete(r.tasks, id)
+	r.mu.Unlock()
+	return nil
+}
+
+// sweep removes what a Create that did not finish left.
+func (r *Runtime) sweep(id, netns string) error {
+	errs := []error{}
+	if _, _, err := call(r.socket(id), request{Op: "shutdown"}, callTimeout); err == nil {
+		r.log.Debug("ended the shim of an unfinished task", "task", id)
+	}
+	if err := os.Remove(r.socket(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		errs = append(errs, err)
+	}
+	if netns != "" {
+		errs = append(errs, nl.Remove(netns))
+	}
+	return errors.Join(append(errs, os.RemoveAll(r.taskDir(id)))...)
+}
+
+// DNSSockets implements runtime.Runtime.
+func (r *Runtime) DNSSockets(ctx context.Context, id string) (net.PacketConn, net.Listener, error) {
+	if _, err := r.Status(ctx, id); err != nil {
+		return nil, nil, err
+	}
+	_, files, err := call(r.socket(id), request{Op: "dns"}, callTimeout)
+	defer func() {
+		for _, f := range files {
+			f.Close()
+		}
+	}()
+	if err != nil {
+		return nil, nil, err
+	}
+	if len(files) != 2 {
+		return nil, nil, fmt.Errorf("shim sent %d sockets, want 2", len(files))
+	}
+	pc, err := net.FilePacketConn(files[0])
+	if err != nil {
+		return nil, nil, err
+	}
+	ln, err := net.FileListener(files[1])
+	if err != nil {
+		pc.Close()
+		return nil, nil, err
+	}
+	return pc, ln, nil
+}
+
+// Listening implements runtime.Runtime. A process's /proc/PID/net is that of
+// its network namespace (proc(5)).
+func (r *Runtime) Listening(ctx context.Context, id string) (bool, error) {
+	r.mu.Lock()
+	e := r.tasks[id]
+	pid := 0
+	if e != nil {
+		pid = e.initPID
+	}
+	r.mu.Unlock()
+	if pid == 0 {
+		return false, nil
+	}
+	for _, f := range []struct{ name, state string }{{"tcp", "0A"}, {"tcp6", "0A"}, {"udp", "07"}, {"udp6", "07"}} { // TCP_LISTEN, TCP_CLOSE: unconnected
+		up, err := bound(fmt.Sprintf("/proc/%d/net/%s", pid, f.name), f.state)
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return false, err
+		}
+		if up {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// bound looks for a socket in a state whose local address is not loopback.
+func bound(file, state string) (bool, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	sc := bufio.NewScanner(f)
+	for sc.Scan() {
+		fs := strings.Fields(sc.Text())
+		if len(fs) < 4 || fs[3] != state {
+			continue
+		}
+		addr, _, _ := strings.Cut(fs[1], ":")
+		// Addresses are hexadecimal in host order, four bytes at a time.
+		switch {
+		case len(addr) == 8 && strings.HasSuffix(addr, "7F"): // 127.0.0.0/8
+		case addr == "00000000000000000000000001000000": // ::1
+		case strings.HasPrefix(addr, "0000000000000000FFFF0000") && strings.HasSuffix(addr, "7F"): // ::ffff:127.0.0.0/104
+		case len(addr) == 8 || len(addr) == 32:
+			return true, nil
+		}
+	}
+	return false, sc.Err()
+}
+
+// ---- exec ----
+
+type process struct {
+	cmd  *exec.Cmd
+	tty  *os.File
+	done chan struct{}
+	code int
+	err  error
+}
+
+// Exec implements runtime.Runtime.
+func (r *Runtime) Exec(ctx context.Context, id string, s runtime.ExecSpec) (runtime.Process, error) {
+	st, err := r.Status(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	r.mu.Lock()
+	initPID := r.tasks[id].initPID
+	r.mu.Unlock()
+	if st.State != runtime.Running || initPID == 0 {
+		return nil, fmt.Errorf("task %s is not running: it is %s", st.Name, st.State)
+	}
+	if len(s.Command) == 0 {
+		return nil, errors.New("no command")
+	}
+	args, err := json.Marshal(execArgs{Dir: r.taskDir(id), InitPID: initPID, Command: s.Command, Env: s.Env, WorkDir: s.Dir, User: s.User, TTY: s.TTY})
+	if err != nil {
+		return nil, err
+	}
+	pr, pw, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	defer pr.Close()
+	cmd := exec.CommandContext(ctx, r.cfg.Exe[0], append(slices.Clone(r.cfg.Exe[1:]), execWord)...)
+	cmd.ExtraFiles = []*os.File{pr}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	// Output may be held open by what the command left behind.
+	cmd.WaitDelay = 2 * time.Second
+	cmd.Cancel = pw.Close // task-exec kills the command, then ends
+	p := &process{cmd: cmd, done: make(chan struct{})}
+	var slave *os.File
+	if s.TTY {
+		if p.tty, slave, err = pty.Open(); err != nil {
+			pw.Close()
+			return nil, fmt.Errorf("terminal: %w", err)
+		}
+		defer slave.Close()
+		if s.Rows > 0 && s.Cols > 0 {
+			_ = pty.Setsize(p.tty, &pty.Winsize{Rows: s.Rows, Cols: s.Cols})
+		}
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = slave, slave, slave
+	} else {
+		cmd.Stdout, cmd.Stderr = s.Stdout, s.Stderr
+	}
+	// Standard input is copied by hand: exec's own copy makes Wait wait for an
+	// input that nobody ends.
+	var stdin io.WriteCloser
+	if !s.TTY && s.Stdin != nil {
+		if stdin, err = cmd.StdinPipe(); err != nil {
+			pw.Close()
+			return nil, err
+		}
+	}
+	if err := cmd.Start(); err != nil {
+		pw.Close()
+		if p.tty != nil {
+			p.tty.Close()
+		}
+		return nil, err
+	}
+	if _, err := pw.Write(append(args, '\n')); err != nil {
+		_ = cmd.Process.Kill()
+	}
+	if stdin != nil {
+		go func() { // ends when the command, or the caller's input, does
+			_, _ = io.Copy(stdin, s.Stdin)
+			stdin.Close()
+		}()
+	}
+	copied := make(chan struct{})
+	close(copied)
+	if p.tty != nil {
+		copied = make(chan struct{})
+		go func() {
+			defer close(copied)
+			_, _ = io.Copy(s.Stdout, p.tty) // EIO when the last holder closes
+		}()
+		if s.Stdin != nil {
+			go func() { _, _ = io.Copy(p.tty, s.Stdin) }()
+		}
+	}
+	r.wg.Go(func() {
+		defer close(p.done)
+		err := cmd.Wait()
+		pw.Close()
+		if p.tty != nil {
+			select {
+			case <-copied:
+			case <-time.After(cmd.WaitDelay):
+			}
+			p.tty.Close()
+		}
+		var ee *exec.ExitError
+		switch {
+		case err == nil, errors.Is(err, exec.ErrWaitDelay):
+			p.code = cmd.ProcessState.ExitCode()
+		case errors.As(err, &ee):
+			if p.code = ee.ExitCode(); p.code < 0 {
+				p.code = 128 + int(ee.Sys().(syscall.WaitStatus).Signal())
+			}
+		default:
+			p.err = err
+		}
+	})
+	return p, nil
+}
+
+func (p *process) Wait() (int, error) {
+	<-p.done
+	return p.code, p.err
+}
+
+func (p *process) Resize(rows, cols uint16) error {
+	if p.tty == nil {
+		return errors.New("the command has no terminal")
+	}
+	return pty.Setsize(p.tty, &pty.Winsize{Rows: rows, Cols: cols})
+}
+
+func (p *process) Signal(sig int) error { return p.cmd.Process.Signal(syscall.Signal(sig)) }
+
+var _ runtime.Runtime = (*Runtime)(nil)
