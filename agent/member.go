@@ -47,7 +47,7 @@ type member struct {
 	log   *slog.Logger
 
 	listener *net.TCPListener // control port
-	raft     net.Listener     // raft's share of it
+	raft     *control.Conns   // raft's share of it
 	http     net.Listener     // HTTP's share of it
 	fwd      *control.Forwarder
 	client   shoalv1connect.ControlClient // by way of fwd
@@ -176,7 +176,7 @@ func (m *member) start() error {
 	m.tasks = &tasks{rt: m.cfg.Runtime, dns: m.dns, instance: m.cfg.Instance, search: m.cfg.SearchDomains,
 		log: m.log, plumbing: m, ctx: m.ctx, runners: map[string]*runner{}}
 	m.overlay = reconcile.New("overlay", overlay.NewTarget(m.cfg.Overlay), reconcile.Options{Log: m.log, OnPass: m.overlayPass})
-	m.vip = reconcile.New("vip", vip.NewTarget(m.cfg.VIP), reconcile.Options{Log: m.log, OnPass: m.vipPass})
+	m.vip = reconcile.New("vip", vip.Target{Dataplane: m.cfg.VIP}, reconcile.Options{Log: m.log, OnPass: m.vipPass})
 	m.loadAssignment()
 
 	m.wg.Go(func() {

@@ -20,7 +20,7 @@ import (
 )
 
 // TestMain looks for goroutines left behind. memberlist's own last ones end up
-// to a slowed-down probe interval (4 × 0.6 s) after Shutdown.
+// to a slowed-down probe interval (4 × 0.5 s) after Shutdown.
 func TestMain(m *testing.M) {
 	code := m.Run()
 	if code == 0 {
@@ -319,3 +319,16 @@ func (c *cluster) grow(n int) {
 	}
 	c.eventually(20*time.Second, "cluster forms", c.agreed)
 }
+
+// wipe loses the disk of node i.
+func (c *cluster) wipe(i int) {
+	if err := os.RemoveAll(filepath.Join(c.dir, nodeID(i), "gossip")); err != nil {
+		c.Fatalf("wipe: %v", err)
+	}
+}
+
+func timeout(t testing.TB, d time.Duration) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(t.Context(), d)
+}
+
+func addrPorts(as ...netip.AddrPort) []netip.AddrPort { return as }

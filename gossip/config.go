@@ -50,11 +50,11 @@ type Tuning struct {
 	// max(1, log10 n) × ProbeInterval when SuspicionMult−2 others confirm;
 	// without, after up to SuspicionMaxMult times as long.
 	//
-	// With the defaults and up to 10 nodes: ≤ 0.6 s until one of them probes
-	// it, 0.6 s of probe, 1.8 s of suspicion, 3 s in all. In that time the node
-	// has to miss a dozen chances to refute, over UDP and TCP, by several
-	// paths; shorter times gave nothing but deaths of busy nodes, while the
-	// half second to "suspect" comes from our own detector anyway.
+	// With the defaults and up to 10 nodes: ≤ 0.5 s until one of them probes
+	// it, 0.5 s of probe, 1.5 s of suspicion, 2 to 3 s in all. In that time a
+	// living node has to miss a dozen chances to refute, over UDP and TCP, by
+	// several paths, and our own pings besides (see member.holding). Shorter
+	// would buy little: the half second to "suspect" is the detector's.
 	SuspicionMult, SuspicionMaxMult int
 	// GossipInterval is the time between gossip packets to 3 random nodes:
 	// suspicions and refutations travel by them.
@@ -105,8 +105,8 @@ func def[T comparable](v *T, d T) {
 }
 
 func (t Tuning) withDefaults() Tuning {
-	def(&t.ProbeInterval, 600*time.Millisecond)
-	def(&t.ProbeTimeout, 250*time.Millisecond)
+	def(&t.ProbeInterval, 500*time.Millisecond)
+	def(&t.ProbeTimeout, 225*time.Millisecond)
 	def(&t.SuspicionMult, 3)
 	def(&t.SuspicionMaxMult, 4)
 	def(&t.GossipInterval, 100*time.Millisecond)

@@ -519,7 +519,7 @@ func (g *Gossip) metaLoop(ctx context.Context) {
 			return
 		case <-g.metas:
 			// The update is in memberlist's queue even if nobody took it in time.
-			if err := g.ml.Load().UpdateNode(time.Second); err != nil {
+			if err := g.ml.Load().UpdateNode(10 * time.Millisecond); err != nil {
 				g.log.Debug("metadata not taken by anybody yet", "error", err)
 			}
 		}

@@ -300,3 +300,17 @@ func HostTable(instance string) string {
 	}
 	return instance + "-egress"
 }
+
+// IsRouter tells whether a is the router address of some node.
+func IsRouter(a netip.Addr) bool {
+	if a.Is4() {
+		return spec.RouterPrefix.Contains(a)
+	}
+	b, r := a.As16(), router6(0).As16()
+	return slices.Equal(b[:14], r[:14])
+}
+
+// IsVTEPMAC tells whether m is spec.VTEPMAC of some node.
+func IsVTEPMAC(m net.HardwareAddr) bool {
+	return len(m) == 6 && slices.Equal(m[:3], spec.VTEPMAC(0)[:3])
+}

@@ -8,7 +8,7 @@
 // away and keeps what a person may still ask for (output, exit status); Remove
 // takes that, too.
 //
-// Package proc implements it with processes in namespaces on the node's own
+// Package processess implements it with processes in namespaces on the node's own
 // file system. Containers' images will come as another implementation.
 package runtime
 

@@ -33,6 +33,8 @@ type Network struct {
 	// service is not in the View any more: it was removed, and its tasks are
 	// on their way out. See [Diff].
 	Orphans []netip.Addr
+	// Claimed (wanted only) are the addresses, in order, of all endpoints.
+	Claimed []netip.Addr
 
 	// Absent (observed only): the namespace does not exist.
 	Absent bool
@@ -114,7 +116,7 @@ func (n Network) Server(vip netip.Addr) (Server, bool) {
 
 // header is n without its servers, which is what operations carry along.
 func (n Network) header() Network {
-	n.Servers, n.Orphans = nil, nil
+	n.Servers, n.Orphans, n.Claimed = nil, nil, nil
 	return n
 }
 
@@ -192,7 +194,7 @@ func desiredNetwork(v *spec.View, n spec.Network) Network {
 	}
 
 	wills := map[string]map[netip.Addr]will{} // by service ID
-	locals, orphans := map[netip.Addr]bool{}, map[netip.Addr]bool{}
+	locals, orphans, claimed := map[netip.Addr]bool{}, map[netip.Addr]bool{}, map[netip.Addr]bool{}
 	for _, e := range v.Endpoints {
 		if e.Network != n.ID {
 			continue
@@ -212,6 +214,7 @@ func desiredNetwork(v *spec.View, n spec.Network) Network {
 			if !n.Contains(a) || n.IsGateway(a) || vips[a] {
 				continue
 			}
+			claimed[a] = true
 			if e.Node == v.Self {
 				locals[a] = true
 			}
@@ -233,6 +236,7 @@ func desiredNetwork(v *spec.View, n spec.Network) Network {
 		}
 	}
 	out.Locals = slices.SortedFunc(maps.Keys(locals), netip.Addr.Compare)
+	out.Claimed = slices.SortedFunc(maps.Keys(claimed), netip.Addr.Compare)
 	out.Orphans = slices.SortedFunc(maps.Keys(orphans), netip.Addr.Compare)
 
 	taken := map[netip.Addr]bool{}

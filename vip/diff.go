@@ -154,6 +154,30 @@ func diffNetwork(w, h Network, complete bool) []reconcile.Op {
 	case !slices.Equal(hdr.Locals, h.Locals):
 		ops = append(ops, SetNetwork{Want: hdr})
 	}
+	var last []reconcile.Op
+	stuck := map[netip.Addr]bool{} // VIPs that are not wanted, and stay for now
+	for _, s := range h.Servers {
+		if _, ok := w.Server(s.VIP); ok {
+			continue
+		}
+		if !complete {
+			stuck[s.VIP] = true
+			continue
+		}
+		d := Server{VIP: s.VIP, Name: "removed", Backends: stay(s.Backends, w.Orphans)}
+		m, ok := w.MarkOf(s.VIP)
+		d.Mark = m
+		switch {
+		case has(w.Claimed, s.VIP):
+			// Its address was given to an endpoint, which can't be reached
+			// while the namespace has it.
+			ops = append(ops, DelServer{Network: hdr, Have: s})
+		case len(d.Backends) == 0 || !ok:
+			last = append(last, DelServer{Network: hdr, Have: s})
+		case !matches(d, s):
+			last = append(last, SetServer{Network: hdr, Want: d, Have: s})
+		}
+	}
 	for _, s := range w.Servers {
 		hs, ok := h.Server(s.VIP)
 		if !ok {
@@ -161,34 +185,26 @@ func diffNetwork(w, h Network, complete bool) []reconcile.Op {
 		} else if !complete {
 			s.Backends = keep(s.Backends, hs.Backends)
 		}
+		if len(stuck) > 0 {
+			s.Backends = slices.DeleteFunc(slices.Clone(s.Backends), func(b Backend) bool { return stuck[b.Addr] })
+		}
 		if !ok || !matches(s, hs) {
 			ops = append(ops, SetServer{Network: hdr, Want: s, Have: hs})
 		}
 	}
-	if complete {
-		for _, s := range h.Servers {
-			if _, ok := w.Server(s.VIP); ok {
-				continue
-			}
-			d := Server{VIP: s.VIP, Mark: s.Mark, Name: "removed", Backends: stay(s.Backends, w.Orphans)}
-			switch m, ok := w.MarkOf(s.VIP); {
-			case len(d.Backends) == 0 || !ok:
-				ops = append(ops, DelServer{Network: hdr, Have: s})
-			default:
-				if d.Mark = m; !matches(d, s) {
-					ops = append(ops, SetServer{Network: hdr, Want: d, Have: s})
-				}
-			}
-		}
-	}
-	return ops
+	return append(ops, last...)
+}
+
+func has(sorted []netip.Addr, a netip.Addr) bool {
+	_, ok := slices.BinarySearchFunc(sorted, a, netip.Addr.Compare)
+	return ok
 }
 
 // stay are the backends of have that orphans has, draining.
 func stay(have []Backend, orphans []netip.Addr) []Backend {
 	var out []Backend
 	for _, b := range have {
-		if _, ok := slices.BinarySearchFunc(orphans, b.Addr, netip.Addr.Compare); ok {
+		if has(orphans, b.Addr) {
 			out = append(out, Backend{Addr: b.Addr})
 		}
 	}

@@ -480,38 +480,47 @@ func (p *planner) nowhere(sv *servicePlan) string {
 	return fmt.Sprintf("%d %s: %s", match, what, strings.Join(parts, ", "))
 }
 
-// scaleDown removes k slots: of those that run nowhere while the others are
-// spread evenly, else from the node with most.
+// scaleDown removes k slots, such that the rest can be spread evenly. Slots whose
+// task has no place yet, or must give its place to another anyway, can still go
+// anywhere: they are removed first while enough of them are left to fill the
+// other nodes up. Else it is the turn of the node with most.
 func (p *planner) scaleDown(sv *servicePlan, k int) {
 	p.prepare(nil)
 	byNode := make([][]int, len(p.nodes)) // indices into slots, ascending
-	var unplaced []int
+	var free, stale []int
 	for i := range p.slots {
-		home := p.slots[i].best
-		if home == nil || home.Node == "" {
-			home = p.slots[i].stale
-		}
-		if home == nil || home.Node == "" {
-			unplaced = append(unplaced, i)
-		} else {
-			at := p.idx[home.Node]
+		switch sp := &p.slots[i]; {
+		case sp.best != nil && sp.best.Node != "":
+			at := p.idx[sp.best.Node]
 			byNode[at] = append(byNode[at], i)
+		case running(sp.stale):
+			stale = append(stale, i)
+		default:
+			free = append(free, i)
 		}
 	}
+	free = append(stale, free...) // taken from the end: those that run go last
 	for ; k > 0 && !p.full(); k-- {
-		most, least := -1, -1
-		for i, n := range p.nodes {
+		most := -1
+		for i := range p.nodes {
 			c := len(byNode[i])
 			if most < 0 || c > len(byNode[most]) || (c == len(byNode[most]) && p.total[i] >= p.total[most]) {
 				most = i
 			}
-			if assignable(n) && (sv.fits == nil || sv.fits[i]) && (least < 0 || c < least) {
-				least = c
+		}
+		even := len(free) > 0
+		if even && most >= 0 {
+			gap := 0 // what it takes to bring every node within one of the fullest
+			for i, n := range p.nodes {
+				if assignable(n) && (sv.fits == nil || sv.fits[i]) {
+					gap += max(0, len(byNode[most])-1-len(byNode[i]))
+				}
 			}
+			even = gap < len(free)
 		}
 		var victim int
-		if most < 0 || len(byNode[most]) == 0 || (len(unplaced) > 0 && (least < 0 || len(byNode[most])-least <= 1)) {
-			victim, unplaced = unplaced[len(unplaced)-1], unplaced[:len(unplaced)-1]
+		if even || most < 0 || len(byNode[most]) == 0 {
+			victim, free = free[len(free)-1], free[:len(free)-1]
 		} else {
 			l := byNode[most]
 			victim, byNode[most] = l[len(l)-1], l[:len(l)-1]

@@ -144,6 +144,9 @@ func restore(b []byte) (*State, error) {
 	}
 	for _, vs := range in.Services {
 		v := &service{Service: vs.Service, removed: vs.Removed, rev: vs.Rev}
+		if err := v.Spec.Validate(); err != nil {
+			return nil, err
+		}
 		if s.services[v.ID] != nil || (!v.removed && s.svcNames[v.Spec.Name] != "") {
 			return nil, fmt.Errorf("service %s is there twice", v.Spec.Name)
 		}

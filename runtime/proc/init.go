@@ -5,11 +5,9 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
-	"os/user"
 	"path/filepath"
 	goruntime "runtime"
-	"strconv"
-	"strings"
+	"runtime/debug"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -17,500 +15,185 @@ import (
 	"github.com/shoalnet/shoal/runtime"
 )
 
-// defaultPath is Docker's.
-const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+// initPeerFD is a socket to the shim: its go in, an initReport out; its end is
+// the shim's end.
+const initPeerFD = 3
 
-// initMain is PID 1 of a task: DIR. File 3 takes the error of a start; it is
-// closed when the program runs.
+// initReport is the only word of task-init. Without an error it comes with the
+// program's pid as credentials, which the kernel translates for the shim.
+type initReport struct {
+	Err string `json:"err,omitempty"`
+}
+
+// initMain is PID 1 of a task: DIR.
 func initMain(args []string) int {
 	// Mounts, capabilities and the fork itself belong to one thread.
 	goruntime.LockOSThread()
-	report := os.NewFile(3, "report")
-	fail := func(err error, code int) int {
-		_, _ = report.WriteString(err.Error())
-		return code
+	unix.CloseOnExec(initPeerFD)
+	peer, err := unixConn(os.NewFile(initPeerFD, "shim"))
+	if err != nil || len(args) != 1 || os.Getpid() != 1 {
+		fmt.Fprintln(os.Stderr, initWord+" is for the task's shim to start")
+		return 125
 	}
-	if len(args) != 1 || os.Getpid() != 1 {
-		return fail(errors.New("task-init is for the task's shim to start"), 125)
-	}
+	goruntime.GOMAXPROCS(1)
+	debug.SetGCPercent(20)
+	// All that can be caught is: what is passed on, and what the shim ignores
+	// and the program must not inherit as ignored.
 	sigs := make(chan os.Signal, 64)
 	signal.Notify(sigs)
-	signal.Ignore(syscall.SIGTTIN, syscall.SIGTTOU)
+	var v struct{}
+	if _, err := receive(peer, &v); err != nil {
+		return 125
+	}
+	go func() {
+		_, _ = receive(peer, &v)
+		os.Exit(125) // and with PID 1 goes the namespace
+	}()
+	fail := func(err error, code int) int {
+		_ = send(peer, initReport{Err: err.Error()})
+		return code
+	}
 	var t runtime.Task
 	if err := readJSON(filepath.Join(args[0], taskFile), &t); err != nil {
 		return fail(err, 125)
 	}
-	if err := setUp(args[0], t); err != nil {
+	keep, err := setUp(args[0], t)
+	if err != nil {
 		return fail(err, 125)
 	}
-	p, err := newProgram(t.Spec.Command, environment(t, nil), t.Spec.Dir, t.Spec.User)
+	p, err := newProgram(t.Spec.Command, environment(t, nil, false), t.Spec.Dir, t.Spec.User)
 	if err != nil {
 		return fail(err, exitCodeOf(err))
-	}
-	if err := dropCapabilities(); err != nil {
-		return fail(err, 125)
 	}
 	null, err := os.Open(os.DevNull)
 	if err != nil {
 		return fail(err, 125)
 	}
-	unix.CloseOnExec(int(report.Fd()))
 	p.attr.Files = []uintptr{null.Fd(), 1, 2}
-	p.attr.Sys.Setsid = true
-	pid, err := syscall.ForkExec(p.path, p.argv, p.attr)
+	pid, err := p.start()
 	if err != nil {
-		err = p.explain(err)
 		return fail(err, exitCodeOf(err))
 	}
-	report.Close()
-	// The output is the program's alone now: when it ends, its readers must see
-	// the end even while this process still reaps.
-	for s := range sigs {
-		if s != syscall.SIGCHLD {
-			if sig, ok := s.(syscall.Signal); ok && sig != syscall.SIGURG { // the Go runtime sends itself SIGURG
-				_ = syscall.Kill(pid, sig)
-			}
-			continue
-		}
-		for {
-			var ws syscall.WaitStatus
-			got, err := syscall.Wait4(-1, &ws, syscall.WNOHANG, nil)
-			if err == syscall.EINTR {
-				continue
-			}
-			if err != nil || got <= 0 {
-				break
-			}
-			if got == pid {
-				if ws.Signaled() {
-					return 128 + int(ws.Signal())
-				}
-				return ws.ExitStatus()
-			}
-		}
-	}
-	return 125
-}
-
-// setUp makes the task's view of the machine. It runs in fresh mount, PID, UTS
-// and IPC namespaces.
-func setUp(dir string, t runtime.Task) error {
-	mount := func(src, target, fs string, flags uintptr) error {
-		if err := unix.Mount(src, target, fs, flags, ""); err != nil {
-			return fmt.Errorf("mount %s: %w", target, err)
-		}
-		return nil
-	}
-	// Slave: mounts of the host still appear here, none of ours there.
-	if err := mount("", "/", "", unix.MS_SLAVE|unix.MS_REC); err != nil {
-		return err
-	}
-	for _, f := range []struct {
-		target  string
-		content []byte
-	}{{"/etc/resolv.conf", t.ResolvConf}, {"/etc/hosts", t.Hosts}, {"/etc/hostname", []byte(t.Hostname + "\n")}} {
-		if err := bindFile(dir, f.target, f.content); err != nil {
-			return err
-		}
-	}
-	// sysfs shows the network devices of the namespace it is mounted in
-	// (sysfs(5)). The control groups below it are kept.
-	cgroups := filepath.Join(dir, "cgroup")
-	kept := os.Mkdir(cgroups, 0o700) == nil && unix.Mount("/sys/fs/cgroup", cgroups, "", unix.MS_BIND|unix.MS_REC, "") == nil
-	if unix.Mount("sysfs", "/sys", "sysfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC|unix.MS_RDONLY, "") == nil && kept {
-		_ = unix.Mount(cgroups, "/sys/fs/cgroup", "", unix.MS_MOVE, "")
-	}
-	if err := mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC); err != nil {
-		return err
-	}
-	// What root may write there is the machine's, not the task's. Docker makes
-	// the same paths read-only.
-	for _, p := range []string{"/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"} {
-		if err := unix.Mount(p, p, "", unix.MS_BIND|unix.MS_REC, ""); errors.Is(err, unix.ENOENT) {
-			continue
-		} else if err != nil {
-			return fmt.Errorf("mount %s: %w", p, err)
-		}
-		if err := unix.Mount("", p, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
-			return fmt.Errorf("make %s read-only: %w", p, err)
-		}
-	}
-	if err := unix.Sethostname([]byte(t.Hostname)); err != nil {
-		return fmt.Errorf("set host name %q: %w", t.Hostname, err)
-	}
-	return nil
-}
-
-// bindFile puts content in the place of a file, for this task only. A link is
-// followed, as /etc/resolv.conf often is one.
-func bindFile(dir, target string, content []byte) error {
-	src := filepath.Join(dir, filepath.Base(target))
-	if err := os.WriteFile(src, content, 0o644); err != nil {
-		return fmt.Errorf("write %s: %w", src, err)
-	}
-	if err := os.Chmod(src, 0o644); err != nil { // whatever the umask
-		return err
-	}
-	real, err := filepath.EvalSymlinks(target)
-	if errors.Is(err, os.ErrNotExist) {
-		if target != "/etc/resolv.conf" {
-			return nil
-		}
-		if _, lerr := os.Lstat(target); lerr == nil {
-			return fmt.Errorf("%s is a link to a file that does not exist: start the service that makes it, or replace the link by a file", target)
-		}
-		// A machine without one resolves no names: an empty file changes nothing.
-		f, err := os.OpenFile(target, os.O_CREATE|os.O_RDONLY, 0o644)
-		if err != nil {
-			return fmt.Errorf("%s: %w", target, err)
-		}
-		f.Close()
-		real = target
-	} else if err != nil {
-		return fmt.Errorf("%s: %w", target, err)
-	}
-	if err := unix.Mount(src, real, "", unix.MS_BIND, ""); err != nil {
-		return fmt.Errorf("mount %s: %w", target, err)
-	}
-	return nil
-}
-
-// keptCapabilities are Docker's default set. Notably absent: CAP_NET_ADMIN and
-// CAP_SYS_ADMIN, with which a task could undo its network.
-var keptCapabilities = []uintptr{
-	unix.CAP_CHOWN, unix.CAP_DAC_OVERRIDE, unix.CAP_FSETID, unix.CAP_FOWNER, unix.CAP_MKNOD, unix.CAP_NET_RAW, unix.CAP_SETGID,
-	unix.CAP_SETUID, unix.CAP_SETFCAP, unix.CAP_SETPCAP, unix.CAP_NET_BIND_SERVICE, unix.CAP_SYS_CHROOT, unix.CAP_KILL, unix.CAP_AUDIT_WRITE,
-}
-
-// dropCapabilities limits what this thread's children can have: what is not in
-// the bounding set does not survive an exec (capabilities(7)).
-func dropCapabilities() error {
-	keep := map[uintptr]bool{}
-	for _, c := range keptCapabilities {
-		keep[c] = true
-	}
-	for c := uintptr(0); c <= 63; c++ {
-		if keep[c] {
-			continue
-		}
-		if err := unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0); err != nil {
-			if errors.Is(err, unix.EINVAL) {
-				break // beyond the kernel's last
-			}
-			return fmt.Errorf("drop capability %d: %w", c, err)
-		}
-	}
-	return nil
-}
-
-// environment of a task's program, or of a command in the task.
-func environment(t runtime.Task, more []string) []string {
-	env := []string{"PATH=" + defaultPath, "HOSTNAME=" + t.Hostname}
-	env = append(env, t.Spec.Env...)
-	return append(env, more...)
-}
-
-func lookupEnv(env []string, key string) (string, bool) {
-	for i := len(env) - 1; i >= 0; i-- {
-		if v, ok := strings.CutPrefix(env[i], key+"="); ok {
-			return v, true
-		}
-	}
-	return "", false
-}
-
-// program is what is to be executed.
-type program struct {
-	name, path string
-	argv       []string
-	attr       *syscall.ProcAttr
-}
-
-// newProgram resolves user, directory and path as they are in this process's
-// view of the machine.
-func newProgram(command, env []string, dir, usr string) (*program, error) {
-	if len(command) == 0 {
-		return nil, errors.New("no command")
-	}
-	if dir == "" {
-		dir = "/"
-	}
-	cred, home, err := credential(usr)
-	if err != nil {
-		return nil, err
-	}
-	if _, ok := lookupEnv(env, "HOME"); !ok {
-		env = append(env, "HOME="+home)
-	}
-	if fi, err := os.Stat(dir); err != nil || !fi.IsDir() {
-		return nil, fmt.Errorf("working directory %s is not there", dir)
-	}
-	path, _ := lookupEnv(env, "PATH")
-	p := &program{name: command[0], argv: command}
-	p.path, err = lookPath(command[0], path, dir)
-	if err != nil {
-		return nil, p.explain(err)
-	}
-	p.attr = &syscall.ProcAttr{Dir: dir, Env: dedup(env), Sys: &syscall.SysProcAttr{Credential: cred}}
-	return p, nil
-}
-
-// dedup keeps the last value of each variable.
-func dedup(env []string) []string {
-	last := map[string]int{}
-	for i, e := range env {
-		k, _, _ := strings.Cut(e, "=")
-		last[k] = i
-	}
-	var out []string
-	for i, e := range env {
-		if k, _, _ := strings.Cut(e, "="); last[k] == i {
-			out = append(out, e)
-		}
-	}
-	return out
-}
-
-// errNotFound and errNotExecutable become the exit statuses 127 and 126 that
-// shells and Docker use.
-var (
-	errNotFound      = errors.New("executable file not found in $PATH")
-	errNotExecutable = errors.New("permission denied")
-)
-
-func exitCodeOf(err error) int {
-	switch {
-	case errors.Is(err, errNotFound), errors.Is(err, os.ErrNotExist):
-		return 127
-	case errors.Is(err, errNotExecutable), errors.Is(err, os.ErrPermission), errors.Is(err, syscall.ENOEXEC), errors.Is(err, syscall.EISDIR):
-		return 126
-	}
-	return 125
-}
-
-func (p *program) explain(err error) error { return fmt.Errorf("exec %s: %w", p.name, err) }
-
-// lookPath is execvp(3)'s search.
-func lookPath(name, path, dir string) (string, error) {
-	check := func(f string) error {
-		fi, err := os.Stat(f)
-		switch {
-		case err != nil:
-			return err
-		case fi.IsDir():
-			return syscall.EISDIR
-		case fi.Mode()&0o111 == 0:
-			return errNotExecutable
-		}
-		return nil
-	}
-	if strings.Contains(name, "/") {
-		f := name
-		if !filepath.IsAbs(f) {
-			f = filepath.Join(dir, f)
-		}
-		var pe *os.PathError
-		if err := check(f); errors.As(err, &pe) {
-			return "", pe.Err
-		} else if err != nil {
-			return "", err
-		}
-		return name, nil
-	}
-	var denied error
-	for _, d := range filepath.SplitList(path) {
-		if d == "" {
-			d = "."
-		}
-		f := filepath.Join(d, name)
-		if !filepath.IsAbs(f) {
-			f = filepath.Join(dir, f)
-		}
-		switch err := check(f); {
-		case err == nil:
-			return f, nil
-		case errors.Is(err, errNotExecutable):
-			denied = err
-		}
-	}
-	if denied != nil {
-		return "", denied
-	}
-	return "", errNotFound
-}
-
-// credential resolves USER[:GROUP], names or numbers. Nil is this process's
-// own, which is root.
-func credential(s string) (*syscall.Credential, string, error) {
-	if s == "" {
-		return nil, "/root", nil
-	}
-	name, group, hasGroup := strings.Cut(s, ":")
-	c := &syscall.Credential{}
-	home := "/"
-	u, err := user.Lookup(name)
-	if err != nil {
-		u, err = user.LookupId(name)
-	}
-	if err == nil {
-		home = u.HomeDir
-		uid, _ := strconv.ParseUint(u.Uid, 10, 32)
-		gid, _ := strconv.ParseUint(u.Gid, 10, 32)
-		c.Uid, c.Gid = uint32(uid), uint32(gid)
-		if ids, err := u.GroupIds(); err == nil && !hasGroup {
-			for _, id := range ids {
-				if n, err := strconv.ParseUint(id, 10, 32); err == nil {
-					c.Groups = append(c.Groups, uint32(n))
-				}
-			}
-		}
-	} else {
-		n, perr := strconv.ParseUint(name, 10, 32)
-		if perr != nil {
-			return nil, "", fmt.Errorf("user %q is not known on this node", name)
-		}
-		c.Uid = uint32(n)
-	}
-	if hasGroup {
-		gid := group
-		if g, err := user.LookupGroup(group); err == nil {
-			gid = g.Gid
-		}
-		n, err := strconv.ParseUint(gid, 10, 32)
-		if err != nil {
-			return nil, "", fmt.Errorf("group %q is not known on this node", group)
-		}
-		c.Gid = uint32(n)
-	}
-	return c, home, nil
-}
-
-// ParseSignal reads SIGTERM, TERM or 15.
-func ParseSignal(s string) (syscall.Signal, error) {
-	if s == "" {
-		return syscall.SIGTERM, nil
-	}
-	if n, err := strconv.Atoi(s); err == nil && n > 0 && n < 65 {
-		return syscall.Signal(n), nil
-	}
-	name := strings.ToUpper(s)
-	if !strings.HasPrefix(name, "SIG") {
-		name = "SIG" + name
-	}
-	if n := unix.SignalNum(name); n != 0 {
-		return n, nil
-	}
-	return 0, fmt.Errorf("signal %q is unknown: use a name like SIGTERM or a number", s)
-}
-
-// ---- exec ----
-
-// execArgs is what the agent tells task-exec, as JSON on file 3.
-type execArgs struct {
-	Dir     string   `json:"dir"` // the task's
-	InitPID int      `json:"init_pid"`
-	Command []string `json:"command"`
-	Env     []string `json:"env"`
-	WorkDir string   `json:"work_dir"`
-	User    string   `json:"user"`
-	TTY     bool     `json:"tty"`
-}
-
-// execMain enters a task's namespaces and runs a command there.
-func execMain([]string) int {
-	// setns(2) is about the thread, and so is what the fork inherits.
-	goruntime.LockOSThread()
-	fail := func(err error) int {
-		fmt.Fprintln(os.Stderr, err)
-		return exitCodeOf(err)
-	}
-	var a execArgs
-	in := os.NewFile(3, "args")
-	if err := decodeJSON(in, &a); err != nil {
-		return fail(fmt.Errorf("task-exec is for the agent's use: %w", err))
-	}
-	in.Close()
-	var t runtime.Task
-	if err := readJSON(filepath.Join(a.Dir, taskFile), &t); err != nil {
-		return fail(err)
-	}
-	sigs := make(chan os.Signal, 64)
-	signal.Notify(sigs)
-	if err := enter(a.InitPID); err != nil {
-		return fail(err)
-	}
-	usr := a.User
-	if usr == "" {
-		usr = t.Spec.User
-	}
-	dir := a.WorkDir
-	if dir == "" {
-		dir = t.Spec.Dir
-	}
-	p, err := newProgram(a.Command, environment(t, a.Env), dir, usr)
-	if err != nil {
-		return fail(err)
-	}
-	if err := dropCapabilities(); err != nil {
-		return fail(err)
-	}
-	p.attr.Files = []uintptr{0, 1, 2}
-	p.attr.Sys.Pdeathsig = syscall.SIGKILL
-	p.attr.Sys.Setsid = true
-	p.attr.Sys.Setctty = a.TTY
-	pid, err := syscall.ForkExec(p.path, p.argv, p.attr)
-	if err != nil {
-		return fail(p.explain(err))
-	}
-	done := make(chan syscall.WaitStatus, 1)
+	null.Close()
+	// A failure to send is the end of the shim, which ends this, too.
+	_ = sendControl(peer, initReport{}, unix.UnixCredentials(&unix.Ucred{Pid: int32(pid)}))
+	go keep()
 	go func() {
-		var ws syscall.WaitStatus
-		for {
-			if _, err := syscall.Wait4(pid, &ws, 0, nil); err != syscall.EINTR {
-				done <- ws
-				return
-			}
-		}
-	}()
-	for {
-		select {
-		case s := <-sigs:
+		for s := range sigs {
+			// SIGURG is the Go runtime's own, to preempt goroutines.
 			if sig, ok := s.(syscall.Signal); ok && sig != syscall.SIGCHLD && sig != syscall.SIGURG {
 				_ = syscall.Kill(pid, sig)
 			}
-		case ws := <-done:
-			if ws.Signaled() {
-				return 128 + int(ws.Signal())
-			}
+		}
+	}()
+	return reap(pid)
+}
+
+// reap waits for all children, inherited ones included, until pid has ended,
+// and returns its exit status as shells count. Until this process exits, nobody
+// can get pid anew but a child of this namespace, after which the signals that
+// could reach it come from a task that is ending anyway.
+func reap(pid int) int {
+	for {
+		var ws syscall.WaitStatus
+		got, err := syscall.Wait4(-1, &ws, 0, nil)
+		switch {
+		case errors.Is(err, syscall.EINTR):
+		case err != nil:
+			return 125
+		case got == pid && ws.Signaled():
+			return 128 + int(ws.Signal())
+		case got == pid:
 			return ws.ExitStatus()
 		}
 	}
 }
 
-// enter moves this thread into the namespaces of a process.
-func enter(pid int) error {
-	fds := map[string]int{}
-	kinds := []struct {
-		name string
-		flag int
-	}{{"pid", unix.CLONE_NEWPID}, {"net", unix.CLONE_NEWNET}, {"uts", unix.CLONE_NEWUTS}, {"ipc", unix.CLONE_NEWIPC}, {"mnt", unix.CLONE_NEWNS}}
-	for _, k := range kinds {
-		fd, err := unix.Open(fmt.Sprintf("/proc/%d/ns/%s", pid, k.name), unix.O_RDONLY|unix.O_CLOEXEC, 0)
-		if err != nil {
-			return fmt.Errorf("the task has ended: %w", err)
+// setUp makes the task's view of the machine, in fresh mount, PID, UTS and IPC
+// namespaces. The function it returns keeps it so, and never returns.
+func setUp(dir string, t runtime.Task) (keep func(), err error) {
+	mount := func(src, target, fs string, flags uintptr, data string) error {
+		if err := unix.Mount(src, target, fs, flags, data); err != nil {
+			return fmt.Errorf("mount %s: %w", target, err)
 		}
-		fds[k.name] = fd
+		return nil
 	}
-	// A thread that shares its working directory can't change its mount
-	// namespace (setns(2)).
-	if err := unix.Unshare(unix.CLONE_FS); err != nil {
-		return fmt.Errorf("unshare: %w", err)
+	// Slave: mounts of the host still appear and disappear here, none of ours
+	// there. Private would hold on to what the host unmounts, such as the
+	// network namespaces of other tasks.
+	if err := mount("", "/", "", unix.MS_SLAVE|unix.MS_REC, ""); err != nil {
+		return nil, err
 	}
-	for _, k := range kinds {
-		if err := unix.Setns(fds[k.name], k.flag); err != nil {
-			return fmt.Errorf("enter the task's %s namespace: %w", k.name, err)
+	files := []etcFile{
+		{target: "/etc/resolv.conf", content: t.ResolvConf, needed: true},
+		{target: "/etc/hosts", content: t.Hosts},
+		{target: "/etc/hostname", content: []byte(t.Hostname + "\n")},
+	}
+	for i := range files {
+		if err := files[i].make(dir); err != nil {
+			return nil, err
 		}
-		unix.Close(fds[k.name])
 	}
+	watch, err := newEtcWatch(files)
+	if err != nil {
+		return nil, err
+	}
+	if err := mountSys(dir); err != nil {
+		return nil, err
+	}
+	// Shared memory and message queues by name belong to the IPC namespace in
+	// the mind of who uses them (shm_open(3), mq_overview(7)).
+	if exists("/dev/shm") {
+		if err := mount("shm", "/dev/shm", "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=1777"); err != nil {
+			return nil, err
+		}
+	}
+	if exists("/dev/mqueue") {
+		_ = unix.Mount("mqueue", "/dev/mqueue", "mqueue", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "") // not in every kernel
+	}
+	if err := mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
+		return nil, err
+	}
+	// What root may write there is the machine's, not the task's; net.* would be
+	// the task's network namespace, where uid 0 needs no CAP_NET_ADMIN for it.
+	// Docker makes the same paths read-only.
+	for _, p := range []string{"/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"} {
+		if !exists(p) {
+			continue
+		}
+		if err := mount(p, p, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+			return nil, err
+		}
+		if err := mount("", p, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
+			return nil, err
+		}
+	}
+	if err := unix.Sethostname([]byte(t.Hostname)); err != nil {
+		return nil, fmt.Errorf("set host name %q: %w", t.Hostname, err)
+	}
+	return watch, nil
+}
+
+// mountSys makes /sys show the network devices of the task (a sysfs is of the
+// network namespace that mounts it), read-only as Docker has it. The control
+// groups below it are kept if they can be made read-only, too: otherwise root
+// in the task could freeze its neighbours.
+func mountSys(dir string) error {
+	const cgroups = "/sys/fs/cgroup"
+	aside := filepath.Join(dir, "cgroup")
+	kept := false
+	if exists(cgroups) && os.Mkdir(aside, 0o700) == nil {
+		if unix.Mount(cgroups, aside, "", unix.MS_BIND|unix.MS_REC, "") == nil {
+			// mount_setattr(2), Linux 5.12.
+			kept = unix.MountSetattr(unix.AT_FDCWD, aside, unix.AT_RECURSIVE, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}) == nil
+		}
+	}
+	if err := unix.Mount("sysfs", "/sys", "sysfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC|unix.MS_RDONLY, ""); err != nil {
+		return fmt.Errorf("mount /sys: %w", err)
+	}
+	if kept && unix.Mount(aside, cgroups, "", unix.MS_MOVE, "") == nil {
+		return nil
+	}
+	_ = unix.Unmount(aside, unix.MNT_DETACH)
 	return nil
 }

@@ -627,6 +627,7 @@ func (r *Runtime) Exec(ctx context.Context, id string, s runtime.ExecSpec) (runt
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	// Output may be held open by what the command left behind.
 	cmd.WaitDelay = 2 * time.Second
+	cmd.Cancel = pw.Close // task-exec kills the command, then ends
 	p := &process{cmd: cmd, done: make(chan struct{})}
 	var slave *os.File
 	if s.TTY {
@@ -658,10 +659,9 @@ func (r *Runtime) Exec(ctx context.Context, id string, s runtime.ExecSpec) (runt
 		}
 		return nil, err
 	}
-	if _, err := pw.Write(args); err != nil {
+	if _, err := pw.Write(append(args, '\n')); err != nil {
 		_ = cmd.Process.Kill()
 	}
-	pw.Close()
 	if stdin != nil {
 		go func() { // ends when the command, or the caller's input, does
 			_, _ = io.Copy(stdin, s.Stdin)
@@ -683,6 +683,7 @@ func (r *Runtime) Exec(ctx context.Context, id string, s runtime.ExecSpec) (runt
 	r.wg.Go(func() {
 		defer close(p.done)
 		err := cmd.Wait()
+		pw.Close()
 		if p.tty != nil {
 			select {
 			case <-copied:

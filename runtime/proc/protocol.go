@@ -1,9 +1,11 @@
 package proc
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"time"
@@ -13,99 +15,181 @@ import (
 	"github.com/shoalnet/shoal/runtime"
 )
 
-// The socket of a shim speaks one JSON value per message on a SOCK_SEQPACKET
-// socket: a request, an answer; after "watch", an answer per change.
+// Everything here that talks does so in JSON, one value per message, on
+// SOCK_SEQPACKET sockets: whole messages, and the end of the other side shows.
+//
+// A shim's socket takes one request per connection and answers it once; "watch"
+// is answered at once and again at each change.
 
 type request struct {
-	Op     string        `json:"op"` // start, stop, dns, watch, shutdown
+	Op     string        `json:"op"` // one of the op constants
 	Signal int           `json:"signal,omitempty"`
 	Grace  time.Duration `json:"grace,omitempty"`
 }
 
+const (
+	opStatus   = "status"
+	opStart    = "start"
+	opStop     = "stop"
+	opWatch    = "watch"
+	opDNS      = "dns"      // the answer comes with the UDP and the TCP socket
+	opShutdown = "shutdown" // kills the task and ends the shim
+)
+
 type response struct {
-	Err     string         `json:"err,omitempty"`
-	Status  runtime.Status `json:"status"`
-	InitPID int            `json:"init_pid,omitempty"`
-	ShimPID int            `json:"shim_pid,omitempty"`
+	Err string `json:"err,omitempty"`
+	// Status has no Data: that is on disk.
+	Status runtime.Status `json:"status"`
+	Init   procID         `json:"init"`
 }
 
-// maxMessage bounds a message; Data does not travel, it is on disk.
-const maxMessage = 64 << 10
+// Bounds of messages. An exec's carries the command and the environment; one
+// message can't exceed a socket's send buffer, by default 208 KiB (socket(7)).
+const (
+	maxMessage     = 16 << 10
+	maxExecMessage = 128 << 10
+)
 
-func dialShim(path string) (*net.UnixConn, error) {
-	return net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: path, Net: "unixpacket"})
+func dialShim(path string) (c *net.UnixConn, err error) {
+	err = withShortPath(path, func(short string) error {
+		c, err = net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: short, Net: "unixpacket"})
+		return err
+	})
+	return c, err
+}
+
+// socketPair makes two connected sockets: one for this process, one for a
+// child.
+func socketPair() (*net.UnixConn, *os.File, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("socket pair: %w", err)
+	}
+	child := os.NewFile(uintptr(fds[1]), "child")
+	c, err := unixConn(os.NewFile(uintptr(fds[0]), "parent"))
+	if err != nil {
+		child.Close()
+		return nil, nil, err
+	}
+	return c, child, nil
+}
+
+// unixConn makes a connection of an inherited or fresh socket, and closes f.
+func unixConn(f *os.File) (*net.UnixConn, error) {
+	defer f.Close()
+	c, err := net.FileConn(f)
+	if err != nil {
+		return nil, err
+	}
+	u, ok := c.(*net.UnixConn)
+	if !ok {
+		c.Close()
+		return nil, errors.New("not a unix socket")
+	}
+	return u, nil
 }
 
 func send(c *net.UnixConn, v any, fds ...int) error {
+	var oob []byte
+	if len(fds) > 0 {
+		oob = unix.UnixRights(fds...)
+	}
+	return sendControl(c, v, oob)
+}
+
+func sendControl(c *net.UnixConn, v any, oob []byte) error {
 	b, err := json.Marshal(v)
 	if err != nil {
 		return err
 	}
-	var oob []byte
-	if len(fds) > 0 {
-		oob = unix.UnixRights(fds...)
+	if len(b) > maxExecMessage {
+		return fmt.Errorf("command and environment are too long: %d bytes, %d are allowed", len(b), maxExecMessage)
 	}
 	_, _, err = c.WriteMsgUnix(b, oob, nil)
 	return err
 }
 
-// receive reads one message and the files that came with it.
+// receive reads one message and the files that came with it. io.EOF says that
+// the other end has gone.
 func receive(c *net.UnixConn, v any) ([]*os.File, error) {
-	buf := make([]byte, maxMessage)
-	oob := make([]byte, unix.CmsgSpace(4*4))
-	n, oobn, _, _, err := c.ReadMsgUnix(buf, oob)
-	if err != nil {
-		return nil, err
-	}
-	if n == 0 {
-		return nil, net.ErrClosed // the other end has gone
-	}
-	var files []*os.File
-	if oobn > 0 {
-		msgs, err := unix.ParseSocketControlMessage(oob[:oobn])
-		if err != nil {
-			return nil, err
-		}
-		for _, m := range msgs {
-			fds, err := unix.ParseUnixRights(&m)
-			if err != nil {
-				return nil, err
-			}
-			for _, fd := range fds {
-				unix.CloseOnExec(fd)
-				files = append(files, os.NewFile(uintptr(fd), "received"))
-			}
-		}
-	}
-	if err := json.Unmarshal(buf[:n], v); err != nil {
-		for _, f := range files {
-			f.Close()
-		}
-		return nil, fmt.Errorf("message of %d bytes: %w", n, err)
-	}
-	return files, nil
+	files, _, err := receiveFrom(c, v, maxMessage)
+	return files, err
 }
 
-// call asks a shim one thing.
-func call(path string, req request, timeout time.Duration) (response, []*os.File, error) {
+// receiveFrom is receive that also returns a pid sent as credentials, in the
+// numbering of this process (unix(7), SCM_CREDENTIALS).
+func receiveFrom(c *net.UnixConn, v any, limit int) (files []*os.File, pid int, err error) {
+	buf := make([]byte, limit)
+	oob := make([]byte, unix.CmsgSpace(4*4)+unix.CmsgSpace(unix.SizeofUcred))
+	n, oobn, flags, _, err := c.ReadMsgUnix(buf, oob)
+	if err != nil {
+		return nil, 0, err
+	}
+	defer func() {
+		if err != nil {
+			for _, f := range files {
+				f.Close()
+			}
+			files = nil
+		}
+	}()
+	msgs, err := unix.ParseSocketControlMessage(oob[:oobn])
+	if err != nil {
+		return nil, 0, err
+	}
+	for _, m := range msgs {
+		if cred, err := unix.ParseUnixCredentials(&m); err == nil {
+			pid = int(cred.Pid)
+		}
+		fds, err := unix.ParseUnixRights(&m)
+		if err != nil {
+			continue
+		}
+		for _, fd := range fds {
+			unix.CloseOnExec(fd)
+			files = append(files, os.NewFile(uintptr(fd), "received"))
+		}
+	}
+	if n == 0 {
+		return files, pid, io.EOF
+	}
+	if flags&unix.MSG_TRUNC != 0 {
+		return files, pid, errors.New("message is too long")
+	}
+	if err := json.Unmarshal(buf[:n], v); err != nil {
+		return files, pid, fmt.Errorf("message of %d bytes: %w", n, err)
+	}
+	return files, pid, nil
+}
+
+// call asks a shim one thing and waits for the answer, as long as ctx lasts.
+func call(ctx context.Context, path string, req request) (resp response, files []*os.File, err error) {
 	c, err := dialShim(path)
 	if err != nil {
-		return response{}, nil, err
+		return resp, nil, fmt.Errorf("shim: %w", err)
 	}
 	defer c.Close()
-	if timeout > 0 {
-		_ = c.SetDeadline(time.Now().Add(timeout))
+	stop := context.AfterFunc(ctx, func() { c.Close() })
+	defer stop()
+	if err = send(c, req); err == nil {
+		files, err = receive(c, &resp)
 	}
-	if err := send(c, req); err != nil {
-		return response{}, nil, err
+	switch {
+	case ctx.Err() != nil:
+		err = ctx.Err()
+	case errors.Is(err, io.EOF):
+		err = errShimGone
+	case err != nil:
+		err = fmt.Errorf("shim: %w", err)
+	case resp.Err != "":
+		err = errors.New(resp.Err)
+	default:
+		return resp, files, nil
 	}
-	var resp response
-	files, err := receive(c, &resp)
-	if err != nil {
-		return resp, nil, err
+	for _, f := range files {
+		f.Close()
 	}
-	if resp.Err != "" {
-		return resp, files, errors.New(resp.Err)
-	}
-	return resp, files, nil
+	return resp, nil, err
 }
+
+var errShimGone = errors.New("the task's shim is gone")

@@ -1,7 +1,6 @@
 package proc
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -11,8 +10,6 @@ import (
 	"path/filepath"
 	goruntime "runtime"
 	"runtime/debug"
-	"strconv"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -31,7 +28,8 @@ const (
 )
 
 // Dispatch runs a helper if the arguments name one. It is called first thing in
-// main, before anything that only the program itself needs.
+// main, and in TestMain of tests that run tasks, before anything that only the
+// program itself needs.
 func Dispatch(args []string) (handled bool, exitCode int) {
 	if len(args) < 2 {
 		return false, 0
@@ -47,16 +45,13 @@ func Dispatch(args []string) (handled bool, exitCode int) {
 	return false, 0
 }
 
-// Files of a task's directory.
+// Files that a shim is started with.
 const (
-	taskFile = "task.json"
-	exitFile = "exit.json"
-	logFile  = "output.log"
+	shimPeerFD = 3 // a socket to who started it: ready out, anything or the end in
+	shimLockFD = 4 // the locked lock file
 )
 
-// readyFD is where the shim reports to who started it: a ready, as JSON.
-const readyFD = 3
-
+// ready is the shim's first and only word to who started it.
 type ready struct {
 	Err     string `json:"err,omitempty"`
 	DNSPort uint16 `json:"dns_port,omitempty"`
@@ -71,68 +66,101 @@ type shim struct {
 	tcp *net.TCPListener
 	log *logWriter
 
-	mu       sync.Mutex
-	status   runtime.Status
-	initPID  int
-	changed  chan struct{} // closed and replaced at each change of status
-	stopping bool
-	done     chan struct{} // closed when the program has ended
+	start   func() error  // at most once; later calls get the first's result
+	started chan struct{} // closed when the program runs or could not be started
+	done    chan struct{} // closed when the program has ended
+
+	mu      sync.Mutex
+	status  runtime.Status
+	begun   bool // start was called
+	closing bool // no start any more
+	init    procID
+	process *os.Process // init
+	changed chan struct{} // closed and replaced at each change of status
 }
 
 // shimMain is the shim process: DIR SOCKET. It is in the task's network
 // namespace from its start.
 func shimMain(args []string) int {
-	report := os.NewFile(readyFD, "ready")
-	fail := func(err error) int {
-		b, _ := json.Marshal(ready{Err: err.Error()})
-		_, _ = report.Write(b)
+	unix.CloseOnExec(shimPeerFD)
+	unix.CloseOnExec(shimLockFD)
+	peer, err := unixConn(os.NewFile(shimPeerFD, "peer"))
+	if err != nil || len(args) != 2 {
+		fmt.Fprintln(os.Stderr, shimWord+" is for the agent's use")
 		return 1
 	}
-	if len(args) != 2 {
-		return fail(errors.New("task-shim is for the agent's use"))
-	}
+	// The file is never closed but by this process's end. That is its use.
+	lock := os.NewFile(shimLockFD, "lock")
+	defer goruntime.KeepAlive(lock)
 	// One shim per task: it must be small more than fast.
 	goruntime.GOMAXPROCS(1)
 	debug.SetGCPercent(20)
 	// Nothing but its socket ends a shim: not the terminal, nor a group's signal.
 	signal.Ignore(syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGPIPE)
-	s := &shim{dir: args[0], changed: make(chan struct{}), done: make(chan struct{})}
-	if err := readJSON(filepath.Join(s.dir, taskFile), &s.task); err != nil {
-		return fail(err)
-	}
-	// As Docker has it since 20.10: in a namespace of its own a task may use
-	// low ports and ICMP sockets without privileges (ip(7), icmp(7)).
-	for k, v := range map[string]string{"net.ipv4.ip_unprivileged_port_start": "0", "net.ipv4.ping_group_range": "0\t2147483647"} {
-		if err := nl.SetSysctl(k, v); err != nil {
-			return fail(err)
-		}
-	}
-	if err := s.openDNS(); err != nil {
-		return fail(err)
-	}
-	var err error
-	if s.log, err = newLogWriter(filepath.Join(s.dir, logFile)); err != nil {
-		return fail(err)
-	}
-	port := uint16(s.udp.LocalAddr().(*net.UDPAddr).Port)
-	s.status = runtime.Status{ID: s.task.ID, Name: s.task.Name, State: runtime.Created, Sandbox: runtime.Sandbox{Netns: s.task.Netns, DNSPort: port}}
-	_ = os.Remove(args[1])
-	old := unix.Umask(0o177)
-	ln, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: args[1], Net: "unixpacket"})
-	unix.Umask(old)
+	s, ln, err := newShim(args[0], args[1])
 	if err != nil {
-		return fail(err)
+		_ = send(peer, ready{Err: err.Error()})
+		return 1
 	}
-	b, _ := json.Marshal(ready{DNSPort: port})
-	_, _ = report.Write(b)
-	report.Close()
+	if err := send(peer, ready{DNSPort: s.status.Sandbox.DNSPort}); err != nil {
+		_ = os.Remove(args[1])
+		return 1
+	}
+	// Whoever started this writes shim.json, then closes the socket. If it dies
+	// before that there is no task, and nobody else would end this process.
+	var none struct{}
+	_, _ = receive(peer, &none)
+	peer.Close()
+	if !exists(filepath.Join(s.dir, shimFile)) {
+		_ = os.Remove(args[1])
+		return 1
+	}
 	for {
 		c, err := ln.AcceptUnix()
 		if err != nil {
-			return 1
+			time.Sleep(10 * time.Millisecond) // out of files, say: the task goes on
+			continue
 		}
 		go s.serve(c)
 	}
+}
+
+func newShim(dir, socket string) (*shim, *net.UnixListener, error) {
+	s := &shim{dir: dir, changed: make(chan struct{}), started: make(chan struct{}), done: make(chan struct{})}
+	s.start = sync.OnceValue(s.run)
+	if err := readJSON(filepath.Join(dir, taskFile), &s.task); err != nil {
+		return nil, nil, err
+	}
+	// As Docker has it since 20.10: in a namespace of its own a task may use
+	// low ports and ICMP sockets without privileges (ip(7), icmp(7)).
+	for _, kv := range [][2]string{{"net.ipv4.ip_unprivileged_port_start", "0"}, {"net.ipv4.ping_group_range", "0\t2147483647"}} {
+		if err := nl.SetSysctl(kv[0], kv[1]); err != nil {
+			return nil, nil, err
+		}
+	}
+	if err := s.openDNS(); err != nil {
+		return nil, nil, err
+	}
+	var err error
+	if s.log, err = newLogWriter(dir, maxLogSize); err != nil {
+		return nil, nil, err
+	}
+	port := uint16(s.udp.LocalAddr().(*net.UDPAddr).Port)
+	s.status = runtime.Status{ID: s.task.ID, Name: s.task.Name, State: runtime.Created, Sandbox: runtime.Sandbox{Netns: s.task.Netns, DNSPort: port}}
+	if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, nil, err
+	}
+	var ln *net.UnixListener
+	unix.Umask(0o077) // of this process for good: what it makes is root's only
+	err = withShortPath(socket, func(short string) error {
+		ln, err = net.ListenUnix("unixpacket", &net.UnixAddr{Name: short, Net: "unixpacket"})
+		return err
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	ln.SetUnlinkOnClose(false) // its short path may not last
+	return s, ln, nil
 }
 
 // openDNS opens the name server's sockets: one port, UDP and TCP, on the
@@ -153,59 +181,11 @@ func (s *shim) openDNS() error {
 	return fmt.Errorf("name server socket: %w", err)
 }
 
-func (s *shim) serve(c *net.UnixConn) {
-	defer c.Close()
-	var req request
-	if _, err := receive(c, &req); err != nil {
-		return
-	}
-	answer := func(err error, fds ...int) {
-		s.mu.Lock()
-		r := response{Status: s.status, InitPID: s.initPID, ShimPID: os.Getpid()}
-		s.mu.Unlock()
-		if err != nil {
-			r.Err = err.Error()
-		}
-		_ = send(c, r, fds...)
-	}
-	switch req.Op {
-	case "start":
-		answer(s.start())
-	case "stop":
-		s.stop(syscall.Signal(req.Signal), req.Grace)
-		answer(nil)
-	case "watch":
-		s.watch(c)
-	case "dns":
-		u, err1 := s.udp.File()
-		t, err2 := s.tcp.File()
-		if err := errors.Join(err1, err2); err != nil {
-			answer(err)
-			return
-		}
-		answer(nil, int(u.Fd()), int(t.Fd()))
-		u.Close()
-		t.Close()
-	case "shutdown":
-		s.stop(syscall.SIGKILL, 0)
-		answer(nil)
-		os.Exit(0)
-	default:
-		answer(fmt.Errorf("unknown operation %q", req.Op))
-	}
-}
-
-// watch sends the status now and at each change.
-func (s *shim) watch(c *net.UnixConn) {
-	for {
-		s.mu.Lock()
-		r, ch := response{Status: s.status, InitPID: s.initPID, ShimPID: os.Getpid()}, s.changed
-		s.mu.Unlock()
-		if send(c, r) != nil {
-			return
-		}
-		<-ch
-	}
+// state is what requests are answered with.
+func (s *shim) state() (response, <-chan struct{}) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return response{Status: s.status, Init: s.init}, s.changed
 }
 
 func (s *shim) set(fn func(*runtime.Status)) {
@@ -216,170 +196,315 @@ func (s *shim) set(fn func(*runtime.Status)) {
 	s.mu.Unlock()
 }
 
-// start runs the program. The thread that forks must live as long as the child:
-// a parent-death signal is about the thread (prctl(2), PR_SET_PDEATHSIG), so
-// one goroutine keeps it from fork to wait.
-func (s *shim) start() error {
-	s.mu.Lock()
-	st := s.status.State
-	s.mu.Unlock()
-	if st != runtime.Created {
-		return nil // the agent asks again after a restart
+func (s *shim) serve(c *net.UnixConn) {
+	defer c.Close()
+	var req request
+	files, err := receive(c, &req)
+	for _, f := range files {
+		f.Close()
 	}
-	started := make(chan error, 1)
-	go func() {
-		goruntime.LockOSThread()
-		err := s.runInit(started)
+	if err != nil {
+		return
+	}
+	answer := func(err error, fds ...int) {
+		r, _ := s.state()
 		if err != nil {
-			started <- err
+			r.Err = err.Error()
 		}
-	}()
-	return <-started
+		_ = send(c, r, fds...)
+	}
+	switch req.Op {
+	case opStatus:
+		answer(nil)
+	case opStart:
+		answer(s.start())
+	case opStop:
+		s.stop(syscall.Signal(req.Signal), req.Grace)
+		answer(nil)
+	case opWatch:
+		s.watch(c)
+	case opDNS:
+		u, err1 := s.udp.File()
+		t, err2 := s.tcp.File()
+		if err := errors.Join(err1, err2); err != nil {
+			answer(err)
+			return
+		}
+		answer(nil, int(u.Fd()), int(t.Fd()))
+		u.Close()
+		t.Close()
+	case opShutdown:
+		s.shutdown()
+		answer(nil)
+		os.Exit(0)
+	default:
+		answer(fmt.Errorf("unknown operation %q", req.Op))
+	}
 }
 
-// runInit starts task-init, tells on started that the program runs, and waits
-// for the end. An error means that the program did not start.
-func (s *shim) runInit(started chan<- error) error {
-	errR, errW, err := os.Pipe()
-	if err != nil {
-		return err
+// watch sends the status now and at each change, until the other end goes.
+func (s *shim) watch(c *net.UnixConn) {
+	gone := make(chan struct{})
+	go func() {
+		defer close(gone)
+		var v struct{}
+		_, _ = receive(c, &v)
+	}()
+	for {
+		r, changed := s.state()
+		if send(c, r) != nil {
+			return
+		}
+		select {
+		case <-changed:
+		case <-gone:
+			return
+		}
 	}
-	defer errR.Close()
-	outR, outW, err := os.Pipe()
+}
+
+// run starts the program and returns when it runs, or could not be started.
+func (s *shim) run() error {
+	result := make(chan error, 1)
+	go func() {
+		// PR_SET_PDEATHSIG is about the parent's thread, not its process
+		// (prctl(2)): the one that forks must stay until the child has ended.
+		goruntime.LockOSThread()
+		s.runInit(result)
+	}()
+	return <-result
+}
+
+// runInit forks task-init, reports on result that the program runs or why not,
+// and waits for the end.
+func (s *shim) runInit(result chan<- error) {
+	st, err := s.forkInit()
 	if err != nil {
-		return err
+		s.finish(exitStatus{code: 125, err: err.Error()})
+		close(s.started)
+		result <- err
+		return
 	}
-	logErrR, logErrW, err := os.Pipe()
+	msg, pid, rerr := st.report()
+	if rerr == nil && msg.Err == "" {
+		s.set(func(st *runtime.Status) {
+			st.State, st.PID, st.StartedAt = runtime.Running, pid, time.Now()
+		})
+		close(s.started)
+		result <- nil
+		s.finish(st.wait(s.log))
+		return
+	}
+	end := st.wait(s.log)
+	switch {
+	case rerr == nil:
+		end.err = msg.Err
+	case end.code == 128+int(syscall.SIGKILL):
+		end.err = "it was stopped before its program ran"
+	default:
+		end.err = fmt.Sprintf("task-init ended with status %d before it ran the program: %v", end.code, rerr)
+	}
+	s.finish(end)
+	close(s.started)
+	result <- errors.New(end.err)
+}
+
+type exitStatus struct {
+	code int
+	err  string
+}
+
+// finish keeps and tells the end of the task.
+func (s *shim) finish(end exitStatus) {
+	r, _ := s.state()
+	final := r.Status
+	final.State, final.PID, final.ExitCode, final.Err, final.ExitedAt = runtime.Exited, 0, end.code, end.err, time.Now()
+	if len(final.Err) > 4096 {
+		final.Err = final.Err[:4096]
+	}
+	if err := writeJSON(filepath.Join(s.dir, exitFile), final); err != nil {
+		// Told while this process lives, and lost with it.
+		fmt.Fprintln(os.Stderr, "exit status can't be kept:", err)
+	}
+	s.set(func(st *runtime.Status) { *st = final })
+	close(s.done)
+}
+
+// initProcess is a task-init that was forked.
+type initProcess struct {
+	cmd  *exec.Cmd
+	peer *net.UnixConn // its end ends task-init, too
+	out  [2]*os.File   // what the program writes
+}
+
+// forkInit makes the task's PID 1. The caller's thread must stay.
+func (s *shim) forkInit() (_ *initProcess, err error) {
+	var opened []*os.File
+	defer func() {
+		for _, f := range opened {
+			f.Close()
+		}
+	}()
+	p := &initProcess{}
+	var w [2]*os.File
+	for i := range 2 {
+		if p.out[i], w[i], err = os.Pipe(); err != nil {
+			return nil, err
+		}
+		opened = append(opened, p.out[i], w[i])
+	}
+	peer, child, err := socketPair()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	cmd := exec.Command("/proc/self/exe", initWord, s.dir)
-	cmd.Stdout, cmd.Stderr = outW, logErrW
-	cmd.ExtraFiles = []*os.File{errW}
-	cmd.Env = []string{}
-	cmd.SysProcAttr = &syscall.SysProcAttr{
+	opened = append(opened, child)
+	p.peer = peer
+	// To learn the program's pid as it is numbered here.
+	if err := setPassCred(peer); err != nil {
+		peer.Close()
+		return nil, err
+	}
+	p.cmd = exec.Command("/proc/self/exe", initWord, s.dir)
+	p.cmd.Dir = "/"
+	p.cmd.Stdout, p.cmd.Stderr = w[0], w[1]
+	p.cmd.ExtraFiles = []*os.File{child}
+	p.cmd.Env = []string{}
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC,
 		Pdeathsig:  syscall.SIGKILL,
 		Setsid:     true,
 	}
-	err = cmd.Start()
-	errW.Close()
-	outW.Close()
-	logErrW.Close()
+	s.mu.Lock()
+	s.begun = true
+	if s.closing {
+		err = errors.New("the task is being removed")
+	} else if err = p.cmd.Start(); err == nil {
+		s.process = p.cmd.Process
+		if s.init, err = identify(p.cmd.Process.Pid); err == nil {
+			err = writeJSON(filepath.Join(s.dir, runFile), runRecord{Init: s.init})
+		}
+		if err == nil {
+			// Not before it is on disk does task-init do anything.
+			err = send(peer, struct{}{})
+		}
+		if err != nil {
+			_ = p.cmd.Process.Kill()
+			_ = p.cmd.Wait()
+		}
+	}
+	s.mu.Unlock()
 	if err != nil {
-		outR.Close()
-		logErrR.Close()
-		return fmt.Errorf("start task: %w", err)
+		peer.Close()
+		return nil, fmt.Errorf("start task-init: %w", err)
 	}
+	opened = []*os.File{child, w[0], w[1]}
+	return p, nil
+}
+
+func setPassCred(c *net.UnixConn) error {
+	rc, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var serr error
+	if err := rc.Control(func(fd uintptr) { serr = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PASSCRED, 1) }); err != nil {
+		return err
+	}
+	return serr
+}
+
+// report reads task-init's word: an error that kept the program from running,
+// or its pid.
+func (p *initProcess) report() (initReport, int, error) {
+	var msg initReport
+	files, pid, err := receiveFrom(p.peer, &msg, maxMessage)
+	for _, f := range files {
+		f.Close()
+	}
+	return msg, pid, err
+}
+
+// wait returns when the task has ended: every process of it.
+func (p *initProcess) wait(log *logWriter) exitStatus {
 	var logs sync.WaitGroup
-	logs.Go(func() { s.log.copy(outR, false) })
-	logs.Go(func() { s.log.copy(logErrR, true) })
-	// init closes the pipe without a word once the program is executed.
-	msg, _ := readAll(errR, 4096)
-	startErr := string(msg)
-	if startErr == "" {
-		pid := childOf(cmd.Process.Pid)
-		s.mu.Lock()
-		s.initPID = cmd.Process.Pid
-		s.mu.Unlock()
-		s.set(func(st *runtime.Status) {
-			st.State, st.PID, st.StartedAt = runtime.Running, pid, time.Now()
-		})
-		started <- nil
-	}
-	err = cmd.Wait()
+	logs.Go(func() { log.copy(p.out[0], false) })
+	logs.Go(func() { log.copy(p.out[1], true) })
+	err := p.cmd.Wait()
+	p.peer.Close()
 	// The kernel has killed the rest of the PID namespace, so the pipes end.
 	logs.Wait()
-	s.log.flush()
-	code := 0
+	log.flush()
 	var ee *exec.ExitError
-	if errors.As(err, &ee) {
-		if ws := ee.Sys().(syscall.WaitStatus); ws.Signaled() {
-			code = 128 + int(ws.Signal())
-		} else {
-			code = ws.ExitStatus()
+	switch {
+	case err == nil:
+		return exitStatus{}
+	case errors.As(err, &ee):
+		if ws, ok := ee.Sys().(syscall.WaitStatus); ok && ws.Signaled() {
+			return exitStatus{code: 128 + int(ws.Signal())}
 		}
-	} else if err != nil {
-		code = 255
+		return exitStatus{code: ee.ExitCode()}
 	}
-	var final runtime.Status
-	s.mu.Lock()
-	final = s.status
-	s.mu.Unlock()
-	final.State, final.PID, final.ExitCode, final.ExitedAt, final.Err = runtime.Exited, 0, code, time.Now(), startErr
-	if err := writeJSON(filepath.Join(s.dir, exitFile), final); err != nil {
-		final.Err = strings.TrimPrefix(final.Err+"; exit status could not be kept: "+err.Error(), "; ")
-	}
-	s.set(func(st *runtime.Status) { *st = final })
-	close(s.done)
-	if startErr != "" {
-		return errors.New(startErr)
-	}
-	return nil
+	return exitStatus{code: 255, err: err.Error()}
 }
 
 // stop signals the program, kills the task after grace, and waits for its end.
 func (s *shim) stop(sig syscall.Signal, grace time.Duration) {
 	s.mu.Lock()
-	st, initPID := s.status, s.initPID
+	begun := s.begun
 	s.mu.Unlock()
-	if st.State != runtime.Running {
+	if !begun {
 		return
 	}
 	if sig != syscall.SIGKILL && grace > 0 {
-		if st.PID > 0 {
-			_ = syscall.Kill(st.PID, sig)
-		}
 		t := time.NewTimer(grace)
 		defer t.Stop()
 		select {
-		case <-s.done:
-			return
+		case <-s.started:
+			s.signalInit(sig) // which passes it on to the program
+			select {
+			case <-s.done:
+				return
+			case <-t.C:
+			}
 		case <-t.C:
 		}
 	}
-	// PID 1 takes its namespace with it (pid_namespaces(7)). The pid can't have
-	// been given to another: runInit has not waited for it before done.
-	select {
-	case <-s.done:
-	default:
-		_ = syscall.Kill(initPID, syscall.SIGKILL)
-	}
+	s.signalInit(syscall.SIGKILL) // PID 1 takes its namespace with it
 	<-s.done
 }
 
-// childOf finds the only child of a process. The program may have ended
-// already: then it is 0.
-func childOf(pid int) int {
-	es, err := os.ReadDir("/proc")
-	if err != nil {
-		return 0
+// signalInit signals task-init, if it still is. os.Process makes sure that it
+// is no other process that got its pid.
+func (s *shim) signalInit(sig syscall.Signal) {
+	s.mu.Lock()
+	p := s.process
+	s.mu.Unlock()
+	if p != nil {
+		_ = p.Signal(sig)
 	}
-	for _, e := range es {
-		p, err := strconv.Atoi(e.Name())
-		if err != nil || p <= pid/2 && p == 1 {
-			continue
-		}
-		if parentOf(p) == pid {
-			return p
-		}
-	}
-	return 0
 }
 
-// parentOf reads a process's parent (proc(5): the fourth field of stat, after
-// the name in parentheses).
-func parentOf(pid int) int {
-	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
-	if err != nil {
-		return 0
+// shutdown kills the task, and keeps how it ended.
+func (s *shim) shutdown() {
+	s.mu.Lock()
+	s.closing = true
+	begun, exited := s.begun, s.status.State == runtime.Exited
+	s.mu.Unlock()
+	switch {
+	case begun:
+		s.stop(syscall.SIGKILL, 0)
+	case !exited:
+		s.finish(exitStatus{err: "it was not started"})
 	}
-	s := string(b)
-	if i := strings.LastIndexByte(s, ')'); i >= 0 {
-		if f := strings.Fields(s[i+1:]); len(f) > 1 {
-			n, _ := strconv.Atoi(f[1])
-			return n
-		}
+	s.log.close()
+}
+
+// readReady is the other side of a shim's start.
+func readReady(c *net.UnixConn) (ready, error) {
+	var rd ready
+	_, err := receive(c, &rd)
+	if err == nil && rd.Err != "" {
+		err = errors.New(rd.Err)
 	}
-	return 0
+	return rd, err
 }

@@ -273,7 +273,7 @@ func (n *fakeNS) set(net vip.Network, w vip.Server) error {
 			return fmt.Errorf("fake: vip %s: backend %s is of another family", w.VIP, b.Addr)
 		case b.Weight != 0 && b.Weight != 1:
 			return fmt.Errorf("fake: vip %s: backend %s has weight %d", w.VIP, b.Addr, b.Weight)
-		case n.addrs[b.Addr] || b.Addr == w.VIP:
+		case n.addrs[b.Addr] || n.servers[b.Addr] != nil || b.Addr == w.VIP:
 			return fmt.Errorf("fake: vip %s: backend %s is a VIP", w.VIP, b.Addr)
 		}
 		as = append(as, b.Addr)

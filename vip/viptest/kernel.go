@@ -55,6 +55,7 @@ func AddNamespace(tb testing.TB, name string) {
 		tb.Fatal(err)
 	}
 	Sh(tb, "ip -n "+name+" addr add "+addr(1).String()+"/32 dev lo")
+	Sh(tb, "ip -n "+name+" addr add "+addr6(1).String()+"/128 dev lo nodad")
 }
 
 // RemoveNamespace removes a namespace.

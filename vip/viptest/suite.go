@@ -35,7 +35,6 @@ type Harness struct {
 	Foreign func(tb testing.TB, ns string) (check func(tb testing.TB))
 	// Kernel: packets really flow, so that the traffic tests run too.
 	Kernel bool
-	// Ports: a client may use one source port both directly and by the VIP.
 	Scale int // services of the scale test; 0: none
 	// Native: not emulated, so that limits of time mean something.
 	Native bool
@@ -60,6 +59,15 @@ func addr(n int) netip.Addr {
 	return netip.AddrFrom4(b)
 }
 
+// The suite's IPv6 subnet; hosts are numbered as in the other.
+var subnet6 = netip.MustParsePrefix("fd00:213:7::/64")
+
+func addr6(n int) netip.Addr {
+	b := subnet6.Addr().As16()
+	b[15] = byte(n)
+	return netip.AddrFrom16(b)
+}
+
 // uniq makes names of namespaces that no other run uses.
 func uniq() string { return "vt" + strings.ToLower(spec.NewID()[:6]) }
 
@@ -70,6 +78,23 @@ type world struct {
 	net  spec.Network
 	view spec.View
 	dp   vip.Dataplane
+	v6   bool // tests talk IPv6; the network is always of both families then
+}
+
+// at is an address of the network, of the family that is tested.
+func (w *world) at(n int) netip.Addr {
+	if w.v6 {
+		return addr6(n)
+	}
+	return addr(n)
+}
+
+// dual makes the network one of both families, and IPv6 the tested one.
+func (w *world) dual() *world {
+	w.v6 = true
+	w.net.Subnets, w.net.Gateways = []netip.Prefix{subnet, subnet6}, []netip.Addr{addr(1), addr6(1)}
+	w.view.Networks = []spec.Network{w.net}
+	return w
 }
 
 func newWorld(tb testing.TB, h Harness) *world {
@@ -97,17 +122,24 @@ func (w *world) service(v int, backends ...int) {
 	w.remove(v)
 	w.view.Services = append(slices.Clone(w.view.Services), spec.Service{ID: name,
 		Spec: spec.ServiceSpec{Name: name, EndpointMode: spec.EndpointModeVIP, Networks: []spec.NetworkAttachment{{Network: w.net.ID}}},
-		VIPs: []spec.VIPs{{Network: w.net.ID, Addrs: []netip.Addr{addr(v)}}}})
+		VIPs: []spec.VIPs{{Network: w.net.ID, Addrs: w.both(v)}}})
 	for _, b := range backends {
 		e := spec.Endpoint{Network: w.net.ID, Service: name, Node: "n1", State: spec.EndpointActive}
 		if b < 0 {
 			b, e.State = -b, spec.EndpointDraining
 		}
 		e.Task = fmt.Sprintf("%s.%d", name, b)
-		e.Addrs = []netip.Addr{addr(b)}
+		e.Addrs = w.both(b)
 		w.view.Endpoints = append(slices.Clone(w.view.Endpoints), e)
 	}
 	w.view.Sort()
+}
+
+func (w *world) both(n int) []netip.Addr {
+	if w.v6 {
+		return []netip.Addr{addr(n), addr6(n)}
+	}
+	return []netip.Addr{addr(n)}
 }
 
 func (w *world) remove(v int) {
@@ -162,13 +194,15 @@ func (w *world) settled() {
 	}
 }
 
-// Run runs the suite.
+// Run runs the suite. With -test.short, which is meant for an emulated machine,
+// the traffic tests run over IPv6 only where balance is concerned, and the
+// scale test is left out.
 func Run(t *testing.T, h Harness) {
 	t.Run("state", func(t *testing.T) { runState(t, h) })
 	if h.Kernel {
 		t.Run("traffic", func(t *testing.T) { runTraffic(t, h) })
 	}
-	if h.Scale > 0 {
+	if h.Scale > 0 && !testing.Short() {
 		t.Run("scale", func(t *testing.T) { runScale(t, h) })
 	}
 }
@@ -202,6 +236,20 @@ func runState(t *testing.T, h Harness) {
 			t.Fatal(err)
 		}
 		w.settled()
+	})
+
+	t.Run("ipv6", func(t *testing.T) {
+		w := newWorld(t, h).dual()
+		w.up()
+		w.service(3, 110)
+		for _, bs := range [][]int{{100}, {100, -101, 102}, {-100}, {}, {101, 102}} {
+			w.service(2, bs...)
+			w.converge()
+			w.dp = h.New(t)
+			w.settled()
+		}
+		w.remove(2)
+		w.converge()
 	})
 
 	t.Run("transitions", func(t *testing.T) {

@@ -39,8 +39,11 @@ type lab struct {
 	ns []string // of endpoints, from 1
 }
 
-func newLab(t *testing.T, h Harness, n int) *lab {
+func newLab(t *testing.T, h Harness, n int, v6 bool) *lab {
 	l := &lab{world: newWorld(t, h), ns: []string{""}}
+	if v6 {
+		l.dual()
+	}
 	l.up()
 	o := l.world.ns()
 	for i := 1; i <= n; i++ {
@@ -60,6 +63,13 @@ func newLab(t *testing.T, h Harness, n int) *lab {
 		Sh(t, "ip -n "+o+" route add "+a+"/32 dev "+dev)
 		Sh(t, "ip -n "+ns+" route add 169.254.1.1 dev eth0 scope link")
 		Sh(t, "ip -n "+ns+" route add "+subnet.String()+" via 169.254.1.1 src "+a)
+		if v6 {
+			a := addr6(100 + i).String()
+			Sh(t, "ip -n "+o+" addr add fe80::1/64 dev "+dev+" nodad")
+			Sh(t, "ip -n "+ns+" addr add "+a+"/128 dev eth0 nodad")
+			Sh(t, "ip -n "+o+" route add "+a+"/128 dev "+dev)
+			Sh(t, "ip -n "+ns+" route add "+subnet6.String()+" via fe80::1 dev eth0 src "+a)
+		}
 	}
 	for i := 1; i < n; i++ {
 		serve(t, l.ns[i], strconv.Itoa(i))
@@ -74,6 +84,14 @@ func newLab(t *testing.T, h Harness, n int) *lab {
 		}
 	})
 	return l
+}
+
+// hairpin is what a server sees as its client when that is itself.
+func (l *lab) hairpin() string {
+	if l.v6 {
+		return addr6(1).String()
+	}
+	return "169.254.1.1"
 }
 
 // client is the namespace that serves nothing.
@@ -206,8 +224,10 @@ func mustOpen(t *testing.T, ns string, from int, to netip.Addr) *tcp {
 }
 
 // echo tells whether the connection still carries data.
-func (c *tcp) echo(s string) error {
-	c.SetDeadline(time.Now().Add(soon))
+func (c *tcp) echo(s string) error { return c.echoWithin(s, soon) }
+
+func (c *tcp) echoWithin(s string, d time.Duration) error {
+	c.SetDeadline(time.Now().Add(d))
 	if _, err := c.Write([]byte(s + "\n")); err != nil {
 		return err
 	}
@@ -276,27 +296,39 @@ func eventually(t *testing.T, what string, fn func() error) {
 }
 
 func runTraffic(t *testing.T, h Harness) {
-	t.Run("balance", func(t *testing.T) { testBalance(t, newLab(t, h, 4)) })
-	t.Run("refuse", func(t *testing.T) { testRefuse(t, newLab(t, h, 2)) })
-	t.Run("drain", func(t *testing.T) { testDrain(t, newLab(t, h, 4)) })
-	t.Run("abrupt", func(t *testing.T) { testAbrupt(t, newLab(t, h, 4)) })
-	t.Run("udp", func(t *testing.T) { testUDP(t, newLab(t, h, 4)) })
-	t.Run("flips", func(t *testing.T) { testFlips(t, newLab(t, h, 4)) })
-	t.Run("one_source_port", func(t *testing.T) { testOnePort(t, newLab(t, h, 2)) })
-	t.Run("path_mtu", func(t *testing.T) { testPMTU(t, newLab(t, h, 2)) })
-	t.Run("sctp", func(t *testing.T) { testSCTP(t, newLab(t, h, 3)) })
+	for _, x := range []struct {
+		name string
+		n    int
+		fn   func(*testing.T, *lab)
+		v6   bool // also over IPv6
+	}{
+		{"balance", 4, testBalance, true},
+		{"refuse", 2, testRefuse, true},
+		{"drain", 4, testDrain, false},
+		{"abrupt", 4, testAbrupt, true},
+		{"udp", 4, testUDP, false},
+		{"flips", 4, testFlips, false},
+		{"one_source_port", 2, testOnePort, true},
+		{"path_mtu", 2, testPMTU, true},
+		{"sctp", 3, testSCTP, false},
+	} {
+		t.Run(x.name, func(t *testing.T) { x.fn(t, newLab(t, h, x.n, false)) })
+		if x.v6 && (x.name == "balance" || !testing.Short()) {
+			t.Run(x.name+"_ipv6", func(t *testing.T) { x.fn(t, newLab(t, h, x.n, true)) })
+		}
+	}
 }
 
 func testBalance(t *testing.T, l *lab) {
 	l.service(2, 101, 102, 103)
 	l.service(3, 101, 102, 103)
 	l.converge()
-	me := addr(104).String()
+	me := l.at(104).String()
 	// Two services called in turn: each must be balanced by itself.
 	count := map[int]map[string]int{2: {}, 3: {}}
 	for range 150 {
 		for _, v := range []int{2, 3} {
-			id, client, err := who(l.client(), addr(v))
+			id, client, err := who(l.client(), l.at(v))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -308,12 +340,13 @@ func testBalance(t *testing.T, l *lab) {
 	}
 	for v, c := range count {
 		if c["1"] != 50 || c["2"] != 50 || c["3"] != 50 {
-			t.Errorf("150 connections to %s went to %v, want 50 each", addr(v), c)
+			t.Errorf("150 connections to %s went to %v, want 50 each", l.at(v), c)
 		}
 	}
 	c := map[string]int{}
-	for range 30 {
-		u, err := dial(l.client(), "udp", 0, addr(2), port)
+	for i := range 30 {
+		// Ports of our own choice: the same one twice would be the same flow.
+		u, err := dial(l.client(), "udp", 34000+i, l.at(2), port)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -330,13 +363,13 @@ func testBalance(t *testing.T, l *lab) {
 	// Hairpin: a backend calls its own service.
 	c = map[string]int{}
 	for range 9 {
-		id, client, err := who(l.ns[1], addr(2))
+		id, client, err := who(l.ns[1], l.at(2))
 		if err != nil {
 			t.Fatalf("a backend calls its own service (so far %v): %v", c, err)
 		}
-		want := addr(101).String()
+		want := l.at(101).String()
 		if id == "1" {
-			want = "169.254.1.1"
+			want = l.hairpin()
 		}
 		if client != want {
 			t.Errorf("server %s sees client %s, want %s", id, client, want)
@@ -347,7 +380,7 @@ func testBalance(t *testing.T, l *lab) {
 		t.Errorf("9 connections of a backend went to %v, want 3 each", c)
 	}
 	for range 6 {
-		u, err := dial(l.ns[1], "udp", 0, addr(2), port)
+		u, err := dial(l.ns[1], "udp", 0, l.at(2), port)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -356,9 +389,9 @@ func testBalance(t *testing.T, l *lab) {
 		}
 		u.Close()
 	}
-	In(t, l.client(), "ping -c 1 -W 5 "+addr(2).String())
+	In(t, l.client(), "ping -c 1 -W 5 "+l.at(2).String())
 	// A restarted agent finds everything as it should be.
-	live := mustOpen(t, l.client(), 0, addr(2))
+	live := mustOpen(t, l.client(), 0, l.at(2))
 	l.dp = l.h.New(t)
 	l.settled()
 	if err := live.echo("still here"); err != nil {
@@ -373,20 +406,20 @@ func testRefuse(t *testing.T, l *lab) {
 	l.converge()
 	for v, p := range map[int]int{2: port, 3: port + 1, 4: port} {
 		start := time.Now()
-		_, err := dial(l.client(), "tcp", 0, addr(v), p)
-		refused(t, fmt.Sprintf("tcp to %s:%d", addr(v), p), start, err, l.h)
-		u, err := dial(l.client(), "udp", 0, addr(v), p)
+		_, err := dial(l.client(), "tcp", 0, l.at(v), p)
+		refused(t, fmt.Sprintf("tcp to %s:%d", l.at(v), p), start, err, l.h)
+		u, err := dial(l.client(), "udp", 0, l.at(v), p)
 		if err != nil {
 			t.Fatal(err)
 		}
 		start = time.Now()
 		_, _, _, err = ask(u, "hello", soon)
-		refused(t, fmt.Sprintf("udp to %s:%d", addr(v), p), start, err, l.h)
+		refused(t, fmt.Sprintf("udp to %s:%d", l.at(v), p), start, err, l.h)
 		u.Close()
-		In(t, l.client(), "ping -c 1 -W 5 "+addr(v).String())
+		In(t, l.client(), "ping -c 1 -W 5 "+l.at(v).String())
 	}
 	// A UDP client that keeps sending is served once there is a backend.
-	u, err := dial(l.client(), "udp", 0, addr(2), port)
+	u, err := dial(l.client(), "udp", 0, l.at(2), port)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -407,7 +440,7 @@ func testRefuse(t *testing.T, l *lab) {
 	l.service(2)
 	l.converge()
 	start := time.Now()
-	_, err = dial(l.client(), "tcp", 0, addr(2), port)
+	_, err = dial(l.client(), "tcp", 0, l.at(2), port)
 	refused(t, "tcp after the last backend went", start, err, l.h)
 	l.remove(2)
 	l.converge()
@@ -418,7 +451,7 @@ func testDrain(t *testing.T, l *lab) {
 	l.converge()
 	live := map[string]*tcp{}
 	for range 3 {
-		c := mustOpen(t, l.client(), 0, addr(2))
+		c := mustOpen(t, l.client(), 0, l.at(2))
 		live[c.id] = c
 	}
 	if len(live) != 3 {
@@ -426,7 +459,7 @@ func testDrain(t *testing.T, l *lab) {
 	}
 	udp := map[string]net.Conn{}
 	for range 3 {
-		u, err := dial(l.client(), "udp", 0, addr(2), port)
+		u, err := dial(l.client(), "udp", 0, l.at(2), port)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -452,7 +485,7 @@ func testDrain(t *testing.T, l *lab) {
 	l.converge()
 	check("1", "2", "3")
 	for range 10 {
-		if id, _, err := who(l.client(), addr(2)); err != nil || id == "1" {
+		if id, _, err := who(l.client(), l.at(2)); err != nil || id == "1" {
 			t.Errorf("new connection while 1 drains: server %s, error %v", id, err)
 		}
 	}
@@ -460,13 +493,13 @@ func testDrain(t *testing.T, l *lab) {
 	l.converge()
 	check("1", "2", "3")
 	start := time.Now()
-	_, err := dial(l.client(), "tcp", 0, addr(2), port)
+	_, err := dial(l.client(), "tcp", 0, l.at(2), port)
 	refused(t, "tcp while all drain", start, err, l.h)
 	// Back again.
 	l.service(2, 101, -102, -103)
 	l.converge()
 	check("1", "2", "3")
-	if id, _, err := who(l.client(), addr(2)); err != nil || id != "1" {
+	if id, _, err := who(l.client(), l.at(2)); err != nil || id != "1" {
 		t.Errorf("new connection when 1 is back: server %s, error %v", id, err)
 	}
 	// The service is removed, its tasks are still stopping.
@@ -478,7 +511,7 @@ func testDrain(t *testing.T, l *lab) {
 	l.converge()
 	check("1", "2", "3")
 	start = time.Now()
-	_, err = dial(l.client(), "tcp", 0, addr(2), port)
+	_, err = dial(l.client(), "tcp", 0, l.at(2), port)
 	refused(t, "tcp to a removed service", start, err, l.h)
 	l.view = full
 	l.converge()
@@ -500,11 +533,11 @@ func testAbrupt(t *testing.T, l *lab) {
 	l.converge()
 	live := map[string]*tcp{}
 	for range 3 {
-		c := mustOpen(t, l.client(), 0, addr(2))
+		c := mustOpen(t, l.client(), 0, l.at(2))
 		live[c.id] = c
 	}
-	other := mustOpen(t, l.client(), 0, addr(3))
-	direct := mustOpen(t, l.client(), 0, addr(103))
+	other := mustOpen(t, l.client(), 0, l.at(3))
+	direct := mustOpen(t, l.client(), 0, l.at(103))
 	l.service(2, 101, 102)
 	l.converge()
 	if err := live["3"].echo("gone"); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
@@ -524,7 +557,7 @@ func testAbrupt(t *testing.T, l *lab) {
 	// The last backends, with the service.
 	l.remove(2)
 	l.converge()
-	if err := live["1"].echo("gone"); err == nil {
+	if err := live["1"].echoWithin("gone", 2*time.Second); err == nil {
 		t.Error("a connection to a removed service lives although its backends are gone")
 	}
 }
@@ -532,7 +565,7 @@ func testAbrupt(t *testing.T, l *lab) {
 func testUDP(t *testing.T, l *lab) {
 	l.service(2, 101, 102)
 	l.converge()
-	u, err := dial(l.client(), "udp", 0, addr(2), port)
+	u, err := dial(l.client(), "udp", 0, l.at(2), port)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -582,7 +615,7 @@ func testFlips(t *testing.T, l *lab) {
 	for range 8 {
 		wg.Go(func() {
 			for ctx.Err() == nil {
-				if _, _, err := who(l.client(), addr(2)); err != nil {
+				if _, _, err := who(l.client(), l.at(2)); err != nil {
 					failed.Add(1)
 					first.CompareAndSwap(nil, err.Error())
 				}
@@ -592,7 +625,7 @@ func testFlips(t *testing.T, l *lab) {
 	}
 	flips := 80
 	if !l.h.Native {
-		flips = 20
+		flips = 10
 	}
 	sets := [][]int{{101, -102, 103}, {-101, 102, 103}, {101, 102, -103}, {101, -102, -103}, {-101, -102, 103}, {101, 102, 103}}
 	start := time.Now()
@@ -621,7 +654,7 @@ func testFlips(t *testing.T, l *lab) {
 func testOnePort(t *testing.T, l *lab) {
 	l.service(2, 101)
 	l.converge()
-	vip, backend := addr(2), addr(101)
+	vip, backend := l.at(2), l.at(101)
 	for i, order := range [][2]netip.Addr{{backend, vip}, {vip, backend}} {
 		p := 40000 + 7000*i // two values of the port's upper bits
 		a := mustOpen(t, l.client(), p, order[0])
@@ -663,7 +696,7 @@ func testOnePort(t *testing.T, l *lab) {
 	}
 	// UDP: one socket asks both; each answer comes from whom was asked.
 	var pc net.PacketConn
-	if err := nl.Do(l.client(), func() (err error) { pc, err = net.ListenPacket("udp4", ":41000"); return err }); err != nil {
+	if err := nl.Do(l.client(), func() (err error) { pc, err = net.ListenPacket("udp", ":41000"); return err }); err != nil {
 		t.Fatal(err)
 	}
 	defer pc.Close()
@@ -685,7 +718,7 @@ func testPMTU(t *testing.T, l *lab) {
 	l.service(2, 101)
 	l.converge()
 	Sh(t, "ip -n "+l.world.ns()+" link set v1 mtu 1300")
-	c := mustOpen(t, l.client(), 43210, addr(2))
+	c := mustOpen(t, l.client(), 43210, l.at(2))
 	c.SetDeadline(time.Now().Add(3 * soon))
 	var wg sync.WaitGroup
 	const size = 300 << 10
@@ -706,7 +739,7 @@ func testPMTU(t *testing.T, l *lab) {
 	if err != nil {
 		t.Errorf("after %d of %d octets: %v", n, size, err)
 	}
-	if out := Sh(t, "ip -n "+l.client()+" route get "+addr(2).String()); !strings.Contains(out, "mtu 1300") {
+	if out := Sh(t, "ip -n "+l.client()+" route get "+l.at(2).String()+" from "+l.at(102).String()); !strings.Contains(out, "mtu 1300") {
 		t.Errorf("the client did not learn the path's MTU: %s", out)
 	}
 }

@@ -1,0 +1,502 @@
+package vxlan
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/shoalnet/shoal/internal/nl"
+	"github.com/shoalnet/shoal/overlay"
+	"github.com/shoalnet/shoal/spec"
+)
+
+// snap is what was read of one namespace.
+type snap struct {
+	links   map[string]netlink.Link
+	byIndex map[int]netlink.Link
+	addrs   []netlink.Addr
+}
+
+func (s *snap) name(index int) string {
+	if l := s.byIndex[index]; l != nil {
+		return l.Attrs().Name
+	}
+	return ""
+}
+
+// link returns a device by name, or nil; also of a namespace that is absent.
+func (s *snap) link(name string) netlink.Link {
+	if s == nil {
+		return nil
+	}
+	return s.links[name]
+}
+
+// wants is what is wanted in one namespace.
+type wants struct {
+	ns      string
+	objects []overlay.Object
+	network string // ID; empty: not an ovns
+	task    string // ID; empty: not a task's
+	v6      bool   // some of it is IPv6
+}
+
+// Observe implements overlay.Dataplane.
+func (d *Dataplane) Observe(ctx context.Context, want overlay.State) (overlay.State, error) {
+	d.Close()
+	var have overlay.State
+	places := map[string]*wants{"": {}}
+	want.Each(func(o overlay.Object) {
+		ns, _ := overlay.Place(o)
+		w := places[ns]
+		if w == nil {
+			w = &wants{ns: ns}
+			places[ns] = w
+		}
+		w.objects = append(w.objects, o)
+		switch o := o.(type) {
+		case overlay.Namespace:
+			w.network = o.Network
+		case overlay.Sandbox:
+			w.task = o.Task
+		case overlay.Addr:
+			w.v6 = w.v6 || o.Prefix.Addr().Is6()
+		case overlay.Route:
+			w.v6 = w.v6 || o.Dst.Addr().Is6()
+		}
+	})
+	snaps := map[string]*snap{}
+	for ns, w := range places {
+		if err := ctx.Err(); err != nil {
+			return have, err
+		}
+		s, err := d.observePlace(&have, w)
+		switch {
+		case ns != "" && errors.Is(err, fs.ErrNotExist):
+			continue // absent, and so is all that would be in it
+		case err != nil:
+			return have, err
+		}
+		snaps[ns] = s
+	}
+	d.observeDevices(&have, want, snaps)
+	if err := d.observeHost(&have, want, snaps[""]); err != nil {
+		return have, err
+	}
+	return have, d.observeUnwanted(&have, places)
+}
+
+// observePlace reads one namespace, all but the devices.
+func (d *Dataplane) observePlace(have *overlay.State, w *wants) (*snap, error) {
+	s, err := d.dial(w.ns)
+	if err != nil {
+		return nil, err
+	}
+	defer s.h.Close()
+	where := w.ns
+	if where == "" {
+		where = "the host"
+	}
+	sn := &snap{links: map[string]netlink.Link{}, byIndex: map[int]netlink.Link{}}
+	links, err := nl.Dump(s.h.LinkList)
+	if err != nil {
+		return nil, fmt.Errorf("list devices of %s: %w", where, err)
+	}
+	for _, l := range links {
+		sn.links[l.Attrs().Name], sn.byIndex[l.Attrs().Index] = l, l
+	}
+	if sn.addrs, err = nl.Dump(func() ([]netlink.Addr, error) { return s.h.AddrList(nil, unix.AF_UNSPEC) }); err != nil {
+		return nil, fmt.Errorf("list addresses of %s: %w", where, err)
+	}
+	d.observeAddrs(have, w, sn)
+	if w.network != "" || w.task != "" {
+		if w.network != "" {
+			if lo := sn.link("lo"); lo != nil && lo.Attrs().Alias == d.namespaceMark(w.network) && lo.Attrs().Flags&net.FlagUp != 0 {
+				have.Add(overlay.Namespace{Netns: w.ns, Network: w.network})
+			}
+		} else {
+			have.Add(overlay.Sandbox{Netns: w.ns, Task: w.task})
+		}
+		if err := d.observeNeighs(have, w, s, sn); err != nil {
+			return nil, fmt.Errorf("list neighbours of %s: %w", where, err)
+		}
+		if err := observeRoutes(have, w, s, sn); err != nil {
+			return nil, fmt.Errorf("list routes of %s: %w", where, err)
+		}
+	}
+	err = d.do(w.ns, func() error { return d.observeInside(have, w) })
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", where, err)
+	}
+	return sn, nil
+}
+
+func (d *Dataplane) observeAddrs(have *overlay.State, w *wants, sn *snap) {
+	there := map[overlay.Addr]bool{}
+	for _, a := range sn.addrs {
+		bits, _ := a.Mask.Size()
+		o := overlay.Addr{Netns: w.ns, Dev: sn.name(a.LinkIndex), Prefix: netip.PrefixFrom(addrOf(a.IP), bits)}
+		there[o] = true
+		if a.Label == overlay.Label && w.network != "" {
+			have.Add(o)
+		}
+	}
+	for _, o := range w.objects {
+		if a, ok := o.(overlay.Addr); ok && there[a] {
+			have.Add(a)
+		}
+	}
+}
+
+func (d *Dataplane) observeNeighs(have *overlay.State, w *wants, s *space, sn *snap) error {
+	wanted := map[any]bool{}
+	for _, o := range w.objects {
+		switch o := o.(type) {
+		case overlay.Neigh, overlay.FDB:
+			wanted[o.Key()] = true
+		}
+	}
+	families := []int{unix.AF_INET}
+	if w.v6 {
+		families = append(families, unix.AF_INET6)
+	}
+	for _, f := range families {
+		list, err := nl.Dump(func() ([]netlink.Neigh, error) { return s.h.NeighList(0, f) })
+		if err != nil {
+			return err
+		}
+		for _, n := range list {
+			l := sn.byIndex[n.LinkIndex]
+			if n.State != netlink.NUD_PERMANENT || l == nil || !oursLink(l) {
+				continue
+			}
+			o := overlay.Neigh{Netns: w.ns, Dev: l.Attrs().Name, Addr: addrOf(n.IP), MAC: n.HardwareAddr.String()}
+			switch {
+			case wanted[o.Key()]:
+			case w.network == "": // in the task's namespace: its own affair
+				continue
+			case o.Dev == overlay.VXLANDev && !overlay.IsRouter(o.Addr):
+				continue
+			}
+			have.Add(o)
+		}
+	}
+	vx := sn.link(overlay.VXLANDev)
+	if w.network == "" || vx == nil || !oursLink(vx) {
+		return nil
+	}
+	list, err := nl.Dump(func() ([]netlink.Neigh, error) { return s.h.NeighList(vx.Attrs().Index, unix.AF_BRIDGE) })
+	if err != nil {
+		return err
+	}
+	for _, n := range list {
+		o := overlay.FDB{Netns: w.ns, MAC: n.HardwareAddr.String(), Dst: addrOf(n.IP)}
+		if !wanted[o.Key()] && !overlay.IsVTEPMAC(n.HardwareAddr) {
+			continue
+		}
+		if n.State&netlink.NUD_PERMANENT == 0 {
+			o.Dst = netip.Addr{} // would age out: to be set again
+		}
+		have.Add(o)
+	}
+	return nil
+}
+
+// prefixOf is a route's destination. The kernel leaves it out of a default
+// route, the library may or may not fill it in.
+func prefixOf(r netlink.Route) netip.Prefix {
+	if r.Dst == nil {
+		if r.Family == unix.AF_INET6 {
+			return netip.PrefixFrom(netip.IPv6Unspecified(), 0)
+		}
+		return netip.PrefixFrom(netip.IPv4Unspecified(), 0)
+	}
+	bits, _ := r.Dst.Mask.Size()
+	a, _ := netip.AddrFromSlice(r.Dst.IP)
+	if r.Family == unix.AF_INET {
+		a = a.Unmap()
+	}
+	return netip.PrefixFrom(a, bits)
+}
+
+func observeRoutes(have *overlay.State, w *wants, s *space, sn *snap) error {
+	families := []int{unix.AF_INET}
+	if w.v6 {
+		families = append(families, unix.AF_INET6)
+	}
+	for _, f := range families {
+		list, err := nl.Dump(func() ([]netlink.Route, error) {
+			return s.h.RouteListFiltered(f, &netlink.Route{Protocol: overlay.RouteProtocol}, netlink.RT_FILTER_PROTOCOL)
+		})
+		if err != nil {
+			return err
+		}
+		for _, r := range list {
+			o := overlay.Route{Netns: w.ns, Dst: prefixOf(r), Metric: r.Priority, Onlink: r.Flags&int(netlink.FLAG_ONLINK) != 0}
+			switch r.Type {
+			case unix.RTN_UNICAST:
+				o.Dev = sn.name(r.LinkIndex)
+			case unix.RTN_UNREACHABLE: // IPv6 says "dev lo" here
+				o.Type = "unreachable"
+			default:
+				o.Type = fmt.Sprintf("type-%d", r.Type)
+			}
+			if len(r.MultiPath) > 0 {
+				o.Type = "multipath"
+			}
+			if r.Gw != nil {
+				o.Via = addrOf(r.Gw)
+			}
+			if r.Src != nil {
+				o.Src = addrOf(r.Src)
+			}
+			have.Add(o)
+		}
+	}
+	return nil
+}
+
+// observeInside reads what takes being in the namespace: sysctls and nftables.
+func (d *Dataplane) observeInside(have *overlay.State, w *wants) error {
+	var conn *nftConn
+	nft := func() (*nftConn, error) {
+		if conn == nil {
+			var err error
+			if conn, err = dialNFT(); err != nil {
+				return nil, err
+			}
+		}
+		return conn, nil
+	}
+	defer func() {
+		if conn != nil {
+			conn.close()
+		}
+	}()
+	for _, o := range w.objects {
+		switch o := o.(type) {
+		case overlay.Sysctl:
+			ok, err := sysctlHolds(o)
+			if err != nil {
+				return err
+			}
+			if ok {
+				have.Add(o)
+			}
+		case overlay.Filter:
+			c, err := nft()
+			if err != nil {
+				return err
+			}
+			f, guards, err := observeFilter(c, o)
+			if err != nil {
+				return err
+			}
+			if f != nil {
+				have.Add(*f)
+			}
+			for _, g := range guards {
+				have.Add(g)
+			}
+		case overlay.Redirect:
+			c, err := nft()
+			if err != nil {
+				return err
+			}
+			r, err := observeRedirect(c, o)
+			if err != nil {
+				return err
+			}
+			if r != nil {
+				have.Add(*r)
+			}
+		}
+	}
+	return nil
+}
+
+// oursLink tells whether a device is marked as ours. lo, which marks a
+// namespace, is not.
+func oursLink(l netlink.Link) bool {
+	a := l.Attrs()
+	if a.Flags&net.FlagLoopback != 0 {
+		return false
+	}
+	_, _, port := parsePortMark(a.Alias)
+	return port || strings.HasPrefix(a.Alias, networkMarkPrefix) ||
+		// Under its temporary name, and not marked yet.
+		a.Alias == "" && strings.HasPrefix(a.Name, overlay.TempPrefix) && (l.Type() == "veth" || l.Type() == "vxlan")
+}
+
+// observeDevices reports the devices of all namespaces, pairs as one.
+func (d *Dataplane) observeDevices(have *overlay.State, want overlay.State, snaps map[string]*snap) {
+	host := snaps[""]
+	byHostDev := map[string]overlay.Egress{} // wanted
+	ports := map[[2]string]overlay.Port{}    // wanted
+	var ovns []overlay.Namespace
+	want.Each(func(o overlay.Object) {
+		switch o := o.(type) {
+		case overlay.Namespace:
+			ovns = append(ovns, o)
+		case overlay.Egress:
+			byHostDev[o.Dev] = o
+		case overlay.Port:
+			ports[[2]string{o.Netns, o.Dev}] = o
+		}
+	})
+	for _, n := range ovns {
+		sn := snaps[n.Netns]
+		if sn == nil {
+			continue
+		}
+		for name, l := range sn.links {
+			if !oursLink(l) {
+				continue
+			}
+			task, network, isPort := parsePortMark(l.Attrs().Alias)
+			switch {
+			case strings.HasPrefix(name, overlay.TempPrefix):
+				have.Add(overlay.Stray{Netns: n.Netns, Dev: name})
+			case name == overlay.VXLANDev:
+				have.Add(observeVXLAN(n, l))
+			case isPort:
+				p := overlay.Port{Netns: n.Netns, Dev: name, Network: network, Task: task, MTU: l.Attrs().MTU, Broken: true}
+				if w, ok := ports[[2]string{n.Netns, name}]; ok {
+					p.TaskNetns, p.Eth = w.TaskNetns, w.Eth
+					if far := snaps[w.TaskNetns].link(w.Eth); far != nil && far.Attrs().Alias == l.Attrs().Alias && paired(l, far) {
+						p.MAC, p.Broken = far.Attrs().HardwareAddr.String(), false
+						p.MTU, p.Fault = pairState(l, far, overlay.LinkMAC)
+					}
+				}
+				have.Add(p)
+			}
+		}
+	}
+	for name, l := range host.links {
+		if !strings.HasPrefix(name, overlay.HostPrefix) || !strings.HasPrefix(l.Attrs().Alias, networkMarkPrefix) {
+			continue
+		}
+		e := overlay.Egress{Network: strings.TrimPrefix(l.Attrs().Alias, networkMarkPrefix), Dev: name, MTU: l.Attrs().MTU, Broken: true}
+		if w, ok := byHostDev[name]; ok {
+			e.Netns = w.Netns
+			if near := snaps[w.Netns].link(overlay.OutDev); near != nil && near.Attrs().Alias == l.Attrs().Alias && paired(near, l) {
+				e.Broken = false
+				e.MTU, e.Fault = pairState(near, l, "")
+			}
+		}
+		have.Add(e)
+	}
+}
+
+// paired tells whether two devices are the ends of one veth pair: each names
+// the other's index as its link (IFLA_LINK).
+func paired(a, b netlink.Link) bool {
+	return a.Type() == "veth" && b.Type() == "veth" &&
+		a.Attrs().ParentIndex == b.Attrs().Index && b.Attrs().ParentIndex == a.Attrs().Index
+}
+
+// pairState tells a pair's MTU (-1 when the ends differ) and what is to be mended.
+func pairState(near, far netlink.Link, nearMAC string) (mtu int, fault string) {
+	mtu = near.Attrs().MTU
+	if far.Attrs().MTU != mtu {
+		mtu = -1
+	}
+	switch {
+	case near.Attrs().Flags&net.FlagUp == 0:
+		fault = near.Attrs().Name + " is down"
+	case far.Attrs().Flags&net.FlagUp == 0:
+		fault = far.Attrs().Name + " is down"
+	case nearMAC != "" && near.Attrs().HardwareAddr.String() != nearMAC:
+		fault = near.Attrs().Name + " has another address"
+	}
+	return mtu, fault
+}
+
+func observeVXLAN(n overlay.Namespace, l netlink.Link) overlay.VXLAN {
+	a := l.Attrs()
+	o := overlay.VXLAN{Netns: n.Netns, Network: strings.TrimPrefix(a.Alias, networkMarkPrefix), MAC: a.HardwareAddr.String(), MTU: a.MTU}
+	v, ok := l.(*netlink.Vxlan)
+	if !ok {
+		o.Broken = true
+		return o
+	}
+	o.VNI, o.Port, o.Local = uint32(v.VxlanId), v.Port, addrOf(v.SrcAddr)
+	// Learning would let any packet from the underlay move a node's MAC.
+	o.Broken = v.Learning || v.FlowBased || v.Proxy
+	if a.Flags&net.FlagUp == 0 {
+		o.Fault = "down"
+	}
+	return o
+}
+
+// observeHost reports what is one for the whole node.
+func (d *Dataplane) observeHost(have *overlay.State, want overlay.State, host *snap) error {
+	for _, a := range host.addrs {
+		if want.Get(overlay.Underlay{}.Key()) == (overlay.Underlay{Addr: addrOf(a.IP)}) {
+			have.Add(overlay.Underlay{Addr: addrOf(a.IP)})
+			if l := host.byIndex[a.LinkIndex]; l != nil {
+				have.UnderlayMTU = l.Attrs().MTU
+			}
+		}
+	}
+	return d.do("", func() error { return d.observeForwarding(have) })
+}
+
+// observeUnwanted reports the namespaces of this instance that are not wanted.
+func (d *Dataplane) observeUnwanted(have *overlay.State, places map[string]*wants) error {
+	names, err := nl.List(d.netnsPrefix())
+	if err != nil {
+		return err
+	}
+	for _, ns := range names {
+		if places[ns] != nil {
+			continue
+		}
+		id, ours, err := d.whoseNamespace(ns)
+		if err != nil {
+			return err
+		}
+		if ours {
+			have.Add(overlay.Namespace{Netns: ns, Network: id})
+		}
+	}
+	return nil
+}
+
+func (d *Dataplane) netnsPrefix() string {
+	return strings.TrimSuffix(spec.OverlayNetns(d.cfg.Instance, spec.Network{}), "-")
+}
+
+// whoseNamespace tells whether a namespace with a name of ours is ours, and of
+// which network: lo's alias says so.
+func (d *Dataplane) whoseNamespace(ns string) (network string, ours bool, err error) {
+	s, err := d.dial(ns)
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", false, nil
+	}
+	if err != nil {
+		return "", false, err
+	}
+	defer s.h.Close()
+	links, err := nl.Dump(s.h.LinkList)
+	if err != nil {
+		return "", false, fmt.Errorf("list devices of %s: %w", ns, err)
+	}
+	i := slices.IndexFunc(links, func(l netlink.Link) bool { return l.Attrs().Name == "lo" })
+	if i < 0 {
+		return "", false, nil
+	}
+	alias := links[i].Attrs().Alias
+	if id, ok := strings.CutPrefix(alias, d.instanceMark()); ok {
+		return id, true, nil
+	}
+	return "", false, nil
+}
