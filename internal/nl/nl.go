@@ -25,7 +25,8 @@ import (
 // Path is the file of a named network namespace; "" is this process's own.
 func Path(name string) string {
 	if name == "" {
-		return "/proc/self/ns/net"
+		// Not /proc/self: that is the main thread's.
+		return "/proc/thread-self/ns/net"
 	}
 	return filepath.Join(spec.NetnsDir, name)
 }
@@ -58,23 +59,38 @@ func Do(name string, fn func() error) error {
 		return err
 	}
 	defer target.Close()
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread()
+	return onThread(func() (bool, error) {
 		origin, err := netns.Get()
 		if err != nil {
-			done <- fmt.Errorf("own network namespace: %w", err)
-			return
+			return true, fmt.Errorf("own network namespace: %w", err)
 		}
 		defer origin.Close()
 		if err := netns.Set(target); err != nil {
-			runtime.UnlockOSThread()
-			done <- fmt.Errorf("enter network namespace %s: %w", name, err)
-			return
+			return true, fmt.Errorf("enter network namespace %s: %w", name, err)
 		}
 		err = fn()
-		// A thread that can't go back stays locked and dies with this goroutine.
-		if netns.Set(origin) == nil {
+		// A thread that can't go back dies with its goroutine.
+		return netns.Set(origin) == nil, err
+	})
+}
+
+// onThread runs fn on a thread of its own, which is used for other goroutines
+// afterwards only if fn says that it is as it was. It is never the main thread:
+// that one can't die, and its namespace is what /proc/self and /proc/net show.
+func onThread(fn func() (reuse bool, err error)) error {
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			// While this goroutine keeps the main thread, another is on
+			// another thread.
+			err := onThread(fn)
+			runtime.UnlockOSThread()
+			done <- err
+			return
+		}
+		reuse, err := fn()
+		if reuse {
 			runtime.UnlockOSThread()
 		}
 		done <- err
@@ -98,27 +114,20 @@ func Create(name string) error {
 		return fmt.Errorf("network namespace %s: %w", name, err)
 	}
 	f.Close()
-	done := make(chan error, 1)
-	go func() {
-		// Never unlocked: the thread ends with the goroutine, so that no other
-		// code can run in the new namespace by accident.
-		runtime.LockOSThread()
+	err = onThread(func() (bool, error) {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			done <- fmt.Errorf("unshare: %w", err)
-			return
+			return false, fmt.Errorf("unshare: %w", err)
 		}
-		src := fmt.Sprintf("/proc/self/task/%d/ns/net", unix.Gettid())
-		if err := unix.Mount(src, path, "none", unix.MS_BIND, ""); err != nil {
-			done <- fmt.Errorf("bind %s on %s: %w", src, path, err)
-			return
+		if err := unix.Mount("/proc/thread-self/ns/net", path, "none", unix.MS_BIND, ""); err != nil {
+			return false, fmt.Errorf("bind mount: %w", err)
 		}
 		lo, err := netlink.LinkByName("lo")
 		if err == nil {
 			err = netlink.LinkSetUp(lo)
 		}
-		done <- err
-	}()
-	if err := <-done; err != nil {
+		return false, err
+	})
+	if err != nil {
 		Remove(name)
 		return fmt.Errorf("create network namespace %s: %w", name, err)
 	}
