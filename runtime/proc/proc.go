@@ -1,13 +1,11 @@
 package proc
 
 import (
-	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
@@ -18,8 +16,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/creack/pty"
-
 	"github.com/shoalnet/shoal/internal/nl"
 	"github.com/shoalnet/shoal/runtime"
 )
@@ -27,215 +23,414 @@ import (
 // Config of a Runtime.
 type Config struct {
 	StateDir string   // a directory per task; survives a reboot
-	RunDir   string   // sockets; need not. Its path must be short (unix(7): 108 bytes)
-	Exe      []string // how to start a helper; empty: this program
+	RunDir   string   // the shims' sockets; need not survive. Empty: StateDir
+	Exe      []string // how to start a helper, which Dispatch gets; empty: this program
 	Log      *slog.Logger
 }
 
-// Runtime implements runtime.Runtime.
+// Runtime implements runtime.Runtime. There may be one per StateDir at a time.
 type Runtime struct {
-	cfg    Config
-	log    *slog.Logger
-	ctx    context.Context // of the watchers
-	cancel context.CancelFunc
-	wg     sync.WaitGroup
+	cfg     Config
+	log     *slog.Logger
+	cgroups cgroups
+	ctx     context.Context // of the watchers
+	cancel  context.CancelFunc
+	wg      sync.WaitGroup
 
 	mu     sync.Mutex
+	closed bool
 	tasks  map[string]*entry
-	queue  []runtime.Event
-	queued chan struct{} // size 1
+	locks  map[string]*sync.Mutex // one per ID that is being made, adopted or removed
+	queue  map[string]bool        // IDs of tasks that changed
+	queued chan struct{}          // size 1
 }
 
-// entry is what is known of a task.
+// entry is what is known of a task. Its status and init belong to Runtime.mu.
 type entry struct {
-	status  runtime.Status
-	initPID int
-	shim    *os.Process   // when it is this process's child, to be waited for
-	watched chan struct{} // closed when the shim's end is known
+	id, name, netns string
+	shim            *os.Process   // when it is this process's child, to be waited for
+	gone            chan struct{} // closed when the shim's end is known, and how the task ended
+
+	status runtime.Status
+	init   procID
 }
 
+// callTimeout bounds what a shim does at once.
 const callTimeout = 10 * time.Second
+
+var errClosed = errors.New("the runtime is closed")
 
 // New makes a Runtime on the given directories, which may have tasks.
 func New(cfg Config) (*Runtime, error) {
 	if len(cfg.Exe) == 0 {
-		exe, err := os.Executable()
-		if err != nil {
-			return nil, fmt.Errorf("own executable: %w", err)
-		}
-		cfg.Exe = []string{exe}
+		// Still the right one after the file was replaced.
+		cfg.Exe = []string{"/proc/self/exe"}
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.Default()
 	}
-	for _, d := range []string{cfg.StateDir, cfg.RunDir} {
-		if err := os.MkdirAll(d, 0o700); err != nil {
+	if cfg.RunDir == "" {
+		cfg.RunDir = cfg.StateDir
+	}
+	for _, d := range []*string{&cfg.StateDir, &cfg.RunDir} {
+		abs, err := filepath.Abs(*d) // shims run in /
+		if err != nil {
 			return nil, fmt.Errorf("directory for tasks: %w", err)
 		}
-	}
-	if n := len(cfg.RunDir) + len("/abcdefghijkl.sock"); n > 107 {
-		return nil, fmt.Errorf("run directory %s is too long for a unix socket in it: use one shorter by %d characters", cfg.RunDir, n-107)
+		if err := os.MkdirAll(abs, 0o700); err != nil {
+			return nil, fmt.Errorf("directory for tasks: %w", err)
+		}
+		*d = abs
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	return &Runtime{cfg: cfg, log: cfg.Log, ctx: ctx, cancel: cancel, tasks: map[string]*entry{}, queued: make(chan struct{}, 1)}, nil
+	return &Runtime{cfg: cfg, log: cfg.Log, cgroups: findCgroups(), ctx: ctx, cancel: cancel,
+		tasks: map[string]*entry{}, locks: map[string]*sync.Mutex{}, queue: map[string]bool{}, queued: make(chan struct{}, 1)}, nil
 }
 
-// Close implements runtime.Runtime.
+// Close implements runtime.Runtime. Commands of Exec are hung up.
 func (r *Runtime) Close() error {
+	r.mu.Lock()
+	r.closed = true
+	r.mu.Unlock()
 	r.cancel()
 	r.wg.Wait()
 	return nil
 }
 
+// begin counts a goroutine in, which then owes r.wg.Done, unless it is too late.
+func (r *Runtime) begin() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.closed {
+		return false
+	}
+	r.wg.Add(1)
+	return true
+}
+
+// validID guards the file system: an ID becomes a name there.
 func validID(id string) error {
-	if id == "" || strings.ContainsAny(id, "/. ") || len(id) > 40 {
+	if id == "" || strings.ContainsAny(id, "/. \x00") || len(id) > 40 {
 		return fmt.Errorf("task ID %q is not one of ours", id)
 	}
 	return nil
 }
 
+// taskDir is where a task's files are.
+func (r *Runtime) taskDir(id string) string { return filepath.Join(r.cfg.StateDir, id) }
+
+// socket of a task's shim.
+func (r *Runtime) socket(id string) string { return filepath.Join(r.cfg.RunDir, id+".sock") }
+
+// lock makes one at a time of what makes, adopts and removes a task.
+func (r *Runtime) lock(id string) (unlock func()) {
+	r.mu.Lock()
+	m := r.locks[id]
+	if m == nil {
+		m = &sync.Mutex{}
+		r.locks[id] = m
+	}
+	r.mu.Unlock()
+	m.Lock()
+	return m.Unlock
+}
+
+// known returns a task that this Runtime has made or adopted.
+func (r *Runtime) known(id string) *entry {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.tasks[id]
+}
+
+// get returns a task, adopted if need be.
+func (r *Runtime) get(id string) (*entry, error) {
+	if err := validID(id); err != nil {
+		return nil, err
+	}
+	if e := r.known(id); e != nil {
+		return e, nil
+	}
+	defer r.lock(id)()
+	return r.getLocked(id)
+}
+
+func (r *Runtime) getLocked(id string) (*entry, error) {
+	e := r.known(id)
+	if e == nil && exists(r.taskDir(id)) {
+		var err error
+		if e, err = r.adopt(id); err != nil {
+			return nil, err
+		}
+	}
+	if e == nil {
+		return nil, fmt.Errorf("%w: %s", runtime.ErrNotFound, id)
+	}
+	return e, nil
+}
+
 // Create implements runtime.Runtime.
-func (r *Runtime) Create(ctx context.Context, t runtime.Task) (_ runtime.Sandbox, err error) {
+func (r *Runtime) Create(ctx context.Context, t runtime.Task) (runtime.Sandbox, error) {
 	if err := validID(t.ID); err != nil {
 		return runtime.Sandbox{}, err
 	}
-	if st, err := r.Status(ctx, t.ID); err == nil {
-		return st.Sandbox, nil
+	if t.Netns == "" || strings.ContainsAny(t.Netns, "/\x00") || t.Netns == "." || t.Netns == ".." {
+		return runtime.Sandbox{}, fmt.Errorf("task %s: %q can't name a network namespace", t.Name, t.Netns)
 	}
-	dir := r.taskDir(t.ID)
-	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
-		return runtime.Sandbox{}, fmt.Errorf("task %s: %w", t.Name, err)
+	defer r.lock(t.ID)()
+	e, err := r.getLocked(t.ID)
+	if err == nil {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		return e.status.Sandbox, nil
 	}
-	defer func() {
-		if err != nil {
-			err = fmt.Errorf("task %s: %w", t.Name, err)
-			if cerr := r.sweep(t.ID, t.Netns); cerr != nil {
-				err = fmt.Errorf("%w (and not all of it could be undone: %w)", err, cerr)
-			}
+	if !errors.Is(err, runtime.ErrNotFound) {
+		return runtime.Sandbox{}, err
+	}
+	sb, err := r.create(ctx, t)
+	if err != nil {
+		err = fmt.Errorf("task %s: %w", t.Name, err)
+		if cerr := r.sweep(t.ID, t.Netns); cerr != nil {
+			err = fmt.Errorf("%w (and not all of it could be undone: %w)", err, cerr)
 		}
-	}()
+	}
+	return sb, err
+}
+
+func (r *Runtime) create(ctx context.Context, t runtime.Task) (sb runtime.Sandbox, err error) {
+	dir := r.taskDir(t.ID)
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return sb, err
+	}
 	// The record comes first: it names all that is made after it.
 	if err := writeJSON(filepath.Join(dir, taskFile), t); err != nil {
-		return runtime.Sandbox{}, err
+		return sb, err
 	}
 	if err := nl.Create(t.Netns); err != nil {
-		return runtime.Sandbox{}, err
+		return sb, err
 	}
-	rd, shim, err := r.startShim(ctx, t)
+	cmd, peer, err := r.startShim(t)
 	if err != nil {
-		return runtime.Sandbox{}, err
+		return sb, err
 	}
-	sb := runtime.Sandbox{Netns: t.Netns, DNSPort: rd.DNSPort}
-	r.watch(&entry{status: runtime.Status{ID: t.ID, Name: t.Name, State: runtime.Created, Sandbox: sb, Data: t.Data}, shim: shim})
+	defer peer.Close() // which tells the shim that shim.json is there, or never will be
+	defer func() {
+		if err != nil {
+			_ = cmd.Process.Kill()
+			_ = cmd.Wait()
+		}
+	}()
+	stop := context.AfterFunc(ctx, func() { peer.Close() })
+	_ = peer.SetReadDeadline(time.Now().Add(callTimeout))
+	rd, err := readReady(peer)
+	if !stop() && ctx.Err() != nil {
+		return sb, ctx.Err()
+	}
+	if err != nil {
+		return sb, fmt.Errorf("shim: %w%s", err, lastWords(dir))
+	}
+	if err := r.cgroups.enter(t.ID, cmd.Process.Pid); err != nil {
+		r.log.Debug("the task gets no control group", "task", t.Name, "error", err)
+	}
+	id, err := identify(cmd.Process.Pid)
+	if err != nil {
+		return sb, fmt.Errorf("shim: %w", err)
+	}
+	if err := writeJSON(filepath.Join(dir, shimFile), shimRecord{Shim: id, DNSPort: rd.DNSPort}); err != nil {
+		return sb, err
+	}
+	sb = runtime.Sandbox{Netns: t.Netns, DNSPort: rd.DNSPort}
+	e := &entry{id: t.ID, name: t.Name, netns: t.Netns, shim: cmd.Process, status: runtime.Status{ID: t.ID, Name: t.Name, State: runtime.Created, Sandbox: sb, Data: t.Data}}
+	if !r.register(e) {
+		return sb, errClosed
+	}
 	return sb, nil
 }
 
-// startShim starts the shim in the task's namespace and waits until it serves.
-func (r *Runtime) startShim(ctx context.Context, t runtime.Task) (rd ready, p *os.Process, err error) {
+// startShim starts the shim in the task's network namespace.
+func (r *Runtime) startShim(t runtime.Task) (*exec.Cmd, *net.UnixConn, error) {
 	dir := r.taskDir(t.ID)
-	pr, pw, err := os.Pipe()
+	peer, child, err := socketPair()
 	if err != nil {
-		return rd, nil, err
+		return nil, nil, err
 	}
-	defer pr.Close()
-	errLog, err := os.OpenFile(filepath.Join(dir, "shim.log"), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
-	if err != nil {
-		pw.Close()
-		return rd, nil, err
-	}
-	defer errLog.Close()
-	args := append(slices.Clone(r.cfg.Exe[1:]), shimWord, dir, r.socket(t.ID))
-	cmd := exec.Command(r.cfg.Exe[0], args...)
-	cmd.Dir = "/"
-	cmd.Stderr = errLog
-	cmd.ExtraFiles = []*os.File{pw}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	// A child is born in the namespace of the thread that forks it.
-	err = nl.Do(t.Netns, cmd.Start)
-	pw.Close()
-	if err != nil {
-		return rd, nil, fmt.Errorf("start shim: %w", err)
-	}
-	stop := context.AfterFunc(ctx, func() { pr.SetReadDeadline(time.Now()) })
-	defer stop()
-	_ = pr.SetReadDeadline(time.Now().Add(callTimeout))
-	b, err := readAll(pr, 4096)
+	defer child.Close()
+	files := []*os.File{child} // shimPeerFD, shimLockFD
+	lock, err := openLock(dir)
 	if err == nil {
-		err = json.Unmarshal(b, &rd)
-	}
-	if err == nil && rd.Err != "" {
-		err = errors.New(rd.Err)
+		defer lock.Close() // the shim's copy goes on holding it
+		files = append(files, lock)
+		err = syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
 	}
 	if err != nil {
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-		return rd, nil, fmt.Errorf("shim: %w", err)
+		peer.Close()
+		return nil, nil, fmt.Errorf("lock: %w", err)
 	}
-	return rd, cmd.Process, nil
+	words, err := os.OpenFile(filepath.Join(dir, shimLogFile), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		peer.Close()
+		return nil, nil, err
+	}
+	defer words.Close()
+	cmd := exec.Command(r.cfg.Exe[0], append(slices.Clone(r.cfg.Exe[1:]), shimWord, dir, r.socket(t.ID))...)
+	cmd.Dir = "/"
+	cmd.Stderr = words
+	cmd.ExtraFiles = files
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	// A child is born in the namespaces of the thread that forks it.
+	if err := nl.Do(t.Netns, cmd.Start); err != nil {
+		peer.Close()
+		return nil, nil, fmt.Errorf("start shim: %w", err)
+	}
+	return cmd, peer, nil
 }
 
-// watch registers a task and follows its shim until that ends.
-func (r *Runtime) watch(e *entry) {
-	e.watched = make(chan struct{})
+// lastWords returns what a shim that crashed said first.
+func lastWords(dir string) string {
+	b, err := os.ReadFile(filepath.Join(dir, shimLogFile))
+	line, _, _ := strings.Cut(strings.TrimSpace(string(b)), "\n")
+	if err != nil || line == "" {
+		return ""
+	}
+	return ": " + line[:min(len(line), 200)]
+}
+
+// register makes a task known and follows its shim until that ends.
+func (r *Runtime) register(e *entry) bool {
+	if !r.begin() {
+		return false
+	}
+	e.gone = make(chan struct{})
 	r.mu.Lock()
-	r.tasks[e.status.ID] = e
+	r.tasks[e.id] = e
 	r.mu.Unlock()
-	r.wg.Go(func() {
-		defer close(e.watched)
+	go func() {
+		defer r.wg.Done()
 		r.follow(e)
+	}()
+	return true
+}
+
+// follow takes in what a shim tells. It returns when the shim has ended, or
+// this Runtime is closed.
+func (r *Runtime) follow(e *entry) {
+	for {
+		err := r.listen(e)
+		if r.ctx.Err() != nil {
+			return
+		}
+		// The end of the connection is not yet that of the shim: this process
+		// may be out of files, say. The lock tells.
+		if lockFree(r.taskDir(e.id), time.Second) {
+			break
+		}
+		r.log.Warn("connection to a task's shim is lost; trying again", "task", e.name, "error", err)
+		if !r.pause(100 * time.Millisecond) {
+			return
+		}
+	}
+	if e.shim != nil {
+		_, _ = e.shim.Wait() // locks go in the course of its end
+	}
+	r.conclude(e)
+	close(e.gone)
+}
+
+func (r *Runtime) pause(d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-r.ctx.Done():
+		return false
+	}
+}
+
+// listen watches a shim until the connection ends.
+func (r *Runtime) listen(e *entry) error {
+	c, err := dialShim(r.socket(e.id))
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	stop := context.AfterFunc(r.ctx, func() { c.Close() })
+	defer stop()
+	if err := send(c, request{Op: opWatch}); err != nil {
+		return err
+	}
+	for {
+		var resp response
+		files, err := receive(c, &resp)
+		for _, f := range files {
+			f.Close()
+		}
+		if err != nil {
+			return err
+		}
+		r.take(e, resp)
+	}
+}
+
+// take sets a task's status to what its shim says.
+func (r *Runtime) take(e *entry, resp response) {
+	r.update(e, func() {
+		// An older answer may come by another connection after a newer one.
+		if rank(resp.Status.State) < rank(e.status.State) {
+			return
+		}
+		data := e.status.Data
+		e.status, e.init = resp.Status, resp.Init
+		e.status.Data = data
 	})
 }
 
-func (r *Runtime) follow(e *entry) {
-	id := e.status.ID
-	c, err := dialShim(r.socket(id))
-	if err == nil {
-		defer c.Close()
-		stop := context.AfterFunc(r.ctx, func() { c.Close() })
-		defer stop()
-		if err = send(c, request{Op: "watch"}); err == nil {
-			for {
-				var resp response
-				if _, err = receive(c, &resp); err != nil {
-					break
-				}
-				r.update(e, func() {
-					data := e.status.Data
-					e.status, e.initPID = resp.Status, resp.InitPID
-					e.status.Data = data
-				})
+func rank(s runtime.State) int {
+	return slices.Index([]runtime.State{runtime.Created, runtime.Running, runtime.Exited}, s)
+}
+
+// conclude sets the status of a task whose shim has ended. Unless the shim kept
+// how the task ended, it died before it, and so did the task, or it does now.
+func (r *Runtime) conclude(e *entry) {
+	dir := r.taskDir(e.id)
+	var errs []error
+	var run runRecord
+	if err := readJSON(filepath.Join(dir, runFile), &run); err == nil {
+		errs = append(errs, run.Init.kill(callTimeout))
+	}
+	errs = append(errs, r.cgroups.remove(e.id))
+	if err := errors.Join(errs...); err != nil {
+		r.log.Error("not all of a task could be ended", "task", e.name, "error", err)
+	}
+	var final runtime.Status
+	if err := readJSON(filepath.Join(dir, exitFile), &final); err != nil {
+		r.mu.Lock()
+		final = e.status
+		r.mu.Unlock()
+		if final.State != runtime.Exited { // else the shim told, but could not write it
+			final.State, final.PID, final.ExitCode, final.ExitedAt = runtime.Exited, 0, 128+int(syscall.SIGKILL), time.Now()
+			final.Err = "the task's shim was killed, and the task with it" + lastWords(dir)
+			var rec shimRecord
+			if err := readJSON(filepath.Join(dir, shimFile), &rec); err == nil && rec.Shim.Boot != bootID() {
+				final.Err = "the machine was restarted"
 			}
 		}
+		kept := final
+		kept.Data = nil // in task.json
+		if err := writeJSON(filepath.Join(dir, exitFile), kept); err != nil && !errors.Is(err, os.ErrNotExist) {
+			r.log.Error("the end of a task can't be kept", "task", final.Name, "error", err)
+		}
 	}
-	if r.ctx.Err() != nil {
-		return
-	}
-	if e.shim != nil {
-		_, _ = e.shim.Wait() // it is ending: the socket was the last of it
-	}
-	// The shim is gone. Unless it kept how the task ended, it died before it.
-	r.update(e, func() { r.conclude(e) })
-}
-
-// conclude sets the status of a task without a shim.
-func (r *Runtime) conclude(e *entry) {
-	var final runtime.Status
-	if err := readJSON(filepath.Join(r.taskDir(e.status.ID), exitFile), &final); err == nil {
+	r.update(e, func() {
 		final.Data = e.status.Data
 		e.status = final
-		return
-	}
-	if e.status.State != runtime.Exited {
-		e.status.State, e.status.PID, e.status.ExitCode, e.status.ExitedAt = runtime.Exited, 0, 137, time.Now()
-		e.status.Err = "the task's shim is gone: it was killed, or the machine was restarted"
-		_ = writeJSON(filepath.Join(r.taskDir(e.status.ID), exitFile), e.status)
-	}
+	})
 }
 
+// update changes a task's status and has Events tell of it.
 func (r *Runtime) update(e *entry, fn func()) {
 	r.mu.Lock()
 	fn()
-	r.queue = append(r.queue, runtime.Event{ID: e.status.ID})
+	r.queue[e.id] = true
 	r.mu.Unlock()
 	select {
 	case r.queued <- struct{}{}:
@@ -243,12 +438,31 @@ func (r *Runtime) update(e *entry, fn func()) {
 	}
 }
 
-// Events implements runtime.Runtime.
+// Events implements runtime.Runtime. Changes of one task that nobody has taken
+// yet are one event.
 func (r *Runtime) Events(ctx context.Context) <-chan runtime.Event {
 	out := make(chan runtime.Event)
-	r.wg.Go(func() {
+	if !r.begin() {
+		close(out)
+		return out
+	}
+	go func() {
+		defer r.wg.Done()
 		defer close(out)
 		for {
+			r.mu.Lock()
+			ids := slices.Sorted(maps.Keys(r.queue))
+			clear(r.queue)
+			r.mu.Unlock()
+			for _, id := range ids {
+				select {
+				case out <- runtime.Event{ID: id}:
+				case <-ctx.Done():
+					return
+				case <-r.ctx.Done():
+					return
+				}
+			}
 			select {
 			case <-ctx.Done():
 				return
@@ -256,216 +470,211 @@ func (r *Runtime) Events(ctx context.Context) <-chan runtime.Event {
 				return
 			case <-r.queued:
 			}
-			r.mu.Lock()
-			batch := r.queue
-			r.queue = nil
-			r.mu.Unlock()
-			for _, e := range batch {
-				select {
-				case out <- e:
-				case <-ctx.Done():
-					return
-				case <-r.ctx.Done():
-					return
-				}
-			}
 		}
-	})
+	}()
 	return out
 }
 
 // Status implements runtime.Runtime.
 func (r *Runtime) Status(_ context.Context, id string) (runtime.Status, error) {
+	e, err := r.get(id)
+	if err != nil {
+		return runtime.Status{}, err
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	e := r.tasks[id]
-	if e == nil {
-		return runtime.Status{}, fmt.Errorf("%w: %s", runtime.ErrNotFound, id)
-	}
 	return e.status, nil
 }
 
-// List implements runtime.Runtime.
+// List implements runtime.Runtime. It goes on past a task that can't be
+// adopted, and returns the others with the error.
 func (r *Runtime) List(ctx context.Context) ([]runtime.Status, error) {
 	dirs, err := os.ReadDir(r.cfg.StateDir)
 	if err != nil {
 		return nil, fmt.Errorf("list tasks: %w", err)
 	}
+	var errs []error
 	for _, d := range dirs {
-		id := d.Name()
-		if validID(id) != nil {
+		if validID(d.Name()) != nil || !d.IsDir() {
 			continue
 		}
-		if _, err := r.Status(ctx, id); err == nil {
-			continue
+		if _, err := r.get(d.Name()); err != nil && !errors.Is(err, runtime.ErrNotFound) {
+			errs = append(errs, err)
 		}
-		if err := r.adopt(id); err != nil {
-			return nil, err
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
 		}
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	var out []runtime.Status
-	for _, e := range r.tasks {
-		out = append(out, e.status)
+	for _, id := range slices.Sorted(maps.Keys(r.tasks)) {
+		out = append(out, r.tasks[id].status)
 	}
-	slices.SortFunc(out, func(a, b runtime.Status) int { return strings.Compare(a.ID, b.ID) })
-	return out, nil
+	return out, errors.Join(errs...)
 }
 
 // adopt takes over a task that another process made, or clears away one that it
-// had not finished making.
-func (r *Runtime) adopt(id string) error {
+// had not finished making: then both results are nil. The caller has the lock.
+func (r *Runtime) adopt(id string) (*entry, error) {
 	dir := r.taskDir(id)
 	var t runtime.Task
-	if err := readJSON(filepath.Join(dir, taskFile), &t); err != nil {
-		r.log.Warn("clearing away a task that was never made", "task", id, "error", err)
-		return r.sweep(id, "")
+	terr := readJSON(filepath.Join(dir, taskFile), &t)
+	var rec shimRecord
+	if err := errors.Join(terr, readJSON(filepath.Join(dir, shimFile), &rec)); err != nil {
+		r.log.Warn("clearing away a task that was never quite made", "task", id, "reason", err)
+		return nil, r.sweep(id, t.Netns)
 	}
-	e := &entry{status: runtime.Status{ID: id, Name: t.Name, State: runtime.Created, Sandbox: runtime.Sandbox{Netns: t.Netns}, Data: t.Data}}
-	resp, err := r.peek(id)
-	if err == nil {
-		e.status, e.initPID = resp.Status, resp.InitPID
-		e.status.Data = t.Data
-		r.watch(e)
-		return nil
+	e := &entry{id: id, name: t.Name, netns: t.Netns, status: runtime.Status{ID: id, Name: t.Name, State: runtime.Created,
+		Sandbox: runtime.Sandbox{Netns: t.Netns, DNSPort: rec.DNSPort}, Data: t.Data}}
+	ctx, cancel := context.WithTimeout(r.ctx, callTimeout)
+	defer cancel()
+	var resp response
+	var err error
+	for lockHeld(dir) {
+		// A shim that lives serves. The first moments excepted: the lock is
+		// also held for an instant by whoever forks or asks.
+		if resp, _, err = call(ctx, r.socket(id), request{Op: opStatus}); err == nil {
+			r.take(e, resp)
+			if !r.register(e) {
+				return nil, errClosed
+			}
+			return e, nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("task %s: its shim (process %d) does not answer: %w", t.Name, rec.Shim.PID, err)
+		case <-time.After(5 * time.Millisecond):
+		}
 	}
-	if !exists(filepath.Join(dir, exitFile)) && !exists(r.socket(id)) && !exists(filepath.Join(dir, logFile)) {
-		r.log.Warn("clearing away a task whose shim was never started", "task", t.Name)
-		return r.sweep(id, t.Netns)
-	}
+	e.gone = make(chan struct{})
+	close(e.gone)
 	r.conclude(e)
-	e.watched = make(chan struct{})
-	close(e.watched)
 	r.mu.Lock()
 	r.tasks[id] = e
 	r.mu.Unlock()
-	return nil
+	return e, nil
 }
 
-// peek asks a shim for its status.
-func (r *Runtime) peek(id string) (response, error) {
-	c, err := dialShim(r.socket(id))
-	if err != nil {
-		return response{}, err
-	}
-	defer c.Close()
-	_ = c.SetDeadline(time.Now().Add(callTimeout))
-	if err := send(c, request{Op: "watch"}); err != nil {
-		return response{}, err
-	}
-	var resp response
-	_, err = receive(c, &resp)
-	return resp, err
-}
-
-// Start implements runtime.Runtime.
+// Start implements runtime.Runtime. A task that was started is not started
+// again: the answer is that of the first time.
 func (r *Runtime) Start(ctx context.Context, id string) error {
-	if _, err := r.Status(ctx, id); err != nil {
+	e, err := r.get(id)
+	if err != nil {
 		return err
 	}
-	resp, _, err := call(r.socket(id), request{Op: "start"}, 0)
+	resp, _, err := call(ctx, r.socket(id), request{Op: opStart})
 	if err != nil {
 		return err
 	}
 	// What the answer says is true now, before the watcher hears of it.
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if e := r.tasks[id]; e != nil && e.status.State == runtime.Created {
-		data := e.status.Data
-		e.status, e.initPID = resp.Status, resp.InitPID
-		e.status.Data = data
-	}
+	r.take(e, resp)
 	return nil
 }
 
-// Stop implements runtime.Runtime.
+// Stop implements runtime.Runtime. The shim counts the grace; this process may
+// end meanwhile.
 func (r *Runtime) Stop(ctx context.Context, id, signal string, grace time.Duration) error {
 	sig, err := ParseSignal(signal)
 	if err != nil {
 		return err
 	}
-	st, err := r.Status(ctx, id)
+	e, err := r.get(id)
 	if err != nil {
 		return err
 	}
-	if st.State != runtime.Running {
+	r.mu.Lock()
+	exited := e.status.State == runtime.Exited
+	r.mu.Unlock()
+	if exited {
 		return nil
 	}
-	// The shim counts the grace; this process may end meanwhile.
-	done := make(chan error, 1)
-	c, err := dialShim(r.socket(id))
-	if err != nil {
-		return r.settle(ctx, id)
+	resp, _, err := call(ctx, r.socket(id), request{Op: opStop, Signal: int(sig), Grace: grace})
+	if err == nil {
+		r.take(e, resp)
+		return nil
 	}
-	defer c.Close()
-	go func() {
-		if err := send(c, request{Op: "stop", Signal: int(sig), Grace: grace}); err != nil {
-			done <- nil // the shim has ended, and with it the task
-			return
-		}
-		var resp response
-		_, _ = receive(c, &resp)
-		done <- nil
-	}()
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	// If the shim has died the task has ended, too, as was asked for.
 	select {
+	case <-e.gone:
+		return nil
 	case <-ctx.Done():
 		return ctx.Err()
-	case <-done:
-		return r.settle(ctx, id)
-	}
-}
-
-// settle waits until this process knows of a task's end.
-func (r *Runtime) settle(ctx context.Context, id string) error {
-	for deadline := time.Now().Add(callTimeout); ; {
-		st, err := r.Status(ctx, id)
-		if err != nil || st.State == runtime.Exited {
-			return err
-		}
-		if time.Now().After(deadline) {
-			return fmt.Errorf("task %s: its shim does not tell of its end", st.Name)
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(2 * time.Millisecond):
-		}
+	case <-time.After(callTimeout):
+		return fmt.Errorf("stop task %s: %w", e.name, err)
 	}
 }
 
 // Release implements runtime.Runtime.
 func (r *Runtime) Release(ctx context.Context, id string) error {
-	st, err := r.Status(ctx, id)
+	if err := validID(id); err != nil {
+		return err
+	}
+	defer r.lock(id)()
+	return r.release(ctx, id)
+}
+
+func (r *Runtime) release(ctx context.Context, id string) error {
+	e, err := r.getLocked(id)
 	if errors.Is(err, runtime.ErrNotFound) {
 		return nil
 	}
-	r.mu.Lock()
-	e := r.tasks[id]
-	r.mu.Unlock()
-	if st.State == runtime.Created && !exists(filepath.Join(r.taskDir(id), exitFile)) {
-		// It never ran: that is how it ended.
-		r.mu.Lock()
-		final := e.status
-		r.mu.Unlock()
-		final.State, final.ExitedAt, final.Err = runtime.Exited, time.Now(), "it was not started"
-		if err := writeJSON(filepath.Join(r.taskDir(id), exitFile), final); err != nil {
-			return fmt.Errorf("task %s: %w", st.Name, err)
-		}
-	}
-	if _, _, err := call(r.socket(id), request{Op: "shutdown"}, 0); err == nil || e.watched != nil {
-		select {
-		case <-e.watched:
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(callTimeout):
-			return fmt.Errorf("task %s: its shim does not end", st.Name)
-		}
-	}
-	if err := os.Remove(r.socket(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err != nil {
 		return err
 	}
-	return nl.Remove(st.Sandbox.Netns)
+	if err := r.endShim(ctx, e); err != nil {
+		return fmt.Errorf("task %s: %w", e.name, err)
+	}
+	if err := os.Remove(r.socket(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("task %s: %w", e.name, err)
+	}
+	if err := r.cgroups.remove(id); err != nil {
+		return fmt.Errorf("task %s: %w", e.name, err)
+	}
+	return nl.Remove(e.netns)
+}
+
+// endShim ends a task's shim and all of the task, and waits for it.
+func (r *Runtime) endShim(ctx context.Context, e *entry) error {
+	select {
+	case <-e.gone:
+		return nil
+	default:
+	}
+	cctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	_, _, err := call(cctx, r.socket(e.id), request{Op: opShutdown})
+	if err == nil {
+		select {
+		case <-e.gone:
+			return nil
+		case <-cctx.Done():
+		}
+	}
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	// It does not do as it is told, or is being killed by somebody else.
+	var rec shimRecord
+	if err := readJSON(filepath.Join(r.taskDir(e.id), shimFile), &rec); err != nil {
+		return err
+	}
+	if err := rec.Shim.kill(callTimeout); err != nil {
+		return err
+	}
+	select {
+	case <-e.gone:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(2 * callTimeout):
+		return errors.New("its shim does not end")
+	case <-r.ctx.Done():
+		return errClosed
+	}
 }
 
 // Remove implements runtime.Runtime.
@@ -473,15 +682,8 @@ func (r *Runtime) Remove(ctx context.Context, id string) error {
 	if err := validID(id); err != nil {
 		return err
 	}
-	if _, err := r.Status(ctx, id); errors.Is(err, runtime.ErrNotFound) {
-		if !exists(r.taskDir(id)) {
-			return nil
-		}
-		if err := r.adopt(id); err != nil {
-			return err
-		}
-	}
-	if err := r.Release(ctx, id); err != nil {
+	defer r.lock(id)()
+	if err := r.release(ctx, id); err != nil {
 		return err
 	}
 	if err := os.RemoveAll(r.taskDir(id)); err != nil {
@@ -489,39 +691,49 @@ func (r *Runtime) Remove(ctx context.Context, id string) error {
 	}
 	r.mu.Lock()
 	delete(r.tasks, id)
+	delete(r.queue, id)
+	delete(r.locks, id) // IDs are not used again; a late comer finds nothing under a new lock
 	r.mu.Unlock()
 	return nil
 }
 
-// sweep removes what a Create that did not finish left.
+// sweep removes what a Create that did not finish left. Its shim ends by
+// itself, because nobody completes it.
 func (r *Runtime) sweep(id, netns string) error {
-	errs := []error{}
-	if _, _, err := call(r.socket(id), request{Op: "shutdown"}, callTimeout); err == nil {
-		r.log.Debug("ended the shim of an unfinished task", "task", id)
+	dir := r.taskDir(id)
+	if !lockFree(dir, callTimeout) {
+		return fmt.Errorf("task %s: the shim of an unfinished task does not end", id)
 	}
+	var errs []error
 	if err := os.Remove(r.socket(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		errs = append(errs, err)
 	}
+	errs = append(errs, r.cgroups.remove(id))
 	if netns != "" {
 		errs = append(errs, nl.Remove(netns))
 	}
-	return errors.Join(append(errs, os.RemoveAll(r.taskDir(id)))...)
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("task %s: %w", id, err) // the record stays, to try again by
+	}
+	return os.RemoveAll(dir)
 }
 
 // DNSSockets implements runtime.Runtime.
 func (r *Runtime) DNSSockets(ctx context.Context, id string) (net.PacketConn, net.Listener, error) {
-	if _, err := r.Status(ctx, id); err != nil {
+	if _, err := r.get(id); err != nil {
 		return nil, nil, err
 	}
-	_, files, err := call(r.socket(id), request{Op: "dns"}, callTimeout)
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	_, files, err := call(ctx, r.socket(id), request{Op: opDNS})
+	if err != nil {
+		return nil, nil, err
+	}
 	defer func() {
 		for _, f := range files {
 			f.Close()
 		}
 	}()
-	if err != nil {
-		return nil, nil, err
-	}
 	if len(files) != 2 {
 		return nil, nil, fmt.Errorf("shim sent %d sockets, want 2", len(files))
 	}
@@ -536,188 +748,5 @@ func (r *Runtime) DNSSockets(ctx context.Context, id string) (net.PacketConn, ne
 	}
 	return pc, ln, nil
 }
-
-// Listening implements runtime.Runtime. A process's /proc/PID/net is that of
-// its network namespace (proc(5)).
-func (r *Runtime) Listening(ctx context.Context, id string) (bool, error) {
-	r.mu.Lock()
-	e := r.tasks[id]
-	pid := 0
-	if e != nil {
-		pid = e.initPID
-	}
-	r.mu.Unlock()
-	if pid == 0 {
-		return false, nil
-	}
-	for _, f := range []struct{ name, state string }{{"tcp", "0A"}, {"tcp6", "0A"}, {"udp", "07"}, {"udp6", "07"}} { // TCP_LISTEN, TCP_CLOSE: unconnected
-		up, err := bound(fmt.Sprintf("/proc/%d/net/%s", pid, f.name), f.state)
-		if err != nil && !errors.Is(err, os.ErrNotExist) {
-			return false, err
-		}
-		if up {
-			return true, nil
-		}
-	}
-	return false, nil
-}
-
-// bound looks for a socket in a state whose local address is not loopback.
-func bound(file, state string) (bool, error) {
-	f, err := os.Open(file)
-	if err != nil {
-		return false, err
-	}
-	defer f.Close()
-	sc := bufio.NewScanner(f)
-	for sc.Scan() {
-		fs := strings.Fields(sc.Text())
-		if len(fs) < 4 || fs[3] != state {
-			continue
-		}
-		addr, _, _ := strings.Cut(fs[1], ":")
-		// Addresses are hexadecimal in host order, four bytes at a time.
-		switch {
-		case len(addr) == 8 && strings.HasSuffix(addr, "7F"): // 127.0.0.0/8
-		case addr == "00000000000000000000000001000000": // ::1
-		case strings.HasPrefix(addr, "0000000000000000FFFF0000") && strings.HasSuffix(addr, "7F"): // ::ffff:127.0.0.0/104
-		case len(addr) == 8 || len(addr) == 32:
-			return true, nil
-		}
-	}
-	return false, sc.Err()
-}
-
-// ---- exec ----
-
-type process struct {
-	cmd  *exec.Cmd
-	tty  *os.File
-	done chan struct{}
-	code int
-	err  error
-}
-
-// Exec implements runtime.Runtime.
-func (r *Runtime) Exec(ctx context.Context, id string, s runtime.ExecSpec) (runtime.Process, error) {
-	st, err := r.Status(ctx, id)
-	if err != nil {
-		return nil, err
-	}
-	r.mu.Lock()
-	initPID := r.tasks[id].initPID
-	r.mu.Unlock()
-	if st.State != runtime.Running || initPID == 0 {
-		return nil, fmt.Errorf("task %s is not running: it is %s", st.Name, st.State)
-	}
-	if len(s.Command) == 0 {
-		return nil, errors.New("no command")
-	}
-	args, err := json.Marshal(execArgs{Dir: r.taskDir(id), InitPID: initPID, Command: s.Command, Env: s.Env, WorkDir: s.Dir, User: s.User, TTY: s.TTY})
-	if err != nil {
-		return nil, err
-	}
-	pr, pw, err := os.Pipe()
-	if err != nil {
-		return nil, err
-	}
-	defer pr.Close()
-	cmd := exec.CommandContext(ctx, r.cfg.Exe[0], append(slices.Clone(r.cfg.Exe[1:]), execWord)...)
-	cmd.ExtraFiles = []*os.File{pr}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	// Output may be held open by what the command left behind.
-	cmd.WaitDelay = 2 * time.Second
-	cmd.Cancel = pw.Close // task-exec kills the command, then ends
-	p := &process{cmd: cmd, done: make(chan struct{})}
-	var slave *os.File
-	if s.TTY {
-		if p.tty, slave, err = pty.Open(); err != nil {
-			pw.Close()
-			return nil, fmt.Errorf("terminal: %w", err)
-		}
-		defer slave.Close()
-		if s.Rows > 0 && s.Cols > 0 {
-			_ = pty.Setsize(p.tty, &pty.Winsize{Rows: s.Rows, Cols: s.Cols})
-		}
-		cmd.Stdin, cmd.Stdout, cmd.Stderr = slave, slave, slave
-	} else {
-		cmd.Stdout, cmd.Stderr = s.Stdout, s.Stderr
-	}
-	// Standard input is copied by hand: exec's own copy makes Wait wait for an
-	// input that nobody ends.
-	var stdin io.WriteCloser
-	if !s.TTY && s.Stdin != nil {
-		if stdin, err = cmd.StdinPipe(); err != nil {
-			pw.Close()
-			return nil, err
-		}
-	}
-	if err := cmd.Start(); err != nil {
-		pw.Close()
-		if p.tty != nil {
-			p.tty.Close()
-		}
-		return nil, err
-	}
-	if _, err := pw.Write(append(args, '\n')); err != nil {
-		_ = cmd.Process.Kill()
-	}
-	if stdin != nil {
-		go func() { // ends when the command, or the caller's input, does
-			_, _ = io.Copy(stdin, s.Stdin)
-			stdin.Close()
-		}()
-	}
-	copied := make(chan struct{})
-	close(copied)
-	if p.tty != nil {
-		copied = make(chan struct{})
-		go func() {
-			defer close(copied)
-			_, _ = io.Copy(s.Stdout, p.tty) // EIO when the last holder closes
-		}()
-		if s.Stdin != nil {
-			go func() { _, _ = io.Copy(p.tty, s.Stdin) }()
-		}
-	}
-	r.wg.Go(func() {
-		defer close(p.done)
-		err := cmd.Wait()
-		pw.Close()
-		if p.tty != nil {
-			select {
-			case <-copied:
-			case <-time.After(cmd.WaitDelay):
-			}
-			p.tty.Close()
-		}
-		var ee *exec.ExitError
-		switch {
-		case err == nil, errors.Is(err, exec.ErrWaitDelay):
-			p.code = cmd.ProcessState.ExitCode()
-		case errors.As(err, &ee):
-			if p.code = ee.ExitCode(); p.code < 0 {
-				p.code = 128 + int(ee.Sys().(syscall.WaitStatus).Signal())
-			}
-		default:
-			p.err = err
-		}
-	})
-	return p, nil
-}
-
-func (p *process) Wait() (int, error) {
-	<-p.done
-	return p.code, p.err
-}
-
-func (p *process) Resize(rows, cols uint16) error {
-	if p.tty == nil {
-		return errors.New("the command has no terminal")
-	}
-	return pty.Setsize(p.tty, &pty.Winsize{Rows: rows, Cols: cols})
-}
-
-func (p *process) Signal(sig int) error { return p.cmd.Process.Signal(syscall.Signal(sig)) }
 
 var _ runtime.Runtime = (*Runtime)(nil)

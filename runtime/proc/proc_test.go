@@ -466,37 +466,47 @@ func TestAdoption(t *testing.T) {
 	}
 }
 
+// shim returns the process of a task's shim.
+func (f *fixture) shim(t runtime.Task) procID {
+	f.t.Helper()
+	var rec shimRecord
+	if err := readJSON(filepath.Join(f.taskDir(t.ID), shimFile), &rec); err != nil {
+		f.t.Fatal(err)
+	}
+	return rec.Shim
+}
+
 func TestShimKilled(t *testing.T) {
 	f := setup(t)
-	k := f.running("sleep", "1000")
+	k := f.running("sh", "-c", "setsid sleep 1000 & sleep 1000")
 	pid := f.status(k).PID
-	resp, err := f.peek(k.ID)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := syscall.Kill(resp.ShimPID, syscall.SIGKILL); err != nil {
+	if err := syscall.Kill(f.shim(k).PID, syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
 	st := f.exited(k)
-	if !strings.Contains(st.Err, "shim is gone") {
+	if !strings.Contains(st.Err, "shim was killed") || st.ExitCode != 137 || st.PID != 0 {
 		t.Errorf("%+v", st)
 	}
-	f.eventually("the program went with its shim", func() bool { return syscall.Kill(pid, 0) != nil })
+	if err := syscall.Kill(pid, 0); err == nil {
+		t.Error("the task is told to have ended, and its program runs")
+	}
 	// The same after a restart, when it happened meanwhile.
 	k2 := f.running("sleep", "1000")
-	if resp, err = f.peek(k2.ID); err != nil {
-		t.Fatal(err)
-	}
+	pid = f.status(k2).PID
+	shim := f.shim(k2)
 	f.Close()
-	if err := syscall.Kill(resp.ShimPID, syscall.SIGKILL); err != nil {
+	if err := shim.kill(10 * time.Second); err != nil {
 		t.Fatal(err)
 	}
 	f.open()
 	if _, err := f.List(f.ctx()); err != nil {
 		t.Fatal(err)
 	}
-	if st := f.status(k2); st.State != runtime.Exited {
+	if st := f.status(k2); st.State != runtime.Exited || string(st.Data) != string(k2.Data) {
 		t.Errorf("%+v", st)
+	}
+	if err := syscall.Kill(pid, 0); err == nil {
+		t.Error("the task is told to have ended, and its program runs")
 	}
 }
 
@@ -588,7 +598,7 @@ func TestLogsRotateFollowAndTail(t *testing.T) {
 		t.Errorf("%d lines, %d out of order, last %q", n, bad, last)
 	}
 	f.exited(k)
-	if !exists(filepath.Join(f.taskDir(k.ID), logFile+".1")) {
+	if !exists(filepath.Join(f.taskDir(k.ID), logFile+".2")) {
 		t.Error("the output was not rotated")
 	}
 	var tail []string

@@ -306,4 +306,3 @@ func ParseSignal(s string) (syscall.Signal, error) {
 	}
 	return 0, fmt.Errorf("signal %q is unknown: use a name like SIGTERM or a number", s)
 }
-

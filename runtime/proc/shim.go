@@ -75,7 +75,7 @@ type shim struct {
 	begun   bool // start was called
 	closing bool // no start any more
 	init    procID
-	process *os.Process // init
+	process *os.Process   // init
 	changed chan struct{} // closed and replaced at each change of status
 }
 

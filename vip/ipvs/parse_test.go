@@ -26,12 +26,16 @@ UDP  0AD5074D:0035 rr
 		t.Fatal(err)
 	}
 	want := map[uint32]string{
-		0x10000002: "[{10.0.1.3 0 Masq 1} {10.0.1.4 0 Masq 0}]",
-		0x11000002: "[{fd00:1::11 0 Masq 1}]",
-		7:          "[{10.213.7.200 80 Route 3}]",
+		0x10000002: "10.0.1.3 0 Masq 1; 10.0.1.4 0 Masq 0; ",
+		0x11000002: "fd00:1::11 0 Masq 1; ",
+		7:          "10.213.7.200 80 Route 3; ",
 	}
 	for m, w := range want {
-		if s := fmt.Sprint(got[m]); s != w {
+		s := ""
+		for _, d := range got[m] {
+			s += fmt.Sprintf("%s %d %s %d; ", d.addr, d.port, d.forward, d.weight)
+		}
+		if s != w {
 			t.Errorf("mark %#x: %s, want %s", m, s, w)
 		}
 	}

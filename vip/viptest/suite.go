@@ -35,7 +35,7 @@ type Harness struct {
 	Foreign func(tb testing.TB, ns string) (check func(tb testing.TB))
 	// Kernel: packets really flow, so that the traffic tests run too.
 	Kernel bool
-	Scale int // services of the scale test; 0: none
+	Scale  int // services of the scale test; 0: none
 	// Native: not emulated, so that limits of time mean something.
 	Native bool
 }
@@ -315,23 +315,27 @@ func runState(t *testing.T, h Harness) {
 		w.converge()
 	})
 
-	for _, b := range h.Breakages {
-		t.Run("repair/"+strings.ReplaceAll(b.Name, " ", "_"), func(t *testing.T) {
-			w := newWorld(t, h)
-			w.up()
-			w.service(2, 100, 101, -102)
-			w.service(3, 103)
-			w.service(4, -104)
-			w.service(5)
-			w.converge()
-			s, _ := w.want().Networks[0].Server(addr(2))
-			b.Do(t, w.ns(), s)
-			if len(w.ops()) == 0 {
-				t.Fatal("the damage isn't noticed")
-			}
-			w.converge()
-		})
-	}
+	t.Run("repair", func(t *testing.T) {
+		w := newWorld(t, h)
+		w.up()
+		w.service(2, 100, 101, -102)
+		w.service(3, 103)
+		w.service(4, -104)
+		w.service(5)
+		w.converge()
+		s, _ := w.want().Networks[0].Server(addr(2))
+		for _, b := range h.Breakages {
+			t.Run(strings.ReplaceAll(b.Name, " ", "_"), func(t *testing.T) {
+				w := *w
+				w.tb = t
+				b.Do(t, w.ns(), s)
+				if len(w.ops()) == 0 {
+					t.Fatal("the damage isn't noticed")
+				}
+				w.converge()
+			})
+		}
+	})
 
 	if h.Foreign != nil {
 		t.Run("foreign", func(t *testing.T) {

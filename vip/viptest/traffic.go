@@ -326,7 +326,11 @@ func testBalance(t *testing.T, l *lab) {
 	me := l.at(104).String()
 	// Two services called in turn: each must be balanced by itself.
 	count := map[int]map[string]int{2: {}, 3: {}}
-	for range 150 {
+	each := 50
+	if testing.Short() {
+		each = 15
+	}
+	for range 3 * each {
 		for _, v := range []int{2, 3} {
 			id, client, err := who(l.client(), l.at(v))
 			if err != nil {
@@ -339,8 +343,8 @@ func testBalance(t *testing.T, l *lab) {
 		}
 	}
 	for v, c := range count {
-		if c["1"] != 50 || c["2"] != 50 || c["3"] != 50 {
-			t.Errorf("150 connections to %s went to %v, want 50 each", l.at(v), c)
+		if c["1"] != each || c["2"] != each || c["3"] != each {
+			t.Errorf("%d connections to %s went to %v, want %d each", 3*each, l.at(v), c, each)
 		}
 	}
 	c := map[string]int{}
