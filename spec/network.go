@@ -5,17 +5,35 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strconv"
 )
 
 // Network drivers.
 const (
 	DriverOverlay = "overlay"
-	DriverBridge  = "bridge" // one node only; reserved for a later issue
+	DriverBridge  = "bridge" // on one node only: see Network.Node
+	DriverHost    = "host"   // the built-in network host: the node's own namespace
+	DriverNull    = "null"   // the built-in network none: loopback only
 )
 
 // DefaultNetwork is the name of the overlay network made at init, which a task
 // or service without --network joins.
 const DefaultNetwork = "default"
+
+// Names, and IDs, of the built-in networks without addresses, as in Docker. A
+// task on one of them is on no other.
+const (
+	HostNetwork = "host"
+	NoneNetwork = "none"
+)
+
+// Keys of Network.Options. The second of each pair is Docker's for a bridge.
+const (
+	OptMTU       = "mtu" // bytes; taken into Network.MTU at creation
+	OptMTUDocker = "com.docker.network.driver.mtu"
+	OptICC       = "icc" // "false": tasks of the network can't reach each other
+	OptICCDocker = "com.docker.network.bridge.enable_icc"
+)
 
 // VNI range. A network's VNI also numbers its way out of a node (see
 // [Network.Egress]), which bounds the count of networks of a cluster.
@@ -44,8 +62,9 @@ type Network struct {
 	MTU      int               `json:"mtu,omitempty"`       // bytes; 0: underlay − overhead
 	Internal bool              `json:"internal,omitempty"`  // no way out
 	Options  map[string]string `json:"options,omitempty"`
-	Version  uint64            `json:"version"` // raft index of the last change
-	Created  int64             `json:"created"` // Unix milliseconds, set by the proposer
+	Node     string            `json:"node,omitempty"` // DriverBridge: ID of the only node it is on
+	Version  uint64            `json:"version"`        // raft index of the last change
+	Created  int64             `json:"created"`        // Unix milliseconds, set by the proposer
 }
 
 // Clone returns a deep copy.
@@ -60,8 +79,22 @@ func (n Network) Validate() error {
 	if err := ValidateName("network", n.Name); err != nil {
 		return err
 	}
-	if n.Driver != DriverOverlay {
-		return fmt.Errorf("network %s: driver %q is not supported: use %q", n.Name, n.Driver, DriverOverlay)
+	switch n.Driver {
+	case DriverOverlay:
+	case DriverBridge:
+		if n.Node == "" {
+			return fmt.Errorf("network %s: driver %s needs the node that it is on", n.Name, n.Driver)
+		}
+	case DriverHost, DriverNull:
+		if len(n.Subnets) > 0 {
+			return fmt.Errorf("network %s: driver %s has no subnets", n.Name, n.Driver)
+		}
+		return nil
+	default:
+		return fmt.Errorf("network %s: driver %q is unknown: use %s or %s", n.Name, n.Driver, DriverOverlay, DriverBridge)
+	}
+	if err := ValidateOptions(n.Options); err != nil {
+		return fmt.Errorf("network %s: %w", n.Name, err)
 	}
 	if len(n.Subnets) == 0 || len(n.Subnets) != len(n.Gateways) {
 		return fmt.Errorf("network %s: %d subnets and %d gateways: want one gateway for each of one or more subnets", n.Name, len(n.Subnets), len(n.Gateways))
@@ -113,6 +146,45 @@ func ValidateMTU(mtu int) error {
 	}
 	return nil
 }
+
+// ValidateOptions reports the first driver option that is unknown or has a
+// value that it can't have.
+func ValidateOptions(opts map[string]string) error {
+	for _, k := range slices.Sorted(maps.Keys(opts)) {
+		switch v := opts[k]; k {
+		case OptMTU, OptMTUDocker:
+			n, err := strconv.Atoi(v)
+			if err != nil {
+				return fmt.Errorf("option %s=%s: want a number of bytes", k, v)
+			}
+			if err := ValidateMTU(n); err != nil {
+				return fmt.Errorf("option %s: %w", k, err)
+			}
+		case OptICC, OptICCDocker:
+			if _, err := strconv.ParseBool(v); err != nil {
+				return fmt.Errorf("option %s=%s: want true or false", k, v)
+			}
+		default:
+			return fmt.Errorf("option %q is unknown: use %s or %s", k, OptMTU, OptICC)
+		}
+	}
+	return nil
+}
+
+// ICC tells whether tasks of the network may reach each other ("inter-container
+// communication" in Docker).
+func (n Network) ICC() bool {
+	for _, k := range []string{OptICC, OptICCDocker} {
+		if b, err := strconv.ParseBool(n.Options[k]); err == nil && !b {
+			return false
+		}
+	}
+	return true
+}
+
+// Wired tells whether tasks get an interface on the network: not on the
+// built-in networks host and none.
+func (n Network) Wired() bool { return n.Driver == DriverOverlay || n.Driver == DriverBridge }
 
 // Contains tells whether a lies in one of the network's subnets.
 func (n Network) Contains(a netip.Addr) bool {

@@ -28,6 +28,11 @@ type TaskSpec struct {
 	Labels     map[string]string `json:"labels,omitempty"`
 	StopSignal string            `json:"stop_signal,omitempty"` // name or number; empty: SIGTERM
 	StopGrace  time.Duration     `json:"stop_grace,omitempty"`  // 0: DefaultStopGrace
+
+	DNS        []netip.Addr `json:"dns,omitempty"`         // asked instead of the node's resolvers
+	DNSSearch  []string     `json:"dns_search,omitempty"`  // instead of the node's; "." alone: none
+	DNSOptions []string     `json:"dns_options,omitempty"` // resolv.conf(5) options, such as ndots:2
+	ExtraHosts []string     `json:"extra_hosts,omitempty"` // NAME:ADDRESS lines of /etc/hosts; ADDRESS may be host-gateway
 }
 
 // DefaultStopGrace is the time between the stop signal and SIGKILL, Docker's
@@ -37,6 +42,8 @@ const DefaultStopGrace = 10 * time.Second
 // Clone returns a deep copy.
 func (t TaskSpec) Clone() TaskSpec {
 	t.Command, t.Env, t.Labels = slices.Clone(t.Command), slices.Clone(t.Env), maps.Clone(t.Labels)
+	t.DNS, t.DNSSearch = slices.Clone(t.DNS), slices.Clone(t.DNSSearch)
+	t.DNSOptions, t.ExtraHosts = slices.Clone(t.DNSOptions), slices.Clone(t.ExtraHosts)
 	return t
 }
 
@@ -67,12 +74,14 @@ func (t TaskSpec) Validate() error {
 		}
 	}
 	if t.Hostname != "" {
-		return ValidateHostname(t.Hostname)
+		if err := ValidateHostname(t.Hostname); err != nil {
+			return err
+		}
 	}
 	if t.StopGrace < 0 {
 		return fmt.Errorf("stop grace period %s is negative", t.StopGrace)
 	}
-	return nil
+	return t.validateDNS()
 }
 
 // NetworkAttachment asks for one network.
@@ -93,12 +102,13 @@ type ServiceSpec struct {
 	Task         TaskSpec            `json:"task"`
 	RestartDelay time.Duration       `json:"restart_delay,omitempty"` // first delay; doubles to 30 s; 0: 100 ms
 	RestartMax   int                 `json:"restart_max,omitempty"`   // attempts per slot; 0: no limit
+	Ports        []Port              `json:"ports,omitempty"`
 }
 
 // Clone returns a deep copy.
 func (s ServiceSpec) Clone() ServiceSpec {
 	s.Labels, s.Constraints, s.Task = maps.Clone(s.Labels), slices.Clone(s.Constraints), s.Task.Clone()
-	s.Networks = cloneAttachments(s.Networks)
+	s.Networks, s.Ports = cloneAttachments(s.Networks), slices.Clone(s.Ports)
 	return s
 }
 
@@ -132,6 +142,12 @@ func (s ServiceSpec) Validate() error {
 	}
 	if err := s.Task.Validate(); err != nil {
 		return fmt.Errorf("service %s: %w", s.Name, err)
+	}
+	if err := ValidatePorts(s.Ports); err != nil {
+		return fmt.Errorf("service %s: %w", s.Name, err)
+	}
+	if s.EndpointMode == EndpointModeDNSRR && slices.ContainsFunc(s.Ports, func(p Port) bool { return p.Mode != PortHost }) {
+		return fmt.Errorf("service %s: endpoint mode dnsrr has no virtual IP for ports to go to: publish with mode=host, or use endpoint mode vip", s.Name)
 	}
 	return nil
 }
@@ -208,17 +224,22 @@ type VIPs struct {
 
 // Service is a service with what was allocated to it.
 type Service struct {
-	ID      string      `json:"id"`
-	Spec    ServiceSpec `json:"spec"`
-	VIPs    []VIPs      `json:"vips,omitempty"`
-	Version uint64      `json:"version"`
-	Created int64       `json:"created"` // Unix milliseconds
+	ID   string      `json:"id"`
+	Spec ServiceSpec `json:"spec"`
+	VIPs []VIPs      `json:"vips,omitempty"`
+	// Ports are Spec.Ports with the numbers that were allocated, in its order.
+	Ports []Port `json:"ports,omitempty"`
+	// Ingress is the network (ID) whose VIP published ports lead to: the first
+	// that has a way out, as the tasks' default route is on it.
+	Ingress string `json:"ingress,omitempty"`
+	Version uint64 `json:"version"`
+	Created int64  `json:"created"` // Unix milliseconds
 }
 
 // Clone returns a deep copy.
 func (s Service) Clone() Service {
 	s.Spec = s.Spec.Clone()
-	s.VIPs = slices.Clone(s.VIPs)
+	s.VIPs, s.Ports = slices.Clone(s.VIPs), slices.Clone(s.Ports)
 	for i := range s.VIPs {
 		s.VIPs[i].Addrs = slices.Clone(s.VIPs[i].Addrs)
 	}

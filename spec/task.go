@@ -93,6 +93,7 @@ type Task struct {
 	Node        string       `json:"node,omitempty"`    // ID
 	Spec        TaskSpec     `json:"spec"`
 	Attachments []Attachment `json:"attachments"`
+	Ports       []Port       `json:"ports,omitempty"` // published on the task's node (PortHost)
 	Desired     string       `json:"desired"`
 	Status      TaskStatus   `json:"status"`
 	Version     uint64       `json:"version"`
@@ -106,7 +107,7 @@ type Task struct {
 // Clone returns a deep copy.
 func (t Task) Clone() Task {
 	t.Spec = t.Spec.Clone()
-	t.Attachments = CloneAttachments(t.Attachments)
+	t.Attachments, t.Ports = CloneAttachments(t.Attachments), slices.Clone(t.Ports)
 	return t
 }
 

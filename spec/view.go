@@ -90,6 +90,7 @@ type Sandbox struct {
 	Name        string
 	Netns       string       // name under NetnsDir
 	Attachments []Attachment // in interface order: eth0, eth1, …
+	Ports       []Port       // published on this node, straight to the task (PortHost)
 	DNSPort     uint16       // 127.0.0.11:53 in the task is redirected to 127.0.0.11:DNSPort; 0: not
 }
 
@@ -117,8 +118,10 @@ type View struct {
 	Complete bool
 	Underlay Underlay
 
-	Peers     []Peer     // by ID
-	Networks  []Network  // those this node takes part in, by ID
+	Peers []Peer // by ID
+	// Networks are those this node takes part in, by ID: because a task here is
+	// on them, or because a published port leads there (Service.Ingress).
+	Networks  []Network
 	Services  []Service  // those on Networks, by ID
 	Endpoints []Endpoint // those on Networks, of peers that aren't dead, by Key
 	Sandboxes []Sandbox  // by Task

@@ -1,0 +1,72 @@
+package spec
+
+import (
+	"fmt"
+	"net/netip"
+	"regexp"
+	"strings"
+)
+
+// HostGateway, as the address of an extra host, stands for the node that the
+// task runs on, as in Docker's --add-host.
+const HostGateway = "host-gateway"
+
+// HostName is the name of the node that a task runs on, in the task's hosts
+// file: the like of Docker's host.docker.internal.
+const HostName = "host.shoal.internal"
+
+// dnsOptionRE is a word of resolv.conf(5)'s options: "rotate", "ndots:2".
+var dnsOptionRE = regexp.MustCompile(`^[a-z0-9-]+(:[0-9]+)?$`)
+
+func (t TaskSpec) validateDNS() error {
+	for _, a := range t.DNS {
+		if !a.IsValid() || a.IsMulticast() || a.IsUnspecified() {
+			return fmt.Errorf("DNS server %s: want the address of a resolver", a)
+		}
+	}
+	for _, d := range t.DNSSearch {
+		if d == "." {
+			continue
+		}
+		if len(d) > 253 {
+			return fmt.Errorf("search domain %q is longer than 253 characters", d)
+		}
+		for label := range strings.SplitSeq(strings.TrimSuffix(d, "."), ".") {
+			if err := ValidateName("search domain", label); err != nil {
+				return err
+			}
+		}
+	}
+	for _, o := range t.DNSOptions {
+		if !dnsOptionRE.MatchString(o) {
+			return fmt.Errorf("DNS option %q: want one of resolv.conf(5), like ndots:2 or use-vc", o)
+		}
+	}
+	for _, h := range t.ExtraHosts {
+		if _, _, err := ParseExtraHost(h); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// ParseExtraHost parses NAME:ADDRESS or NAME=ADDRESS. The address is the zero
+// Addr for [HostGateway].
+func ParseExtraHost(s string) (name string, addr netip.Addr, err error) {
+	i := strings.IndexAny(s, "=:")
+	if i < 0 {
+		return "", addr, fmt.Errorf("extra host %q: want NAME:ADDRESS", s)
+	}
+	name = s[:i]
+	if err := ValidateHostname(name); err != nil {
+		return "", addr, fmt.Errorf("extra host %q: %w", s, err)
+	}
+	v := strings.Trim(s[i+1:], "[]")
+	if v == HostGateway {
+		return name, addr, nil
+	}
+	if addr, err = netip.ParseAddr(v); err != nil {
+		return "", addr, fmt.Errorf("extra host %q: %q is neither an address nor %s", s, v, HostGateway)
+	}
+	return name, addr, nil
+}
