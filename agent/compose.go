@@ -28,6 +28,29 @@ func (a *assignment) network(id string) (spec.Network, bool) {
 	return spec.Network{}, false
 }
 
+// hostPorts are the ports that a task publishes on its own node: its own, and
+// those of its service.
+func (a *assignment) hostPorts(task string) []spec.Port {
+	if a == nil {
+		return nil
+	}
+	i := slices.IndexFunc(a.Tasks, func(t spec.Task) bool { return t.ID == task })
+	if i < 0 {
+		return nil
+	}
+	ports := slices.Clone(a.Tasks[i].Ports)
+	for _, s := range a.Services {
+		if s.ID == a.Tasks[i].Service {
+			for _, p := range s.Ports {
+				if p.Mode == spec.PortHost {
+					ports = append(ports, p)
+				}
+			}
+		}
+	}
+	return ports
+}
+
 // inputs of a View: one field per source.
 type inputs struct {
 	self     string
@@ -67,7 +90,7 @@ func compose(in inputs) *spec.View {
 			}
 		}
 		for _, n := range in.assigned.Networks {
-			if present[n.ID] {
+			if present[n.ID] && n.Wired() {
 				v.Networks = append(v.Networks, n)
 			}
 		}
@@ -94,6 +117,7 @@ func compose(in inputs) *spec.View {
 			return !ok
 		})
 		if known {
+			s.Ports = in.assigned.hostPorts(s.Task)
 			v.Sandboxes = append(v.Sandboxes, s)
 		}
 	}

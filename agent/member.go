@@ -173,7 +173,7 @@ func (m *member) start() error {
 	}
 	m.g = g
 	m.dns = dns.NewServer(dns.Config{Upstreams: m.cfg.Upstreams, Log: m.log})
-	m.tasks = &tasks{rt: m.cfg.Runtime, dns: m.dns, instance: m.cfg.Instance, search: m.cfg.SearchDomains,
+	m.tasks = &tasks{rt: m.cfg.Runtime, dns: m.dns, instance: m.cfg.Instance, hostAddr: m.ident.Addr, search: m.cfg.SearchDomains,
 		log: m.log, plumbing: m, ctx: m.ctx, runners: map[string]*runner{}}
 	m.overlay = reconcile.New("overlay", overlay.NewTarget(m.cfg.Overlay), reconcile.Options{Log: m.log, OnPass: m.overlayPass})
 	m.vip = reconcile.New("vip", vip.Target{Dataplane: m.cfg.VIP}, reconcile.Options{Log: m.log, OnPass: m.vipPass})
@@ -339,6 +339,13 @@ func (m *member) applied(ctx context.Context) error {
 	return m.progress.await(ctx, func(p *progress) bool { return p.have.reached(want) })
 }
 
+// network implements plumbing.
+func (m *member) network(id string) (spec.Network, bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.assigned.network(id)
+}
+
 // settled implements plumbing.
 func (m *member) settled(ctx context.Context) error {
 	local := make(chan error, 1)
@@ -358,10 +365,7 @@ func (m *member) settled(ctx context.Context) error {
 func (m *member) wired(ctx context.Context, t spec.Task) error {
 	prefixes := []string{"task " + t.Name + ": ", "node: ", "overlay: "}
 	for _, a := range t.Attachments {
-		m.mu.Lock()
-		n, ok := m.assigned.network(a.Network)
-		m.mu.Unlock()
-		if ok {
+		if n, ok := m.network(a.Network); ok {
 			prefixes = append(prefixes, "network "+n.Name+": ")
 		}
 	}
@@ -392,7 +396,13 @@ func (m *member) wired(ctx context.Context, t spec.Task) error {
 func (m *member) runtimeLoop() {
 	events := m.cfg.Runtime.Events(m.ctx)
 	for m.ctx.Err() == nil {
-		if err := m.tasks.adopt(m.ctx); err == nil {
+		var known []spec.Task
+		m.mu.Lock()
+		if m.assigned != nil {
+			known = m.assigned.Tasks
+		}
+		m.mu.Unlock()
+		if err := m.tasks.adopt(m.ctx, known); err == nil {
 			break
 		} else if m.ctx.Err() == nil {
 			m.log.Error("running tasks can't be listed; trying again", "error", err)

@@ -9,7 +9,9 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"net/netip"
+	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -199,6 +201,68 @@ func (a *nodeAPI) Logs(ctx context.Context, req *connect.Request[shoalv1.LogsReq
 		}
 	}
 	return nil
+}
+
+// Stats counts what the node's tasks have sent and received.
+func (a *nodeAPI) Stats(_ context.Context, req *connect.Request[shoalv1.StatsRequest]) (*connect.Response[shoalv1.StatsResponse], error) {
+	m := a.current()
+	if m == nil {
+		return nil, errNoCluster
+	}
+	resp := &shoalv1.StatsResponse{Node: m.ident.Name}
+	for id, st := range m.tasks.statuses() {
+		t, _, ok := m.tasks.find(id)
+		if !ok || st.PID == 0 || len(req.Msg.Tasks) > 0 && !slices.Contains(req.Msg.Tasks, id) {
+			continue
+		}
+		s, err := readStats(st.PID)
+		if err != nil {
+			continue // it has just ended
+		}
+		s.Id, s.Name = id, t.Name
+		resp.Tasks = append(resp.Tasks, s)
+	}
+	slices.SortFunc(resp.Tasks, func(a, b *shoalv1.StatsResponse_Task) int { return strings.Compare(a.Name, b.Name) })
+	return connect.NewResponse(resp), nil
+}
+
+// Kernel tells what the kernel holds of virtual IPs, read now.
+func (a *nodeAPI) Kernel(ctx context.Context, req *connect.Request[shoalv1.KernelRequest]) (*connect.Response[shoalv1.KernelResponse], error) {
+	m := a.current()
+	if m == nil {
+		return nil, errNoCluster
+	}
+	have, err := m.vip.Look(ctx)
+	if err != nil {
+		return nil, connect.NewError(connect.CodeInternal, fmt.Errorf("virtual IPs of node %s can't be read: %w", m.ident.Name, err))
+	}
+	owners := map[string]string{} // network and VIP → service
+	m.mu.Lock()
+	if m.assigned != nil {
+		for _, s := range m.assigned.Services {
+			for _, v := range s.VIPs {
+				for _, ip := range v.Addrs {
+					owners[v.Network+" "+ip.String()] = s.ID
+				}
+			}
+		}
+	}
+	m.mu.Unlock()
+	resp := &shoalv1.KernelResponse{Node: m.ident.Name, DataPath: m.cfg.VIP.Name()}
+	for _, n := range have.Networks {
+		for _, s := range n.Servers {
+			owner := owners[n.ID+" "+s.VIP.String()]
+			if req.Msg.Service != "" && owner != req.Msg.Service {
+				continue
+			}
+			out := &shoalv1.KernelResponse_Server{Service: owner, Network: n.ID, Vip: s.VIP.String(), Open: s.Open}
+			for _, b := range s.Backends {
+				out.Backends = append(out.Backends, &shoalv1.KernelResponse_Backend{Addr: b.Addr.String(), Weight: int32(b.Weight), Connections: -1})
+			}
+			resp.Servers = append(resp.Servers, out)
+		}
+	}
+	return connect.NewResponse(resp), nil
 }
 
 // Wait answers when the task has ended.

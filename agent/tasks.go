@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -36,6 +37,8 @@ type plumbing interface {
 	publish()
 	// wired waits until the task's interfaces and routes are as wanted.
 	wired(ctx context.Context, t spec.Task) error
+	// network is what the managers said of a network.
+	network(id string) (spec.Network, bool)
 	// settled waits until this node and every live one has applied what was
 	// published before the call.
 	settled(ctx context.Context) error
@@ -46,6 +49,7 @@ type tasks struct {
 	rt       runtime.Runtime
 	dns      *dns.Server
 	instance string
+	hostAddr netip.Addr // of this node, for host.shoal.internal
 	search   func() []string
 	log      *slog.Logger
 	plumbing plumbing
@@ -70,6 +74,19 @@ type runner struct {
 	sandbox  *spec.Sandbox
 	endpoint *spec.EndpointState // nil: not announced
 	stopDNS  context.CancelFunc
+	detached uint64 // attachments that left up to this version are off the network
+}
+
+// attachments are the networks that the task is to be wired to: those it is on,
+// and those it is leaving that still drain. tasks.mu is held.
+func (r *runner) attachments() []spec.Attachment {
+	var out []spec.Attachment
+	for _, a := range r.task.Attachments {
+		if len(a.Addrs) > 0 && (a.Leaving == 0 || a.Leaving > r.detached) {
+			out = append(out, a)
+		}
+	}
+	return out
 }
 
 // task data kept by the runtime, for adoption.
@@ -82,8 +99,9 @@ func encodeTask(t spec.Task) []byte {
 }
 
 // adopt makes a runner for every task the runtime still has. It is called once,
-// before the first assign.
-func (m *tasks) adopt(ctx context.Context) error {
+// before the first assign. Of known tasks the attachments count that the
+// managers gave them last: what the runtime kept is of their start.
+func (m *tasks) adopt(ctx context.Context, known []spec.Task) error {
 	have, err := m.rt.List(ctx)
 	if err != nil {
 		return fmt.Errorf("find running tasks: %w", err)
@@ -96,6 +114,9 @@ func (m *tasks) adopt(ctx context.Context) error {
 				return err
 			}
 			continue
+		}
+		if i := slices.IndexFunc(known, func(k spec.Task) bool { return k.ID == t.ID }); i >= 0 {
+			t.Attachments, t.Ports = known[i].Attachments, known[i].Ports
 		}
 		m.log.Info("adopting task", "task", t.Name, "state", st.State, "pid", st.PID)
 		m.start(t, &st)
@@ -188,7 +209,9 @@ func (m *tasks) sandboxes() (out []spec.Sandbox, adopted bool) {
 	defer m.mu.Unlock()
 	for _, r := range m.runners {
 		if r.sandbox != nil {
-			out = append(out, *r.sandbox)
+			sb := *r.sandbox
+			sb.Attachments = r.attachments()
+			out = append(out, sb)
 		}
 	}
 	return out, m.adopted
@@ -202,9 +225,13 @@ func (m *tasks) endpoints() []spec.Endpoint {
 		if r.endpoint == nil {
 			continue
 		}
-		for _, a := range r.task.Attachments {
+		for _, a := range r.attachments() {
+			state := *r.endpoint
+			if a.Leaving != 0 {
+				state = spec.EndpointDraining
+			}
 			out = append(out, spec.Endpoint{Task: r.id, TaskName: r.task.Name, Hostname: hostname(r.task),
-				Service: r.task.Service, Slot: r.task.Slot, Network: a.Network, Addrs: a.Addrs, Aliases: a.Aliases, State: *r.endpoint})
+				Service: r.task.Service, Slot: r.task.Slot, Network: a.Network, Addrs: a.Addrs, Aliases: a.Aliases, State: state})
 		}
 	}
 	slices.SortFunc(out, func(a, b spec.Endpoint) int { return cmp.Compare(a.Key(), b.Key()) })
@@ -333,27 +360,33 @@ func (r *runner) live(ctx context.Context, found *runtime.Status) error {
 		return nil
 	}
 
-	sb := spec.Sandbox{Task: t.ID, Name: t.Name, Attachments: t.Attachments}
+	sb := spec.Sandbox{Task: t.ID, Name: t.Name}
 	if found != nil {
 		sb.Netns, sb.DNSPort = found.Sandbox.Netns, found.Sandbox.DNSPort
 	} else {
 		made, err := r.rt.Create(ctx, runtime.Task{
-			ID: t.ID, Name: t.Name, Netns: spec.TaskNetns(r.instance, t), Spec: t.Spec, Hostname: hostname(t),
-			ResolvConf: resolvConf(r.search()), Hosts: hosts(t), Data: encodeTask(t),
+			ID: t.ID, Name: t.Name, Netns: r.netns(t), Spec: t.Spec, Hostname: hostname(t),
+			ResolvConf: resolvConf(t.Spec, r.search()), Hosts: hosts(t, r.hostAddr), Data: encodeTask(t),
 		})
 		if err != nil {
 			return err
 		}
 		sb.Netns, sb.DNSPort = made.Netns, made.DNSPort
 	}
-	if err := r.serveDNS(ctx); err != nil {
-		return err
+	if sb.Netns != "" {
+		if err := r.serveDNS(ctx); err != nil {
+			return err
+		}
 	}
 	first := spec.EndpointStarting
 	if running {
 		first = spec.EndpointActive
 	}
-	r.set(func() { r.sandbox, r.endpoint = &sb, &first })
+	r.set(func() {
+		if r.endpoint = &first; sb.Netns != "" {
+			r.sandbox = &sb
+		}
+	})
 
 	if !running {
 		wctx, cancel := context.WithTimeout(ctx, wireTimeout)
@@ -446,6 +479,9 @@ func (r *runner) watch(ctx context.Context) error {
 		if r.unwanted() != "" {
 			return r.stop(ctx)
 		}
+		if err := r.detach(ctx); err != nil {
+			return nil
+		}
 		r.mu.Lock()
 		isRunning := r.status.State == spec.TaskRunning
 		r.mu.Unlock()
@@ -463,6 +499,60 @@ func (r *runner) watch(ctx context.Context) error {
 		case <-r.wake:
 		}
 	}
+}
+
+// detach takes the task off the networks that it is leaving, while it runs: no
+// new connections first, then the interface, then the managers hear that the
+// addresses are free. It fails only when ctx ends.
+func (r *runner) detach(ctx context.Context) error {
+	r.mu.Lock()
+	leaving := uint64(0)
+	for _, a := range r.task.Attachments {
+		leaving = max(leaving, a.Leaving)
+	}
+	done := leaving <= r.detached
+	detached := r.detached
+	r.mu.Unlock()
+	if !done {
+		r.plumbing.publish()
+		dctx, cancel := context.WithTimeout(ctx, drainTimeout)
+		err := r.plumbing.settled(dctx)
+		cancel()
+		if err != nil && ctx.Err() == nil {
+			r.log.Warn("disconnecting a task that not every node is known to have drained", "task", r.task.Name, "error", err)
+		}
+		r.set(func() { r.detached = leaving })
+		detached = leaving
+	}
+	r.mu.Lock()
+	t, told := r.task, r.status.Wired
+	r.mu.Unlock()
+	if told >= detached {
+		return nil
+	}
+	for ctx.Err() == nil {
+		wctx, cancel := context.WithTimeout(ctx, wireTimeout)
+		err := r.plumbing.wired(wctx, t)
+		cancel()
+		if err == nil {
+			r.set(func() { r.status.Wired = detached })
+			return nil
+		}
+		if ctx.Err() == nil {
+			r.log.Error("task can't be taken off a network; trying again", "task", t.Name, "error", err)
+		}
+	}
+	return ctx.Err()
+}
+
+// netns is the name of the task's namespace; empty for one on the network host.
+func (r *runner) netns(t spec.Task) string {
+	for _, a := range t.Attachments {
+		if n, ok := r.plumbing.network(a.Network); ok && n.Driver == spec.DriverHost {
+			return ""
+		}
+	}
+	return spec.TaskNetns(r.instance, t)
 }
 
 // stop ends the task in good order: it is out of every balancer before its
@@ -589,21 +679,43 @@ func hostname(t spec.Task) string {
 }
 
 // resolvConf points the task at its name server. ndots:0, as Docker has it,
-// asks for a name as it is before any search domain.
-func resolvConf(search []string) []byte {
+// asks for a name as it is before any search domain. Search domains are the
+// node's unless the task has its own.
+func resolvConf(t spec.TaskSpec, search []string) []byte {
+	if len(t.DNSSearch) > 0 {
+		search = slices.DeleteFunc(slices.Clone(t.DNSSearch), func(d string) bool { return d == "." })
+	}
+	options := slices.Clone(t.DNSOptions)
+	if !slices.ContainsFunc(options, func(o string) bool { return strings.HasPrefix(o, "ndots:") }) {
+		options = append(options, "ndots:0")
+	}
 	var b strings.Builder
 	b.WriteString("# made by shoal: names of the task's networks, then the node's own resolvers\n")
 	if len(search) > 0 {
 		b.WriteString("search " + strings.Join(search, " ") + "\n")
 	}
-	b.WriteString("nameserver 127.0.0.11\noptions ndots:0\n")
+	b.WriteString("nameserver 127.0.0.11\noptions " + strings.Join(options, " ") + "\n")
 	return []byte(b.String())
 }
 
-// hosts names the task itself, as Docker's /etc/hosts does.
-func hosts(t spec.Task) []byte {
+// hosts names the task itself, as Docker's /etc/hosts does, then its node and
+// what the user added.
+func hosts(t spec.Task, node netip.Addr) []byte {
 	var b strings.Builder
 	b.WriteString("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nfe00::\tip6-localnet\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n")
+	if node.IsValid() {
+		fmt.Fprintf(&b, "%s\t%s\n", node, spec.HostName)
+	}
+	for _, h := range t.Spec.ExtraHosts {
+		name, addr, err := spec.ParseExtraHost(h)
+		if err != nil {
+			continue // validated when the task was made
+		}
+		if !addr.IsValid() {
+			addr = node
+		}
+		fmt.Fprintf(&b, "%s\t%s\n", addr, name)
+	}
 	for _, a := range t.Attachments {
 		for _, ip := range a.Addrs {
 			fmt.Fprintf(&b, "%s\t%s\n", ip, hostname(t))

@@ -55,13 +55,13 @@ func Prefixes(field string, in []string) ([]netip.Prefix, error) {
 // Network is n on the wire.
 func Network(n spec.Network) *shoalv1.Network {
 	return &shoalv1.Network{Id: n.ID, Name: n.Name, Driver: n.Driver, Labels: n.Labels, Subnets: texts(n.Subnets), Gateways: texts(n.Gateways),
-		IpRanges: texts(n.IPRanges), Vni: n.VNI, Mtu: int32(n.MTU), Internal: n.Internal, Options: n.Options, Version: n.Version, CreatedMs: n.Created}
+		IpRanges: texts(n.IPRanges), Vni: n.VNI, Mtu: int32(n.MTU), Internal: n.Internal, Options: n.Options, Version: n.Version, CreatedMs: n.Created, Node: n.Node}
 }
 
 // ToNetwork is the inverse of Network.
 func ToNetwork(n *shoalv1.Network) (spec.Network, error) {
 	out := spec.Network{ID: n.GetId(), Name: n.GetName(), Driver: n.GetDriver(), Labels: n.GetLabels(), VNI: n.GetVni(), MTU: int(n.GetMtu()),
-		Internal: n.GetInternal(), Options: n.GetOptions(), Version: n.GetVersion(), Created: n.GetCreatedMs()}
+		Internal: n.GetInternal(), Options: n.GetOptions(), Version: n.GetVersion(), Created: n.GetCreatedMs(), Node: n.GetNode()}
 	var err error
 	if out.Subnets, err = Prefixes("subnet", n.GetSubnets()); err != nil {
 		return out, err
@@ -98,33 +98,78 @@ func ToNetworkAttachments(in []*shoalv1.NetworkAttachment) ([]spec.NetworkAttach
 // TaskSpec is t on the wire.
 func TaskSpec(t spec.TaskSpec) *shoalv1.TaskSpec {
 	return &shoalv1.TaskSpec{Command: t.Command, Env: t.Env, Dir: t.Dir, User: t.User, Hostname: t.Hostname, Labels: t.Labels,
-		StopSignal: t.StopSignal, StopGraceMs: t.StopGrace.Milliseconds()}
+		StopSignal: t.StopSignal, StopGraceMs: t.StopGrace.Milliseconds(),
+		Dns: texts(t.DNS), DnsSearch: t.DNSSearch, DnsOptions: t.DNSOptions, ExtraHosts: t.ExtraHosts, Links: t.Links, Expose: t.Expose}
 }
 
 // ToTaskSpec is the inverse of TaskSpec.
-func ToTaskSpec(t *shoalv1.TaskSpec) spec.TaskSpec {
+func ToTaskSpec(t *shoalv1.TaskSpec) (spec.TaskSpec, error) {
+	dns, err := Addrs("DNS server", t.GetDns())
 	return spec.TaskSpec{Command: t.GetCommand(), Env: t.GetEnv(), Dir: t.GetDir(), User: t.GetUser(), Hostname: t.GetHostname(), Labels: t.GetLabels(),
-		StopSignal: t.GetStopSignal(), StopGrace: time.Duration(t.GetStopGraceMs()) * time.Millisecond}
+		StopSignal: t.GetStopSignal(), StopGrace: time.Duration(t.GetStopGraceMs()) * time.Millisecond,
+		DNS: dns, DNSSearch: t.GetDnsSearch(), DNSOptions: t.GetDnsOptions(), ExtraHosts: t.GetExtraHosts(), Links: t.GetLinks(), Expose: t.GetExpose()}, err
+}
+
+// Ports are as on the wire.
+func Ports(in []spec.Port) []*shoalv1.Port {
+	var out []*shoalv1.Port
+	for _, p := range in {
+		w := &shoalv1.Port{Published: uint32(p.Published), Target: uint32(p.Target), Protocol: p.Protocol, Mode: p.Mode, Nat: p.NAT}
+		if p.Addr.IsValid() {
+			w.Addr = p.Addr.String()
+		}
+		out = append(out, w)
+	}
+	return out
+}
+
+// ToPorts is the inverse of Ports.
+func ToPorts(in []*shoalv1.Port) ([]spec.Port, error) {
+	var out []spec.Port
+	for _, w := range in {
+		p := spec.Port{Published: uint16(w.GetPublished()), Target: uint16(w.GetTarget()), Protocol: w.GetProtocol(), Mode: w.GetMode(), NAT: w.GetNat()}
+		if w.GetPublished() > 65535 || w.GetTarget() > 65535 {
+			return nil, fmt.Errorf("published port %d to %d: use 1 to 65535", w.GetPublished(), w.GetTarget())
+		}
+		if w.GetAddr() != "" {
+			a, err := netip.ParseAddr(w.GetAddr())
+			if err != nil {
+				return nil, fmt.Errorf("published port %d: %q is not an IP address", p.Published, w.GetAddr())
+			}
+			p.Addr = a
+		}
+		out = append(out, p)
+	}
+	return out, nil
 }
 
 // ServiceSpec is s on the wire.
 func ServiceSpec(s spec.ServiceSpec) *shoalv1.ServiceSpec {
 	return &shoalv1.ServiceSpec{Name: s.Name, Labels: s.Labels, Replicas: int32(s.Replicas), EndpointMode: s.EndpointMode,
 		Networks: NetworkAttachments(s.Networks), Constraints: s.Constraints, Task: TaskSpec(s.Task),
-		RestartDelayMs: s.RestartDelay.Milliseconds(), RestartMax: int32(s.RestartMax)}
+		RestartDelayMs: s.RestartDelay.Milliseconds(), RestartMax: int32(s.RestartMax), Ports: Ports(s.Ports)}
 }
 
 // ToServiceSpec is the inverse of ServiceSpec.
 func ToServiceSpec(s *shoalv1.ServiceSpec) (spec.ServiceSpec, error) {
 	nets, err := ToNetworkAttachments(s.GetNetworks())
+	if err != nil {
+		return spec.ServiceSpec{}, err
+	}
+	task, err := ToTaskSpec(s.GetTask())
+	if err != nil {
+		return spec.ServiceSpec{}, err
+	}
+	ports, err := ToPorts(s.GetPorts())
 	return spec.ServiceSpec{Name: s.GetName(), Labels: s.GetLabels(), Replicas: int(s.GetReplicas()), EndpointMode: s.GetEndpointMode(),
-		Networks: nets, Constraints: s.GetConstraints(), Task: ToTaskSpec(s.GetTask()),
+		Networks: nets, Constraints: s.GetConstraints(), Task: task, Ports: ports,
 		RestartDelay: time.Duration(s.GetRestartDelayMs()) * time.Millisecond, RestartMax: int(s.GetRestartMax())}, err
 }
 
 // Service is s on the wire; running is the leader's count.
 func Service(s spec.Service, running int) *shoalv1.Service {
-	out := &shoalv1.Service{Id: s.ID, Spec: ServiceSpec(s.Spec), Version: s.Version, CreatedMs: s.Created, Running: int32(running)}
+	out := &shoalv1.Service{Id: s.ID, Spec: ServiceSpec(s.Spec), Version: s.Version, CreatedMs: s.Created, Running: int32(running),
+		Ports: Ports(s.Ports), Ingress: s.Ingress}
 	for _, v := range s.VIPs {
 		out.Vips = append(out.Vips, &shoalv1.VIPs{Network: v.Network, Addrs: texts(v.Addrs)})
 	}
@@ -133,8 +178,11 @@ func Service(s spec.Service, running int) *shoalv1.Service {
 
 // ToService is the inverse of Service, but for the count.
 func ToService(s *shoalv1.Service) (spec.Service, error) {
-	out := spec.Service{ID: s.GetId(), Version: s.GetVersion(), Created: s.GetCreatedMs()}
+	out := spec.Service{ID: s.GetId(), Version: s.GetVersion(), Created: s.GetCreatedMs(), Ingress: s.GetIngress()}
 	var err error
+	if out.Ports, err = ToPorts(s.GetPorts()); err != nil {
+		return out, err
+	}
 	if out.Spec, err = ToServiceSpec(s.GetSpec()); err != nil {
 		return out, err
 	}
@@ -150,12 +198,12 @@ func ToService(s *shoalv1.Service) (spec.Service, error) {
 
 // TaskStatus is s on the wire.
 func TaskStatus(s spec.TaskStatus) *shoalv1.TaskStatus {
-	return &shoalv1.TaskStatus{State: s.State.String(), Message: s.Message, ExitCode: int32(s.ExitCode), Pid: int32(s.PID), AtMs: s.At, Released: s.Released}
+	return &shoalv1.TaskStatus{State: s.State.String(), Message: s.Message, ExitCode: int32(s.ExitCode), Pid: int32(s.PID), AtMs: s.At, Released: s.Released, Wired: s.Wired}
 }
 
 // ToTaskStatus is the inverse of TaskStatus.
 func ToTaskStatus(s *shoalv1.TaskStatus) (spec.TaskStatus, error) {
-	out := spec.TaskStatus{Message: s.GetMessage(), ExitCode: int(s.GetExitCode()), PID: int(s.GetPid()), At: s.GetAtMs(), Released: s.GetReleased()}
+	out := spec.TaskStatus{Message: s.GetMessage(), ExitCode: int(s.GetExitCode()), PID: int(s.GetPid()), At: s.GetAtMs(), Released: s.GetReleased(), Wired: s.GetWired()}
 	var err error
 	out.State, err = spec.ParseTaskState(s.GetState())
 	return out, err
@@ -164,18 +212,24 @@ func ToTaskStatus(s *shoalv1.TaskStatus) (spec.TaskStatus, error) {
 // Task is t on the wire.
 func Task(t spec.Task) *shoalv1.Task {
 	out := &shoalv1.Task{Id: t.ID, Name: t.Name, Service: t.Service, Slot: int32(t.Slot), Node: t.Node, Spec: TaskSpec(t.Spec), Desired: t.Desired,
-		Status: TaskStatus(t.Status), Version: t.Version, CreatedMs: t.Created, NotBeforeMs: t.NotBefore, Attempt: int32(t.Attempt)}
+		Status: TaskStatus(t.Status), Version: t.Version, CreatedMs: t.Created, NotBeforeMs: t.NotBefore, Attempt: int32(t.Attempt), Ports: Ports(t.Ports)}
 	for _, a := range t.Attachments {
-		out.Attachments = append(out.Attachments, &shoalv1.Attachment{Network: a.Network, Addrs: texts(a.Addrs), Aliases: a.Aliases})
+		out.Attachments = append(out.Attachments, &shoalv1.Attachment{Network: a.Network, Addrs: texts(a.Addrs), Aliases: a.Aliases, Iface: a.Iface, Leaving: a.Leaving})
 	}
 	return out
 }
 
 // ToTask is the inverse of Task.
 func ToTask(t *shoalv1.Task) (spec.Task, error) {
-	out := spec.Task{ID: t.GetId(), Name: t.GetName(), Service: t.GetService(), Slot: int(t.GetSlot()), Node: t.GetNode(), Spec: ToTaskSpec(t.GetSpec()),
+	out := spec.Task{ID: t.GetId(), Name: t.GetName(), Service: t.GetService(), Slot: int(t.GetSlot()), Node: t.GetNode(),
 		Desired: t.GetDesired(), Version: t.GetVersion(), Created: t.GetCreatedMs(), NotBefore: t.GetNotBeforeMs(), Attempt: int(t.GetAttempt())}
 	var err error
+	if out.Spec, err = ToTaskSpec(t.GetSpec()); err != nil {
+		return out, fmt.Errorf("task %s: %w", out.Name, err)
+	}
+	if out.Ports, err = ToPorts(t.GetPorts()); err != nil {
+		return out, fmt.Errorf("task %s: %w", out.Name, err)
+	}
 	if out.Status, err = ToTaskStatus(t.GetStatus()); err != nil {
 		return out, fmt.Errorf("task %s: %w", out.Name, err)
 	}
@@ -184,7 +238,7 @@ func ToTask(t *shoalv1.Task) (spec.Task, error) {
 		if err != nil {
 			return out, err
 		}
-		out.Attachments = append(out.Attachments, spec.Attachment{Network: a.GetNetwork(), Addrs: addrs, Aliases: a.GetAliases()})
+		out.Attachments = append(out.Attachments, spec.Attachment{Network: a.GetNetwork(), Addrs: addrs, Aliases: a.GetAliases(), Iface: a.GetIface(), Leaving: a.GetLeaving()})
 	}
 	return out, nil
 }

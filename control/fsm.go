@@ -5,6 +5,7 @@ import (
 	"io"
 	"log/slog"
 	"sync"
+	"time"
 
 	"github.com/hashicorp/raft"
 
@@ -13,7 +14,8 @@ import (
 
 // fsm is raft's view of the state. Readers take the lock for reading.
 type fsm struct {
-	log *slog.Logger
+	log    *slog.Logger
+	events *eventLog
 
 	mu      sync.RWMutex
 	st      *state.State
@@ -21,7 +23,7 @@ type fsm struct {
 }
 
 func newFSM(log *slog.Logger) *fsm {
-	return &fsm{log: log, st: state.New(), changed: make(chan struct{})}
+	return &fsm{log: log, events: newEventLog(), st: state.New(), changed: make(chan struct{})}
 }
 
 // read calls fn with the state, which fn must not keep.
@@ -54,6 +56,11 @@ func (f *fsm) Apply(l *raft.Log) any {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	r := f.st.Apply(l.Index, cmd)
+	at := l.AppendedAt
+	if at.IsZero() {
+		at = time.Now()
+	}
+	f.events.add(at, f.st.TakeEvents())
 	f.notify()
 	return r
 }

@@ -38,7 +38,7 @@ func (s *service) read(fn func(*state.State) error) error {
 
 func (s *service) CreateNetwork(ctx context.Context, req *connect.Request[shoalv1.CreateNetworkRequest]) (*connect.Response[shoalv1.CreateNetworkResponse], error) {
 	r := req.Msg
-	n := spec.Network{ID: spec.NewID(), Name: r.Name, Driver: r.Driver, Labels: r.Labels, MTU: int(r.Mtu), Internal: r.Internal, Options: r.Options, Created: time.Now().UnixMilli()}
+	n := spec.Network{ID: spec.NewID(), Name: r.Name, Driver: r.Driver, Labels: r.Labels, MTU: int(r.Mtu), Internal: r.Internal, Options: r.Options, Node: r.Node, Created: time.Now().UnixMilli()}
 	var err error
 	if n.Subnets, err = api.Prefixes("subnet", r.Subnets); err != nil {
 		return nil, invalid(err)
@@ -85,8 +85,56 @@ func (s *service) ListNetworks(_ context.Context, req *connect.Request[shoalv1.L
 }
 
 func (s *service) RemoveNetwork(ctx context.Context, req *connect.Request[shoalv1.RemoveNetworkRequest]) (*connect.Response[shoalv1.RemoveNetworkResponse], error) {
-	_, err := s.m.Propose(ctx, state.Command{RemoveNetwork: &state.RemoveNetwork{Ref: req.Msg.Ref}})
+	_, err := s.proposeWhenFree(ctx, state.Command{RemoveNetwork: &state.RemoveNetwork{Ref: req.Msg.Ref}})
 	return connect.NewResponse(&shoalv1.RemoveNetworkResponse{}), err
+}
+
+func (s *service) ConnectNetwork(ctx context.Context, req *connect.Request[shoalv1.ConnectNetworkRequest]) (*connect.Response[shoalv1.ConnectNetworkResponse], error) {
+	addrs, err := api.Addrs("address", req.Msg.Addrs)
+	if err != nil {
+		return nil, invalid(err)
+	}
+	res, err := s.m.Propose(ctx, state.Command{ConnectNetwork: &state.ConnectNetwork{Network: req.Msg.Network, Target: req.Msg.Target, Aliases: req.Msg.Aliases, Addrs: addrs}})
+	if err != nil {
+		return nil, err
+	}
+	resp := &shoalv1.ConnectNetworkResponse{}
+	if res.Task != nil {
+		resp.Task = api.Task(*res.Task)
+	}
+	if res.Service != nil {
+		resp.Service = api.Service(*res.Service, 0)
+	}
+	return connect.NewResponse(resp), nil
+}
+
+func (s *service) DisconnectNetwork(ctx context.Context, req *connect.Request[shoalv1.DisconnectNetworkRequest]) (*connect.Response[shoalv1.DisconnectNetworkResponse], error) {
+	_, err := s.m.Propose(ctx, state.Command{DisconnectNetwork: &state.DisconnectNetwork{Network: req.Msg.Network, Target: req.Msg.Target}})
+	return connect.NewResponse(&shoalv1.DisconnectNetworkResponse{}), err
+}
+
+// nameTimeout bounds the wait for a name whose last owner is on its way out: it
+// drains for 2 s and has 10 s to end, by default.
+const nameTimeout = 20 * time.Second
+
+// proposeWhenFree proposes again while what is asked for is still in the hands
+// of something that is being removed: "svc rm web; svc create --name web" is
+// what people type.
+func (s *service) proposeWhenFree(ctx context.Context, cmd state.Command) (state.Result, error) {
+	ctx, cancel := context.WithTimeout(ctx, nameTimeout)
+	defer cancel()
+	for {
+		changed := s.m.fsm.next()
+		res, err := s.m.Propose(ctx, cmd)
+		if !errors.Is(err, state.ErrEnding) {
+			return res, err
+		}
+		select {
+		case <-ctx.Done():
+			return res, err
+		case <-changed:
+		}
+	}
 }
 
 func (s *service) CreateService(ctx context.Context, req *connect.Request[shoalv1.CreateServiceRequest]) (*connect.Response[shoalv1.CreateServiceResponse], error) {
@@ -97,7 +145,7 @@ func (s *service) CreateService(ctx context.Context, req *connect.Request[shoalv
 	if sp.EndpointMode == "" {
 		sp.EndpointMode = spec.EndpointModeVIP
 	}
-	res, err := s.m.Propose(ctx, state.Command{CreateService: &state.CreateService{ID: spec.NewID(), Spec: sp, Created: time.Now().UnixMilli()}})
+	res, err := s.proposeWhenFree(ctx, state.Command{CreateService: &state.CreateService{ID: spec.NewID(), Spec: sp, Created: time.Now().UnixMilli()}})
 	if err != nil {
 		return nil, err
 	}
@@ -149,13 +197,21 @@ func (s *service) CreateTask(ctx context.Context, req *connect.Request[shoalv1.C
 	if err != nil {
 		return nil, invalid(err)
 	}
+	ts, err := api.ToTaskSpec(req.Msg.Spec)
+	if err != nil {
+		return nil, invalid(err)
+	}
+	ports, err := api.ToPorts(req.Msg.Ports)
+	if err != nil {
+		return nil, invalid(err)
+	}
 	id := spec.NewID()
 	name := req.Msg.Name
 	if name == "" {
 		name = "task-" + id[:6]
 	}
 	res, err := s.m.Propose(ctx, state.Command{CreateTask: &state.CreateTask{
-		ID: id, Name: name, Node: req.Msg.Node, Spec: api.ToTaskSpec(req.Msg.Spec), Networks: nets, Created: time.Now().UnixMilli()}})
+		ID: id, Name: name, Node: req.Msg.Node, Spec: ts, Networks: nets, Ports: ports, Created: time.Now().UnixMilli()}})
 	if err != nil {
 		return nil, err
 	}

@@ -118,6 +118,7 @@ type Loop[W, H any] struct {
 	opt    Options
 	log    *slog.Logger
 	wake   chan struct{}
+	looks  chan func(context.Context)
 
 	mu      sync.Mutex
 	want    W
@@ -136,7 +137,7 @@ func New[W, H any](name string, t Target[W, H], opt Options) *Loop[W, H] {
 		opt.Log = slog.Default()
 	}
 	return &Loop[W, H]{name: name, target: t, opt: opt, log: opt.Log.With("reconciler", name),
-		wake: make(chan struct{}, 1), objects: map[string]*object{}}
+		wake: make(chan struct{}, 1), looks: make(chan func(context.Context)), objects: map[string]*object{}}
 }
 
 // Set replaces what is wanted and wakes the loop. It returns the generation to
@@ -203,10 +204,34 @@ func (l *Loop[W, H]) Run(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
+		case look := <-l.looks:
+			look(ctx)
+			continue
 		case <-l.wake:
 		case <-timer.C:
 		}
 		timer.Reset(l.pass(ctx))
+	}
+}
+
+// Look observes the kernel between two passes, for someone who wants to see it
+// as it is. It waits for the pass under way, if any, and until ctx ends when the
+// loop does not run.
+func (l *Loop[W, H]) Look(ctx context.Context) (have H, err error) {
+	done := make(chan struct{})
+	look := func(run context.Context) {
+		defer close(done)
+		l.mu.Lock()
+		want := l.want
+		l.mu.Unlock()
+		have, err = l.target.Observe(run, want)
+	}
+	select {
+	case l.looks <- look:
+		<-done // the loop has it and comes to its end
+		return have, err
+	case <-ctx.Done():
+		return have, ctx.Err()
 	}
 }
 

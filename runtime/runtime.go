@@ -8,7 +8,7 @@
 // away and keeps what a person may still ask for (output, exit status); Remove
 // takes that, too.
 //
-// Package processess implements it with processes in namespaces on the node's own
+// Package process implements it with processes in namespaces on the node's own
 // file system. Containers' images will come as another implementation.
 package runtime
 
@@ -28,9 +28,11 @@ var ErrNotFound = errors.New("no such task")
 
 // Task is what is to be run.
 type Task struct {
-	ID         string        `json:"id"`
-	Name       string        `json:"name"`
-	Netns      string        `json:"netns"` // name below spec.NetnsDir, made by Create
+	ID   string `json:"id"`
+	Name string `json:"name"`
+	// Netns is a name below spec.NetnsDir, made by Create. Empty: the task is in
+	// the node's own namespace, with the node's resolv.conf and hosts files.
+	Netns      string        `json:"netns"`
 	Spec       spec.TaskSpec `json:"spec"`
 	Hostname   string        `json:"hostname"`
 	ResolvConf []byte        `json:"resolv_conf"`
@@ -102,7 +104,8 @@ type Runtime interface {
 	Logs(ctx context.Context, id string, o LogOptions) iter.Seq2[LogLine, error]
 	// DNSSockets returns a UDP and a TCP socket on 127.0.0.11 in the task's
 	// namespace. They are duplicates: closing them ends nothing, and what was
-	// sent to them while nobody read is still there.
+	// sent to them while nobody read is still there. A task in the node's own
+	// namespace has none.
 	DNSSockets(ctx context.Context, id string) (net.PacketConn, net.Listener, error)
 	// Listening tells whether the task accepts traffic: a TCP socket that
 	// listens, or a UDP socket that is bound, on more than loopback.

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"regexp"
+	"strconv"
 	"strings"
 )
 
@@ -42,6 +43,20 @@ func (t TaskSpec) validateDNS() error {
 			return fmt.Errorf("DNS option %q: want one of resolv.conf(5), like ndots:2 or use-vc", o)
 		}
 	}
+	for _, l := range t.Links {
+		target, alias := ParseLink(l)
+		if err := ValidateName("link", target); err != nil {
+			return err
+		}
+		if err := ValidateName("link alias", alias); err != nil {
+			return err
+		}
+	}
+	for _, e := range t.Expose {
+		if _, _, err := ParseExpose(e); err != nil {
+			return err
+		}
+	}
 	for _, h := range t.ExtraHosts {
 		if _, _, err := ParseExtraHost(h); err != nil {
 			return err
@@ -69,4 +84,27 @@ func ParseExtraHost(s string) (name string, addr netip.Addr, err error) {
 		return "", addr, fmt.Errorf("extra host %q: %q is neither an address nor %s", s, v, HostGateway)
 	}
 	return name, addr, nil
+}
+
+// ParseLink splits TARGET[:ALIAS], as of Docker's --link; the alias is the
+// target's name without one.
+func ParseLink(s string) (target, alias string) {
+	target, alias, ok := strings.Cut(s, ":")
+	if !ok {
+		alias = target
+	}
+	return target, alias
+}
+
+// ParseExpose parses PORT[/PROTOCOL]; the protocol is tcp without one.
+func ParseExpose(s string) (port uint16, protocol string, err error) {
+	num, protocol, ok := strings.Cut(s, "/")
+	if !ok {
+		protocol = TCP
+	}
+	n, err := strconv.ParseUint(num, 10, 16)
+	if err != nil || n == 0 || (protocol != TCP && protocol != UDP && protocol != SCTP) {
+		return 0, "", fmt.Errorf("exposed port %q: want PORT/PROTOCOL, like 5432/tcp", s)
+	}
+	return uint16(n), protocol, nil
 }

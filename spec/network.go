@@ -184,7 +184,7 @@ func (n Network) ICC() bool {
 
 // Wired tells whether tasks get an interface on the network: not on the
 // built-in networks host and none.
-func (n Network) Wired() bool { return n.Driver == DriverOverlay || n.Driver == DriverBridge }
+func (n Network) Wired() bool { return n.Driver != DriverHost && n.Driver != DriverNull }
 
 // Contains tells whether a lies in one of the network's subnets.
 func (n Network) Contains(a netip.Addr) bool {

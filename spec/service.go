@@ -32,6 +32,8 @@ type TaskSpec struct {
 	DNS        []netip.Addr `json:"dns,omitempty"`         // asked instead of the node's resolvers
 	DNSSearch  []string     `json:"dns_search,omitempty"`  // instead of the node's; "." alone: none
 	DNSOptions []string     `json:"dns_options,omitempty"` // resolv.conf(5) options, such as ndots:2
+	Links      []string     `json:"links,omitempty"`       // TARGET:ALIAS, a name that only this task knows
+	Expose     []string     `json:"expose,omitempty"`      // PORT/PROTO that it serves, for those that link to it
 	ExtraHosts []string     `json:"extra_hosts,omitempty"` // NAME:ADDRESS lines of /etc/hosts; ADDRESS may be host-gateway
 }
 
@@ -44,6 +46,7 @@ func (t TaskSpec) Clone() TaskSpec {
 	t.Command, t.Env, t.Labels = slices.Clone(t.Command), slices.Clone(t.Env), maps.Clone(t.Labels)
 	t.DNS, t.DNSSearch = slices.Clone(t.DNS), slices.Clone(t.DNSSearch)
 	t.DNSOptions, t.ExtraHosts = slices.Clone(t.DNSOptions), slices.Clone(t.ExtraHosts)
+	t.Links, t.Expose = slices.Clone(t.Links), slices.Clone(t.Expose)
 	return t
 }
 

@@ -73,14 +73,22 @@ type TaskStatus struct {
 	// Released: the node has torn the sandbox down and withdrawn the
 	// endpoints; the addresses may be given to another.
 	Released bool `json:"released,omitempty"`
+	// Wired is the version of the task whose attachments the node has carried
+	// out: what left the task before it is off the network.
+	Wired uint64 `json:"wired,omitempty"`
 }
 
-// Attachment is one network interface of a task. Interfaces are eth0, eth1, …
-// in the order of Task.Attachments.
+// Attachment is one network interface of a task.
 type Attachment struct {
 	Network string       `json:"network"` // ID
 	Addrs   []netip.Addr `json:"addrs"`
 	Aliases []string     `json:"aliases,omitempty"`
+	// Iface is its name in the task: eth0, eth1, …; empty on the networks that
+	// have none. It stays when others come and go.
+	Iface string `json:"iface,omitempty"`
+	// Leaving is the task's version at which it was disconnected, 0 while it is
+	// connected. The address is kept until the node has taken it off.
+	Leaving uint64 `json:"leaving,omitempty"`
 }
 
 // Task is one run of a program on one node: a replica of a service, or on its

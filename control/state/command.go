@@ -23,6 +23,10 @@ type Command struct {
 	InitCluster   *InitCluster   `json:"init_cluster,omitempty"`
 	CreateNetwork *CreateNetwork `json:"create_network,omitempty"`
 	RemoveNetwork *RemoveNetwork `json:"remove_network,omitempty"`
+
+	ConnectNetwork    *ConnectNetwork    `json:"connect_network,omitempty"`
+	DisconnectNetwork *DisconnectNetwork `json:"disconnect_network,omitempty"`
+
 	CreateService *CreateService `json:"create_service,omitempty"`
 	UpdateService *UpdateService `json:"update_service,omitempty"`
 	RemoveService *RemoveService `json:"remove_service,omitempty"`
@@ -68,6 +72,21 @@ type RemoveNetwork struct {
 	Ref string `json:"ref"`
 }
 
+// ConnectNetwork attaches a standalone task or a service that runs, with all of
+// its tasks, to a further network. Nothing is restarted.
+type ConnectNetwork struct {
+	Network string       `json:"network"` // ref
+	Target  string       `json:"target"`  // ref of a service or a task
+	Aliases []string     `json:"aliases,omitempty"`
+	Addrs   []netip.Addr `json:"addrs,omitempty"` // of the task, or VIPs
+}
+
+// DisconnectNetwork takes a task or a service off a network.
+type DisconnectNetwork struct {
+	Network string `json:"network"`
+	Target  string `json:"target"`
+}
+
 // CreateService makes a service. Networks in the spec are refs; none means the
 // default network. Addrs of an attachment are VIPs asked for.
 type CreateService struct {
@@ -98,6 +117,7 @@ type CreateTask struct {
 	Node     string                   `json:"node"` // ref; empty: the least loaded one that is ready
 	Spec     spec.TaskSpec            `json:"spec"`
 	Networks []spec.NetworkAttachment `json:"networks,omitempty"` // refs; empty: the default network
+	Ports    []spec.Port              `json:"ports,omitempty"`    // on its node
 	Created  int64                    `json:"created"`            // Unix milliseconds
 }
 

@@ -14,7 +14,10 @@ var (
 	ErrInUse     = errors.New("in use")
 	ErrInvalid   = errors.New("invalid")
 	ErrExhausted = errors.New("exhausted")
-	ErrConflict  = errors.New("changed meanwhile") // UpdateService.Version is not the service's
+	// ErrEnding is an ErrInUse by something that is being removed: trying again
+	// helps.
+	ErrEnding   = errors.New("in use by what is being removed")
+	ErrConflict = errors.New("changed meanwhile") // UpdateService.Version is not the service's
 )
 
 // refusal is an error of one of the kinds above whose text does not repeat the
@@ -26,6 +29,9 @@ type refusal struct {
 
 func (e *refusal) Error() string   { return e.err.Error() }
 func (e *refusal) Unwrap() []error { return []error{e.kind, e.err} }
+
+// Is makes an ErrEnding an ErrInUse, too.
+func (e *refusal) Is(target error) bool { return e.kind == ErrEnding && target == ErrInUse }
 
 func failf(kind error, format string, args ...any) error {
 	return &refusal{kind, fmt.Errorf(format, args...)}

@@ -4,8 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"net/netip"
 	"slices"
+	"strconv"
 
 	"github.com/shoalnet/shoal/ipam"
 	"github.com/shoalnet/shoal/spec"
@@ -53,6 +55,9 @@ func (s *State) initCluster(c *InitCluster) Result {
 		return Result{Err: r.Err}
 	}
 	s.defaultNet = r.Network.ID
+	for name, driver := range map[string]string{spec.HostNetwork: spec.DriverHost, spec.NoneNetwork: spec.DriverNull} {
+		s.addNetwork(&network{Network: spec.Network{ID: name, Name: name, Driver: driver, Version: s.index, Created: cl.Created}})
+	}
 	s.changed = s.index
 	out := cl
 	return Result{Cluster: &out, Network: r.Network}
@@ -72,8 +77,28 @@ func (s *State) createNetwork(c *CreateNetwork) Result {
 	if n.Driver == "" {
 		n.Driver = spec.DriverOverlay
 	}
+	if !n.Wired() {
+		return Result{Err: failf(ErrInvalid, "network %s: driver %q is unknown: use %s or %s", n.Name, n.Driver, spec.DriverOverlay, spec.DriverBridge)}
+	}
 	fail := func(kind, err error) Result {
 		return Result{Err: failf(kind, "network %s: %w", n.Name, err)}
+	}
+	if n.Driver == spec.DriverBridge {
+		on, err := s.node(n.Node)
+		if err != nil {
+			return fail(ErrInvalid, fmt.Errorf("driver %s is for one node: %w", n.Driver, err))
+		}
+		n.Node = on.ID
+	} else {
+		n.Node = ""
+	}
+	if err := spec.ValidateOptions(n.Options); err != nil {
+		return fail(ErrInvalid, err)
+	}
+	for _, k := range []string{spec.OptMTUDocker, spec.OptMTU} {
+		if v, ok := n.Options[k]; ok && c.Network.MTU == 0 {
+			n.MTU, _ = strconv.Atoi(v) // validated
+		}
 	}
 	if len(n.Subnets) > maxSubnets {
 		return fail(ErrInvalid, fmt.Errorf("%d subnets: the most allowed is %d", len(n.Subnets), maxSubnets))
@@ -142,6 +167,7 @@ func (s *State) createNetwork(c *CreateNetwork) Result {
 	if c.Network.VNI == 0 {
 		s.lastVNI = vni
 	}
+	s.event("network", "create", n.ID, n.Name, "driver", n.Driver)
 	return Result{Network: &n}
 }
 
@@ -172,7 +198,9 @@ func newNetwork(n spec.Network) (*network, error) {
 func (s *State) addNetwork(w *network) {
 	s.networks[w.ID] = w
 	s.netNames[w.Name] = w.ID
-	s.vnis[w.VNI] = w.ID
+	if w.Wired() {
+		s.vnis[w.VNI] = w.ID
+	}
 }
 
 // blocks are the prefixes that a new subnet must stay clear of.
@@ -216,6 +244,9 @@ func (s *State) removeNetwork(c *RemoveNetwork) Result {
 	if err != nil {
 		return Result{Err: err}
 	}
+	if !n.Wired() {
+		return Result{Err: failf(ErrInvalid, "network %s is built in and can't be removed", n.Name)}
+	}
 	if n.ID == s.defaultNet {
 		return Result{Err: failf(ErrInvalid, "network %s is the cluster's default network and can't be removed", n.Name)}
 	}
@@ -243,17 +274,21 @@ func (s *State) removeNetwork(c *RemoveNetwork) Result {
 	}
 	slices.Sort(tasks)
 	slices.Sort(ending)
+	if len(users)+len(tasks) == 0 && len(ending) > 0 {
+		return Result{Err: failf(ErrEnding, "network %s is used by %s: try again when these have ended", n.Name, few(ending))}
+	}
 	if users = append(append(users, tasks...), ending...); len(users) > 0 {
 		return Result{Err: failf(ErrInUse, "network %s is used by %s: remove these first", n.Name, few(users))}
 	}
 	for _, id := range slices.Sorted(maps.Keys(s.removed)) {
 		if v := s.removed[id]; len(v.VIPsOn(n.ID)) > 0 {
-			return Result{Err: failf(ErrInUse, "network %s is used by service %s, which is being removed: try again when its tasks have ended", n.Name, v.Spec.Name)}
+			return Result{Err: failf(ErrEnding, "network %s is used by service %s, which is being removed: try again when its tasks have ended", n.Name, v.Spec.Name)}
 		}
 	}
 	delete(s.networks, n.ID)
 	delete(s.netNames, n.Name)
 	delete(s.vnis, n.VNI)
+	s.event("network", "remove", n.ID, n.Name)
 	out := n.Network
 	return Result{Network: &out}
 }
@@ -276,6 +311,9 @@ func (s *State) resolve(in []spec.NetworkAttachment) ([]spec.NetworkAttachment, 
 			if err := spec.ValidateName("alias", al); err != nil {
 				return nil, failf(ErrInvalid, "%w", err)
 			}
+		}
+		if !n.Wired() && (len(in) > 1 || len(a.Aliases)+len(a.Addrs) > 0) {
+			return nil, failf(ErrInvalid, "network %s can't be combined with other networks, aliases or addresses", n.Name)
 		}
 		out = append(out, spec.NetworkAttachment{Network: n.ID, Aliases: slices.Clone(a.Aliases), Addrs: slices.Clone(a.Addrs)})
 	}
@@ -351,6 +389,9 @@ func (n *network) next(is4 bool, holder string, u *undo) (netip.Addr, error) {
 // room counts how many more tasks the network has addresses for, and tells why
 // none when there are none.
 func (n *network) room() (int, error) {
+	if !n.Wired() {
+		return math.MaxInt, nil
+	}
 	free := map[bool]int{}
 	for _, sp := range n.spaces {
 		free[sp.Subnet().Addr().Is4()] += sp.Free()

@@ -58,6 +58,7 @@ func (s *State) upsertNode(c *UpsertNode) Result {
 	}
 	in.Number, in.Status, in.Message, in.Version = number, spec.NodeReady, "", s.index
 	s.lastNumber = number
+	s.event("node", "join", in.ID, in.Name, "role", in.Role)
 	s.addNode(&node{Node: in, tasks: map[string]*task{}, changed: s.index})
 	s.changed = s.index
 	return Result{Node: &in}
@@ -119,6 +120,12 @@ func (s *State) setNode(n *node, next spec.Node) {
 		return
 	}
 	next.Version = s.index
+	switch {
+	case was.Status != next.Status:
+		s.event("node", next.Status, n.ID, next.Name, "message", next.Message)
+	default:
+		s.event("node", "update", n.ID, next.Name, "availability", next.Availability, "role", next.Role)
+	}
 	n.Node = next
 	s.changed = s.index
 }
@@ -257,6 +264,7 @@ func (s *State) removeNode(c *RemoveNode) Result {
 	delete(s.numbers, n.Number)
 	s.unnameNode(n.Name, n.ID)
 	s.changed = s.index
+	s.event("node", "remove", n.ID, n.Name)
 	out := n.Node
 	return Result{Node: &out}
 }

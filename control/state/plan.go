@@ -23,7 +23,9 @@ type planner struct {
 	total []int // tasks by node; made when first needed
 	lost  map[*task]bool
 	room  map[string]*room // by network; made when first needed
-	slots []slotPlan       // of the service at hand; kept for its memory
+	// claimed are the ports (mode host) of what this plan puts on a node.
+	claimed map[int][]spec.Port
+	slots   []slotPlan // of the service at hand; kept for its memory
 }
 
 type room struct {
@@ -32,7 +34,7 @@ type room struct {
 }
 
 func newPlanner(s *State, now int64) *planner {
-	p := &planner{s: s, now: now, idx: make(map[string]int, len(s.nodes)), lost: map[*task]bool{}, room: map[string]*room{}}
+	p := &planner{s: s, now: now, idx: make(map[string]int, len(s.nodes)), lost: map[*task]bool{}, room: map[string]*room{}, claimed: map[int][]spec.Port{}}
 	for i, id := range slices.Sorted(maps.Keys(s.nodes)) {
 		p.nodes = append(p.nodes, s.nodes[id])
 		p.idx[id] = i
@@ -73,13 +75,16 @@ func (p *planner) loseTasks() {
 
 // servicePlan is what is known of the service at hand.
 type servicePlan struct {
-	v       *service
-	fits    []bool // by node: meets the constraints; nil: there are none
-	counts  []int  // by node: tasks that will stay; made when first needed
-	fails   []int  // by node: recent failures
-	unmet   string // a constraint that no node meets
-	ready   bool   // counts and fails are made
-	started int    // slots on their way to the current template
+	v           *service // nil: of a standalone task
+	constraints []string
+	pins        []*network  // that are on one node
+	ports       []spec.Port // that a task publishes on its node
+	fits        []bool      // by node: meets the constraints; nil: there are none
+	counts      []int       // by node: tasks that will stay; made when first needed
+	fails       []int       // by node: recent failures
+	unmet       string      // a constraint that no node meets
+	ready       bool        // counts and fails are made
+	started     int         // slots on their way to the current template
 }
 
 // slotPlan is what is known of one active slot.
@@ -97,7 +102,9 @@ type slotPlan struct {
 
 func (p *planner) service(v *service) {
 	sv := &servicePlan{v: v}
-	if len(v.Spec.Constraints) > 0 {
+	sv.constraints, sv.ports = v.Spec.Constraints, HostPorts(v.Service)
+	sv.pins = p.s.pinned(v.Spec.Networks)
+	if len(sv.constraints)+len(sv.pins) > 0 {
 		p.match(sv)
 	}
 	p.slots = p.slots[:0]
@@ -295,7 +302,7 @@ func (p *planner) place(sv *servicePlan, sp *slotPlan) {
 	if t.Status.Message != why {
 		p.op(ScheduleOp{Kind: OpWait, Task: t.ID, Version: t.Version, Message: why})
 	}
-	if sp.stale != nil && (!p.stays(sv, sp.stale) || p.addressless(sv.v) != nil) {
+	if sp.stale != nil && (!p.stays(sv, sp.stale) || p.addressless(sv.v) != nil || len(sv.ports) > 0) {
 		p.stop(sp.stale, "")
 	}
 }
@@ -316,6 +323,9 @@ func (p *planner) find(sv *servicePlan) (int, string) {
 	sv.counts[i]++
 	p.total[i]++
 	sv.started++
+	if len(sv.ports) > 0 {
+		p.claimed[i] = append(p.claimed[i], sv.ports...)
+	}
 	return i, ""
 }
 
@@ -343,12 +353,18 @@ func (p *planner) addressless(v *service) error {
 
 // match finds the nodes that meet the constraints.
 func (p *planner) match(sv *servicePlan) {
-	cs := make([]spec.Constraint, 0, len(sv.v.Spec.Constraints))
-	for _, c := range sv.v.Spec.Constraints {
+	cs := make([]spec.Constraint, 0, len(sv.constraints)+len(sv.pins))
+	for _, c := range sv.constraints {
 		if pc, err := spec.ParseConstraint(c); err == nil { // validated when the service was made
 			cs = append(cs, pc)
 		}
 	}
+	names := slices.Clone(sv.constraints)
+	for _, w := range sv.pins {
+		cs = append(cs, spec.Constraint{Key: "node.id", Equal: true, Value: w.Node})
+		names = append(names, fmt.Sprintf("node.name==%s of bridge network %s", p.s.nodeName(w.Node), w.Name))
+	}
+	sv.constraints = names
 	sv.fits = make([]bool, len(p.nodes))
 	left := len(p.nodes)
 	for i := range sv.fits {
@@ -362,7 +378,7 @@ func (p *planner) match(sv *servicePlan) {
 			}
 		}
 		if left == 0 && sv.unmet == "" {
-			sv.unmet = sv.v.Spec.Constraints[k]
+			sv.unmet = names[k]
 		}
 	}
 }
@@ -393,6 +409,9 @@ func (p *planner) prepare(sv *servicePlan) {
 	}
 	sv.ready = true
 	sv.counts, sv.fails = make([]int, len(p.nodes)), make([]int, len(p.nodes))
+	if sv.v == nil {
+		return
+	}
 	for _, t := range sv.v.tasks {
 		i, ok := p.idx[t.Node]
 		switch {
@@ -412,7 +431,7 @@ func (p *planner) pick(sv *servicePlan) (int, string) {
 	best := -1
 	var bestKey [3]int
 	for i, n := range p.nodes {
-		if !assignable(n) || (sv != nil && sv.fits != nil && !sv.fits[i]) {
+		if !assignable(n) || (sv != nil && sv.fits != nil && !sv.fits[i]) || p.portTaken(sv, i) != "" {
 			continue
 		}
 		key := [3]int{2: p.total[i]}
@@ -432,16 +451,42 @@ func (p *planner) pick(sv *servicePlan) (int, string) {
 	return -1, p.nowhere(sv)
 }
 
+// portTaken names who has a port, on the node of an index, that a task of the
+// service needs there; "" when nobody has.
+func (p *planner) portTaken(sv *servicePlan, i int) string {
+	if sv == nil {
+		return ""
+	}
+	for _, port := range sv.ports {
+		if slices.ContainsFunc(p.claimed[i], port.Clashes) {
+			return "a task that is being placed"
+		}
+		if owner := p.nodes[i].portHolder(p.s, port, nil); owner != "" {
+			return owner
+		}
+	}
+	return ""
+}
+
+// standalone is what pick needs to know of a task on its own.
+func (p *planner) standalone(nets []spec.NetworkAttachment, ports []spec.Port) *servicePlan {
+	sv := &servicePlan{pins: p.s.pinned(nets), ports: ports}
+	if len(sv.pins) > 0 {
+		p.match(sv)
+	}
+	return sv
+}
+
 // nowhere tells why no node fits.
 func (p *planner) nowhere(sv *servicePlan) string {
 	if len(p.nodes) == 0 {
 		return "the cluster has no nodes"
 	}
 	if sv != nil && sv.unmet != "" {
-		if len(sv.v.Spec.Constraints) == 1 {
+		if len(sv.constraints) == 1 {
 			return "no node matches constraint " + sv.unmet
 		}
-		return "no node matches all constraints: " + strings.Join(sv.v.Spec.Constraints, ", ")
+		return "no node matches all constraints: " + strings.Join(sv.constraints, ", ")
 	}
 	match, counts := 0, map[string]int{}
 	for i, n := range p.nodes {
@@ -456,12 +501,14 @@ func (p *planner) nowhere(sv *servicePlan) string {
 			counts["not heard of yet"]++
 		case n.Availability == spec.AvailabilityDrain:
 			counts["drained"]++
+		case n.Availability == spec.AvailabilityActive:
+			counts["with its published port taken"]++
 		default:
 			counts["paused"]++
 		}
 	}
 	var parts []string
-	for _, k := range []string{"down", "not heard of yet", "drained", "paused"} {
+	for _, k := range []string{"down", "not heard of yet", "drained", "paused", "with its published port taken"} {
 		if counts[k] > 0 {
 			parts = append(parts, fmt.Sprintf("%d %s", counts[k], k))
 		}

@@ -44,7 +44,7 @@ func TestRandomCommands(t *testing.T) {
 			var out []spec.NetworkAttachment
 			for range rapid.IntRange(0, 2).Draw(t, "attachments") {
 				a := spec.NetworkAttachment{Network: some(t, "network", keys(c.s.networks))}
-				if n := c.s.networks[a.Network]; n != nil && rapid.IntRange(0, 4).Draw(t, "static") == 4 {
+				if n := c.s.networks[a.Network]; n != nil && n.Wired() && rapid.IntRange(0, 4).Draw(t, "static") == 4 {
 					b := n.Subnets[0].Addr().As4()
 					b[3] += byte(rapid.IntRange(0, 17).Draw(t, "host"))
 					a.Addrs = []netip.Addr{netip.AddrFrom4(b)}
@@ -55,6 +55,9 @@ func TestRandomCommands(t *testing.T) {
 				out = append(out, a)
 			}
 			return out
+		}
+		port := func(t *rapid.T, mode string) spec.Port {
+			return spec.Port{Published: uint16(rapid.SampledFrom([]int{0, 80, 81}).Draw(t, "port")), Target: 80, Protocol: "tcp", Mode: mode}
 		}
 		draw := func(t *rapid.T) spec.ServiceSpec {
 			sp := svcSpec(rapid.SampledFrom([]string{"web", "db", "api"}).Draw(t, "name"), rapid.IntRange(0, 6).Draw(t, "replicas"))
@@ -72,6 +75,9 @@ func TestRandomCommands(t *testing.T) {
 				sp.Constraints = []string{"bad"}
 				return sp
 			}
+			for range rapid.SampledFrom([]int{0, 0, 1, 2}).Draw(t, "ports") {
+				sp.Ports = append(sp.Ports, port(t, rapid.SampledFrom([]string{"ingress", "host", "local"}).Draw(t, "port mode")))
+			}
 			sp.Task.Env = rapid.SampledFrom([][]string{nil, {"V=1"}, {"V=2"}}).Draw(t, "env")
 			sp.Constraints = rapid.SampledFrom([][]string{nil, nil, nil, {"node.name==n0"}, {"node.name!=n1"}, {"node.labels.x==y"}}).Draw(t, "constraint")
 			return sp
@@ -86,10 +92,24 @@ func TestRandomCommands(t *testing.T) {
 		t.Repeat(map[string]func(*rapid.T){
 			"network": func(t *rapid.T) {
 				n := spec.Network{ID: c.id("net"), Name: rapid.SampledFrom([]string{"app", "back", "x y"}).Draw(t, "name")}
+				switch rapid.IntRange(0, 5).Draw(t, "kind") {
+				case 0:
+					n.Driver, n.Node = "bridge", some(t, "of node", keys(c.s.nodes))
+				case 1:
+					n.Internal = true
+				}
 				if s := rapid.SampledFrom([]string{"", "", "10.7.0.0/29", "10.0.0.0/24", "10.9.0.4/30", "10.7.0.1/24"}).Draw(t, "subnet"); s != "" {
 					n.Subnets = []netip.Prefix{netip.MustParsePrefix(s)}
 				}
 				c.apply(Command{CreateNetwork: &CreateNetwork{Network: n, HostRoutes: []netip.Prefix{netip.MustParsePrefix("10.0.0.32/28")}}})
+			},
+			"connect": func(t *rapid.T) {
+				n, ref := some(t, "net", keys(c.s.networks)), some(t, "target", append(keys(c.s.services), keys(c.s.tasks)...))
+				if rapid.Bool().Draw(t, "on") {
+					c.apply(Command{ConnectNetwork: &ConnectNetwork{Network: n, Target: ref}})
+				} else {
+					c.apply(Command{DisconnectNetwork: &DisconnectNetwork{Network: n, Target: ref}})
+				}
 			},
 			"rmNetwork": func(t *rapid.T) {
 				c.apply(Command{RemoveNetwork: &RemoveNetwork{Ref: some(t, "ref", keys(c.s.networks))}})
@@ -115,7 +135,11 @@ func TestRandomCommands(t *testing.T) {
 				c.apply(Command{RemoveService: &RemoveService{Ref: some(t, "ref", keys(c.s.services))}})
 			},
 			"task": func(t *rapid.T) {
-				c.apply(Command{CreateTask: &CreateTask{ID: c.id("task"), Name: rapid.SampledFrom([]string{"c1", "c2", "c3"}).Draw(t, "name"),
+				var ports []spec.Port
+				if rapid.IntRange(0, 3).Draw(t, "publish") == 0 {
+					ports = append(ports, port(t, "host"))
+				}
+				c.apply(Command{CreateTask: &CreateTask{Ports: ports, ID: c.id("task"), Name: rapid.SampledFrom([]string{"c1", "c2", "c3"}).Draw(t, "name"),
 					Node: some(t, "node", keys(c.s.nodes)), Spec: spec.TaskSpec{Command: []string{"x"}}, Networks: attach(t), Created: c.now}})
 			},
 			"stop": func(t *rapid.T) {
@@ -205,6 +229,18 @@ func TestRandomCommands(t *testing.T) {
 			for _, a := range v.Spec.Networks {
 				free, _ := c.s.networks[a.Network].room()
 				full = full || free == 0
+			}
+			for _, w := range c.s.pinned(v.Spec.Networks) {
+				full = full || c.s.nodes[w.Node] == nil // for ever
+			}
+			ports := map[uint16]int{} // tasks of mode host that want the one node there may be
+			for _, o := range c.s.Services() {
+				for _, p := range HostPorts(o) {
+					ports[p.Published]++
+				}
+			}
+			for _, p := range HostPorts(v) {
+				full = full || ports[p.Published] > 1
 			}
 			if got := len(c.live(v.ID)); got != v.Spec.Replicas && !full && len(c.nodes) > 0 {
 				t.Fatalf("service %s has %d of %d replicas\n%s", v.Spec.Name, got, v.Spec.Replicas, c.dump())

@@ -82,7 +82,7 @@ func (s *State) scheduleOp(op ScheduleOp, now int64) bool {
 	switch op.Kind {
 	case OpAssign:
 		v, n := s.services[t.Service], s.nodes[op.Node]
-		if v == nil || t.Node != "" || t.Desired != spec.DesiredRunning || !assignable(n) || s.assign(t, n, taskNetworks(v)) != nil {
+		if v == nil || t.Node != "" || t.Desired != spec.DesiredRunning || !assignable(n) || s.assign(t, n, taskNetworks(v.Spec)) != nil {
 			return false
 		}
 		t.Status = spec.TaskStatus{State: spec.TaskAssigned, At: now}
@@ -127,8 +127,8 @@ func assignable(n *node) bool {
 
 // taskNetworks are the networks of a service's tasks. The addresses asked for
 // there are VIPs.
-func taskNetworks(v *service) []spec.NetworkAttachment {
-	as := slices.Clone(v.Spec.Networks)
+func taskNetworks(sp spec.ServiceSpec) []spec.NetworkAttachment {
+	as := slices.Clone(sp.Networks)
 	for i := range as {
 		as[i].Addrs = nil
 	}
@@ -160,13 +160,14 @@ func (s *State) createReplica(v *service, op ScheduleOp, now int64) bool {
 		t.Attachments = append(t.Attachments, spec.Attachment{Network: a.Network, Aliases: a.Aliases})
 	}
 	if op.Node != "" {
-		if s.assign(t, n, taskNetworks(v)) != nil {
+		if s.assign(t, n, taskNetworks(v.Spec)) != nil {
 			return false
 		}
 		t.Status, t.NotBefore = spec.TaskStatus{State: spec.TaskAssigned, At: now}, 0
 	}
 	s.seq++
 	s.put(t)
+	s.taskEvent(t, "create")
 	s.supersede(v, t)
 	s.trim(v, t.Slot)
 	return true

@@ -38,7 +38,7 @@ func (s *State) createService(c *CreateService) Result {
 		}
 	}
 	if ending > 0 {
-		return Result{Err: failf(ErrInUse, "service %s is being removed: %d of its tasks have not ended yet: try again in a moment", sp.Name, ending)}
+		return Result{Err: failf(ErrEnding, "service %s is being removed: %d of its tasks have not ended yet: try again in a moment", sp.Name, ending)}
 	}
 	v := &service{Service: spec.Service{ID: c.ID, Spec: sp, Version: s.index, Created: c.Created}, rev: s.index}
 	var u undo
@@ -46,9 +46,16 @@ func (s *State) createService(c *CreateService) Result {
 		u.run()
 		return Result{Err: err}
 	}
+	ports, ingress, err := s.ports(v.Service, sp)
+	if err != nil {
+		u.run()
+		return Result{Err: err}
+	}
 	s.services[v.ID] = v
 	s.svcNames[sp.Name] = v.ID
+	s.setPorts(v, ports, ingress)
 	s.touch(sp.Networks)
+	s.event("service", "create", v.ID, sp.Name)
 	out := v.Service
 	return Result{Service: &out}
 }
@@ -66,6 +73,9 @@ func (s *State) serviceSpec(in spec.ServiceSpec) (spec.ServiceSpec, error) {
 	var err error
 	if sp.Networks, err = s.resolve(sp.Networks); err != nil {
 		return sp, failf(ErrInvalid, "service %s: %w", sp.Name, err)
+	}
+	if pins := s.pinned(sp.Networks); len(pins) > 1 && slices.ContainsFunc(pins, func(w *network) bool { return w.Node != pins[0].Node }) {
+		return sp, failf(ErrInvalid, "service %s: networks %s and %s are bridges on different nodes", sp.Name, pins[0].Name, pins[1].Name)
 	}
 	for _, a := range sp.Networks {
 		if len(a.Addrs) > 0 && sp.EndpointMode == spec.EndpointModeDNSRR {
@@ -96,6 +106,9 @@ func (s *State) vips(old spec.Service, sp spec.ServiceSpec, u *undo) ([]spec.VIP
 	}
 	var out []spec.VIPs
 	for _, a := range sp.Networks {
+		if !s.networks[a.Network].Wired() {
+			continue
+		}
 		addrs := old.VIPsOn(a.Network)
 		if !kept[a.Network] {
 			var err error
@@ -160,8 +173,21 @@ func (s *State) updateService(c *UpdateService) Result {
 	if err != nil {
 		return Result{Err: err}
 	}
+	for _, as := range [][]spec.NetworkAttachment{v.Spec.Networks, sp.Networks} {
+		if n := s.networks[as[0].Network]; !n.Wired() && sp.Networks[0].Network != v.Spec.Networks[0].Network {
+			return Result{Err: failf(ErrInvalid, "service %s: a running service can't enter or leave network %s: create another", sp.Name, n.Name)}
+		}
+	}
 	var u undo
 	vips, err := s.vips(v.Service, sp, &u)
+	if err != nil {
+		u.run()
+		return Result{Err: err}
+	}
+	ports, ingress, err := s.ports(v.Service, sp)
+	if err == nil {
+		err = s.rewireAll(v, sp, &u)
+	}
 	if err != nil {
 		u.run()
 		return Result{Err: err}
@@ -172,27 +198,33 @@ func (s *State) updateService(c *UpdateService) Result {
 	s.touch(v.Spec.Networks)
 	s.touch(sp.Networks)
 	v.Spec, v.VIPs, v.Version = sp, vips, s.index
+	s.setPorts(v, ports, ingress)
+	s.event("service", "update", v.ID, sp.Name)
 	out := v.Service
 	return Result{Service: &out}
 }
 
 // sameTemplate tells whether tasks made from a are as tasks made from b.
+// Networks are not part of it: tasks change them while they run.
 func sameTemplate(a, b spec.ServiceSpec) bool {
 	key := func(x spec.ServiceSpec) []byte {
-		nets := x.Clone().Networks
-		for i := range nets {
-			nets[i].Addrs = nil // VIPs
-			if len(nets[i].Aliases) == 0 {
-				nets[i].Aliases = nil
-			}
-		}
-		out, _ := json.Marshal(struct { // plain values: can't fail
-			T spec.TaskSpec
-			N []spec.NetworkAttachment
-		}{x.Task, nets})
+		out, _ := json.Marshal(x.Task) // plain values: can't fail
 		return out
 	}
 	return bytes.Equal(key(a), key(b))
+}
+
+// rewireAll brings the tasks of a service to the networks of sp.
+func (s *State) rewireAll(v *service, sp spec.ServiceSpec, u *undo) error {
+	want := taskNetworks(sp)
+	for _, t := range v.tasks {
+		if t.holds() && t.Live() {
+			if err := s.rewire(t, want, u); err != nil {
+				return fmt.Errorf("service %s: %w", sp.Name, err)
+			}
+		}
+	}
+	return nil
 }
 
 func (s *State) removeService(c *RemoveService) Result {
@@ -205,6 +237,8 @@ func (s *State) removeService(c *RemoveService) Result {
 	v.Version = s.index
 	delete(s.svcNames, v.Spec.Name)
 	s.removed[v.ID] = v
+	s.setPorts(v, nil, "")
+	s.event("service", "remove", v.ID, v.Spec.Name)
 	s.touch(v.Spec.Networks)
 	for _, t := range slices.Clone(v.tasks) {
 		s.end(t, spec.DesiredRemove)

@@ -248,6 +248,9 @@ func (c *cluster) step(n *simNode) bool {
 			}
 			st.State = to
 		}
+		for _, a := range t.Attachments {
+			st.Wired = max(st.Wired, a.Leaving)
+		}
 		if st != was {
 			st.At = c.now
 			n.tasks[t.ID], rep[t.ID] = st, st
@@ -373,6 +376,8 @@ func checkInvariants(t tb, s *State) {
 			}
 		}
 	}
+	wired := func(as []spec.NetworkAttachment) bool { return s.networks[as[0].Network].Wired() }
+	published, ports := map[string]*service{}, []spec.Port{}
 	names, removed, svcNames := map[string]string{}, map[string]*service{}, map[string]string{}
 	for id, v := range s.services {
 		for _, a := range v.VIPs {
@@ -387,7 +392,24 @@ func checkInvariants(t tb, s *State) {
 			}
 		} else {
 			svcNames[v.Spec.Name] = id
-			if vip := v.Spec.EndpointMode == spec.EndpointModeVIP; vip != (len(v.VIPs) > 0) || (vip && len(v.VIPs) != len(v.Spec.Networks)) {
+			if v.Ingress != "" {
+				published[id] = v
+				if n := s.networks[v.Ingress]; n == nil || n.Internal || !v.On(v.Ingress) {
+					t.Fatalf("service %s: its ports lead to network %s", v.Spec.Name, v.Ingress)
+				}
+			}
+			for i, p := range v.Ports {
+				if p.Published == 0 || (v.Spec.Ports[i].Published != 0 && p != v.Spec.Ports[i]) {
+					t.Fatalf("service %s has ports %v, asked for %v", v.Spec.Name, v.Ports, v.Spec.Ports)
+				}
+				for _, q := range ports {
+					if p.Clashes(q) && (p.Mode != spec.PortHost || q.Mode != spec.PortHost) {
+						t.Fatalf("port %v is published twice", p)
+					}
+				}
+				ports = append(ports, p)
+			}
+			if vip := v.Spec.EndpointMode == spec.EndpointModeVIP; vip != (len(v.VIPs) > 0) && wired(v.Spec.Networks) || (vip && wired(v.Spec.Networks) && len(v.VIPs) != len(v.Spec.Networks)) {
 				t.Fatalf("service %s mode %s has VIPs %v", v.Spec.Name, v.Spec.EndpointMode, v.VIPs)
 			}
 		}
@@ -423,11 +445,19 @@ func checkInvariants(t tb, s *State) {
 			if s.nodes[x.Node] == nil {
 				t.Fatalf("task %s is held by a node that does not exist", id)
 			}
-			if len(x.Attachments) == 0 {
+			if len(x.Attachments) == 0 && x.Service != "" {
 				t.Fatalf("task %s has a node and no network", id)
 			}
 			for _, a := range x.Attachments {
-				if len(a.Addrs) == 0 {
+				if n := s.networks[a.Network]; n == nil || n.Wired() != (a.Iface != "") {
+					t.Fatalf("task %s has interface %q on %s", id, a.Iface, a.Network)
+				}
+				for _, b := range x.Attachments {
+					if a.Network != b.Network && a.Iface == b.Iface {
+						t.Fatalf("task %s has two interfaces %q", id, a.Iface)
+					}
+				}
+				if len(a.Addrs) == 0 && a.Iface != "" {
 					t.Fatalf("task %s has no address on %s", id, a.Network)
 				}
 				for _, ip := range a.Addrs {
@@ -450,7 +480,10 @@ func checkInvariants(t tb, s *State) {
 	netNames, vnis, nodeNames, numbers := map[string]string{}, map[uint32]string{}, map[string][]string{}, map[int]string{}
 	var subnets []netip.Prefix
 	for id, n := range s.networks {
-		netNames[n.Name], vnis[n.VNI] = id, id
+		netNames[n.Name] = id
+		if n.Wired() {
+			vnis[n.VNI] = id
+		}
 		for _, p := range n.Subnets {
 			if slices.ContainsFunc(subnets, p.Overlaps) {
 				t.Fatalf("subnet %s overlaps another", p)
@@ -485,7 +518,7 @@ func checkInvariants(t tb, s *State) {
 	for what, ok := range map[string]bool{
 		"task names": maps.Equal(names, s.taskNames), "removed": maps.Equal(removed, s.removed), "service names": maps.Equal(svcNames, s.svcNames),
 		"network names": maps.Equal(netNames, s.netNames), "VNIs": maps.Equal(vnis, s.vnis), "numbers": maps.Equal(numbers, s.numbers),
-		"node names": maps.EqualFunc(nodeNames, s.nodeNames, slices.Equal[[]string]),
+		"published ports": maps.Equal(published, s.published), "node names": maps.EqualFunc(nodeNames, s.nodeNames, slices.Equal[[]string]),
 	} {
 		if !ok {
 			t.Fatalf("index of %s is wrong", what)

@@ -118,7 +118,7 @@ func restore(b []byte) (*State, error) {
 		if err := n.Validate(); err != nil {
 			return nil, err
 		}
-		if s.netNames[n.Name] != "" || s.networks[n.ID] != nil || s.vnis[n.VNI] != "" {
+		if s.netNames[n.Name] != "" || s.networks[n.ID] != nil || (n.Wired() && s.vnis[n.VNI] != "") {
 			return nil, fmt.Errorf("network %s, or its VNI %d, is there twice", n.Name, n.VNI)
 		}
 		w, err := newNetwork(n)
@@ -165,6 +165,15 @@ func restore(b []byte) (*State, error) {
 		if v.removed {
 			s.removed[v.ID] = v
 		} else {
+			if err := checkPorts(v.Service); err != nil {
+				return nil, err
+			}
+			if v.Ingress != "" {
+				if s.networks[v.Ingress] == nil {
+					return nil, fmt.Errorf("service %s: its ports lead to network %s, which does not exist", v.Spec.Name, v.Ingress)
+				}
+				s.published[v.ID] = v
+			}
 			s.svcNames[v.Spec.Name] = v.ID
 		}
 	}

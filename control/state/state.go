@@ -37,7 +37,9 @@ type State struct {
 	nodeNames map[string][]string // a node that is down may share its name with its successor
 	vnis      map[uint32]string
 	numbers   map[int]string
-	changed   uint64 // index of the last change to what every assignment shows
+	published map[string]*service // those with ports that every node answers
+	events    []Event             // not taken yet
+	changed   uint64              // index of the last change to what every assignment shows
 }
 
 type network struct {
@@ -87,6 +89,7 @@ func New() *State {
 		networks: map[string]*network{}, services: map[string]*service{}, tasks: map[string]*task{}, nodes: map[string]*node{},
 		netNames: map[string]string{}, svcNames: map[string]string{}, removed: map[string]*service{},
 		taskNames: map[string]string{}, nodeNames: map[string][]string{}, vnis: map[uint32]string{}, numbers: map[int]string{},
+		published: map[string]*service{},
 	}
 }
 
@@ -318,7 +321,7 @@ type Assignment struct {
 	// Tasks are all tasks of the node that the managers remember, by ID:
 	// released ones too, whose output the node keeps as long as they are here.
 	Tasks    []spec.Task
-	Networks []spec.Network // of the tasks that are not released, by ID
+	Networks []spec.Network // of the tasks that are not released, and those that published ports lead to, by ID
 	Services []spec.Service // on Networks, by ID
 	Nodes    []spec.Node    // all, by ID
 }
@@ -341,6 +344,11 @@ func (s *State) AssignmentIndex(nodeID string) uint64 {
 			}
 		}
 	}
+	for _, v := range s.published {
+		if w := s.networks[v.Ingress]; w != nil {
+			idx = max(idx, w.changed)
+		}
+	}
 	return idx
 }
 
@@ -360,6 +368,9 @@ func (s *State) AssignmentFor(nodeID string) (Assignment, error) {
 				nets[at.Network] = true
 			}
 		}
+	}
+	for _, v := range s.published {
+		nets[v.Ingress] = true
 	}
 	for _, id := range slices.Sorted(maps.Keys(nets)) {
 		a.Networks = append(a.Networks, s.networks[id].Network)
@@ -400,6 +411,10 @@ func (s *State) Apply(index uint64, c Command) Result {
 		return s.createNetwork(c.CreateNetwork)
 	case c.RemoveNetwork != nil:
 		return s.removeNetwork(c.RemoveNetwork)
+	case c.ConnectNetwork != nil:
+		return s.connectNetwork(c.ConnectNetwork)
+	case c.DisconnectNetwork != nil:
+		return s.disconnectNetwork(c.DisconnectNetwork)
 	case c.CreateService != nil:
 		return s.createService(c.CreateService)
 	case c.UpdateService != nil:

@@ -74,7 +74,7 @@ func TestRefusals(t *testing.T) {
 		{sub("b", "192.168.0.0/24"), ErrInvalid, "network b: subnet 192.168.0.0/24 overlaps 192.168.0.1/32, which is reserved (address of node n1): choose another"},
 		{sub("b", "10.7.0.1/24"), ErrInvalid, "network b: subnet 10.7.0.1/24 has host bits set: did you mean 10.7.0.0/24"},
 		{sub("b", "10.7.0.0/24", "10.7.0.128/25"), ErrInvalid, "network b: subnets 10.7.0.0/24 and 10.7.0.128/25 overlap"},
-		{net(spec.Network{Name: "b", Driver: "macvlan"}), ErrInvalid, `network b: driver "macvlan" is not supported: use "overlay"`},
+		{net(spec.Network{Name: "b", Driver: "macvlan"}), ErrInvalid, `network b: driver "macvlan" is unknown: use overlay or bridge`},
 		{net(spec.Network{Name: "b", VNI: app.VNI}), ErrInUse, fmt.Sprintf("network b: VNI %d is taken by network app", app.VNI)},
 		{net(spec.Network{Name: "b", Gateways: addrs("10.7.0.1")}), ErrInvalid, "network b: a gateway needs a subnet: give --subnet"},
 		{net(spec.Network{Name: "b", Subnets: []netip.Prefix{netip.MustParsePrefix("10.7.0.0/24")}, Gateways: addrs("10.7.0.255")}), ErrInvalid, "network b: gateway 10.7.0.255 is the network or broadcast address of 10.7.0.0/24"},

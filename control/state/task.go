@@ -82,17 +82,15 @@ func (s *State) assign(t *task, n *node, asked []spec.NetworkAttachment) error {
 	var u undo
 	var as []spec.Attachment
 	for _, a := range asked {
-		w := s.networks[a.Network]
-		if w == nil {
-			u.run()
-			return &NotFoundError{"network", a.Network}
-		}
-		addrs, err := w.allocate(a.Addrs, t.holder(), &u)
+		at, err := s.attach(t, a, &u)
 		if err != nil {
 			u.run()
 			return err
 		}
-		as = append(as, spec.Attachment{Network: a.Network, Addrs: addrs, Aliases: slices.Clone(a.Aliases)})
+		if s.networks[a.Network].Wired() {
+			at.Iface = freeIface(as)
+		}
+		as = append(as, at)
 	}
 	t.Attachments = as
 	t.Node = n.ID
@@ -123,7 +121,7 @@ func (s *State) createTask(c *CreateTask) Result {
 	var n *node
 	if c.Node == "" {
 		p := newPlanner(s, c.Created)
-		i, why := p.pick(nil)
+		i, why := p.pick(p.standalone(nets, c.Ports))
 		if i < 0 {
 			return Result{Err: failf(ErrInvalid, "task %s: no node can run it: %s", c.Name, why)}
 		}
@@ -134,13 +132,21 @@ func (s *State) createTask(c *CreateTask) Result {
 	if n.Status == spec.NodeDown {
 		return Result{Err: failf(ErrInvalid, "task %s: node %s is down", c.Name, n.Name)}
 	}
-	t := &task{seq: s.seq + 1, Task: spec.Task{ID: c.ID, Name: c.Name, Spec: c.Spec.Clone(), Desired: spec.DesiredRunning,
+	if err := s.onNode(c.Name, n, nets); err != nil {
+		return Result{Err: err}
+	}
+	ports, err := s.taskPorts(c.Name, n, c.Ports, nets)
+	if err != nil {
+		return Result{Err: err}
+	}
+	t := &task{seq: s.seq + 1, Task: spec.Task{ID: c.ID, Ports: ports, Name: c.Name, Spec: c.Spec.Clone(), Desired: spec.DesiredRunning,
 		Status: spec.TaskStatus{State: spec.TaskAssigned, At: c.Created}, Version: s.index, Created: c.Created}}
 	if err := s.assign(t, n, nets); err != nil {
 		return Result{Err: fmt.Errorf("task %s: %w", c.Name, err)}
 	}
 	s.seq++
 	s.put(t)
+	s.taskEvent(t, "create")
 	out := t.Task
 	return Result{Task: &out}
 }
@@ -208,7 +214,12 @@ func (s *State) report(t *task, st spec.TaskStatus, now int64) {
 	case st.State < cur.State || st == cur:
 		return
 	}
+	st.Wired = max(st.Wired, cur.Wired)
 	t.Status, t.Version = st, s.index
+	if st.State != cur.State {
+		s.taskEvent(t, st.State.String())
+	}
+	s.unwire(t)
 	if st.State == spec.TaskRunning && t.started == 0 {
 		t.started = now
 	}
@@ -262,6 +273,7 @@ func (s *State) revivable(t *task) bool {
 func (s *State) lose(t *task, now int64) {
 	t.was, t.ended = t.Status.State, now
 	t.Status.State, t.Status.Message = spec.TaskLost, "its node is down"
+	defer s.taskEvent(t, spec.TaskLost.String())
 	if n := s.nodes[t.Node]; n != nil {
 		t.Status.Message = "node " + n.Name + " is down"
 	}

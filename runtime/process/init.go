@@ -109,16 +109,21 @@ func setUp(dir string, t runtime.Task) error {
 		target  string
 		content []byte
 	}{{"/etc/resolv.conf", t.ResolvConf}, {"/etc/hosts", t.Hosts}, {"/etc/hostname", []byte(t.Hostname + "\n")}} {
+		if t.Netns == "" && f.target != "/etc/hostname" {
+			continue // the node's own
+		}
 		if err := bindFile(dir, f.target, f.content); err != nil {
 			return err
 		}
 	}
 	// sysfs shows the network devices of the namespace it is mounted in
 	// (sysfs(5)). The control groups below it are kept.
-	cgroups := filepath.Join(dir, "cgroup")
-	kept := os.Mkdir(cgroups, 0o700) == nil && unix.Mount("/sys/fs/cgroup", cgroups, "", unix.MS_BIND|unix.MS_REC, "") == nil
-	if unix.Mount("sysfs", "/sys", "sysfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC|unix.MS_RDONLY, "") == nil && kept {
-		_ = unix.Mount(cgroups, "/sys/fs/cgroup", "", unix.MS_MOVE, "")
+	if t.Netns != "" {
+		cgroups := filepath.Join(dir, "cgroup")
+		kept := os.Mkdir(cgroups, 0o700) == nil && unix.Mount("/sys/fs/cgroup", cgroups, "", unix.MS_BIND|unix.MS_REC, "") == nil
+		if unix.Mount("sysfs", "/sys", "sysfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC|unix.MS_RDONLY, "") == nil && kept {
+			_ = unix.Mount(cgroups, "/sys/fs/cgroup", "", unix.MS_MOVE, "")
+		}
 	}
 	if err := mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC); err != nil {
 		return err

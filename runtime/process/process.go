@@ -118,8 +118,10 @@ func (r *Runtime) Create(ctx context.Context, t runtime.Task) (_ runtime.Sandbox
 	if err := writeJSON(filepath.Join(dir, taskFile), t); err != nil {
 		return runtime.Sandbox{}, err
 	}
-	if err := nl.Create(t.Netns); err != nil {
-		return runtime.Sandbox{}, err
+	if t.Netns != "" {
+		if err := nl.Create(t.Netns); err != nil {
+			return runtime.Sandbox{}, err
+		}
 	}
 	rd, shim, err := r.startShim(ctx, t)
 	if err != nil {
@@ -464,6 +466,9 @@ func (r *Runtime) Release(ctx context.Context, id string) error {
 	}
 	if err := os.Remove(r.socket(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
+	}
+	if st.Sandbox.Netns == "" {
+		return nil
 	}
 	return nl.Remove(st.Sandbox.Netns)
 }

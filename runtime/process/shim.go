@@ -100,21 +100,24 @@ func shimMain(args []string) int {
 	if err := readJSON(filepath.Join(s.dir, taskFile), &s.task); err != nil {
 		return fail(err)
 	}
-	// As Docker has it since 20.10: in a namespace of its own a task may use
-	// low ports and ICMP sockets without privileges (ip(7), icmp(7)).
-	for k, v := range map[string]string{"net.ipv4.ip_unprivileged_port_start": "0", "net.ipv4.ping_group_range": "0\t2147483647"} {
-		if err := nl.SetSysctl(k, v); err != nil {
+	port := uint16(0)
+	if s.task.Netns != "" {
+		// As Docker has it since 20.10: in a namespace of its own a task may use
+		// low ports and ICMP sockets without privileges (ip(7), icmp(7)).
+		for k, v := range map[string]string{"net.ipv4.ip_unprivileged_port_start": "0", "net.ipv4.ping_group_range": "0\t2147483647"} {
+			if err := nl.SetSysctl(k, v); err != nil {
+				return fail(err)
+			}
+		}
+		if err := s.openDNS(); err != nil {
 			return fail(err)
 		}
-	}
-	if err := s.openDNS(); err != nil {
-		return fail(err)
+		port = uint16(s.udp.LocalAddr().(*net.UDPAddr).Port)
 	}
 	var err error
 	if s.log, err = newLogWriter(filepath.Join(s.dir, logFile)); err != nil {
 		return fail(err)
 	}
-	port := uint16(s.udp.LocalAddr().(*net.UDPAddr).Port)
 	s.status = runtime.Status{ID: s.task.ID, Name: s.task.Name, State: runtime.Created, Sandbox: runtime.Sandbox{Netns: s.task.Netns, DNSPort: port}}
 	_ = os.Remove(args[1])
 	old := unix.Umask(0o177)
@@ -177,6 +180,10 @@ func (s *shim) serve(c *net.UnixConn) {
 	case "watch":
 		s.watch(c)
 	case "dns":
+		if s.udp == nil {
+			answer(errors.New("a task in the node's own namespace has no name server"))
+			return
+		}
 		u, err1 := s.udp.File()
 		t, err2 := s.tcp.File()
 		if err := errors.Join(err1, err2); err != nil {

@@ -48,6 +48,7 @@ type Network struct {
 	Options       map[string]string      `protobuf:"bytes,11,rep,name=options,proto3" json:"options,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	Version       uint64                 `protobuf:"varint,12,opt,name=version,proto3" json:"version,omitempty"`
 	CreatedMs     int64                  `protobuf:"varint,13,opt,name=created_ms,json=createdMs,proto3" json:"created_ms,omitempty"`
+	Node          string                 `protobuf:"bytes,14,opt,name=node,proto3" json:"node,omitempty"` // ID, of driver bridge
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -173,6 +174,13 @@ func (x *Network) GetCreatedMs() int64 {
 	return 0
 }
 
+func (x *Network) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
 type NetworkAttachment struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Network       string                 `protobuf:"bytes,1,opt,name=network,proto3" json:"network,omitempty"` // ID or name in requests, ID in answers
@@ -243,6 +251,12 @@ type TaskSpec struct {
 	Labels        map[string]string      `protobuf:"bytes,6,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	StopSignal    string                 `protobuf:"bytes,7,opt,name=stop_signal,json=stopSignal,proto3" json:"stop_signal,omitempty"`
 	StopGraceMs   int64                  `protobuf:"varint,8,opt,name=stop_grace_ms,json=stopGraceMs,proto3" json:"stop_grace_ms,omitempty"`
+	Dns           []string               `protobuf:"bytes,9,rep,name=dns,proto3" json:"dns,omitempty"`
+	DnsSearch     []string               `protobuf:"bytes,10,rep,name=dns_search,json=dnsSearch,proto3" json:"dns_search,omitempty"`
+	DnsOptions    []string               `protobuf:"bytes,11,rep,name=dns_options,json=dnsOptions,proto3" json:"dns_options,omitempty"`
+	ExtraHosts    []string               `protobuf:"bytes,12,rep,name=extra_hosts,json=extraHosts,proto3" json:"extra_hosts,omitempty"` // NAME:ADDRESS
+	Links         []string               `protobuf:"bytes,13,rep,name=links,proto3" json:"links,omitempty"`                             // TARGET:ALIAS
+	Expose        []string               `protobuf:"bytes,14,rep,name=expose,proto3" json:"expose,omitempty"`                           // PORT/PROTOCOL
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -333,6 +347,132 @@ func (x *TaskSpec) GetStopGraceMs() int64 {
 	return 0
 }
 
+func (x *TaskSpec) GetDns() []string {
+	if x != nil {
+		return x.Dns
+	}
+	return nil
+}
+
+func (x *TaskSpec) GetDnsSearch() []string {
+	if x != nil {
+		return x.DnsSearch
+	}
+	return nil
+}
+
+func (x *TaskSpec) GetDnsOptions() []string {
+	if x != nil {
+		return x.DnsOptions
+	}
+	return nil
+}
+
+func (x *TaskSpec) GetExtraHosts() []string {
+	if x != nil {
+		return x.ExtraHosts
+	}
+	return nil
+}
+
+func (x *TaskSpec) GetLinks() []string {
+	if x != nil {
+		return x.Links
+	}
+	return nil
+}
+
+func (x *TaskSpec) GetExpose() []string {
+	if x != nil {
+		return x.Expose
+	}
+	return nil
+}
+
+type Port struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Published     uint32                 `protobuf:"varint,1,opt,name=published,proto3" json:"published,omitempty"` // 0: any free one
+	Target        uint32                 `protobuf:"varint,2,opt,name=target,proto3" json:"target,omitempty"`
+	Protocol      string                 `protobuf:"bytes,3,opt,name=protocol,proto3" json:"protocol,omitempty"` // tcp, udp, sctp
+	Mode          string                 `protobuf:"bytes,4,opt,name=mode,proto3" json:"mode,omitempty"`         // ingress, host, local
+	Addr          string                 `protobuf:"bytes,5,opt,name=addr,proto3" json:"addr,omitempty"`         // of the node; empty: all
+	Nat           bool                   `protobuf:"varint,6,opt,name=nat,proto3" json:"nat,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Port) Reset() {
+	*x = Port{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Port) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Port) ProtoMessage() {}
+
+func (x *Port) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Port.ProtoReflect.Descriptor instead.
+func (*Port) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Port) GetPublished() uint32 {
+	if x != nil {
+		return x.Published
+	}
+	return 0
+}
+
+func (x *Port) GetTarget() uint32 {
+	if x != nil {
+		return x.Target
+	}
+	return 0
+}
+
+func (x *Port) GetProtocol() string {
+	if x != nil {
+		return x.Protocol
+	}
+	return ""
+}
+
+func (x *Port) GetMode() string {
+	if x != nil {
+		return x.Mode
+	}
+	return ""
+}
+
+func (x *Port) GetAddr() string {
+	if x != nil {
+		return x.Addr
+	}
+	return ""
+}
+
+func (x *Port) GetNat() bool {
+	if x != nil {
+		return x.Nat
+	}
+	return false
+}
+
 type ServiceSpec struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Name           string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -344,13 +484,14 @@ type ServiceSpec struct {
 	Task           *TaskSpec              `protobuf:"bytes,7,opt,name=task,proto3" json:"task,omitempty"`
 	RestartDelayMs int64                  `protobuf:"varint,8,opt,name=restart_delay_ms,json=restartDelayMs,proto3" json:"restart_delay_ms,omitempty"`
 	RestartMax     int32                  `protobuf:"varint,9,opt,name=restart_max,json=restartMax,proto3" json:"restart_max,omitempty"`
+	Ports          []*Port                `protobuf:"bytes,10,rep,name=ports,proto3" json:"ports,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
 
 func (x *ServiceSpec) Reset() {
 	*x = ServiceSpec{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[3]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -362,7 +503,7 @@ func (x *ServiceSpec) String() string {
 func (*ServiceSpec) ProtoMessage() {}
 
 func (x *ServiceSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[3]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -375,7 +516,7 @@ func (x *ServiceSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServiceSpec.ProtoReflect.Descriptor instead.
 func (*ServiceSpec) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{3}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *ServiceSpec) GetName() string {
@@ -441,6 +582,13 @@ func (x *ServiceSpec) GetRestartMax() int32 {
 	return 0
 }
 
+func (x *ServiceSpec) GetPorts() []*Port {
+	if x != nil {
+		return x.Ports
+	}
+	return nil
+}
+
 type VIPs struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Network       string                 `protobuf:"bytes,1,opt,name=network,proto3" json:"network,omitempty"`
@@ -451,7 +599,7 @@ type VIPs struct {
 
 func (x *VIPs) Reset() {
 	*x = VIPs{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[4]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -463,7 +611,7 @@ func (x *VIPs) String() string {
 func (*VIPs) ProtoMessage() {}
 
 func (x *VIPs) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[4]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -476,7 +624,7 @@ func (x *VIPs) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VIPs.ProtoReflect.Descriptor instead.
 func (*VIPs) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{4}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *VIPs) GetNetwork() string {
@@ -501,13 +649,15 @@ type Service struct {
 	Version       uint64                 `protobuf:"varint,4,opt,name=version,proto3" json:"version,omitempty"`
 	CreatedMs     int64                  `protobuf:"varint,5,opt,name=created_ms,json=createdMs,proto3" json:"created_ms,omitempty"`
 	Running       int32                  `protobuf:"varint,6,opt,name=running,proto3" json:"running,omitempty"` // replicas now running, counted by the leader
+	Ports         []*Port                `protobuf:"bytes,7,rep,name=ports,proto3" json:"ports,omitempty"`      // of the spec, with the numbers that were allocated
+	Ingress       string                 `protobuf:"bytes,8,opt,name=ingress,proto3" json:"ingress,omitempty"`  // network ID that published ports lead to
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Service) Reset() {
 	*x = Service{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[5]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -519,7 +669,7 @@ func (x *Service) String() string {
 func (*Service) ProtoMessage() {}
 
 func (x *Service) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[5]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -532,7 +682,7 @@ func (x *Service) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Service.ProtoReflect.Descriptor instead.
 func (*Service) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{5}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Service) GetId() string {
@@ -577,18 +727,34 @@ func (x *Service) GetRunning() int32 {
 	return 0
 }
 
+func (x *Service) GetPorts() []*Port {
+	if x != nil {
+		return x.Ports
+	}
+	return nil
+}
+
+func (x *Service) GetIngress() string {
+	if x != nil {
+		return x.Ingress
+	}
+	return ""
+}
+
 type Attachment struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Network       string                 `protobuf:"bytes,1,opt,name=network,proto3" json:"network,omitempty"`
 	Addrs         []string               `protobuf:"bytes,2,rep,name=addrs,proto3" json:"addrs,omitempty"`
 	Aliases       []string               `protobuf:"bytes,3,rep,name=aliases,proto3" json:"aliases,omitempty"`
+	Iface         string                 `protobuf:"bytes,4,opt,name=iface,proto3" json:"iface,omitempty"`
+	Leaving       uint64                 `protobuf:"varint,5,opt,name=leaving,proto3" json:"leaving,omitempty"` // version of the task that it left at
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Attachment) Reset() {
 	*x = Attachment{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[6]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -600,7 +766,7 @@ func (x *Attachment) String() string {
 func (*Attachment) ProtoMessage() {}
 
 func (x *Attachment) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[6]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -613,7 +779,7 @@ func (x *Attachment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attachment.ProtoReflect.Descriptor instead.
 func (*Attachment) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{6}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Attachment) GetNetwork() string {
@@ -637,6 +803,20 @@ func (x *Attachment) GetAliases() []string {
 	return nil
 }
 
+func (x *Attachment) GetIface() string {
+	if x != nil {
+		return x.Iface
+	}
+	return ""
+}
+
+func (x *Attachment) GetLeaving() uint64 {
+	if x != nil {
+		return x.Leaving
+	}
+	return 0
+}
+
 type TaskStatus struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	State         string                 `protobuf:"bytes,1,opt,name=state,proto3" json:"state,omitempty"`
@@ -645,13 +825,14 @@ type TaskStatus struct {
 	Pid           int32                  `protobuf:"varint,4,opt,name=pid,proto3" json:"pid,omitempty"`
 	AtMs          int64                  `protobuf:"varint,5,opt,name=at_ms,json=atMs,proto3" json:"at_ms,omitempty"`
 	Released      bool                   `protobuf:"varint,6,opt,name=released,proto3" json:"released,omitempty"`
+	Wired         uint64                 `protobuf:"varint,7,opt,name=wired,proto3" json:"wired,omitempty"` // version of the task whose attachments are carried out
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *TaskStatus) Reset() {
 	*x = TaskStatus{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[7]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -663,7 +844,7 @@ func (x *TaskStatus) String() string {
 func (*TaskStatus) ProtoMessage() {}
 
 func (x *TaskStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[7]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -676,7 +857,7 @@ func (x *TaskStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskStatus.ProtoReflect.Descriptor instead.
 func (*TaskStatus) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{7}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *TaskStatus) GetState() string {
@@ -721,6 +902,13 @@ func (x *TaskStatus) GetReleased() bool {
 	return false
 }
 
+func (x *TaskStatus) GetWired() uint64 {
+	if x != nil {
+		return x.Wired
+	}
+	return 0
+}
+
 type Task struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -736,13 +924,14 @@ type Task struct {
 	CreatedMs     int64                  `protobuf:"varint,11,opt,name=created_ms,json=createdMs,proto3" json:"created_ms,omitempty"`
 	NotBeforeMs   int64                  `protobuf:"varint,12,opt,name=not_before_ms,json=notBeforeMs,proto3" json:"not_before_ms,omitempty"`
 	Attempt       int32                  `protobuf:"varint,13,opt,name=attempt,proto3" json:"attempt,omitempty"`
+	Ports         []*Port                `protobuf:"bytes,14,rep,name=ports,proto3" json:"ports,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Task) Reset() {
 	*x = Task{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[8]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -754,7 +943,7 @@ func (x *Task) String() string {
 func (*Task) ProtoMessage() {}
 
 func (x *Task) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[8]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -767,7 +956,7 @@ func (x *Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Task.ProtoReflect.Descriptor instead.
 func (*Task) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{8}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Task) GetId() string {
@@ -861,6 +1050,13 @@ func (x *Task) GetAttempt() int32 {
 	return 0
 }
 
+func (x *Task) GetPorts() []*Port {
+	if x != nil {
+		return x.Ports
+	}
+	return nil
+}
+
 type NodeInfo struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -884,7 +1080,7 @@ type NodeInfo struct {
 
 func (x *NodeInfo) Reset() {
 	*x = NodeInfo{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[9]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -896,7 +1092,7 @@ func (x *NodeInfo) String() string {
 func (*NodeInfo) ProtoMessage() {}
 
 func (x *NodeInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[9]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -909,7 +1105,7 @@ func (x *NodeInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeInfo.ProtoReflect.Descriptor instead.
 func (*NodeInfo) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{9}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *NodeInfo) GetId() string {
@@ -1030,7 +1226,7 @@ type Cluster struct {
 
 func (x *Cluster) Reset() {
 	*x = Cluster{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[10]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1042,7 +1238,7 @@ func (x *Cluster) String() string {
 func (*Cluster) ProtoMessage() {}
 
 func (x *Cluster) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[10]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1055,7 +1251,7 @@ func (x *Cluster) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cluster.ProtoReflect.Descriptor instead.
 func (*Cluster) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{10}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Cluster) GetId() string {
@@ -1097,13 +1293,14 @@ type CreateNetworkRequest struct {
 	Mtu           int32                  `protobuf:"varint,7,opt,name=mtu,proto3" json:"mtu,omitempty"`
 	Internal      bool                   `protobuf:"varint,8,opt,name=internal,proto3" json:"internal,omitempty"`
 	Options       map[string]string      `protobuf:"bytes,9,rep,name=options,proto3" json:"options,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Node          string                 `protobuf:"bytes,10,opt,name=node,proto3" json:"node,omitempty"` // ID or name, of driver bridge
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CreateNetworkRequest) Reset() {
 	*x = CreateNetworkRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[11]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1115,7 +1312,7 @@ func (x *CreateNetworkRequest) String() string {
 func (*CreateNetworkRequest) ProtoMessage() {}
 
 func (x *CreateNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[11]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1128,7 +1325,7 @@ func (x *CreateNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateNetworkRequest.ProtoReflect.Descriptor instead.
 func (*CreateNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{11}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *CreateNetworkRequest) GetName() string {
@@ -1194,6 +1391,13 @@ func (x *CreateNetworkRequest) GetOptions() map[string]string {
 	return nil
 }
 
+func (x *CreateNetworkRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
 type CreateNetworkResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Network       *Network               `protobuf:"bytes,1,opt,name=network,proto3" json:"network,omitempty"`
@@ -1203,7 +1407,7 @@ type CreateNetworkResponse struct {
 
 func (x *CreateNetworkResponse) Reset() {
 	*x = CreateNetworkResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[12]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1215,7 +1419,7 @@ func (x *CreateNetworkResponse) String() string {
 func (*CreateNetworkResponse) ProtoMessage() {}
 
 func (x *CreateNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[12]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1228,7 +1432,7 @@ func (x *CreateNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateNetworkResponse.ProtoReflect.Descriptor instead.
 func (*CreateNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{12}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *CreateNetworkResponse) GetNetwork() *Network {
@@ -1247,7 +1451,7 @@ type ListNetworksRequest struct {
 
 func (x *ListNetworksRequest) Reset() {
 	*x = ListNetworksRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[13]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1259,7 +1463,7 @@ func (x *ListNetworksRequest) String() string {
 func (*ListNetworksRequest) ProtoMessage() {}
 
 func (x *ListNetworksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[13]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1272,7 +1476,7 @@ func (x *ListNetworksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNetworksRequest.ProtoReflect.Descriptor instead.
 func (*ListNetworksRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{13}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ListNetworksRequest) GetRefs() []string {
@@ -1291,7 +1495,7 @@ type ListNetworksResponse struct {
 
 func (x *ListNetworksResponse) Reset() {
 	*x = ListNetworksResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[14]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1303,7 +1507,7 @@ func (x *ListNetworksResponse) String() string {
 func (*ListNetworksResponse) ProtoMessage() {}
 
 func (x *ListNetworksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[14]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1316,7 +1520,7 @@ func (x *ListNetworksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNetworksResponse.ProtoReflect.Descriptor instead.
 func (*ListNetworksResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{14}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ListNetworksResponse) GetNetworks() []*Network {
@@ -1335,7 +1539,7 @@ type RemoveNetworkRequest struct {
 
 func (x *RemoveNetworkRequest) Reset() {
 	*x = RemoveNetworkRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[15]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1347,7 +1551,7 @@ func (x *RemoveNetworkRequest) String() string {
 func (*RemoveNetworkRequest) ProtoMessage() {}
 
 func (x *RemoveNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[15]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1360,7 +1564,7 @@ func (x *RemoveNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNetworkRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{15}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *RemoveNetworkRequest) GetRef() string {
@@ -1378,7 +1582,7 @@ type RemoveNetworkResponse struct {
 
 func (x *RemoveNetworkResponse) Reset() {
 	*x = RemoveNetworkResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[16]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1390,7 +1594,7 @@ func (x *RemoveNetworkResponse) String() string {
 func (*RemoveNetworkResponse) ProtoMessage() {}
 
 func (x *RemoveNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[16]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1403,7 +1607,344 @@ func (x *RemoveNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNetworkResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{16}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{17}
+}
+
+// ConnectNetwork attaches a running task or service, which goes on running.
+type ConnectNetworkRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Network       string                 `protobuf:"bytes,1,opt,name=network,proto3" json:"network,omitempty"` // ID or name
+	Target        string                 `protobuf:"bytes,2,opt,name=target,proto3" json:"target,omitempty"`   // task or service, ID or name
+	Aliases       []string               `protobuf:"bytes,3,rep,name=aliases,proto3" json:"aliases,omitempty"`
+	Addrs         []string               `protobuf:"bytes,4,rep,name=addrs,proto3" json:"addrs,omitempty"` // of the task, or virtual ones of the service
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConnectNetworkRequest) Reset() {
+	*x = ConnectNetworkRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConnectNetworkRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConnectNetworkRequest) ProtoMessage() {}
+
+func (x *ConnectNetworkRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConnectNetworkRequest.ProtoReflect.Descriptor instead.
+func (*ConnectNetworkRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *ConnectNetworkRequest) GetNetwork() string {
+	if x != nil {
+		return x.Network
+	}
+	return ""
+}
+
+func (x *ConnectNetworkRequest) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
+func (x *ConnectNetworkRequest) GetAliases() []string {
+	if x != nil {
+		return x.Aliases
+	}
+	return nil
+}
+
+func (x *ConnectNetworkRequest) GetAddrs() []string {
+	if x != nil {
+		return x.Addrs
+	}
+	return nil
+}
+
+type ConnectNetworkResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Task          *Task                  `protobuf:"bytes,1,opt,name=task,proto3" json:"task,omitempty"`
+	Service       *Service               `protobuf:"bytes,2,opt,name=service,proto3" json:"service,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConnectNetworkResponse) Reset() {
+	*x = ConnectNetworkResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConnectNetworkResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConnectNetworkResponse) ProtoMessage() {}
+
+func (x *ConnectNetworkResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConnectNetworkResponse.ProtoReflect.Descriptor instead.
+func (*ConnectNetworkResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *ConnectNetworkResponse) GetTask() *Task {
+	if x != nil {
+		return x.Task
+	}
+	return nil
+}
+
+func (x *ConnectNetworkResponse) GetService() *Service {
+	if x != nil {
+		return x.Service
+	}
+	return nil
+}
+
+type DisconnectNetworkRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Network       string                 `protobuf:"bytes,1,opt,name=network,proto3" json:"network,omitempty"`
+	Target        string                 `protobuf:"bytes,2,opt,name=target,proto3" json:"target,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DisconnectNetworkRequest) Reset() {
+	*x = DisconnectNetworkRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DisconnectNetworkRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DisconnectNetworkRequest) ProtoMessage() {}
+
+func (x *DisconnectNetworkRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DisconnectNetworkRequest.ProtoReflect.Descriptor instead.
+func (*DisconnectNetworkRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *DisconnectNetworkRequest) GetNetwork() string {
+	if x != nil {
+		return x.Network
+	}
+	return ""
+}
+
+func (x *DisconnectNetworkRequest) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
+type DisconnectNetworkResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DisconnectNetworkResponse) Reset() {
+	*x = DisconnectNetworkResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DisconnectNetworkResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DisconnectNetworkResponse) ProtoMessage() {}
+
+func (x *DisconnectNetworkResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DisconnectNetworkResponse.ProtoReflect.Descriptor instead.
+func (*DisconnectNetworkResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{21}
+}
+
+type EventsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SinceMs       int64                  `protobuf:"varint,1,opt,name=since_ms,json=sinceMs,proto3" json:"since_ms,omitempty"` // also those since then that the leader remembers; 0: from now on
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EventsRequest) Reset() {
+	*x = EventsRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EventsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EventsRequest) ProtoMessage() {}
+
+func (x *EventsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
+func (*EventsRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *EventsRequest) GetSinceMs() int64 {
+	if x != nil {
+		return x.SinceMs
+	}
+	return 0
+}
+
+type Event struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	AtMs          int64                  `protobuf:"varint,1,opt,name=at_ms,json=atMs,proto3" json:"at_ms,omitempty"`
+	Type          string                 `protobuf:"bytes,2,opt,name=type,proto3" json:"type,omitempty"`     // network, service, task, node
+	Action        string                 `protobuf:"bytes,3,opt,name=action,proto3" json:"action,omitempty"` // create, update, remove, connect, disconnect; a task's or node's state
+	Id            string                 `protobuf:"bytes,4,opt,name=id,proto3" json:"id,omitempty"`
+	Name          string                 `protobuf:"bytes,5,opt,name=name,proto3" json:"name,omitempty"`
+	Attributes    map[string]string      `protobuf:"bytes,6,rep,name=attributes,proto3" json:"attributes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Event) Reset() {
+	*x = Event{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Event) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Event) ProtoMessage() {}
+
+func (x *Event) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Event.ProtoReflect.Descriptor instead.
+func (*Event) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *Event) GetAtMs() int64 {
+	if x != nil {
+		return x.AtMs
+	}
+	return 0
+}
+
+func (x *Event) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *Event) GetAction() string {
+	if x != nil {
+		return x.Action
+	}
+	return ""
+}
+
+func (x *Event) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Event) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Event) GetAttributes() map[string]string {
+	if x != nil {
+		return x.Attributes
+	}
+	return nil
 }
 
 type CreateServiceRequest struct {
@@ -1415,7 +1956,7 @@ type CreateServiceRequest struct {
 
 func (x *CreateServiceRequest) Reset() {
 	*x = CreateServiceRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[17]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1427,7 +1968,7 @@ func (x *CreateServiceRequest) String() string {
 func (*CreateServiceRequest) ProtoMessage() {}
 
 func (x *CreateServiceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[17]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1440,7 +1981,7 @@ func (x *CreateServiceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateServiceRequest.ProtoReflect.Descriptor instead.
 func (*CreateServiceRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{17}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *CreateServiceRequest) GetSpec() *ServiceSpec {
@@ -1459,7 +2000,7 @@ type CreateServiceResponse struct {
 
 func (x *CreateServiceResponse) Reset() {
 	*x = CreateServiceResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[18]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1471,7 +2012,7 @@ func (x *CreateServiceResponse) String() string {
 func (*CreateServiceResponse) ProtoMessage() {}
 
 func (x *CreateServiceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[18]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1484,7 +2025,7 @@ func (x *CreateServiceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateServiceResponse.ProtoReflect.Descriptor instead.
 func (*CreateServiceResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{18}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *CreateServiceResponse) GetService() *Service {
@@ -1508,7 +2049,7 @@ type UpdateServiceRequest struct {
 
 func (x *UpdateServiceRequest) Reset() {
 	*x = UpdateServiceRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[19]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1520,7 +2061,7 @@ func (x *UpdateServiceRequest) String() string {
 func (*UpdateServiceRequest) ProtoMessage() {}
 
 func (x *UpdateServiceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[19]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1533,7 +2074,7 @@ func (x *UpdateServiceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateServiceRequest.ProtoReflect.Descriptor instead.
 func (*UpdateServiceRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{19}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *UpdateServiceRequest) GetRef() string {
@@ -1573,7 +2114,7 @@ type UpdateServiceResponse struct {
 
 func (x *UpdateServiceResponse) Reset() {
 	*x = UpdateServiceResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[20]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1585,7 +2126,7 @@ func (x *UpdateServiceResponse) String() string {
 func (*UpdateServiceResponse) ProtoMessage() {}
 
 func (x *UpdateServiceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[20]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1598,7 +2139,7 @@ func (x *UpdateServiceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateServiceResponse.ProtoReflect.Descriptor instead.
 func (*UpdateServiceResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{20}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *UpdateServiceResponse) GetService() *Service {
@@ -1617,7 +2158,7 @@ type ListServicesRequest struct {
 
 func (x *ListServicesRequest) Reset() {
 	*x = ListServicesRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[21]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1629,7 +2170,7 @@ func (x *ListServicesRequest) String() string {
 func (*ListServicesRequest) ProtoMessage() {}
 
 func (x *ListServicesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[21]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1642,7 +2183,7 @@ func (x *ListServicesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListServicesRequest.ProtoReflect.Descriptor instead.
 func (*ListServicesRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{21}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ListServicesRequest) GetRefs() []string {
@@ -1661,7 +2202,7 @@ type ListServicesResponse struct {
 
 func (x *ListServicesResponse) Reset() {
 	*x = ListServicesResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[22]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1673,7 +2214,7 @@ func (x *ListServicesResponse) String() string {
 func (*ListServicesResponse) ProtoMessage() {}
 
 func (x *ListServicesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[22]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1686,7 +2227,7 @@ func (x *ListServicesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListServicesResponse.ProtoReflect.Descriptor instead.
 func (*ListServicesResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{22}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ListServicesResponse) GetServices() []*Service {
@@ -1705,7 +2246,7 @@ type RemoveServiceRequest struct {
 
 func (x *RemoveServiceRequest) Reset() {
 	*x = RemoveServiceRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[23]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1717,7 +2258,7 @@ func (x *RemoveServiceRequest) String() string {
 func (*RemoveServiceRequest) ProtoMessage() {}
 
 func (x *RemoveServiceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[23]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1730,7 +2271,7 @@ func (x *RemoveServiceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveServiceRequest.ProtoReflect.Descriptor instead.
 func (*RemoveServiceRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{23}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *RemoveServiceRequest) GetRef() string {
@@ -1748,7 +2289,7 @@ type RemoveServiceResponse struct {
 
 func (x *RemoveServiceResponse) Reset() {
 	*x = RemoveServiceResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[24]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1760,7 +2301,7 @@ func (x *RemoveServiceResponse) String() string {
 func (*RemoveServiceResponse) ProtoMessage() {}
 
 func (x *RemoveServiceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[24]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1773,7 +2314,7 @@ func (x *RemoveServiceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveServiceResponse.ProtoReflect.Descriptor instead.
 func (*RemoveServiceResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{24}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{31}
 }
 
 type CreateTaskRequest struct {
@@ -1782,13 +2323,14 @@ type CreateTaskRequest struct {
 	Node          string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"` // ID or name
 	Spec          *TaskSpec              `protobuf:"bytes,3,opt,name=spec,proto3" json:"spec,omitempty"`
 	Networks      []*NetworkAttachment   `protobuf:"bytes,4,rep,name=networks,proto3" json:"networks,omitempty"` // empty: the default network
+	Ports         []*Port                `protobuf:"bytes,5,rep,name=ports,proto3" json:"ports,omitempty"`       // on its node
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CreateTaskRequest) Reset() {
 	*x = CreateTaskRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[25]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1800,7 +2342,7 @@ func (x *CreateTaskRequest) String() string {
 func (*CreateTaskRequest) ProtoMessage() {}
 
 func (x *CreateTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[25]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1813,7 +2355,7 @@ func (x *CreateTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTaskRequest.ProtoReflect.Descriptor instead.
 func (*CreateTaskRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{25}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *CreateTaskRequest) GetName() string {
@@ -1844,6 +2386,13 @@ func (x *CreateTaskRequest) GetNetworks() []*NetworkAttachment {
 	return nil
 }
 
+func (x *CreateTaskRequest) GetPorts() []*Port {
+	if x != nil {
+		return x.Ports
+	}
+	return nil
+}
+
 type CreateTaskResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Task          *Task                  `protobuf:"bytes,1,opt,name=task,proto3" json:"task,omitempty"`
@@ -1853,7 +2402,7 @@ type CreateTaskResponse struct {
 
 func (x *CreateTaskResponse) Reset() {
 	*x = CreateTaskResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[26]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1865,7 +2414,7 @@ func (x *CreateTaskResponse) String() string {
 func (*CreateTaskResponse) ProtoMessage() {}
 
 func (x *CreateTaskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[26]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1878,7 +2427,7 @@ func (x *CreateTaskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTaskResponse.ProtoReflect.Descriptor instead.
 func (*CreateTaskResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{26}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *CreateTaskResponse) GetTask() *Task {
@@ -1900,7 +2449,7 @@ type ListTasksRequest struct {
 
 func (x *ListTasksRequest) Reset() {
 	*x = ListTasksRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[27]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1912,7 +2461,7 @@ func (x *ListTasksRequest) String() string {
 func (*ListTasksRequest) ProtoMessage() {}
 
 func (x *ListTasksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[27]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1925,7 +2474,7 @@ func (x *ListTasksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTasksRequest.ProtoReflect.Descriptor instead.
 func (*ListTasksRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{27}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ListTasksRequest) GetRefs() []string {
@@ -1965,7 +2514,7 @@ type ListTasksResponse struct {
 
 func (x *ListTasksResponse) Reset() {
 	*x = ListTasksResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[28]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1977,7 +2526,7 @@ func (x *ListTasksResponse) String() string {
 func (*ListTasksResponse) ProtoMessage() {}
 
 func (x *ListTasksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[28]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1990,7 +2539,7 @@ func (x *ListTasksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTasksResponse.ProtoReflect.Descriptor instead.
 func (*ListTasksResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{28}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ListTasksResponse) GetTasks() []*Task {
@@ -2010,7 +2559,7 @@ type StopTaskRequest struct {
 
 func (x *StopTaskRequest) Reset() {
 	*x = StopTaskRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[29]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2022,7 +2571,7 @@ func (x *StopTaskRequest) String() string {
 func (*StopTaskRequest) ProtoMessage() {}
 
 func (x *StopTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[29]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2035,7 +2584,7 @@ func (x *StopTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopTaskRequest.ProtoReflect.Descriptor instead.
 func (*StopTaskRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{29}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *StopTaskRequest) GetRef() string {
@@ -2060,7 +2609,7 @@ type StopTaskResponse struct {
 
 func (x *StopTaskResponse) Reset() {
 	*x = StopTaskResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[30]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2072,7 +2621,7 @@ func (x *StopTaskResponse) String() string {
 func (*StopTaskResponse) ProtoMessage() {}
 
 func (x *StopTaskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[30]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2085,7 +2634,7 @@ func (x *StopTaskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopTaskResponse.ProtoReflect.Descriptor instead.
 func (*StopTaskResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{30}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{37}
 }
 
 type ListNodesRequest struct {
@@ -2097,7 +2646,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[31]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2109,7 +2658,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[31]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2122,7 +2671,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{31}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ListNodesRequest) GetRefs() []string {
@@ -2141,7 +2690,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[32]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2153,7 +2702,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[32]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2166,7 +2715,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{32}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ListNodesResponse) GetNodes() []*NodeInfo {
@@ -2189,7 +2738,7 @@ type UpdateNodeRequest struct {
 
 func (x *UpdateNodeRequest) Reset() {
 	*x = UpdateNodeRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2201,7 +2750,7 @@ func (x *UpdateNodeRequest) String() string {
 func (*UpdateNodeRequest) ProtoMessage() {}
 
 func (x *UpdateNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2214,7 +2763,7 @@ func (x *UpdateNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNodeRequest.ProtoReflect.Descriptor instead.
 func (*UpdateNodeRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{33}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *UpdateNodeRequest) GetRef() string {
@@ -2261,7 +2810,7 @@ type UpdateNodeResponse struct {
 
 func (x *UpdateNodeResponse) Reset() {
 	*x = UpdateNodeResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2273,7 +2822,7 @@ func (x *UpdateNodeResponse) String() string {
 func (*UpdateNodeResponse) ProtoMessage() {}
 
 func (x *UpdateNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2286,7 +2835,7 @@ func (x *UpdateNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNodeResponse.ProtoReflect.Descriptor instead.
 func (*UpdateNodeResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{34}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *UpdateNodeResponse) GetNode() *NodeInfo {
@@ -2306,7 +2855,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2318,7 +2867,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2331,7 +2880,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{35}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *RemoveNodeRequest) GetRef() string {
@@ -2356,7 +2905,7 @@ type RemoveNodeResponse struct {
 
 func (x *RemoveNodeResponse) Reset() {
 	*x = RemoveNodeResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2368,7 +2917,7 @@ func (x *RemoveNodeResponse) String() string {
 func (*RemoveNodeResponse) ProtoMessage() {}
 
 func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2381,7 +2930,7 @@ func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{36}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{43}
 }
 
 type JoinNodeRequest struct {
@@ -2395,7 +2944,7 @@ type JoinNodeRequest struct {
 
 func (x *JoinNodeRequest) Reset() {
 	*x = JoinNodeRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2407,7 +2956,7 @@ func (x *JoinNodeRequest) String() string {
 func (*JoinNodeRequest) ProtoMessage() {}
 
 func (x *JoinNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2420,7 +2969,7 @@ func (x *JoinNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinNodeRequest.ProtoReflect.Descriptor instead.
 func (*JoinNodeRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{37}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *JoinNodeRequest) GetNode() *NodeInfo {
@@ -2455,7 +3004,7 @@ type JoinNodeResponse struct {
 
 func (x *JoinNodeResponse) Reset() {
 	*x = JoinNodeResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2467,7 +3016,7 @@ func (x *JoinNodeResponse) String() string {
 func (*JoinNodeResponse) ProtoMessage() {}
 
 func (x *JoinNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2480,7 +3029,7 @@ func (x *JoinNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinNodeResponse.ProtoReflect.Descriptor instead.
 func (*JoinNodeResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{38}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *JoinNodeResponse) GetCluster() *Cluster {
@@ -2513,7 +3062,7 @@ type AssignmentsRequest struct {
 
 func (x *AssignmentsRequest) Reset() {
 	*x = AssignmentsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2525,7 +3074,7 @@ func (x *AssignmentsRequest) String() string {
 func (*AssignmentsRequest) ProtoMessage() {}
 
 func (x *AssignmentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2538,7 +3087,7 @@ func (x *AssignmentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignmentsRequest.ProtoReflect.Descriptor instead.
 func (*AssignmentsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{39}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *AssignmentsRequest) GetNode() string {
@@ -2566,7 +3115,7 @@ type AssignmentsResponse struct {
 
 func (x *AssignmentsResponse) Reset() {
 	*x = AssignmentsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2578,7 +3127,7 @@ func (x *AssignmentsResponse) String() string {
 func (*AssignmentsResponse) ProtoMessage() {}
 
 func (x *AssignmentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2591,7 +3140,7 @@ func (x *AssignmentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignmentsResponse.ProtoReflect.Descriptor instead.
 func (*AssignmentsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{40}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *AssignmentsResponse) GetIndex() uint64 {
@@ -2662,7 +3211,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2674,7 +3223,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2687,7 +3236,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{41}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ReportRequest) GetNode() string {
@@ -2747,7 +3296,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2759,7 +3308,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2772,7 +3321,207 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{42}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{49}
+}
+
+type StatsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Tasks         []string               `protobuf:"bytes,1,rep,name=tasks,proto3" json:"tasks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatsRequest) Reset() {
+	*x = StatsRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatsRequest) ProtoMessage() {}
+
+func (x *StatsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
+func (*StatsRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *StatsRequest) GetTasks() []string {
+	if x != nil {
+		return x.Tasks
+	}
+	return nil
+}
+
+type StatsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Tasks         []*StatsResponse_Task  `protobuf:"bytes,2,rep,name=tasks,proto3" json:"tasks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatsResponse) Reset() {
+	*x = StatsResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatsResponse) ProtoMessage() {}
+
+func (x *StatsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
+func (*StatsResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *StatsResponse) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *StatsResponse) GetTasks() []*StatsResponse_Task {
+	if x != nil {
+		return x.Tasks
+	}
+	return nil
+}
+
+type KernelRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Service       string                 `protobuf:"bytes,1,opt,name=service,proto3" json:"service,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KernelRequest) Reset() {
+	*x = KernelRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KernelRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KernelRequest) ProtoMessage() {}
+
+func (x *KernelRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KernelRequest.ProtoReflect.Descriptor instead.
+func (*KernelRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{52}
+}
+
+func (x *KernelRequest) GetService() string {
+	if x != nil {
+		return x.Service
+	}
+	return ""
+}
+
+type KernelResponse struct {
+	state         protoimpl.MessageState   `protogen:"open.v1"`
+	Node          string                   `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	DataPath      string                   `protobuf:"bytes,2,opt,name=data_path,json=dataPath,proto3" json:"data_path,omitempty"`
+	Servers       []*KernelResponse_Server `protobuf:"bytes,3,rep,name=servers,proto3" json:"servers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KernelResponse) Reset() {
+	*x = KernelResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KernelResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KernelResponse) ProtoMessage() {}
+
+func (x *KernelResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KernelResponse.ProtoReflect.Descriptor instead.
+func (*KernelResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{53}
+}
+
+func (x *KernelResponse) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *KernelResponse) GetDataPath() string {
+	if x != nil {
+		return x.DataPath
+	}
+	return ""
+}
+
+func (x *KernelResponse) GetServers() []*KernelResponse_Server {
+	if x != nil {
+		return x.Servers
+	}
+	return nil
 }
 
 type ExecRequest struct {
@@ -2791,7 +3540,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2803,7 +3552,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2816,7 +3565,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{43}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ExecRequest) GetMsg() isExecRequest_Msg {
@@ -2919,7 +3668,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2931,7 +3680,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2944,7 +3693,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{44}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ExecResponse) GetMsg() isExecResponse_Msg {
@@ -3014,7 +3763,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3026,7 +3775,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3039,7 +3788,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{45}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *LogsRequest) GetTask() string {
@@ -3074,7 +3823,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3086,7 +3835,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3099,7 +3848,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{46}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *LogsResponse) GetStderr() bool {
@@ -3132,7 +3881,7 @@ type WaitRequest struct {
 
 func (x *WaitRequest) Reset() {
 	*x = WaitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3144,7 +3893,7 @@ func (x *WaitRequest) String() string {
 func (*WaitRequest) ProtoMessage() {}
 
 func (x *WaitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3157,7 +3906,7 @@ func (x *WaitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitRequest.ProtoReflect.Descriptor instead.
 func (*WaitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{47}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *WaitRequest) GetTask() string {
@@ -3176,7 +3925,7 @@ type WaitResponse struct {
 
 func (x *WaitResponse) Reset() {
 	*x = WaitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3188,7 +3937,7 @@ func (x *WaitResponse) String() string {
 func (*WaitResponse) ProtoMessage() {}
 
 func (x *WaitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3201,7 +3950,7 @@ func (x *WaitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitResponse.ProtoReflect.Descriptor instead.
 func (*WaitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{48}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *WaitResponse) GetStatus() *TaskStatus {
@@ -3219,7 +3968,7 @@ type InfoRequest struct {
 
 func (x *InfoRequest) Reset() {
 	*x = InfoRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3231,7 +3980,7 @@ func (x *InfoRequest) String() string {
 func (*InfoRequest) ProtoMessage() {}
 
 func (x *InfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3244,7 +3993,7 @@ func (x *InfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoRequest.ProtoReflect.Descriptor instead.
 func (*InfoRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{49}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{60}
 }
 
 type InfoResponse struct {
@@ -3262,7 +4011,7 @@ type InfoResponse struct {
 
 func (x *InfoResponse) Reset() {
 	*x = InfoResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3274,7 +4023,7 @@ func (x *InfoResponse) String() string {
 func (*InfoResponse) ProtoMessage() {}
 
 func (x *InfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3287,7 +4036,7 @@ func (x *InfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoResponse.ProtoReflect.Descriptor instead.
 func (*InfoResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{50}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *InfoResponse) GetVersion() string {
@@ -3351,7 +4100,7 @@ type InitRequest struct {
 
 func (x *InitRequest) Reset() {
 	*x = InitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3363,7 +4112,7 @@ func (x *InitRequest) String() string {
 func (*InitRequest) ProtoMessage() {}
 
 func (x *InitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3376,7 +4125,7 @@ func (x *InitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitRequest.ProtoReflect.Descriptor instead.
 func (*InitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{51}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *InitRequest) GetAdvertiseAddr() string {
@@ -3417,7 +4166,7 @@ type InitResponse struct {
 
 func (x *InitResponse) Reset() {
 	*x = InitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3429,7 +4178,7 @@ func (x *InitResponse) String() string {
 func (*InitResponse) ProtoMessage() {}
 
 func (x *InitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3442,7 +4191,7 @@ func (x *InitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitResponse.ProtoReflect.Descriptor instead.
 func (*InitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{52}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *InitResponse) GetCluster() string {
@@ -3471,7 +4220,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3483,7 +4232,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3496,7 +4245,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{53}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *JoinRequest) GetRemote() string {
@@ -3537,7 +4286,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3549,7 +4298,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3562,7 +4311,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{54}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *JoinResponse) GetCluster() string {
@@ -3588,7 +4337,7 @@ type LeaveRequest struct {
 
 func (x *LeaveRequest) Reset() {
 	*x = LeaveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3600,7 +4349,7 @@ func (x *LeaveRequest) String() string {
 func (*LeaveRequest) ProtoMessage() {}
 
 func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3613,7 +4362,7 @@ func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
 func (*LeaveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{55}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *LeaveRequest) GetForce() bool {
@@ -3631,7 +4380,7 @@ type LeaveResponse struct {
 
 func (x *LeaveResponse) Reset() {
 	*x = LeaveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3643,7 +4392,7 @@ func (x *LeaveResponse) String() string {
 func (*LeaveResponse) ProtoMessage() {}
 
 func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3656,7 +4405,7 @@ func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveResponse.ProtoReflect.Descriptor instead.
 func (*LeaveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{56}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{67}
 }
 
 type DoctorRequest struct {
@@ -3667,7 +4416,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3679,7 +4428,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3692,7 +4441,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{57}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{68}
 }
 
 type DoctorResponse struct {
@@ -3705,7 +4454,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3717,7 +4466,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3730,7 +4479,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{58}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *DoctorResponse) GetChecks() []*DoctorResponse_Check {
@@ -3743,6 +4492,242 @@ func (x *DoctorResponse) GetChecks() []*DoctorResponse_Check {
 func (x *DoctorResponse) GetObjects() []*DoctorResponse_Object {
 	if x != nil {
 		return x.Objects
+	}
+	return nil
+}
+
+type StatsResponse_Task struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	RxBytes       uint64                 `protobuf:"varint,3,opt,name=rx_bytes,json=rxBytes,proto3" json:"rx_bytes,omitempty"` // by the task, over all its networks
+	RxPackets     uint64                 `protobuf:"varint,4,opt,name=rx_packets,json=rxPackets,proto3" json:"rx_packets,omitempty"`
+	TxBytes       uint64                 `protobuf:"varint,5,opt,name=tx_bytes,json=txBytes,proto3" json:"tx_bytes,omitempty"`
+	TxPackets     uint64                 `protobuf:"varint,6,opt,name=tx_packets,json=txPackets,proto3" json:"tx_packets,omitempty"`
+	Dropped       uint64                 `protobuf:"varint,7,opt,name=dropped,proto3" json:"dropped,omitempty"`
+	Connections   int32                  `protobuf:"varint,8,opt,name=connections,proto3" json:"connections,omitempty"` // TCP, established
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatsResponse_Task) Reset() {
+	*x = StatsResponse_Task{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatsResponse_Task) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatsResponse_Task) ProtoMessage() {}
+
+func (x *StatsResponse_Task) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatsResponse_Task.ProtoReflect.Descriptor instead.
+func (*StatsResponse_Task) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{51, 0}
+}
+
+func (x *StatsResponse_Task) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *StatsResponse_Task) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *StatsResponse_Task) GetRxBytes() uint64 {
+	if x != nil {
+		return x.RxBytes
+	}
+	return 0
+}
+
+func (x *StatsResponse_Task) GetRxPackets() uint64 {
+	if x != nil {
+		return x.RxPackets
+	}
+	return 0
+}
+
+func (x *StatsResponse_Task) GetTxBytes() uint64 {
+	if x != nil {
+		return x.TxBytes
+	}
+	return 0
+}
+
+func (x *StatsResponse_Task) GetTxPackets() uint64 {
+	if x != nil {
+		return x.TxPackets
+	}
+	return 0
+}
+
+func (x *StatsResponse_Task) GetDropped() uint64 {
+	if x != nil {
+		return x.Dropped
+	}
+	return 0
+}
+
+func (x *StatsResponse_Task) GetConnections() int32 {
+	if x != nil {
+		return x.Connections
+	}
+	return 0
+}
+
+type KernelResponse_Backend struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Addr          string                 `protobuf:"bytes,1,opt,name=addr,proto3" json:"addr,omitempty"`
+	Weight        int32                  `protobuf:"varint,2,opt,name=weight,proto3" json:"weight,omitempty"`           // 0: drains
+	Connections   int32                  `protobuf:"varint,3,opt,name=connections,proto3" json:"connections,omitempty"` // -1: not known
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KernelResponse_Backend) Reset() {
+	*x = KernelResponse_Backend{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KernelResponse_Backend) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KernelResponse_Backend) ProtoMessage() {}
+
+func (x *KernelResponse_Backend) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KernelResponse_Backend.ProtoReflect.Descriptor instead.
+func (*KernelResponse_Backend) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{53, 0}
+}
+
+func (x *KernelResponse_Backend) GetAddr() string {
+	if x != nil {
+		return x.Addr
+	}
+	return ""
+}
+
+func (x *KernelResponse_Backend) GetWeight() int32 {
+	if x != nil {
+		return x.Weight
+	}
+	return 0
+}
+
+func (x *KernelResponse_Backend) GetConnections() int32 {
+	if x != nil {
+		return x.Connections
+	}
+	return 0
+}
+
+type KernelResponse_Server struct {
+	state         protoimpl.MessageState    `protogen:"open.v1"`
+	Service       string                    `protobuf:"bytes,1,opt,name=service,proto3" json:"service,omitempty"`
+	Network       string                    `protobuf:"bytes,2,opt,name=network,proto3" json:"network,omitempty"` // ID
+	Vip           string                    `protobuf:"bytes,3,opt,name=vip,proto3" json:"vip,omitempty"`
+	Open          bool                      `protobuf:"varint,4,opt,name=open,proto3" json:"open,omitempty"` // new connections are balanced, not refused
+	Backends      []*KernelResponse_Backend `protobuf:"bytes,5,rep,name=backends,proto3" json:"backends,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KernelResponse_Server) Reset() {
+	*x = KernelResponse_Server{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KernelResponse_Server) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KernelResponse_Server) ProtoMessage() {}
+
+func (x *KernelResponse_Server) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KernelResponse_Server.ProtoReflect.Descriptor instead.
+func (*KernelResponse_Server) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{53, 1}
+}
+
+func (x *KernelResponse_Server) GetService() string {
+	if x != nil {
+		return x.Service
+	}
+	return ""
+}
+
+func (x *KernelResponse_Server) GetNetwork() string {
+	if x != nil {
+		return x.Network
+	}
+	return ""
+}
+
+func (x *KernelResponse_Server) GetVip() string {
+	if x != nil {
+		return x.Vip
+	}
+	return ""
+}
+
+func (x *KernelResponse_Server) GetOpen() bool {
+	if x != nil {
+		return x.Open
+	}
+	return false
+}
+
+func (x *KernelResponse_Server) GetBackends() []*KernelResponse_Backend {
+	if x != nil {
+		return x.Backends
 	}
 	return nil
 }
@@ -3764,7 +4749,7 @@ type ExecRequest_Start struct {
 
 func (x *ExecRequest_Start) Reset() {
 	*x = ExecRequest_Start{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3776,7 +4761,7 @@ func (x *ExecRequest_Start) String() string {
 func (*ExecRequest_Start) ProtoMessage() {}
 
 func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3789,7 +4774,7 @@ func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Start.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Start) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{43, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{54, 0}
 }
 
 func (x *ExecRequest_Start) GetTask() string {
@@ -3865,7 +4850,7 @@ type ExecRequest_Resize struct {
 
 func (x *ExecRequest_Resize) Reset() {
 	*x = ExecRequest_Resize{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3877,7 +4862,7 @@ func (x *ExecRequest_Resize) String() string {
 func (*ExecRequest_Resize) ProtoMessage() {}
 
 func (x *ExecRequest_Resize) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3890,7 +4875,7 @@ func (x *ExecRequest_Resize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Resize.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Resize) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{43, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{54, 1}
 }
 
 func (x *ExecRequest_Resize) GetRows() int32 {
@@ -3919,7 +4904,7 @@ type DoctorResponse_Check struct {
 
 func (x *DoctorResponse_Check) Reset() {
 	*x = DoctorResponse_Check{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3931,7 +4916,7 @@ func (x *DoctorResponse_Check) String() string {
 func (*DoctorResponse_Check) ProtoMessage() {}
 
 func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3944,7 +4929,7 @@ func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Check.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Check) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{58, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{69, 0}
 }
 
 func (x *DoctorResponse_Check) GetName() string {
@@ -3990,7 +4975,7 @@ type DoctorResponse_Object struct {
 
 func (x *DoctorResponse_Object) Reset() {
 	*x = DoctorResponse_Object{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4002,7 +4987,7 @@ func (x *DoctorResponse_Object) String() string {
 func (*DoctorResponse_Object) ProtoMessage() {}
 
 func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4015,7 +5000,7 @@ func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Object.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Object) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{58, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{69, 1}
 }
 
 func (x *DoctorResponse_Object) GetReconciler() string {
@@ -4071,7 +5056,7 @@ var File_shoal_v1_shoal_proto protoreflect.FileDescriptor
 
 const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\n" +
-	"\x14shoal/v1/shoal.proto\x12\bshoal.v1\"\xf9\x03\n" +
+	"\x14shoal/v1/shoal.proto\x12\bshoal.v1\"\x8d\x04\n" +
 	"\aNetwork\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +
@@ -4087,7 +5072,8 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\aoptions\x18\v \x03(\v2\x1e.shoal.v1.Network.OptionsEntryR\aoptions\x12\x18\n" +
 	"\aversion\x18\f \x01(\x04R\aversion\x12\x1d\n" +
 	"\n" +
-	"created_ms\x18\r \x01(\x03R\tcreatedMs\x1a9\n" +
+	"created_ms\x18\r \x01(\x03R\tcreatedMs\x12\x12\n" +
+	"\x04node\x18\x0e \x01(\tR\x04node\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a:\n" +
@@ -4097,7 +5083,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x11NetworkAttachment\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x18\n" +
 	"\aaliases\x18\x02 \x03(\tR\aaliases\x12\x14\n" +
-	"\x05addrs\x18\x03 \x03(\tR\x05addrs\"\xb0\x02\n" +
+	"\x05addrs\x18\x03 \x03(\tR\x05addrs\"\xd1\x03\n" +
 	"\bTaskSpec\x12\x18\n" +
 	"\acommand\x18\x01 \x03(\tR\acommand\x12\x10\n" +
 	"\x03env\x18\x02 \x03(\tR\x03env\x12\x10\n" +
@@ -4107,10 +5093,27 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x06labels\x18\x06 \x03(\v2\x1e.shoal.v1.TaskSpec.LabelsEntryR\x06labels\x12\x1f\n" +
 	"\vstop_signal\x18\a \x01(\tR\n" +
 	"stopSignal\x12\"\n" +
-	"\rstop_grace_ms\x18\b \x01(\x03R\vstopGraceMs\x1a9\n" +
+	"\rstop_grace_ms\x18\b \x01(\x03R\vstopGraceMs\x12\x10\n" +
+	"\x03dns\x18\t \x03(\tR\x03dns\x12\x1d\n" +
+	"\n" +
+	"dns_search\x18\n" +
+	" \x03(\tR\tdnsSearch\x12\x1f\n" +
+	"\vdns_options\x18\v \x03(\tR\n" +
+	"dnsOptions\x12\x1f\n" +
+	"\vextra_hosts\x18\f \x03(\tR\n" +
+	"extraHosts\x12\x14\n" +
+	"\x05links\x18\r \x03(\tR\x05links\x12\x16\n" +
+	"\x06expose\x18\x0e \x03(\tR\x06expose\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xa6\x03\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x92\x01\n" +
+	"\x04Port\x12\x1c\n" +
+	"\tpublished\x18\x01 \x01(\rR\tpublished\x12\x16\n" +
+	"\x06target\x18\x02 \x01(\rR\x06target\x12\x1a\n" +
+	"\bprotocol\x18\x03 \x01(\tR\bprotocol\x12\x12\n" +
+	"\x04mode\x18\x04 \x01(\tR\x04mode\x12\x12\n" +
+	"\x04addr\x18\x05 \x01(\tR\x04addr\x12\x10\n" +
+	"\x03nat\x18\x06 \x01(\bR\x03nat\"\xcc\x03\n" +
 	"\vServiceSpec\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x129\n" +
 	"\x06labels\x18\x02 \x03(\v2!.shoal.v1.ServiceSpec.LabelsEntryR\x06labels\x12\x1a\n" +
@@ -4121,13 +5124,15 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x04task\x18\a \x01(\v2\x12.shoal.v1.TaskSpecR\x04task\x12(\n" +
 	"\x10restart_delay_ms\x18\b \x01(\x03R\x0erestartDelayMs\x12\x1f\n" +
 	"\vrestart_max\x18\t \x01(\x05R\n" +
-	"restartMax\x1a9\n" +
+	"restartMax\x12$\n" +
+	"\x05ports\x18\n" +
+	" \x03(\v2\x0e.shoal.v1.PortR\x05ports\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"6\n" +
 	"\x04VIPs\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x14\n" +
-	"\x05addrs\x18\x02 \x03(\tR\x05addrs\"\xbb\x01\n" +
+	"\x05addrs\x18\x02 \x03(\tR\x05addrs\"\xfb\x01\n" +
 	"\aService\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12)\n" +
 	"\x04spec\x18\x02 \x01(\v2\x15.shoal.v1.ServiceSpecR\x04spec\x12\"\n" +
@@ -4135,12 +5140,16 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\aversion\x18\x04 \x01(\x04R\aversion\x12\x1d\n" +
 	"\n" +
 	"created_ms\x18\x05 \x01(\x03R\tcreatedMs\x12\x18\n" +
-	"\arunning\x18\x06 \x01(\x05R\arunning\"V\n" +
+	"\arunning\x18\x06 \x01(\x05R\arunning\x12$\n" +
+	"\x05ports\x18\a \x03(\v2\x0e.shoal.v1.PortR\x05ports\x12\x18\n" +
+	"\aingress\x18\b \x01(\tR\aingress\"\x86\x01\n" +
 	"\n" +
 	"Attachment\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x14\n" +
 	"\x05addrs\x18\x02 \x03(\tR\x05addrs\x12\x18\n" +
-	"\aaliases\x18\x03 \x03(\tR\aaliases\"\x9c\x01\n" +
+	"\aaliases\x18\x03 \x03(\tR\aaliases\x12\x14\n" +
+	"\x05iface\x18\x04 \x01(\tR\x05iface\x12\x18\n" +
+	"\aleaving\x18\x05 \x01(\x04R\aleaving\"\xb2\x01\n" +
 	"\n" +
 	"TaskStatus\x12\x14\n" +
 	"\x05state\x18\x01 \x01(\tR\x05state\x12\x18\n" +
@@ -4148,7 +5157,8 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\texit_code\x18\x03 \x01(\x05R\bexitCode\x12\x10\n" +
 	"\x03pid\x18\x04 \x01(\x05R\x03pid\x12\x13\n" +
 	"\x05at_ms\x18\x05 \x01(\x03R\x04atMs\x12\x1a\n" +
-	"\breleased\x18\x06 \x01(\bR\breleased\"\x8b\x03\n" +
+	"\breleased\x18\x06 \x01(\bR\breleased\x12\x14\n" +
+	"\x05wired\x18\a \x01(\x04R\x05wired\"\xb1\x03\n" +
 	"\x04Task\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n" +
@@ -4164,7 +5174,8 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\n" +
 	"created_ms\x18\v \x01(\x03R\tcreatedMs\x12\"\n" +
 	"\rnot_before_ms\x18\f \x01(\x03R\vnotBeforeMs\x12\x18\n" +
-	"\aattempt\x18\r \x01(\x05R\aattempt\"\xe9\x03\n" +
+	"\aattempt\x18\r \x01(\x05R\aattempt\x12$\n" +
+	"\x05ports\x18\x0e \x03(\v2\x0e.shoal.v1.PortR\x05ports\"\xe9\x03\n" +
 	"\bNodeInfo\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +
@@ -4192,7 +5203,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\raddress_pools\x18\x02 \x03(\tR\faddressPools\x12\x1f\n" +
 	"\vsubnet_size\x18\x03 \x01(\x05R\n" +
 	"subnetSize\x12$\n" +
-	"\x0edata_path_port\x18\x04 \x01(\x05R\fdataPathPort\"\xc5\x03\n" +
+	"\x0edata_path_port\x18\x04 \x01(\x05R\fdataPathPort\"\xd9\x03\n" +
 	"\x14CreateNetworkRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06driver\x18\x02 \x01(\tR\x06driver\x12B\n" +
@@ -4202,7 +5213,9 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\tip_ranges\x18\x06 \x03(\tR\bipRanges\x12\x10\n" +
 	"\x03mtu\x18\a \x01(\x05R\x03mtu\x12\x1a\n" +
 	"\binternal\x18\b \x01(\bR\binternal\x12E\n" +
-	"\aoptions\x18\t \x03(\v2+.shoal.v1.CreateNetworkRequest.OptionsEntryR\aoptions\x1a9\n" +
+	"\aoptions\x18\t \x03(\v2+.shoal.v1.CreateNetworkRequest.OptionsEntryR\aoptions\x12\x12\n" +
+	"\x04node\x18\n" +
+	" \x01(\tR\x04node\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a:\n" +
@@ -4217,7 +5230,33 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\bnetworks\x18\x01 \x03(\v2\x11.shoal.v1.NetworkR\bnetworks\"(\n" +
 	"\x14RemoveNetworkRequest\x12\x10\n" +
 	"\x03ref\x18\x01 \x01(\tR\x03ref\"\x17\n" +
-	"\x15RemoveNetworkResponse\"A\n" +
+	"\x15RemoveNetworkResponse\"y\n" +
+	"\x15ConnectNetworkRequest\x12\x18\n" +
+	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x16\n" +
+	"\x06target\x18\x02 \x01(\tR\x06target\x12\x18\n" +
+	"\aaliases\x18\x03 \x03(\tR\aaliases\x12\x14\n" +
+	"\x05addrs\x18\x04 \x03(\tR\x05addrs\"i\n" +
+	"\x16ConnectNetworkResponse\x12\"\n" +
+	"\x04task\x18\x01 \x01(\v2\x0e.shoal.v1.TaskR\x04task\x12+\n" +
+	"\aservice\x18\x02 \x01(\v2\x11.shoal.v1.ServiceR\aservice\"L\n" +
+	"\x18DisconnectNetworkRequest\x12\x18\n" +
+	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x16\n" +
+	"\x06target\x18\x02 \x01(\tR\x06target\"\x1b\n" +
+	"\x19DisconnectNetworkResponse\"*\n" +
+	"\rEventsRequest\x12\x19\n" +
+	"\bsince_ms\x18\x01 \x01(\x03R\asinceMs\"\xec\x01\n" +
+	"\x05Event\x12\x13\n" +
+	"\x05at_ms\x18\x01 \x01(\x03R\x04atMs\x12\x12\n" +
+	"\x04type\x18\x02 \x01(\tR\x04type\x12\x16\n" +
+	"\x06action\x18\x03 \x01(\tR\x06action\x12\x0e\n" +
+	"\x02id\x18\x04 \x01(\tR\x02id\x12\x12\n" +
+	"\x04name\x18\x05 \x01(\tR\x04name\x12?\n" +
+	"\n" +
+	"attributes\x18\x06 \x03(\v2\x1f.shoal.v1.Event.AttributesEntryR\n" +
+	"attributes\x1a=\n" +
+	"\x0fAttributesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"A\n" +
 	"\x14CreateServiceRequest\x12)\n" +
 	"\x04spec\x18\x01 \x01(\v2\x15.shoal.v1.ServiceSpecR\x04spec\"D\n" +
 	"\x15CreateServiceResponse\x12+\n" +
@@ -4236,12 +5275,13 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\bservices\x18\x01 \x03(\v2\x11.shoal.v1.ServiceR\bservices\"(\n" +
 	"\x14RemoveServiceRequest\x12\x10\n" +
 	"\x03ref\x18\x01 \x01(\tR\x03ref\"\x17\n" +
-	"\x15RemoveServiceResponse\"\x9c\x01\n" +
+	"\x15RemoveServiceResponse\"\xc2\x01\n" +
 	"\x11CreateTaskRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12&\n" +
 	"\x04spec\x18\x03 \x01(\v2\x12.shoal.v1.TaskSpecR\x04spec\x127\n" +
-	"\bnetworks\x18\x04 \x03(\v2\x1b.shoal.v1.NetworkAttachmentR\bnetworks\"8\n" +
+	"\bnetworks\x18\x04 \x03(\v2\x1b.shoal.v1.NetworkAttachmentR\bnetworks\x12$\n" +
+	"\x05ports\x18\x05 \x03(\v2\x0e.shoal.v1.PortR\x05ports\"8\n" +
 	"\x12CreateTaskResponse\x12\"\n" +
 	"\x04task\x18\x01 \x01(\v2\x0e.shoal.v1.TaskR\x04task\"f\n" +
 	"\x10ListTasksRequest\x12\x12\n" +
@@ -4309,7 +5349,39 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"TasksEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12*\n" +
 	"\x05value\x18\x02 \x01(\v2\x14.shoal.v1.TaskStatusR\x05value:\x028\x01\"\x10\n" +
-	"\x0eReportResponse\"\xc4\x03\n" +
+	"\x0eReportResponse\"$\n" +
+	"\fStatsRequest\x12\x14\n" +
+	"\x05tasks\x18\x01 \x03(\tR\x05tasks\"\xb4\x02\n" +
+	"\rStatsResponse\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x122\n" +
+	"\x05tasks\x18\x02 \x03(\v2\x1c.shoal.v1.StatsResponse.TaskR\x05tasks\x1a\xda\x01\n" +
+	"\x04Task\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x19\n" +
+	"\brx_bytes\x18\x03 \x01(\x04R\arxBytes\x12\x1d\n" +
+	"\n" +
+	"rx_packets\x18\x04 \x01(\x04R\trxPackets\x12\x19\n" +
+	"\btx_bytes\x18\x05 \x01(\x04R\atxBytes\x12\x1d\n" +
+	"\n" +
+	"tx_packets\x18\x06 \x01(\x04R\ttxPackets\x12\x18\n" +
+	"\adropped\x18\a \x01(\x04R\adropped\x12 \n" +
+	"\vconnections\x18\b \x01(\x05R\vconnections\")\n" +
+	"\rKernelRequest\x12\x18\n" +
+	"\aservice\x18\x01 \x01(\tR\aservice\"\xf8\x02\n" +
+	"\x0eKernelResponse\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x1b\n" +
+	"\tdata_path\x18\x02 \x01(\tR\bdataPath\x129\n" +
+	"\aservers\x18\x03 \x03(\v2\x1f.shoal.v1.KernelResponse.ServerR\aservers\x1aW\n" +
+	"\aBackend\x12\x12\n" +
+	"\x04addr\x18\x01 \x01(\tR\x04addr\x12\x16\n" +
+	"\x06weight\x18\x02 \x01(\x05R\x06weight\x12 \n" +
+	"\vconnections\x18\x03 \x01(\x05R\vconnections\x1a\xa0\x01\n" +
+	"\x06Server\x12\x18\n" +
+	"\aservice\x18\x01 \x01(\tR\aservice\x12\x18\n" +
+	"\anetwork\x18\x02 \x01(\tR\anetwork\x12\x10\n" +
+	"\x03vip\x18\x03 \x01(\tR\x03vip\x12\x12\n" +
+	"\x04open\x18\x04 \x01(\bR\x04open\x12<\n" +
+	"\bbackends\x18\x05 \x03(\v2 .shoal.v1.KernelResponse.BackendR\bbackends\"\xc4\x03\n" +
 	"\vExecRequest\x123\n" +
 	"\x05start\x18\x01 \x01(\v2\x1b.shoal.v1.ExecRequest.StartH\x00R\x05start\x12\x16\n" +
 	"\x05stdin\x18\x02 \x01(\fH\x00R\x05stdin\x12\x1d\n" +
@@ -4394,11 +5466,13 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x02op\x18\x04 \x01(\tR\x02op\x12\x19\n" +
 	"\bsince_ms\x18\x05 \x01(\x03R\asinceMs\x12\x14\n" +
 	"\x05error\x18\x06 \x01(\tR\x05error\x12\x14\n" +
-	"\x05tries\x18\a \x01(\x05R\x05tries2\xb9\t\n" +
+	"\x05tries\x18\a \x01(\x05R\x05tries2\xa2\v\n" +
 	"\aControl\x12P\n" +
 	"\rCreateNetwork\x12\x1e.shoal.v1.CreateNetworkRequest\x1a\x1f.shoal.v1.CreateNetworkResponse\x12M\n" +
 	"\fListNetworks\x12\x1d.shoal.v1.ListNetworksRequest\x1a\x1e.shoal.v1.ListNetworksResponse\x12P\n" +
-	"\rRemoveNetwork\x12\x1e.shoal.v1.RemoveNetworkRequest\x1a\x1f.shoal.v1.RemoveNetworkResponse\x12P\n" +
+	"\rRemoveNetwork\x12\x1e.shoal.v1.RemoveNetworkRequest\x1a\x1f.shoal.v1.RemoveNetworkResponse\x12S\n" +
+	"\x0eConnectNetwork\x12\x1f.shoal.v1.ConnectNetworkRequest\x1a .shoal.v1.ConnectNetworkResponse\x12\\\n" +
+	"\x11DisconnectNetwork\x12\".shoal.v1.DisconnectNetworkRequest\x1a#.shoal.v1.DisconnectNetworkResponse\x12P\n" +
 	"\rCreateService\x12\x1e.shoal.v1.CreateServiceRequest\x1a\x1f.shoal.v1.CreateServiceResponse\x12P\n" +
 	"\rUpdateService\x12\x1e.shoal.v1.UpdateServiceRequest\x1a\x1f.shoal.v1.UpdateServiceResponse\x12M\n" +
 	"\fListServices\x12\x1d.shoal.v1.ListServicesRequest\x1a\x1e.shoal.v1.ListServicesResponse\x12P\n" +
@@ -4411,14 +5485,17 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\n" +
 	"UpdateNode\x12\x1b.shoal.v1.UpdateNodeRequest\x1a\x1c.shoal.v1.UpdateNodeResponse\x12G\n" +
 	"\n" +
-	"RemoveNode\x12\x1b.shoal.v1.RemoveNodeRequest\x1a\x1c.shoal.v1.RemoveNodeResponse\x12A\n" +
+	"RemoveNode\x12\x1b.shoal.v1.RemoveNodeRequest\x1a\x1c.shoal.v1.RemoveNodeResponse\x124\n" +
+	"\x06Events\x12\x17.shoal.v1.EventsRequest\x1a\x0f.shoal.v1.Event0\x01\x12A\n" +
 	"\bJoinNode\x12\x19.shoal.v1.JoinNodeRequest\x1a\x1a.shoal.v1.JoinNodeResponse\x12L\n" +
 	"\vAssignments\x12\x1c.shoal.v1.AssignmentsRequest\x1a\x1d.shoal.v1.AssignmentsResponse0\x01\x12;\n" +
-	"\x06Report\x12\x17.shoal.v1.ReportRequest\x1a\x18.shoal.v1.ReportResponse2\xb1\x01\n" +
+	"\x06Report\x12\x17.shoal.v1.ReportRequest\x1a\x18.shoal.v1.ReportResponse2\xa8\x02\n" +
 	"\x04Node\x129\n" +
 	"\x04Exec\x12\x15.shoal.v1.ExecRequest\x1a\x16.shoal.v1.ExecResponse(\x010\x01\x127\n" +
 	"\x04Logs\x12\x15.shoal.v1.LogsRequest\x1a\x16.shoal.v1.LogsResponse0\x01\x125\n" +
-	"\x04Wait\x12\x15.shoal.v1.WaitRequest\x1a\x16.shoal.v1.WaitResponse2\xa3\x02\n" +
+	"\x04Wait\x12\x15.shoal.v1.WaitRequest\x1a\x16.shoal.v1.WaitResponse\x128\n" +
+	"\x05Stats\x12\x16.shoal.v1.StatsRequest\x1a\x17.shoal.v1.StatsResponse\x12;\n" +
+	"\x06Kernel\x12\x17.shoal.v1.KernelRequest\x1a\x18.shoal.v1.KernelResponse2\xa3\x02\n" +
 	"\x05Local\x125\n" +
 	"\x04Info\x12\x15.shoal.v1.InfoRequest\x1a\x16.shoal.v1.InfoResponse\x125\n" +
 	"\x04Init\x12\x15.shoal.v1.InitRequest\x1a\x16.shoal.v1.InitResponse\x125\n" +
@@ -4438,182 +5515,217 @@ func file_shoal_v1_shoal_proto_rawDescGZIP() []byte {
 	return file_shoal_v1_shoal_proto_rawDescData
 }
 
-var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 72)
+var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 87)
 var file_shoal_v1_shoal_proto_goTypes = []any{
-	(*Network)(nil),               // 0: shoal.v1.Network
-	(*NetworkAttachment)(nil),     // 1: shoal.v1.NetworkAttachment
-	(*TaskSpec)(nil),              // 2: shoal.v1.TaskSpec
-	(*ServiceSpec)(nil),           // 3: shoal.v1.ServiceSpec
-	(*VIPs)(nil),                  // 4: shoal.v1.VIPs
-	(*Service)(nil),               // 5: shoal.v1.Service
-	(*Attachment)(nil),            // 6: shoal.v1.Attachment
-	(*TaskStatus)(nil),            // 7: shoal.v1.TaskStatus
-	(*Task)(nil),                  // 8: shoal.v1.Task
-	(*NodeInfo)(nil),              // 9: shoal.v1.NodeInfo
-	(*Cluster)(nil),               // 10: shoal.v1.Cluster
-	(*CreateNetworkRequest)(nil),  // 11: shoal.v1.CreateNetworkRequest
-	(*CreateNetworkResponse)(nil), // 12: shoal.v1.CreateNetworkResponse
-	(*ListNetworksRequest)(nil),   // 13: shoal.v1.ListNetworksRequest
-	(*ListNetworksResponse)(nil),  // 14: shoal.v1.ListNetworksResponse
-	(*RemoveNetworkRequest)(nil),  // 15: shoal.v1.RemoveNetworkRequest
-	(*RemoveNetworkResponse)(nil), // 16: shoal.v1.RemoveNetworkResponse
-	(*CreateServiceRequest)(nil),  // 17: shoal.v1.CreateServiceRequest
-	(*CreateServiceResponse)(nil), // 18: shoal.v1.CreateServiceResponse
-	(*UpdateServiceRequest)(nil),  // 19: shoal.v1.UpdateServiceRequest
-	(*UpdateServiceResponse)(nil), // 20: shoal.v1.UpdateServiceResponse
-	(*ListServicesRequest)(nil),   // 21: shoal.v1.ListServicesRequest
-	(*ListServicesResponse)(nil),  // 22: shoal.v1.ListServicesResponse
-	(*RemoveServiceRequest)(nil),  // 23: shoal.v1.RemoveServiceRequest
-	(*RemoveServiceResponse)(nil), // 24: shoal.v1.RemoveServiceResponse
-	(*CreateTaskRequest)(nil),     // 25: shoal.v1.CreateTaskRequest
-	(*CreateTaskResponse)(nil),    // 26: shoal.v1.CreateTaskResponse
-	(*ListTasksRequest)(nil),      // 27: shoal.v1.ListTasksRequest
-	(*ListTasksResponse)(nil),     // 28: shoal.v1.ListTasksResponse
-	(*StopTaskRequest)(nil),       // 29: shoal.v1.StopTaskRequest
-	(*StopTaskResponse)(nil),      // 30: shoal.v1.StopTaskResponse
-	(*ListNodesRequest)(nil),      // 31: shoal.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),     // 32: shoal.v1.ListNodesResponse
-	(*UpdateNodeRequest)(nil),     // 33: shoal.v1.UpdateNodeRequest
-	(*UpdateNodeResponse)(nil),    // 34: shoal.v1.UpdateNodeResponse
-	(*RemoveNodeRequest)(nil),     // 35: shoal.v1.RemoveNodeRequest
-	(*RemoveNodeResponse)(nil),    // 36: shoal.v1.RemoveNodeResponse
-	(*JoinNodeRequest)(nil),       // 37: shoal.v1.JoinNodeRequest
-	(*JoinNodeResponse)(nil),      // 38: shoal.v1.JoinNodeResponse
-	(*AssignmentsRequest)(nil),    // 39: shoal.v1.AssignmentsRequest
-	(*AssignmentsResponse)(nil),   // 40: shoal.v1.AssignmentsResponse
-	(*ReportRequest)(nil),         // 41: shoal.v1.ReportRequest
-	(*ReportResponse)(nil),        // 42: shoal.v1.ReportResponse
-	(*ExecRequest)(nil),           // 43: shoal.v1.ExecRequest
-	(*ExecResponse)(nil),          // 44: shoal.v1.ExecResponse
-	(*LogsRequest)(nil),           // 45: shoal.v1.LogsRequest
-	(*LogsResponse)(nil),          // 46: shoal.v1.LogsResponse
-	(*WaitRequest)(nil),           // 47: shoal.v1.WaitRequest
-	(*WaitResponse)(nil),          // 48: shoal.v1.WaitResponse
-	(*InfoRequest)(nil),           // 49: shoal.v1.InfoRequest
-	(*InfoResponse)(nil),          // 50: shoal.v1.InfoResponse
-	(*InitRequest)(nil),           // 51: shoal.v1.InitRequest
-	(*InitResponse)(nil),          // 52: shoal.v1.InitResponse
-	(*JoinRequest)(nil),           // 53: shoal.v1.JoinRequest
-	(*JoinResponse)(nil),          // 54: shoal.v1.JoinResponse
-	(*LeaveRequest)(nil),          // 55: shoal.v1.LeaveRequest
-	(*LeaveResponse)(nil),         // 56: shoal.v1.LeaveResponse
-	(*DoctorRequest)(nil),         // 57: shoal.v1.DoctorRequest
-	(*DoctorResponse)(nil),        // 58: shoal.v1.DoctorResponse
-	nil,                           // 59: shoal.v1.Network.LabelsEntry
-	nil,                           // 60: shoal.v1.Network.OptionsEntry
-	nil,                           // 61: shoal.v1.TaskSpec.LabelsEntry
-	nil,                           // 62: shoal.v1.ServiceSpec.LabelsEntry
-	nil,                           // 63: shoal.v1.NodeInfo.LabelsEntry
-	nil,                           // 64: shoal.v1.CreateNetworkRequest.LabelsEntry
-	nil,                           // 65: shoal.v1.CreateNetworkRequest.OptionsEntry
-	nil,                           // 66: shoal.v1.UpdateNodeRequest.SetLabelsEntry
-	nil,                           // 67: shoal.v1.ReportRequest.TasksEntry
-	(*ExecRequest_Start)(nil),     // 68: shoal.v1.ExecRequest.Start
-	(*ExecRequest_Resize)(nil),    // 69: shoal.v1.ExecRequest.Resize
-	(*DoctorResponse_Check)(nil),  // 70: shoal.v1.DoctorResponse.Check
-	(*DoctorResponse_Object)(nil), // 71: shoal.v1.DoctorResponse.Object
+	(*Network)(nil),                   // 0: shoal.v1.Network
+	(*NetworkAttachment)(nil),         // 1: shoal.v1.NetworkAttachment
+	(*TaskSpec)(nil),                  // 2: shoal.v1.TaskSpec
+	(*Port)(nil),                      // 3: shoal.v1.Port
+	(*ServiceSpec)(nil),               // 4: shoal.v1.ServiceSpec
+	(*VIPs)(nil),                      // 5: shoal.v1.VIPs
+	(*Service)(nil),                   // 6: shoal.v1.Service
+	(*Attachment)(nil),                // 7: shoal.v1.Attachment
+	(*TaskStatus)(nil),                // 8: shoal.v1.TaskStatus
+	(*Task)(nil),                      // 9: shoal.v1.Task
+	(*NodeInfo)(nil),                  // 10: shoal.v1.NodeInfo
+	(*Cluster)(nil),                   // 11: shoal.v1.Cluster
+	(*CreateNetworkRequest)(nil),      // 12: shoal.v1.CreateNetworkRequest
+	(*CreateNetworkResponse)(nil),     // 13: shoal.v1.CreateNetworkResponse
+	(*ListNetworksRequest)(nil),       // 14: shoal.v1.ListNetworksRequest
+	(*ListNetworksResponse)(nil),      // 15: shoal.v1.ListNetworksResponse
+	(*RemoveNetworkRequest)(nil),      // 16: shoal.v1.RemoveNetworkRequest
+	(*RemoveNetworkResponse)(nil),     // 17: shoal.v1.RemoveNetworkResponse
+	(*ConnectNetworkRequest)(nil),     // 18: shoal.v1.ConnectNetworkRequest
+	(*ConnectNetworkResponse)(nil),    // 19: shoal.v1.ConnectNetworkResponse
+	(*DisconnectNetworkRequest)(nil),  // 20: shoal.v1.DisconnectNetworkRequest
+	(*DisconnectNetworkResponse)(nil), // 21: shoal.v1.DisconnectNetworkResponse
+	(*EventsRequest)(nil),             // 22: shoal.v1.EventsRequest
+	(*Event)(nil),                     // 23: shoal.v1.Event
+	(*CreateServiceRequest)(nil),      // 24: shoal.v1.CreateServiceRequest
+	(*CreateServiceResponse)(nil),     // 25: shoal.v1.CreateServiceResponse
+	(*UpdateServiceRequest)(nil),      // 26: shoal.v1.UpdateServiceRequest
+	(*UpdateServiceResponse)(nil),     // 27: shoal.v1.UpdateServiceResponse
+	(*ListServicesRequest)(nil),       // 28: shoal.v1.ListServicesRequest
+	(*ListServicesResponse)(nil),      // 29: shoal.v1.ListServicesResponse
+	(*RemoveServiceRequest)(nil),      // 30: shoal.v1.RemoveServiceRequest
+	(*RemoveServiceResponse)(nil),     // 31: shoal.v1.RemoveServiceResponse
+	(*CreateTaskRequest)(nil),         // 32: shoal.v1.CreateTaskRequest
+	(*CreateTaskResponse)(nil),        // 33: shoal.v1.CreateTaskResponse
+	(*ListTasksRequest)(nil),          // 34: shoal.v1.ListTasksRequest
+	(*ListTasksResponse)(nil),         // 35: shoal.v1.ListTasksResponse
+	(*StopTaskRequest)(nil),           // 36: shoal.v1.StopTaskRequest
+	(*StopTaskResponse)(nil),          // 37: shoal.v1.StopTaskResponse
+	(*ListNodesRequest)(nil),          // 38: shoal.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),         // 39: shoal.v1.ListNodesResponse
+	(*UpdateNodeRequest)(nil),         // 40: shoal.v1.UpdateNodeRequest
+	(*UpdateNodeResponse)(nil),        // 41: shoal.v1.UpdateNodeResponse
+	(*RemoveNodeRequest)(nil),         // 42: shoal.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),        // 43: shoal.v1.RemoveNodeResponse
+	(*JoinNodeRequest)(nil),           // 44: shoal.v1.JoinNodeRequest
+	(*JoinNodeResponse)(nil),          // 45: shoal.v1.JoinNodeResponse
+	(*AssignmentsRequest)(nil),        // 46: shoal.v1.AssignmentsRequest
+	(*AssignmentsResponse)(nil),       // 47: shoal.v1.AssignmentsResponse
+	(*ReportRequest)(nil),             // 48: shoal.v1.ReportRequest
+	(*ReportResponse)(nil),            // 49: shoal.v1.ReportResponse
+	(*StatsRequest)(nil),              // 50: shoal.v1.StatsRequest
+	(*StatsResponse)(nil),             // 51: shoal.v1.StatsResponse
+	(*KernelRequest)(nil),             // 52: shoal.v1.KernelRequest
+	(*KernelResponse)(nil),            // 53: shoal.v1.KernelResponse
+	(*ExecRequest)(nil),               // 54: shoal.v1.ExecRequest
+	(*ExecResponse)(nil),              // 55: shoal.v1.ExecResponse
+	(*LogsRequest)(nil),               // 56: shoal.v1.LogsRequest
+	(*LogsResponse)(nil),              // 57: shoal.v1.LogsResponse
+	(*WaitRequest)(nil),               // 58: shoal.v1.WaitRequest
+	(*WaitResponse)(nil),              // 59: shoal.v1.WaitResponse
+	(*InfoRequest)(nil),               // 60: shoal.v1.InfoRequest
+	(*InfoResponse)(nil),              // 61: shoal.v1.InfoResponse
+	(*InitRequest)(nil),               // 62: shoal.v1.InitRequest
+	(*InitResponse)(nil),              // 63: shoal.v1.InitResponse
+	(*JoinRequest)(nil),               // 64: shoal.v1.JoinRequest
+	(*JoinResponse)(nil),              // 65: shoal.v1.JoinResponse
+	(*LeaveRequest)(nil),              // 66: shoal.v1.LeaveRequest
+	(*LeaveResponse)(nil),             // 67: shoal.v1.LeaveResponse
+	(*DoctorRequest)(nil),             // 68: shoal.v1.DoctorRequest
+	(*DoctorResponse)(nil),            // 69: shoal.v1.DoctorResponse
+	nil,                               // 70: shoal.v1.Network.LabelsEntry
+	nil,                               // 71: shoal.v1.Network.OptionsEntry
+	nil,                               // 72: shoal.v1.TaskSpec.LabelsEntry
+	nil,                               // 73: shoal.v1.ServiceSpec.LabelsEntry
+	nil,                               // 74: shoal.v1.NodeInfo.LabelsEntry
+	nil,                               // 75: shoal.v1.CreateNetworkRequest.LabelsEntry
+	nil,                               // 76: shoal.v1.CreateNetworkRequest.OptionsEntry
+	nil,                               // 77: shoal.v1.Event.AttributesEntry
+	nil,                               // 78: shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	nil,                               // 79: shoal.v1.ReportRequest.TasksEntry
+	(*StatsResponse_Task)(nil),        // 80: shoal.v1.StatsResponse.Task
+	(*KernelResponse_Backend)(nil),    // 81: shoal.v1.KernelResponse.Backend
+	(*KernelResponse_Server)(nil),     // 82: shoal.v1.KernelResponse.Server
+	(*ExecRequest_Start)(nil),         // 83: shoal.v1.ExecRequest.Start
+	(*ExecRequest_Resize)(nil),        // 84: shoal.v1.ExecRequest.Resize
+	(*DoctorResponse_Check)(nil),      // 85: shoal.v1.DoctorResponse.Check
+	(*DoctorResponse_Object)(nil),     // 86: shoal.v1.DoctorResponse.Object
 }
 var file_shoal_v1_shoal_proto_depIdxs = []int32{
-	59, // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
-	60, // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
-	61, // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
-	62, // 3: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
+	70, // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
+	71, // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
+	72, // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
+	73, // 3: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
 	1,  // 4: shoal.v1.ServiceSpec.networks:type_name -> shoal.v1.NetworkAttachment
 	2,  // 5: shoal.v1.ServiceSpec.task:type_name -> shoal.v1.TaskSpec
-	3,  // 6: shoal.v1.Service.spec:type_name -> shoal.v1.ServiceSpec
-	4,  // 7: shoal.v1.Service.vips:type_name -> shoal.v1.VIPs
-	2,  // 8: shoal.v1.Task.spec:type_name -> shoal.v1.TaskSpec
-	6,  // 9: shoal.v1.Task.attachments:type_name -> shoal.v1.Attachment
-	7,  // 10: shoal.v1.Task.status:type_name -> shoal.v1.TaskStatus
-	63, // 11: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
-	64, // 12: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
-	65, // 13: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
-	0,  // 14: shoal.v1.CreateNetworkResponse.network:type_name -> shoal.v1.Network
-	0,  // 15: shoal.v1.ListNetworksResponse.networks:type_name -> shoal.v1.Network
-	3,  // 16: shoal.v1.CreateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
-	5,  // 17: shoal.v1.CreateServiceResponse.service:type_name -> shoal.v1.Service
-	3,  // 18: shoal.v1.UpdateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
-	5,  // 19: shoal.v1.UpdateServiceResponse.service:type_name -> shoal.v1.Service
-	5,  // 20: shoal.v1.ListServicesResponse.services:type_name -> shoal.v1.Service
-	2,  // 21: shoal.v1.CreateTaskRequest.spec:type_name -> shoal.v1.TaskSpec
-	1,  // 22: shoal.v1.CreateTaskRequest.networks:type_name -> shoal.v1.NetworkAttachment
-	8,  // 23: shoal.v1.CreateTaskResponse.task:type_name -> shoal.v1.Task
-	8,  // 24: shoal.v1.ListTasksResponse.tasks:type_name -> shoal.v1.Task
-	9,  // 25: shoal.v1.ListNodesResponse.nodes:type_name -> shoal.v1.NodeInfo
-	66, // 26: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
-	9,  // 27: shoal.v1.UpdateNodeResponse.node:type_name -> shoal.v1.NodeInfo
-	9,  // 28: shoal.v1.JoinNodeRequest.node:type_name -> shoal.v1.NodeInfo
-	10, // 29: shoal.v1.JoinNodeResponse.cluster:type_name -> shoal.v1.Cluster
-	9,  // 30: shoal.v1.JoinNodeResponse.node:type_name -> shoal.v1.NodeInfo
-	9,  // 31: shoal.v1.JoinNodeResponse.managers:type_name -> shoal.v1.NodeInfo
-	8,  // 32: shoal.v1.AssignmentsResponse.tasks:type_name -> shoal.v1.Task
-	0,  // 33: shoal.v1.AssignmentsResponse.networks:type_name -> shoal.v1.Network
-	5,  // 34: shoal.v1.AssignmentsResponse.services:type_name -> shoal.v1.Service
-	9,  // 35: shoal.v1.AssignmentsResponse.nodes:type_name -> shoal.v1.NodeInfo
-	10, // 36: shoal.v1.AssignmentsResponse.cluster:type_name -> shoal.v1.Cluster
-	67, // 37: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
-	68, // 38: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
-	69, // 39: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
-	7,  // 40: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
-	9,  // 41: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
-	9,  // 42: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
-	9,  // 43: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
-	70, // 44: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
-	71, // 45: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
-	7,  // 46: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
-	11, // 47: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
-	13, // 48: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
-	15, // 49: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
-	17, // 50: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
-	19, // 51: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
-	21, // 52: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
-	23, // 53: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
-	25, // 54: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
-	27, // 55: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
-	29, // 56: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
-	31, // 57: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
-	33, // 58: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
-	35, // 59: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
-	37, // 60: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
-	39, // 61: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
-	41, // 62: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
-	43, // 63: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
-	45, // 64: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
-	47, // 65: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
-	49, // 66: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
-	51, // 67: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
-	53, // 68: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
-	55, // 69: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
-	57, // 70: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
-	12, // 71: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
-	14, // 72: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
-	16, // 73: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
-	18, // 74: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
-	20, // 75: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
-	22, // 76: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
-	24, // 77: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
-	26, // 78: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
-	28, // 79: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
-	30, // 80: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
-	32, // 81: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
-	34, // 82: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
-	36, // 83: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
-	38, // 84: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
-	40, // 85: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
-	42, // 86: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
-	44, // 87: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
-	46, // 88: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
-	48, // 89: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
-	50, // 90: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
-	52, // 91: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
-	54, // 92: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
-	56, // 93: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
-	58, // 94: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
-	71, // [71:95] is the sub-list for method output_type
-	47, // [47:71] is the sub-list for method input_type
-	47, // [47:47] is the sub-list for extension type_name
-	47, // [47:47] is the sub-list for extension extendee
-	0,  // [0:47] is the sub-list for field type_name
+	3,  // 6: shoal.v1.ServiceSpec.ports:type_name -> shoal.v1.Port
+	4,  // 7: shoal.v1.Service.spec:type_name -> shoal.v1.ServiceSpec
+	5,  // 8: shoal.v1.Service.vips:type_name -> shoal.v1.VIPs
+	3,  // 9: shoal.v1.Service.ports:type_name -> shoal.v1.Port
+	2,  // 10: shoal.v1.Task.spec:type_name -> shoal.v1.TaskSpec
+	7,  // 11: shoal.v1.Task.attachments:type_name -> shoal.v1.Attachment
+	8,  // 12: shoal.v1.Task.status:type_name -> shoal.v1.TaskStatus
+	3,  // 13: shoal.v1.Task.ports:type_name -> shoal.v1.Port
+	74, // 14: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
+	75, // 15: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
+	76, // 16: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
+	0,  // 17: shoal.v1.CreateNetworkResponse.network:type_name -> shoal.v1.Network
+	0,  // 18: shoal.v1.ListNetworksResponse.networks:type_name -> shoal.v1.Network
+	9,  // 19: shoal.v1.ConnectNetworkResponse.task:type_name -> shoal.v1.Task
+	6,  // 20: shoal.v1.ConnectNetworkResponse.service:type_name -> shoal.v1.Service
+	77, // 21: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
+	4,  // 22: shoal.v1.CreateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
+	6,  // 23: shoal.v1.CreateServiceResponse.service:type_name -> shoal.v1.Service
+	4,  // 24: shoal.v1.UpdateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
+	6,  // 25: shoal.v1.UpdateServiceResponse.service:type_name -> shoal.v1.Service
+	6,  // 26: shoal.v1.ListServicesResponse.services:type_name -> shoal.v1.Service
+	2,  // 27: shoal.v1.CreateTaskRequest.spec:type_name -> shoal.v1.TaskSpec
+	1,  // 28: shoal.v1.CreateTaskRequest.networks:type_name -> shoal.v1.NetworkAttachment
+	3,  // 29: shoal.v1.CreateTaskRequest.ports:type_name -> shoal.v1.Port
+	9,  // 30: shoal.v1.CreateTaskResponse.task:type_name -> shoal.v1.Task
+	9,  // 31: shoal.v1.ListTasksResponse.tasks:type_name -> shoal.v1.Task
+	10, // 32: shoal.v1.ListNodesResponse.nodes:type_name -> shoal.v1.NodeInfo
+	78, // 33: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	10, // 34: shoal.v1.UpdateNodeResponse.node:type_name -> shoal.v1.NodeInfo
+	10, // 35: shoal.v1.JoinNodeRequest.node:type_name -> shoal.v1.NodeInfo
+	11, // 36: shoal.v1.JoinNodeResponse.cluster:type_name -> shoal.v1.Cluster
+	10, // 37: shoal.v1.JoinNodeResponse.node:type_name -> shoal.v1.NodeInfo
+	10, // 38: shoal.v1.JoinNodeResponse.managers:type_name -> shoal.v1.NodeInfo
+	9,  // 39: shoal.v1.AssignmentsResponse.tasks:type_name -> shoal.v1.Task
+	0,  // 40: shoal.v1.AssignmentsResponse.networks:type_name -> shoal.v1.Network
+	6,  // 41: shoal.v1.AssignmentsResponse.services:type_name -> shoal.v1.Service
+	10, // 42: shoal.v1.AssignmentsResponse.nodes:type_name -> shoal.v1.NodeInfo
+	11, // 43: shoal.v1.AssignmentsResponse.cluster:type_name -> shoal.v1.Cluster
+	79, // 44: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
+	80, // 45: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
+	82, // 46: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
+	83, // 47: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
+	84, // 48: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
+	8,  // 49: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
+	10, // 50: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
+	10, // 51: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
+	10, // 52: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
+	85, // 53: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
+	86, // 54: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
+	8,  // 55: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
+	81, // 56: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
+	12, // 57: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
+	14, // 58: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
+	16, // 59: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
+	18, // 60: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
+	20, // 61: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
+	24, // 62: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
+	26, // 63: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
+	28, // 64: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
+	30, // 65: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
+	32, // 66: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
+	34, // 67: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
+	36, // 68: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
+	38, // 69: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
+	40, // 70: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
+	42, // 71: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
+	22, // 72: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
+	44, // 73: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
+	46, // 74: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
+	48, // 75: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
+	54, // 76: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
+	56, // 77: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
+	58, // 78: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
+	50, // 79: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
+	52, // 80: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
+	60, // 81: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
+	62, // 82: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
+	64, // 83: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
+	66, // 84: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
+	68, // 85: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
+	13, // 86: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
+	15, // 87: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
+	17, // 88: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
+	19, // 89: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
+	21, // 90: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
+	25, // 91: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
+	27, // 92: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
+	29, // 93: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
+	31, // 94: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
+	33, // 95: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
+	35, // 96: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
+	37, // 97: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
+	39, // 98: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
+	41, // 99: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
+	43, // 100: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
+	23, // 101: shoal.v1.Control.Events:output_type -> shoal.v1.Event
+	45, // 102: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
+	47, // 103: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
+	49, // 104: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
+	55, // 105: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
+	57, // 106: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
+	59, // 107: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
+	51, // 108: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
+	53, // 109: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
+	61, // 110: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
+	63, // 111: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
+	65, // 112: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
+	67, // 113: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
+	69, // 114: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
+	86, // [86:115] is the sub-list for method output_type
+	57, // [57:86] is the sub-list for method input_type
+	57, // [57:57] is the sub-list for extension type_name
+	57, // [57:57] is the sub-list for extension extendee
+	0,  // [0:57] is the sub-list for field type_name
 }
 
 func init() { file_shoal_v1_shoal_proto_init() }
@@ -4621,16 +5733,16 @@ func file_shoal_v1_shoal_proto_init() {
 	if File_shoal_v1_shoal_proto != nil {
 		return
 	}
-	file_shoal_v1_shoal_proto_msgTypes[19].OneofWrappers = []any{}
-	file_shoal_v1_shoal_proto_msgTypes[33].OneofWrappers = []any{}
-	file_shoal_v1_shoal_proto_msgTypes[43].OneofWrappers = []any{
+	file_shoal_v1_shoal_proto_msgTypes[26].OneofWrappers = []any{}
+	file_shoal_v1_shoal_proto_msgTypes[40].OneofWrappers = []any{}
+	file_shoal_v1_shoal_proto_msgTypes[54].OneofWrappers = []any{
 		(*ExecRequest_Start_)(nil),
 		(*ExecRequest_Stdin)(nil),
 		(*ExecRequest_StdinEof)(nil),
 		(*ExecRequest_Resize_)(nil),
 		(*ExecRequest_Signal)(nil),
 	}
-	file_shoal_v1_shoal_proto_msgTypes[44].OneofWrappers = []any{
+	file_shoal_v1_shoal_proto_msgTypes[55].OneofWrappers = []any{
 		(*ExecResponse_Stdout)(nil),
 		(*ExecResponse_Stderr)(nil),
 		(*ExecResponse_ExitCode)(nil),
@@ -4641,7 +5753,7 @@ func file_shoal_v1_shoal_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_shoal_v1_shoal_proto_rawDesc), len(file_shoal_v1_shoal_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   72,
+			NumMessages:   87,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

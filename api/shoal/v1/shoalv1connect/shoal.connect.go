@@ -55,6 +55,11 @@ const (
 	ControlListNetworksProcedure = "/shoal.v1.Control/ListNetworks"
 	// ControlRemoveNetworkProcedure is the fully-qualified name of the Control's RemoveNetwork RPC.
 	ControlRemoveNetworkProcedure = "/shoal.v1.Control/RemoveNetwork"
+	// ControlConnectNetworkProcedure is the fully-qualified name of the Control's ConnectNetwork RPC.
+	ControlConnectNetworkProcedure = "/shoal.v1.Control/ConnectNetwork"
+	// ControlDisconnectNetworkProcedure is the fully-qualified name of the Control's DisconnectNetwork
+	// RPC.
+	ControlDisconnectNetworkProcedure = "/shoal.v1.Control/DisconnectNetwork"
 	// ControlCreateServiceProcedure is the fully-qualified name of the Control's CreateService RPC.
 	ControlCreateServiceProcedure = "/shoal.v1.Control/CreateService"
 	// ControlUpdateServiceProcedure is the fully-qualified name of the Control's UpdateService RPC.
@@ -75,6 +80,8 @@ const (
 	ControlUpdateNodeProcedure = "/shoal.v1.Control/UpdateNode"
 	// ControlRemoveNodeProcedure is the fully-qualified name of the Control's RemoveNode RPC.
 	ControlRemoveNodeProcedure = "/shoal.v1.Control/RemoveNode"
+	// ControlEventsProcedure is the fully-qualified name of the Control's Events RPC.
+	ControlEventsProcedure = "/shoal.v1.Control/Events"
 	// ControlJoinNodeProcedure is the fully-qualified name of the Control's JoinNode RPC.
 	ControlJoinNodeProcedure = "/shoal.v1.Control/JoinNode"
 	// ControlAssignmentsProcedure is the fully-qualified name of the Control's Assignments RPC.
@@ -87,6 +94,10 @@ const (
 	NodeLogsProcedure = "/shoal.v1.Node/Logs"
 	// NodeWaitProcedure is the fully-qualified name of the Node's Wait RPC.
 	NodeWaitProcedure = "/shoal.v1.Node/Wait"
+	// NodeStatsProcedure is the fully-qualified name of the Node's Stats RPC.
+	NodeStatsProcedure = "/shoal.v1.Node/Stats"
+	// NodeKernelProcedure is the fully-qualified name of the Node's Kernel RPC.
+	NodeKernelProcedure = "/shoal.v1.Node/Kernel"
 	// LocalInfoProcedure is the fully-qualified name of the Local's Info RPC.
 	LocalInfoProcedure = "/shoal.v1.Local/Info"
 	// LocalInitProcedure is the fully-qualified name of the Local's Init RPC.
@@ -104,6 +115,8 @@ type ControlClient interface {
 	CreateNetwork(context.Context, *connect.Request[v1.CreateNetworkRequest]) (*connect.Response[v1.CreateNetworkResponse], error)
 	ListNetworks(context.Context, *connect.Request[v1.ListNetworksRequest]) (*connect.Response[v1.ListNetworksResponse], error)
 	RemoveNetwork(context.Context, *connect.Request[v1.RemoveNetworkRequest]) (*connect.Response[v1.RemoveNetworkResponse], error)
+	ConnectNetwork(context.Context, *connect.Request[v1.ConnectNetworkRequest]) (*connect.Response[v1.ConnectNetworkResponse], error)
+	DisconnectNetwork(context.Context, *connect.Request[v1.DisconnectNetworkRequest]) (*connect.Response[v1.DisconnectNetworkResponse], error)
 	CreateService(context.Context, *connect.Request[v1.CreateServiceRequest]) (*connect.Response[v1.CreateServiceResponse], error)
 	UpdateService(context.Context, *connect.Request[v1.UpdateServiceRequest]) (*connect.Response[v1.UpdateServiceResponse], error)
 	ListServices(context.Context, *connect.Request[v1.ListServicesRequest]) (*connect.Response[v1.ListServicesResponse], error)
@@ -114,6 +127,8 @@ type ControlClient interface {
 	ListNodes(context.Context, *connect.Request[v1.ListNodesRequest]) (*connect.Response[v1.ListNodesResponse], error)
 	UpdateNode(context.Context, *connect.Request[v1.UpdateNodeRequest]) (*connect.Response[v1.UpdateNodeResponse], error)
 	RemoveNode(context.Context, *connect.Request[v1.RemoveNodeRequest]) (*connect.Response[v1.RemoveNodeResponse], error)
+	// Events streams what happens in the cluster, as the leader sees it.
+	Events(context.Context, *connect.Request[v1.EventsRequest]) (*connect.ServerStreamForClient[v1.Event], error)
 	// Agents only.
 	JoinNode(context.Context, *connect.Request[v1.JoinNodeRequest]) (*connect.Response[v1.JoinNodeResponse], error)
 	Assignments(context.Context, *connect.Request[v1.AssignmentsRequest]) (*connect.ServerStreamForClient[v1.AssignmentsResponse], error)
@@ -147,6 +162,18 @@ func NewControlClient(httpClient connect.HTTPClient, baseURL string, opts ...con
 			httpClient,
 			baseURL+ControlRemoveNetworkProcedure,
 			connect.WithSchema(controlMethods.ByName("RemoveNetwork")),
+			connect.WithClientOptions(opts...),
+		),
+		connectNetwork: connect.NewClient[v1.ConnectNetworkRequest, v1.ConnectNetworkResponse](
+			httpClient,
+			baseURL+ControlConnectNetworkProcedure,
+			connect.WithSchema(controlMethods.ByName("ConnectNetwork")),
+			connect.WithClientOptions(opts...),
+		),
+		disconnectNetwork: connect.NewClient[v1.DisconnectNetworkRequest, v1.DisconnectNetworkResponse](
+			httpClient,
+			baseURL+ControlDisconnectNetworkProcedure,
+			connect.WithSchema(controlMethods.ByName("DisconnectNetwork")),
 			connect.WithClientOptions(opts...),
 		),
 		createService: connect.NewClient[v1.CreateServiceRequest, v1.CreateServiceResponse](
@@ -209,6 +236,12 @@ func NewControlClient(httpClient connect.HTTPClient, baseURL string, opts ...con
 			connect.WithSchema(controlMethods.ByName("RemoveNode")),
 			connect.WithClientOptions(opts...),
 		),
+		events: connect.NewClient[v1.EventsRequest, v1.Event](
+			httpClient,
+			baseURL+ControlEventsProcedure,
+			connect.WithSchema(controlMethods.ByName("Events")),
+			connect.WithClientOptions(opts...),
+		),
 		joinNode: connect.NewClient[v1.JoinNodeRequest, v1.JoinNodeResponse](
 			httpClient,
 			baseURL+ControlJoinNodeProcedure,
@@ -232,22 +265,25 @@ func NewControlClient(httpClient connect.HTTPClient, baseURL string, opts ...con
 
 // controlClient implements ControlClient.
 type controlClient struct {
-	createNetwork *connect.Client[v1.CreateNetworkRequest, v1.CreateNetworkResponse]
-	listNetworks  *connect.Client[v1.ListNetworksRequest, v1.ListNetworksResponse]
-	removeNetwork *connect.Client[v1.RemoveNetworkRequest, v1.RemoveNetworkResponse]
-	createService *connect.Client[v1.CreateServiceRequest, v1.CreateServiceResponse]
-	updateService *connect.Client[v1.UpdateServiceRequest, v1.UpdateServiceResponse]
-	listServices  *connect.Client[v1.ListServicesRequest, v1.ListServicesResponse]
-	removeService *connect.Client[v1.RemoveServiceRequest, v1.RemoveServiceResponse]
-	createTask    *connect.Client[v1.CreateTaskRequest, v1.CreateTaskResponse]
-	listTasks     *connect.Client[v1.ListTasksRequest, v1.ListTasksResponse]
-	stopTask      *connect.Client[v1.StopTaskRequest, v1.StopTaskResponse]
-	listNodes     *connect.Client[v1.ListNodesRequest, v1.ListNodesResponse]
-	updateNode    *connect.Client[v1.UpdateNodeRequest, v1.UpdateNodeResponse]
-	removeNode    *connect.Client[v1.RemoveNodeRequest, v1.RemoveNodeResponse]
-	joinNode      *connect.Client[v1.JoinNodeRequest, v1.JoinNodeResponse]
-	assignments   *connect.Client[v1.AssignmentsRequest, v1.AssignmentsResponse]
-	report        *connect.Client[v1.ReportRequest, v1.ReportResponse]
+	createNetwork     *connect.Client[v1.CreateNetworkRequest, v1.CreateNetworkResponse]
+	listNetworks      *connect.Client[v1.ListNetworksRequest, v1.ListNetworksResponse]
+	removeNetwork     *connect.Client[v1.RemoveNetworkRequest, v1.RemoveNetworkResponse]
+	connectNetwork    *connect.Client[v1.ConnectNetworkRequest, v1.ConnectNetworkResponse]
+	disconnectNetwork *connect.Client[v1.DisconnectNetworkRequest, v1.DisconnectNetworkResponse]
+	createService     *connect.Client[v1.CreateServiceRequest, v1.CreateServiceResponse]
+	updateService     *connect.Client[v1.UpdateServiceRequest, v1.UpdateServiceResponse]
+	listServices      *connect.Client[v1.ListServicesRequest, v1.ListServicesResponse]
+	removeService     *connect.Client[v1.RemoveServiceRequest, v1.RemoveServiceResponse]
+	createTask        *connect.Client[v1.CreateTaskRequest, v1.CreateTaskResponse]
+	listTasks         *connect.Client[v1.ListTasksRequest, v1.ListTasksResponse]
+	stopTask          *connect.Client[v1.StopTaskRequest, v1.StopTaskResponse]
+	listNodes         *connect.Client[v1.ListNodesRequest, v1.ListNodesResponse]
+	updateNode        *connect.Client[v1.UpdateNodeRequest, v1.UpdateNodeResponse]
+	removeNode        *connect.Client[v1.RemoveNodeRequest, v1.RemoveNodeResponse]
+	events            *connect.Client[v1.EventsRequest, v1.Event]
+	joinNode          *connect.Client[v1.JoinNodeRequest, v1.JoinNodeResponse]
+	assignments       *connect.Client[v1.AssignmentsRequest, v1.AssignmentsResponse]
+	report            *connect.Client[v1.ReportRequest, v1.ReportResponse]
 }
 
 // CreateNetwork calls shoal.v1.Control.CreateNetwork.
@@ -263,6 +299,16 @@ func (c *controlClient) ListNetworks(ctx context.Context, req *connect.Request[v
 // RemoveNetwork calls shoal.v1.Control.RemoveNetwork.
 func (c *controlClient) RemoveNetwork(ctx context.Context, req *connect.Request[v1.RemoveNetworkRequest]) (*connect.Response[v1.RemoveNetworkResponse], error) {
 	return c.removeNetwork.CallUnary(ctx, req)
+}
+
+// ConnectNetwork calls shoal.v1.Control.ConnectNetwork.
+func (c *controlClient) ConnectNetwork(ctx context.Context, req *connect.Request[v1.ConnectNetworkRequest]) (*connect.Response[v1.ConnectNetworkResponse], error) {
+	return c.connectNetwork.CallUnary(ctx, req)
+}
+
+// DisconnectNetwork calls shoal.v1.Control.DisconnectNetwork.
+func (c *controlClient) DisconnectNetwork(ctx context.Context, req *connect.Request[v1.DisconnectNetworkRequest]) (*connect.Response[v1.DisconnectNetworkResponse], error) {
+	return c.disconnectNetwork.CallUnary(ctx, req)
 }
 
 // CreateService calls shoal.v1.Control.CreateService.
@@ -315,6 +361,11 @@ func (c *controlClient) RemoveNode(ctx context.Context, req *connect.Request[v1.
 	return c.removeNode.CallUnary(ctx, req)
 }
 
+// Events calls shoal.v1.Control.Events.
+func (c *controlClient) Events(ctx context.Context, req *connect.Request[v1.EventsRequest]) (*connect.ServerStreamForClient[v1.Event], error) {
+	return c.events.CallServerStream(ctx, req)
+}
+
 // JoinNode calls shoal.v1.Control.JoinNode.
 func (c *controlClient) JoinNode(ctx context.Context, req *connect.Request[v1.JoinNodeRequest]) (*connect.Response[v1.JoinNodeResponse], error) {
 	return c.joinNode.CallUnary(ctx, req)
@@ -335,6 +386,8 @@ type ControlHandler interface {
 	CreateNetwork(context.Context, *connect.Request[v1.CreateNetworkRequest]) (*connect.Response[v1.CreateNetworkResponse], error)
 	ListNetworks(context.Context, *connect.Request[v1.ListNetworksRequest]) (*connect.Response[v1.ListNetworksResponse], error)
 	RemoveNetwork(context.Context, *connect.Request[v1.RemoveNetworkRequest]) (*connect.Response[v1.RemoveNetworkResponse], error)
+	ConnectNetwork(context.Context, *connect.Request[v1.ConnectNetworkRequest]) (*connect.Response[v1.ConnectNetworkResponse], error)
+	DisconnectNetwork(context.Context, *connect.Request[v1.DisconnectNetworkRequest]) (*connect.Response[v1.DisconnectNetworkResponse], error)
 	CreateService(context.Context, *connect.Request[v1.CreateServiceRequest]) (*connect.Response[v1.CreateServiceResponse], error)
 	UpdateService(context.Context, *connect.Request[v1.UpdateServiceRequest]) (*connect.Response[v1.UpdateServiceResponse], error)
 	ListServices(context.Context, *connect.Request[v1.ListServicesRequest]) (*connect.Response[v1.ListServicesResponse], error)
@@ -345,6 +398,8 @@ type ControlHandler interface {
 	ListNodes(context.Context, *connect.Request[v1.ListNodesRequest]) (*connect.Response[v1.ListNodesResponse], error)
 	UpdateNode(context.Context, *connect.Request[v1.UpdateNodeRequest]) (*connect.Response[v1.UpdateNodeResponse], error)
 	RemoveNode(context.Context, *connect.Request[v1.RemoveNodeRequest]) (*connect.Response[v1.RemoveNodeResponse], error)
+	// Events streams what happens in the cluster, as the leader sees it.
+	Events(context.Context, *connect.Request[v1.EventsRequest], *connect.ServerStream[v1.Event]) error
 	// Agents only.
 	JoinNode(context.Context, *connect.Request[v1.JoinNodeRequest]) (*connect.Response[v1.JoinNodeResponse], error)
 	Assignments(context.Context, *connect.Request[v1.AssignmentsRequest], *connect.ServerStream[v1.AssignmentsResponse]) error
@@ -374,6 +429,18 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 		ControlRemoveNetworkProcedure,
 		svc.RemoveNetwork,
 		connect.WithSchema(controlMethods.ByName("RemoveNetwork")),
+		connect.WithHandlerOptions(opts...),
+	)
+	controlConnectNetworkHandler := connect.NewUnaryHandler(
+		ControlConnectNetworkProcedure,
+		svc.ConnectNetwork,
+		connect.WithSchema(controlMethods.ByName("ConnectNetwork")),
+		connect.WithHandlerOptions(opts...),
+	)
+	controlDisconnectNetworkHandler := connect.NewUnaryHandler(
+		ControlDisconnectNetworkProcedure,
+		svc.DisconnectNetwork,
+		connect.WithSchema(controlMethods.ByName("DisconnectNetwork")),
 		connect.WithHandlerOptions(opts...),
 	)
 	controlCreateServiceHandler := connect.NewUnaryHandler(
@@ -436,6 +503,12 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 		connect.WithSchema(controlMethods.ByName("RemoveNode")),
 		connect.WithHandlerOptions(opts...),
 	)
+	controlEventsHandler := connect.NewServerStreamHandler(
+		ControlEventsProcedure,
+		svc.Events,
+		connect.WithSchema(controlMethods.ByName("Events")),
+		connect.WithHandlerOptions(opts...),
+	)
 	controlJoinNodeHandler := connect.NewUnaryHandler(
 		ControlJoinNodeProcedure,
 		svc.JoinNode,
@@ -462,6 +535,10 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 			controlListNetworksHandler.ServeHTTP(w, r)
 		case ControlRemoveNetworkProcedure:
 			controlRemoveNetworkHandler.ServeHTTP(w, r)
+		case ControlConnectNetworkProcedure:
+			controlConnectNetworkHandler.ServeHTTP(w, r)
+		case ControlDisconnectNetworkProcedure:
+			controlDisconnectNetworkHandler.ServeHTTP(w, r)
 		case ControlCreateServiceProcedure:
 			controlCreateServiceHandler.ServeHTTP(w, r)
 		case ControlUpdateServiceProcedure:
@@ -482,6 +559,8 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 			controlUpdateNodeHandler.ServeHTTP(w, r)
 		case ControlRemoveNodeProcedure:
 			controlRemoveNodeHandler.ServeHTTP(w, r)
+		case ControlEventsProcedure:
+			controlEventsHandler.ServeHTTP(w, r)
 		case ControlJoinNodeProcedure:
 			controlJoinNodeHandler.ServeHTTP(w, r)
 		case ControlAssignmentsProcedure:
@@ -507,6 +586,14 @@ func (UnimplementedControlHandler) ListNetworks(context.Context, *connect.Reques
 
 func (UnimplementedControlHandler) RemoveNetwork(context.Context, *connect.Request[v1.RemoveNetworkRequest]) (*connect.Response[v1.RemoveNetworkResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.RemoveNetwork is not implemented"))
+}
+
+func (UnimplementedControlHandler) ConnectNetwork(context.Context, *connect.Request[v1.ConnectNetworkRequest]) (*connect.Response[v1.ConnectNetworkResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.ConnectNetwork is not implemented"))
+}
+
+func (UnimplementedControlHandler) DisconnectNetwork(context.Context, *connect.Request[v1.DisconnectNetworkRequest]) (*connect.Response[v1.DisconnectNetworkResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.DisconnectNetwork is not implemented"))
 }
 
 func (UnimplementedControlHandler) CreateService(context.Context, *connect.Request[v1.CreateServiceRequest]) (*connect.Response[v1.CreateServiceResponse], error) {
@@ -549,6 +636,10 @@ func (UnimplementedControlHandler) RemoveNode(context.Context, *connect.Request[
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.RemoveNode is not implemented"))
 }
 
+func (UnimplementedControlHandler) Events(context.Context, *connect.Request[v1.EventsRequest], *connect.ServerStream[v1.Event]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.Events is not implemented"))
+}
+
 func (UnimplementedControlHandler) JoinNode(context.Context, *connect.Request[v1.JoinNodeRequest]) (*connect.Response[v1.JoinNodeResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.JoinNode is not implemented"))
 }
@@ -566,6 +657,10 @@ type NodeClient interface {
 	Exec(context.Context) *connect.BidiStreamForClient[v1.ExecRequest, v1.ExecResponse]
 	Logs(context.Context, *connect.Request[v1.LogsRequest]) (*connect.ServerStreamForClient[v1.LogsResponse], error)
 	Wait(context.Context, *connect.Request[v1.WaitRequest]) (*connect.Response[v1.WaitResponse], error)
+	// Stats tells what the node's tasks have sent and received.
+	Stats(context.Context, *connect.Request[v1.StatsRequest]) (*connect.Response[v1.StatsResponse], error)
+	// Kernel tells what the node's kernel holds of virtual IPs.
+	Kernel(context.Context, *connect.Request[v1.KernelRequest]) (*connect.Response[v1.KernelResponse], error)
 }
 
 // NewNodeClient constructs a client for the shoal.v1.Node service. By default, it uses the Connect
@@ -597,14 +692,28 @@ func NewNodeClient(httpClient connect.HTTPClient, baseURL string, opts ...connec
 			connect.WithSchema(nodeMethods.ByName("Wait")),
 			connect.WithClientOptions(opts...),
 		),
+		stats: connect.NewClient[v1.StatsRequest, v1.StatsResponse](
+			httpClient,
+			baseURL+NodeStatsProcedure,
+			connect.WithSchema(nodeMethods.ByName("Stats")),
+			connect.WithClientOptions(opts...),
+		),
+		kernel: connect.NewClient[v1.KernelRequest, v1.KernelResponse](
+			httpClient,
+			baseURL+NodeKernelProcedure,
+			connect.WithSchema(nodeMethods.ByName("Kernel")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // nodeClient implements NodeClient.
 type nodeClient struct {
-	exec *connect.Client[v1.ExecRequest, v1.ExecResponse]
-	logs *connect.Client[v1.LogsRequest, v1.LogsResponse]
-	wait *connect.Client[v1.WaitRequest, v1.WaitResponse]
+	exec   *connect.Client[v1.ExecRequest, v1.ExecResponse]
+	logs   *connect.Client[v1.LogsRequest, v1.LogsResponse]
+	wait   *connect.Client[v1.WaitRequest, v1.WaitResponse]
+	stats  *connect.Client[v1.StatsRequest, v1.StatsResponse]
+	kernel *connect.Client[v1.KernelRequest, v1.KernelResponse]
 }
 
 // Exec calls shoal.v1.Node.Exec.
@@ -622,11 +731,25 @@ func (c *nodeClient) Wait(ctx context.Context, req *connect.Request[v1.WaitReque
 	return c.wait.CallUnary(ctx, req)
 }
 
+// Stats calls shoal.v1.Node.Stats.
+func (c *nodeClient) Stats(ctx context.Context, req *connect.Request[v1.StatsRequest]) (*connect.Response[v1.StatsResponse], error) {
+	return c.stats.CallUnary(ctx, req)
+}
+
+// Kernel calls shoal.v1.Node.Kernel.
+func (c *nodeClient) Kernel(ctx context.Context, req *connect.Request[v1.KernelRequest]) (*connect.Response[v1.KernelResponse], error) {
+	return c.kernel.CallUnary(ctx, req)
+}
+
 // NodeHandler is an implementation of the shoal.v1.Node service.
 type NodeHandler interface {
 	Exec(context.Context, *connect.BidiStream[v1.ExecRequest, v1.ExecResponse]) error
 	Logs(context.Context, *connect.Request[v1.LogsRequest], *connect.ServerStream[v1.LogsResponse]) error
 	Wait(context.Context, *connect.Request[v1.WaitRequest]) (*connect.Response[v1.WaitResponse], error)
+	// Stats tells what the node's tasks have sent and received.
+	Stats(context.Context, *connect.Request[v1.StatsRequest]) (*connect.Response[v1.StatsResponse], error)
+	// Kernel tells what the node's kernel holds of virtual IPs.
+	Kernel(context.Context, *connect.Request[v1.KernelRequest]) (*connect.Response[v1.KernelResponse], error)
 }
 
 // NewNodeHandler builds an HTTP handler from the service implementation. It returns the path on
@@ -654,6 +777,18 @@ func NewNodeHandler(svc NodeHandler, opts ...connect.HandlerOption) (string, htt
 		connect.WithSchema(nodeMethods.ByName("Wait")),
 		connect.WithHandlerOptions(opts...),
 	)
+	nodeStatsHandler := connect.NewUnaryHandler(
+		NodeStatsProcedure,
+		svc.Stats,
+		connect.WithSchema(nodeMethods.ByName("Stats")),
+		connect.WithHandlerOptions(opts...),
+	)
+	nodeKernelHandler := connect.NewUnaryHandler(
+		NodeKernelProcedure,
+		svc.Kernel,
+		connect.WithSchema(nodeMethods.ByName("Kernel")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/shoal.v1.Node/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case NodeExecProcedure:
@@ -662,6 +797,10 @@ func NewNodeHandler(svc NodeHandler, opts ...connect.HandlerOption) (string, htt
 			nodeLogsHandler.ServeHTTP(w, r)
 		case NodeWaitProcedure:
 			nodeWaitHandler.ServeHTTP(w, r)
+		case NodeStatsProcedure:
+			nodeStatsHandler.ServeHTTP(w, r)
+		case NodeKernelProcedure:
+			nodeKernelHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -681,6 +820,14 @@ func (UnimplementedNodeHandler) Logs(context.Context, *connect.Request[v1.LogsRe
 
 func (UnimplementedNodeHandler) Wait(context.Context, *connect.Request[v1.WaitRequest]) (*connect.Response[v1.WaitResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Node.Wait is not implemented"))
+}
+
+func (UnimplementedNodeHandler) Stats(context.Context, *connect.Request[v1.StatsRequest]) (*connect.Response[v1.StatsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Node.Stats is not implemented"))
+}
+
+func (UnimplementedNodeHandler) Kernel(context.Context, *connect.Request[v1.KernelRequest]) (*connect.Response[v1.KernelResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Node.Kernel is not implemented"))
 }
 
 // LocalClient is a client for the shoal.v1.Local service.

@@ -1,0 +1,52 @@
+package agent
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"strconv"
+
+	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+)
+
+// readStats reads the counters of the network namespace of a process: see
+// /proc/PID/net/dev and /proc/PID/net/tcp in proc(5).
+func readStats(pid int) (*shoalv1.StatsResponse_Task, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/dev", pid))
+	if err != nil {
+		return nil, err
+	}
+	s := &shoalv1.StatsResponse_Task{}
+	for line := range bytes.Lines(b) {
+		name, rest, ok := bytes.Cut(line, []byte(":"))
+		f := bytes.Fields(rest)
+		if !ok || len(f) < 16 || string(bytes.TrimSpace(name)) == "lo" {
+			continue
+		}
+		for _, c := range []struct {
+			column int
+			to     *uint64
+		}{{0, &s.RxBytes}, {1, &s.RxPackets}, {3, &s.Dropped}, {8, &s.TxBytes}, {9, &s.TxPackets}, {11, &s.Dropped}} {
+			n, err := strconv.ParseUint(string(f[c.column]), 10, 64)
+			if err != nil {
+				return nil, fmt.Errorf("/proc/%d/net/dev: %w", pid, err)
+			}
+			*c.to += n
+		}
+	}
+	for _, file := range []string{"tcp", "tcp6"} {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/%s", pid, file))
+		if os.IsNotExist(err) {
+			continue // no IPv6
+		}
+		if err != nil {
+			return nil, err
+		}
+		for line := range bytes.Lines(b) {
+			if f := bytes.Fields(line); len(f) > 3 && string(f[3]) == "01" { // TCP_ESTABLISHED
+				s.Connections++
+			}
+		}
+	}
+	return s, nil
+}
