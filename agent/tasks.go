@@ -10,6 +10,7 @@ import (
 	"maps"
 	"net"
 	"net/netip"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -132,6 +133,7 @@ func (m *tasks) adopt(ctx context.Context, known []spec.Task) error {
 // from the managers now, may end what it does not name.
 func (m *tasks) assign(self string, assigned []spec.Task, fresh bool) {
 	named := map[string]bool{}
+	rewired := false
 	for _, t := range assigned {
 		if t.Node != self {
 			continue
@@ -141,13 +143,17 @@ func (m *tasks) assign(self string, assigned []spec.Task, fresh bool) {
 		r := m.runners[t.ID]
 		if r != nil {
 			r.task.Desired, r.task.Status = t.Desired, t.Status
-			r.task.Attachments = t.Attachments
+			rewired = rewired || !reflect.DeepEqual(r.task.Attachments, t.Attachments)
+			r.task.Attachments, r.task.Ports = t.Attachments, t.Ports
 			r.kick()
 		}
 		m.mu.Unlock()
 		if r == nil && !t.Status.Released {
 			m.start(t, nil)
 		}
+	}
+	if rewired {
+		m.plumbing.publish()
 	}
 	if !fresh {
 		return
@@ -414,7 +420,9 @@ func (r *runner) live(ctx context.Context, found *runtime.Status) error {
 		if err := r.rt.Start(ctx, t.ID); err != nil {
 			return err
 		}
-		r.awaitReady(ctx)
+		if t.Service != "" {
+			r.awaitReady(ctx)
+		}
 	}
 	return r.watch(ctx)
 }

@@ -180,7 +180,9 @@ func (s *service) ListServices(_ context.Context, req *connect.Request[shoalv1.L
 	err := s.read(func(st *state.State) error {
 		ss, err := pick(req.Msg.Refs, st.Services, st.Service)
 		for _, v := range ss {
-			resp.Services = append(resp.Services, api.Service(v, st.Running(v.ID)))
+			w := api.Service(v, st.Running(v.ID))
+			w.Stale = int32(st.Stale(v.ID))
+			resp.Services = append(resp.Services, w)
 		}
 		return err
 	})

@@ -53,7 +53,7 @@ virtual IP for each, balanced over its healthy replicas on any node.`,
 	root.PersistentFlags().StringVar(&c.socket, "socket", cmp.Or(os.Getenv("SHOAL_SOCKET"), defaultSocket), "the agent's unix socket (also $SHOAL_SOCKET)")
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usageError(cmd, err) })
 	root.AddCommand(c.agentCmd(), c.initCmd(), c.joinCmd(), c.leaveCmd(), c.infoCmd(), c.doctorCmd(),
-		c.nodeCmd(), c.netCmd(), c.svcCmd(), c.runCmd(), c.execCmd(), c.psCmd(), c.stopCmd(), c.rmCmd(), c.logsCmd(), c.labCmd(), c.versionCmd())
+		c.nodeCmd(), c.netCmd(), c.svcCmd(), c.runCmd(), c.execCmd(), c.psCmd(), c.stopCmd(), c.rmCmd(), c.logsCmd(), c.portCmd(), c.statsCmd(), c.eventsCmd(), c.labCmd(), c.versionCmd())
 	return root
 }
 
@@ -286,6 +286,13 @@ func (c *cli) table(rows [][]string) {
 func (c *cli) json(v any) error {
 	e := json.NewEncoder(c.out)
 	e.SetIndent("", "  ")
+	e.SetEscapeHTML(false)
+	return e.Encode(v)
+}
+
+// jsonLine writes a value on one line, for streams.
+func (c *cli) jsonLine(v any) error {
+	e := json.NewEncoder(c.out)
 	e.SetEscapeHTML(false)
 	return e.Encode(v)
 }

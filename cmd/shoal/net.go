@@ -1,13 +1,20 @@
 package main
 
 import (
+	"bufio"
+	"cmp"
+	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
+	"golang.org/x/term"
 
 	"github.com/shoalnet/shoal/api"
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
@@ -15,17 +22,19 @@ import (
 )
 
 func (c *cli) netCmd() *cobra.Command {
-	return group("net", "Manage networks", []string{"network"}, c.netCreate(), c.netLs(), c.netInspect(), c.netRm())
+	return group("net", "Manage networks", []string{"network"}, c.netCreate(), c.netLs(), c.netInspect(), c.netConnect(), c.netDisconnect(), c.netRm(), c.netPrune())
 }
 
 func (c *cli) netCreate() *cobra.Command {
 	req := &shoalv1.CreateNetworkRequest{}
 	var opts, lbls []string
 	cmd := &cobra.Command{
-		Use: "create NETWORK", Short: "Create an overlay network", Args: exactly(1),
+		Use: "create NETWORK", Short: "Create a network", Args: exactly(1),
 		Example: `  shoal net create app
   shoal net create --subnet 10.9.0.0/24 --gateway 10.9.0.254 app
-  shoal net create --internal backend`,
+  shoal net create --subnet 10.9.0.0/24 --subnet 10.10.0.0/24 --ip-range 10.9.0.128/25 app
+  shoal net create --internal --label tier=data backend
+  shoal net create --driver bridge --opt mtu=1400 --opt icc=false here`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			req.Name = args[0]
 			var err error
@@ -34,18 +43,23 @@ func (c *cli) netCreate() *cobra.Command {
 			}
 			for _, o := range opts {
 				k, v, ok := strings.Cut(o, "=")
-				switch {
-				case !ok:
+				if !ok {
 					return usageError(cmd, fmt.Errorf("option %q: want key=value, like mtu=1400", o))
-				case k == "mtu" || k == "com.docker.network.driver.mtu":
-					var mtu int32
-					if _, err := fmt.Sscanf(v, "%d", &mtu); err != nil || fmt.Sprint(mtu) != v {
-						return usageError(cmd, fmt.Errorf("option %q: the MTU is a number of bytes", o))
-					}
-					req.Mtu = mtu
-				default:
-					return usageError(cmd, fmt.Errorf("option %q is unknown: use mtu=BYTES", k))
 				}
+				if req.Options == nil {
+					req.Options = map[string]string{}
+				}
+				req.Options[k] = v
+			}
+			if err := spec.ValidateOptions(req.Options); err != nil {
+				return usageError(cmd, err)
+			}
+			if req.Driver == spec.DriverBridge && req.Node == "" {
+				info, err := c.local().Info(cmd.Context(), connect.NewRequest(&shoalv1.InfoRequest{}))
+				if err != nil {
+					return err
+				}
+				req.Node = info.Msg.Node.GetId()
 			}
 			resp, err := c.control().CreateNetwork(cmd.Context(), connect.NewRequest(req))
 			if err != nil {
@@ -56,12 +70,13 @@ func (c *cli) netCreate() *cobra.Command {
 		},
 	}
 	f := cmd.Flags()
-	f.StringVarP(&req.Driver, "driver", "d", spec.DriverOverlay, "overlay")
+	f.StringVarP(&req.Driver, "driver", "d", spec.DriverOverlay, "overlay, or bridge: on one node only")
+	f.StringVar(&req.Node, "node", "", "the node of a bridge network (default: this one)")
 	f.StringSliceVar(&req.Subnets, "subnet", nil, "subnet, like 10.9.0.0/24 (default: the next of the pool; repeatable)")
 	f.StringSliceVar(&req.Gateways, "gateway", nil, "gateway address, one per subnet (default: the subnet's first)")
 	f.StringSliceVar(&req.IpRanges, "ip-range", nil, "allocate addresses only from this part of the subnet")
 	f.BoolVar(&req.Internal, "internal", false, "no way out of the network")
-	f.StringArrayVar(&opts, "opt", nil, "driver option: mtu=BYTES (0: the underlay's less the overhead)")
+	f.StringArrayVar(&opts, "opt", nil, "driver option: mtu=BYTES (0: the underlay's less the overhead), icc=false (tasks can't reach each other)")
 	f.StringArrayVar(&lbls, "label", nil, "label, key=value (repeatable)")
 	f.Bool("attachable", true, "accepted for Docker's sake: every network is")
 	_ = f.MarkHidden("attachable")
@@ -69,49 +84,214 @@ func (c *cli) netCreate() *cobra.Command {
 }
 
 func (c *cli) netLs() *cobra.Command {
-	var quiet bool
+	type network = *shoalv1.Network
+	l := &listing[network]{
+		id:     func(n network) string { return n.Id },
+		json:   func(n network) (any, error) { return api.ToNetwork(n) },
+		labels: func(n network) map[string]string { return n.Labels },
+		columns: []column[network]{
+			{"ID", false, func(n network) string { return n.Id }},
+			{"NAME", false, func(n network) string { return n.Name }},
+			{"DRIVER", false, func(n network) string { return n.Driver }},
+			{"SUBNET", false, func(n network) string { return cmp.Or(strings.Join(n.Subnets, ","), "-") }},
+			{"GATEWAY", true, func(n network) string { return cmp.Or(strings.Join(n.Gateways, ","), "-") }},
+			{"VNI", true, func(n network) string { return fmt.Sprint(n.Vni) }},
+			{"MTU", true, func(n network) string {
+				if n.Mtu == 0 {
+					return "auto"
+				}
+				return fmt.Sprint(n.Mtu)
+			}},
+			{"INTERNAL", true, func(n network) string { return fmt.Sprint(n.Internal) }},
+			{"LABELS", true, func(n network) string { return labelText(n.Labels) }},
+		},
+		filters: map[string]func(network, string) bool{
+			"id":     func(n network, v string) bool { return strings.HasPrefix(n.Id, v) },
+			"name":   func(n network, v string) bool { return strings.Contains(n.Name, v) },
+			"driver": func(n network, v string) bool { return n.Driver == v },
+			"type": func(n network, v string) bool {
+				return v == map[bool]string{true: "builtin", false: "custom"}[builtIn(n)]
+			},
+		},
+	}
 	cmd := &cobra.Command{Use: "ls", Short: "List networks", Aliases: []string{"list"}, Args: exactly(0),
+		Example: "  shoal net ls --filter driver=overlay --filter label=tier=data\n  shoal net ls --format '{{.Name}}: {{.Subnet}}'",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			nets, _, err := c.networks(cmd.Context())
 			if err != nil {
 				return err
 			}
-			slices.SortFunc(nets, func(a, b *shoalv1.Network) int { return strings.Compare(a.Name, b.Name) })
-			if c.output == "json" {
-				js, err := each(nets, api.ToNetwork)
+			slices.SortFunc(nets, func(a, b network) int { return strings.Compare(a.Name, b.Name) })
+			return l.print(c, cmd, nets)
+		}}
+	l.add(c, cmd)
+	return cmd
+}
+
+// builtIn tells whether a network is one that every cluster has.
+func builtIn(n *shoalv1.Network) bool {
+	return n.Name == spec.DefaultNetwork || n.Name == spec.HostNetwork || n.Name == spec.NoneNetwork
+}
+
+func (c *cli) netConnect() *cobra.Command {
+	req := &shoalv1.ConnectNetworkRequest{}
+	cmd := &cobra.Command{Use: "connect NETWORK TASK|SERVICE", Short: "Attach a running task or service to a further network", Args: exactly(2),
+		Long: `Connect adds an interface to a running task, or to all tasks of a service. Nothing
+is restarted; connections over its other networks go on.`,
+		Example: "  shoal net connect backend web\n  shoal net connect --alias db --ip 10.9.0.20 backend c1",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			req.Network, req.Target = args[0], args[1]
+			resp, err := c.control().ConnectNetwork(cmd.Context(), connect.NewRequest(req))
+			if err != nil {
+				return err
+			}
+			return c.rewired(cmd.Context(), args[1], resp.Msg.GetTask().GetId(), func(n *shoalv1.Network, t *shoalv1.Task) bool {
+				return slices.ContainsFunc(t.Attachments, func(a *shoalv1.Attachment) bool { return a.Network == n.Id })
+			}, args[0])
+		}}
+	cmd.Flags().StringSliceVar(&req.Aliases, "alias", nil, "further name on the network (repeatable)")
+	cmd.Flags().StringSliceVar(&req.Addrs, "ip", nil, "address of the task there, or virtual IP of the service")
+	cmd.ValidArgsFunction = c.complete(c.networkNames)
+	return cmd
+}
+
+func (c *cli) netDisconnect() *cobra.Command {
+	cmd := &cobra.Command{Use: "disconnect NETWORK TASK|SERVICE", Short: "Take a running task or service off a network", Args: exactly(2),
+		ValidArgsFunction: c.complete(c.networkNames),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			nets, _, err := c.networks(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			if _, err := c.control().DisconnectNetwork(cmd.Context(), connect.NewRequest(&shoalv1.DisconnectNetworkRequest{Network: nets[0].Id, Target: args[1]})); err != nil {
+				return err
+			}
+			task := ""
+			if _, err := c.services(cmd.Context(), args[1]); err != nil {
+				t, err := c.task(cmd.Context(), args[1])
 				if err != nil {
 					return err
 				}
-				return c.json(js)
+				task = t.Id
 			}
-			if quiet {
-				for _, n := range nets {
-					fmt.Fprintln(c.out, n.Id)
+			return c.rewired(cmd.Context(), args[1], task, func(n *shoalv1.Network, t *shoalv1.Task) bool {
+				return !slices.ContainsFunc(t.Attachments, func(a *shoalv1.Attachment) bool { return a.Network == n.Id })
+			}, nets[0].Id)
+		}}
+	cmd.Flags().BoolP("force", "f", false, "accepted for Docker's sake")
+	_ = cmd.Flags().MarkHidden("force")
+	return cmd
+}
+
+// rewired waits until the tasks of a service, or one task, are as a connect or
+// disconnect wants them.
+func (c *cli) rewired(ctx context.Context, target, task string, done func(*shoalv1.Network, *shoalv1.Task) bool, network string) error {
+	nets, _, err := c.networks(ctx, network)
+	if err != nil {
+		return err
+	}
+	defer c.progress("Rewiring " + target)()
+	req := &shoalv1.ListTasksRequest{Service: target}
+	if task != "" {
+		req = &shoalv1.ListTasksRequest{Refs: []string{task}}
+	}
+	for limit := time.Now().Add(20 * time.Second); time.Now().Before(limit); {
+		ts, err := c.tasks(ctx, req)
+		if err != nil {
+			return err
+		}
+		if !slices.ContainsFunc(ts, func(t *shoalv1.Task) bool {
+			return t.Desired == spec.DesiredRunning && !ended(t) && t.Node != "" && !done(nets[0], t)
+		}) {
+			return nil
+		}
+		if !sleep(ctx, 30*time.Millisecond) {
+			return ctx.Err()
+		}
+	}
+	return fmt.Errorf("the change is made, but not every node has confirmed it: see 'shoal ps' and 'shoal doctor'")
+}
+
+func (c *cli) netPrune() *cobra.Command {
+	var force bool
+	var filters []string
+	cmd := &cobra.Command{Use: "prune", Short: "Remove all networks that nothing uses", Args: exactly(0),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			want := map[string]string{}
+			for _, f := range filters {
+				l, ok := strings.CutPrefix(f, "label=")
+				if !ok {
+					return usageError(cmd, fmt.Errorf("filter %q: want label=KEY or label=KEY=VALUE", f))
 				}
-				return nil
+				k, v, _ := strings.Cut(l, "=")
+				want[k] = v
 			}
-			head := []string{"ID", "NAME", "DRIVER", "SUBNET"}
-			if c.output == "wide" {
-				head = append(head, "GATEWAY", "VNI", "MTU", "INTERNAL")
+			if !force {
+				if !c.confirm("This removes every network that no task and no service uses. Go on?") {
+					return errors.New("nothing was removed: say y, or give --force")
+				}
 			}
-			rows := [][]string{head}
+			nets, _, err := c.networks(cmd.Context())
+			if err != nil {
+				return err
+			}
 			for _, n := range nets {
-				row := []string{n.Id, n.Name, n.Driver, strings.Join(n.Subnets, ",")}
-				if c.output == "wide" {
-					mtu := "auto"
-					if n.Mtu != 0 {
-						mtu = fmt.Sprint(n.Mtu)
-					}
-					row = append(row, strings.Join(n.Gateways, ","), fmt.Sprint(n.Vni), mtu, fmt.Sprint(n.Internal))
+				if builtIn(n) || slices.ContainsFunc(slices.Collect(maps.Keys(want)), func(k string) bool {
+					have, ok := n.Labels[k]
+					return !ok || (want[k] != "" && have != want[k])
+				}) {
+					continue
 				}
-				rows = append(rows, row)
+				users, err := c.users(cmd.Context(), n.Id)
+				if err != nil {
+					return err
+				}
+				if users {
+					continue
+				}
+				_, err = c.control().RemoveNetwork(cmd.Context(), connect.NewRequest(&shoalv1.RemoveNetworkRequest{Ref: n.Id}))
+				switch connect.CodeOf(err) {
+				case connect.CodeFailedPrecondition, connect.CodeNotFound:
+					continue // someone else was quicker
+				}
+				if err != nil {
+					return err
+				}
+				fmt.Fprintln(c.out, n.Name)
 			}
-			c.table(rows)
 			return nil
 		}}
-	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "IDs only")
-	c.outputFlag(cmd, "json", "wide")
+	cmd.Flags().BoolVarP(&force, "force", "f", false, "don't ask")
+	cmd.Flags().StringArrayVar(&filters, "filter", nil, "only those with label=KEY[=VALUE] (repeatable)")
 	return cmd
+}
+
+// users tells whether a task or a service is on a network.
+func (c *cli) users(ctx context.Context, network string) (bool, error) {
+	svcs, err := c.services(ctx)
+	if err != nil {
+		return false, err
+	}
+	tasks, err := c.tasks(ctx, &shoalv1.ListTasksRequest{})
+	if err != nil {
+		return false, err
+	}
+	return slices.ContainsFunc(svcs, func(s *shoalv1.Service) bool {
+		return slices.ContainsFunc(s.GetSpec().GetNetworks(), func(a *shoalv1.NetworkAttachment) bool { return a.Network == network })
+	}) || slices.ContainsFunc(tasks, func(t *shoalv1.Task) bool {
+		return slices.ContainsFunc(t.Attachments, func(a *shoalv1.Attachment) bool { return a.Network == network })
+	}), nil
+}
+
+// confirm asks a person; where there is none, the answer is no.
+func (c *cli) confirm(question string) bool {
+	in, ok := c.in.(*os.File)
+	if !ok || !term.IsTerminal(int(in.Fd())) {
+		return false
+	}
+	fmt.Fprintf(c.err, "%s [y/N] ", question)
+	line, _ := bufio.NewReader(in).ReadString('\n')
+	return strings.HasPrefix(strings.ToLower(strings.TrimSpace(line)), "y")
 }
 
 // networkJSON is a network with who is on it.
@@ -122,17 +302,20 @@ type networkJSON struct {
 }
 
 type networkService struct {
-	ID   string   `json:"id"`
-	Name string   `json:"name"`
-	VIPs []string `json:"vips"`
+	ID      string   `json:"id"`
+	Name    string   `json:"name"`
+	VIPs    []string `json:"vips"`
+	Aliases []string `json:"aliases,omitempty"`
 }
 
 type networkTask struct {
-	ID    string   `json:"id"`
-	Name  string   `json:"name"`
-	Node  string   `json:"node"`
-	State string   `json:"state"`
-	Addrs []string `json:"addrs"`
+	ID      string   `json:"id"`
+	Name    string   `json:"name"`
+	Node    string   `json:"node"`
+	State   string   `json:"state"`
+	Iface   string   `json:"iface"`
+	Addrs   []string `json:"addrs"`
+	Aliases []string `json:"aliases,omitempty"`
 }
 
 func (c *cli) netInspect() *cobra.Command {
@@ -164,11 +347,11 @@ func (c *cli) netInspect() *cobra.Command {
 				}
 				j := networkJSON{Network: v, Services: []networkService{}, Tasks: []networkTask{}}
 				for _, s := range svcs {
-					on := slices.ContainsFunc(s.GetSpec().GetNetworks(), func(a *shoalv1.NetworkAttachment) bool { return a.Network == n.Id })
-					if !on {
+					i := slices.IndexFunc(s.GetSpec().GetNetworks(), func(a *shoalv1.NetworkAttachment) bool { return a.Network == n.Id })
+					if i < 0 {
 						continue
 					}
-					ns := networkService{ID: s.Id, Name: s.GetSpec().GetName(), VIPs: []string{}}
+					ns := networkService{Aliases: s.GetSpec().GetNetworks()[i].Aliases, ID: s.Id, Name: s.GetSpec().GetName(), VIPs: []string{}}
 					for _, v := range s.Vips {
 						if v.Network == n.Id {
 							ns.VIPs = append(ns.VIPs, v.Addrs...)
@@ -179,7 +362,7 @@ func (c *cli) netInspect() *cobra.Command {
 				for _, t := range tasks {
 					for _, a := range t.Attachments {
 						if a.Network == n.Id {
-							j.Tasks = append(j.Tasks, networkTask{ID: t.Id, Name: t.Name, Node: nodes.of(t.Node), State: t.GetStatus().GetState(), Addrs: a.Addrs})
+							j.Tasks = append(j.Tasks, networkTask{ID: t.Id, Name: t.Name, Node: nodes.of(t.Node), State: t.GetStatus().GetState(), Iface: a.Iface, Addrs: a.Addrs, Aliases: a.Aliases})
 						}
 					}
 				}

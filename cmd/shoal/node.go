@@ -15,47 +15,44 @@ func (c *cli) nodeCmd() *cobra.Command {
 }
 
 func (c *cli) nodeLs() *cobra.Command {
-	var quiet bool
+	l := &listing[*shoalv1.NodeInfo]{
+		id:     func(n *shoalv1.NodeInfo) string { return n.Id },
+		json:   func(n *shoalv1.NodeInfo) (any, error) { return toNodeJSON(n) },
+		labels: func(n *shoalv1.NodeInfo) map[string]string { return n.Labels },
+		columns: []column[*shoalv1.NodeInfo]{
+			{"ID", false, func(n *shoalv1.NodeInfo) string { return n.Id }},
+			{"NAME", false, func(n *shoalv1.NodeInfo) string { return n.Name }},
+			{"STATUS", false, func(n *shoalv1.NodeInfo) string { return n.Status }},
+			{"AVAILABILITY", false, func(n *shoalv1.NodeInfo) string { return n.Availability }},
+			{"ROLE", false, func(n *shoalv1.NodeInfo) string {
+				if n.Leader {
+					return "leader"
+				}
+				return n.Role
+			}},
+			{"ADDRESS", false, func(n *shoalv1.NodeInfo) string { return n.Addr }},
+			{"NUMBER", true, func(n *shoalv1.NodeInfo) string { return fmt.Sprint(n.Number) }},
+			{"DATA PATH", true, func(n *shoalv1.NodeInfo) string { return n.DataPath }},
+			{"MESSAGE", true, func(n *shoalv1.NodeInfo) string { return n.Message }},
+		},
+		filters: map[string]func(*shoalv1.NodeInfo, string) bool{
+			"id":           func(n *shoalv1.NodeInfo, v string) bool { return strings.HasPrefix(n.Id, v) },
+			"name":         func(n *shoalv1.NodeInfo, v string) bool { return strings.Contains(n.Name, v) },
+			"role":         func(n *shoalv1.NodeInfo, v string) bool { return n.Role == v },
+			"status":       func(n *shoalv1.NodeInfo, v string) bool { return n.Status == v },
+			"availability": func(n *shoalv1.NodeInfo, v string) bool { return n.Availability == v },
+		},
+	}
 	cmd := &cobra.Command{Use: "ls", Short: "List the nodes", Aliases: []string{"list"}, Args: exactly(0),
+		Example: "  shoal node ls --filter role=manager\n  shoal node ls --format '{{.Name}} {{.Address}}'",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			nodes, _, err := c.nodes(cmd.Context())
 			if err != nil {
 				return err
 			}
-			if c.output == "json" {
-				js, err := each(nodes, toNodeJSON)
-				if err != nil {
-					return err
-				}
-				return c.json(js)
-			}
-			if quiet {
-				for _, n := range nodes {
-					fmt.Fprintln(c.out, n.Id)
-				}
-				return nil
-			}
-			head := []string{"ID", "NAME", "STATUS", "AVAILABILITY", "ROLE", "ADDRESS"}
-			if c.output == "wide" {
-				head = append(head, "NUMBER", "DATA PATH", "MESSAGE")
-			}
-			rows := [][]string{head}
-			for _, n := range nodes {
-				role := n.Role
-				if n.Leader {
-					role = "leader"
-				}
-				row := []string{n.Id, n.Name, n.Status, n.Availability, role, n.Addr}
-				if c.output == "wide" {
-					row = append(row, fmt.Sprint(n.Number), n.DataPath, n.Message)
-				}
-				rows = append(rows, row)
-			}
-			c.table(rows)
-			return nil
+			return l.print(c, cmd, nodes)
 		}}
-	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "IDs only")
-	c.outputFlag(cmd, "json", "wide")
+	l.add(c, cmd)
 	return cmd
 }
 

@@ -23,7 +23,7 @@ import (
 )
 
 func (c *cli) svcCmd() *cobra.Command {
-	return group("svc", "Manage services", []string{"service"}, c.svcCreate(), c.svcLs(), c.svcPs(), c.svcInspect(), c.svcScale(), c.svcLogs(), c.svcRm())
+	return group("svc", "Manage services", []string{"service"}, c.svcCreate(), c.svcUpdate(), c.svcLs(), c.svcPs(), c.svcInspect(), c.svcScale(), c.svcLogs(), c.svcRm())
 }
 
 // taskFlags are the flags that svc create and run share.
@@ -31,6 +31,9 @@ type taskFlags struct {
 	env, envFile, networks, aliases, labels []string
 	hostname, user, dir, stopSignal         string
 	stopGrace                               time.Duration
+
+	dns, dnsSearch, dnsOptions, hosts, links, expose, publish []string
+	ip                                                        string // of the first network
 }
 
 func (t *taskFlags) add(f *pflag.FlagSet) {
@@ -42,6 +45,12 @@ func (t *taskFlags) add(f *pflag.FlagSet) {
 	f.StringVar(&t.hostname, "hostname", "", "host name inside the task")
 	f.StringVarP(&t.user, "user", "u", "", "user or uid, and group: NAME[:GROUP]")
 	f.StringVarP(&t.dir, "workdir", "w", "", "working directory")
+	f.StringSliceVar(&t.dns, "dns", nil, "resolver asked instead of the node's (repeatable)")
+	f.StringSliceVar(&t.dnsSearch, "dns-search", nil, "search domain instead of the node's; . for none (repeatable)")
+	f.StringSliceVar(&t.dnsOptions, "dns-option", nil, "resolv.conf option, like ndots:2 or use-vc (repeatable)")
+	f.StringArrayVar(&t.hosts, "add-host", nil, "line of /etc/hosts, NAME:ADDRESS; the address may be host-gateway (repeatable)")
+	f.StringArrayVar(&t.links, "link", nil, "task or service to know by another name, NAME:ALIAS, with Docker's variables (deprecated there; repeatable)")
+	f.StringSliceVar(&t.expose, "expose", nil, "port that is served, PORT[/PROTOCOL], for those that link to it (repeatable)")
 	f.StringVar(&t.stopSignal, "stop-signal", "", "signal that asks the program to stop (default SIGTERM)")
 }
 
@@ -71,14 +80,17 @@ func (t *taskFlags) attachments() ([]*shoalv1.NetworkAttachment, error) {
 		}
 		out = append(out, a)
 	}
-	if len(out) == 0 && len(t.aliases) > 0 {
+	if len(out) == 0 && (len(t.aliases) > 0 || t.ip != "") {
 		out = append(out, &shoalv1.NetworkAttachment{Network: spec.DefaultNetwork, Aliases: t.aliases})
+	}
+	if t.ip != "" {
+		out[0].Addrs = append(out[0].Addrs, t.ip)
 	}
 	return out, nil
 }
 
 func (t *taskFlags) spec(command []string) (*shoalv1.TaskSpec, error) {
-	s := &shoalv1.TaskSpec{Command: command, Hostname: t.hostname, User: t.user, Dir: t.dir, StopSignal: t.stopSignal, StopGraceMs: t.stopGrace.Milliseconds()}
+	s := &shoalv1.TaskSpec{Command: command, Dns: t.dns, DnsSearch: t.dnsSearch, DnsOptions: t.dnsOptions, ExtraHosts: t.hosts, Links: t.links, Expose: t.expose, Hostname: t.hostname, User: t.user, Dir: t.dir, StopSignal: t.stopSignal, StopGraceMs: t.stopGrace.Milliseconds()}
 	for _, file := range t.envFile {
 		f, err := os.Open(file)
 		if err != nil {
@@ -126,7 +138,8 @@ func (c *cli) svcCreate() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "create [flags] -- COMMAND [ARG...]", Short: "Create a service", Args: cobra.ArbitraryArgs,
 		Example: `  shoal svc create --name web --replicas 3 --network app -- nginx -g 'daemon off;'
-  shoal svc create --name db --network app --constraint node.labels.disk==ssd -- postgres -D /data`,
+  shoal svc create --name db --network app --constraint node.labels.disk==ssd -- postgres -D /data
+  shoal svc create --name web --replicas 3 --network app --publish 8080:80 -- nginx -g 'daemon off;'`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 0 {
 				return usageError(cmd, fmt.Errorf("no command: give it after --, like: shoal svc create --name web -- nginx -g 'daemon off;'"))
@@ -140,6 +153,14 @@ func (c *cli) svcCreate() *cobra.Command {
 			}
 			req.Labels, req.Task.Labels = req.Task.Labels, nil
 			req.RestartDelayMs = restartDelay.Milliseconds()
+			ports, err := parsePublishes(tf.publish, spec.PortIngress)
+			if err != nil {
+				return usageError(cmd, err)
+			}
+			req.Ports = api.Ports(ports)
+			if err := c.link(cmd.Context(), req.Task); err != nil {
+				return err
+			}
 			if req.Name == "" {
 				req.Name = "svc-" + spec.NewID()[:6]
 			}
@@ -161,6 +182,8 @@ func (c *cli) svcCreate() *cobra.Command {
 	f.StringArrayVar(&req.Constraints, "constraint", nil, "placement: node.name==x, node.role!=manager, node.labels.k==v (repeatable)")
 	f.DurationVar(&restartDelay, "restart-delay", 0, "wait before the first restart; doubles up to 30s (default 100ms)")
 	f.Int32Var(&req.RestartMax, "restart-max-attempts", 0, "restarts of a replica before it is given up (0: no limit)")
+	f.StringArrayVarP(&tf.publish, "publish", "p", nil, publishHelp)
+	f.StringVar(&tf.ip, "vip", "", "virtual IP on the first network (default: a free one)")
 	f.DurationVar(&tf.stopGrace, "stop-grace-period", spec.DefaultStopGrace, "time between the stop signal and the kill")
 	f.BoolVarP(&detach, "detach", "d", false, "don't wait until the replicas run")
 	f.BoolVarP(&quiet, "quiet", "q", false, "wait, but show no progress")
@@ -200,11 +223,23 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 				why = fmt.Sprintf("%s: %s: %s", t.Name, st.GetState(), st.GetMessage())
 			}
 		}
+		stale := 0
+		if svcs, serr := c.services(ctx, s.Id); serr == nil {
+			stale = int(svcs[0].Stale)
+		} else if err == nil {
+			err = serr
+		}
+		if err != nil && ctx.Err() == nil {
+			return err
+		}
 		line := fmt.Sprintf("%s: %d/%d running", name, running, want)
+		if stale > 0 {
+			line += fmt.Sprintf(", %d to be replaced", stale)
+		}
 		if extra > 0 {
 			line += fmt.Sprintf(", %d stopping", extra)
 		}
-		if err == nil && running == want && extra == 0 {
+		if err == nil && running == want && extra+stale == 0 {
 			if tty {
 				fmt.Fprintf(c.err, "\r\033[K%s\n", line)
 			} else if !quiet {
@@ -240,57 +275,59 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 }
 
 func (c *cli) svcLs() *cobra.Command {
-	var quiet bool
+	type service = *shoalv1.Service
+	var nets names
+	l := &listing[service]{
+		id:     func(s service) string { return s.Id },
+		json:   func(s service) (any, error) { return toServiceJSON(s) },
+		labels: func(s service) map[string]string { return s.GetSpec().GetLabels() },
+		columns: []column[service]{
+			{"ID", false, func(s service) string { return s.Id }},
+			{"NAME", false, func(s service) string { return s.GetSpec().GetName() }},
+			{"REPLICAS", false, func(s service) string { return fmt.Sprintf("%d/%d", s.Running, s.GetSpec().GetReplicas()) }},
+			{"NETWORK", false, func(s service) string {
+				return strings.Join(each1(s.GetSpec().GetNetworks(), func(a *shoalv1.NetworkAttachment) string { return nets.of(a.Network) }), ",")
+			}},
+			{"VIRTUAL IP", false, func(s service) string {
+				var vips []string
+				for _, v := range s.Vips {
+					vips = append(vips, v.Addrs...)
+				}
+				return cmp.Or(strings.Join(vips, ","), "-")
+			}},
+			{"PORTS", false, func(s service) string { return cmp.Or(portsText(s.Ports), "-") }},
+			{"MODE", true, func(s service) string { return s.GetSpec().GetEndpointMode() }},
+			{"COMMAND", true, func(s service) string { return strings.Join(s.GetSpec().GetTask().GetCommand(), " ") }},
+		},
+		filters: map[string]func(service, string) bool{
+			"id":   func(s service, v string) bool { return strings.HasPrefix(s.Id, v) },
+			"name": func(s service, v string) bool { return strings.Contains(s.GetSpec().GetName(), v) },
+			"mode": func(s service, v string) bool { return s.GetSpec().GetEndpointMode() == v },
+			"network": func(s service, v string) bool {
+				return slices.ContainsFunc(s.GetSpec().GetNetworks(), func(a *shoalv1.NetworkAttachment) bool { return nets.of(a.Network) == v || a.Network == v })
+			},
+		},
+	}
 	cmd := &cobra.Command{Use: "ls", Short: "List services", Aliases: []string{"list"}, Args: exactly(0),
+		Example: "  shoal svc ls --filter label=tier=front\n  shoal svc ls --format '{{.Name}} {{.VirtualIP}}'",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			svcs, err := c.services(cmd.Context())
 			if err != nil {
 				return err
 			}
-			slices.SortFunc(svcs, func(a, b *shoalv1.Service) int { return strings.Compare(a.GetSpec().GetName(), b.GetSpec().GetName()) })
-			if c.output == "json" {
-				js, err := each(svcs, toServiceJSON)
-				if err != nil {
-					return err
-				}
-				return c.json(js)
-			}
-			if quiet {
-				for _, s := range svcs {
-					fmt.Fprintln(c.out, s.Id)
-				}
-				return nil
-			}
-			_, nets, err := c.networks(cmd.Context())
-			if err != nil {
+			if _, nets, err = c.networks(cmd.Context()); err != nil {
 				return err
 			}
-			rows := [][]string{{"ID", "NAME", "REPLICAS", "NETWORK", "VIRTUAL IP", "COMMAND"}}
-			for _, s := range svcs {
-				var ns, vips []string
-				for _, a := range s.GetSpec().GetNetworks() {
-					ns = append(ns, nets.of(a.Network))
-				}
-				for _, v := range s.Vips {
-					vips = append(vips, v.Addrs...)
-				}
-				width := 22
-				if c.output == "wide" {
-					width = 1000
-				}
-				rows = append(rows, []string{s.Id, s.GetSpec().GetName(), fmt.Sprintf("%d/%d", s.Running, s.GetSpec().GetReplicas()),
-					strings.Join(ns, ","), cmp.Or(strings.Join(vips, ","), "-"), clip(strings.Join(s.GetSpec().GetTask().GetCommand(), " "), width)})
-			}
-			c.table(rows)
-			return nil
+			slices.SortFunc(svcs, func(a, b service) int { return strings.Compare(a.GetSpec().GetName(), b.GetSpec().GetName()) })
+			return l.print(c, cmd, svcs)
 		}}
-	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "IDs only")
-	c.outputFlag(cmd, "json", "wide")
+	l.add(c, cmd)
 	return cmd
 }
 
 func (c *cli) svcPs() *cobra.Command {
 	var all bool
+	l := c.taskListing()
 	cmd := &cobra.Command{Use: "ps SERVICE [SERVICE...]", Short: "List the tasks of services", Args: atLeast(1),
 		ValidArgsFunction: c.complete(c.serviceNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -305,10 +342,10 @@ func (c *cli) svcPs() *cobra.Command {
 			if !all && c.output != "json" {
 				tasks = recent(tasks)
 			}
-			return c.taskTable(cmd.Context(), tasks)
+			return l.show(cmd, tasks)
 		}}
 	cmd.Flags().BoolVarP(&all, "all", "a", false, "the whole history, not the last ended task of each slot only")
-	c.outputFlag(cmd, "json", "wide")
+	l.add(c, cmd)
 	return cmd
 }
 
@@ -324,62 +361,108 @@ func recent(in []*shoalv1.Task) []*shoalv1.Task {
 	return slices.DeleteFunc(slices.Clone(in), func(t *shoalv1.Task) bool { return ended(t) && newest[key(t)] != t })
 }
 
-// taskTable prints tasks: by service, slot, newest first.
-func (c *cli) taskTable(ctx context.Context, tasks []*shoalv1.Task) error {
+// taskListing is what ps and svc ps show.
+type taskListing struct {
+	listing[*shoalv1.Task]
+	c     *cli
+	nodes names
+	svcs  names
+}
+
+func (c *cli) taskListing() *taskListing {
+	type task = *shoalv1.Task
+	l := &taskListing{c: c}
+	note := func(t task) string { return t.GetStatus().GetMessage() }
+	l.listing = listing[task]{
+		id: func(t task) string { return t.Id },
+		json: func(t task) (any, error) {
+			v, err := api.ToTask(t)
+			return struct {
+				spec.Task
+				NodeName string `json:"node_name"`
+			}{v, l.nodes[t.Node]}, err
+		},
+		labels: func(t task) map[string]string { return t.GetSpec().GetLabels() },
+		columns: []column[task]{
+			{"ID", true, func(t task) string { return t.Id }},
+			{"NAME", false, func(t task) string { return t.Name }},
+			{"NODE", false, func(t task) string { return cmp.Or(l.nodes[t.Node], "-") }},
+			{"STATE", false, func(t task) string { return t.GetStatus().GetState() }},
+			{"ADDRESS", false, func(t task) string {
+				var addrs []string
+				for _, a := range t.Attachments {
+					addrs = append(addrs, a.Addrs...)
+				}
+				return cmp.Or(strings.Join(addrs, ","), "-")
+			}},
+			{"NOTE", false, func(t task) string {
+				if c.output == "wide" {
+					return note(t)
+				}
+				return clip(note(t), 26)
+			}},
+			{"PORTS", true, func(t task) string { return cmp.Or(portsText(t.Ports), "-") }},
+			{"COMMAND", true, func(t task) string { return strings.Join(t.GetSpec().GetCommand(), " ") }},
+		},
+		filters: map[string]func(task, string) bool{
+			"id":      func(t task, v string) bool { return strings.HasPrefix(t.Id, v) },
+			"name":    func(t task, v string) bool { return strings.Contains(t.Name, v) },
+			"node":    func(t task, v string) bool { return t.Node == v || l.nodes[t.Node] == v },
+			"state":   func(t task, v string) bool { return t.GetStatus().GetState() == v },
+			"service": func(t task, v string) bool { return t.Service == v || t.Service != "" && l.svcs[t.Service] == v },
+			"network": func(t task, v string) bool {
+				return slices.ContainsFunc(t.Attachments, func(a *shoalv1.Attachment) bool { return a.Network == v })
+			},
+			"desired-state": func(t task, v string) bool { return t.Desired == v },
+		},
+	}
+	return l
+}
+
+// show prints tasks: by service, slot, newest first.
+func (l *taskListing) show(cmd *cobra.Command, tasks []*shoalv1.Task) error {
 	slices.SortFunc(tasks, func(a, b *shoalv1.Task) int {
 		return cmp.Or(cmp.Compare(a.Service, b.Service), cmp.Compare(a.Slot, b.Slot), -cmp.Compare(a.CreatedMs, b.CreatedMs), cmp.Compare(a.Name, b.Name))
 	})
-	_, nodes, err := c.nodes(ctx)
-	if err != nil {
+	var err error
+	if _, l.nodes, err = l.c.nodes(cmd.Context()); err != nil {
 		return err
 	}
-	if c.output == "json" {
-		type taskJSON struct {
-			spec.Task
-			NodeName string `json:"node_name"`
-		}
-		js, err := each(tasks, func(t *shoalv1.Task) (taskJSON, error) {
-			v, err := api.ToTask(t)
-			return taskJSON{v, nodes[t.Node]}, err
-		})
-		if err != nil {
-			return err
-		}
-		return c.json(js)
+	if l.svcs, err = l.c.serviceNames(cmd.Context()); err != nil {
+		return err
 	}
-	head := []string{"NAME", "NODE", "STATE", "ADDRESS", "NOTE"}
-	width := 26
-	if c.output == "wide" {
-		head = append([]string{"ID"}, head...)
-		head = append(head, "COMMAND")
-		width = 1000
-	}
-	rows := [][]string{head}
-	for _, t := range tasks {
-		var addrs []string
-		for _, a := range t.Attachments {
-			addrs = append(addrs, a.Addrs...)
+	for i, f := range l.want {
+		if n, ok := strings.CutPrefix(f, "network="); ok {
+			nets, _, err := l.c.networks(cmd.Context(), n)
+			if err != nil {
+				return err
+			}
+			l.want[i] = "network=" + nets[0].Id
 		}
-		row := []string{t.Name, cmp.Or(nodes[t.Node], "-"), t.GetStatus().GetState(), cmp.Or(strings.Join(addrs, ","), "-"), clip(t.GetStatus().GetMessage(), width)}
-		if c.output == "wide" {
-			row = append([]string{t.Id}, row...)
-			row = append(row, strings.Join(t.GetSpec().GetCommand(), " "))
-		}
-		rows = append(rows, row)
 	}
-	c.table(rows)
-	return nil
+	return l.print(l.c, cmd, tasks)
 }
 
 func (c *cli) svcInspect() *cobra.Command {
-	cmd := &cobra.Command{Use: "inspect SERVICE [SERVICE...]", Short: "Show services in full", Args: atLeast(1),
+	cmd := &cobra.Command{Use: "inspect SERVICE [SERVICE...]", Short: "Show services in full, with what every node's kernel holds of them", Args: atLeast(1),
 		ValidArgsFunction: c.complete(c.serviceNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			svcs, err := c.services(cmd.Context(), args...)
 			if err != nil {
 				return err
 			}
-			js, err := each(svcs, toServiceJSON)
+			type inspected struct {
+				serviceJSON
+				Kernel []nodeKernel `json:"kernel"` // read from each live node now
+			}
+			js, err := each(svcs, func(s *shoalv1.Service) (inspected, error) {
+				v, err := toServiceJSON(s)
+				if err != nil {
+					return inspected{}, err
+				}
+				k, err := c.kernel(cmd.Context(), s.Id)
+				return inspected{v, k}, err
+			})
 			if err != nil {
 				return err
 			}

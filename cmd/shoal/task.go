@@ -18,6 +18,7 @@ import (
 	"golang.org/x/term"
 
 	"github.com/shoalnet/shoal/agent"
+	"github.com/shoalnet/shoal/api"
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/spec"
 )
@@ -47,6 +48,14 @@ task's ID once it runs.`,
 			if req.Networks, err = tf.attachments(); err != nil {
 				return usageError(cmd, err)
 			}
+			ports, err := parsePublishes(tf.publish, spec.PortHost)
+			if err != nil {
+				return usageError(cmd, err)
+			}
+			req.Ports = api.Ports(ports)
+			if err := c.link(cmd.Context(), req.Spec); err != nil {
+				return err
+			}
 			if req.Node == "" {
 				info, err := c.local().Info(cmd.Context(), connect.NewRequest(&shoalv1.InfoRequest{}))
 				if err != nil {
@@ -67,6 +76,8 @@ task's ID once it runs.`,
 	f.BoolVar(&remove, "rm", false, "remove its record when it has ended")
 	f.StringVar(&req.Name, "name", "", "name of the task, and its host name on its networks")
 	f.StringVar(&req.Node, "node", "", "node to run it on, by name or ID (default: this one)")
+	f.StringArrayVarP(&tf.publish, "publish", "p", nil, "port of this node that leads to the task, [ADDRESS:][PUBLISHED:]TARGET[/PROTOCOL] (repeatable)")
+	f.StringVar(&tf.ip, "ip", "", "address on the first network (default: a free one)")
 	f.IntVar(&stopTimeout, "stop-timeout", int(spec.DefaultStopGrace/time.Second), "seconds between the stop signal and the kill")
 	tf.add(f)
 	_ = cmd.RegisterFlagCompletionFunc("network", c.complete(c.networkNames))
@@ -180,26 +191,20 @@ func sleep(ctx context.Context, d time.Duration) bool {
 
 func (c *cli) psCmd() *cobra.Command {
 	req := &shoalv1.ListTasksRequest{}
-	var quiet bool
+	l := c.taskListing()
 	cmd := &cobra.Command{Use: "ps", Short: "List tasks, of all nodes", Args: exactly(0),
+		Example: "  shoal ps --filter node=node2 --filter state=running\n  shoal ps -a --format '{{.Name}} {{.State}}'",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			tasks, err := c.tasks(cmd.Context(), req)
 			if err != nil {
 				return err
 			}
-			if quiet {
-				for _, t := range tasks {
-					fmt.Fprintln(c.out, t.Id)
-				}
-				return nil
-			}
-			return c.taskTable(cmd.Context(), tasks)
+			return l.show(cmd, tasks)
 		}}
 	cmd.Flags().BoolVarP(&req.All, "all", "a", false, "also those that have ended")
-	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "IDs only")
 	cmd.Flags().StringVar(&req.Node, "node", "", "only those of one node")
 	_ = cmd.RegisterFlagCompletionFunc("node", c.complete(c.nodeNames))
-	c.outputFlag(cmd, "json", "wide")
+	l.add(c, cmd)
 	return cmd
 }
 

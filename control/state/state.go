@@ -171,6 +171,20 @@ func (s *State) Running(serviceID string) int {
 	return n
 }
 
+// Stale counts the tasks of a service that are to be replaced, as the service
+// has been changed since they were made.
+func (s *State) Stale(serviceID string) int {
+	v, n := s.services[serviceID], 0
+	if v != nil {
+		for _, t := range v.tasks {
+			if t.Live() && t.rev != v.rev {
+				n++
+			}
+		}
+	}
+	return n
+}
+
 // TaskFilter selects tasks; its zero value takes those that live or are meant to.
 type TaskFilter struct {
 	Service string // ID; empty: any

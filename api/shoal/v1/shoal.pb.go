@@ -651,6 +651,7 @@ type Service struct {
 	Running       int32                  `protobuf:"varint,6,opt,name=running,proto3" json:"running,omitempty"` // replicas now running, counted by the leader
 	Ports         []*Port                `protobuf:"bytes,7,rep,name=ports,proto3" json:"ports,omitempty"`      // of the spec, with the numbers that were allocated
 	Ingress       string                 `protobuf:"bytes,8,opt,name=ingress,proto3" json:"ingress,omitempty"`  // network ID that published ports lead to
+	Stale         int32                  `protobuf:"varint,9,opt,name=stale,proto3" json:"stale,omitempty"`     // tasks that an update has not replaced yet, counted by the leader
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -739,6 +740,13 @@ func (x *Service) GetIngress() string {
 		return x.Ingress
 	}
 	return ""
+}
+
+func (x *Service) GetStale() int32 {
+	if x != nil {
+		return x.Stale
+	}
+	return 0
 }
 
 type Attachment struct {
@@ -5132,7 +5140,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"6\n" +
 	"\x04VIPs\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x14\n" +
-	"\x05addrs\x18\x02 \x03(\tR\x05addrs\"\xfb\x01\n" +
+	"\x05addrs\x18\x02 \x03(\tR\x05addrs\"\x91\x02\n" +
 	"\aService\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12)\n" +
 	"\x04spec\x18\x02 \x01(\v2\x15.shoal.v1.ServiceSpecR\x04spec\x12\"\n" +
@@ -5142,7 +5150,8 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"created_ms\x18\x05 \x01(\x03R\tcreatedMs\x12\x18\n" +
 	"\arunning\x18\x06 \x01(\x05R\arunning\x12$\n" +
 	"\x05ports\x18\a \x03(\v2\x0e.shoal.v1.PortR\x05ports\x12\x18\n" +
-	"\aingress\x18\b \x01(\tR\aingress\"\x86\x01\n" +
+	"\aingress\x18\b \x01(\tR\aingress\x12\x14\n" +
+	"\x05stale\x18\t \x01(\x05R\x05stale\"\x86\x01\n" +
 	"\n" +
 	"Attachment\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x14\n" +

@@ -1,0 +1,196 @@
+package main
+
+import (
+	"bytes"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/spf13/cobra"
+
+	"github.com/shoalnet/shoal/api"
+	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/spec"
+)
+
+func TestParsePublish(t *testing.T) {
+	port := func(published, target uint16, protocol string) spec.Port {
+		return spec.Port{Published: published, Target: target, Protocol: protocol, Mode: spec.PortIngress}
+	}
+	at := func(p spec.Port, addr string) spec.Port { p.Addr = netip.MustParseAddr(addr); return p }
+	long := port(8080, 80, "udp")
+	long.Mode, long.NAT = spec.PortHost, true
+	for _, k := range []struct {
+		in   string
+		want []spec.Port
+		err  string
+	}{
+		{"8080:80", []spec.Port{port(8080, 80, "tcp")}, ""},
+		{"80", []spec.Port{port(0, 80, "tcp")}, ""},
+		{"0:80", []spec.Port{port(0, 80, "tcp")}, ""},
+		{"8080:80/udp", []spec.Port{port(8080, 80, "udp")}, ""},
+		{"8080:80/SCTP", []spec.Port{port(8080, 80, "sctp")}, ""},
+		{"8000-8002:80-82", []spec.Port{port(8000, 80, "tcp"), port(8001, 81, "tcp"), port(8002, 82, "tcp")}, ""},
+		{"127.0.0.1:8080:80", []spec.Port{at(port(8080, 80, "tcp"), "127.0.0.1")}, ""},
+		{"0.0.0.0:8080:80", []spec.Port{port(8080, 80, "tcp")}, ""},
+		{"127.0.0.1::80", []spec.Port{at(port(0, 80, "tcp"), "127.0.0.1")}, ""},
+		{"published=8080,target=80,protocol=udp,mode=host,nat=true", []spec.Port{long}, ""},
+		{"target=80,addr=127.0.0.1", []spec.Port{at(port(0, 80, "tcp"), "127.0.0.1")}, ""},
+		{"", nil, "target port"},
+		{"8080:", nil, `"" is not a number`},
+		{"8080:0", nil, "target port is missing"},
+		{"70000:80", nil, "not a number from 0 to 65535"},
+		{"8080:80/icmp", nil, `protocol "icmp" is unknown`},
+		{"8000-8002:80", nil, "different length"},
+		{"8002-8000:80-82", nil, "ends before it begins"},
+		{"host:8080:80", nil, `"host" is not an address`},
+		{"published=8080,target=80,mode=mesh", nil, `mode "mesh" is unknown`},
+		{"published=8080,to=80", nil, `key "to" is unknown`},
+		{"published=x,target=80", nil, `published can't be "x"`},
+		{"published=8080", nil, "target port is missing"},
+	} {
+		got, err := parsePublish(k.in, spec.PortIngress)
+		if (err == nil) != (k.err == "") || err != nil && !strings.Contains(err.Error(), k.err) {
+			t.Errorf("%q: error %v, want %q", k.in, err, k.err)
+		} else if err == nil && !slices.Equal(got, k.want) {
+			t.Errorf("%q: %v, want %v", k.in, got, k.want)
+		}
+	}
+	if _, err := parsePublishes([]string{"8080:80", "8079-8081:90-92"}, spec.PortIngress); err == nil || !strings.Contains(err.Error(), "8080/tcp is published twice") {
+		t.Error(err)
+	}
+}
+
+func FuzzParsePublish(f *testing.F) {
+	f.Add("8080:80/tcp")
+	f.Add("[::1]:8080:80")
+	f.Add("published=1,target=2")
+	f.Fuzz(func(t *testing.T, s string) {
+		ports, err := parsePublish(s, spec.PortIngress)
+		for _, p := range ports {
+			if err == nil && p.Validate() != nil {
+				t.Errorf("%q gives %v: %v", s, p, p.Validate())
+			}
+		}
+	})
+}
+
+func TestPortsText(t *testing.T) {
+	ports, err := parsePublishes([]string{"8000-8010:80-90", "53:53/udp", "127.0.0.1:9:9"}, spec.PortIngress)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := portsText(api.Ports(ports)); got != "127.0.0.1:9->9/tcp, *:53->53/udp, *:8000-8010->80-90/tcp" {
+		t.Error(got)
+	}
+}
+
+func TestWithoutPorts(t *testing.T) {
+	ports, err := parsePublishes([]string{"8080:80", "8081:80/udp", "9000:90"}, spec.PortIngress)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for rm, want := range map[string]string{
+		"80": "*:8081->80/udp, *:9000->90/tcp", "8080": "*:8081->80/udp, *:9000->90/tcp", "80/udp": "*:8080->80/tcp, *:9000->90/tcp",
+		"9000:90": "*:8080->80/tcp, *:8081->80/udp", "1:90": "", "81": "", "x": "",
+	} {
+		left, err := withoutPorts(&shoalv1.ServiceSpec{Name: "web", Ports: api.Ports(ports)}, []string{rm})
+		if (err != nil) != (want == "") || err == nil && portsText(left) != want {
+			t.Errorf("without %s: %q, %v", rm, portsText(left), err)
+		}
+	}
+}
+
+func TestListing(t *testing.T) {
+	type fish struct {
+		id, name string
+		labels   map[string]string
+	}
+	school := []fish{{"a1", "cod", map[string]string{"sea": "north", "big": ""}}, {"b2", "carp", map[string]string{"sea": "none"}}, {"c3", "eel", nil}}
+	for _, k := range []struct{ args, want string }{
+		{"", "ID  REAL NAME\na1  cod\nb2  carp\nc3  eel\n"},
+		{"-o wide", "ID  REAL NAME  SEA\na1  cod        north\nb2  carp       none\nc3  eel        \n"},
+		{"-q", "a1\nb2\nc3\n"},
+		{"-q -f name=c", "a1\nb2\n"},
+		{"-q -f name=o -f name=l", "a1\nc3\n"},
+		{"-q -f label=sea", "a1\nb2\n"},
+		{"-q -f label=sea=north -f label=big", "a1\n"},
+		{"-q -f name=c -f label=sea=none", "b2\n"},
+		{"-f colour=red", "error: filter \"colour=red\": want KEY=VALUE, with one of the keys name, label"},
+		{"-f name", "error: filter \"name\": want KEY=VALUE"},
+		{"--format {{.RealName}}:{{.ID}}", "cod:a1\ncarp:b2\neel:c3\n"},
+		{"--format {{.Labels}}", "big=,sea=north\nsea=none\n\n"},
+		{`--format table.{{.ID}}\t{{upper(.RealName)}}`, "error: --format"},
+		{"--format {{.Colour}}", "error: --format"},
+		{"--format {{", "error: --format"},
+		{"--format json", "\"cod\"\n\"carp\"\n\"eel\"\n"},
+		{"-o json -f name=eel", "[\n  \"eel\"\n]\n"},
+		{"-o yaml", "error: output \"yaml\" is unknown"},
+	} {
+		var out, errs bytes.Buffer
+		c := &cli{out: &out, err: &errs}
+		l := &listing[fish]{
+			id: func(f fish) string { return f.id }, json: func(f fish) (any, error) { return f.name, nil }, labels: func(f fish) map[string]string { return f.labels },
+			columns: []column[fish]{{"ID", false, func(f fish) string { return f.id }}, {"REAL NAME", false, func(f fish) string { return f.name }},
+				{"SEA", true, func(f fish) string { return f.labels["sea"] }}},
+			filters: map[string]func(fish, string) bool{"name": func(f fish, v string) bool { return strings.Contains(f.name, v) }},
+		}
+		cmd := &cobra.Command{Use: "ls", SilenceErrors: true, SilenceUsage: true, RunE: func(cmd *cobra.Command, _ []string) error { return l.print(c, cmd, school) }}
+		l.add(c, cmd)
+		cmd.SetArgs(strings.Fields(k.args))
+		got := ""
+		if err := cmd.Execute(); err != nil {
+			got = "error: " + err.Error()
+		} else {
+			got = out.String()
+		}
+		if got != k.want && !(strings.HasPrefix(k.want, "error: ") && strings.HasPrefix(got, k.want)) {
+			t.Errorf("ls %s:\n%swant\n%s", k.args, got, k.want)
+		}
+	}
+	if got := field("VIRTUAL IP"); got != "VirtualIP" {
+		t.Error(got)
+	}
+}
+
+func TestAttachmentFlags(t *testing.T) {
+	tf := taskFlags{networks: []string{"a", "name=b,alias=x,alias=y,ip=10.0.0.9"}, aliases: []string{"all"}, ip: "10.1.0.1"}
+	got, err := tf.attachments()
+	if err != nil || len(got) != 2 {
+		t.Fatal(got, err)
+	}
+	if a, b := got[0], got[1]; a.Network != "a" || !slices.Equal(a.Addrs, []string{"10.1.0.1"}) || !slices.Equal(b.Aliases, []string{"all", "x", "y"}) || !slices.Equal(b.Addrs, []string{"10.0.0.9"}) {
+		t.Errorf("%+v", got)
+	}
+	for _, bad := range []string{"alias=x", "name=a,colour=red", "name="} {
+		tf := taskFlags{networks: []string{bad}}
+		if _, err := tf.attachments(); err == nil {
+			t.Errorf("%q is accepted", bad)
+		}
+	}
+}
+
+func TestSize(t *testing.T) {
+	for n, want := range map[float64]string{0: "0B", 999: "999B", 1000: "1.0kB", 123456: "123kB", 1.5e9: "1.5GB"} {
+		if got := size(n); got != want {
+			t.Errorf("%v is %s, want %s", n, got, want)
+		}
+	}
+}
+
+// TestCommandsHaveHelp goes through the whole tree: each command says what it
+// does, and accepts --help.
+func TestCommandsHaveHelp(t *testing.T) {
+	var walk func(*cobra.Command)
+	walk = func(cmd *cobra.Command) {
+		if cmd.Short == "" && !cmd.Hidden {
+			t.Errorf("%s has no short help", cmd.CommandPath())
+		}
+		for _, sub := range cmd.Commands() {
+			walk(sub)
+		}
+	}
+	var out bytes.Buffer
+	walk((&cli{out: &out, err: &out}).root())
+}

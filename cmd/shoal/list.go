@@ -1,0 +1,224 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"text/template"
+
+	"github.com/spf13/cobra"
+)
+
+// listing is what every ls shares: a table, -o json or wide, -q, --filter and
+// --format, as Docker has them.
+type listing[T any] struct {
+	columns []column[T]
+	id      func(T) string
+	json    func(T) (any, error)
+	// filters match one value of a --filter key. Of one key any value may
+	// match, but labels must all.
+	filters map[string]func(v T, value string) bool
+	labels  func(T) map[string]string
+
+	quiet  bool
+	want   []string
+	format string
+}
+
+type column[T any] struct {
+	head string // also the field of --format, in Docker's spelling, without spaces
+	wide bool
+	text func(T) string
+}
+
+// add gives a command its flags.
+func (l *listing[T]) add(c *cli, cmd *cobra.Command) {
+	keys := slices.Sorted(maps.Keys(l.filters))
+	if l.labels != nil {
+		keys = append(keys, "label")
+	}
+	cmd.Flags().BoolVarP(&l.quiet, "quiet", "q", false, "IDs only")
+	cmd.Flags().StringArrayVarP(&l.want, "filter", "f", nil, "only those with KEY=VALUE (repeatable); keys: "+strings.Join(keys, ", "))
+	var fields []string
+	for _, col := range l.columns {
+		fields = append(fields, field(col.head))
+	}
+	cmd.Flags().StringVar(&l.format, "format", "", "Go template for each, with ."+strings.Join(fields, ", .")+"; or json")
+	_ = cmd.RegisterFlagCompletionFunc("filter", cobra.FixedCompletions(each1(keys, func(k string) string { return k + "=" }), cobra.ShellCompDirectiveNoFileComp|cobra.ShellCompDirectiveNoSpace))
+	c.outputFlag(cmd, "json", "wide")
+}
+
+func each1[A, B any](in []A, fn func(A) B) []B {
+	var out []B
+	for _, a := range in {
+		out = append(out, fn(a))
+	}
+	return out
+}
+
+// field is a column's name in a template: "VIRTUAL IP" → "VirtualIP".
+func field(head string) string {
+	var b strings.Builder
+	for _, w := range strings.Fields(head) {
+		if len(w) <= 3 && w != "AGE" {
+			b.WriteString(w)
+		} else {
+			b.WriteString(w[:1] + strings.ToLower(w[1:]))
+		}
+	}
+	return b.String()
+}
+
+// filtered keeps what the filters match.
+func (l *listing[T]) filtered(cmd *cobra.Command, all []T) ([]T, error) {
+	byKey := map[string][]string{}
+	for _, f := range l.want {
+		k, v, ok := strings.Cut(f, "=")
+		if _, known := l.filters[k]; !ok || (!known && (k != "label" || l.labels == nil)) {
+			keys := slices.Sorted(maps.Keys(l.filters))
+			if l.labels != nil {
+				keys = append(keys, "label")
+			}
+			return nil, usageError(cmd, fmt.Errorf("filter %q: want KEY=VALUE, with one of the keys %s", f, strings.Join(keys, ", ")))
+		}
+		byKey[k] = append(byKey[k], v)
+	}
+	var out []T
+	for _, v := range all {
+		keep := true
+		for k, values := range byKey {
+			if k == "label" {
+				for _, want := range values {
+					key, value, pair := strings.Cut(want, "=")
+					have, ok := l.labels(v)[key]
+					keep = keep && ok && (!pair || have == value)
+				}
+			} else {
+				keep = keep && slices.ContainsFunc(values, func(want string) bool { return l.filters[k](v, want) })
+			}
+		}
+		if keep {
+			out = append(out, v)
+		}
+	}
+	return out, nil
+}
+
+// print filters and shows.
+func (l *listing[T]) print(c *cli, cmd *cobra.Command, all []T) error {
+	vs, err := l.filtered(cmd, all)
+	if err != nil {
+		return err
+	}
+	switch {
+	case c.output == "json":
+		js, err := each(vs, l.json)
+		if err != nil {
+			return err
+		}
+		return c.json(js)
+	case l.quiet:
+		for _, v := range vs {
+			fmt.Fprintln(c.out, l.id(v))
+		}
+		return nil
+	case l.format == "json":
+		for _, v := range vs {
+			j, err := l.json(v)
+			if err != nil {
+				return err
+			}
+			b, err := json.Marshal(j)
+			if err != nil {
+				return err
+			}
+			fmt.Fprintf(c.out, "%s\n", b)
+		}
+		return nil
+	case l.format != "":
+		return l.template(c, cmd, vs)
+	}
+	var rows [][]string
+	var head []string
+	for _, col := range l.columns {
+		if !col.wide || c.output == "wide" {
+			head = append(head, col.head)
+		}
+	}
+	rows = append(rows, head)
+	for _, v := range vs {
+		var row []string
+		for _, col := range l.columns {
+			if !col.wide || c.output == "wide" {
+				row = append(row, col.text(v))
+			}
+		}
+		rows = append(rows, row)
+	}
+	c.table(rows)
+	return nil
+}
+
+// template shows each by a template; one that begins with "table " gets a
+// heading, as in Docker.
+func (l *listing[T]) template(c *cli, cmd *cobra.Command, vs []T) error {
+	text, table := strings.CutPrefix(l.format, "table ")
+	text = strings.NewReplacer(`\t`, "\t", `\n`, "\n").Replace(text)
+	t, err := template.New("format").Option("missingkey=error").Funcs(template.FuncMap{
+		"json":  func(v any) (string, error) { b, err := json.Marshal(v); return string(b), err },
+		"upper": strings.ToUpper, "lower": strings.ToLower, "join": strings.Join, "split": strings.Split,
+	}).Parse(text)
+	if err != nil {
+		return usageError(cmd, fmt.Errorf("--format: %w", err))
+	}
+	line := func(m map[string]any) ([]string, error) {
+		var b bytes.Buffer
+		if err := t.Execute(&b, m); err != nil {
+			return nil, usageError(cmd, fmt.Errorf("--format %q: %w", l.format, err))
+		}
+		return strings.Split(b.String(), "\t"), nil
+	}
+	var rows [][]string
+	if table {
+		m := map[string]any{"Labels": "LABELS"}
+		for _, col := range l.columns {
+			m[field(col.head)] = col.head
+		}
+		head, err := line(m)
+		if err != nil {
+			return err
+		}
+		rows = append(rows, head)
+	}
+	for _, v := range vs {
+		m := map[string]any{}
+		for _, col := range l.columns {
+			m[field(col.head)] = col.text(v)
+		}
+		if l.labels != nil {
+			m["Labels"] = labelText(l.labels(v))
+		}
+		row, err := line(m)
+		if err != nil {
+			return err
+		}
+		if rows = append(rows, row); !table {
+			fmt.Fprintln(c.out, strings.Join(row, "\t"))
+		}
+	}
+	if table {
+		c.table(rows)
+	}
+	return nil
+}
+
+func labelText(m map[string]string) string {
+	var out []string
+	for _, k := range slices.Sorted(maps.Keys(m)) {
+		out = append(out, k+"="+m[k])
+	}
+	return strings.Join(out, ",")
+}

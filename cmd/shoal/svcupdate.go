@@ -1,0 +1,186 @@
+package main
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+
+	"github.com/shoalnet/shoal/api"
+	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/spec"
+)
+
+func (c *cli) svcUpdate() *cobra.Command {
+	var replicas int32
+	var publishAdd, publishRm, networkAdd, networkRm, envAdd, envRm, labelAdd, labelRm, constraintAdd, constraintRm []string
+	var dnsAdd, dnsRm, hostAdd, hostRm []string
+	var command, hostname, mode string
+	var grace time.Duration
+	var detach bool
+	cmd := &cobra.Command{Use: "update SERVICE [-- COMMAND [ARG...]]", Short: "Change a service", Args: atLeast(1),
+		Long: `Update changes a running service. Networks, published ports, labels and the
+number of replicas change without a restart; another command, environment,
+host name or resolver replaces the replicas one after the other, each new one
+running before the old one ends.`,
+		Example: `  shoal svc update --publish-add 8443:443 --publish-rm 8080 web
+  shoal svc update --network-add name=backend,alias=www web
+  shoal svc update --env-add LEVEL=debug web
+  shoal svc update web -- nginx -c /etc/nginx/new.conf -g 'daemon off;'`,
+		ValidArgsFunction: c.complete(c.serviceNames),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx, f := cmd.Context(), cmd.Flags()
+			svcs, err := c.services(ctx, args[0])
+			if err != nil {
+				return err
+			}
+			svc := svcs[0]
+			sp := svc.Spec
+			changed := len(args) > 1
+			if changed {
+				sp.Task.Command = args[1:]
+			}
+			set := func(flag string, fn func() error) {
+				if f.Changed(flag) && err == nil {
+					changed = true
+					err = fn()
+				}
+			}
+			set("replicas", func() error { sp.Replicas = replicas; return nil })
+			set("args", func() error { sp.Task.Command = append(sp.Task.Command[:1:1], strings.Fields(command)...); return nil })
+			set("hostname", func() error { sp.Task.Hostname = hostname; return nil })
+			set("endpoint-mode", func() error { sp.EndpointMode = mode; return nil })
+			set("stop-grace-period", func() error { sp.Task.StopGraceMs = grace.Milliseconds(); return nil })
+			set("env-rm", func() error { sp.Task.Env = dropKeys(sp.Task.Env, envRm); return nil })
+			set("env-add", func() error {
+				sp.Task.Env = append(dropKeys(sp.Task.Env, each1(envAdd, key)), envAdd...)
+				return nil
+			})
+			set("label-rm", func() error {
+				for _, k := range labelRm {
+					delete(sp.Labels, k)
+				}
+				return nil
+			})
+			set("label-add", func() error {
+				add, err := labels(labelAdd)
+				if sp.Labels == nil {
+					sp.Labels = map[string]string{}
+				}
+				for k, v := range add {
+					sp.Labels[k] = v
+				}
+				return err
+			})
+			set("constraint-rm", func() error { sp.Constraints = drop(sp.Constraints, constraintRm); return nil })
+			set("constraint-add", func() error { sp.Constraints = append(sp.Constraints, constraintAdd...); return nil })
+			set("dns-rm", func() error { sp.Task.Dns = drop(sp.Task.Dns, dnsRm); return nil })
+			set("dns-add", func() error { sp.Task.Dns = append(sp.Task.Dns, dnsAdd...); return nil })
+			set("host-rm", func() error { sp.Task.ExtraHosts = drop(sp.Task.ExtraHosts, hostRm); return nil })
+			set("host-add", func() error { sp.Task.ExtraHosts = append(sp.Task.ExtraHosts, hostAdd...); return nil })
+			set("network-rm", func() error {
+				for _, n := range networkRm {
+					nets, _, err := c.networks(ctx, n)
+					if err != nil {
+						return err
+					}
+					at := slices.IndexFunc(sp.Networks, func(a *shoalv1.NetworkAttachment) bool { return a.Network == nets[0].Id })
+					if at < 0 {
+						return fmt.Errorf("service %s is not on network %s", sp.Name, n)
+					}
+					sp.Networks = slices.Delete(sp.Networks, at, at+1)
+				}
+				return nil
+			})
+			set("network-add", func() error {
+				tf := taskFlags{networks: networkAdd}
+				add, err := tf.attachments()
+				sp.Networks = append(sp.Networks, add...)
+				return err
+			})
+			set("publish-rm", func() error { sp.Ports, err = withoutPorts(sp, publishRm); return err })
+			set("publish-add", func() error {
+				add, err := parsePublishes(publishAdd, spec.PortIngress)
+				sp.Ports = append(sp.Ports, api.Ports(add)...)
+				return err
+			})
+			if err != nil {
+				return usageError(cmd, err)
+			}
+			if len(sp.Networks) == 0 {
+				return fmt.Errorf("service %s would be on no network: add another with --network-add", sp.Name)
+			}
+			if !changed {
+				return usageError(cmd, errNoChange)
+			}
+			resp, err := c.control().UpdateService(ctx, connect.NewRequest(&shoalv1.UpdateServiceRequest{Ref: svc.Id, Version: svc.Version, Spec: sp}))
+			if err != nil {
+				return err
+			}
+			fmt.Fprintln(c.out, sp.Name)
+			if detach {
+				return nil
+			}
+			return c.converge(ctx, resp.Msg.Service, false)
+		}}
+	f := cmd.Flags()
+	f.Int32Var(&replicas, "replicas", 0, "number of tasks")
+	f.StringVar(&command, "args", "", "arguments of the command")
+	f.StringVar(&hostname, "hostname", "", "host name inside the tasks")
+	f.StringVar(&mode, "endpoint-mode", "", "vip or dnsrr")
+	f.DurationVar(&grace, "stop-grace-period", 0, "time between the stop signal and the kill")
+	f.StringArrayVar(&publishAdd, "publish-add", nil, "publish a port, as with svc create --publish")
+	f.StringArrayVar(&publishRm, "publish-rm", nil, "stop publishing: the target port, or PUBLISHED:TARGET")
+	f.StringArrayVar(&networkAdd, "network-add", nil, "attach to a network, as with svc create --network")
+	f.StringArrayVar(&networkRm, "network-rm", nil, "leave a network")
+	f.StringArrayVar(&envAdd, "env-add", nil, "set an environment variable, KEY=value")
+	f.StringArrayVar(&envRm, "env-rm", nil, "remove an environment variable, by key")
+	f.StringArrayVar(&labelAdd, "label-add", nil, "set a label, key=value")
+	f.StringArrayVar(&labelRm, "label-rm", nil, "remove a label, by key")
+	f.StringArrayVar(&constraintAdd, "constraint-add", nil, "add a placement constraint")
+	f.StringArrayVar(&constraintRm, "constraint-rm", nil, "remove a placement constraint")
+	f.StringArrayVar(&dnsAdd, "dns-add", nil, "add a resolver")
+	f.StringArrayVar(&dnsRm, "dns-rm", nil, "remove a resolver")
+	f.StringArrayVar(&hostAdd, "host-add", nil, "add a line of /etc/hosts, NAME:ADDRESS")
+	f.StringArrayVar(&hostRm, "host-rm", nil, "remove such a line")
+	f.BoolVarP(&detach, "detach", "d", false, "don't wait until the replicas run")
+	return cmd
+}
+
+func key(kv string) string { k, _, _ := strings.Cut(kv, "="); return k }
+
+// dropKeys removes KEY=value items by key.
+func dropKeys(in, keys []string) []string {
+	return slices.DeleteFunc(slices.Clone(in), func(e string) bool { return slices.Contains(keys, key(e)) })
+}
+
+func drop(in, items []string) []string {
+	return slices.DeleteFunc(slices.Clone(in), func(e string) bool { return slices.Contains(items, e) })
+}
+
+// withoutPorts removes published ports: by target port, as Docker has it, or by
+// both numbers.
+func withoutPorts(sp *shoalv1.ServiceSpec, rm []string) ([]*shoalv1.Port, error) {
+	left := slices.Clone(sp.Ports)
+	for _, r := range rm {
+		ps, err := parsePublish(r, spec.PortIngress)
+		if err != nil {
+			return nil, err
+		}
+		before := len(left)
+		left = slices.DeleteFunc(left, func(w *shoalv1.Port) bool {
+			return slices.ContainsFunc(ps, func(p spec.Port) bool {
+				return w.Target == uint32(p.Target) && w.Protocol == p.Protocol && (p.Published == 0 || w.Published == uint32(p.Published)) ||
+					// One number may be meant as the published one.
+					p.Published == 0 && w.Published == uint32(p.Target) && w.Protocol == p.Protocol
+			})
+		})
+		if len(left) == before {
+			return nil, fmt.Errorf("service %s publishes no port %s", sp.Name, r)
+		}
+	}
+	return left, nil
+}

@@ -1,0 +1,298 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+
+	"github.com/shoalnet/shoal/agent"
+	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/spec"
+)
+
+func (c *cli) eventsCmd() *cobra.Command {
+	var since time.Duration
+	var filters []string
+	cmd := &cobra.Command{Use: "events", Short: "Show what happens in the cluster, as it happens", Args: exactly(0),
+		Example: "  shoal events --since 10m\n  shoal events -f type=task -f event=failed -o json",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			want := map[string][]string{}
+			for _, f := range filters {
+				k, v, ok := strings.Cut(f, "=")
+				if !ok || !slices.Contains([]string{"type", "event", "name", "id", "service", "node"}, k) {
+					return usageError(cmd, fmt.Errorf("filter %q: want KEY=VALUE, with one of the keys type, event, name, id, service, node", f))
+				}
+				want[k] = append(want[k], v)
+			}
+			last := time.Time{}
+			if since > 0 {
+				last = time.Now().Add(-since)
+			}
+			show := func(e *shoalv1.Event) error {
+				for k, vs := range want {
+					have := map[string]string{"type": e.Type, "event": e.Action, "name": e.Name, "id": e.Id,
+						"service": e.Attributes["service"], "node": e.Attributes["node"]}[k]
+					if !slices.Contains(vs, have) {
+						return nil
+					}
+				}
+				if c.output == "json" {
+					return c.jsonLine(map[string]any{"at": time.UnixMilli(e.AtMs).UTC(), "type": e.Type, "action": e.Action, "id": e.Id, "name": e.Name, "attributes": e.Attributes})
+				}
+				line := fmt.Sprintf("%s %s %s %s", time.UnixMilli(e.AtMs).Format("15:04:05.000"), e.Type, e.Action, e.Name)
+				if a := labelText(e.Attributes); a != "" {
+					line += " (" + strings.ReplaceAll(a, ",", ", ") + ")"
+				}
+				_, err := fmt.Fprintln(c.out, line)
+				return err
+			}
+			for {
+				err := c.events(cmd.Context(), &last, show)
+				switch {
+				case cmd.Context().Err() != nil:
+					return nil
+				case err != nil && connect.CodeOf(err) != connect.CodeUnavailable:
+					return err
+				}
+				// Another manager leads, or none yet.
+				if !sleep(cmd.Context(), 300*time.Millisecond) {
+					return nil
+				}
+			}
+		}}
+	cmd.Flags().DurationVar(&since, "since", 0, "begin with those of this time before now, as far as the leader remembers them")
+	cmd.Flags().StringArrayVarP(&filters, "filter", "f", nil, "only those with KEY=VALUE (repeatable); keys: type, event, name, id, service, node")
+	c.outputFlag(cmd, "json")
+	return cmd
+}
+
+// events shows those after *last until the stream ends, and keeps *last at the
+// newest, for the next leader to go on from.
+func (c *cli) events(ctx context.Context, last *time.Time, show func(*shoalv1.Event) error) error {
+	req := &shoalv1.EventsRequest{}
+	if !last.IsZero() {
+		req.SinceMs = last.UnixMilli() + 1
+	}
+	stream, err := c.control().Events(ctx, connect.NewRequest(req))
+	if err != nil {
+		return err
+	}
+	defer stream.Close()
+	if last.IsZero() {
+		*last = time.Now()
+	}
+	for stream.Receive() {
+		if at := time.UnixMilli(stream.Msg().AtMs); at.After(*last) {
+			*last = at
+		}
+		if err := show(stream.Msg()); err != nil {
+			return err
+		}
+	}
+	return explain{c.socket}.err(stream.Err())
+}
+
+// statsRow is one task's counters with the node it runs on.
+type statsRow struct {
+	Task        string  `json:"task"`
+	Name        string  `json:"name"`
+	Node        string  `json:"node"`
+	RxBytes     uint64  `json:"rx_bytes"`
+	RxPackets   uint64  `json:"rx_packets"`
+	TxBytes     uint64  `json:"tx_bytes"`
+	TxPackets   uint64  `json:"tx_packets"`
+	Dropped     uint64  `json:"dropped"`
+	Connections int32   `json:"connections"`
+	RxRate      float64 `json:"rx_bytes_per_second"`
+	TxRate      float64 `json:"tx_bytes_per_second"`
+}
+
+func (c *cli) statsCmd() *cobra.Command {
+	var noStream bool
+	cmd := &cobra.Command{Use: "stats [TASK|SERVICE...]", Short: "Show what tasks send and receive, live", Args: cobra.ArbitraryArgs,
+		Long: `Stats shows, for each running task of the cluster or for those named, the bytes
+and packets it received and sent over all its networks, the packets dropped at
+its interfaces, and its established TCP connections.`,
+		Example:           "  shoal stats\n  shoal stats --no-stream -o json web",
+		ValidArgsFunction: c.complete(c.taskNames),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			var before map[string]statsRow
+			var at time.Time
+			tty := c.terminal()
+			for {
+				rows, err := c.stats(cmd.Context(), args)
+				if cmd.Context().Err() != nil {
+					return nil
+				}
+				if err != nil {
+					return err
+				}
+				now := time.Now()
+				seen := map[string]statsRow{}
+				for i := range rows {
+					r := &rows[i]
+					if b, ok := before[r.Task]; ok && r.RxBytes >= b.RxBytes && r.TxBytes >= b.TxBytes {
+						d := now.Sub(at).Seconds()
+						r.RxRate, r.TxRate = float64(r.RxBytes-b.RxBytes)/d, float64(r.TxBytes-b.TxBytes)/d
+					}
+					seen[r.Task] = *r
+				}
+				before, at = seen, now
+				if c.output == "json" {
+					if err := c.json(rows); err != nil {
+						return err
+					}
+				} else {
+					if tty && !noStream {
+						fmt.Fprint(c.out, "\033[H\033[J") // cursor home, erase below
+					}
+					table := [][]string{{"TASK", "NODE", "RX", "TX", "RX PKTS", "TX PKTS", "DROPPED", "CONNS"}}
+					for _, r := range rows {
+						rx, tx := size(float64(r.RxBytes)), size(float64(r.TxBytes))
+						if !noStream {
+							rx, tx = rx+" "+size(r.RxRate)+"/s", tx+" "+size(r.TxRate)+"/s"
+						}
+						table = append(table, []string{clip(r.Name, 22), clip(r.Node, 10), rx, tx, fmt.Sprint(r.RxPackets), fmt.Sprint(r.TxPackets), fmt.Sprint(r.Dropped), fmt.Sprint(r.Connections)})
+					}
+					c.table(table)
+				}
+				if noStream || !sleep(cmd.Context(), time.Second) {
+					return nil
+				}
+			}
+		}}
+	cmd.Flags().BoolVar(&noStream, "no-stream", false, "once, then end")
+	c.outputFlag(cmd, "json")
+	return cmd
+}
+
+// stats asks every node that runs one of the tasks.
+func (c *cli) stats(ctx context.Context, refs []string) ([]statsRow, error) {
+	tasks, err := c.tasks(ctx, &shoalv1.ListTasksRequest{})
+	if err != nil {
+		return nil, err
+	}
+	if len(refs) > 0 {
+		var chosen []*shoalv1.Task
+		for _, ref := range refs {
+			if ts, err := c.tasks(ctx, &shoalv1.ListTasksRequest{Service: ref}); err == nil {
+				chosen = append(chosen, ts...)
+				continue
+			}
+			t, err := c.task(ctx, ref)
+			if err != nil {
+				return nil, err
+			}
+			chosen = append(chosen, t)
+		}
+		tasks = chosen
+	}
+	_, nodes, err := c.nodes(ctx)
+	if err != nil {
+		return nil, err
+	}
+	byNode := map[string][]string{}
+	for _, t := range tasks {
+		if t.Node != "" && t.GetStatus().GetState() == spec.TaskRunning.String() {
+			byNode[t.Node] = append(byNode[t.Node], t.Id)
+		}
+	}
+	rows := []statsRow{}
+	for node, ids := range byNode {
+		req := connect.NewRequest(&shoalv1.StatsRequest{Tasks: ids})
+		req.Header().Set(agent.NodeHeader, node)
+		resp, err := c.node().Stats(ctx, req)
+		if connect.CodeOf(err) == connect.CodeUnavailable && err != nil {
+			continue // its node is down: it has nothing to show
+		}
+		if err != nil {
+			return nil, err
+		}
+		for _, s := range resp.Msg.Tasks {
+			rows = append(rows, statsRow{Task: s.Id, Name: s.Name, Node: nodes.of(node), RxBytes: s.RxBytes, RxPackets: s.RxPackets,
+				TxBytes: s.TxBytes, TxPackets: s.TxPackets, Dropped: s.Dropped, Connections: s.Connections})
+		}
+	}
+	slices.SortFunc(rows, func(a, b statsRow) int {
+		return cmp.Or(strings.Compare(a.Name, b.Name), strings.Compare(a.Task, b.Task))
+	})
+	return rows, nil
+}
+
+// size is a count of bytes for a person, in units of 1000 as Docker shows them.
+func size(n float64) string {
+	units := []string{"B", "kB", "MB", "GB", "TB", "PB"}
+	i := 0
+	for n >= 1000 && i < len(units)-1 {
+		n, i = n/1000, i+1
+	}
+	if i == 0 || n >= 100 {
+		return fmt.Sprintf("%.0f%s", n, units[i])
+	}
+	return fmt.Sprintf("%.1f%s", n, units[i])
+}
+
+// kernel asks every live node what its kernel holds of a service.
+func (c *cli) kernel(ctx context.Context, service string) ([]nodeKernel, error) {
+	nodes, _, err := c.nodes(ctx)
+	if err != nil {
+		return nil, err
+	}
+	out := []nodeKernel{}
+	for _, n := range nodes {
+		if n.Status != spec.NodeReady {
+			continue
+		}
+		req := connect.NewRequest(&shoalv1.KernelRequest{Service: service})
+		req.Header().Set(agent.NodeHeader, n.Id)
+		nctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+		resp, err := c.node().Kernel(nctx, req)
+		cancel()
+		if err != nil {
+			if ctx.Err() != nil {
+				return nil, err
+			}
+			out = append(out, nodeKernel{Node: n.Name, Error: message(err)})
+			continue
+		}
+		k := nodeKernel{Node: n.Name, DataPath: resp.Msg.DataPath, VIPs: []kernelVIP{}}
+		for _, s := range resp.Msg.Servers {
+			v := kernelVIP{Network: s.Network, VIP: s.Vip, Open: s.Open, Backends: []kernelBackend{}}
+			for _, b := range s.Backends {
+				v.Backends = append(v.Backends, kernelBackend{b.Addr, int(b.Weight)})
+			}
+			k.VIPs = append(k.VIPs, v)
+		}
+		out = append(out, k)
+	}
+	return out, nil
+}
+
+// nodeKernel is what one node's kernel holds, read when it was asked for.
+type nodeKernel struct {
+	Node     string      `json:"node"`
+	DataPath string      `json:"data_path,omitempty"`
+	VIPs     []kernelVIP `json:"vips"`
+	Error    string      `json:"error,omitempty"`
+}
+
+type kernelVIP struct {
+	Network  string          `json:"network"`
+	VIP      string          `json:"vip"`
+	Open     bool            `json:"open"` // false: refuses
+	Backends []kernelBackend `json:"backends"`
+}
+
+type kernelBackend struct {
+	Addr   string `json:"addr"`
+	Weight int    `json:"weight"` // 0: drains
+}
+
+var errNoChange = errors.New("nothing to change: give at least one flag, see --help")
