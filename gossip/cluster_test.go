@@ -52,7 +52,6 @@ type cluster struct {
 	net   *gossiptest.Network
 	dir   string
 	tune  Tuning
-	seed  bool // nodes join the first by themselves
 	mu    sync.Mutex
 	nodes map[int]*node
 	log   *slog.Logger
@@ -85,13 +84,6 @@ func addrs(is ...int) (out []netip.AddrPort) {
 		out = append(out, nodeAddr(i))
 	}
 	return out
-}
-
-type testWriter struct{ t testing.TB }
-
-func (w testWriter) Write(b []byte) (int, error) {
-	w.t.Logf("%s", strings.TrimSpace(string(b)))
-	return len(b), nil
 }
 
 // newCluster makes a cluster without nodes. It is closed by t's cleanup.

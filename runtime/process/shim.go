@@ -71,12 +71,11 @@ type shim struct {
 	tcp *net.TCPListener
 	log *logWriter
 
-	mu       sync.Mutex
-	status   runtime.Status
-	initPID  int
-	changed  chan struct{} // closed and replaced at each change of status
-	stopping bool
-	done     chan struct{} // closed when the program has ended
+	mu      sync.Mutex
+	status  runtime.Status
+	initPID int
+	changed chan struct{} // closed and replaced at each change of status
+	done    chan struct{} // closed when the program has ended
 }
 
 // shimMain is the shim process: DIR SOCKET. It is in the task's network
