@@ -1,0 +1,157 @@
+package integration
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestExecAndFiles(t *testing.T) {
+	onlyNative(t)
+	s := shared(t)
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "data"), []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.ok("node1", "shoal run -d --name a -- sleep 1000")
+	s.ok("node2", "shoal run -d --name b -- sleep 1000")
+	to := t.TempDir()
+	s.ok("node3", "sh -c 'shoal exec a tar -c -C %s data | shoal exec -i b tar -x -C %s'", dir, to)
+	if b, err := os.ReadFile(filepath.Join(to, "data")); err != nil || string(b) != "precious" {
+		t.Errorf("copied %q, %v", b, err)
+	}
+	big := strings.Repeat("0123456789abcde\n", 1<<16)
+	if r := s.in(big, "node1", words("shoal exec -i b cat")...); r.out != big {
+		t.Errorf("1 MiB through cat: %d bytes came back, exit status %d, %s", len(r.out), r.code, r.err)
+	}
+	for line, code := range map[string]int{"sh -c 'exit 7'": 7, "true": 0, "nosuchprogram": 127, "/etc/passwd": 126, "sh -c 'kill -9 $$'": 137} {
+		if r := s.on("node3", append(words("shoal exec b"), words(line)...)...); r.code != code {
+			t.Errorf("%s: exit status %d, want %d", line, r.code, code)
+		}
+	}
+	if got := s.ok("node1", "shoal exec -t b sh -c 'test -t 1 && tty'"); !strings.HasPrefix(got, "/dev/pts/") {
+		t.Errorf("tty: %q", got)
+	}
+	r := s.on("node1", words("shoal run --rm -- sh -c 'echo out; echo err >&2; exit 5'")...)
+	if r.code != 5 || r.out != "out\n" || r.err != "err\n" {
+		t.Errorf("run: %+v", r)
+	}
+	s.fails("node1", "no such task: nosuch", "shoal exec nosuch true")
+	s.fails("node1", "no command", "shoal run")
+}
+
+func TestEnvironment(t *testing.T) {
+	onlyNative(t)
+	s := shared(t)
+	file := filepath.Join(t.TempDir(), "env")
+	if err := os.WriteFile(file, []byte("# comment\nA=file\nB=from file\n\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	got := s.ok("node1", "shoal run --rm --env-file %s -e A=flag -- sh -c 'echo $A, $B'", file)
+	if got != "flag, from file" {
+		t.Error(got)
+	}
+	s.fails("node1", "--env-file", "shoal run --env-file /nosuch -- true")
+}
+
+func TestWatching(t *testing.T) {
+	onlyNative(t)
+	s := shared(t)
+	s.ok("node1", "shoal net create app")
+	s.whoami("web", 2, "--network app --label tier=front --publish 18080:80")
+	s.ok("node1", "shoal run -d --name c --network app --label job=x -- sleep 1000")
+	if l := s.inTask("c", "-n 20 http://web/"); l.Failed > 0 {
+		t.Errorf("%+v", l)
+	}
+	var rows []struct {
+		Name    string
+		RxBytes uint64 `json:"rx_bytes"`
+		TxBytes uint64 `json:"tx_bytes"`
+	}
+	if err := json.Unmarshal([]byte(s.ok("node3", "shoal stats --no-stream -o json")), &rows); err != nil || len(rows) != 3 {
+		t.Errorf("stats: %v, %+v", err, rows)
+	}
+	for _, r := range rows {
+		if r.RxBytes == 0 || r.TxBytes == 0 {
+			t.Errorf("stats: %+v", r)
+		}
+	}
+	if got := s.ok("node2", "shoal port web"); got != "80/tcp -> 0.0.0.0:18080" {
+		t.Errorf("port: %q", got)
+	}
+	if got := s.ok("node2", "shoal port web 80/tcp"); got != "0.0.0.0:18080" {
+		t.Errorf("port: %q", got)
+	}
+	if got := s.ok("node2", "shoal svc ls --filter label=tier=front --format '{{.Name}} {{.Ports}}'"); got != "web *:18080->80/tcp" {
+		t.Errorf("svc ls: %q", got)
+	}
+	if got := s.ok("node2", "shoal ps --filter label=job=x --filter node=node1 --format {{.Name}}"); got != "c" {
+		t.Errorf("ps: %q", got)
+	}
+	var svcs []struct {
+		Kernel []struct {
+			Node string
+			VIPs []struct {
+				VIP      string
+				Open     bool
+				Backends []struct {
+					Addr   string
+					Weight int
+				}
+			}
+		}
+	}
+	s.eventually(5*time.Second, func() error {
+		if err := json.Unmarshal([]byte(s.ok("node1", "shoal svc inspect web")), &svcs); err != nil {
+			return err
+		}
+		for _, k := range svcs[0].Kernel {
+			for _, v := range k.VIPs {
+				if !v.Open || len(v.Backends) != 2 {
+					return errf("%s: %+v", k.Node, v)
+				}
+			}
+		}
+		return nil
+	})
+	r := s.on("node2", "timeout", "3", "shoal", "events", "--since", "1h", "-f", "type=service", "-f", "name=web", "-o", "json")
+	if !strings.Contains(r.out, `"action":"create"`) {
+		t.Errorf("events: %q %s", r.out, r.err)
+	}
+}
+
+func TestServiceUpdate(t *testing.T) {
+	onlyNative(t)
+	s := shared(t)
+	s.ok("node1", "shoal net create app")
+	s.whoami("web", 3, "--network app")
+	s.ok("node1", "shoal run -d --name c --network app -- sleep 1000")
+	before := s.running("web")
+	s.ok("node1", "shoal svc update --label-add a=b --publish-add 18081:80 web")
+	if after := s.running("web"); len(after) != 3 || after[0].ID != before[0].ID {
+		t.Errorf("an update of labels and ports replaced tasks: %v, %v", before, after)
+	}
+	// Another environment: replicas are replaced one by one, and no request
+	// fails meanwhile.
+	done := make(chan load, 1)
+	go func() { done <- s.inTask("c", "-rate 50 -for 8s http://web/") }()
+	s.ok("node1", "shoal svc update --env-add X=y web")
+	if l := <-done; l.Failed > 0 {
+		t.Errorf("rolling update: %d of %d failed: %v", l.Failed, l.Requests, l.Errors)
+	}
+	for _, x := range s.running("web") {
+		if got := s.ok("node1", "shoal exec %s printenv X", x.Name); got != "y" {
+			t.Errorf("%s: X is %q", x.Name, got)
+		}
+	}
+	s.fails("node1", "published by service web", "shoal svc create --name other --publish 18081:80 -- sleep 1")
+	s.ok("node1", "shoal svc update --publish-rm 80 web")
+	s.whoami("other", 1, "--publish 18081:80")
+	// The same name again, at once.
+	s.ok("node1", "shoal svc rm web")
+	s.whoami("web", 1, "--network app")
+	s.fails("node1", "nothing to change", "shoal svc update web")
+}
