@@ -111,7 +111,6 @@ type node struct {
 	overlay  *vxlan.Dataplane
 	vip      vip.Dataplane
 	ingress  *Dataplane
-	stop     bool // runs no replica
 }
 
 func (n *node) String() string { return fmt.Sprintf("node %d", n.number) }
@@ -126,7 +125,6 @@ type lab struct {
 	state   map[int]spec.EndpointState // of the replica on each node; absent: none
 	ports   []spec.Port
 	noPorts bool
-	more    []netip.Addr
 }
 
 func newLab(t *testing.T, datapath string) *lab {
@@ -280,7 +278,7 @@ func (l *lab) replicas(numbers ...int) {
 			delete(l.state, n.number)
 			continue
 		}
-		if _, ok := l.state[n.number]; !ok && !n.stop {
+		if _, ok := l.state[n.number]; !ok {
 			if _, err := os.Stat(nl.Path(n.taskNetns())); err != nil {
 				if err := nl.Create(n.taskNetns()); err != nil {
 					l.t.Fatal(err)
@@ -302,10 +300,16 @@ func (l *lab) apply() {
 
 func (n *node) apply() {
 	n.l.t.Helper()
+	n.applyWires()
+	converge(n.l.t, ingress.Target{Dataplane: n.ingress}, ingress.Desired(n.view()))
+}
+
+// applyWires applies all but the ingress.
+func (n *node) applyWires() {
+	n.l.t.Helper()
 	v := n.view()
 	converge(n.l.t, overlay.NewTarget(n.overlay), overlay.Desired(v))
 	converge(n.l.t, vip.Target{Dataplane: n.vip}, vip.Desired(v))
-	converge(n.l.t, ingress.Target{Dataplane: n.ingress}, ingress.Desired(v))
 }
 
 // ---- servers and clients ----

@@ -365,7 +365,7 @@ const (
 
 // netnsRules is the table of an ovns.
 //
-// "mark" tells apart, by connection mark: connections that the host sent here
+// "marks" tells apart, by connection mark: connections that the host sent here
 // (mark of node 0), and those that another node sent here (its mark). The packet
 // mark, which the overlay's filter accepts, is node 0's in the original
 // direction; replies have the connection's, and are routed by it.
@@ -409,11 +409,11 @@ func netnsRules(o ingress.Table) ruleset {
 		chains: []chain{
 			{"flip-away", "", nil, 0, flips(0)},
 			{"flip-back", "", nil, 0, flips(2)},
-			{"zone", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, prioRaw, []rule{zone}},
-			{"mark", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, prioMark, mark},
+			{"zones", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, prioRaw, []rule{zone}},
+			{"marks", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, prioMark, mark},
 			// Errors that this node reports of a connection, to where it entered.
-			{"error", nftables.ChainTypeRoute, nftables.ChainHookOutput, prioMangle, []rule{r(ctReply, ctOurs, markReply)}},
-			{"local", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, prioDstNAT, []rule{
+			{"errors", nftables.ChainTypeRoute, nftables.ChainHookOutput, prioMangle, []rule{r(ctReply, ctOurs, markReply)}},
+			{"local-tasks", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, prioDstNAT, []rule{
 				r(iif(out), daddr(netip.PrefixFrom(o.Out, 32)), portKey(false, false), rule{text: "vmap @local", exprs: []expr.Any{
 					&expr.Lookup{SourceRegister: 1, IsDestRegSet: true, SetName: mapLocal}, // register 0: the verdict
 				}}),

@@ -401,6 +401,12 @@ func change(table string, es []elem, add bool) error {
 		return err
 	}
 	defer r.CloseLasting()
+	if !add {
+		chains, err := chainsOf(r, table)
+		if err != nil || len(chains) == 0 {
+			return err
+		}
+	}
 	c, err := tx()
 	if err != nil {
 		return err
@@ -411,9 +417,6 @@ func change(table string, es []elem, add bool) error {
 	for _, e := range es {
 		if have[e.set] == nil {
 			if have[e.set], err = elems(r, table, e.set); err != nil {
-				if !add && errors.Is(err, fs.ErrNotExist) {
-					return nil
-				}
 				return err
 			}
 		}

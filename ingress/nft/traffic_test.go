@@ -105,7 +105,7 @@ func TestSamePort(t *testing.T) {
 			}
 			for k := range 2 {
 				for i, c := range udps {
-					if _, from, err := exchange(c, fmt.Sprint("data", i, k)); err != nil || from != client.String() {
+					if _, from, err := exchange(c, fmt.Sprintf("data%d%d", i, k)); err != nil || from != client.String() {
 						t.Errorf("UDP by %s: %s %v", l.nodes[i], from, err)
 					}
 				}
