@@ -165,7 +165,6 @@ func ctBits(text string, key expr.CtKey, bits uint32, op expr.CmpOp) rule {
 const ipsDstNAT = 1 << 5
 
 var (
-	ctDNAT    = ctBits("ct status dnat", expr.CtKeySTATUS, ipsDstNAT, expr.CmpOpNeq)
 	ctNotDNAT = ctBits("ct status dnat", expr.CtKeySTATUS, ipsDstNAT, expr.CmpOpEq)
 	ctNew     = ctBits("ct state new", expr.CtKeySTATE, expr.CtStateBitNEW, expr.CmpOpNeq)
 	// ctOfNobody: neither a reply nor otherwise part of a connection that is
