@@ -37,7 +37,7 @@ func TestBlocked(t *testing.T) {
 			chain pass { type filter hook forward priority 0 ; policy drop ; }
 		}`, ""},
 		{"with a direction", `table inet mine {
-			chain pass { type filter hook forward priority 0 ; policy accept ; ct original proto-dst 80 accept ; }
+			chain pass { type filter hook forward priority 0 ; policy accept ; tcp dport 80 ct direction original accept ; }
 		}`, ""},
 		{"input", `table inet mine {
 			chain in { type filter hook input priority 0 ; policy drop ; tcp dport 22 accept ; }

@@ -292,3 +292,57 @@ func TestPrivate(t *testing.T) {
 		}
 	})
 }
+
+// TestBeside: other tables of the host, and damage to ours, don't show.
+func TestBeside(t *testing.T) {
+	each(t, func(t *testing.T, l *lab) {
+		l.replicas(2)
+		n := l.nodes[0]
+		// One that hides every client, after ours.
+		run(t, "ip netns exec %s nft add table ip other ; add chain ip other post { type nat hook postrouting priority 100 ; } ; add rule ip other post masquerade", n.ns)
+		// One that has another idea of the port.
+		run(t, "ip netns exec %s nft add chain ip other pre { type nat hook prerouting priority -100 ; } ; add rule ip other pre tcp dport 8080 dnat to 192.0.2.77:1", n.ns)
+		for _, network := range both {
+			expect(t, l.client, network, n.addr.String(), published, []string{"2"}, client.String())
+		}
+		c, err := open(l.client, 0, n.addr.String(), published)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		run(t, "ip netns exec %s nft delete table ip shoal-%s-ingress", n.ns, n.instance)
+		run(t, "ip netns exec %s nft delete table ip shoal-ingress", n.ovns())
+		run(t, "ip netns exec %s nft delete table ip shoal-ingress", l.nodes[1].ovns())
+		run(t, "ip -n %s route del %s", n.ns, vip4)
+		l.apply()
+		if err := c.echo("still here"); err != nil {
+			t.Errorf("a connection does not outlive damage that was mended: %v", err)
+		}
+		expect(t, l.client, "tcp4", n.addr.String(), published, []string{"2"}, client.String())
+		// The overlay's devices, and with them the routes.
+		run(t, "ip -n %s link del out", n.ovns())
+		l.apply()
+		expect(t, l.client, "tcp4", n.addr.String(), published, []string{"2"}, client.String())
+	})
+}
+
+// TestMany: what many ports cost.
+func TestMany(t *testing.T) {
+	needKernel(t)
+	l := newLab(t, "nft")
+	l.nodes = l.nodes[:1]
+	n := l.nodes[0]
+	l.ports = nil
+	for i := range 300 {
+		l.ports = append(l.ports, spec.Port{Published: uint16(20000 + i), Target: 80, Protocol: spec.TCP, Mode: spec.PortIngress})
+	}
+	n.applyWires()
+	start := time.Now()
+	n.apply()
+	made := time.Since(start)
+	start = time.Now()
+	n.apply()
+	t.Logf("300 ports: made in %s, three passes without change %s", made, time.Since(start))
+	l.replicas(1)
+	expect(t, l.client, "tcp4", n.addr.String(), 20299, []string{"1"}, client.String())
+}
