@@ -23,6 +23,7 @@ import (
 	"github.com/shoalnet/shoal/api/shoal/v1/shoalv1connect"
 	"github.com/shoalnet/shoal/control"
 	"github.com/shoalnet/shoal/control/state"
+	"github.com/shoalnet/shoal/ingress"
 	"github.com/shoalnet/shoal/overlay"
 	"github.com/shoalnet/shoal/runtime"
 	"github.com/shoalnet/shoal/spec"
@@ -60,11 +61,15 @@ type Config struct {
 	Runtime runtime.Runtime
 	Overlay overlay.Dataplane
 	VIP     vip.Dataplane
+	Ingress ingress.Dataplane // nil: no published ports
 	// VIPReason says why VIP was chosen.
 	VIPReason string
 	// WatchKernel calls wake after changes of the kernel's that may concern
 	// us; nil: the loops' period must do.
 	WatchKernel func(ctx context.Context, wake func())
+	// Blocked tells of firewalls of the machine that probably drop what Shoal
+	// needs; nil: not known.
+	Blocked func(ctx context.Context) ([]string, error)
 	// Cleanup removes every kernel object of this instance.
 	Cleanup func() error
 	// HostRoutes are prefixes the machine reaches elsewhere.

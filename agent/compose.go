@@ -67,7 +67,8 @@ type inputs struct {
 //
 // A network is present on this node while a task of it is meant to run here or
 // has a sandbox here: before the first task starts, so that its wiring is there
-// in time, and until the last is unwired.
+// in time, and until the last is unwired. Also while a published port leads to
+// it, which every node answers.
 func compose(in inputs) *spec.View {
 	v := &spec.View{
 		Self:     in.self,
@@ -86,6 +87,14 @@ func compose(in inputs) *spec.View {
 			if t.Node == in.self && t.Live() {
 				for _, a := range t.Attachments {
 					present[a.Network] = true
+				}
+			}
+		}
+		for _, s := range in.assigned.Services {
+			if slices.ContainsFunc(s.Ports, func(p spec.Port) bool { return p.Mode != spec.PortHost }) {
+				// A bridge is on its own node only.
+				if n, ok := in.assigned.network(s.Ingress); ok && (n.Node == "" || n.Node == in.self) {
+					present[n.ID] = true
 				}
 			}
 		}

@@ -49,6 +49,21 @@ func TestComposeNetworkStaysUntilTheLastSandboxIsGone(t *testing.T) {
 	}
 }
 
+func TestComposeNetworkOfAPublishedPortIsOnEveryNode(t *testing.T) {
+	for mode, want := range map[string]int{spec.PortIngress: 2, spec.PortLocal: 2, spec.PortHost: 1} {
+		in := sources()
+		s := &in.assigned.Services[1]
+		s.Ingress, s.Ports = "db", []spec.Port{{Published: 5432, Target: 5432, Protocol: spec.TCP, Mode: mode}}
+		if v := compose(in); len(v.Networks) != want || len(v.Services) != want || len(v.Endpoints) != want+1 {
+			t.Errorf("%s: view = %+v", mode, v)
+		}
+		in.assigned.Networks[1].Node = "n2"
+		if v := compose(in); len(v.Networks) != 1 {
+			t.Errorf("%s: another node's bridge is here: %+v", mode, v.Networks)
+		}
+	}
+}
+
 func TestComposeIsIncompleteUntilEverySourceReported(t *testing.T) {
 	for name, change := range map[string]func(*inputs){
 		"no assignment":     func(in *inputs) { in.assigned = nil },

@@ -1,12 +1,13 @@
 // Package agent is the process that runs on every node: it joins what the
 // managers want (control), what the nodes say of themselves (gossip) and what
 // runs here (runtime) into one [spec.View], and hands that View to the
-// reconcilers of overlay and vip and to the name server.
+// reconcilers of overlay, vip and ingress and to the name server.
 //
 //	assignment stream ─┐
 //	gossip snapshot ───┼─► composer ─► View ─► overlay loop ─► kernel
 //	task runners ──────┘      │              ├► vip loop ────► kernel
-//	     ▲                    │              └► dns zone
+//	     ▲                    │              ├► ingress loop ► kernel
+//	     │                    │              └► dns zone
 //	     └── wired, drained ◄─┴── passes of the loops ──► gossip.Applied
 //
 // Who owns what:

@@ -99,7 +99,7 @@ func (a *Agent) doctor(ctx context.Context) *shoalv1.DoctorResponse {
 		name   string
 		status []reconcile.ObjectStatus
 		last   reconcile.Pass
-	}{{"overlay", m.overlay.Status(), m.overlay.Last()}, {"vip", m.vip.Status(), m.vip.Last()}}
+	}{{"overlay", m.overlay.Status(), m.overlay.Last()}, {"vip", m.vip.Status(), m.vip.Last()}, {"ingress", m.ingress.Status(), m.ingress.Last()}}
 	for _, l := range loops {
 		failed := 0
 		for _, o := range l.status {
@@ -113,6 +113,18 @@ func (a *Agent) doctor(ctx context.Context) *shoalv1.DoctorResponse {
 			check(l.name, "error", fmt.Sprintf("%d objects can't be set up: see below", failed), "")
 		} else {
 			check(l.name, "ok", fmt.Sprintf("as wanted; last pass took %s", l.last.Elapsed.Round(time.Microsecond)), "")
+		}
+	}
+	if a.cfg.Blocked != nil {
+		texts, err := a.cfg.Blocked(ctx)
+		if err != nil {
+			check("firewall", "warn", "the host's firewall can't be read: "+err.Error(), "")
+		}
+		for _, t := range texts {
+			check("firewall", "warn", t, "")
+		}
+		if err == nil && len(texts) == 0 {
+			check("firewall", "ok", "no table of the host seems to be in the way", "")
 		}
 	}
 	return resp

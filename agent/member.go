@@ -27,6 +27,7 @@ import (
 	"github.com/shoalnet/shoal/control/state"
 	"github.com/shoalnet/shoal/dns"
 	"github.com/shoalnet/shoal/gossip"
+	"github.com/shoalnet/shoal/ingress"
 	"github.com/shoalnet/shoal/overlay"
 	"github.com/shoalnet/shoal/reconcile"
 	"github.com/shoalnet/shoal/spec"
@@ -57,6 +58,7 @@ type member struct {
 	dns     *dns.Server
 	overlay *reconcile.Loop[overlay.State, overlay.State]
 	vip     *reconcile.Loop[vip.State, vip.State]
+	ingress *reconcile.Loop[ingress.State, ingress.State]
 
 	composeWake chan struct{} // size 1
 	reportWake  chan struct{} // size 1
@@ -177,6 +179,7 @@ func (m *member) start() error {
 		log: m.log, plumbing: m, ctx: m.ctx, runners: map[string]*runner{}}
 	m.overlay = reconcile.New("overlay", overlay.NewTarget(m.cfg.Overlay), reconcile.Options{Log: m.log, OnPass: m.overlayPass})
 	m.vip = reconcile.New("vip", vip.Target{Dataplane: m.cfg.VIP}, reconcile.Options{Log: m.log, OnPass: m.vipPass})
+	m.ingress = reconcile.New("ingress", ingress.Target{Dataplane: m.cfg.Ingress}, reconcile.Options{Log: m.log, OnPass: m.ingressPass})
 	m.loadAssignment()
 
 	m.wg.Go(func() {
@@ -187,11 +190,15 @@ func (m *member) start() error {
 	m.joinKnown()
 	m.wg.Go(func() { m.overlay.Run(m.ctx) })
 	m.wg.Go(func() { m.vip.Run(m.ctx) })
+	if m.cfg.Ingress != nil {
+		m.wg.Go(func() { m.ingress.Run(m.ctx) })
+	}
 	if m.cfg.WatchKernel != nil {
 		m.wg.Go(func() {
 			m.cfg.WatchKernel(m.ctx, func() {
 				m.overlay.Wake()
 				m.vip.Wake()
+				m.ingress.Wake()
 			})
 		})
 	}
@@ -285,11 +292,14 @@ func (m *member) compose() {
 		nodes = assigned.Nodes
 	}
 	m.dns.SetZone(dns.NewZone(v, dns.ZoneOptions{Nodes: nodes}))
-	wires, servers := overlay.Desired(v), vip.Desired(v)
+	wires, servers, ports := overlay.Desired(v), vip.Desired(v), ingress.Desired(v)
 	// Set under the progress lock, so that no pass is noted before the
 	// generation it belongs to.
 	m.progress.update(func(p *progress) {
 		gens := generations{overlay: m.overlay.Set(wires), vip: m.vip.Set(servers)}
+		if m.cfg.Ingress != nil {
+			gens.ingress = m.ingress.Set(ports)
+		}
 		p.composed, p.want = ticket, gens
 		p.pending = append(p.pending, appliedRev{snap.Rev, gens})
 	})
@@ -301,6 +311,10 @@ func (m *member) overlayPass(p reconcile.Pass) {
 
 func (m *member) vipPass(p reconcile.Pass) {
 	m.passed(func(g *generations) { g.vip = p.Gen })
+}
+
+func (m *member) ingressPass(p reconcile.Pass) {
+	m.passed(func(g *generations) { g.ingress = p.Gen })
 }
 
 // passed notes a pass. One that failed for some object counts: whoever waits

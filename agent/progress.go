@@ -13,16 +13,16 @@ type progress struct {
 
 	requested uint64 // newest ticket taken
 	composed  uint64 // newest ticket that a View has covered
-	// want are the generations of the newest View in the two loops, have those
+	// want are the generations of the newest View in the loops, have those
 	// of their newest passes.
 	want, have generations
 	pending    []appliedRev // Views not applied yet, oldest first
 }
 
-type generations struct{ overlay, vip uint64 }
+type generations struct{ overlay, vip, ingress uint64 }
 
 func (g generations) reached(want generations) bool {
-	return g.overlay >= want.overlay && g.vip >= want.vip
+	return g.overlay >= want.overlay && g.vip >= want.vip && g.ingress >= want.ingress
 }
 
 type appliedRev struct {

@@ -231,6 +231,18 @@ func (s *State) remotes(v *spec.View, n *network) {
 			claims[a] = claim{e, p}
 		}
 	}
+	if published(v, n.ID) {
+		// Replies to a client go back to the node where it entered, which need
+		// not have an endpoint.
+		for _, p := range v.Peers {
+			if p.ID != v.Self && p.Liveness != spec.PeerDead && p.Number >= 1 && p.Number <= spec.MaxNodes &&
+				p.Addr.IsValid() && p.Addr.Is4() == v.Underlay.Addr.Is4() {
+				mac := spec.VTEPMAC(p.Number).String()
+				s.Add(Neigh{n.ns, VXLANDev, spec.RouterAddr(p.Number), mac})
+				s.Add(FDB{n.ns, mac, p.Addr})
+			}
+		}
+	}
 	for _, a := range slices.SortedFunc(maps.Keys(claims), netip.Addr.Compare) {
 		p := claims[a].p
 		router, metric := spec.RouterAddr(p.Number), 0
@@ -242,6 +254,13 @@ func (s *State) remotes(v *spec.View, n *network) {
 		s.Add(FDB{n.ns, mac, p.Addr})
 		s.Add(Route{Netns: n.ns, Dst: host(a), Metric: metric, Via: router, Dev: VXLANDev, Src: n.gateway(a.Is6()), Onlink: true})
 	}
+}
+
+// published tells whether a published port of every node leads to a network.
+func published(v *spec.View, network string) bool {
+	return slices.ContainsFunc(v.Services, func(s spec.Service) bool {
+		return s.Ingress == network && slices.ContainsFunc(s.Ports, func(p spec.Port) bool { return p.Mode == spec.PortIngress })
+	})
 }
 
 // better tells whether, of two nodes that claim the same address, p with e is

@@ -14,6 +14,7 @@ import (
 
 	"github.com/shoalnet/shoal/agent"
 	"github.com/shoalnet/shoal/dns"
+	ingressnft "github.com/shoalnet/shoal/ingress/nft"
 	"github.com/shoalnet/shoal/internal/nl"
 	"github.com/shoalnet/shoal/overlay/vxlan"
 	"github.com/shoalnet/shoal/runtime/process"
@@ -82,7 +83,13 @@ func runAgent(ctx context.Context, cfg agent.Config, runDir, dataPath string) er
 	dp := vxlan.New(vxlan.Config{Instance: cfg.Instance, Log: cfg.Log})
 	cfg.Overlay = dp
 	cfg.WatchKernel = dp.Watch
-	cfg.Cleanup = func() error { return vxlan.Cleanup(cfg.Instance) }
+	if err := ingressnft.Probe(); err != nil {
+		return err
+	}
+	ports := ingressnft.New(ingressnft.Config{Instance: cfg.Instance, Log: cfg.Log})
+	defer ports.Close()
+	cfg.Ingress, cfg.Blocked = ports, ports.Blocked
+	cfg.Cleanup = func() error { return errors.Join(ports.Cleanup(), vxlan.Cleanup(cfg.Instance)) }
 	cfg.HostRoutes = func() []netip.Prefix {
 		rs, err := nl.HostRoutes()
 		if err != nil {

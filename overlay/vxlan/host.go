@@ -39,10 +39,10 @@ func hostRules(name string, routed *[]string) ruleset {
 		nat = append(nat, r(oifNot(way), saddr(p), masq))
 	}
 	forward := []rule{
-		r(iif(way), oif(way), drop), // networks don't meet here
+		r(oif(way), ctDNAT(), accept), // published ports, also for tasks of this node
+		r(iif(way), oif(way), drop),   // networks don't meet here
 		r(iif(way), accept),
 		r(oif(way), ctEstablished(), accept),
-		r(oif(way), ctDNAT(), accept), // published ports
 		r(oif(way), drop),
 	}
 	rs := ruleset{table: table{nftables.TableFamilyINet, name}}

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shoalnet/shoal/overlay"
+	"github.com/shoalnet/shoal/spec"
 )
 
 // formVersion is part of every rule's comment: another form of the rules is
@@ -377,6 +378,17 @@ func ct(text string, key expr.CtKey, bits uint32) rule {
 	}}
 }
 
+// published matches packets that package ingress marked: those of published
+// ports, which have foreign addresses.
+func published() rule {
+	u32 := func(v uint32) []byte { return native.AppendUint32(nil, v) }
+	return rule{"meta mark of a node", []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: u32(spec.MarkKindMask), Xor: u32(0)},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: u32(spec.NodeMarkBase)},
+	}}
+}
+
 // ipsDstNAT is IPS_DST_NAT of linux/netfilter/nf_conntrack_common.h.
 const ipsDstNAT = 1 << 5
 
@@ -419,7 +431,8 @@ var (
 // own, before conntrack or a VIP can see it. "entry" does so for what other
 // nodes send with an address that isn't of the network, but for replies.
 // "forward" lets through what is within the network, and between a local task
-// and the way out. "leak" stops what conntrack would not translate, such as the
+// and the way out. Both let through what package ingress marked as belonging to
+// a published port. "leak" stops what conntrack would not translate, such as the
 // late RST of a forgotten connection, from leaving with a task's own address.
 //
 // An internal network's table uses no conntrack, so that its packets need not
@@ -432,7 +445,7 @@ func filterRules(o overlay.Filter) ruleset {
 		entry = append(entry, r(saddr(p), accept))
 	}
 	if o.Out {
-		entry = append(entry, r(ctEstablished(), accept))
+		entry = append(entry, r(published(), accept), r(ctEstablished(), accept))
 	}
 	entry = append(entry, drop)
 	forward := []rule{
@@ -447,6 +460,7 @@ func filterRules(o overlay.Filter) ruleset {
 		forward = append(forward,
 			r(iif(task), oif(out), accept),
 			r(iif(out), oif(task), ctEstablished(), accept),
+			r(published(), accept),
 		)
 	}
 	rs.chains = []chain{

@@ -1,0 +1,572 @@
+// Package nft is ingress.Dataplane in the Linux kernel: nftables, routes and
+// rules in the host's namespace and in the overlay namespaces.
+//
+// # How ours is told from others'
+//
+//	nftables   a table of our own in each namespace
+//	route      protocol 84 (ingress.RouteProtocol)
+//	rule       in an ovns, protocol 84
+//	sysctl     route_localnet of a device of the overlay
+//
+// # Reserved ports
+//
+// A published port is reserved by a socket that is bound and neither listens
+// nor receives, so that no program starts to listen on a port whose packets it
+// would never see. That is a courtesy: where it can't be had, the port works
+// all the same, and the listener is noticed by the next Observe. Close releases
+// the ports.
+package nft
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/netip"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/userdata"
+	"golang.org/x/sys/unix"
+
+	"github.com/shoalnet/shoal/ingress"
+	"github.com/shoalnet/shoal/internal/nl"
+	"github.com/shoalnet/shoal/reconcile"
+	"github.com/shoalnet/shoal/spec"
+)
+
+// Config of a Dataplane.
+type Config struct {
+	Instance string       // see spec.View.Instance
+	Log      *slog.Logger // nil: slog.Default
+	// HostNetns is the name of the namespace that stands for the host's; ""
+	// is this process's own, which is what an agent uses.
+	HostNetns string
+}
+
+// Dataplane implements ingress.Dataplane. Its methods may be called from one
+// goroutine at a time, but for Blocked.
+type Dataplane struct {
+	cfg      Config
+	log      *slog.Logger
+	table    string                         // in the host's namespace
+	reserved map[reservation]map[int]string // sockets with their inodes
+	names    map[string]string              // of programs by their socket's inode
+}
+
+var _ ingress.Dataplane = (*Dataplane)(nil)
+
+// New makes a Dataplane. Whether the kernel can do it is told by [Probe].
+func New(cfg Config) *Dataplane {
+	if cfg.Log == nil {
+		cfg.Log = slog.Default()
+	}
+	return &Dataplane{cfg: cfg, log: cfg.Log, table: ingress.TableName(cfg.Instance),
+		reserved: map[reservation]map[int]string{}, names: map[string]string{}}
+}
+
+// Close releases the reserved ports. The Dataplane can be used again.
+func (d *Dataplane) Close() {
+	for k := range d.reserved {
+		d.release(k)
+	}
+}
+
+// do runs fn in an object's namespace.
+func (d *Dataplane) do(netns string, fn func() error) error {
+	if netns == "" {
+		netns = d.cfg.HostNetns
+	}
+	return nl.Do(netns, fn)
+}
+
+// ---- reading ----
+
+// Observe implements ingress.Dataplane.
+func (d *Dataplane) Observe(ctx context.Context, want ingress.State) (ingress.State, error) {
+	var have ingress.State
+	err := d.do("", func() error { return d.observeHost(want, &have) })
+	if err != nil {
+		return have, fmt.Errorf("the host's namespace: %w", err)
+	}
+	for _, w := range want.Ways {
+		if err := ctx.Err(); err != nil {
+			return have, err
+		}
+		err := d.do(w.Netns, func() error { return observeNetns(w.Netns, want, &have) })
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // and so is all that would be in it
+		}
+		if err != nil {
+			return have, fmt.Errorf("network %s: %w", w.Network, err)
+		}
+	}
+	return have, nil
+}
+
+func (d *Dataplane) observeHost(want ingress.State, have *ingress.State) error {
+	if err := d.observeHolders(want, have); err != nil {
+		return err
+	}
+	if err := observeRoutes(want, have); err != nil {
+		return err
+	}
+	for _, w := range want.Ways {
+		v, err := nl.Sysctl(localnetKey(w.Dev))
+		if err == nil && v == "1" {
+			have.Add(ingress.Localnet{Dev: w.Dev})
+		}
+	}
+	c, err := reader()
+	if err != nil {
+		return err
+	}
+	defer c.CloseLasting()
+	chains, err := chainsOf(c, d.table)
+	if err != nil || len(chains) == 0 {
+		return err
+	}
+	o := ingress.HostTable{Name: d.table}
+	for _, x := range want.Objects() {
+		if w, ok := x.(ingress.HostTable); ok {
+			o = w
+		}
+	}
+	if o.Fault, err = hostRules(o).check(c, chains); err != nil {
+		return err
+	}
+	if o.Fault == "" {
+		o.Fault = timeoutFault()
+	}
+	have.Add(o)
+	private, err := elems(c, d.table, setPrivate)
+	if err != nil {
+		return err
+	}
+	for _, e := range private {
+		if a, ok := netip.AddrFromSlice(e.key); ok {
+			have.Add(ingress.Private{Addr: a})
+		}
+	}
+	for _, sets := range [][2]string{{mapPorts, setNAT}, {mapAddrPorts, setAddrNAT}} {
+		ports, err := elems(c, d.table, sets[0])
+		if err != nil {
+			return err
+		}
+		nat, err := elems(c, d.table, sets[1])
+		if err != nil {
+			return err
+		}
+		for k, e := range nat {
+			if _, ok := ports[k]; !ok {
+				ports[k] = elem{key: e.key} // an element without its port
+			}
+		}
+		for k, e := range ports {
+			a, proto, published, ok := parseKey(e.key)
+			if !ok {
+				continue
+			}
+			_, natted := nat[k]
+			have.Add(ingress.Port{Addr: a, Published: published, Protocol: proto, To: parseTarget(e.val), NAT: natted})
+		}
+	}
+	return nil
+}
+
+func observeNetns(ns string, want ingress.State, have *ingress.State) error {
+	if err := observeNodeRoutes(ns, have); err != nil {
+		return err
+	}
+	c, err := reader()
+	if err != nil {
+		return err
+	}
+	defer c.CloseLasting()
+	chains, err := chainsOf(c, ingress.NetnsTable)
+	if err != nil {
+		return err
+	}
+	nodes := map[int]int{} // how many of a node's parts there are, 4 being all
+	for _, o := range have.Objects() {
+		if n, ok := o.(ingress.Node); ok && n.Netns == ns {
+			nodes[n.Number] = routeParts(n)
+		}
+	}
+	if len(chains) > 0 {
+		o := ingress.Table{Netns: ns}
+		if w, ok := want.Get(o.Key()).(ingress.Table); ok {
+			o = w
+		}
+		if o.Fault, err = netnsRules(o).check(c, chains); err != nil {
+			return err
+		}
+		have.Add(o)
+		for _, name := range []string{mapNodes, mapZones} {
+			es, err := elems(c, ingress.NetnsTable, name)
+			if err != nil {
+				return err
+			}
+			for _, e := range es {
+				number, ok := nodeOf(e.key)
+				if !ok {
+					continue
+				}
+				nodes[number] += 0
+				for _, w := range nodeElems(ingress.Node{Number: number}) {
+					if w.set == name && string(w.val) == string(e.val) {
+						nodes[number]++
+					}
+				}
+			}
+		}
+		published, err := elems(c, ingress.NetnsTable, setPublished)
+		if err != nil {
+			return err
+		}
+		for _, e := range published {
+			if a, proto, port, ok := parseKey(e.key); ok && a.IsValid() {
+				have.Add(ingress.Entry{Netns: ns, Protocol: proto, To: netip.AddrPortFrom(a, port)})
+			}
+		}
+		if err := observeLocals(c, ns, chains, want, have); err != nil {
+			return err
+		}
+	}
+	for number, n := range nodes {
+		o := ingress.Node{Netns: ns, Number: number}
+		if n != 4 {
+			o.Fault = "parts are missing"
+		}
+		have.Add(o)
+	}
+	return nil
+}
+
+// nodeOf is the inverse of spec.VTEPMAC.
+func nodeOf(mac []byte) (int, bool) {
+	if len(mac) != 6 || !slices.Equal(mac[:3], spec.VTEPMAC(0)[:3]) {
+		return 0, false
+	}
+	return int(mac[3])<<16 | int(mac[4])<<8 | int(mac[5]), true
+}
+
+func observeLocals(c *nftables.Conn, ns string, chains map[string]*nftables.Chain, want ingress.State, have *ingress.State) error {
+	es, err := elems(c, ingress.NetnsTable, mapLocal)
+	if err != nil {
+		return err
+	}
+	all, err := comments(ingress.NetnsTable)
+	if err != nil {
+		return err
+	}
+	seen := map[any]bool{}
+	add := func(proto string, slot uint16, elemThere bool, ch *nftables.Chain) {
+		o := ingress.Local{Netns: ns, Protocol: proto, Slot: slot}
+		if seen[o.Key()] {
+			return
+		}
+		seen[o.Key()] = true
+		if w, ok := want.Get(o.Key()).(ingress.Local); ok {
+			o = w
+		}
+		switch {
+		case !elemThere:
+			o.Fault = "its element in map " + mapLocal + " is missing"
+		case ch == nil:
+			o.Fault = "its chain is missing"
+		case !slices.Equal(all[ch.Name], localComments(o, false)):
+			o.Fault = "its backends are others"
+		}
+		have.Add(o)
+	}
+	for _, e := range es {
+		_, proto, slot, ok := parseKey(e.key)
+		if !ok {
+			continue
+		}
+		o := ingress.Local{Protocol: proto, Slot: slot}
+		add(proto, slot, e.chain == localChain(o), chains[localChain(o)])
+	}
+	for name, ch := range chains {
+		f := strings.Split(name, "-")
+		if len(f) != 3 || f[0] != "local" {
+			continue
+		}
+		if slot, err := strconv.ParseUint(f[2], 10, 16); err == nil {
+			add(f[1], uint16(slot), false, ch)
+		}
+	}
+	return nil
+}
+
+// localComments are those of the rules of a balancer's chain. One without
+// backends has a rule that does nothing, to tell what is draining. pending says
+// that connections of removed backends are still to be reset.
+func localComments(o ingress.Local, pending bool) []string {
+	return []string{"local " + digest(formVersion, o.Backends, o.Draining, o.Target, pending)}
+}
+
+// ---- writing ----
+
+// Apply implements ingress.Dataplane.
+func (d *Dataplane) Apply(ctx context.Context, rop reconcile.Op) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	op, ok := rop.(ingress.Op)
+	if !ok {
+		return fmt.Errorf("operation %s is not the ingress's", rop)
+	}
+	if op.Verb == ingress.Refuse {
+		return fmt.Errorf("%s on this node: stop that program, or publish another port", op.Target)
+	}
+	netns := ingress.NetnsOf(op.Target)
+	err := d.do(netns, func() error {
+		if op.Verb == ingress.Delete {
+			return d.del(op.Target)
+		}
+		return d.put(op)
+	})
+	if errors.Is(err, fs.ErrNotExist) && op.Verb == ingress.Delete || op.Verb == ingress.Delete && nl.Absent(err) {
+		return nil
+	}
+	return err
+}
+
+func (d *Dataplane) put(op ingress.Op) error {
+	switch o := op.Target.(type) {
+	case ingress.HostTable:
+		if err := setTimeout(); err != nil {
+			return err
+		}
+		o.Fault = ""
+		return hostRules(o).write()
+	case ingress.Localnet:
+		err := nl.SetSysctl(localnetKey(o.Dev), "1")
+		if errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("device %s does not exist yet", o.Dev)
+		}
+		return err
+	case ingress.Route:
+		return putRoute(o)
+	case ingress.Private:
+		return put(d.table, elem{set: setPrivate, key: o.Addr.AsSlice()})
+	case ingress.Port:
+		el, nat := portElems(o)
+		var err error
+		if o.NAT {
+			err = put(d.table, nat, el)
+		} else {
+			err = errors.Join(put(d.table, el), remove(d.table, nat))
+		}
+		if err != nil {
+			return err
+		}
+		return dropUntranslated(o)
+	case ingress.Table:
+		return netnsRules(o).write()
+	case ingress.Node:
+		if err := put(ingress.NetnsTable, nodeElems(o)...); err != nil {
+			return err
+		}
+		return putNode(o)
+	case ingress.Entry:
+		return put(ingress.NetnsTable, elem{set: setPublished, key: key(o.To.Addr(), o.Protocol, o.To.Port())})
+	case ingress.Local:
+		return putLocal(o)
+	}
+	return fmt.Errorf("%s can't be put", op.Target)
+}
+
+func (d *Dataplane) del(o ingress.Object) error {
+	switch o := o.(type) {
+	case ingress.HostTable:
+		return delTable(d.table)
+	case ingress.Localnet:
+		return nl.SetSysctl(localnetKey(o.Dev), "0")
+	case ingress.Route:
+		return delRoute(o)
+	case ingress.Private:
+		return remove(d.table, elem{set: setPrivate, key: o.Addr.AsSlice()})
+	case ingress.Port:
+		el, nat := portElems(o)
+		el.val = []byte{}
+		if err := remove(d.table, el, nat); err != nil {
+			return err
+		}
+		return dropPort(o)
+	case ingress.Table:
+		return delTable(ingress.NetnsTable)
+	case ingress.Node:
+		es := nodeElems(o)
+		return errors.Join(delNode(o), remove(ingress.NetnsTable, es...))
+	case ingress.Entry:
+		return remove(ingress.NetnsTable, elem{set: setPublished, key: key(o.To.Addr(), o.Protocol, o.To.Port())})
+	case ingress.Local:
+		return delLocal(o)
+	}
+	return fmt.Errorf("%s can't be deleted", o)
+}
+
+func localnetKey(dev string) string { return "net.ipv4.conf." + dev + ".route_localnet" }
+
+// minEstablished is the least idle time of a TCP connection, in seconds: the
+// first keepalive comes after 7200 s (tcp_keepalive_time, tcp(7)), and nine more
+// 75 s apart. The kernel's own default is five days.
+const (
+	minEstablished = 7200 + 10*75
+	timeoutKey     = "net.netfilter.nf_conntrack_tcp_timeout_established"
+)
+
+// timeoutFault says when connections of published ports would be forgotten
+// before their keepalive. Where nothing is tracked yet, the setting may not exist.
+func timeoutFault() string {
+	v, err := nl.Sysctl(timeoutKey)
+	if n, aerr := strconv.Atoi(v); err == nil && aerr == nil && n < minEstablished {
+		return "sysctl " + timeoutKey + " is " + v
+	}
+	return ""
+}
+
+func setTimeout() error {
+	if timeoutFault() == "" {
+		return nil
+	}
+	return nl.SetSysctl(timeoutKey, strconv.Itoa(minEstablished))
+}
+
+// putLocal writes a balancer's chain, and resets what is connected to tasks
+// that it has no more. If that is cut short, the comment tells.
+func putLocal(o ingress.Local) error {
+	o.Fault = ""
+	if err := writeLocal(o, true); err != nil {
+		return err
+	}
+	keep := map[netip.Addr]bool{}
+	for _, a := range append(ingress.Addrs(o.Backends), ingress.Addrs(o.Draining)...) {
+		keep[a] = true
+	}
+	if err := dropLocal(o, keep); err != nil {
+		return err
+	}
+	return writeLocal(o, false)
+}
+
+func writeLocal(o ingress.Local, pending bool) error {
+	c, err := tx()
+	if err != nil {
+		return err
+	}
+	t := &nftables.Table{Family: nftables.TableFamilyIPv4, Name: ingress.NetnsTable}
+	ch := c.AddChain(&nftables.Chain{Table: t, Name: localChain(o)})
+	c.FlushChain(ch)
+	var exprs []expr.Any
+	if bs := ingress.Addrs(o.Backends); len(bs) > 0 {
+		m := &nftables.Set{Table: t, ID: 1, Name: "__map%d", Anonymous: true, Constant: true, IsMap: true,
+			KeyType: nftables.TypeMark, DataType: nftables.TypeIPAddr, Size: uint32(len(bs))}
+		if err := c.AddSet(m, nil); err != nil {
+			return err
+		}
+		// The library refuses elements for an anonymous set after its
+		// creation; the kernel does so only once a rule uses it.
+		open := *m
+		open.Anonymous = false
+		var es []nftables.SetElement
+		for i, a := range bs {
+			es = append(es, nftables.SetElement{Key: u32(uint32(i)), Val: a.AsSlice()})
+		}
+		if err := c.SetAddElements(&open, es); err != nil {
+			return err
+		}
+		exprs = []expr.Any{
+			&expr.Numgen{Register: 1, Modulus: uint32(len(bs)), Type: unix.NFT_NG_INCREMENTAL},
+			&expr.Lookup{SourceRegister: 1, DestRegister: 1, IsDestRegSet: true, SetName: m.Name, SetID: m.ID},
+			&expr.Immediate{Register: 2, Data: []byte{byte(o.Target >> 8), byte(o.Target)}},
+			&expr.NAT{Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: 1, RegProtoMin: 2},
+		}
+	} else {
+		exprs = ret.exprs
+	}
+	c.AddRule(&nftables.Rule{Table: t, Chain: ch, Exprs: exprs,
+		UserData: userdata.AppendString(nil, userdata.TypeComment, localComments(o, pending)[0])})
+	if err := c.Flush(); err != nil {
+		return fmt.Errorf("write chain %s: %w", localChain(o), err)
+	}
+	return put(ingress.NetnsTable, elem{set: mapLocal, key: key(netip.Addr{}, o.Protocol, o.Slot), chain: localChain(o)})
+}
+
+func delLocal(o ingress.Local) error {
+	if err := remove(ingress.NetnsTable, elem{set: mapLocal, key: key(netip.Addr{}, o.Protocol, o.Slot), chain: localChain(o)}); err != nil {
+		return err
+	}
+	if err := dropLocal(o, nil); err != nil {
+		return err
+	}
+	c, err := tx()
+	if err != nil {
+		return err
+	}
+	t := &nftables.Table{Family: nftables.TableFamilyIPv4, Name: ingress.NetnsTable}
+	c.AddTable(t)
+	ch := c.AddChain(&nftables.Chain{Table: t, Name: localChain(o)}) // so that deleting it succeeds
+	c.FlushChain(ch)
+	c.DelChain(ch)
+	if err := c.Flush(); err != nil {
+		return fmt.Errorf("delete chain %s: %w", localChain(o), err)
+	}
+	return nil
+}
+
+// ---- the whole ----
+
+// Cleanup removes everything of an instance from the host's namespace. What is
+// in overlay namespaces goes with them: see vxlan.Cleanup.
+func Cleanup(instance string) error {
+	d := New(Config{Instance: instance})
+	defer d.Close()
+	return d.Cleanup()
+}
+
+// Cleanup removes everything of the Dataplane's instance, as the function of
+// that name does.
+func (d *Dataplane) Cleanup() error {
+	d.Close()
+	return d.do("", func() error { return errors.Join(delTable(d.table), delRoutes()) })
+}
+
+// Probe tells whether this kernel can carry the data path, by building it in a
+// namespace of its own that ends with the call. The error names what is missing.
+func Probe() error {
+	done := make(chan error, 1)
+	go func() {
+		// Not unlocked: the thread, and with it the namespace, ends with the
+		// goroutine.
+		runtime.LockOSThread()
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			done <- fmt.Errorf("a network namespace can't be made: %w", err)
+			return
+		}
+		done <- probe()
+	}()
+	return <-done
+}
+
+func probe() error {
+	if err := hostRules(ingress.HostTable{Name: "shoal-ingress-probe"}).write(); err != nil {
+		return fmt.Errorf("kernel lacks nftables address translation for published ports (nft_fib_ipv4, nft_ct, nft_nat, nft_masq and nft_reject modules): %w", err)
+	}
+	t := ingress.Table{Subnets: "10.0.0.0/24", Out: netip.MustParseAddr("169.254.176.1")}
+	if err := netnsRules(t).write(); err != nil {
+		return fmt.Errorf("kernel lacks nftables marks and zones for published ports (nft_ct and CONFIG_NF_CONNTRACK_MARK, CONFIG_NF_CONNTRACK_ZONES): %w", err)
+	}
+	if err := writeLocal(ingress.Local{Protocol: spec.TCP, Slot: 1, Target: 1, Backends: "10.0.0.2"}, false); err != nil {
+		return fmt.Errorf("kernel lacks nftables number generators (nft_numgen module): %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,465 @@
+package nft
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"strconv"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/userdata"
+	"github.com/mdlayher/netlink"
+	vnl "github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+
+	"github.com/shoalnet/shoal/internal/nl"
+)
+
+// formVersion is part of every rule's comment: another form of the rules is
+// another version, and what an older agent left is rewritten.
+const formVersion = 1
+
+var native = binary.NativeEndian
+
+// ruleset is a table of family ip, but for the elements of its sets, and for
+// chains without a hook. Writing it replaces the table.
+//
+// Rules carry a digest of the whole rule set in their comments: a rule can't be
+// changed in place, so that reading the comments is reading the rules.
+type ruleset struct {
+	name   string
+	sets   []set
+	chains []chain
+}
+
+type set struct {
+	name string
+	key  nftables.SetDatatype
+	data *nftables.SetDatatype // of a map
+}
+
+type chain struct {
+	name  string
+	typ   nftables.ChainType
+	hook  *nftables.ChainHook // nil: jumped to
+	prio  int32
+	rules []rule
+}
+
+// rule is a rule with its text, for the digest.
+type rule struct {
+	text  string
+	exprs []expr.Any
+	// zone sets the connection's zone of the original direction, from
+	// register 1. google/nftables can't say so: see addRaw.
+	zone bool
+}
+
+func (r ruleset) table() *nftables.Table {
+	return &nftables.Table{Family: nftables.TableFamilyIPv4, Name: r.name}
+}
+
+func digest(parts ...any) string {
+	h := sha256.New()
+	for _, p := range parts {
+		fmt.Fprintln(h, p)
+	}
+	return hex.EncodeToString(h.Sum(nil)[:8])
+}
+
+func (r ruleset) digest() string {
+	parts := []any{formVersion, r.name}
+	for _, s := range r.sets {
+		parts = append(parts, "set", s.name, s.key.Name)
+	}
+	for _, c := range r.chains {
+		parts = append(parts, "chain", c.name, c.typ, c.prio)
+		if c.hook != nil {
+			parts = append(parts, *c.hook)
+		}
+		for _, x := range c.rules {
+			parts = append(parts, x.text)
+		}
+	}
+	return digest(parts...)
+}
+
+func comment(digest, chain string, i int) string {
+	return "shoal " + digest + " " + chain + " " + strconv.Itoa(i)
+}
+
+// sockOptions make room for the answers to each message of a transaction, which
+// come all at once.
+func sockOptions(c *netlink.Conn) error {
+	return errors.Join(c.SetWriteBuffer(4<<20), c.SetReadBuffer(4<<20))
+}
+
+// tx opens a connection that sends what is buffered in one transaction, in the
+// calling thread's namespace.
+func tx() (*nftables.Conn, error) {
+	c, err := nftables.New(nftables.WithSockOptions(sockOptions))
+	if err != nil {
+		return nil, fmt.Errorf("nftables socket: %w", err)
+	}
+	return c, nil
+}
+
+// reader opens a connection that stays open.
+func reader() (*nftables.Conn, error) {
+	c, err := nftables.New(nftables.AsLasting(), nftables.WithSockOptions(sockOptions))
+	if err != nil {
+		return nil, fmt.Errorf("nftables socket: %w", err)
+	}
+	return c, nil
+}
+
+// chainsOf lists a table's chains; none if the table is absent.
+func chainsOf(c *nftables.Conn, table string) (map[string]*nftables.Chain, error) {
+	all, err := c.ListChainsOfTableFamily(nftables.TableFamilyIPv4)
+	if err != nil {
+		return nil, fmt.Errorf("list nftables chains: %w", err)
+	}
+	out := map[string]*nftables.Chain{}
+	for _, x := range all {
+		if x.Table.Name == table {
+			out[x.Name] = x
+		}
+	}
+	return out, nil
+}
+
+// comments reads the comments of a table's rules, by chain. The rules themselves
+// are not decoded: google/nftables fails on the direction of a ct expression.
+func comments(table string) (map[string][]string, error) {
+	msgs, err := nl.Dump(func() ([][]byte, error) {
+		req := vnl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP)
+		req.AddData(&vnl.Nfgenmsg{NfgenFamily: unix.AF_INET, Version: unix.NFNETLINK_V0})
+		req.AddData(vnl.NewRtAttr(unix.NFTA_RULE_TABLE, vnl.ZeroTerminated(table)))
+		return req.Execute(unix.NETLINK_NETFILTER, 0)
+	})
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("list nftables rules of %s: %w", table, err)
+	}
+	out := map[string][]string{}
+	for _, m := range msgs {
+		as, err := netlink.UnmarshalAttributes(m[min(vnl.SizeofNfgenmsg, len(m)):])
+		if err != nil {
+			return nil, fmt.Errorf("list nftables rules of %s: %w", table, err)
+		}
+		var of, chain, says string
+		for _, a := range as {
+			switch a.Type & nlaTypeMask {
+			case unix.NFTA_RULE_TABLE:
+				of = strings.TrimRight(string(a.Data), "\x00")
+			case unix.NFTA_RULE_CHAIN:
+				chain = strings.TrimRight(string(a.Data), "\x00")
+			case unix.NFTA_RULE_USERDATA:
+				says, _ = userdata.GetString(a.Data, userdata.TypeComment)
+			}
+		}
+		if of == table {
+			out[chain] = append(out[chain], says)
+		}
+	}
+	return out, nil
+}
+
+// check tells what is wrong with the table, whose chains are given. Chains that
+// the rule set does not have are no fault.
+func (r ruleset) check(c *nftables.Conn, chains map[string]*nftables.Chain) (fault string, err error) {
+	d := r.digest()
+	all, err := comments(r.name)
+	if err != nil {
+		return "", err
+	}
+	for _, want := range r.chains {
+		have := chains[want.name]
+		if have == nil {
+			return "chain " + want.name + " is missing", nil
+		}
+		if want.hook != nil && (have.Type != want.typ || have.Hooknum == nil || *have.Hooknum != *want.hook || have.Priority == nil ||
+			int32(*have.Priority) != want.prio) {
+			return "chain " + want.name + " has another hook", nil
+		}
+		says := all[want.name]
+		if len(says) != len(want.rules) {
+			return "chain " + want.name + " has other rules", nil
+		}
+		for i := range says {
+			if says[i] != comment(d, want.name, i) {
+				return "chain " + want.name + " has other rules", nil
+			}
+		}
+	}
+	sets, err := c.GetSets(r.table())
+	if err != nil {
+		return "", fmt.Errorf("list nftables sets of %s: %w", r.name, err)
+	}
+	there := map[string]bool{}
+	for _, s := range sets {
+		there[s.Name] = true
+	}
+	for _, s := range r.sets {
+		if !there[s.name] {
+			return "set " + s.name + " is missing", nil
+		}
+	}
+	return "", nil
+}
+
+// write replaces the table.
+func (r ruleset) write() error {
+	c, err := tx()
+	if err != nil {
+		return err
+	}
+	t := r.table()
+	c.AddTable(t) // so that deleting it succeeds
+	c.DelTable(t)
+	c.AddTable(t)
+	for i, s := range r.sets {
+		// IDs of our own: the library's come from an unguarded variable.
+		ks := &nftables.Set{Table: t, ID: uint32(i + 1), Name: s.name, KeyType: s.key, Concatenation: strings.Contains(s.key.Name, ".")}
+		if s.data != nil {
+			ks.IsMap, ks.DataType = true, *s.data
+		}
+		if err := c.AddSet(ks, nil); err != nil {
+			return fmt.Errorf("nftables table %s: set %s: %w", r.name, s.name, err)
+		}
+	}
+	d := r.digest()
+	var raw []rawRule
+	accept := nftables.ChainPolicyAccept
+	for _, ch := range r.chains {
+		kc := &nftables.Chain{Table: t, Name: ch.name}
+		if ch.hook != nil {
+			prio := nftables.ChainPriority(ch.prio)
+			kc.Type, kc.Hooknum, kc.Priority, kc.Policy = ch.typ, ch.hook, &prio, &accept
+		}
+		c.AddChain(kc)
+	}
+	for _, ch := range r.chains {
+		for i, x := range ch.rules {
+			ud := userdata.AppendString(nil, userdata.TypeComment, comment(d, ch.name, i))
+			if x.zone {
+				raw = append(raw, rawRule{r.name, ch.name, x.exprs, ud})
+				continue
+			}
+			c.AddRule(&nftables.Rule{Table: t, Chain: &nftables.Chain{Table: t, Name: ch.name}, Exprs: x.exprs, UserData: ud})
+		}
+	}
+	if err := c.Flush(); err != nil {
+		return fmt.Errorf("write nftables table %s: %w", r.name, err)
+	}
+	for _, x := range raw {
+		if err := addRaw(x); err != nil {
+			return fmt.Errorf("write nftables table %s: rule with a conntrack zone: %w", r.name, err)
+		}
+	}
+	return nil
+}
+
+type rawRule struct {
+	table, chain string
+	exprs        []expr.Any
+	userData     []byte
+}
+
+// addRaw appends a rule whose last expression is "ct original zone set" from
+// register 1: a direction is what google/nftables leaves out of it.
+func addRaw(r rawRule) error {
+	be := func(v uint32) []byte { return binary.BigEndian.AppendUint32(nil, v) }
+	var list []netlink.Attribute
+	for _, e := range r.exprs {
+		b, err := expr.Marshal(byte(nftables.TableFamilyIPv4), e)
+		if err != nil {
+			return err
+		}
+		list = append(list, netlink.Attribute{Type: unix.NLA_F_NESTED | unix.NFTA_LIST_ELEM, Data: b})
+	}
+	ct, err := netlink.MarshalAttributes([]netlink.Attribute{
+		{Type: unix.NFTA_CT_KEY, Data: be(unix.NFT_CT_ZONE)},
+		{Type: unix.NFTA_CT_SREG, Data: be(unix.NFT_REG_1)},
+		{Type: unix.NFTA_CT_DIRECTION, Data: []byte{0}}, // IP_CT_DIR_ORIGINAL
+	})
+	if err != nil {
+		return err
+	}
+	elem, err := netlink.MarshalAttributes([]netlink.Attribute{
+		{Type: unix.NFTA_EXPR_NAME, Data: []byte("ct\x00")},
+		{Type: unix.NLA_F_NESTED | unix.NFTA_EXPR_DATA, Data: ct},
+	})
+	if err != nil {
+		return err
+	}
+	list = append(list, netlink.Attribute{Type: unix.NLA_F_NESTED | unix.NFTA_LIST_ELEM, Data: elem})
+	exprs, err := netlink.MarshalAttributes(list)
+	if err != nil {
+		return err
+	}
+	body, err := netlink.MarshalAttributes([]netlink.Attribute{
+		{Type: unix.NFTA_RULE_TABLE, Data: []byte(r.table + "\x00")},
+		{Type: unix.NFTA_RULE_CHAIN, Data: []byte(r.chain + "\x00")},
+		{Type: unix.NLA_F_NESTED | unix.NFTA_RULE_EXPRESSIONS, Data: exprs},
+		{Type: unix.NFTA_RULE_USERDATA, Data: r.userData},
+	})
+	if err != nil {
+		return err
+	}
+	// nfgenmsg: family, version, resource (linux/netfilter/nfnetlink.h).
+	batch := []byte{unix.AF_UNSPEC, unix.NFNETLINK_V0, 0, unix.NFNL_SUBSYS_NFTABLES}
+	rule := append([]byte{unix.AF_INET, unix.NFNETLINK_V0, 0, 0}, body...)
+	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	_, err = c.SendMessages([]netlink.Message{
+		{Header: netlink.Header{Type: unix.NFNL_MSG_BATCH_BEGIN, Flags: netlink.Request}, Data: batch},
+		{Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWRULE,
+			Flags: netlink.Request | netlink.Acknowledge | netlink.Create | netlink.Append}, Data: rule},
+		{Header: netlink.Header{Type: unix.NFNL_MSG_BATCH_END, Flags: netlink.Request}, Data: batch},
+	})
+	if err != nil {
+		return err
+	}
+	_, err = c.Receive() // the acknowledgement, or the error
+	return err
+}
+
+// elem is an element of a set or map.
+type elem struct {
+	set      string
+	key, val []byte
+	chain    string // of a verdict
+}
+
+// elems reads the elements of a set by their keys; none if it is absent.
+func elems(c *nftables.Conn, table, name string) (map[string]elem, error) {
+	t := &nftables.Table{Family: nftables.TableFamilyIPv4, Name: table}
+	sets, err := c.GetSets(t)
+	if err != nil {
+		return nil, fmt.Errorf("list nftables sets of %s: %w", table, err)
+	}
+	out := map[string]elem{}
+	for _, s := range sets {
+		if s.Name != name {
+			continue
+		}
+		es, err := c.GetSetElements(s)
+		if err != nil {
+			return nil, fmt.Errorf("list nftables set %s: %w", name, err)
+		}
+		for _, e := range es {
+			x := elem{set: name, key: e.Key, val: e.Val}
+			if name == mapLocal {
+				x.val, x.chain = nil, verdictChain(e.Val)
+			}
+			out[string(e.Key)] = x
+		}
+	}
+	return out, nil
+}
+
+// nlaTypeMask is NLA_TYPE_MASK of linux/netlink.h.
+const nlaTypeMask = 0x3fff
+
+// verdictChain is the chain that a verdict leads to: the library gives a map's
+// verdicts as the kernel's nested attributes.
+func verdictChain(b []byte) string {
+	as, err := netlink.UnmarshalAttributes(b)
+	if err != nil {
+		return ""
+	}
+	for _, a := range as {
+		if a.Type&nlaTypeMask == unix.NFTA_VERDICT_CHAIN {
+			return strings.TrimRight(string(a.Data), "\x00")
+		}
+	}
+	return ""
+}
+
+// put sets elements, replacing those of the same key, in one transaction.
+func put(table string, es ...elem) error {
+	return change(table, es, true)
+}
+
+// remove deletes elements; those that are absent, or whose table is, are no
+// error.
+func remove(table string, es ...elem) error {
+	return change(table, es, false)
+}
+
+func change(table string, es []elem, add bool) error {
+	r, err := reader()
+	if err != nil {
+		return err
+	}
+	defer r.CloseLasting()
+	if !add {
+		chains, err := chainsOf(r, table)
+		if err != nil || len(chains) == 0 {
+			return err
+		}
+	}
+	c, err := tx()
+	if err != nil {
+		return err
+	}
+	t := &nftables.Table{Family: nftables.TableFamilyIPv4, Name: table}
+	have := map[string]map[string]elem{}
+	n := 0
+	for _, e := range es {
+		if have[e.set] == nil {
+			if have[e.set], err = elems(r, table, e.set); err != nil {
+				return err
+			}
+		}
+		s := &nftables.Set{Table: t, Name: e.set, IsMap: e.val != nil || e.chain != ""}
+		old, there := have[e.set][string(e.key)]
+		same := string(old.val) == string(e.val) && old.chain == e.chain
+		if there && (!add || !same) {
+			n++
+			if err := c.SetDeleteElements(s, []nftables.SetElement{{Key: e.key}}); err != nil {
+				return fmt.Errorf("nftables set %s: %w", e.set, err)
+			}
+		}
+		if add && (!there || !same) {
+			n++
+			x := nftables.SetElement{Key: e.key, Val: e.val}
+			if e.chain != "" {
+				x.VerdictData = &expr.Verdict{Kind: expr.VerdictGoto, Chain: e.chain}
+			}
+			if err := c.SetAddElements(s, []nftables.SetElement{x}); err != nil {
+				return fmt.Errorf("nftables set %s: %w", e.set, err)
+			}
+		}
+	}
+	if n == 0 {
+		return nil
+	}
+	if err := c.Flush(); err != nil {
+		return fmt.Errorf("change nftables table %s: %w", table, err)
+	}
+	return nil
+}
+
+// delTable deletes a table; one that is absent is no error.
+func delTable(name string) error {
+	c, err := tx()
+	if err != nil {
+		return err
+	}
+	t := &nftables.Table{Family: nftables.TableFamilyIPv4, Name: name}
+	c.AddTable(t)
+	c.DelTable(t)
+	if err := c.Flush(); err != nil {
+		return fmt.Errorf("delete nftables table %s: %w", name, err)
+	}
+	return nil
+}
