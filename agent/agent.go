@@ -77,6 +77,8 @@ type Config struct {
 	// Upstreams are the resolvers of the machine, SearchDomains its domains.
 	Upstreams     func() []netip.AddrPort
 	SearchDomains func() []string
+	// Dial opens the sockets by which resolvers are asked; see [dns.Config].
+	Dial func(ctx context.Context, netns, network string, to netip.AddrPort) (net.Conn, error)
 
 	Log *slog.Logger
 }

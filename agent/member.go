@@ -174,7 +174,7 @@ func (m *member) start() error {
 		return err
 	}
 	m.g = g
-	m.dns = dns.NewServer(dns.Config{Upstreams: m.cfg.Upstreams, Log: m.log})
+	m.dns = dns.NewServer(dns.Config{Upstreams: m.cfg.Upstreams, Dial: m.cfg.Dial, Log: m.log})
 	m.tasks = &tasks{rt: m.cfg.Runtime, dns: m.dns, instance: m.cfg.Instance, hostAddr: m.ident.Addr, search: m.cfg.SearchDomains,
 		log: m.log, plumbing: m, ctx: m.ctx, runners: map[string]*runner{}}
 	m.overlay = reconcile.New("overlay", overlay.NewTarget(m.cfg.Overlay), reconcile.Options{Log: m.log, OnPass: m.overlayPass})
@@ -216,6 +216,7 @@ func (m *member) stop() {
 	m.wg.Wait()
 	if m.tasks != nil {
 		m.tasks.wg.Wait()
+		m.dns.Close()
 	}
 }
 
@@ -291,7 +292,7 @@ func (m *member) compose() {
 	if assigned != nil {
 		nodes = assigned.Nodes
 	}
-	m.dns.SetZone(dns.NewZone(v, dns.ZoneOptions{Nodes: nodes}))
+	m.dns.SetZone(m.dns.Zone().Update(v, dns.ZoneOptions{Nodes: nodes}))
 	wires, servers, ports := overlay.Desired(v), vip.Desired(v), ingress.Desired(v)
 	// Set under the progress lock, so that no pass is noted before the
 	// generation it belongs to.

@@ -14,12 +14,15 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/shoalnet/shoal/dns"
 	"github.com/shoalnet/shoal/runtime"
 	"github.com/shoalnet/shoal/spec"
 )
+
+const dnsPort = 53 // RFC 1035 section 4.2
 
 // Bounds of the steps of a task's life. Each is a bound on waiting for others,
 // after which the task goes on without them.
@@ -75,6 +78,7 @@ type runner struct {
 	sandbox  *spec.Sandbox
 	endpoint *spec.EndpointState // nil: not announced
 	stopDNS  context.CancelFunc
+	asker    atomic.Pointer[dns.Asker]
 	detached uint64 // attachments that left up to this version are off the network
 }
 
@@ -145,6 +149,7 @@ func (m *tasks) assign(self string, assigned []spec.Task, fresh bool) {
 			r.task.Desired, r.task.Status = t.Desired, t.Status
 			rewired = rewired || !reflect.DeepEqual(r.task.Attachments, t.Attachments)
 			r.task.Attachments, r.task.Ports = t.Attachments, t.Ports
+			r.sees()
 			r.kick()
 		}
 		m.mu.Unlock()
@@ -640,19 +645,58 @@ func (r *runner) serveDNS(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("name server of task %s: %w", r.task.Name, err)
 	}
-	var nets []string
-	for _, a := range r.task.Attachments {
-		nets = append(nets, a.Network)
-	}
+	r.mu.Lock()
+	r.sees()
+	r.mu.Unlock()
 	dctx, cancel := context.WithCancel(ctx)
 	r.stopDNS = cancel
 	r.wg.Go(func() {
 		defer cancel()
-		if err := r.dns.Serve(dctx, dns.Asker{Task: r.id, Networks: nets}, pc, ln); err != nil && dctx.Err() == nil && !errors.Is(err, net.ErrClosed) {
+		if err := r.dns.Serve(dctx, r.asker.Load, pc, ln); err != nil && dctx.Err() == nil && !errors.Is(err, net.ErrClosed) {
 			r.log.Error("name server of a task ended", "task", r.task.Name, "error", err)
 		}
 	})
 	return nil
+}
+
+// sees sets what the task may ask for, from its attachments. tasks.mu is held.
+func (r *runner) sees() {
+	t := r.task
+	a := &dns.Asker{Task: t.ID, Host: r.hostAddr, Netns: r.netns(t), NDots: ndots(t.Spec.DNSOptions), NoForward: true}
+	for _, at := range t.Attachments {
+		if at.Leaving != 0 {
+			continue
+		}
+		a.Networks = append(a.Networks, at.Network)
+		// A network that is not known yet has no names either: the next
+		// assignment brings both.
+		if n, ok := r.plumbing.network(at.Network); ok && n.Wired() && !n.Internal {
+			a.NoForward = false
+		}
+	}
+	for _, s := range t.Spec.DNS {
+		a.Upstreams = append(a.Upstreams, netip.AddrPortFrom(s, dnsPort))
+	}
+	for _, l := range t.Spec.Links {
+		if target, alias := spec.ParseLink(l); !strings.EqualFold(target, alias) {
+			if a.Links == nil {
+				a.Links = map[string]string{}
+			}
+			a.Links[strings.ToLower(alias)] = target
+		}
+	}
+	r.asker.Store(a)
+}
+
+// ndots tells whether the resolver options (resolv.conf(5)) ask for names with
+// few dots in the search domains first.
+func ndots(options []string) bool {
+	for _, o := range options {
+		if v, ok := strings.CutPrefix(o, "ndots:"); ok && v != "0" {
+			return true
+		}
+	}
+	return false
 }
 
 // sleep waits for d and tells whether ctx still goes on.
