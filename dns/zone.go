@@ -234,7 +234,7 @@ func (u *unit) each(fn func(name string, c claim)) {
 	}
 	for _, e := range u.eps {
 		fn(e.name, claim{u, e, claimTask})
-		if u.name == "" {
+		if u.key.id == e.task {
 			// Aliases of a replica are its service's, which answers for them.
 			for i, a := range e.aliases {
 				if a != e.name && !slices.Contains(e.aliases[:i], a) {
