@@ -18,6 +18,7 @@ import (
 	lru "github.com/hashicorp/golang-lru/v2"
 	mdns "github.com/miekg/dns"
 	"golang.org/x/sync/singleflight"
+	"golang.org/x/sys/unix"
 )
 
 // Times and sizes of forwarding.
@@ -445,6 +446,7 @@ func (f *forwarder) exchangeBy(ctx context.Context, network string, k serverKey,
 		return nil, err
 	}
 	defer c.Close()
+	hearUnreachable(c)
 	defer context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })()
 	if network == "tcp" {
 		b = append(binary.BigEndian.AppendUint16(nil, uint16(len(b))), b...)
@@ -495,6 +497,28 @@ func (f *forwarder) exchangeBy(ctx context.Context, network string, k serverKey,
 			return nil, errForged
 		}
 	}
+}
+
+// hearUnreachable makes a read of a UDP socket fail when a router says that
+// there is no way to the resolver. Without IP_RECVERR (ip(7)) only a closed port
+// is told, and all else is waited for.
+func hearUnreachable(c net.Conn) {
+	udp, ok := c.(*net.UDPConn)
+	if !ok {
+		return
+	}
+	rc, err := udp.SyscallConn()
+	if err != nil {
+		return
+	}
+	v6 := udp.RemoteAddr().(*net.UDPAddr).IP.To4() == nil
+	_ = rc.Control(func(fd uintptr) {
+		if v6 {
+			_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_RECVERR, 1)
+		} else {
+			_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_RECVERR, 1)
+		}
+	})
 }
 
 // readMessage reads one message into buf, which may grow.

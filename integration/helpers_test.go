@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/shoalnet/shoal/internal/nl"
@@ -95,7 +96,8 @@ func (c *conn) say(text string) {
 
 func (c *conn) close() {
 	c.in.Close()
-	_ = c.cmd.Process.Kill()
+	// Not SIGKILL, which would leave its child with the other end of the pipe.
+	_ = c.cmd.Process.Signal(syscall.SIGTERM)
 	for range c.lines { // until its reader has ended
 	}
 	_ = c.cmd.Wait()

@@ -29,7 +29,19 @@ func (l *Lab) makeUnderlay() error {
 		if err := addAddr(br, &net.IPNet{IP: Outside.AsSlice(), Mask: net.CIDRMask(Underlay.Bits(), 32)}); err != nil {
 			return err
 		}
-		return netlink.LinkSetUp(br)
+		if err := netlink.LinkSetUp(br); err != nil {
+			return fmt.Errorf("underlay: set bridge up: %w", err)
+		}
+		// A router without a way on: what a node sends beyond is refused at once,
+		// each time (kernel doc networking/ip-sysctl, icmp_ratelimit), and not
+		// waited for in vain.
+		if err := nl.SetSysctl("net.ipv4.ip_forward", "1"); err != nil {
+			return fmt.Errorf("underlay: %w", err)
+		}
+		if err := nl.SetSysctl("net.ipv4.icmp_ratelimit", "0"); err != nil {
+			return fmt.Errorf("underlay: %w", err)
+		}
+		return nil
 	})
 }
 
