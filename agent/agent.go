@@ -250,6 +250,8 @@ func (a *Agent) handler(local bool) http.Handler {
 		}
 		m.fwd.ServeHTTP(w, r)
 	})
+	mux.HandleFunc(healthPattern, a.health)
+	mux.HandleFunc("GET /health/{port}", a.health)
 	nodePath, nodeHandler := shoalv1connect.NewNodeHandler(&nodeAPI{a})
 	mux.Handle(nodePath, a.routeToNode(nodeHandler))
 	if local {

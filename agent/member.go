@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
@@ -60,8 +61,9 @@ type member struct {
 	vip     *reconcile.Loop[vip.State, vip.State]
 	ingress *reconcile.Loop[ingress.State, ingress.State]
 
-	composeWake chan struct{} // size 1
-	reportWake  chan struct{} // size 1
+	view        atomic.Pointer[spec.View] // the last that was composed
+	composeWake chan struct{}             // size 1
+	reportWake  chan struct{}             // size 1
 	progress    *progress
 	evicted     func(reason string) // told once when the managers no longer know this node
 
@@ -292,6 +294,7 @@ func (m *member) compose() {
 	if assigned != nil {
 		nodes = assigned.Nodes
 	}
+	m.view.Store(v)
 	m.dns.SetZone(m.dns.Zone().Update(v, dns.ZoneOptions{Nodes: nodes}))
 	wires, servers, ports := overlay.Desired(v), vip.Desired(v), ingress.Desired(v)
 	// Set under the progress lock, so that no pass is noted before the

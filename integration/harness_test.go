@@ -375,3 +375,6 @@ func (s site) whoami(name string, replicas int, flags string) {
 	s.Helper()
 	s.ok("node1", "shoal svc create --name %s --replicas %d %s -- %s/whoami", name, replicas, flags, bin)
 }
+
+// labOptions are those of a lab of three nodes and managers.
+func labOptions() lab.Options { return lab.Options{Nodes: 3} }

@@ -1,0 +1,549 @@
+package integration
+
+import (
+	"encoding/json"
+	"fmt"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+var nodes = []string{"node1", "node2", "node3"}
+
+// clients runs a task on each node, c1 to c3.
+func (s site) clients(network string) {
+	s.Helper()
+	for i, n := range nodes {
+		s.ok(n, "shoal run -d --name c%d --network %s -- sleep 10000", i+1, network)
+	}
+}
+
+func keys[V any](m map[string]V) []string {
+	out := make([]string, 0, len(m))
+	for k := range m {
+		out = append(out, k)
+	}
+	slices.Sort(out)
+	return out
+}
+
+// TestFirstLight is the promise: from every node, by every protocol, no request
+// fails, every replica has its share, and servers see the client.
+func TestFirstLight(t *testing.T) {
+	s := shared(t)
+	s.ok("node1", "shoal net create app")
+	s.whoami("web", 3, "--network app")
+	s.clients("app")
+	onNode := map[string]bool{}
+	for _, x := range s.running("web") {
+		onNode[x.NodeName] = true
+	}
+	if len(onNode) != 3 {
+		t.Errorf("three replicas on nodes %v", keys(onNode))
+	}
+	for i := range nodes {
+		c := fmt.Sprintf("c%d", i+1)
+		own := s.task(c).Attachments[0].Addrs[0]
+		for _, url := range []string{"http://web/", "tcp://web:9000", "udp://web:9000"} {
+			l := s.inTask(c, "-n 300 -timeout %s %s", slow(2*time.Second), url)
+			s.fair(c+" "+url, l, 3)
+			if got := keys(l.Clients); !slices.Equal(got, []string{own}) {
+				t.Errorf("%s %s: servers saw %v, the client is %s", c, url, got, own)
+			}
+		}
+	}
+	// A replica that calls its own service reaches all of them, itself too.
+	for _, x := range s.running("web") {
+		l := s.inTask(x.Name, "-n 60 -timeout %s http://web/", slow(2*time.Second))
+		s.fair("from replica "+x.Name, l, 3)
+	}
+	// Two services in turn: neither takes the other's turns.
+	s.whoami("other", 3, "--network app")
+	for range 5 {
+		for _, svc := range []string{"web", "other"} {
+			s.fair("by turns: "+svc, s.inTask("c1", "-n 60 -timeout %s http://%s/", slow(2*time.Second), svc), 3)
+		}
+	}
+}
+
+func TestNoBackendIsRefusedAtOnce(t *testing.T) {
+	s := shared(t)
+	s.ok("node1", "shoal net create app")
+	s.whoami("web", 2, "--network app")
+	s.ok("node1", "shoal run -d --name c1 --network app -- sleep 10000")
+	s.fair("before", s.inTask("c1", "-n 20 -timeout %s http://web/", slow(2*time.Second)), 2)
+	s.ok("node1", "shoal svc scale web=0")
+	for url, want := range map[string]string{"http://web/": "connection refused", "tcp://web:9000": "connection refused", "udp://web:9000": "connection refused"} {
+		l := s.inTask("c1", "-n 5 -timeout %s %s", slow(5*time.Second), url)
+		if l.OK != 0 || l.Errors[want] != 5 {
+			t.Errorf("%s without a replica: %d answered, errors %v", url, l.OK, l.Errors)
+		}
+	}
+	s.ok("node1", "shoal svc scale web=2")
+	s.fair("after", s.inTask("c1", "-n 20 -timeout %s http://web/", slow(2*time.Second)), 2)
+}
+
+// under runs a load from a task, does something after it has begun, and returns
+// what became of it.
+func (s site) under(task string, secs int, do func()) load {
+	s.Helper()
+	cmd := exec.Command(filepath.Join(bin, "shoal"), "lab", "exec", "--name", s.Name, "node1", "--", "shoal", "exec", task, filepath.Join(bin, "load"),
+		"-rate", map[bool]string{false: "50", true: "10"}[inVM], "-for", slow(time.Duration(secs)*time.Second).String(), "-timeout", slow(time.Second).String(), "http://web/")
+	var out strings.Builder
+	cmd.Stdout = &out
+	if err := cmd.Start(); err != nil {
+		s.Fatal(err)
+	}
+	time.Sleep(slow(time.Second)) // so that some of the load is before
+	do()
+	if err := cmd.Wait(); err != nil {
+		s.Fatalf("load: %v", err)
+	}
+	return s.parseLoad(out.String())
+}
+
+func (s site) awaitRunning(service string, n int) {
+	s.Helper()
+	s.eventually(slow(30*time.Second), func() error {
+		if got := len(s.running(service)); got != n {
+			return fmt.Errorf("%d tasks of %s run, want %d", got, service, n)
+		}
+		return nil
+	})
+}
+
+func TestScaleUnderLoadLosesNothing(t *testing.T) {
+	s := shared(t)
+	s.ok("node1", "shoal net create app")
+	s.whoami("web", 3, "--network app")
+	s.ok("node1", "shoal run -d --name c1 --network app -- sleep 10000")
+	l := s.under("c1", 8, func() {
+		s.ok("node1", "shoal svc scale web=1")
+		s.ok("node2", "shoal svc scale web=4")
+	})
+	if l.Failed != 0 || l.OK < 50 {
+		t.Errorf("%d of %d failed: %v", l.Failed, l.Requests, l.Errors)
+	}
+	s.awaitRunning("web", 4)
+	s.fair("after", s.inTask("c1", "-n 80 -timeout %s http://web/", slow(2*time.Second)), 4)
+}
+
+func TestDrainUnderLoadLosesNothing(t *testing.T) {
+	s := shared(t)
+	s.ok("node1", "shoal net create app")
+	s.whoami("web", 3, "--network app")
+	s.ok("node1", "shoal run -d --name c1 --network app -- sleep 10000")
+	t.Cleanup(func() { s.ok("node1", "shoal node update --availability active node2") })
+	l := s.under("c1", 6, func() {
+		s.ok("node1", "shoal node update --availability drain node2")
+		s.eventually(slow(20*time.Second), func() error {
+			for _, x := range s.running("web") {
+				if x.NodeName == "node2" {
+					return fmt.Errorf("%s is still on node2", x.Name)
+				}
+			}
+			return nil
+		})
+	})
+	if l.Failed != 0 {
+		t.Errorf("%d of %d failed: %v", l.Failed, l.Requests, l.Errors)
+	}
+	s.awaitRunning("web", 3)
+}
+
+// TestAKilledReplicaIsReplaced: the requests that it had are lost, and no more
+// than those of the moment that it takes to notice.
+func TestAKilledReplicaIsReplaced(t *testing.T) {
+	s := shared(t)
+	s.ok("node1", "shoal net create app")
+	s.whoami("web", 3, "--network app")
+	s.ok("node1", "shoal run -d --name c1 --network app -- sleep 10000")
+	victim := s.running("web")[0]
+	l := s.under("c1", 6, func() {
+		if err := syscall.Kill(victim.Status.PID, syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		s.eventually(slow(20*time.Second), func() error {
+			if slices.ContainsFunc(s.running("web"), func(x task) bool { return x.ID == victim.ID }) {
+				return fmt.Errorf("%s is still said to run", victim.Name)
+			}
+			return nil
+		})
+	})
+	// A second's worth at most, on a machine that may be busy.
+	if l.Failed > 50 {
+		t.Errorf("%d of %d failed: %v", l.Failed, l.Requests, l.Errors)
+	}
+	t.Logf("killed replica: %d of %d failed", l.Failed, l.Requests)
+	s.awaitRunning("web", 3)
+	s.fair("after", s.inTask("c1", "-n 90 -timeout %s http://web/", slow(2*time.Second)), 3)
+}
+
+func TestAServerMayHavePort53(t *testing.T) {
+	s := shared(t)
+	onlyNative(t)
+	s.ok("node1", "shoal net create app")
+	s.ok("node1", "shoal svc create --name dns --network app -- %s/whoami -http 0.0.0.0:80 -udp 0.0.0.0:53 -tcp 0.0.0.0:53", bin)
+	s.ok("node2", "shoal run -d --name c --network app -- sleep 1000")
+	s.fair("udp", s.inTask("c", "-n 20 udp://dns:53"), 1)
+	s.fair("tcp", s.inTask("c", "-n 20 tcp://dns:53"), 1)
+	// And still resolves names itself.
+	x := s.running("dns")[0]
+	s.fair("its own resolver", s.inTask(x.Name, "-n 5 http://dns/"), 1)
+}
+
+func TestLogsAreKept(t *testing.T) {
+	s := shared(t)
+	onlyNative(t)
+	s.ok("node1", "shoal svc create --detach --name chatter --replicas 2 -- sh -c 'echo out $HOSTNAME; echo err >&2; sleep 1000'")
+	s.awaitRunning("chatter", 2)
+	s.eventually(slow(10*time.Second), func() error {
+		r := s.on("node3", "shoal", "svc", "logs", "chatter")
+		all := r.out + r.err
+		if strings.Count(all, "out ") != 2 || strings.Count(all, "err") != 2 {
+			return fmt.Errorf("logs: %q", all)
+		}
+		return nil
+	})
+}
+
+// TestANodeDiesAndComesBack: its replicas are replaced, nothing is sent to them
+// any more, and when it is back nothing of them runs there.
+func TestANodeDiesAndComesBack(t *testing.T) {
+	s := own(t, "it-node", labOptions())
+	s.ok("node1", "shoal net create app")
+	s.whoami("web", 3, "--network app")
+	s.ok("node1", "shoal run -d --name c1 --network app -- sleep 10000")
+	s.ok("node3", "shoal run -d --name lost --network app -- sleep 10000")
+	lost := map[string]bool{}
+	for _, x := range s.running("web") {
+		if x.NodeName == "node3" {
+			lost[strings.ReplaceAll(x.Name, ".", "-")] = true
+		}
+	}
+	l := s.under("c1", 12, func() {
+		if err := s.Kill(t.Context(), "node3"); err != nil {
+			t.Fatal(err)
+		}
+	})
+	t.Logf("killed node: %d of %d failed, the last %.1f s after the start", l.Failed, l.Requests, l.LastFailure)
+	s.eventually(slow(40*time.Second), func() error {
+		xs := s.running("web")
+		if len(xs) != 3 || slices.ContainsFunc(xs, func(x task) bool { return x.NodeName == "node3" }) {
+			return fmt.Errorf("replicas: %+v", xs)
+		}
+		return nil
+	})
+	after := s.inTask("c1", "-n 90 -timeout %s http://web/", slow(2*time.Second))
+	s.fair("after", after, 3)
+	for h := range after.Hosts {
+		if lost[h] {
+			t.Errorf("the dead %s answered", h)
+		}
+	}
+	if got := s.ok("node1", "shoal node ls --format {{.Name}}={{.Status}}"); !strings.Contains(got, "node3=down") {
+		t.Errorf("nodes: %s", got)
+	}
+
+	if err := s.Start(t.Context(), "node3"); err != nil {
+		t.Fatal(err)
+	}
+	s.eventually(slow(40*time.Second), func() error {
+		if got := s.ok("node1", "shoal node ls --format {{.Name}}={{.Status}}"); !strings.Contains(got, "node3=ready") {
+			return fmt.Errorf("nodes: %s", got)
+		}
+		if ns := s.ok("node3", "ip netns list"); strings.Contains(ns, "shoal-it-node-node3-task-web") {
+			return fmt.Errorf("dead tasks are left: %s", ns)
+		}
+		return nil
+	})
+	s.ok("node3", "shoal run -d --name c3 --network app -- sleep 10000")
+	s.fair("from the node that came back", s.inTask("c3", "-n 90 -timeout %s http://web/", slow(2*time.Second)), 3)
+}
+
+// TestAnAgentDies: tasks and their connections go on without it, it adopts them
+// when it is back, and nothing leaks.
+func TestAnAgentDies(t *testing.T) {
+	s := own(t, "it-agent", labOptions())
+	s.ok("node1", "shoal net create app")
+	s.whoami("web", 3, "--network app")
+	s.ok("node1", "shoal run -d --name c1 --network app -- sleep 10000")
+	conn := s.line("c1", "web", 9000)
+	defer conn.close()
+	conn.say("before")
+	spaces := s.ok("node1", "ip netns list")
+	pids := func() (out []string) {
+		for _, x := range s.running("web") {
+			out = append(out, fmt.Sprint(x.ID, x.Status.PID))
+		}
+		slices.Sort(out)
+		return out
+	}
+	before := pids()
+	for _, n := range []string{"node2", "node3"} { // node1 carries the connection's client end
+		if err := s.KillAgent(n); err != nil {
+			t.Fatal(err)
+		}
+	}
+	conn.say("without agents on two nodes")
+	s.fair("without agents", s.inTask("c1", "-n 60 -timeout %s http://web/", slow(2*time.Second)), 3)
+	for _, n := range []string{"node2", "node3"} {
+		if err := s.Start(t.Context(), n); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.eventually(slow(30*time.Second), func() error {
+		if got := s.ok("node1", "shoal node ls --format {{.Name}}={{.Status}}"); strings.Count(got, "=ready") != 3 {
+			return fmt.Errorf("nodes: %s", got)
+		}
+		if got := pids(); !slices.Equal(got, before) {
+			return fmt.Errorf("tasks were %v, are %v", before, got)
+		}
+		return nil
+	})
+	conn.say("after")
+	s.fair("after", s.inTask("c1", "-n 60 -timeout %s http://web/", slow(2*time.Second)), 3)
+	s.eventually(slow(10*time.Second), func() error {
+		if got := s.ok("node1", "ip netns list"); lines(got) != lines(spaces) {
+			return fmt.Errorf("namespaces were\n%s\nare\n%s", spaces, got)
+		}
+		return nil
+	})
+
+	// At any moment: while a service comes up and another goes.
+	for i := range 4 {
+		name := fmt.Sprintf("x%d", i)
+		s.ok("node1", "shoal svc create --detach --name %s --replicas 3 --network app -- %s/whoami", name, bin)
+		time.Sleep(time.Duration(i) * slow(150*time.Millisecond)) // the moment is what varies
+		if err := s.KillAgent("node2"); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Start(t.Context(), "node2"); err != nil {
+			t.Fatal(err)
+		}
+		s.awaitRunning(name, 3)
+		s.fair(name, s.inTask("c1", "-n 60 -timeout %s http://%s/", slow(2*time.Second), name), 3)
+		s.ok("node1", "shoal svc rm %s", name)
+	}
+	s.eventually(slow(20*time.Second), func() error {
+		if got := s.ok("node1", "ip netns list"); lines(got) != lines(spaces) {
+			return fmt.Errorf("namespaces were\n%s\nare\n%s", spaces, got)
+		}
+		return nil
+	})
+}
+
+// lines sorts lines, without the ids that "ip netns list" adds.
+func lines(in string) string {
+	var out []string
+	for l := range strings.Lines(in) {
+		if f := strings.Fields(l); len(f) > 0 {
+			out = append(out, f[0])
+		}
+	}
+	slices.Sort(out)
+	return strings.Join(out, "\n")
+}
+
+// TestDeletedObjectsComeBack deletes what the agent made, object by object, as
+// a person might, beside things that are not ours.
+func TestDeletedObjectsComeBack(t *testing.T) {
+	s := shared(t)
+	s.ok("node1", "shoal net create app")
+	s.whoami("web", 3, "--network app --publish 8080:80")
+	s.ok("node1", "shoal run -d --name c1 --network app -- sleep 10000")
+	s.fair("before", s.inTask("c1", "-n 30 -timeout %s http://web/", slow(2*time.Second)), 3)
+	var ovns, taskns string
+	for _, n := range strings.Fields(lines(s.ok("node1", "ip netns list"))) {
+		if strings.HasPrefix(n, "shoal-it-node1-net-app-") {
+			ovns = n
+		}
+		if strings.HasPrefix(n, "shoal-it-node1-task-c1") {
+			taskns = n
+		}
+	}
+	in := func(ns, line string, args ...any) string { return s.ok("node1", "ip netns exec "+ns+" "+line, args...) }
+	in(ovns, "ip link add foreign0 type veth peer name foreign1")
+	in(ovns, "ip addr add 192.0.2.1/24 dev foreign0")
+	in(ovns, "ip link set foreign0 up")
+	in(ovns, "nft add table ip foreign")
+	in(ovns, "ip route add 198.51.100.0/24 dev foreign0")
+	var remote string // another node's endpoint
+	for _, x := range s.running("web") {
+		if x.NodeName == "node2" {
+			remote = x.Attachments[0].Addrs[0]
+		}
+	}
+	route := s.ok("node1", "ip netns exec %s ip route show %s", ovns, remote)
+	via := strings.Fields(route)[2]
+	veth := ""
+	for l := range strings.Lines(in(ovns, "ip -o route show")) {
+		if f := strings.Fields(l); f[0] == s.task("c1").Attachments[0].Addrs[0] {
+			veth = f[slices.Index(f, "dev")+1]
+		}
+	}
+	vip := s.ok("node1", "shoal svc ls --filter name=web --format {{.VirtualIP}}")
+	rules := []string{}
+	for l := range strings.Lines(in(ovns, "nft list tables")) {
+		if f := strings.Fields(l); strings.HasPrefix(f[2], "shoal") {
+			rules = append(rules, fmt.Sprintf("ip netns exec %s nft delete table %s %s", ovns, f[1], f[2]))
+			rules = append(rules, fmt.Sprintf("ip netns exec %s nft flush table %s %s", ovns, f[1], f[2]))
+		}
+	}
+	deletions := append([]string{
+		"ip netns exec " + ovns + " ip link del vx",
+		"ip netns exec " + ovns + " ip route del " + remote,
+		"ip netns exec " + ovns + " ip neigh del " + via + " dev vx",
+		"ip netns exec " + ovns + " ip link del " + veth,
+		"ip netns exec " + ovns + " ip addr del " + vip + "/32 dev lo",
+		"ip netns exec " + ovns + " ip link del out",
+		"ip netns exec " + ovns + " ip link set vx down",
+		"ip netns exec " + taskns + " ip route del default",
+		"ip netns exec " + taskns + " ip link del eth0",
+		"nft delete table ip shoal-it-node1-ingress",
+	}, rules...)
+	if inVM {
+		deletions = append(deletions, "ip netns exec "+ovns+" ipvsadm -C")
+	}
+	for _, d := range deletions {
+		s.ok("node1", "%s", d)
+		s.eventually(slow(10*time.Second), func() error {
+			l := s.inTask("c1", "-n 12 -timeout %s http://web/", slow(time.Second))
+			if l.Failed > 0 || len(l.Hosts) != 3 {
+				return fmt.Errorf("after %s: %+v", d, l)
+			}
+			for _, n := range nodes {
+				if r := s.on(n, filepath.Join(bin, "load"), "-n", "6", "-timeout", slow(time.Second).String(), "http://127.0.0.1:8080/"); r.code != 0 || s.parseLoad(r.out).Failed > 0 {
+					return fmt.Errorf("after %s: published port on %s: %s", d, n, r.out)
+				}
+			}
+			return nil
+		})
+	}
+	for _, check := range []string{"ip link show foreign0", "nft list table ip foreign", "ip route show 198.51.100.0/24", "ip addr show dev foreign0"} {
+		if got := in(ovns, "%s", check); got == "" {
+			t.Errorf("%s: what is not ours is gone", check)
+		}
+	}
+	in(ovns, "ip link del foreign0")
+	in(ovns, "nft delete table ip foreign")
+}
+
+// TestPartition: each side keeps serving what it has, and both are one again
+// after it heals.
+func TestPartition(t *testing.T) {
+	s := own(t, "it-part", labOptions())
+	onlyNative(t)
+	s.ok("node1", "shoal net create app")
+	s.whoami("web", 3, "--network app")
+	s.clients("app")
+	if err := s.Partition([]string{"node1", "node2"}, []string{"node3"}); err != nil {
+		t.Fatal(err)
+	}
+	// The majority replaces what it can't reach; the minority serves what it has.
+	s.eventually(40*time.Second, func() error {
+		xs := s.running("web")
+		if n := len(slices.DeleteFunc(xs, func(x task) bool { return x.NodeName == "node3" })); n != 3 {
+			return fmt.Errorf("%d replicas on the majority's side", n)
+		}
+		return nil
+	})
+	s.fair("majority", s.inTask("c1", "-n 60 http://web/"), 3)
+	s.eventually(20*time.Second, func() error {
+		r := s.on("node3", "shoal", "exec", "c3", filepath.Join(bin, "load"), "-n", "20", "http://web/")
+		var l load
+		if err := json.Unmarshal([]byte(r.out), &l); err != nil || l.Failed > 0 || l.OK == 0 {
+			return fmt.Errorf("minority: %s%s", r.out, r.err)
+		}
+		return nil
+	})
+	if err := s.Heal(); err != nil {
+		t.Fatal(err)
+	}
+	s.eventually(40*time.Second, func() error {
+		if got := s.ok("node1", "shoal node ls --format {{.Name}}={{.Status}}"); strings.Count(got, "=ready") != 3 {
+			return fmt.Errorf("nodes: %s", got)
+		}
+		if n := len(s.running("web")); n != 3 {
+			return fmt.Errorf("%d replicas", n)
+		}
+		for _, c := range []string{"c1", "c2", "c3"} {
+			if l := s.inTask(c, "-n 30 http://web/"); l.Failed > 0 || len(l.Hosts) != 3 {
+				return fmt.Errorf("%s: %+v", c, l)
+			}
+		}
+		return nil
+	})
+}
+
+func TestALeaderDies(t *testing.T) {
+	s := own(t, "it-lead", labOptions())
+	onlyNative(t)
+	s.whoami("web", 2, "")
+	leader := ""
+	for l := range strings.Lines(s.ok("node1", "shoal node ls --format '{{.Name}} {{.Role}}'")) {
+		if f := strings.Fields(l); len(f) > 1 && strings.EqualFold(f[1], "leader") {
+			leader = f[0]
+		}
+	}
+	if leader == "" {
+		t.Fatalf("no leader: %s", s.ok("node1", "shoal node ls"))
+	}
+	if err := s.Kill(t.Context(), leader); err != nil {
+		t.Fatal(err)
+	}
+	other := nodes[0]
+	if other == leader {
+		other = nodes[1]
+	}
+	s.eventually(40*time.Second, func() error {
+		if r := s.on(other, "shoal", "net", "create", "late"); r.code != 0 && !strings.Contains(r.err, "exists") {
+			return fmt.Errorf("%s", r.err)
+		}
+		return nil
+	})
+	s.ok(other, "shoal svc create --name late --replicas 2 --network late -- %s/whoami", bin)
+}
+
+// TestLeave: a node that leaves keeps nothing of ours, and what was there before.
+func TestLeave(t *testing.T) {
+	s := own(t, "it-leave", labOptions())
+	onlyNative(t)
+	s.ok("node3", "ip link add keep0 type veth peer name keep1")
+	s.ok("node3", "nft add table ip keep")
+	before := s.ok("node3", "ip -o link") + s.ok("node3", "nft list ruleset")
+	s.ok("node1", "shoal net create app")
+	s.whoami("web", 3, "--network app --publish 8080:80")
+	s.ok("node3", "shoal leave")
+	s.awaitRunning("web", 3)
+	for _, x := range s.running("web") {
+		if x.NodeName == "node3" {
+			t.Errorf("%s runs on a node that left", x.Name)
+		}
+	}
+	for _, ns := range strings.Fields(lines(s.ok("node1", "ip netns list"))) {
+		if strings.HasPrefix(ns, "shoal-it-leave-node3-") {
+			t.Errorf("namespace %s is left", ns)
+		}
+	}
+	rules := s.ok("node3", "nft list ruleset")
+	if strings.Contains(rules, "shoal") || !strings.Contains(rules, "table ip keep") {
+		t.Errorf("rules after leave:\n%s\nbefore:\n%s", rules, before)
+	}
+	if links := s.ok("node3", "ip -o link"); strings.Contains(links, ": sho") || !strings.Contains(links, "keep0") {
+		t.Errorf("links after leave:\n%s", links)
+	}
+	s.eventually(20*time.Second, func() error {
+		if got := s.ok("node1", "shoal node ls --format {{.Name}}"); strings.Contains(got, "node3") {
+			return fmt.Errorf("nodes: %s", got)
+		}
+		return nil
+	})
+	s.ok("node3", "shoal join 172.30.0.1") // and may come back
+	s.ok("node1", "shoal svc scale web=6")
+	s.awaitRunning("web", 6)
+}
