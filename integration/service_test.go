@@ -214,7 +214,7 @@ func TestLogsAreKept(t *testing.T) {
 // TestANodeDiesAndComesBack: its replicas are replaced, nothing is sent to them
 // any more, and when it is back nothing of them runs there.
 func TestANodeDiesAndComesBack(t *testing.T) {
-	s := own(t, "it-node", labOptions())
+	s := own(t, "itnode", labOptions())
 	s.ok("node1", "shoal net create app")
 	s.whoami("web", 3, "--network app")
 	s.ok("node1", "shoal run -d --name c1 --network app -- sleep 10000")
@@ -256,7 +256,7 @@ func TestANodeDiesAndComesBack(t *testing.T) {
 		if got := s.ok("node1", "shoal node ls --format {{.Name}}={{.Status}}"); !strings.Contains(got, "node3=ready") {
 			return fmt.Errorf("nodes: %s", got)
 		}
-		if ns := s.ok("node3", "ip netns list"); strings.Contains(ns, "shoal-it-node-node3-task-web") {
+		if ns := s.ok("node3", "ip netns list"); strings.Contains(ns, "shoal-itnode-node3-task-web") {
 			return fmt.Errorf("dead tasks are left: %s", ns)
 		}
 		return nil
@@ -268,7 +268,7 @@ func TestANodeDiesAndComesBack(t *testing.T) {
 // TestAnAgentDies: tasks and their connections go on without it, it adopts them
 // when it is back, and nothing leaks.
 func TestAnAgentDies(t *testing.T) {
-	s := own(t, "it-agent", labOptions())
+	s := own(t, "itagent", labOptions())
 	s.ok("node1", "shoal net create app")
 	s.whoami("web", 3, "--network app")
 	s.ok("node1", "shoal run -d --name c1 --network app -- sleep 10000")
@@ -436,7 +436,7 @@ func TestDeletedObjectsComeBack(t *testing.T) {
 // TestPartition: each side keeps serving what it has, and both are one again
 // after it heals.
 func TestPartition(t *testing.T) {
-	s := own(t, "it-part", labOptions())
+	s := own(t, "itpart", labOptions())
 	onlyNative(t)
 	s.ok("node1", "shoal net create app")
 	s.whoami("web", 3, "--network app")
@@ -481,7 +481,7 @@ func TestPartition(t *testing.T) {
 }
 
 func TestALeaderDies(t *testing.T) {
-	s := own(t, "it-lead", labOptions())
+	s := own(t, "itlead", labOptions())
 	onlyNative(t)
 	s.whoami("web", 2, "")
 	leader := ""
@@ -511,7 +511,7 @@ func TestALeaderDies(t *testing.T) {
 
 // TestLeave: a node that leaves keeps nothing of ours, and what was there before.
 func TestLeave(t *testing.T) {
-	s := own(t, "it-leave", labOptions())
+	s := own(t, "itleave", labOptions())
 	onlyNative(t)
 	s.ok("node3", "ip link add keep0 type veth peer name keep1")
 	s.ok("node3", "nft add table ip keep")
@@ -526,7 +526,7 @@ func TestLeave(t *testing.T) {
 		}
 	}
 	for _, ns := range strings.Fields(lines(s.ok("node1", "ip netns list"))) {
-		if strings.HasPrefix(ns, "shoal-it-leave-node3-") {
+		if strings.HasPrefix(ns, "shoal-itleave-node3-") {
 			t.Errorf("namespace %s is left", ns)
 		}
 	}
