@@ -93,7 +93,6 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -785,45 +784,54 @@ func del(t *kern.Tx, f kern.Family, set string, key []byte) error {
 
 // Probe tells whether this kernel can carry the data path, by building one VIP
 // in a namespace of its own that ends with the call. It loads the modules where
-// it can. The error names what is missing.
-func Probe() error {
-	done := make(chan error, 1)
-	go func() {
-		// Not unlocked: the thread, and with it the namespace, ends with the
-		// goroutine.
-		runtime.LockOSThread()
-		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			done <- fmt.Errorf("a network namespace can't be made: %w", err)
-			return
-		}
-		done <- probe()
-	}()
-	return <-done
-}
+// it can. The error is one line: what is missing, and what to do about it.
+func Probe() error { return nl.DoNew(probe) }
 
 func probe() error {
 	// moby/ipvs looks the module up once per process: not before it is there.
 	if _, err := os.Stat(procFile); err != nil {
 		out, merr := exec.Command("modprobe", "-a", "ip_vs", "ip_vs_rr").CombinedOutput()
 		if _, err := os.Stat(procFile); err != nil {
-			why := "Protocol not available"
-			if merr != nil {
-				why += ": modprobe: " + strings.TrimSpace(string(out)+" "+merr.Error())
-			}
-			return fmt.Errorf("kernel has no IPVS (ip_vs module): %s", why)
+			return noIPVS(string(out), merr)
 		}
 	}
 	n := vip.Network{Name: "probe", Subnets: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/24")}}
 	a := netip.MustParseAddr("10.0.0.2")
 	if err := setBase(n, kern.V4, false); err != nil {
-		return fmt.Errorf("kernel lacks nftables (nf_tables module): %w", err)
+		return fmt.Errorf("no nftables in this kernel, which the IPVS data path needs too: modprobe nf_tables: %w", err)
 	}
 	if err := settings(); err != nil {
-		return fmt.Errorf("kernel's IPVS lacks a setting: %w", err)
+		return fmt.Errorf("this kernel's IPVS lacks a setting, and is too old or is built without it; the nft data path works without: %w", err)
 	}
 	s := vip.Server{VIP: a, Mark: markOf(n, a), Backends: []vip.Backend{{Addr: netip.MustParseAddr("10.0.0.3"), Weight: 1}}}
 	if err := setServers([]vip.SetServer{{Network: n, Want: s, Have: vip.Server{VIP: a}}}); err != nil {
-		return fmt.Errorf("kernel's IPVS can't make a service with round robin (ip_vs_rr module): %w", err)
+		return fmt.Errorf("this kernel's IPVS can't make a service with round robin: modprobe ip_vs_rr: %w", err)
 	}
 	return nil
+}
+
+// noIPVS is the error for a kernel whose IPVS is still missing after modprobe
+// said out and ended with err. The output of modprobe is several lines, one per
+// module and cause; what of it tells causes apart is kept.
+func noIPVS(out string, err error) error {
+	const (
+		load = "modprobe ip_vs ip_vs_rr"
+		nft  = "the nft data path works without"
+	)
+	switch {
+	case errors.Is(err, exec.ErrNotFound):
+		return fmt.Errorf("no IPVS in this kernel, and no modprobe here to load it with: %s; to use IPVS: %s on the host", nft, load)
+	case strings.Contains(out, "not found"):
+		return fmt.Errorf("no IPVS in this kernel (ip_vs module not found): %s; to use IPVS: install the kernel's modules, and %s", nft, load)
+	case strings.Contains(out, "not permitted"):
+		return fmt.Errorf("no IPVS in this kernel (not permitted to load module ip_vs): %s; to use IPVS: %s on the host", nft, load)
+	}
+	why := strings.Join(strings.Fields(out), " ")
+	if why == "" && err != nil {
+		why = err.Error()
+	}
+	if why == "" {
+		why = "modprobe ip_vs succeeds, but " + procFile + " stays away"
+	}
+	return fmt.Errorf("no IPVS in this kernel (%s): %s; to use IPVS: %s", why, nft, load)
 }

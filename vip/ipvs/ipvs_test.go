@@ -1,8 +1,10 @@
 package ipvs
 
 import (
+	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"strings"
 	"testing"
 
@@ -97,8 +99,37 @@ func TestProbe(t *testing.T) {
 	viptest.NeedRoot(t)
 	if err := Probe(); err != nil {
 		t.Logf("not here: %v", err)
-		if !strings.Contains(err.Error(), "kernel") {
-			t.Errorf("the reason does not name what is missing: %v", err)
+		oneLine(t, err)
+	}
+}
+
+// oneLine demands that an error says what is missing and what to do, in a line.
+func oneLine(t *testing.T, err error) {
+	t.Helper()
+	s := err.Error()
+	if strings.Contains(s, "\n") || !strings.HasPrefix(s, "no IPVS in this kernel") || !strings.Contains(s, "to use IPVS: ") || !strings.Contains(s, "modprobe ip_vs") {
+		t.Errorf("the error is not one line of what is missing and what to do: %q", s)
+	}
+}
+
+func TestNoIPVS(t *testing.T) {
+	fails := errors.New("exit status 1")
+	for _, x := range []struct {
+		out, want string
+		err       error
+	}{
+		{"modprobe: WARNING: Module ip_vs not found in directory /lib/modules/6.18\nmodprobe: WARNING: Module ip_vs_rr not found in directory /lib/modules/6.18\n",
+			"(ip_vs module not found)", fails},
+		{"modprobe: ERROR: could not insert 'ip_vs': Operation not permitted\n", "not permitted", fails},
+		{"", "no modprobe here", fmt.Errorf("exec: %w", exec.ErrNotFound)},
+		{"modprobe: ERROR: could not insert\n 'ip_vs': Key was rejected by service\n", "Key was rejected by service", fails},
+		{"", "exit status 1", fails},
+		{"", "/net/ip_vs", nil},
+	} {
+		err := noIPVS(x.out, x.err)
+		oneLine(t, err)
+		if !strings.Contains(err.Error(), x.want) {
+			t.Errorf("modprobe said %q, %v: %q does not contain %q", x.out, x.err, err, x.want)
 		}
 	}
 }

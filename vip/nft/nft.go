@@ -74,7 +74,6 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -673,20 +672,7 @@ func delServer(op vip.DelServer) error {
 // Probe tells whether this kernel can carry the data path, by building one VIP
 // in a namespace of its own that ends with the call. The error names what is
 // missing.
-func Probe() error {
-	done := make(chan error, 1)
-	go func() {
-		// Not unlocked: the thread, and with it the namespace, ends with the
-		// goroutine.
-		runtime.LockOSThread()
-		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			done <- fmt.Errorf("a network namespace can't be made: %w", err)
-			return
-		}
-		done <- probe()
-	}()
-	return <-done
-}
+func Probe() error { return nl.DoNew(probe) }
 
 func probe() error {
 	n := vip.Network{Name: "probe", Subnets: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/24")}}
