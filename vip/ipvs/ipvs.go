@@ -114,11 +114,12 @@ const scheduler = "rr"
 // which is that of the process's first thread.
 const procFile = "/proc/thread-self/net/ip_vs"
 
-// timeouts of idle connections. TCP: above the first keepalive (7200 s,
-// tcp(7)) and its nine repetitions 75 s apart, where IPVS's own default is 900
-// s. The others are IPVS's defaults, written to be independent of it. moby/ipvs
-// takes whole seconds.
-var timeouts = ipvs.Config{TimeoutTCP: 8100 * time.Second, TimeoutTCPFin: 120 * time.Second, TimeoutUDP: 300 * time.Second}
+// timeouts of idle connections. IPVS's own default for TCP is 900 s. The others
+// are IPVS's defaults, written to be independent of it; for UDP see
+// [kern.MinIdle]. SCTP's are built in (900 s established), and enough: its
+// heartbeat comes every 30 s (RFC 9260, section 16). moby/ipvs takes whole
+// seconds.
+var timeouts = ipvs.Config{TimeoutTCP: kern.MinIdle * time.Second, TimeoutTCPFin: 120 * time.Second, TimeoutUDP: 300 * time.Second}
 
 // sysctls of every overlay namespace (kernel: Documentation/networking/ipvs-sysctl.rst).
 var sysctls = []struct{ key, value string }{
@@ -237,6 +238,10 @@ func observe(w vip.Network, h *vip.Network) error {
 		h.Fault = f
 	}
 	if f := kern.ICMPFault(w); f != "" {
+		h.Fault = f
+	}
+	// Connections to a VIP are not tracked, but those beside it are.
+	if f := kern.IdleFault(); f != "" {
 		h.Fault = f
 	}
 	for _, f := range kern.Families(w) {
@@ -582,6 +587,9 @@ func settings() error {
 		if err := nl.SetSysctl(s.key, s.value); err != nil && !(errors.Is(err, fs.ErrNotExist) && s.value == "0") {
 			return err
 		}
+	}
+	if err := kern.SetIdle(); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
 	}
 	h, err := ipvs.New("")
 	if err != nil {

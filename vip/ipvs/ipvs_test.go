@@ -7,7 +7,11 @@ import (
 	"os/exec"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/moby/ipvs"
+
+	"github.com/shoalnet/shoal/internal/nl"
 	"github.com/shoalnet/shoal/vip"
 	"github.com/shoalnet/shoal/vip/viptest"
 )
@@ -45,6 +49,21 @@ func TestConformance(t *testing.T) {
 		Kernel:          true,
 		Native:          viptest.Native(),
 		Scale:           scale,
+		PerService:      10,
+		Idle: func(tb testing.TB, ns string) map[string]time.Duration {
+			out := viptest.ConntrackIdle(tb, ns)
+			h, err := ipvs.New(nl.Path(ns))
+			if err != nil {
+				tb.Fatal(err)
+			}
+			defer h.Close()
+			c, err := h.GetConfig()
+			if err != nil {
+				tb.Fatal(err)
+			}
+			out["IPVS's TCP timeout"] = c.TimeoutTCP
+			return out
+		},
 		Foreign: func(tb testing.TB, ns string) func(testing.TB) {
 			check := viptest.Foreign(tb, ns)
 			viptest.In(tb, ns, "ipvsadm -A -f 7 -s wrr")
@@ -88,6 +107,9 @@ func TestConformance(t *testing.T) {
 			{Name: "backend added", Do: adm(func(s vip.Server) string { return fmt.Sprintf("-a -f %d -r 10.213.7.199:0 -m -w 1", s.Mark) })},
 			{Name: "backend of another method", Do: adm(func(s vip.Server) string { return fmt.Sprintf("-a -f %d -r 10.213.7.199:0 -g -w 1", s.Mark) })},
 			{Name: "timeouts", Do: adm(func(s vip.Server) string { return "--set 900 60 60" })},
+			{Name: "conntrack timeout", Do: func(tb testing.TB, ns string, s vip.Server) {
+				viptest.In(tb, ns, "sysctl -q -w net.netfilter.nf_conntrack_tcp_timeout_established=7200")
+			}},
 			{Name: "sysctl", Do: func(tb testing.TB, ns string, s vip.Server) {
 				viptest.In(tb, ns, "sysctl -q -w net.ipv4.vs.expire_nodest_conn=0")
 			}},

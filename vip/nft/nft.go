@@ -12,7 +12,8 @@
 //	  chain postrouting { type nat hook postrouting priority srcnat;
 //	    ct status dnat ip saddr . ip daddr @hairpin snat to 169.254.1.1 }
 //	  chain input       { type filter hook input priority filter;
-//	    meta l4proto { udp, sctp } ip daddr 10.0.1.0/24 ip daddr != 10.0.1.1 reject }
+//	    meta l4proto udp  ip daddr 10.0.1.0/24 ip daddr != 10.0.1.1 reject with icmp port-unreachable
+//	    meta l4proto sctp ip daddr 10.0.1.0/24 ip daddr != 10.0.1.1 reject with icmp prot-unreachable }
 //	  chain vip-10.0.1.2 { dnat to numgen inc mod 2 map { 0 : 10.0.1.10, 1 : 10.0.1.11 } comment "…digest…" }
 //	}
 //
@@ -56,7 +57,10 @@
 // is never confirmed as a connection. (Deleting the entries when a VIP opens
 // was tried: reading the conntrack table walks its every bucket, 10 ms for each
 // VIP, which made loading 2,000 services take 30 s.) TCP needs no such help: a
-// new SYN replaces the entry of a refused one.
+// new SYN replaces the entry of a refused one. SCTP over IPv6 can't be rejected
+// in a way that its clients understand (see refusals): there the local stack
+// aborts the association, and its entry is forgotten after 10 s (nf_conntrack's
+// "closed"), for which one source port that was refused may be refused again.
 //
 // # One source port, used both directly and by the VIP
 //
@@ -72,6 +76,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"slices"
@@ -96,11 +101,6 @@ const (
 	// formVersion is part of every comment: another form of the rules is
 	// another version, and what an older agent left is rewritten.
 	formVersion = 1
-
-	// minEstablished is the least idle time of a TCP connection, in seconds:
-	// the first keepalive comes after 7200 s (tcp_keepalive_time, tcp(7)), and
-	// nine more 75 s apart.
-	minEstablished = 7200 + 10*75
 )
 
 var (
@@ -177,6 +177,9 @@ func observe(w vip.Network, h *vip.Network) error {
 		get(a).addressed = true
 	}
 	if f := kern.ICMPFault(w); f != "" {
+		h.Fault = f
+	}
+	if f := kern.IdleFault(); f != "" {
 		h.Fault = f
 	}
 	for _, f := range kern.Families(w) {
@@ -272,7 +275,6 @@ func observeFamily(w vip.Network, f kern.Family, h *vip.Network, get func(netip.
 				if err != nil {
 					return err
 				}
-				slices.SortFunc(es, func(a, b kern.Elem) int { return int(slot(a.Key)) - int(slot(b.Key)) })
 				for _, e := range es {
 					if b, ok := netip.AddrFromSlice(e.Val); ok && b.Is4() != f.V6 {
 						bs = append(bs, b)
@@ -280,10 +282,10 @@ func observeFamily(w vip.Network, f kern.Family, h *vip.Network, get func(netip.
 				}
 			}
 		}
+		slices.SortFunc(bs, netip.Addr.Compare)
 		if !c.Is(kern.Base{}, comment(bs)) {
 			s.Fault = "its chain was changed"
 		}
-		slices.SortFunc(bs, netip.Addr.Compare)
 		for _, b := range slices.Compact(bs) {
 			s.Backends = append(s.Backends, vip.Backend{Addr: b, Weight: 1})
 		}
@@ -299,13 +301,6 @@ func observeFamily(w vip.Network, f kern.Family, h *vip.Network, get func(netip.
 		}
 	}
 	return nil
-}
-
-func slot(key []byte) uint32 {
-	if len(key) != 4 {
-		return 0
-	}
-	return binary.NativeEndian.Uint32(key)
 }
 
 func pair(key []byte, f kern.Family) (a, b netip.Addr, ok bool) {
@@ -329,8 +324,8 @@ func vipOf(chain string) (netip.Addr, bool) {
 	return a, err == nil && a.Zone() == ""
 }
 
-// comment is what a VIP's rule says about itself: the digest of its backends
-// in slot order.
+// comment is what a VIP's rule says about itself: the digest of its backends,
+// by address.
 func comment(bs []netip.Addr) string {
 	return "rr " + strconv.Itoa(len(bs)) + " " + kern.Digest(formVersion, bs)
 }
@@ -344,7 +339,9 @@ type comments struct {
 func commentsOf(n vip.Network, f kern.Family) comments {
 	c := comments{pre: "to VIPs " + kern.Digest(formVersion)}
 	for _, s := range subnets(n, f) {
-		c.in = append(c.in, "refused "+kern.Digest(formVersion, s, n.Gateways))
+		for _, r := range refusals(f) {
+			c.in = append(c.in, r.name+" refused "+kern.Digest(formVersion, s, n.Gateways, r))
+		}
 	}
 	if a, ok := kern.Hairpin(n, f); ok {
 		c.post = []string{"hairpin as " + a.String() + " " + kern.Digest(formVersion)}
@@ -390,7 +387,7 @@ func (d *Dataplane) setNetwork(n vip.Network) error {
 			return fmt.Errorf("network %s: %w", n.Name, err)
 		}
 	}
-	if err := errors.Join(setTimeout(), kern.SetICMP(n)); err != nil {
+	if err := errors.Join(kern.SetIdle(), kern.SetICMP(n)); err != nil {
 		return fmt.Errorf("network %s: %w", n.Name, err)
 	}
 	var ops []vip.SetServer
@@ -400,20 +397,6 @@ func (d *Dataplane) setNetwork(n vip.Network) error {
 		ops = append(ops, vip.SetServer{Network: hdr, Want: s, Have: vip.Server{VIP: s.VIP}})
 	}
 	return d.setServers(ops)
-}
-
-// setTimeout keeps idle TCP connections tracked beyond their first keepalive.
-// The kernel's own default is five days.
-func setTimeout() error {
-	const key = "net.netfilter.nf_conntrack_tcp_timeout_established"
-	v, err := nl.Sysctl(key)
-	if err != nil {
-		return err
-	}
-	if n, err := strconv.Atoi(v); err == nil && n >= minEstablished {
-		return nil
-	}
-	return nl.SetSysctl(key, strconv.Itoa(minEstablished))
 }
 
 func setBase(n vip.Network, f kern.Family, replace bool) error {
@@ -444,18 +427,26 @@ func setBase(n vip.Network, f kern.Family, replace bool) error {
 	})...)
 
 	c = t.BaseChain(in)
-	for i, p := range subnets(n, f) {
-		es := append(kern.Proto(t.Protocols(unix.IPPROTO_UDP, unix.IPPROTO_SCTP)), f.LoadDst(1))
-		for _, g := range n.Gateways {
-			if g.Is4() != f.V6 {
-				es = append(es, &expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: g.AsSlice()})
+	left := says.in
+	for _, p := range subnets(n, f) {
+		for _, r := range refusals(f) {
+			es := []expr.Any{
+				&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
+				&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{r.proto}},
+				f.LoadDst(1),
 			}
+			for _, g := range n.Gateways {
+				if g.Is4() != f.V6 {
+					es = append(es, &expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: g.AsSlice()})
+				}
+			}
+			es = append(es,
+				&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: f.Len, Mask: net.CIDRMask(p.Bits(), int(8*f.Len)), Xor: make([]byte, f.Len)},
+				&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: p.Addr().AsSlice()},
+				&expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: r.code})
+			t.Rule(c, left[0], es...)
+			left = left[1:]
 		}
-		es = append(es,
-			&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: f.Len, Mask: net.CIDRMask(p.Bits(), int(8*f.Len)), Xor: make([]byte, f.Len)},
-			&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: p.Addr().AsSlice()},
-			&expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: portUnreachable(f)})
-		t.Rule(c, says.in[i], es...)
 	}
 
 	c = t.BaseChain(post)
@@ -473,12 +464,21 @@ func setBase(n vip.Network, f kern.Family, replace bool) error {
 	return t.Commit()
 }
 
-// portUnreachable is the ICMP code (RFC 792, RFC 4443).
-func portUnreachable(f kern.Family) uint8 {
+// refusal is how chain input refuses a protocol: with a code of ICMP's
+// "destination unreachable" (RFC 792, RFC 4443).
+type refusal struct {
+	name        string
+	proto, code byte
+}
+
+// refusals of one family. UDP is refused with "port unreachable". SCTP ignores
+// that, but takes "protocol unreachable" for an abort (RFC 9260 section 10);
+// ICMPv6 has no such code, so there the local stack has to answer.
+func refusals(f kern.Family) []refusal {
 	if f.V6 {
-		return 4
+		return []refusal{{"udp", unix.IPPROTO_UDP, 4}}
 	}
-	return 3
+	return []refusal{{"udp", unix.IPPROTO_UDP, 3}, {"sctp", unix.IPPROTO_SCTP, 2}}
 }
 
 // ipsDstNAT is IPS_DST_NAT (linux/netfilter/nf_conntrack_common.h).
@@ -609,12 +609,15 @@ func del(t *kern.Tx, f kern.Family, s *nftables.Set, key []byte) error {
 	return err
 }
 
-// backends adds the rule that spreads connections over bs in turn.
+// backends adds the rule that spreads connections over bs in turn. Every such
+// rule begins to count at slot 0, on every node and after every change, so the
+// slots are shuffled: else the first connections of all nodes, which may be the
+// ones that last, would meet at the lowest address.
 func backends(t *kern.Tx, f kern.Family, c *nftables.Chain, bs []netip.Addr) {
 	addr := f.Type
 	es := make([]nftables.SetElement, len(bs))
-	for i, b := range bs {
-		es[i] = nftables.SetElement{Key: binary.NativeEndian.AppendUint32(nil, uint32(i)), Val: b.AsSlice()}
+	for i, at := range rand.Perm(len(bs)) {
+		es[i] = nftables.SetElement{Key: binary.NativeEndian.AppendUint32(nil, uint32(i)), Val: bs[at].AsSlice()}
 	}
 	// A slot is typed as a mark: four octets in host order, which is what
 	// numgen writes. (The library declares constant sets to nft(8) as being in
@@ -679,7 +682,7 @@ func probe() error {
 	if err := setBase(n, kern.V4, false); err != nil {
 		return fmt.Errorf("kernel lacks nftables NAT (nf_tables, nft_nat, nft_ct and nft_reject modules): %w", err)
 	}
-	if err := setTimeout(); err != nil {
+	if err := kern.SetIdle(); err != nil {
 		return fmt.Errorf("kernel lacks connection tracking sysctls (nf_conntrack module): %w", err)
 	}
 	t := kern.Begin(kern.V4)

@@ -36,6 +36,11 @@ type Harness struct {
 	// Kernel: packets really flow, so that the traffic tests run too.
 	Kernel bool
 	Scale  int // services of the scale test; 0: none
+	// PerService is the backends of each of them; 0: 3.
+	PerService int
+	// Idle reads, from the kernel, for how long an idle TCP connection is known
+	// in a namespace, by name of the setting. May be nil.
+	Idle func(tb testing.TB, ns string) map[string]time.Duration
 	// Native: not emulated, so that limits of time mean something.
 	Native bool
 }
@@ -49,6 +54,10 @@ func Skip(tb testing.TB, format string, args ...any) {
 	}
 	tb.Skipf(format, args...)
 }
+
+// keepalive is when Linux sends the first keepalive of an idle TCP connection
+// by default (tcp_keepalive_time, tcp(7)).
+const keepalive = 7200 * time.Second
 
 // Subnet of the suite's network; its gateway is .1, VIPs are below .100.
 var subnet = netip.MustParsePrefix("10.213.7.0/24")
@@ -337,6 +346,25 @@ func runState(t *testing.T, h Harness) {
 		}
 	})
 
+	if h.Idle != nil {
+		t.Run("idle", func(t *testing.T) {
+			w := newWorld(t, h)
+			w.up()
+			w.service(2, 100)
+			w.converge()
+			idle := h.Idle(t, w.ns())
+			for what, d := range idle {
+				if d <= keepalive {
+					t.Errorf("%s is %v: an idle connection is forgotten before its first keepalive, which comes after %v", what, d, keepalive)
+				}
+			}
+			t.Logf("%v", idle)
+			if len(idle) == 0 {
+				t.Error("no timeout was read")
+			}
+		})
+	}
+
 	if h.Foreign != nil {
 		t.Run("foreign", func(t *testing.T) {
 			w := newWorld(t, h)
@@ -371,7 +399,10 @@ func runScale(t *testing.T, h Harness) {
 	w.service(2)
 	w.converge() // so that the load below is one operation per VIP
 	w.remove(2)
-	const per = 3
+	per := h.PerService
+	if per == 0 {
+		per = 3
+	}
 	at := func(n int) netip.Addr { return netip.AddrFrom4([4]byte{10, 213, byte(n >> 8), byte(n)}) }
 	for i := range h.Scale {
 		name := fmt.Sprintf("svc%d", i)
