@@ -89,6 +89,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
@@ -705,8 +706,12 @@ func setService(h *ipvs.Handle, f kern.Family, w vip.Server) (leave []func() err
 		}
 		leave = append(leave, func() error { return delDest(h, s, d) })
 	}
-	// Those that take connections first.
-	for _, b := range slices.Concat(weighted(w, 1), weighted(w, 0)) {
+	// Those that take connections first, in random order: IPVS begins with the
+	// one that was added last, on every node, so the first connections of all
+	// nodes, which may be the ones that last, would meet at one address.
+	takes := weighted(w, 1)
+	rand.Shuffle(len(takes), func(i, j int) { takes[i], takes[j] = takes[j], takes[i] })
+	for _, b := range slices.Concat(takes, weighted(w, 0)) {
 		d := left[b.Addr]
 		delete(left, b.Addr)
 		nd := ipvsDest(f, b.Addr, b.Weight)

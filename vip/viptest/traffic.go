@@ -459,6 +459,19 @@ func testFair(t *testing.T, l *lab) {
 		call(4, c)
 	}
 	fair("600 calls of 7 replicas", c, 7)
+	// Each balancer begins anywhere, not all with the same replica. That 16
+	// random ones agree has a probability of 3^-15, one in 14 million.
+	first := map[string]int{}
+	for range 16 {
+		l.service(5)
+		l.pass()
+		l.service(5, 101, 102, 103)
+		l.pass()
+		call(5, first)
+	}
+	if len(first) < 2 {
+		t.Errorf("the first connection of 16 balancers went to %v", first)
+	}
 }
 
 func testRefuse(t *testing.T, l *lab) {
