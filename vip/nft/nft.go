@@ -13,7 +13,7 @@
 //	    ct status dnat ip saddr . ip daddr @hairpin snat to 169.254.1.1 }
 //	  chain input       { type filter hook input priority filter;
 //	    meta l4proto udp  ip daddr 10.0.1.0/24 ip daddr != 10.0.1.1 reject with icmp port-unreachable
-//	    meta l4proto sctp ip daddr 10.0.1.0/24 ip daddr != 10.0.1.1 reject with icmp prot-unreachable }
+//	    sctp chunk init   ip daddr 10.0.1.0/24 ip daddr != 10.0.1.1 reject with icmp prot-unreachable }
 //	  chain vip-10.0.1.2 { dnat to numgen inc mod 2 map { 0 : 10.0.1.10, 1 : 10.0.1.11 } comment "…digest…" }
 //	}
 //
@@ -48,7 +48,8 @@
 //
 // Deleting the entry of a TCP connection resets it: its next packet is tracked
 // as new (nf_conntrack_tcp_loose), goes to another backend, and that one
-// answers RST. A UDP flow continues at another backend.
+// answers RST. A UDP flow continues at another backend. SCTP is not tracked from
+// the middle: the next packet reaches the local stack, which aborts.
 //
 // A VIP that gets its first backend has the opposite problem: a UDP client that
 // kept sending to it while it refused would be tracked as untranslated, and be
@@ -60,7 +61,8 @@
 // new SYN replaces the entry of a refused one. SCTP over IPv6 can't be rejected
 // in a way that its clients understand (see refusals): there the local stack
 // aborts the association, and its entry is forgotten after 10 s (nf_conntrack's
-// "closed"), for which one source port that was refused may be refused again.
+// "closed"); a client that uses the same source port again within these may be
+// refused again.
 //
 // # One source port, used both directly and by the VIP
 //
@@ -340,7 +342,7 @@ func commentsOf(n vip.Network, f kern.Family) comments {
 	c := comments{pre: "to VIPs " + kern.Digest(formVersion)}
 	for _, s := range subnets(n, f) {
 		for _, r := range refusals(f) {
-			c.in = append(c.in, r.name+" refused "+kern.Digest(formVersion, s, n.Gateways, r))
+			c.in = append(c.in, r.name+" refused "+kern.Digest(formVersion, s, n.Gateways, r, sctpINIT))
 		}
 	}
 	if a, ok := kern.Hairpin(n, f); ok {
@@ -433,8 +435,13 @@ func setBase(n vip.Network, f kern.Family, replace bool) error {
 			es := []expr.Any{
 				&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
 				&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{r.proto}},
-				f.LoadDst(1),
 			}
+			if r.proto == unix.IPPROTO_SCTP {
+				es = append(es,
+					&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: sctpChunk, Len: 1},
+					&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{sctpINIT}})
+			}
+			es = append(es, f.LoadDst(1))
 			for _, g := range n.Gateways {
 				if g.Is4() != f.V6 {
 					es = append(es, &expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: g.AsSlice()})
@@ -472,14 +479,23 @@ type refusal struct {
 }
 
 // refusals of one family. UDP is refused with "port unreachable". SCTP ignores
-// that, but takes "protocol unreachable" for an abort (RFC 9260 section 10);
-// ICMPv6 has no such code, so there the local stack has to answer.
+// that, but a client that just sent INIT takes "protocol unreachable" for an
+// abort (RFC 9260 section 10); ICMPv6 has no such code. All other SCTP is the
+// local stack's to answer: it aborts an association that it does not know,
+// which is how one ends whose backend was removed.
 func refusals(f kern.Family) []refusal {
 	if f.V6 {
 		return []refusal{{"udp", unix.IPPROTO_UDP, 4}}
 	}
 	return []refusal{{"udp", unix.IPPROTO_UDP, 3}, {"sctp", unix.IPPROTO_SCTP, 2}}
 }
+
+// The first chunk's type follows the common header of SCTP; INIT is always
+// alone in its packet (RFC 9260 sections 3 and 3.2).
+const (
+	sctpChunk = 12
+	sctpINIT  = 1
+)
 
 // ipsDstNAT is IPS_DST_NAT (linux/netfilter/nf_conntrack_common.h).
 const ipsDstNAT = 1 << 5
