@@ -429,13 +429,25 @@ func runScale(t *testing.T, h Harness) {
 	observe := func() { w.settled() }
 	timed("observe and diff (first)", time.Second, observe)
 	timed("observe and diff", time.Second, observe)
-	w.view.Endpoints = slices.Clone(w.view.Endpoints[1:])
+	full := w.view.Endpoints
+	w.view.Endpoints = slices.Clone(full[1:])
 	var ops []reconcile.Op
 	timed("one backend removed (observe, diff, apply)", 2*time.Second, func() { ops = w.pass() })
 	if len(ops) != 1 {
 		t.Errorf("%d operations for one backend", len(ops))
 	}
 	timed("apply of that operation alone", time.Second, func() {
+		if err := w.dp.Apply(t.Context(), ops[0]); err != nil {
+			t.Error(err)
+		}
+	})
+	w.settled()
+	w.view.Endpoints = full
+	ops = w.ops()
+	if len(ops) != 1 {
+		t.Fatalf("%d operations for one backend", len(ops))
+	}
+	timed("one backend added (apply)", time.Second, func() {
 		if err := w.dp.Apply(t.Context(), ops[0]); err != nil {
 			t.Error(err)
 		}
