@@ -66,9 +66,16 @@
 //
 // # One source port, used both directly and by the VIP
 //
-// is no collision here: both are tracked, and the chain in postrouting makes
-// the kernel move the second connection's source port when the server could
-// not tell the two apart.
+// is no collision here: both are tracked, and the kernel moves the source port
+// of the second connection when the server could not tell the two apart. The
+// server sees the client's address either way.
+//
+// # What an update costs
+//
+// With 2,000 services of 10 backends, on 2 processors with 6.18: one backend
+// added 22 to 31 ms, one removed 41 ms with its connections (which takes a walk
+// of the conntrack table), observing all 0.13 s, everything into an empty
+// namespace 4 s.
 package nft
 
 import (
