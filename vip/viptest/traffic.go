@@ -629,7 +629,7 @@ func testAbrupt(t *testing.T, l *lab) {
 			t.Errorf("connection to another VIP of the backend, or to itself: %v", err)
 		}
 	}
-	// The last backends, with the service.
+	// The last backends, with the service: see vip.DelServer.
 	l.remove(2)
 	l.converge()
 	if err := live["1"].echoWithin("gone", 2*time.Second); err == nil {
