@@ -847,11 +847,13 @@ func testPMTU(t *testing.T, l *lab) {
 	c := mustOpen(t, l.client(), 43210, l.at(2))
 	c.SetDeadline(time.Now().Add(3 * soon))
 	var wg sync.WaitGroup
-	const size = 300 << 10
+	// In one write much more than a segment takes: a client slower than its
+	// server would send small writes in packets of their own, which all pass.
+	const size, chunk = 320 << 10, 32 << 10
 	wg.Go(func() {
-		line := strings.Repeat("x", 1023) + "\n"
-		for range size / 1024 {
-			if _, err := c.Write([]byte(line)); err != nil {
+		b := []byte(strings.Repeat("x", chunk))
+		for range size / chunk {
+			if _, err := c.Write(b); err != nil {
 				t.Errorf("write: %v", err)
 				return
 			}
