@@ -415,6 +415,9 @@ func runScale(t *testing.T, h Harness) {
 		}
 	}
 	w.view.Sort()
+	// Limits are there to notice what grows with the square of the services, not
+	// to measure: the machine is shared, and the race detector costs a factor.
+	const slack = 10 * time.Second
 	timed := func(what string, limit time.Duration, fn func()) {
 		t.Helper()
 		start := time.Now()
@@ -425,18 +428,18 @@ func runScale(t *testing.T, h Harness) {
 			t.Errorf("%s took %v, more than %v", what, d, limit)
 		}
 	}
-	timed("load", 30*time.Second, func() { w.pass() })
+	timed("load", time.Minute, func() { w.pass() })
 	observe := func() { w.settled() }
-	timed("observe and diff (first)", time.Second, observe)
-	timed("observe and diff", time.Second, observe)
+	timed("observe and diff (first)", slack, observe)
+	timed("observe and diff", slack, observe)
 	full := w.view.Endpoints
 	w.view.Endpoints = slices.Clone(full[1:])
 	var ops []reconcile.Op
-	timed("one backend removed (observe, diff, apply)", 2*time.Second, func() { ops = w.pass() })
+	timed("one backend removed (observe, diff, apply)", slack, func() { ops = w.pass() })
 	if len(ops) != 1 {
 		t.Errorf("%d operations for one backend", len(ops))
 	}
-	timed("apply of that operation alone", time.Second, func() {
+	timed("apply of that operation alone", slack, func() {
 		if err := w.dp.Apply(t.Context(), ops[0]); err != nil {
 			t.Error(err)
 		}
@@ -447,7 +450,7 @@ func runScale(t *testing.T, h Harness) {
 	if len(ops) != 1 {
 		t.Fatalf("%d operations for one backend", len(ops))
 	}
-	timed("one backend added (apply)", time.Second, func() {
+	timed("one backend added (apply)", slack, func() {
 		if err := w.dp.Apply(t.Context(), ops[0]); err != nil {
 			t.Error(err)
 		}
@@ -456,9 +459,9 @@ func runScale(t *testing.T, h Harness) {
 	// The same into an empty namespace, as at the start of an agent.
 	w.h.RemoveNamespace(t, w.ns())
 	w.h.AddNamespace(t, w.ns())
-	timed("load into an empty namespace", 30*time.Second, func() { w.pass() })
+	timed("load into an empty namespace", time.Minute, func() { w.pass() })
 	w.settled()
 	w.view.Services, w.view.Endpoints = nil, nil
-	timed("remove all, one by one", time.Minute, func() { w.pass() })
+	timed("remove all, one by one", 3*time.Minute, func() { w.pass() })
 	w.settled()
 }
