@@ -81,8 +81,12 @@ func (o SetServer) Removed() []netip.Addr {
 	return out
 }
 
-// DelServer removes a VIP with all that belongs to it, and resets what is
-// connected to it.
+// DelServer removes a VIP with all that belongs to it. What is still connected
+// to it goes nowhere from then on, but is not reset: the address that could say
+// so is gone, and a TCP client takes the "host unreachable" that it gets for
+// passing (RFC 9293 section 3.9.2.2), until its own time runs out. [Diff] asks
+// for it when no task of the service is left; tasks that were stopped, not lost,
+// have ended their connections by then.
 type DelServer struct {
 	Network Network // without Servers
 	Have    Server

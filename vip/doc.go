@@ -35,9 +35,21 @@
 // as another backend remains, and stay where none does: a VIP is never emptied
 // on gossip alone.
 //
+// Which backend gets which connection is round robin, for each VIP by itself,
+// from a random one on.
+//
+// # Time
+//
+// An idle TCP connection through a VIP is known for longer than it takes Linux
+// to send the first keepalive (7200 s by default). A UDP flow is forgotten after
+// minutes of silence (IPVS: 300 s; nftables: conntrack's 120 s, or 30 s when
+// nobody answered), and its next datagram may reach another backend.
+//
 // # A VIP without a backend
 //
 // keeps its address and its name, answers ping, and refuses connections at
-// once, because the address is local and nothing listens. So does a VIP that
-// has only draining backends, while the connections they still hold go on.
+// once, because the address is local and nothing listens: TCP with a reset, UDP
+// with ICMP "port unreachable", SCTP with an abort or "protocol unreachable". So
+// does a VIP that has only draining backends, while the connections they still
+// hold go on.
 package vip

@@ -74,6 +74,19 @@ func Do(name string, fn func() error) error {
 	})
 }
 
+// DoNew runs fn on a thread of its own, never the main thread, in a new network
+// namespace that ends with the call: what fn makes there needs no cleaning up.
+// Its loopback device is down. fn must not start goroutines that are to be in
+// the namespace.
+func DoNew(fn func() error) error {
+	return onThread(func() (bool, error) {
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			return true, fmt.Errorf("make a network namespace: unshare: %w", err)
+		}
+		return false, fn()
+	})
+}
+
 // onThread runs fn on a thread of its own, which is used for other goroutines
 // afterwards only if fn says that it is as it was. It is never the main thread:
 // that one can't die, and its namespace is what /proc/self and /proc/net show.

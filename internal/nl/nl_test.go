@@ -70,6 +70,9 @@ func TestCreateDoRemove(t *testing.T) {
 	if err := Do("shoalnl-absent", func() error { return nil }); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("do in an absent one: %v", err)
 	}
+	if err := DoNew(func() error { return want }); err != want {
+		t.Errorf("error of fn in a new namespace: %v", err)
+	}
 	if err := Do("", func() error { return want }); err != want {
 		t.Errorf("error of fn: %v", err)
 	}
@@ -124,6 +127,18 @@ func TestTheMainThreadStaysWhereItIs(t *testing.T) {
 				if err != nil {
 					t.Error(err)
 				}
+			}
+			err := DoNew(func() error {
+				if unix.Gettid() == unix.Getpid() {
+					return errors.New("on the main thread")
+				}
+				if l, err := os.Readlink(Path("")); err != nil || l == before {
+					return fmt.Errorf("in %s, want a new namespace: %v", l, err)
+				}
+				return nil
+			})
+			if err != nil {
+				t.Error(err)
 			}
 			if err := Remove(name); err != nil {
 				t.Error(err)

@@ -47,6 +47,10 @@
 // there are two, and IPVS rewrites the replies of both. Linux picks source
 // ports per destination, so this happens by chance, ever more often the more
 // connections to the VIP there were in the last two minutes (IPVS's TIME_WAIT).
+// Without what follows, measured with 6.1: the direct connection hangs as soon
+// as the one by the VIP is opened; opened second, it can't be opened at all,
+// also when the first one has ended; and what is asked directly over UDP is
+// answered by the VIP.
 //
 // Connection tracking can't close this: translation back of a reply happens in
 // prerouting, before IPVS looks, so at that point both look alike again, and
@@ -59,8 +63,10 @@
 // bijection and its own inverse: no state, nothing to run out of, and two
 // clients or connections that were distinct stay so. Ports with upper bits 0000
 // or 1111 are left alone, so that no client seems to use port 0 or a privileged
-// one. What remains: a client that itself picks a port below 32768. SCTP is not
-// flipped.
+// one. What remains: a client that itself picks a port below 32768, whose image
+// another connection of its own may have. SCTP is not flipped: Linux gives a
+// port to no two SCTP sockets at a time (sctp_get_port_local), so nothing
+// collides by chance, and rewriting its checksum takes Linux 5.10.
 //
 // # moby/ipvs
 //
@@ -89,11 +95,11 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
 	"os/exec"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -115,11 +121,12 @@ const scheduler = "rr"
 // which is that of the process's first thread.
 const procFile = "/proc/thread-self/net/ip_vs"
 
-// timeouts of idle connections. TCP: above the first keepalive (7200 s,
-// tcp(7)) and its nine repetitions 75 s apart, where IPVS's own default is 900
-// s. The others are IPVS's defaults, written to be independent of it. moby/ipvs
-// takes whole seconds.
-var timeouts = ipvs.Config{TimeoutTCP: 8100 * time.Second, TimeoutTCPFin: 120 * time.Second, TimeoutUDP: 300 * time.Second}
+// timeouts of idle connections. IPVS's own default for TCP is 900 s. The others
+// are IPVS's defaults, written to be independent of it; for UDP see
+// [kern.MinIdle]. SCTP's are built in (900 s established), and enough: its
+// heartbeat comes every 30 s (RFC 9260, section 16). moby/ipvs takes whole
+// seconds.
+var timeouts = ipvs.Config{TimeoutTCP: kern.MinIdle * time.Second, TimeoutTCPFin: 120 * time.Second, TimeoutUDP: 300 * time.Second}
 
 // sysctls of every overlay namespace (kernel: Documentation/networking/ipvs-sysctl.rst).
 var sysctls = []struct{ key, value string }{
@@ -238,6 +245,10 @@ func observe(w vip.Network, h *vip.Network) error {
 		h.Fault = f
 	}
 	if f := kern.ICMPFault(w); f != "" {
+		h.Fault = f
+	}
+	// Connections to a VIP are not tracked, but those beside it are.
+	if f := kern.IdleFault(); f != "" {
 		h.Fault = f
 	}
 	for _, f := range kern.Families(w) {
@@ -584,6 +595,9 @@ func settings() error {
 			return err
 		}
 	}
+	if err := kern.SetIdle(); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
 	h, err := ipvs.New("")
 	if err != nil {
 		return fmt.Errorf("IPVS netlink: %w", err)
@@ -698,8 +712,12 @@ func setService(h *ipvs.Handle, f kern.Family, w vip.Server) (leave []func() err
 		}
 		leave = append(leave, func() error { return delDest(h, s, d) })
 	}
-	// Those that take connections first.
-	for _, b := range slices.Concat(weighted(w, 1), weighted(w, 0)) {
+	// Those that take connections first, in random order: IPVS begins with the
+	// one that was added last, on every node, so the first connections of all
+	// nodes, which may be the ones that last, would meet at one address.
+	takes := weighted(w, 1)
+	rand.Shuffle(len(takes), func(i, j int) { takes[i], takes[j] = takes[j], takes[i] })
+	for _, b := range slices.Concat(takes, weighted(w, 0)) {
 		d := left[b.Addr]
 		delete(left, b.Addr)
 		nd := ipvsDest(f, b.Addr, b.Weight)
@@ -785,45 +803,54 @@ func del(t *kern.Tx, f kern.Family, set string, key []byte) error {
 
 // Probe tells whether this kernel can carry the data path, by building one VIP
 // in a namespace of its own that ends with the call. It loads the modules where
-// it can. The error names what is missing.
-func Probe() error {
-	done := make(chan error, 1)
-	go func() {
-		// Not unlocked: the thread, and with it the namespace, ends with the
-		// goroutine.
-		runtime.LockOSThread()
-		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			done <- fmt.Errorf("a network namespace can't be made: %w", err)
-			return
-		}
-		done <- probe()
-	}()
-	return <-done
-}
+// it can. The error is one line: what is missing, and what to do about it.
+func Probe() error { return nl.DoNew(probe) }
 
 func probe() error {
 	// moby/ipvs looks the module up once per process: not before it is there.
 	if _, err := os.Stat(procFile); err != nil {
 		out, merr := exec.Command("modprobe", "-a", "ip_vs", "ip_vs_rr").CombinedOutput()
 		if _, err := os.Stat(procFile); err != nil {
-			why := "Protocol not available"
-			if merr != nil {
-				why += ": modprobe: " + strings.TrimSpace(string(out)+" "+merr.Error())
-			}
-			return fmt.Errorf("kernel has no IPVS (ip_vs module): %s", why)
+			return noIPVS(string(out), merr)
 		}
 	}
 	n := vip.Network{Name: "probe", Subnets: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/24")}}
 	a := netip.MustParseAddr("10.0.0.2")
 	if err := setBase(n, kern.V4, false); err != nil {
-		return fmt.Errorf("kernel lacks nftables (nf_tables module): %w", err)
+		return fmt.Errorf("no nftables in this kernel, which the IPVS data path needs too: modprobe nf_tables: %w", err)
 	}
 	if err := settings(); err != nil {
-		return fmt.Errorf("kernel's IPVS lacks a setting: %w", err)
+		return fmt.Errorf("this kernel's IPVS lacks a setting, and is too old or is built without it; the nft data path works without: %w", err)
 	}
 	s := vip.Server{VIP: a, Mark: markOf(n, a), Backends: []vip.Backend{{Addr: netip.MustParseAddr("10.0.0.3"), Weight: 1}}}
 	if err := setServers([]vip.SetServer{{Network: n, Want: s, Have: vip.Server{VIP: a}}}); err != nil {
-		return fmt.Errorf("kernel's IPVS can't make a service with round robin (ip_vs_rr module): %w", err)
+		return fmt.Errorf("this kernel's IPVS can't make a service with round robin: modprobe ip_vs_rr: %w", err)
 	}
 	return nil
+}
+
+// noIPVS is the error for a kernel whose IPVS is still missing after modprobe
+// said out and ended with err. The output of modprobe is several lines, one per
+// module and cause; what of it tells causes apart is kept.
+func noIPVS(out string, err error) error {
+	const (
+		load = "modprobe ip_vs ip_vs_rr"
+		nft  = "the nft data path works without"
+	)
+	switch {
+	case errors.Is(err, exec.ErrNotFound):
+		return fmt.Errorf("no IPVS in this kernel, and no modprobe here to load it with: %s; to use IPVS: %s on the host", nft, load)
+	case strings.Contains(out, "not found"):
+		return fmt.Errorf("no IPVS in this kernel (ip_vs module not found): %s; to use IPVS: install the kernel's modules, and %s", nft, load)
+	case strings.Contains(out, "not permitted"):
+		return fmt.Errorf("no IPVS in this kernel (not permitted to load module ip_vs): %s; to use IPVS: %s on the host", nft, load)
+	}
+	why := strings.Join(strings.Fields(out), " ")
+	if why == "" && err != nil {
+		why = err.Error()
+	}
+	if why == "" {
+		why = "modprobe ip_vs succeeds, but " + procFile + " stays away"
+	}
+	return fmt.Errorf("no IPVS in this kernel (%s): %s; to use IPVS: %s", why, nft, load)
 }

@@ -1,19 +1,36 @@
 package ipvs
 
 import (
+	"errors"
 	"fmt"
+	"os"
+	"os/exec"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/moby/ipvs"
+
+	"github.com/shoalnet/shoal/internal/nl"
 	"github.com/shoalnet/shoal/vip"
 	"github.com/shoalnet/shoal/vip/viptest"
 )
 
-func TestConformance(t *testing.T) {
+// needIPVS skips the test outside of the VM (vm/run), whose kernel is known to
+// have IPVS: there, its absence is a failure.
+func needIPVS(t *testing.T) {
+	t.Helper()
+	if os.Getenv("SHOAL_TEST_VM") != "1" {
+		t.Skip("runs in the VM (needs IPVS)")
+	}
 	viptest.NeedRoot(t)
 	if err := Probe(); err != nil {
-		viptest.Skip(t, "missing: %v", err)
+		t.Fatalf("SHOAL_TEST_VM=1 and %v", err)
 	}
+}
+
+func TestConformance(t *testing.T) {
+	needIPVS(t)
 	nft := func(cmd func(s vip.Server) string) func(testing.TB, string, vip.Server) {
 		return func(tb testing.TB, ns string, s vip.Server) { viptest.In(tb, ns, "nft "+cmd(s)) }
 	}
@@ -32,6 +49,21 @@ func TestConformance(t *testing.T) {
 		Kernel:          true,
 		Native:          viptest.Native(),
 		Scale:           scale,
+		PerService:      10,
+		Idle: func(tb testing.TB, ns string) map[string]time.Duration {
+			out := viptest.ConntrackIdle(tb, ns)
+			h, err := ipvs.New(nl.Path(ns))
+			if err != nil {
+				tb.Fatal(err)
+			}
+			defer h.Close()
+			c, err := h.GetConfig()
+			if err != nil {
+				tb.Fatal(err)
+			}
+			out["IPVS's TCP timeout"] = c.TimeoutTCP
+			return out
+		},
 		Foreign: func(tb testing.TB, ns string) func(testing.TB) {
 			check := viptest.Foreign(tb, ns)
 			viptest.In(tb, ns, "ipvsadm -A -f 7 -s wrr")
@@ -75,6 +107,9 @@ func TestConformance(t *testing.T) {
 			{Name: "backend added", Do: adm(func(s vip.Server) string { return fmt.Sprintf("-a -f %d -r 10.213.7.199:0 -m -w 1", s.Mark) })},
 			{Name: "backend of another method", Do: adm(func(s vip.Server) string { return fmt.Sprintf("-a -f %d -r 10.213.7.199:0 -g -w 1", s.Mark) })},
 			{Name: "timeouts", Do: adm(func(s vip.Server) string { return "--set 900 60 60" })},
+			{Name: "conntrack timeout", Do: func(tb testing.TB, ns string, s vip.Server) {
+				viptest.In(tb, ns, "sysctl -q -w net.netfilter.nf_conntrack_tcp_timeout_established=7200")
+			}},
 			{Name: "sysctl", Do: func(tb testing.TB, ns string, s vip.Server) {
 				viptest.In(tb, ns, "sysctl -q -w net.ipv4.vs.expire_nodest_conn=0")
 			}},
@@ -86,8 +121,37 @@ func TestProbe(t *testing.T) {
 	viptest.NeedRoot(t)
 	if err := Probe(); err != nil {
 		t.Logf("not here: %v", err)
-		if !strings.Contains(err.Error(), "kernel") {
-			t.Errorf("the reason does not name what is missing: %v", err)
+		oneLine(t, err)
+	}
+}
+
+// oneLine demands that an error says what is missing and what to do, in a line.
+func oneLine(t *testing.T, err error) {
+	t.Helper()
+	s := err.Error()
+	if strings.Contains(s, "\n") || !strings.HasPrefix(s, "no IPVS in this kernel") || !strings.Contains(s, "to use IPVS: ") || !strings.Contains(s, "modprobe ip_vs") {
+		t.Errorf("the error is not one line of what is missing and what to do: %q", s)
+	}
+}
+
+func TestNoIPVS(t *testing.T) {
+	fails := errors.New("exit status 1")
+	for _, x := range []struct {
+		out, want string
+		err       error
+	}{
+		{"modprobe: WARNING: Module ip_vs not found in directory /lib/modules/6.18\nmodprobe: WARNING: Module ip_vs_rr not found in directory /lib/modules/6.18\n",
+			"(ip_vs module not found)", fails},
+		{"modprobe: ERROR: could not insert 'ip_vs': Operation not permitted\n", "not permitted", fails},
+		{"", "no modprobe here", fmt.Errorf("exec: %w", exec.ErrNotFound)},
+		{"modprobe: ERROR: could not insert\n 'ip_vs': Key was rejected by service\n", "Key was rejected by service", fails},
+		{"", "exit status 1", fails},
+		{"", "/net/ip_vs", nil},
+	} {
+		err := noIPVS(x.out, x.err)
+		oneLine(t, err)
+		if !strings.Contains(err.Error(), x.want) {
+			t.Errorf("modprobe said %q, %v: %q does not contain %q", x.out, x.err, err, x.want)
 		}
 	}
 }

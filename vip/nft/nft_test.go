@@ -17,13 +17,19 @@ func TestConformance(t *testing.T) {
 		return func(tb testing.TB, ns string, s vip.Server) { viptest.In(tb, ns, "nft "+cmd(s)) }
 	}
 	v := func(s vip.Server) string { return s.VIP.String() }
+	scale := 2000
+	if !viptest.Native() {
+		scale = 100
+	}
 	viptest.Run(t, viptest.Harness{
 		New:             func(testing.TB) vip.Dataplane { return New(Config{}) },
 		AddNamespace:    viptest.AddNamespace,
 		RemoveNamespace: viptest.RemoveNamespace,
 		Kernel:          true,
 		Native:          viptest.Native(),
-		Scale:           2000,
+		Scale:           scale,
+		PerService:      10,
+		Idle:            viptest.ConntrackIdle,
 		Foreign:         viptest.Foreign,
 		Breakages: []viptest.Breakage{
 			{Name: "address", Do: func(tb testing.TB, ns string, s vip.Server) {
@@ -47,6 +53,9 @@ func TestConformance(t *testing.T) {
 			{Name: "rule added", Do: nft(func(s vip.Server) string { return "insert rule ip shoal-vip " + chainOf(s.VIP) + " accept" })},
 			{Name: "element elsewhere", Do: func(tb testing.TB, ns string, s vip.Server) {
 				viptest.In(tb, ns, "nft delete element ip shoal-vip vips { "+v(s)+" } ; add element ip shoal-vip vips { "+v(s)+" : accept }")
+			}},
+			{Name: "idle timeout", Do: func(tb testing.TB, ns string, s vip.Server) {
+				viptest.In(tb, ns, "sysctl -q -w net.netfilter.nf_conntrack_tcp_timeout_established=7200")
 			}},
 			{Name: "prerouting emptied", Do: nft(func(s vip.Server) string { return "flush chain ip shoal-vip prerouting" })},
 			{Name: "postrouting deleted", Do: nft(func(s vip.Server) string {

@@ -3,8 +3,10 @@ package viptest
 import (
 	"os"
 	"os/exec"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/shoalnet/shoal/internal/nl"
 )
@@ -89,4 +91,24 @@ func Foreign(tb testing.TB, ns string) (check func(tb testing.TB)) {
 			tb.Errorf("a stranger's objects were\n%s\nand are\n%s", before, after)
 		}
 	}
+}
+
+// ConntrackIdle reads for how long a namespace tracks an idle TCP connection.
+func ConntrackIdle(tb testing.TB, ns string) map[string]time.Duration {
+	tb.Helper()
+	out := map[string]time.Duration{}
+	err := nl.Do(ns, func() error {
+		const key = "net.netfilter.nf_conntrack_tcp_timeout_established"
+		v, err := nl.Sysctl(key)
+		if err != nil {
+			return err
+		}
+		n, err := strconv.Atoi(v)
+		out[key] = time.Duration(n) * time.Second
+		return err
+	})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return out
 }

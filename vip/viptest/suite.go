@@ -36,6 +36,11 @@ type Harness struct {
 	// Kernel: packets really flow, so that the traffic tests run too.
 	Kernel bool
 	Scale  int // services of the scale test; 0: none
+	// PerService is the backends of each of them; 0: 3.
+	PerService int
+	// Idle reads, from the kernel, for how long an idle TCP connection is known
+	// in a namespace, by name of the setting. May be nil.
+	Idle func(tb testing.TB, ns string) map[string]time.Duration
 	// Native: not emulated, so that limits of time mean something.
 	Native bool
 }
@@ -49,6 +54,10 @@ func Skip(tb testing.TB, format string, args ...any) {
 	}
 	tb.Skipf(format, args...)
 }
+
+// keepalive is when Linux sends the first keepalive of an idle TCP connection
+// by default (tcp_keepalive_time, tcp(7)).
+const keepalive = 7200 * time.Second
 
 // Subnet of the suite's network; its gateway is .1, VIPs are below .100.
 var subnet = netip.MustParsePrefix("10.213.7.0/24")
@@ -337,6 +346,25 @@ func runState(t *testing.T, h Harness) {
 		}
 	})
 
+	if h.Idle != nil {
+		t.Run("idle", func(t *testing.T) {
+			w := newWorld(t, h)
+			w.up()
+			w.service(2, 100)
+			w.converge()
+			idle := h.Idle(t, w.ns())
+			for what, d := range idle {
+				if d <= keepalive {
+					t.Errorf("%s is %v: an idle connection is forgotten before its first keepalive, which comes after %v", what, d, keepalive)
+				}
+			}
+			t.Logf("%v", idle)
+			if len(idle) == 0 {
+				t.Error("no timeout was read")
+			}
+		})
+	}
+
 	if h.Foreign != nil {
 		t.Run("foreign", func(t *testing.T) {
 			w := newWorld(t, h)
@@ -371,7 +399,10 @@ func runScale(t *testing.T, h Harness) {
 	w.service(2)
 	w.converge() // so that the load below is one operation per VIP
 	w.remove(2)
-	const per = 3
+	per := h.PerService
+	if per == 0 {
+		per = 3
+	}
 	at := func(n int) netip.Addr { return netip.AddrFrom4([4]byte{10, 213, byte(n >> 8), byte(n)}) }
 	for i := range h.Scale {
 		name := fmt.Sprintf("svc%d", i)
@@ -384,6 +415,9 @@ func runScale(t *testing.T, h Harness) {
 		}
 	}
 	w.view.Sort()
+	// Limits are there to notice what grows with the square of the services, not
+	// to measure: the machine is shared, and the race detector costs a factor.
+	const slack = 10 * time.Second
 	timed := func(what string, limit time.Duration, fn func()) {
 		t.Helper()
 		start := time.Now()
@@ -394,17 +428,29 @@ func runScale(t *testing.T, h Harness) {
 			t.Errorf("%s took %v, more than %v", what, d, limit)
 		}
 	}
-	timed("load", 30*time.Second, func() { w.pass() })
+	timed("load", time.Minute, func() { w.pass() })
 	observe := func() { w.settled() }
-	timed("observe and diff (first)", time.Second, observe)
-	timed("observe and diff", time.Second, observe)
-	w.view.Endpoints = slices.Clone(w.view.Endpoints[1:])
+	timed("observe and diff (first)", slack, observe)
+	timed("observe and diff", slack, observe)
+	full := w.view.Endpoints
+	w.view.Endpoints = slices.Clone(full[1:])
 	var ops []reconcile.Op
-	timed("one backend removed (observe, diff, apply)", 2*time.Second, func() { ops = w.pass() })
+	timed("one backend removed (observe, diff, apply)", slack, func() { ops = w.pass() })
 	if len(ops) != 1 {
 		t.Errorf("%d operations for one backend", len(ops))
 	}
-	timed("apply of that operation alone", time.Second, func() {
+	timed("apply of that operation alone", slack, func() {
+		if err := w.dp.Apply(t.Context(), ops[0]); err != nil {
+			t.Error(err)
+		}
+	})
+	w.settled()
+	w.view.Endpoints = full
+	ops = w.ops()
+	if len(ops) != 1 {
+		t.Fatalf("%d operations for one backend", len(ops))
+	}
+	timed("one backend added (apply)", slack, func() {
 		if err := w.dp.Apply(t.Context(), ops[0]); err != nil {
 			t.Error(err)
 		}
@@ -413,9 +459,9 @@ func runScale(t *testing.T, h Harness) {
 	// The same into an empty namespace, as at the start of an agent.
 	w.h.RemoveNamespace(t, w.ns())
 	w.h.AddNamespace(t, w.ns())
-	timed("load into an empty namespace", 30*time.Second, func() { w.pass() })
+	timed("load into an empty namespace", time.Minute, func() { w.pass() })
 	w.settled()
 	w.view.Services, w.view.Endpoints = nil, nil
-	timed("remove all, one by one", time.Minute, func() { w.pass() })
+	timed("remove all, one by one", 3*time.Minute, func() { w.pass() })
 	w.settled()
 }

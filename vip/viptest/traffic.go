@@ -113,6 +113,30 @@ func serve(t *testing.T, ns, id string) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	serveStream(t, ln, id)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		b := make([]byte, 2048)
+		for {
+			n, from, err := pc.ReadFrom(b)
+			if err != nil {
+				if errors.Is(err, net.ErrClosed) {
+					return
+				}
+				continue // an ICMP error of an earlier answer
+			}
+			pc.WriteTo(fmt.Appendf(nil, "%s %s %s", id, host(from), b[:n]), from)
+		}
+	})
+	t.Cleanup(func() {
+		pc.Close()
+		wg.Wait()
+	})
+}
+
+// serveStream answers each connection with a line "ID client", and then with
+// everything it receives, until the test ends.
+func serveStream(t *testing.T, ln net.Listener, id string) {
 	var wg sync.WaitGroup
 	var mu sync.Mutex
 	open := map[net.Conn]bool{}
@@ -140,22 +164,8 @@ func serve(t *testing.T, ns, id string) {
 			mu.Unlock()
 		}
 	})
-	wg.Go(func() {
-		b := make([]byte, 2048)
-		for {
-			n, from, err := pc.ReadFrom(b)
-			if err != nil {
-				if errors.Is(err, net.ErrClosed) {
-					return
-				}
-				continue // an ICMP error of an earlier answer
-			}
-			pc.WriteTo(fmt.Appendf(nil, "%s %s %s", id, host(from), b[:n]), from)
-		}
-	})
 	t.Cleanup(func() {
 		ln.Close()
-		pc.Close()
 		mu.Lock()
 		closed = true
 		for c := range open {
@@ -173,6 +183,9 @@ func host(a net.Addr) string {
 
 // dial connects from a namespace; from is the source port, 0 for any.
 func dial(ns, network string, from int, to netip.Addr, port int) (net.Conn, error) {
+	if network == "sctp" {
+		return dialSCTP(ns, from, to, port)
+	}
 	d := net.Dialer{Timeout: soon, Control: func(_, _ string, c syscall.RawConn) error {
 		return c.Control(func(fd uintptr) { unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1) })
 	}}
@@ -189,7 +202,7 @@ func dial(ns, network string, from int, to netip.Addr, port int) (net.Conn, erro
 	return c, err
 }
 
-// tcp is an open connection.
+// tcp is an open connection, of TCP or of SCTP.
 type tcp struct {
 	net.Conn
 	r      *bufio.Reader
@@ -197,8 +210,10 @@ type tcp struct {
 	client string // as the server sees it
 }
 
-func open(ns string, from int, to netip.Addr) (*tcp, error) {
-	c, err := dial(ns, "tcp", from, to, port)
+func open(ns string, from int, to netip.Addr) (*tcp, error) { return openWith(ns, "tcp", from, to) }
+
+func openWith(ns, network string, from int, to netip.Addr) (*tcp, error) {
+	c, err := dial(ns, network, from, to, port)
 	if err != nil {
 		return nil, err
 	}
@@ -303,6 +318,7 @@ func runTraffic(t *testing.T, h Harness) {
 		v6   bool // also over IPv6
 	}{
 		{"balance", 4, testBalance, true},
+		{"fair", 8, testFair, false},
 		{"refuse", 2, testRefuse, true},
 		{"drain", 4, testDrain, false},
 		{"abrupt", 4, testAbrupt, true},
@@ -310,10 +326,10 @@ func runTraffic(t *testing.T, h Harness) {
 		{"flips", 4, testFlips, false},
 		{"one_source_port", 2, testOnePort, true},
 		{"path_mtu", 2, testPMTU, true},
-		{"sctp", 3, testSCTP, false},
+		{"sctp", 4, testSCTP, true},
 	} {
 		t.Run(x.name, func(t *testing.T) { x.fn(t, newLab(t, h, x.n, false)) })
-		if x.v6 && (x.name == "balance" || !testing.Short()) {
+		if x.v6 && (x.name == "balance" || x.name == "sctp" || !testing.Short()) {
 			t.Run(x.name+"_ipv6", func(t *testing.T) { x.fn(t, newLab(t, h, x.n, true)) })
 		}
 	}
@@ -400,6 +416,61 @@ func testBalance(t *testing.T, l *lab) {
 	l.settled()
 	if err := live.echo("still here"); err != nil {
 		t.Error(err)
+	}
+}
+
+// testFair: a client that calls services in strict turn gets all replicas of
+// each. With one counter for all services it would reach half of them.
+func testFair(t *testing.T, l *lab) {
+	l.service(2, 101, 102, 103)
+	l.service(3, 104, 105, 106)
+	l.service(4, 101, 102, 103, 104, 105, 106, 107)
+	l.converge()
+	// fair demands that the busiest of n replicas has at most 1.3 times what
+	// the idlest has.
+	fair := func(what string, count map[string]int, n int) {
+		t.Helper()
+		least, most := 1<<30, 0
+		for _, c := range count {
+			least, most = min(least, c), max(most, c)
+		}
+		if len(count) != n || 10*most > 13*least {
+			t.Errorf("%s: %v: want %d replicas with a ratio of at most 1.3", what, count, n)
+		}
+		t.Logf("%s: least %d, most %d", what, least, most)
+	}
+	call := func(v int, count map[string]int) {
+		t.Helper()
+		id, _, err := who(l.client(), l.at(v))
+		if err != nil {
+			t.Fatal(err)
+		}
+		count[id]++
+	}
+	a, b := map[string]int{}, map[string]int{}
+	for range 300 {
+		call(2, a)
+		call(3, b)
+	}
+	fair("300 calls of A, by turns with B", a, 3)
+	fair("300 calls of B, by turns with A", b, 3)
+	c := map[string]int{}
+	for range 600 {
+		call(4, c)
+	}
+	fair("600 calls of 7 replicas", c, 7)
+	// Each balancer begins anywhere, not all with the same replica. That 16
+	// random ones agree has a probability of 3^-15, one in 14 million.
+	first := map[string]int{}
+	for range 16 {
+		l.service(5)
+		l.pass()
+		l.service(5, 101, 102, 103)
+		l.pass()
+		call(5, first)
+	}
+	if len(first) < 2 {
+		t.Errorf("the first connection of 16 balancers went to %v", first)
 	}
 }
 
@@ -558,7 +629,7 @@ func testAbrupt(t *testing.T, l *lab) {
 			t.Errorf("connection to another VIP of the backend, or to itself: %v", err)
 		}
 	}
-	// The last backends, with the service.
+	// The last backends, with the service: see vip.DelServer.
 	l.remove(2)
 	l.converge()
 	if err := live["1"].echoWithin("gone", 2*time.Second); err == nil {
@@ -600,13 +671,35 @@ func testUDP(t *testing.T, l *lab) {
 	l.converge()
 	cancel()
 	wg.Wait()
-	eventually(t, "udp after its backend went", func() error {
-		got, _, data, err := ask(u, "moved", time.Second)
-		if err == nil && (got == id || data != "moved") {
-			return fmt.Errorf("still at %s (%s)", got, data)
+	// The very next datagram goes to a live backend. The answers to the noise
+	// come first; nothing is sent twice.
+	u.SetDeadline(time.Now().Add(soon))
+	if _, err := u.Write([]byte("moved")); err != nil {
+		t.Fatal(err)
+	}
+	for b := make([]byte, 2048); ; {
+		n, err := u.Read(b)
+		if err != nil {
+			t.Fatalf("udp after its backend went: %v", err)
 		}
-		return err
-	})
+		if got, data, _ := strings.Cut(string(b[:n]), " "); strings.HasSuffix(data, " moved") {
+			if got == id {
+				t.Errorf("still at %s", got)
+			}
+			break
+		}
+	}
+	// And refused when there is none left, and served again.
+	l.service(2)
+	l.converge()
+	start := time.Now()
+	_, _, _, err = ask(u, "hello", soon)
+	refused(t, "udp after the last backend went", start, err, l.h)
+	l.service(2, 101)
+	l.converge()
+	if got, _, _, err := ask(u, "hello", soon); err != nil || got != "1" {
+		t.Errorf("udp after a backend came back: server %q, error %v", got, err)
+	}
 }
 
 func testFlips(t *testing.T, l *lab) {
@@ -680,6 +773,35 @@ func testOnePort(t *testing.T, l *lab) {
 			t.Errorf("connection to %s: %v", order[0], err)
 		}
 	}
+	// Many at once, of all upper bits that ephemeral ports have.
+	each := 100
+	if !l.h.Native {
+		each = 20
+	}
+	var slowest time.Duration
+	failed := 0
+	for i := range each {
+		p := 32800 + i*(60999-32800)/each
+		a, err := open(l.client(), p, backend)
+		if err != nil {
+			t.Fatalf("port %d to %s: %v", p, backend, err)
+		}
+		start := time.Now()
+		b, err := open(l.client(), p, vip)
+		slowest = max(slowest, time.Since(start))
+		if err == nil {
+			err = errors.Join(b.echo("second"), a.echo("first"))
+			b.Conn.(*net.TCPConn).SetLinger(0)
+			b.Close()
+		}
+		if err != nil {
+			failed++
+			t.Errorf("port %d to %s while it is used to %s: %v", p, vip, backend, err)
+		}
+		a.Conn.(*net.TCPConn).SetLinger(0)
+		a.Close()
+	}
+	t.Logf("%d ports used both directly and by the VIP at once: %d failed, slowest second connection %v", each, failed, slowest)
 	// One after the other: the first one's end must not be in the second's way.
 	p := 45000
 	for i, to := range []netip.Addr{vip, backend, vip, backend} {
@@ -725,11 +847,13 @@ func testPMTU(t *testing.T, l *lab) {
 	c := mustOpen(t, l.client(), 43210, l.at(2))
 	c.SetDeadline(time.Now().Add(3 * soon))
 	var wg sync.WaitGroup
-	const size = 300 << 10
+	// In one write much more than a segment takes: a client slower than its
+	// server would send small writes in packets of their own, which all pass.
+	const size, chunk = 320 << 10, 32 << 10
 	wg.Go(func() {
-		line := strings.Repeat("x", 1023) + "\n"
-		for range size / 1024 {
-			if _, err := c.Write([]byte(line)); err != nil {
+		b := []byte(strings.Repeat("x", chunk))
+		for range size / chunk {
+			if _, err := c.Write(b); err != nil {
 				t.Errorf("write: %v", err)
 				return
 			}
@@ -748,68 +872,182 @@ func testPMTU(t *testing.T, l *lab) {
 	}
 }
 
-// testSCTP: one association through the VIP to each backend.
+func sockaddr(a netip.Addr, port int) (af int, sa unix.Sockaddr) {
+	if a.Is4() {
+		return unix.AF_INET, &unix.SockaddrInet4{Port: port, Addr: a.As4()}
+	}
+	return unix.AF_INET6, &unix.SockaddrInet6{Port: port, Addr: a.As16()}
+}
+
+// sctpSocket makes an SCTP socket in ns, bound to one address, so that it does
+// not offer its peer others (SCTP is multi-homed, RFC 9260 section 5.1.2).
+func sctpSocket(ns string, a netip.Addr, port int) (fd int, err error) {
+	af, sa := sockaddr(a, port)
+	err = nl.Do(ns, func() (err error) {
+		fd, err = unix.Socket(af, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, unix.IPPROTO_SCTP)
+		return err
+	})
+	if err != nil {
+		return -1, fmt.Errorf("sctp socket: %w", err)
+	}
+	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
+	if err := unix.Bind(fd, sa); err != nil {
+		unix.Close(fd)
+		return -1, fmt.Errorf("sctp bind to %s port %d: %w", a, port, err)
+	}
+	return fd, nil
+}
+
+// dialSCTP is dial for SCTP, which net does not know. It takes a socket that is
+// made elsewhere for TCP, which does for reading, writing and closing.
+func dialSCTP(ns string, from int, to netip.Addr, port int) (net.Conn, error) {
+	local, err := addrOf(ns, to.Is4())
+	if err != nil {
+		return nil, err
+	}
+	fd, err := sctpSocket(ns, local, from)
+	if err != nil {
+		return nil, err
+	}
+	f := os.NewFile(uintptr(fd), "sctp")
+	defer f.Close()
+	tv := unix.NsecToTimeval(soon.Nanoseconds())
+	unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &tv) // of connect, too
+	_, sa := sockaddr(to, port)
+	if err := unix.Connect(fd, sa); err != nil {
+		return nil, fmt.Errorf("sctp connect to %s: %w", to, err)
+	}
+	return net.FileConn(f)
+}
+
+// addrOf is the address of eth0 in an endpoint's namespace.
+func addrOf(ns string, is4 bool) (netip.Addr, error) {
+	var out netip.Addr
+	err := nl.Do(ns, func() error {
+		dev, err := net.InterfaceByName("eth0")
+		if err != nil {
+			return err
+		}
+		as, err := dev.Addrs()
+		for _, a := range as {
+			if p, err := netip.ParsePrefix(a.String()); err == nil && p.Addr().Is4() == is4 && !p.Addr().IsLinkLocalUnicast() {
+				out = p.Addr()
+			}
+		}
+		return err
+	})
+	if err == nil && !out.IsValid() {
+		err = fmt.Errorf("namespace %s has no address", ns)
+	}
+	return out, err
+}
+
+func serveSCTP(t *testing.T, ns string, a netip.Addr, id string) {
+	t.Helper()
+	fd, err := sctpSocket(ns, a, port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := os.NewFile(uintptr(fd), "sctp")
+	defer f.Close()
+	if err := unix.Listen(fd, 32); err != nil {
+		t.Fatal(err)
+	}
+	ln, err := net.FileListener(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	serveStream(t, ln, id)
+}
+
+// testSCTP: what TCP and UDP are tested for, with associations of SCTP.
 func testSCTP(t *testing.T, l *lab) {
 	exec.Command("modprobe", "sctp").Run()
 	if fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, unix.IPPROTO_SCTP); err != nil {
-		t.Skipf("missing: SCTP in this kernel (sctp module): %v", err)
+		if os.Getenv("SHOAL_TEST_VM") == "1" {
+			t.Fatalf("SHOAL_TEST_VM=1 and there is no SCTP: %v", err)
+		}
+		t.Skipf("runs in the VM (needs SCTP): %v", err)
 	} else {
 		unix.Close(fd)
 	}
-	l.service(2, 101, 102)
-	l.converge()
-	sock := func(ns string) int {
-		var fd int
-		err := nl.Do(ns, func() (err error) {
-			fd, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, unix.IPPROTO_SCTP)
-			return err
-		})
+	for i := 1; i <= 3; i++ {
+		serveSCTP(t, l.ns[i], l.at(100+i), strconv.Itoa(i))
+	}
+	dials := func(ns string, v int) (*tcp, error) { return openWith(ns, "sctp", 0, l.at(v)) }
+	must := func(ns string, v int) *tcp {
+		t.Helper()
+		c, err := dials(ns, v)
 		if err != nil {
-			t.Fatal(err)
+			t.Fatalf("sctp to %s: %v", l.at(v), err)
 		}
-		tv := unix.NsecToTimeval(soon.Nanoseconds())
-		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv)
-		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &tv)
-		return fd
+		t.Cleanup(func() { c.Close() })
+		return c
 	}
-	var wg sync.WaitGroup
-	for i := 1; i <= 2; i++ {
-		fd := sock(l.ns[i])
-		if err := errors.Join(unix.Bind(fd, &unix.SockaddrInet4{Port: port}), unix.Listen(fd, 8)); err != nil {
-			t.Fatal(err)
-		}
-		wg.Go(func() {
-			defer unix.Close(fd)
-			for range 2 {
-				c, from, err := unix.Accept(fd)
-				if err != nil {
-					return
-				}
-				a := netip.AddrFrom4(from.(*unix.SockaddrInet4).Addr)
-				unix.Write(c, fmt.Appendf(nil, "%d %s", i, a))
-				unix.Close(c)
-			}
-		})
-	}
-	count := map[string]int{}
-	for range 4 {
-		fd := sock(l.client())
-		err := unix.Connect(fd, &unix.SockaddrInet4{Port: port, Addr: addr(2).As4()})
-		b := make([]byte, 100)
-		n := 0
+	refuses := func(what string, v int) {
+		t.Helper()
+		start := time.Now()
+		c, err := dials(l.client(), v)
 		if err == nil {
-			n, err = unix.Read(fd, b)
+			c.Close()
 		}
-		unix.Close(fd)
-		if err != nil {
-			t.Errorf("sctp to the VIP: %v", err)
-			break
+		refused(t, "sctp to "+what, start, err, l.h)
+	}
+	l.service(2, 101, 102, 103)
+	l.service(3)
+	l.service(4, -103)
+	l.converge()
+	refuses("a VIP without a backend", 3)
+	refuses("a VIP whose backends drain", 4)
+
+	me := l.at(104).String()
+	live, count := map[string]*tcp{}, map[string]int{}
+	for range 6 {
+		c := must(l.client(), 2)
+		live[c.id] = c
+		if c.client != me {
+			t.Errorf("server %s sees client %s, want %s", c.id, c.client, me)
 		}
-		count[string(b[:n])]++
+		count[c.id]++
 	}
-	wg.Wait()
-	me := addr(103).String()
-	if count["1 "+me] != 2 || count["2 "+me] != 2 {
-		t.Errorf("4 SCTP associations: %v, want 2 with each server, from %s", count, me)
+	if count["1"] != 2 || count["2"] != 2 || count["3"] != 2 {
+		t.Fatalf("6 SCTP associations went to %v, want 2 each", count)
 	}
+	// Hairpin.
+	seen := map[string]bool{}
+	for range 3 {
+		c := must(l.ns[1], 2)
+		if want := map[bool]string{true: l.hairpin(), false: l.at(101).String()}[c.id == "1"]; c.client != want {
+			t.Errorf("server %s sees client %s, want %s", c.id, c.client, want)
+		}
+		seen[c.id] = true
+	}
+	if len(seen) != 3 {
+		t.Errorf("3 associations of a backend went to %v", seen)
+	}
+	check := func(ids ...string) {
+		t.Helper()
+		for _, id := range ids {
+			if err := live[id].echo("hello"); err != nil {
+				t.Errorf("association with %s: %v", id, err)
+			}
+		}
+	}
+	l.service(2, -101, 102, 103)
+	l.converge()
+	check("1", "2", "3")
+	for range 4 {
+		if c := must(l.client(), 2); c.id == "1" {
+			t.Error("a new association reached a draining backend")
+		}
+	}
+	l.service(2, 102, 103)
+	l.converge()
+	if err := live["1"].echo("gone"); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("association with a removed backend: %v, want it aborted", err)
+	}
+	check("2", "3")
+	l.service(2)
+	l.converge()
+	refuses("a VIP that lost its last backend", 2)
 }
