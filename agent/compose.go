@@ -133,3 +133,43 @@ func compose(in inputs) *spec.View {
 	v.Sort()
 	return v
 }
+
+// hold returns v with the active endpoints that ready says no to as if they
+// were starting: named and routed, and not chosen by a balancer yet. A node that
+// comes back brings endpoints that are active from the first moment, while this
+// node's routes to them are being made.
+func hold(v *spec.View, ready func(spec.Endpoint) bool) (out *spec.View, held int) {
+	for i, e := range v.Endpoints {
+		if e.State != spec.EndpointActive || ready(e) {
+			continue
+		}
+		if held == 0 {
+			c := *v
+			c.Endpoints = slices.Clone(v.Endpoints)
+			v = &c
+		}
+		v.Endpoints[i].State = spec.EndpointStarting
+		held++
+	}
+	return v, held
+}
+
+// routeKey is what a route to an endpoint is made of.
+func routeKey(e spec.Endpoint) string {
+	key := e.Network + "/" + e.Task + "/" + e.Node
+	for _, a := range e.Addrs {
+		key += "/" + a.String()
+	}
+	return key
+}
+
+// routes are the endpoints that the overlay has routes to.
+type routes map[string]bool
+
+func routesOf(v *spec.View) routes {
+	r := make(routes, len(v.Endpoints))
+	for _, e := range v.Endpoints {
+		r[routeKey(e)] = true
+	}
+	return r
+}

@@ -102,3 +102,47 @@ func TestHostname(t *testing.T) {
 		t.Errorf("%q is no host name", got)
 	}
 }
+
+// TestHold: an endpoint is chosen only when the routes to it are made, whatever
+// the order in which Views and passes come.
+func TestHold(t *testing.T) {
+	e := func(task, node string, s spec.EndpointState) spec.Endpoint {
+		return spec.Endpoint{Task: task, Network: "n", Node: node, State: s, Addrs: []netip.Addr{netip.MustParseAddr("10.0.0.9")}}
+	}
+	first := &spec.View{Complete: true, Endpoints: []spec.Endpoint{e("a", "1", spec.EndpointActive), e("d", "1", spec.EndpointDraining)}}
+	p := newProgress()
+	p.views = []pendingView{{1, &spec.View{}}, {2, first}}
+	p.held = true
+	if p.routesMade(1) || p.routed != nil {
+		t.Error("a View that is not complete releases")
+	}
+	if !p.routesMade(2) || !p.routed[routeKey(first.Endpoints[0])] {
+		t.Error("the first complete View does not release")
+	}
+	ready := func(e spec.Endpoint) bool { return p.routed[routeKey(e)] }
+	if v, n := hold(first, ready); n != 0 || v != first {
+		t.Errorf("held %d of what is routed", n)
+	}
+	// a moves to another node, b is new: both wait; d stays as it is.
+	second := &spec.View{Complete: true, Endpoints: []spec.Endpoint{e("a", "2", spec.EndpointActive), e("b", "2", spec.EndpointActive), e("d", "1", spec.EndpointDraining)}}
+	v, n := hold(second, ready)
+	if n != 2 || v.Endpoints[0].State != spec.EndpointStarting || v.Endpoints[1].State != spec.EndpointStarting || v.Endpoints[2].State != spec.EndpointDraining {
+		t.Errorf("held %d: %+v", n, v.Endpoints)
+	}
+	if second.Endpoints[0].State != spec.EndpointActive {
+		t.Error("hold changed the View it was given")
+	}
+	p.views, p.held = []pendingView{{3, second}, {4, first}}, true
+	if p.routesMade(2) {
+		t.Error("an older pass releases")
+	}
+	if !p.routesMade(3) {
+		t.Error("its pass does not release")
+	}
+	if _, n := hold(second, ready); n != 0 {
+		t.Errorf("%d are held after their pass", n)
+	}
+	if p.routesMade(4) {
+		t.Error("released with nothing held")
+	}
+}

@@ -294,15 +294,31 @@ func (m *member) compose() {
 	if assigned != nil {
 		nodes = assigned.Nodes
 	}
-	m.view.Store(v)
-	m.dns.SetZone(m.dns.Zone().Update(v, dns.ZoneOptions{Nodes: nodes}))
-	wires, servers, ports := overlay.Desired(v), vip.Desired(v), ingress.Desired(v)
+	wires := overlay.Desired(v)
 	// Set under the progress lock, so that no pass is noted before the
 	// generation it belongs to.
 	m.progress.update(func(p *progress) {
-		gens := generations{overlay: m.overlay.Set(wires), vip: m.vip.Set(servers)}
+		gens := generations{overlay: m.overlay.Set(wires)}
+		p.views = append(p.views, pendingView{gens.overlay, v})
+		shown := v
+		if p.held = p.routed == nil; !p.held {
+			var n int
+			shown, n = hold(v, func(e spec.Endpoint) bool { return p.routed[routeKey(e)] })
+			p.held = n > 0
+		}
+		m.view.Store(shown)
+		m.dns.SetZone(m.dns.Zone().Update(shown, dns.ZoneOptions{Nodes: nodes}))
+		if p.routed == nil {
+			return
+		}
+		gens.vip = m.vip.Set(vip.Desired(shown))
 		if m.cfg.Ingress != nil {
-			gens.ingress = m.ingress.Set(ports)
+			gens.ingress = m.ingress.Set(ingress.Desired(shown))
+		}
+		if p.held {
+			// Not all of the View is wanted yet: who waits for it waits for the
+			// next, which the overlay's pass brings.
+			return
 		}
 		p.composed, p.want = ticket, gens
 		p.pending = append(p.pending, appliedRev{snap.Rev, gens})
@@ -310,6 +326,9 @@ func (m *member) compose() {
 }
 
 func (m *member) overlayPass(p reconcile.Pass) {
+	if m.progress.routesMade(p.Gen) {
+		wake(m.composeWake)
+	}
 	m.passed(func(g *generations) { g.overlay = p.Gen })
 }
 

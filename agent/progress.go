@@ -3,6 +3,8 @@ package agent
 import (
 	"context"
 	"sync"
+
+	"github.com/shoalnet/shoal/spec"
 )
 
 // progress tells how far the node's data plane is behind what is wanted. Every
@@ -17,6 +19,17 @@ type progress struct {
 	// of their newest passes.
 	want, have generations
 	pending    []appliedRev // Views not applied yet, oldest first
+	// views are those that the overlay has not applied yet, oldest first; routed
+	// are the endpoints of the last that it has, nil before the first complete
+	// one; held tells that a View awaits it.
+	views  []pendingView
+	routed routes
+	held   bool
+}
+
+type pendingView struct {
+	gen  uint64 // in the overlay's loop
+	view *spec.View
 }
 
 type generations struct{ overlay, vip, ingress uint64 }
@@ -65,6 +78,25 @@ func (p *progress) ticket() (t uint64) {
 		t = p.requested
 	})
 	return t
+}
+
+// routesMade notes the Views that the overlay has applied up to a generation,
+// and tells whether a View was held for that.
+func (p *progress) routesMade(gen uint64) (release bool) {
+	p.update(func(p *progress) {
+		var last *spec.View
+		for len(p.views) > 0 && p.views[0].gen <= gen {
+			last = p.views[0].view
+			p.views = p.views[1:]
+		}
+		// Before the first complete View what is in the kernel of an earlier agent
+		// is better than what is known.
+		if last != nil && (last.Complete || p.routed != nil) {
+			p.routed = routesOf(last)
+			release, p.held = p.held, false
+		}
+	})
+	return release
 }
 
 // passed records a loop's pass and returns the newest gossip revision that is

@@ -24,7 +24,6 @@ import (
 	"io/fs"
 	"log/slog"
 	"net/netip"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -543,18 +542,7 @@ func (d *Dataplane) Cleanup() error {
 // Probe tells whether this kernel can carry the data path, by building it in a
 // namespace of its own that ends with the call. The error names what is missing.
 func Probe() error {
-	done := make(chan error, 1)
-	go func() {
-		// Not unlocked: the thread, and with it the namespace, ends with the
-		// goroutine.
-		runtime.LockOSThread()
-		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			done <- fmt.Errorf("a network namespace can't be made: %w", err)
-			return
-		}
-		done <- probe()
-	}()
-	return <-done
+	return nl.DoNew(probe)
 }
 
 func probe() error {
