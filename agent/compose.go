@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"net/netip"
 	"slices"
 
 	"github.com/shoalnet/shoal/gossip"
@@ -154,22 +155,37 @@ func hold(v *spec.View, ready func(spec.Endpoint) bool) (out *spec.View, held in
 	return v, held
 }
 
-// routeKey is what a route to an endpoint is made of.
-func routeKey(e spec.Endpoint) string {
-	key := e.Network + "/" + e.Task + "/" + e.Node
-	for _, a := range e.Addrs {
-		key += "/" + a.String()
+// routeKey is what a route to an endpoint is made of. The addresses that a task
+// has on a network come and go together: one stands for all.
+type routeKey struct {
+	network, task, node string
+	addr                netip.Addr
+}
+
+func routeOf(e spec.Endpoint) routeKey {
+	k := routeKey{network: e.Network, task: e.Task, node: e.Node}
+	if len(e.Addrs) > 0 {
+		k.addr = e.Addrs[0]
 	}
-	return key
+	return k
 }
 
 // routes are the endpoints that the overlay has routes to.
-type routes map[string]bool
+type routes map[routeKey]bool
 
 func routesOf(v *spec.View) routes {
 	r := make(routes, len(v.Endpoints))
 	for _, e := range v.Endpoints {
-		r[routeKey(e)] = true
+		r[routeOf(e)] = true
 	}
 	return r
+}
+
+// and drops from r what is not in o.
+func (r routes) and(o routes) {
+	for k := range r {
+		if !o[k] {
+			delete(r, k)
+		}
+	}
 }

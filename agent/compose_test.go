@@ -111,15 +111,17 @@ func TestHold(t *testing.T) {
 	}
 	first := &spec.View{Complete: true, Endpoints: []spec.Endpoint{e("a", "1", spec.EndpointActive), e("d", "1", spec.EndpointDraining)}}
 	p := newProgress()
-	p.views = []pendingView{{1, &spec.View{}}, {2, first}}
+	want := func(gen uint64, v *spec.View) { p.update(func(p *progress) { p.routesWanted(gen, v) }) }
+	want(1, &spec.View{})
+	want(2, first)
 	p.held = true
 	if p.routesMade(1) || p.routed != nil {
 		t.Error("a View that is not complete releases")
 	}
-	if !p.routesMade(2) || !p.routed[routeKey(first.Endpoints[0])] {
+	if !p.routesMade(2) || !p.routed[routeOf(first.Endpoints[0])] {
 		t.Error("the first complete View does not release")
 	}
-	ready := func(e spec.Endpoint) bool { return p.routed[routeKey(e)] }
+	ready := func(e spec.Endpoint) bool { return p.routed[routeOf(e)] }
 	if v, n := hold(first, ready); n != 0 || v != first {
 		t.Errorf("held %d of what is routed", n)
 	}
@@ -132,7 +134,8 @@ func TestHold(t *testing.T) {
 	if second.Endpoints[0].State != spec.EndpointActive {
 		t.Error("hold changed the View it was given")
 	}
-	p.views, p.held = []pendingView{{3, second}, {4, first}}, true
+	want(3, second)
+	p.held = true
 	if p.routesMade(2) {
 		t.Error("an older pass releases")
 	}
@@ -142,7 +145,22 @@ func TestHold(t *testing.T) {
 	if _, n := hold(second, ready); n != 0 {
 		t.Errorf("%d are held after their pass", n)
 	}
-	if p.routesMade(4) {
+	// It goes and comes back before the overlay has seen either: whether its
+	// routes are there is open until it has seen the last.
+	want(4, &spec.View{Complete: true})
+	want(5, second)
+	for _, gen := range []uint64{3, 4} {
+		p.held = true
+		p.routesMade(gen)
+		if _, n := hold(second, ready); n != 2 {
+			t.Errorf("after pass %d: %d held, want 2", gen, n)
+		}
+	}
+	p.routesMade(5)
+	if _, n := hold(second, ready); n != 0 {
+		t.Errorf("%d are held after the last pass", n)
+	}
+	if p.routesMade(5) {
 		t.Error("released with nothing held")
 	}
 }

@@ -17,6 +17,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"connectrpc.com/connect"
@@ -171,6 +172,7 @@ func (m *member) start() error {
 	g, err := gossip.Open(gossip.Config{
 		NodeID: m.ident.NodeID, Name: m.ident.Name, Number: m.ident.Number, Role: m.ident.Role, Cluster: m.ident.Cluster.ID,
 		Addr: m.ident.Addr, Port: m.ident.GossipPort, ControlPort: m.ident.ControlPort, DataDir: m.cfg.DataDir, Log: m.log,
+		Refuses: refuses,
 	})
 	if err != nil {
 		return err
@@ -209,6 +211,18 @@ func (m *member) start() error {
 	m.wg.Go(m.assignLoop)
 	m.wg.Go(m.reportLoop)
 	return nil
+}
+
+// refuses implements gossip.Config's Refuses: it asks for a TCP connection.
+func refuses(ctx context.Context, addr netip.AddrPort) bool {
+	var d net.Dialer
+	c, err := d.DialContext(ctx, "tcp", addr.String())
+	if err == nil {
+		// Something listens: an agent that hangs or starts.
+		c.Close()
+		return true
+	}
+	return errors.Is(err, syscall.ECONNREFUSED)
 }
 
 // stop ends every goroutine of the member, and leaves tasks and kernel state.
@@ -299,11 +313,11 @@ func (m *member) compose() {
 	// generation it belongs to.
 	m.progress.update(func(p *progress) {
 		gens := generations{overlay: m.overlay.Set(wires)}
-		p.views = append(p.views, pendingView{gens.overlay, v})
+		p.routesWanted(gens.overlay, v)
 		shown := v
 		if p.held = p.routed == nil; !p.held {
 			var n int
-			shown, n = hold(v, func(e spec.Endpoint) bool { return p.routed[routeKey(e)] })
+			shown, n = hold(v, func(e spec.Endpoint) bool { return p.routed[routeOf(e)] })
 			p.held = n > 0
 		}
 		m.view.Store(shown)
@@ -359,7 +373,9 @@ func wake(ch chan struct{}) {
 // publish implements plumbing.
 func (m *member) publish() {
 	m.publishMu.Lock()
-	m.g.SetEndpoints(m.tasks.endpoints())
+	if es, all := m.tasks.endpoints(); all {
+		m.g.SetEndpoints(es)
+	}
 	m.publishMu.Unlock()
 	wake(m.composeWake)
 	wake(m.reportWake)

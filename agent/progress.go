@@ -19,17 +19,19 @@ type progress struct {
 	// of their newest passes.
 	want, have generations
 	pending    []appliedRev // Views not applied yet, oldest first
-	// views are those that the overlay has not applied yet, oldest first; routed
-	// are the endpoints of the last that it has, nil before the first complete
-	// one; held tells that a View awaits it.
+	// views are those that the overlay has not applied yet, oldest first. routed
+	// are the endpoints that have their routes and keep them: those of the last
+	// that it has applied and of every later one; nil before the first complete
+	// one. held tells that a View awaits it.
 	views  []pendingView
 	routed routes
 	held   bool
 }
 
 type pendingView struct {
-	gen  uint64 // in the overlay's loop
-	view *spec.View
+	gen      uint64 // in the overlay's loop
+	complete bool
+	routes   routes
 }
 
 type generations struct{ overlay, vip, ingress uint64 }
@@ -80,19 +82,30 @@ func (p *progress) ticket() (t uint64) {
 	return t
 }
 
+// routesWanted notes a View that the overlay is to apply. What is not in it may
+// lose its routes from now on. p.mu is held.
+func (p *progress) routesWanted(gen uint64, v *spec.View) {
+	r := routesOf(v)
+	p.views = append(p.views, pendingView{gen, v.Complete, r})
+	p.routed.and(r)
+}
+
 // routesMade notes the Views that the overlay has applied up to a generation,
 // and tells whether a View was held for that.
 func (p *progress) routesMade(gen uint64) (release bool) {
 	p.update(func(p *progress) {
-		var last *spec.View
+		var last *pendingView
 		for len(p.views) > 0 && p.views[0].gen <= gen {
-			last = p.views[0].view
+			last = &p.views[0]
 			p.views = p.views[1:]
 		}
 		// Before the first complete View what is in the kernel of an earlier agent
 		// is better than what is known.
-		if last != nil && (last.Complete || p.routed != nil) {
-			p.routed = routesOf(last)
+		if last != nil && (last.complete || p.routed != nil) {
+			p.routed = last.routes
+			for _, v := range p.views {
+				p.routed.and(v.routes)
+			}
 			release, p.held = p.held, false
 		}
 	})

@@ -77,6 +77,7 @@ type runner struct {
 	status   spec.TaskStatus
 	sandbox  *spec.Sandbox
 	endpoint *spec.EndpointState // nil: not announced
+	adopting bool                // it has not looked at the program yet
 	stopDNS  context.CancelFunc
 	asker    atomic.Pointer[dns.Asker]
 	detached uint64 // attachments that left up to this version are off the network
@@ -179,7 +180,7 @@ func (m *tasks) start(t spec.Task, found *runtime.Status) {
 	if m.runners[t.ID] != nil || m.ctx.Err() != nil {
 		return
 	}
-	r := &runner{tasks: m, id: t.ID, wake: make(chan struct{}, 1), task: t}
+	r := &runner{tasks: m, id: t.ID, wake: make(chan struct{}, 1), task: t, adopting: found != nil}
 	m.runners[t.ID] = r
 	m.wg.Go(func() { r.run(m.ctx, found) })
 }
@@ -218,21 +219,26 @@ func (m *tasks) stopAll(ctx context.Context) error {
 func (m *tasks) sandboxes() (out []spec.Sandbox, adopted bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	adopted = m.adopted
 	for _, r := range m.runners {
+		adopted = adopted && !r.adopting
 		if r.sandbox != nil {
 			sb := *r.sandbox
 			sb.Attachments = r.attachments()
 			out = append(out, sb)
 		}
 	}
-	return out, m.adopted
+	return out, adopted
 }
 
-func (m *tasks) endpoints() []spec.Endpoint {
+// all is false until every task of an earlier agent has said what it is: to
+// announce some of them would withdraw the others.
+func (m *tasks) endpoints() (out []spec.Endpoint, all bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	var out []spec.Endpoint
+	all = m.adopted
 	for _, r := range m.runners {
+		all = all && !r.adopting
 		if r.endpoint == nil {
 			continue
 		}
@@ -246,7 +252,7 @@ func (m *tasks) endpoints() []spec.Endpoint {
 		}
 	}
 	slices.SortFunc(out, func(a, b spec.Endpoint) int { return cmp.Compare(a.Key(), b.Key()) })
-	return out
+	return out, all
 }
 
 func (m *tasks) statuses() map[string]spec.TaskStatus {
@@ -323,6 +329,7 @@ func (r *runner) run(ctx context.Context, found *runtime.Status) {
 	if ctx.Err() != nil {
 		return
 	}
+	r.set(func() { r.adopting = false })
 	if err != nil {
 		r.state(spec.TaskFailed, err.Error())
 	}
@@ -394,6 +401,7 @@ func (r *runner) live(ctx context.Context, found *runtime.Status) error {
 		first = spec.EndpointActive
 	}
 	r.set(func() {
+		r.adopting = false
 		if r.endpoint = &first; sb.Netns != "" {
 			r.sandbox = &sb
 		}

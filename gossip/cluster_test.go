@@ -55,6 +55,8 @@ type cluster struct {
 	mu    sync.Mutex
 	nodes map[int]*node
 	log   *slog.Logger
+	// refuses, if set, is Config.Refuses of every node.
+	refuses func(context.Context, netip.AddrPort) bool
 }
 
 // node is one process of a node.
@@ -136,7 +138,7 @@ func (c *cluster) startAt(i int, at netip.AddrPort, join ...netip.AddrPort) *nod
 	}
 	g, err := Open(Config{
 		NodeID: nodeID(i), Name: "n" + fmt.Sprint(i), Number: i, Role: spec.RoleWorker, Cluster: "testcluster", Addr: at.Addr(), Port: int(at.Port()),
-		ControlPort: 7947, DataDir: filepath.Join(c.dir, nodeID(i)), Log: c.log.With("on", nodeID(i)), Transport: tr, Tuning: c.tune,
+		ControlPort: 7947, DataDir: filepath.Join(c.dir, nodeID(i)), Log: c.log.With("on", nodeID(i)), Transport: tr, Tuning: c.tune, Refuses: c.refuses,
 	})
 	if err != nil {
 		c.Fatalf("open: %v", err)

@@ -1,6 +1,7 @@
 package gossip
 
 import (
+	"context"
 	"fmt"
 	"log/slog"
 	"net/netip"
@@ -31,7 +32,11 @@ type Config struct {
 	Log     *slog.Logger // nil: slog.Default
 	// Transport replaces the sockets on Addr and Port, in tests.
 	Transport memberlist.Transport
-	Tuning    Tuning
+	// Refuses tells whether the machine at addr is there, though no agent on it
+	// is: it refuses a connection rather than leaving it without an answer.
+	// nil: that is not asked.
+	Refuses func(ctx context.Context, addr netip.AddrPort) bool
+	Tuning  Tuning
 }
 
 // Tuning sets intervals and bounds. The zero value of each field stands for
@@ -85,6 +90,11 @@ type Tuning struct {
 	RejoinInterval, RejoinMax time.Duration
 	// SyncWait is when a node none of whose peers answers counts as synced.
 	SyncWait time.Duration
+	// OrphanAge is for how long a node whose machine is there, though its agent
+	// is not, is held for suspect instead of dead. Its tasks go on without their
+	// agent, and so do their connections until it is back. OrphanInterval is the
+	// time between looks at the machine.
+	OrphanAge, OrphanInterval time.Duration
 	// Tombstones kept per node: at most TombstoneMax, none older than
 	// TombstoneAge.
 	TombstoneMax int
@@ -107,6 +117,8 @@ func def[T comparable](v *T, d T) {
 func (t Tuning) withDefaults() Tuning {
 	def(&t.ProbeInterval, 500*time.Millisecond)
 	def(&t.ProbeTimeout, 225*time.Millisecond)
+	def(&t.OrphanAge, 12*time.Second)
+	def(&t.OrphanInterval, 250*time.Millisecond)
 	def(&t.SuspicionMult, 3)
 	def(&t.SuspicionMaxMult, 4)
 	def(&t.GossipInterval, 100*time.Millisecond)

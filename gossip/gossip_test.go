@@ -230,6 +230,52 @@ func TestDeadButAnsweringIsHeld(t *testing.T) {
 	c.eventually(3*time.Second, "restored", c.agreed)
 }
 
+// A node whose machine is there without its agent keeps its endpoints, as
+// suspect, until the machine is gone, the agent is back, or its time is up.
+func TestAnAgentWithoutWhichTheMachineGoesOn(t *testing.T) {
+	var there atomic.Bool
+	there.Store(true)
+	for _, tc := range []struct {
+		name string
+		end  func(c *cluster)
+		want string
+		n    int
+	}{
+		{"machine gone", func(*cluster) { there.Store(false) }, "dead", 0},
+		{"agent back", func(c *cluster) { c.start(3, nodeAddr(1)); c.node(3).SetEndpoints(nil) }, "alive", 0},
+		{"time up", func(*cluster) {}, "dead", 0},
+	} {
+		there.Store(true)
+		tune := Tuning{OrphanAge: time.Hour}
+		if tc.name == "time up" {
+			tune.OrphanAge = 3 * time.Second
+		}
+		c := newCluster(t, tune)
+		c.refuses = func(_ context.Context, a netip.AddrPort) bool { return a == nodeAddr(3) && there.Load() }
+		c.grow(3)
+		c.kill(3)
+		// Long enough for memberlist to give it up: another without a machine is.
+		c.eventually(15*time.Second, "orphaned", func() string {
+			for _, n := range c.all() {
+				n.Gossip.mu.Lock()
+				m := n.members[nodeID(3)]
+				up, orphan := m.up, m.orphaned
+				n.Gossip.mu.Unlock()
+				if up || !orphan {
+					return fmt.Sprintf("%s: up %t, orphaned %t", nodeID(n.i), up, orphan)
+				}
+			}
+			return ""
+		})
+		if msg := c.expect(3, "suspect", 1)(); msg != "" && tc.name != "time up" {
+			t.Errorf("%s: %s", tc.name, msg)
+		}
+		tc.end(c)
+		c.eventually(20*time.Second, tc.name, c.expect(3, tc.want, tc.n))
+		c.close()
+	}
+}
+
 func TestRestartKeepsEndpointsUntilItSpeaks(t *testing.T) {
 	c := newCluster(t, Tuning{})
 	c.grow(4)

@@ -23,7 +23,10 @@ type member struct {
 	up   bool // memberlist holds it alive or suspect
 	left bool // it said so itself
 	// holding: memberlist holds it dead, but it has not missed our pings.
-	holding   bool
+	holding bool
+	// orphaned: memberlist holds it dead, and its machine is there; only its
+	// agent is not.
+	orphaned  bool
 	forgotten bool // hidden, see Forget
 	fails     int  // pings in a row without answer
 	suspect   bool // fails reached Tuning.SuspectAfter
@@ -31,7 +34,9 @@ type member struct {
 	since     time.Time // of the last change of up or left
 }
 
-func (m *member) reachable() bool { return (m.up || m.holding) && !m.left && !m.forgotten }
+func (m *member) reachable() bool {
+	return (m.up || m.holding || m.orphaned) && !m.left && !m.forgotten
+}
 
 func (m *member) shown() bool { return m.metaOK && !m.left && !m.forgotten }
 
@@ -139,7 +144,7 @@ func (g *Gossip) memberUp(n *memberlist.Node, join bool) {
 	}
 	before := *m
 	m.addr, m.meta, m.metaOK = addr, mt, err == nil
-	m.up, m.holding = true, false
+	m.up, m.holding, m.orphaned = true, false, false
 	if join {
 		// Only the node itself can come back from having left.
 		m.left, m.fails, m.suspect, m.since = false, 0, false, time.Now()
@@ -189,18 +194,26 @@ func (g *Gossip) memberDown(id string) {
 	}
 	m.up, m.since = false, time.Now()
 	m.holding = !m.suspect && !m.left && !m.forgotten
+	// Until its machine was asked, the doubt that there was goes on.
+	m.orphaned = g.cfg.Refuses != nil && !m.holding && !m.left && !m.forgotten
+	if m.orphaned {
+		addr := m.addr
+		if !g.spawn(func(ctx context.Context) { g.watchOrphan(ctx, id, addr) }) {
+			m.orphaned = false
+		}
+	}
 	if m.forgotten {
 		delete(g.members, id)
 	}
 	if p := g.peers[m.addr]; p != nil {
 		p.due()
 	}
-	left, holding := m.left, m.holding
+	left, holding, asked := m.left, m.holding, m.orphaned
 	g.count()
 	g.bump()
 	g.mu.Unlock()
 	switch {
-	case left:
+	case left, asked:
 	case holding:
 		g.stats.held.Add(1)
 		g.log.Warn("the cluster holds a node for dead that still answers this one", "node", id)
@@ -208,6 +221,41 @@ func (g *Gossip) memberDown(id string) {
 		g.log.Warn("node is dead", "node", id)
 	}
 	poke(g.rejoin)
+}
+
+// watchOrphan looks whether the machine of a node that does not answer is there,
+// again and again until it is not, the node is a member again, or the agent has
+// been away for too long.
+func (g *Gossip) watchOrphan(ctx context.Context, id string, addr netip.AddrPort) {
+	end := time.Now().Add(g.tune.OrphanAge)
+	for first := true; ; first = false {
+		dctx, cancel := context.WithTimeout(ctx, g.tune.OrphanInterval)
+		refuses := g.cfg.Refuses(dctx, addr)
+		cancel()
+		g.mu.Lock()
+		m := g.members[id]
+		if m == nil || !m.orphaned || m.addr != addr {
+			g.mu.Unlock()
+			return
+		}
+		over := time.Now().After(end)
+		if !refuses || over || m.left || m.forgotten {
+			m.orphaned = false
+			g.count()
+			g.bump()
+			g.mu.Unlock()
+			g.log.Warn("node is dead", "node", id)
+			poke(g.rejoin)
+			return
+		}
+		g.mu.Unlock()
+		if first {
+			g.log.Warn("a node's agent is gone, its machine is not: it is held for suspect", "node", id)
+		}
+		if !sleep(ctx, g.tune.OrphanInterval) {
+			return
+		}
+	}
 }
 
 // detectLoop pings peers more often than memberlist probes them, so that a
@@ -288,6 +336,10 @@ func (g *Gossip) ping(id string, addr netip.AddrPort, stalledNow bool) {
 			break
 		}
 		if m.fails++; m.fails >= g.tune.SuspectAfter {
+			if m.holding && g.cfg.Refuses != nil {
+				addr := m.addr
+				m.orphaned = g.spawn(func(ctx context.Context) { g.watchOrphan(ctx, id, addr) })
+			}
 			m.suspect, m.holding = true, false
 		}
 	}

@@ -125,18 +125,25 @@ func up(t *testing.T, o lab.Options) site {
 // own makes a lab for one test.
 func own(t *testing.T, name string, o lab.Options) site {
 	t.Helper()
-	o.Name = name
-	s := up(t, o)
-	t.Cleanup(func() {
+	o.Name = labName(name)
+	var s site
+	t.Cleanup(func() { // before up's, which runs first then and can still look
+		if s.Lab == nil {
+			return
+		}
 		if err := s.Down(context.Background()); err != nil {
 			t.Errorf("lab down: %v", err)
 		}
 	})
+	s = up(t, o)
 	return s
 }
 
+// labName tells the labs of this run from those of another.
+func labName(name string) string { return fmt.Sprintf("%s%d", name, os.Getpid()%1_000_000) }
+
 var theLab = sync.OnceValues(func() (*lab.Lab, error) {
-	o := lab.Options{Name: "it", Binary: filepath.Join(bin, "shoal")}
+	o := lab.Options{Name: labName("it"), Binary: filepath.Join(bin, "shoal")}
 	if inVM {
 		o.DataPath = "ipvs"
 	}

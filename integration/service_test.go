@@ -256,7 +256,7 @@ func TestANodeDiesAndComesBack(t *testing.T) {
 		if got := s.ok("node1", "shoal node ls --format {{.Name}}={{.Status}}"); !strings.Contains(got, "node3=ready") {
 			return fmt.Errorf("nodes: %s", got)
 		}
-		if ns := s.ok("node3", "ip netns list"); strings.Contains(ns, "shoal-itnode-node3-task-web") {
+		if ns := s.ok("node3", "ip netns list"); strings.Contains(ns, "shoal-"+s.Name+"-node3-task-web") {
 			return fmt.Errorf("dead tasks are left: %s", ns)
 		}
 		return nil
@@ -275,7 +275,7 @@ func TestAnAgentDies(t *testing.T) {
 	conn := s.line("c1", "web", 9000)
 	defer conn.close()
 	conn.say("before")
-	spaces := s.ok("node1", "ip netns list")
+	spaces := s.namespaces()
 	pids := func() (out []string) {
 		for _, x := range s.running("web") {
 			out = append(out, fmt.Sprint(x.ID, x.Status.PID))
@@ -308,7 +308,7 @@ func TestAnAgentDies(t *testing.T) {
 	conn.say("after")
 	s.fair("after", s.inTask("c1", "-n 60 -timeout %s http://web/", slow(2*time.Second)), 3)
 	s.eventually(slow(10*time.Second), func() error {
-		if got := s.ok("node1", "ip netns list"); lines(got) != lines(spaces) {
+		if got := s.namespaces(); got != spaces {
 			return fmt.Errorf("namespaces were\n%s\nare\n%s", spaces, got)
 		}
 		return nil
@@ -330,11 +330,23 @@ func TestAnAgentDies(t *testing.T) {
 		s.ok("node1", "shoal svc rm %s", name)
 	}
 	s.eventually(slow(20*time.Second), func() error {
-		if got := s.ok("node1", "ip netns list"); lines(got) != lines(spaces) {
+		if got := s.namespaces(); got != spaces {
 			return fmt.Errorf("namespaces were\n%s\nare\n%s", spaces, got)
 		}
 		return nil
 	})
+}
+
+// namespaces are those of the lab.
+func (s site) namespaces() string {
+	s.Helper()
+	var out []string
+	for l := range strings.Lines(lines(s.ok("node1", "ip netns list"))) {
+		if strings.HasPrefix(l, "shoal-"+s.Name+"-") {
+			out = append(out, strings.TrimSpace(l))
+		}
+	}
+	return strings.Join(out, "\n")
 }
 
 // lines sorts lines, without the ids that "ip netns list" adds.
@@ -359,10 +371,10 @@ func TestDeletedObjectsComeBack(t *testing.T) {
 	s.fair("before", s.inTask("c1", "-n 30 -timeout %s http://web/", slow(2*time.Second)), 3)
 	var ovns, taskns string
 	for _, n := range strings.Fields(lines(s.ok("node1", "ip netns list"))) {
-		if strings.HasPrefix(n, "shoal-it-node1-net-app-") {
+		if strings.HasPrefix(n, "shoal-"+s.Name+"-node1-net-app-") {
 			ovns = n
 		}
-		if strings.HasPrefix(n, "shoal-it-node1-task-c1") {
+		if strings.HasPrefix(n, "shoal-"+s.Name+"-node1-task-c1") {
 			taskns = n
 		}
 	}
@@ -404,7 +416,7 @@ func TestDeletedObjectsComeBack(t *testing.T) {
 		"ip netns exec " + ovns + " ip link set vx down",
 		"ip netns exec " + taskns + " ip route del default",
 		"ip netns exec " + taskns + " ip link del eth0",
-		"nft delete table ip shoal-it-node1-ingress",
+		"nft delete table ip shoal-" + s.Name + "-node1-ingress",
 	}, rules...)
 	if inVM {
 		deletions = append(deletions, "ip netns exec "+ovns+" ipvsadm -C")
@@ -526,7 +538,7 @@ func TestLeave(t *testing.T) {
 		}
 	}
 	for _, ns := range strings.Fields(lines(s.ok("node1", "ip netns list"))) {
-		if strings.HasPrefix(ns, "shoal-itleave-node3-") {
+		if strings.HasPrefix(ns, "shoal-"+s.Name+"-node3-") {
 			t.Errorf("namespace %s is left", ns)
 		}
 	}
