@@ -103,11 +103,15 @@ func (f *Forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		m, h := f.local()
 		if m != nil && m.IsLeader() {
 			r.Body = io.NopCloser(bytes.NewReader(body))
-			h.ServeHTTP(w, r)
-			return
+			lw := &leaderWriter{ResponseWriter: w}
+			h.ServeHTTP(lw, r)
+			if !lw.refused {
+				return
+			}
+			// It lost its office in between, and did nothing.
+			clear(w.Header())
 		}
-		addr := f.findLeader(r.Context(), m)
-		if addr != "" {
+		if addr := f.findLeader(r.Context(), m); addr != "" {
 			sent, err := f.forward(w, r, addr, body)
 			if sent {
 				return
@@ -128,6 +132,41 @@ func (f *Forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		msg = fmt.Errorf("%w (%w)", msg, last)
 	}
 	_ = connect.NewErrorWriter().Write(w, r, connect.NewError(connect.CodeUnavailable, msg))
+}
+
+// leaderWriter holds back an answer that says "ask another".
+type leaderWriter struct {
+	http.ResponseWriter
+	begun, refused bool
+}
+
+func (w *leaderWriter) WriteHeader(code int) {
+	if !w.begun {
+		w.begun, w.refused = true, w.Header().Get(notLeaderHeader) != ""
+	}
+	if !w.refused {
+		w.ResponseWriter.WriteHeader(code)
+	}
+}
+
+func (w *leaderWriter) Write(b []byte) (int, error) {
+	if !w.begun {
+		w.WriteHeader(http.StatusOK)
+	}
+	if w.refused {
+		return len(b), nil
+	}
+	return w.ResponseWriter.Write(b)
+}
+
+// Flush implements http.Flusher, for streams.
+func (w *leaderWriter) Flush() {
+	if !w.begun {
+		w.WriteHeader(http.StatusOK)
+	}
+	if !w.refused {
+		_ = http.NewResponseController(w.ResponseWriter).Flush()
+	}
 }
 
 func (f *Forwarder) forget(addr string) {
