@@ -58,7 +58,8 @@ type simNode struct {
 	dir  string
 	tune Tuning
 	log  *slog.Logger
-	sees []string // control addresses that its forwarder knows
+	sees []string      // control addresses that its forwarder knows
+	wait time.Duration // of its forwarder for a leader
 
 	ln     net.Listener
 	srv    *http.Server
@@ -93,7 +94,7 @@ func (n *simNode) start() {
 	})
 	n.node.ControlPort = n.ln.Addr().(*net.TCPAddr).Port
 	raftConns, httpConns := Split(n.ln)
-	n.fwd = NewForwarder(ForwarderConfig{NodeID: n.node.ID, Managers: func() []string { return n.sees }, Log: n.log})
+	n.fwd = NewForwarder(ForwarderConfig{NodeID: n.node.ID, Managers: func() []string { return n.sees }, Wait: n.wait, Log: n.log})
 	n.srv = &http.Server{Handler: n.fwd, Protocols: Protocols(), ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug)}
 	srv := n.srv
 	n.wg.Go(func() { _ = srv.Serve(httpConns) })

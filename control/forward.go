@@ -27,7 +27,7 @@ const (
 	// LeaderPath answers with the leader's control address as this node knows it.
 	LeaderPath = "/shoal.v1.Control/leader"
 
-	leaderWait    = 10 * time.Second       // for a leader to be found
+	leaderWait    = 10 * time.Second       // default of ForwarderConfig.Wait
 	leaderRetry   = 100 * time.Millisecond // between looks
 	leaderTimeout = time.Second            // for one manager's answer
 )
@@ -37,7 +37,9 @@ type ForwarderConfig struct {
 	NodeID string
 	// Managers are control addresses to ask, HOST:PORT.
 	Managers func() []string
-	Log      *slog.Logger
+	// Wait is for how long a call waits for a leader to be found. 0: 10 s.
+	Wait time.Duration
+	Log  *slog.Logger
 }
 
 // Forwarder serves the Control service on any node: it answers where the leader
@@ -55,6 +57,9 @@ type Forwarder struct {
 
 // NewForwarder makes a Forwarder for a node that is no manager yet.
 func NewForwarder(cfg ForwarderConfig) *Forwarder {
+	if cfg.Wait == 0 {
+		cfg.Wait = leaderWait
+	}
 	return &Forwarder{cfg: cfg, client: TCPClient()}
 }
 
@@ -97,7 +102,7 @@ func (f *Forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		_ = connect.NewErrorWriter().Write(w, r, connect.NewError(connect.CodeResourceExhausted, fmt.Errorf("request: %w", err)))
 		return
 	}
-	deadline := time.Now().Add(leaderWait)
+	deadline := time.Now().Add(f.cfg.Wait)
 	var last error
 	for {
 		m, h := f.local()
@@ -284,6 +289,7 @@ func (f *Forwarder) forward(w http.ResponseWriter, r *http.Request, addr string,
 	}
 	w.WriteHeader(resp.StatusCode)
 	rc := http.NewResponseController(w)
+	_ = rc.Flush() // a stream's header is news by itself: see Events
 	buf := make([]byte, 32<<10)
 	for {
 		n, rerr := resp.Body.Read(buf)
