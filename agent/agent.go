@@ -94,6 +94,36 @@ type Agent struct {
 	evict   chan string
 }
 
+// Validate reports the first thing that is wrong with what a user may set, in
+// the words of the agent's flags.
+func (c Config) Validate() error {
+	if c.NodeName != "" {
+		if err := spec.ValidateName("node", c.NodeName); err != nil {
+			return err
+		}
+	}
+	// It becomes part of file names below spec.NetnsDir.
+	if err := spec.ValidateName("instance", c.Instance); err != nil {
+		return err
+	}
+	for _, p := range []struct {
+		flag string
+		port int
+	}{{"--control-port", c.ControlPort}, {"--gossip-port", c.GossipPort}} {
+		if p.port < 1 || p.port > 65535 {
+			return fmt.Errorf("%s %d is out of range: use 1 to 65535", p.flag, p.port)
+		}
+	}
+	if c.ControlPort == c.GossipPort {
+		return fmt.Errorf("--control-port and --gossip-port are both %d: both are TCP, use different ones", c.ControlPort)
+	}
+	// unix(7): sun_path has 108 bytes, with the final NUL.
+	if len(c.Socket) > 107 {
+		return fmt.Errorf("--socket %s is %d characters long: the longest allowed is 107", c.Socket, len(c.Socket))
+	}
+	return nil
+}
+
 // New locks the data directory and reads who this node is.
 func New(cfg Config) (*Agent, error) {
 	if cfg.NodeName == "" {
@@ -105,15 +135,8 @@ func New(cfg Config) (*Agent, error) {
 			cfg.NodeName, _, _ = strings.Cut(h, ".")
 		}
 	}
-	if cfg.NodeName != "" {
-		if err := spec.ValidateName("node", cfg.NodeName); err != nil {
-			return nil, err
-		}
-	}
-	for flag, port := range map[string]int{"--control-port": cfg.ControlPort, "--gossip-port": cfg.GossipPort} {
-		if port < 1 || port > 65535 {
-			return nil, fmt.Errorf("%s %d is out of range: use 1 to 65535", flag, port)
-		}
+	if err := cfg.Validate(); err != nil {
+		return nil, err
 	}
 	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
 		return nil, fmt.Errorf("data directory: %w", err)
