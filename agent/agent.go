@@ -86,12 +86,12 @@ type Agent struct {
 	cfg   Config
 	log   *slog.Logger
 	lock  *os.File
-	ident *identity
+	evict chan string
 
-	mu      sync.Mutex // held over init, join and leave
-	member  *member    // nil: in no cluster
-	memberR sync.RWMutex
-	evict   chan string
+	mu      sync.Mutex   // held over init, join and leave
+	memberR sync.RWMutex // guards what follows, which only the holder of mu changes
+	member  *member      // nil: in no cluster
+	ident   *identity
 }
 
 // Validate reports the first thing that is wrong with what a user may set, in
@@ -163,6 +163,11 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	srv := &http.Server{Handler: a.handler(true), Protocols: control.Protocols(), ReadHeaderTimeout: 10 * time.Second,
 		ErrorLog: slog.NewLogLogger(a.log.Handler(), slog.LevelDebug)}
+	id := a.identity()
+	resume := id.Cluster.ID != ""
+	if resume {
+		a.mu.Lock() // no init, join or leave in between
+	}
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		if err := srv.Serve(ln); err != nil && ctx.Err() == nil {
@@ -173,10 +178,12 @@ func (a *Agent) Run(ctx context.Context) error {
 		srv.Close()
 		wg.Wait()
 	}()
-	a.log.Info("agent started", "id", a.ident.NodeID, "version", a.cfg.Version, "socket", a.cfg.Socket,
+	a.log.Info("agent started", "id", id.NodeID, "version", a.cfg.Version, "socket", a.cfg.Socket,
 		"data_path", a.cfg.VIP.Name(), "data_path_reason", a.cfg.VIPReason)
-	if a.ident.Cluster.ID != "" {
-		if err := a.resume(ctx); err != nil {
+	if resume {
+		err := a.resume(ctx)
+		a.mu.Unlock()
+		if err != nil {
 			return err
 		}
 	}
@@ -201,10 +208,8 @@ func (a *Agent) Run(ctx context.Context) error {
 }
 
 // resume continues the life in the cluster of node.json. The addresses may
-// take a while to come up after a boot.
+// take a while to come up after a boot. a.mu is held.
 func (a *Agent) resume(ctx context.Context) error {
-	a.mu.Lock()
-	defer a.mu.Unlock()
 	var m *member
 	for try := 0; ; try++ {
 		var err error
@@ -252,6 +257,18 @@ func (a *Agent) current() *member {
 func (a *Agent) setMember(m *member) {
 	a.memberR.Lock()
 	a.member = m
+	a.memberR.Unlock()
+}
+
+func (a *Agent) identity() *identity {
+	a.memberR.RLock()
+	defer a.memberR.RUnlock()
+	return a.ident
+}
+
+func (a *Agent) setIdentity(id *identity) {
+	a.memberR.Lock()
+	a.ident = id
 	a.memberR.Unlock()
 }
 
@@ -323,10 +340,11 @@ func (a *localAPI) Info(context.Context, *connect.Request[shoalv1.InfoRequest]) 
 	resp := &shoalv1.InfoResponse{Version: a.cfg.Version, DataPath: a.cfg.VIP.Name(), DataPathReason: a.cfg.VIPReason, DataDir: a.cfg.DataDir}
 	if m := a.current(); m != nil {
 		resp.Cluster = m.ident.Cluster.ID
-		resp.Node = api.Node(m.node(m.ident.Role))
+		resp.Node = api.Node(m.node(m.role()))
 		resp.Leader = m.leader()
 	} else {
-		resp.Node = &shoalv1.NodeInfo{Id: a.ident.NodeID, Name: a.ident.Name, DataPath: a.cfg.VIP.Name()}
+		id := a.identity()
+		resp.Node = &shoalv1.NodeInfo{Id: id.NodeID, Name: id.Name, DataPath: a.cfg.VIP.Name()}
 	}
 	return connect.NewResponse(resp), nil
 }
@@ -395,8 +413,8 @@ func (a *localAPI) Init(ctx context.Context, req *connect.Request[shoalv1.InitRe
 		a.abandon(m)
 		return nil, err
 	}
+	a.setIdentity(ident)
 	a.setMember(m)
-	a.ident = ident
 	return connect.NewResponse(&shoalv1.InitResponse{Cluster: cluster.ID, Node: api.Node(m.node(spec.RoleManager))}), nil
 }
 
@@ -495,8 +513,8 @@ func (a *localAPI) Join(ctx context.Context, req *connect.Request[shoalv1.JoinRe
 		a.abandon(m)
 		return nil, err
 	}
+	a.setIdentity(ident)
 	a.setMember(m)
-	a.ident = ident
 	return connect.NewResponse(&shoalv1.JoinResponse{Cluster: ident.Cluster.ID, Node: api.Node(m.node(role))}), nil
 }
 
@@ -513,6 +531,9 @@ func (a *Agent) newIdentity(advertise, role string) (*identity, error) {
 	addr, err := advertiseAddr(advertise)
 	if err != nil {
 		return nil, connect.NewError(connect.CodeInvalidArgument, err)
+	}
+	if err := a.removeClusterFiles(); err != nil {
+		return nil, err
 	}
 	return &identity{Format: identityFormat, NodeID: a.ident.NodeID, Name: a.ident.Name, Role: role, Addr: addr,
 		ControlPort: a.cfg.ControlPort, GossipPort: a.cfg.GossipPort}, nil
@@ -548,13 +569,21 @@ func (a *Agent) abandon(m *member) {
 
 // forget makes this node one of no cluster, on disk and in the kernel.
 func (a *Agent) forget() error {
-	errs := []error{a.cfg.Cleanup()}
+	errs := []error{a.cfg.Cleanup(), a.removeClusterFiles()}
+	// A new ID: the old one is of the old cluster.
+	id := &identity{Format: identityFormat, NodeID: spec.NewID(), Name: a.ident.Name}
+	a.setIdentity(id)
+	errs = append(errs, id.save(a.cfg.DataDir))
+	return errors.Join(errs...)
+}
+
+// removeClusterFiles removes what a life in a cluster leaves on disk: of one
+// that was left, or of an init or join that was cut short by the agent's death.
+func (a *Agent) removeClusterFiles() error {
+	var errs []error
 	for _, p := range []string{control.RaftDir(a.cfg.DataDir), filepath.Join(a.cfg.DataDir, "assignment.json"), filepath.Join(a.cfg.DataDir, "gossip")} {
 		errs = append(errs, os.RemoveAll(p))
 	}
-	// A new ID: the old one is of the old cluster.
-	a.ident = &identity{Format: identityFormat, NodeID: spec.NewID(), Name: a.ident.Name}
-	errs = append(errs, a.ident.save(a.cfg.DataDir))
 	return errors.Join(errs...)
 }
 
