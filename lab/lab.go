@@ -361,6 +361,21 @@ func alive(pid int) bool {
 	return i < 0 || !strings.HasPrefix(string(b[i+1:]), " Z")
 }
 
+// running tells whether the node's agent runs. Once it has ended another process
+// may get its ID, but not in the node's namespace.
+func (n *Node) running() bool {
+	if !alive(n.PID) {
+		return false
+	}
+	var node, thread syscall.Stat_t
+	if err := syscall.Stat(nl.Path(n.Netns), &node); err != nil {
+		return false
+	}
+	// Any of its threads: the agent takes single ones to other namespaces.
+	threads, _ := filepath.Glob("/proc/" + strconv.Itoa(n.PID) + "/task/*/ns/net")
+	return slices.ContainsFunc(threads, func(f string) bool { return syscall.Stat(f, &thread) == nil && thread.Ino == node.Ino })
+}
+
 func lastLine(path string) string {
 	b, _ := os.ReadFile(path)
 	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
@@ -485,7 +500,7 @@ func (l *Lab) KillAgent(node string) error {
 	if err != nil {
 		return err
 	}
-	if !alive(n.PID) {
+	if !n.running() {
 		return fmt.Errorf("%s: its agent is not running", node)
 	}
 	if err := syscall.Kill(n.PID, syscall.SIGKILL); err != nil {
@@ -504,7 +519,7 @@ func (l *Lab) Start(ctx context.Context, node string) error {
 	if err != nil {
 		return err
 	}
-	if alive(n.PID) {
+	if n.running() {
 		return fmt.Errorf("%s runs already", node)
 	}
 	if err := l.setLink(n, true); err != nil {
