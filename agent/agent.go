@@ -88,12 +88,42 @@ type Agent struct {
 	cfg   Config
 	log   *slog.Logger
 	lock  *os.File
-	ident *identity
+	evict chan string
 
-	mu      sync.Mutex // held over init, join and leave
-	member  *member    // nil: in no cluster
-	memberR sync.RWMutex
-	evict   chan string
+	mu      sync.Mutex   // held over init, join and leave
+	memberR sync.RWMutex // guards what follows, which only the holder of mu changes
+	member  *member      // nil: in no cluster
+	ident   *identity
+}
+
+// Validate reports the first thing that is wrong with what a user may set, in
+// the words of the agent's flags.
+func (c Config) Validate() error {
+	if c.NodeName != "" {
+		if err := spec.ValidateName("node", c.NodeName); err != nil {
+			return err
+		}
+	}
+	// It becomes part of file names below spec.NetnsDir.
+	if err := spec.ValidateName("instance", c.Instance); err != nil {
+		return err
+	}
+	for _, p := range []struct {
+		flag string
+		port int
+	}{{"--control-port", c.ControlPort}, {"--gossip-port", c.GossipPort}} {
+		if p.port < 1 || p.port > 65535 {
+			return fmt.Errorf("%s %d is out of range: use 1 to 65535", p.flag, p.port)
+		}
+	}
+	if c.ControlPort == c.GossipPort {
+		return fmt.Errorf("--control-port and --gossip-port are both %d: both are TCP, use different ones", c.ControlPort)
+	}
+	// unix(7): sun_path has 108 bytes, with the final NUL.
+	if len(c.Socket) > 107 {
+		return fmt.Errorf("--socket %s is %d characters long: the longest allowed is 107", c.Socket, len(c.Socket))
+	}
+	return nil
 }
 
 // New locks the data directory and reads who this node is.
@@ -107,15 +137,8 @@ func New(cfg Config) (*Agent, error) {
 			cfg.NodeName, _, _ = strings.Cut(h, ".")
 		}
 	}
-	if cfg.NodeName != "" {
-		if err := spec.ValidateName("node", cfg.NodeName); err != nil {
-			return nil, err
-		}
-	}
-	for flag, port := range map[string]int{"--control-port": cfg.ControlPort, "--gossip-port": cfg.GossipPort} {
-		if port < 1 || port > 65535 {
-			return nil, fmt.Errorf("%s %d is out of range: use 1 to 65535", flag, port)
-		}
+	if err := cfg.Validate(); err != nil {
+		return nil, err
 	}
 	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
 		return nil, fmt.Errorf("data directory: %w", err)
@@ -142,6 +165,11 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	srv := &http.Server{Handler: a.handler(true), Protocols: control.Protocols(), ReadHeaderTimeout: 10 * time.Second,
 		ErrorLog: slog.NewLogLogger(a.log.Handler(), slog.LevelDebug)}
+	id := a.identity()
+	resume := id.Cluster.ID != ""
+	if resume {
+		a.mu.Lock() // no init, join or leave in between
+	}
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		if err := srv.Serve(ln); err != nil && ctx.Err() == nil {
@@ -152,10 +180,12 @@ func (a *Agent) Run(ctx context.Context) error {
 		srv.Close()
 		wg.Wait()
 	}()
-	a.log.Info("agent started", "id", a.ident.NodeID, "version", a.cfg.Version, "socket", a.cfg.Socket,
+	a.log.Info("agent started", "id", id.NodeID, "version", a.cfg.Version, "socket", a.cfg.Socket,
 		"data_path", a.cfg.VIP.Name(), "data_path_reason", a.cfg.VIPReason)
-	if a.ident.Cluster.ID != "" {
-		if err := a.resume(ctx); err != nil {
+	if resume {
+		err := a.resume(ctx)
+		a.mu.Unlock()
+		if err != nil {
 			return err
 		}
 	}
@@ -180,10 +210,8 @@ func (a *Agent) Run(ctx context.Context) error {
 }
 
 // resume continues the life in the cluster of node.json. The addresses may
-// take a while to come up after a boot.
+// take a while to come up after a boot. a.mu is held.
 func (a *Agent) resume(ctx context.Context) error {
-	a.mu.Lock()
-	defer a.mu.Unlock()
 	var m *member
 	for try := 0; ; try++ {
 		var err error
@@ -231,6 +259,18 @@ func (a *Agent) current() *member {
 func (a *Agent) setMember(m *member) {
 	a.memberR.Lock()
 	a.member = m
+	a.memberR.Unlock()
+}
+
+func (a *Agent) identity() *identity {
+	a.memberR.RLock()
+	defer a.memberR.RUnlock()
+	return a.ident
+}
+
+func (a *Agent) setIdentity(id *identity) {
+	a.memberR.Lock()
+	a.ident = id
 	a.memberR.Unlock()
 }
 
@@ -304,10 +344,11 @@ func (a *localAPI) Info(context.Context, *connect.Request[shoalv1.InfoRequest]) 
 	resp := &shoalv1.InfoResponse{Version: a.cfg.Version, DataPath: a.cfg.VIP.Name(), DataPathReason: a.cfg.VIPReason, DataDir: a.cfg.DataDir}
 	if m := a.current(); m != nil {
 		resp.Cluster = m.ident.Cluster.ID
-		resp.Node = api.Node(m.node(m.ident.Role))
+		resp.Node = api.Node(m.node(m.role()))
 		resp.Leader = m.leader()
 	} else {
-		resp.Node = &shoalv1.NodeInfo{Id: a.ident.NodeID, Name: a.ident.Name, DataPath: a.cfg.VIP.Name()}
+		id := a.identity()
+		resp.Node = &shoalv1.NodeInfo{Id: id.NodeID, Name: id.Name, DataPath: a.cfg.VIP.Name()}
 	}
 	return connect.NewResponse(resp), nil
 }
@@ -376,8 +417,8 @@ func (a *localAPI) Init(ctx context.Context, req *connect.Request[shoalv1.InitRe
 		a.abandon(m)
 		return nil, err
 	}
+	a.setIdentity(ident)
 	a.setMember(m)
-	a.ident = ident
 	return connect.NewResponse(&shoalv1.InitResponse{Cluster: cluster.ID, Node: api.Node(m.node(spec.RoleManager))}), nil
 }
 
@@ -476,8 +517,8 @@ func (a *localAPI) Join(ctx context.Context, req *connect.Request[shoalv1.JoinRe
 		a.abandon(m)
 		return nil, err
 	}
+	a.setIdentity(ident)
 	a.setMember(m)
-	a.ident = ident
 	return connect.NewResponse(&shoalv1.JoinResponse{Cluster: ident.Cluster.ID, Node: api.Node(m.node(role))}), nil
 }
 
@@ -494,6 +535,9 @@ func (a *Agent) newIdentity(advertise, role string) (*identity, error) {
 	addr, err := advertiseAddr(advertise)
 	if err != nil {
 		return nil, connect.NewError(connect.CodeInvalidArgument, err)
+	}
+	if err := a.removeClusterFiles(); err != nil {
+		return nil, err
 	}
 	return &identity{Format: identityFormat, NodeID: a.ident.NodeID, Name: a.ident.Name, Role: role, Addr: addr,
 		ControlPort: a.cfg.ControlPort, GossipPort: a.cfg.GossipPort}, nil
@@ -529,13 +573,21 @@ func (a *Agent) abandon(m *member) {
 
 // forget makes this node one of no cluster, on disk and in the kernel.
 func (a *Agent) forget() error {
-	errs := []error{a.cfg.Cleanup()}
+	errs := []error{a.cfg.Cleanup(), a.removeClusterFiles()}
+	// A new ID: the old one is of the old cluster.
+	id := &identity{Format: identityFormat, NodeID: spec.NewID(), Name: a.ident.Name}
+	a.setIdentity(id)
+	errs = append(errs, id.save(a.cfg.DataDir))
+	return errors.Join(errs...)
+}
+
+// removeClusterFiles removes what a life in a cluster leaves on disk: of one
+// that was left, or of an init or join that was cut short by the agent's death.
+func (a *Agent) removeClusterFiles() error {
+	var errs []error
 	for _, p := range []string{control.RaftDir(a.cfg.DataDir), filepath.Join(a.cfg.DataDir, "assignment.json"), filepath.Join(a.cfg.DataDir, "gossip")} {
 		errs = append(errs, os.RemoveAll(p))
 	}
-	// A new ID: the old one is of the old cluster.
-	a.ident = &identity{Format: identityFormat, NodeID: spec.NewID(), Name: a.ident.Name}
-	errs = append(errs, a.ident.save(a.cfg.DataDir))
 	return errors.Join(errs...)
 }
 

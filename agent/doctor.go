@@ -46,7 +46,7 @@ func (m *member) depart(ctx context.Context, force bool) error {
 			}
 		}
 	}
-	if m.ident.Role == spec.RoleManager && managers == 0 {
+	if m.role() == spec.RoleManager && managers == 0 {
 		if !force {
 			if others == 0 {
 				return precondition("this node is the last of its cluster: leaving ends the cluster with all its services and networks: run 'shoal leave --force' to do so")
@@ -71,7 +71,7 @@ func (a *Agent) doctor(ctx context.Context) *shoalv1.DoctorResponse {
 		check("cluster", "warn", "this node is in no cluster", "shoal init, or shoal join HOST")
 		return resp
 	}
-	check("cluster", "ok", fmt.Sprintf("%s, as %s", m.ident.Cluster.ID, m.ident.Role), "")
+	check("cluster", "ok", fmt.Sprintf("%s, as %s", m.ident.Cluster.ID, m.role()), "")
 
 	lctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()

@@ -55,6 +55,9 @@ func loadIdentity(dataDir, name string) (*identity, error) {
 	if id.Format != identityFormat {
 		return nil, fmt.Errorf("%s has format %d, this version of shoal reads %d: use the version that wrote it", path, id.Format, identityFormat)
 	}
+	if id.NodeID == "" || id.Name == "" {
+		return nil, fmt.Errorf("%s is damaged: it names no node: restore it, or remove the data directory to start as a new node", path)
+	}
 	if name != "" && id.Name != name {
 		if id.Cluster.ID != "" {
 			return nil, fmt.Errorf("data directory %s belongs to node %q of cluster %s, not to %q: give --node-name %s or another --data-dir", dataDir, id.Name, id.Cluster.ID, name, id.Name)

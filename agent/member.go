@@ -161,6 +161,13 @@ func (m *member) stopManager() error {
 	return os.RemoveAll(control.RaftDir(m.cfg.DataDir))
 }
 
+// role is this node's, which the managers may change.
+func (m *member) role() string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.ident.Role
+}
+
 func (m *member) node(role string) spec.Node {
 	id := m.ident
 	return spec.Node{ID: id.NodeID, Name: id.Name, Number: id.Number, Role: role, Availability: spec.AvailabilityActive,
@@ -177,7 +184,9 @@ func (m *member) start() error {
 	if err != nil {
 		return err
 	}
-	m.g = g
+	m.mu.Lock()
+	m.g = g // the Manager and the Forwarder may run already, and look
+	m.mu.Unlock()
 	m.dns = dns.NewServer(dns.Config{Upstreams: m.cfg.Upstreams, Dial: m.cfg.Dial, Log: m.log})
 	m.tasks = &tasks{rt: m.cfg.Runtime, dns: m.dns, instance: m.cfg.Instance, hostAddr: m.ident.Addr, search: m.cfg.SearchDomains,
 		log: m.log, plumbing: m, ctx: m.ctx, runners: map[string]*runner{}}
@@ -244,6 +253,8 @@ func (m *member) managerAddrs() []string {
 			out = append(out, a)
 		}
 	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	if m.g != nil {
 		for _, p := range m.g.Snapshot().Members {
 			if p.Role == spec.RoleManager && p.Liveness == spec.PeerAlive && p.Peer.ID != m.ident.NodeID {
@@ -251,8 +262,6 @@ func (m *member) managerAddrs() []string {
 			}
 		}
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
 	if m.assigned != nil {
 		for _, n := range m.assigned.Nodes {
 			if n.Role == spec.RoleManager && n.ID != m.ident.NodeID {
@@ -269,10 +278,13 @@ func (m *member) managerAddrs() []string {
 // liveness is this node's opinion of the others, for the manager on it.
 func (m *member) liveness() map[string]spec.Liveness {
 	out := map[string]spec.Liveness{}
-	if m.g == nil {
+	m.mu.Lock()
+	g := m.g
+	m.mu.Unlock()
+	if g == nil {
 		return out
 	}
-	for _, p := range m.g.Snapshot().Members {
+	for _, p := range g.Snapshot().Members {
 		out[p.Peer.ID] = p.Liveness
 	}
 	return out
@@ -373,8 +385,8 @@ func wake(ch chan struct{}) {
 // publish implements plumbing.
 func (m *member) publish() {
 	m.publishMu.Lock()
-	if es, all := m.tasks.endpoints(); all {
-		m.g.SetEndpoints(es)
+	if m.tasks.whole() {
+		m.g.SetEndpoints(m.tasks.endpoints())
 	}
 	m.publishMu.Unlock()
 	wake(m.composeWake)
@@ -613,7 +625,7 @@ func (m *member) assign(a *assignment) {
 			m.g.Forget(p.Peer.ID)
 		}
 	}
-	if _, adopted := m.tasks.sandboxes(); adopted {
+	if m.tasks.hasAdopted() {
 		m.tasks.assign(m.ident.NodeID, a.Tasks, true)
 	}
 	wake(m.composeWake)
@@ -635,7 +647,9 @@ func (m *member) follow(n spec.Node) {
 		m.log.Error("role can't be changed; trying again with the next assignment", "error", err)
 		return
 	}
+	m.mu.Lock()
 	m.ident.Role = n.Role
+	m.mu.Unlock()
 	if err := m.ident.save(m.cfg.DataDir); err != nil {
 		m.log.Error("node identity can't be kept", "error", err)
 	}

@@ -105,8 +105,8 @@ func encodeTask(t spec.Task) []byte {
 }
 
 // adopt makes a runner for every task the runtime still has. It is called once,
-// before the first assign. Of known tasks the attachments count that the
-// managers gave them last: what the runtime kept is of their start.
+// before the first assign. Of known tasks what the managers last wanted of them
+// counts: what the runtime kept is of their start.
 func (m *tasks) adopt(ctx context.Context, known []spec.Task) error {
 	have, err := m.rt.List(ctx)
 	if err != nil {
@@ -122,7 +122,7 @@ func (m *tasks) adopt(ctx context.Context, known []spec.Task) error {
 			continue
 		}
 		if i := slices.IndexFunc(known, func(k spec.Task) bool { return k.ID == t.ID }); i >= 0 {
-			t.Attachments, t.Ports = known[i].Attachments, known[i].Ports
+			t.Desired, t.Attachments, t.Ports = known[i].Desired, known[i].Attachments, known[i].Ports
 		}
 		m.log.Info("adopting task", "task", t.Name, "state", st.State, "pid", st.PID)
 		m.start(t, &st)
@@ -215,30 +215,51 @@ func (m *tasks) stopAll(ctx context.Context) error {
 	}
 }
 
-// sandboxes, endpoints and statuses are what the runners now say.
-func (m *tasks) sandboxes() (out []spec.Sandbox, adopted bool) {
+// hasAdopted tells that every task of an earlier agent has a runner.
+func (m *tasks) hasAdopted() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	adopted = m.adopted
+	return m.adopted
+}
+
+// sandboxes, endpoints and statuses are what the runners now say; of sandboxes,
+// whole tells that none of an earlier agent is missing.
+func (m *tasks) sandboxes() (out []spec.Sandbox, whole bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	for _, r := range m.runners {
-		adopted = adopted && !r.adopting
 		if r.sandbox != nil {
 			sb := *r.sandbox
 			sb.Attachments = r.attachments()
 			out = append(out, sb)
 		}
 	}
-	return out, adopted
+	return out, m.isWhole()
 }
 
-// all is false until every task of an earlier agent has said what it is: to
+// whole tells that every task of an earlier agent has said what it is: to
 // announce some of them would withdraw the others.
-func (m *tasks) endpoints() (out []spec.Endpoint, all bool) {
+func (m *tasks) whole() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	all = m.adopted
+	return m.isWhole()
+}
+
+// isWhole is whole with tasks.mu held.
+func (m *tasks) isWhole() bool {
 	for _, r := range m.runners {
-		all = all && !r.adopting
+		if r.adopting {
+			return false
+		}
+	}
+	return m.adopted
+}
+
+func (m *tasks) endpoints() []spec.Endpoint {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var out []spec.Endpoint
+	for _, r := range m.runners {
 		if r.endpoint == nil {
 			continue
 		}
@@ -252,7 +273,7 @@ func (m *tasks) endpoints() (out []spec.Endpoint, all bool) {
 		}
 	}
 	slices.SortFunc(out, func(a, b spec.Endpoint) int { return cmp.Compare(a.Key(), b.Key()) })
-	return out, all
+	return out
 }
 
 func (m *tasks) statuses() map[string]spec.TaskStatus {
@@ -364,8 +385,16 @@ func (r *runner) run(ctx context.Context, found *runtime.Status) {
 // live runs the task until its program has ended and its final state is set;
 // an error means that it could not be run.
 func (r *runner) live(ctx context.Context, found *runtime.Status) error {
+	r.mu.Lock()
 	t := r.task
+	r.mu.Unlock()
 	running := found != nil && found.State == runtime.Running
+	if s := t.Status.State; found == nil && s.Ended() && s != spec.TaskLost {
+		// It has run, and the runtime has lost it with its sandbox: the machine
+		// was started anew before the release was told.
+		r.set(func() { r.status = t.Status })
+		return nil
+	}
 	if found == nil || found.State == runtime.Created {
 		if why := r.unwanted(); why != "" {
 			r.state(spec.TaskShutdown, why+" before it started")
@@ -399,6 +428,9 @@ func (r *runner) live(ctx context.Context, found *runtime.Status) error {
 	first := spec.EndpointStarting
 	if running {
 		first = spec.EndpointActive
+		if r.unwanted() != "" {
+			first = spec.EndpointDraining
+		}
 	}
 	r.set(func() {
 		r.adopting = false
@@ -408,26 +440,24 @@ func (r *runner) live(ctx context.Context, found *runtime.Status) error {
 	})
 
 	if !running {
-		wctx, cancel := context.WithTimeout(ctx, wireTimeout)
-		err := r.plumbing.wired(wctx, t)
-		cancel()
-		if err != nil {
+		err := r.whileWanted(ctx, wireTimeout, func(ctx context.Context) error { return r.plumbing.wired(ctx, t) })
+		if err != nil && r.unwanted() == "" {
 			return err
 		}
-		sctx, cancel := context.WithTimeout(ctx, routeTimeout)
-		err = r.plumbing.settled(sctx)
-		cancel()
+		err = r.whileWanted(ctx, routeTimeout, r.plumbing.settled)
 		if err != nil {
 			r.log.Debug("starting before every node has a route to the task", "task", t.Name, "missing", err)
 		}
-		if wait := time.Until(time.UnixMilli(t.NotBefore)); t.NotBefore > 0 && wait > 0 {
+		if wait := time.Until(time.UnixMilli(t.NotBefore)); t.NotBefore > 0 && wait > 0 && r.unwanted() == "" {
 			r.state(spec.TaskPreparing, fmt.Sprintf("waiting %s before it starts again", wait.Round(time.Millisecond)))
-			if !r.waitUnless(ctx, wait) {
-				if ctx.Err() == nil {
-					r.state(spec.TaskShutdown, r.unwanted()+" before it started")
-				}
-				return nil
-			}
+			r.waitUnless(ctx, wait)
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
+		if why := r.unwanted(); why != "" {
+			r.state(spec.TaskShutdown, why+" before it started")
+			return nil
 		}
 		r.state(spec.TaskStarting, "")
 		if err := r.rt.Start(ctx, t.ID); err != nil {
@@ -440,21 +470,34 @@ func (r *runner) live(ctx context.Context, found *runtime.Status) error {
 	return r.watch(ctx)
 }
 
-// waitUnless waits for d, and returns false as soon as the task is unwanted or
-// ctx ends.
-func (r *runner) waitUnless(ctx context.Context, d time.Duration) bool {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
+// waitUnless waits for d, or until the task is unwanted or ctx ends.
+func (r *runner) waitUnless(ctx context.Context, d time.Duration) {
+	_ = r.whileWanted(ctx, d, func(ctx context.Context) error {
+		<-ctx.Done()
+		return nil
+	})
+}
+
+// whileWanted runs fn for d at most, and breaks it off as soon as the task is
+// unwanted or its program has ended.
+func (r *runner) whileWanted(ctx context.Context, d time.Duration, fn func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, d)
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- fn(ctx) }() // ends with ctx; waited for below
+	woken := false
 	for {
-		if r.unwanted() != "" {
-			return false
+		if st, err := r.programState(ctx); r.unwanted() != "" || err == nil && st.State == runtime.Exited {
+			cancel()
 		}
 		select {
-		case <-ctx.Done():
-			return false
-		case <-timer.C:
-			return true
+		case err := <-done:
+			if woken {
+				r.kick() // for what comes after
+			}
+			return err
 		case <-r.wake:
+			woken = true
 		}
 	}
 }
@@ -500,8 +543,8 @@ func (r *runner) watch(ctx context.Context) error {
 		if r.unwanted() != "" {
 			return r.stop(ctx)
 		}
-		if err := r.detach(ctx); err != nil {
-			return nil
+		if !r.detach(ctx) {
+			continue
 		}
 		r.mu.Lock()
 		isRunning := r.status.State == spec.TaskRunning
@@ -522,10 +565,14 @@ func (r *runner) watch(ctx context.Context) error {
 	}
 }
 
+// detachRetry is the wait between tries to take a task off a network.
+const detachRetry = time.Second
+
 // detach takes the task off the networks that it is leaving, while it runs: no
 // new connections first, then the interface, then the managers hear that the
-// addresses are free. It fails only when ctx ends.
-func (r *runner) detach(ctx context.Context) error {
+// addresses are free. It returns false when that came to nothing because the
+// task is to end, or has ended, or ctx did.
+func (r *runner) detach(ctx context.Context) bool {
 	r.mu.Lock()
 	leaving := uint64(0)
 	for _, a := range r.task.Attachments {
@@ -536,34 +583,35 @@ func (r *runner) detach(ctx context.Context) error {
 	r.mu.Unlock()
 	if !done {
 		r.plumbing.publish()
-		dctx, cancel := context.WithTimeout(ctx, drainTimeout)
-		err := r.plumbing.settled(dctx)
-		cancel()
-		if err != nil && ctx.Err() == nil {
+		err := r.whileWanted(ctx, drainTimeout, r.plumbing.settled)
+		if ctx.Err() != nil || r.unwanted() != "" {
+			return false
+		}
+		if err != nil {
 			r.log.Warn("disconnecting a task that not every node is known to have drained", "task", r.task.Name, "error", err)
 		}
 		r.set(func() { r.detached = leaving })
 		detached = leaving
 	}
-	r.mu.Lock()
-	t, told := r.task, r.status.Wired
-	r.mu.Unlock()
-	if told >= detached {
-		return nil
-	}
-	for ctx.Err() == nil {
-		wctx, cancel := context.WithTimeout(ctx, wireTimeout)
-		err := r.plumbing.wired(wctx, t)
-		cancel()
+	for {
+		r.mu.Lock()
+		t, told := r.task, r.status.Wired
+		r.mu.Unlock()
+		if told >= detached {
+			return true
+		}
+		err := r.whileWanted(ctx, wireTimeout, func(ctx context.Context) error { return r.plumbing.wired(ctx, t) })
 		if err == nil {
 			r.set(func() { r.status.Wired = detached })
-			return nil
+			return true
 		}
-		if ctx.Err() == nil {
-			r.log.Error("task can't be taken off a network; trying again", "task", t.Name, "error", err)
+		st, serr := r.programState(ctx)
+		if ctx.Err() != nil || r.unwanted() != "" || serr != nil || st.State != runtime.Running {
+			return false
 		}
+		r.log.Error("task can't be taken off a network; trying again", "task", t.Name, "error", err)
+		r.waitUnless(ctx, detachRetry)
 	}
-	return ctx.Err()
 }
 
 // netns is the name of the task's namespace; empty for one on the network host.
@@ -773,6 +821,9 @@ func hosts(t spec.Task, node netip.Addr) []byte {
 		}
 		if !addr.IsValid() {
 			addr = node
+		}
+		if !addr.IsValid() {
+			continue
 		}
 		fmt.Fprintf(&b, "%s\t%s\n", addr, name)
 	}

@@ -27,7 +27,7 @@ const (
 	// LeaderPath answers with the leader's control address as this node knows it.
 	LeaderPath = "/shoal.v1.Control/leader"
 
-	leaderWait    = 10 * time.Second       // for a leader to be found
+	leaderWait    = 10 * time.Second       // default of ForwarderConfig.Wait
 	leaderRetry   = 100 * time.Millisecond // between looks
 	leaderTimeout = time.Second            // for one manager's answer
 )
@@ -37,7 +37,9 @@ type ForwarderConfig struct {
 	NodeID string
 	// Managers are control addresses to ask, HOST:PORT.
 	Managers func() []string
-	Log      *slog.Logger
+	// Wait is for how long a call waits for a leader to be found. 0: 10 s.
+	Wait time.Duration
+	Log  *slog.Logger
 }
 
 // Forwarder serves the Control service on any node: it answers where the leader
@@ -55,6 +57,9 @@ type Forwarder struct {
 
 // NewForwarder makes a Forwarder for a node that is no manager yet.
 func NewForwarder(cfg ForwarderConfig) *Forwarder {
+	if cfg.Wait == 0 {
+		cfg.Wait = leaderWait
+	}
 	return &Forwarder{cfg: cfg, client: TCPClient()}
 }
 
@@ -97,17 +102,21 @@ func (f *Forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		_ = connect.NewErrorWriter().Write(w, r, connect.NewError(connect.CodeResourceExhausted, fmt.Errorf("request: %w", err)))
 		return
 	}
-	deadline := time.Now().Add(leaderWait)
+	deadline := time.Now().Add(f.cfg.Wait)
 	var last error
 	for {
 		m, h := f.local()
 		if m != nil && m.IsLeader() {
 			r.Body = io.NopCloser(bytes.NewReader(body))
-			h.ServeHTTP(w, r)
-			return
+			lw := &leaderWriter{ResponseWriter: w}
+			h.ServeHTTP(lw, r)
+			if !lw.refused {
+				return
+			}
+			// It lost its office in between, and did nothing.
+			clear(w.Header())
 		}
-		addr := f.findLeader(r.Context(), m)
-		if addr != "" {
+		if addr := f.findLeader(r.Context(), m); addr != "" {
 			sent, err := f.forward(w, r, addr, body)
 			if sent {
 				return
@@ -128,6 +137,41 @@ func (f *Forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		msg = fmt.Errorf("%w (%w)", msg, last)
 	}
 	_ = connect.NewErrorWriter().Write(w, r, connect.NewError(connect.CodeUnavailable, msg))
+}
+
+// leaderWriter holds back an answer that says "ask another".
+type leaderWriter struct {
+	http.ResponseWriter
+	begun, refused bool
+}
+
+func (w *leaderWriter) WriteHeader(code int) {
+	if !w.begun {
+		w.begun, w.refused = true, w.Header().Get(notLeaderHeader) != ""
+	}
+	if !w.refused {
+		w.ResponseWriter.WriteHeader(code)
+	}
+}
+
+func (w *leaderWriter) Write(b []byte) (int, error) {
+	if !w.begun {
+		w.WriteHeader(http.StatusOK)
+	}
+	if w.refused {
+		return len(b), nil
+	}
+	return w.ResponseWriter.Write(b)
+}
+
+// Flush implements http.Flusher, for streams.
+func (w *leaderWriter) Flush() {
+	if !w.begun {
+		w.WriteHeader(http.StatusOK)
+	}
+	if !w.refused {
+		_ = http.NewResponseController(w.ResponseWriter).Flush()
+	}
 }
 
 func (f *Forwarder) forget(addr string) {
@@ -245,6 +289,7 @@ func (f *Forwarder) forward(w http.ResponseWriter, r *http.Request, addr string,
 	}
 	w.WriteHeader(resp.StatusCode)
 	rc := http.NewResponseController(w)
+	_ = rc.Flush() // a stream's header is news by itself: see Events
 	buf := make([]byte, 32<<10)
 	for {
 		n, rerr := resp.Body.Read(buf)

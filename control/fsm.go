@@ -61,7 +61,11 @@ func (f *fsm) Apply(l *raft.Log) any {
 		at = time.Now()
 	}
 	f.events.add(at, f.st.TakeEvents())
-	f.notify()
+	if r.Err == nil {
+		// A refused command changed nothing: whoever waits for what it was
+		// refused for would be woken by its own trying.
+		f.notify()
+	}
 	return r
 }
 

@@ -115,7 +115,7 @@ func NewManager(cfg ManagerConfig) (*Manager, error) {
 		return nil, fmt.Errorf("raft snapshots: %w", err)
 	}
 	m.trans = raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
-		Stream: layer{cfg.RaftListener.Borrow()}, MaxPool: 3, Timeout: 2 * time.Second, Logger: logger,
+		Stream: newLayer(cfg.RaftListener.Borrow()), MaxPool: 3, Timeout: 2 * time.Second, Logger: logger,
 	})
 	rc := raft.DefaultConfig()
 	rc.LocalID = raft.ServerID(cfg.Node.ID)
@@ -177,9 +177,6 @@ func (m *Manager) Run(ctx context.Context) error {
 		return cancel
 	}
 	stop := func() {}
-	if m.raft.State() == raft.Leader { // the notice may have come before anyone listened
-		stop = lead()
-	}
 	defer func() {
 		stop()
 		wg.Wait()
@@ -193,7 +190,7 @@ func (m *Manager) Run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case leader, ok := <-m.raft.LeaderCh():
+		case leader, ok := <-m.raft.LeaderCh(): // keeps the latest notice for whoever comes late
 			if !ok {
 				return nil
 			}

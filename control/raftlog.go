@@ -5,19 +5,63 @@ import (
 	"log/slog"
 	"net"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
 )
 
-// layer is raft's transport over the shared listener.
+// layer is raft's transport over the shared listener. Closing it closes its
+// connections, too, which raft's NetworkTransport leaves to the other side: that
+// of a node which is no manager any more may keep them for ever.
 type layer struct {
 	net.Listener
+
+	mu    sync.Mutex
+	conns map[*layerConn]struct{} // nil: closed
+}
+
+func newLayer(ln net.Listener) *layer {
+	return &layer{Listener: ln, conns: map[*layerConn]struct{}{}}
+}
+
+// layerConn is a connection that its layer forgets when it is closed.
+type layerConn struct {
+	net.Conn
+	l *layer
+}
+
+func (l *layer) add(c net.Conn) (net.Conn, error) {
+	lc := &layerConn{Conn: c, l: l}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.conns == nil {
+		c.Close()
+		return nil, net.ErrClosed
+	}
+	l.conns[lc] = struct{}{}
+	return lc, nil
+}
+
+func (c *layerConn) Close() error {
+	c.l.mu.Lock()
+	delete(c.l.conns, c)
+	c.l.mu.Unlock()
+	return c.Conn.Close()
+}
+
+// Accept implements raft.StreamLayer.
+func (l *layer) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return l.add(c)
 }
 
 // Dial implements raft.StreamLayer.
-func (layer) Dial(addr raft.ServerAddress, timeout time.Duration) (net.Conn, error) {
+func (l *layer) Dial(addr raft.ServerAddress, timeout time.Duration) (net.Conn, error) {
 	c, err := net.DialTimeout("tcp", string(addr), timeout)
 	if err != nil {
 		return nil, err
@@ -28,7 +72,20 @@ func (layer) Dial(addr raft.ServerAddress, timeout time.Duration) (net.Conn, err
 		return nil, err
 	}
 	_ = c.SetWriteDeadline(time.Time{})
-	return c, nil
+	return l.add(c)
+}
+
+// Close implements raft.StreamLayer.
+func (l *layer) Close() error {
+	err := l.Listener.Close()
+	l.mu.Lock()
+	conns := l.conns
+	l.conns = nil
+	l.mu.Unlock()
+	for c := range conns {
+		c.Conn.Close()
+	}
+	return err
 }
 
 // raftLogger writes raft's log to ours, one level lower: an election is news to

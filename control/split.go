@@ -1,6 +1,7 @@
 package control
 
 import (
+	"errors"
 	"io"
 	"net"
 	"sync"
@@ -16,6 +17,10 @@ const (
 	acceptTimeout = 5 * time.Second // for whoever accepts
 )
 
+// acceptRetry is the wait after an Accept that failed for a passing reason, like
+// too many open files (accept(2): EMFILE, ENFILE, ENOBUFS).
+const acceptRetry = 50 * time.Millisecond
+
 // Split shares a listener between raft and HTTP, by the first byte of each
 // connection. Closing ln ends both; closing one of them ends only its own
 // Accept, and its connections are refused from then on.
@@ -29,22 +34,33 @@ func Split(ln net.Listener) (raft, http *Conns) {
 		defer close(done)
 		for {
 			c, err := ln.Accept()
-			if err != nil {
-				if ne, ok := err.(net.Error); ok && ne.Timeout() {
-					continue
-				}
+			if errors.Is(err, net.ErrClosed) {
 				return
 			}
-			go sniff(c, raft, http) // ends by its timeouts
+			if err != nil {
+				time.Sleep(acceptRetry)
+				continue
+			}
+			go sniff(c, raft, http) // ends by its timeouts, or with ln
 		}
 	}()
 	return raft, http
 }
 
 func sniff(c net.Conn, raft, http *Conns) {
+	known := make(chan struct{})
+	go func() {
+		select {
+		case <-raft.done: // nobody will accept it
+			c.Close()
+		case <-known:
+		}
+	}()
 	_ = c.SetReadDeadline(time.Now().Add(sniffTimeout))
 	var b [1]byte
-	if _, err := io.ReadFull(c, b[:]); err != nil {
+	_, err := io.ReadFull(c, b[:])
+	close(known)
+	if err != nil {
 		c.Close()
 		return
 	}

@@ -86,6 +86,17 @@ const defaultName = "lab"
 
 var nameRE = regexp.MustCompile(`^[a-z][a-z0-9]{0,15}$`)
 
+func badName(name string) error {
+	return fmt.Errorf("lab name %q: use a letter, then up to 15 letters and digits, all small", name)
+}
+
+// MTU of the underlay, bytes: room for RFC 791's 576 octets inside of VXLAN's
+// 50, and what a veth takes at most.
+const (
+	minMTU = 576 + 50
+	maxMTU = 65535
+)
+
 func dirOf(name string) string {
 	if name == defaultName {
 		return "/run/shoal-lab"
@@ -121,6 +132,9 @@ func (l *Lab) save() error {
 func Open(name string) (*Lab, error) {
 	if name == "" {
 		name = defaultName
+	}
+	if !nameRE.MatchString(name) {
+		return nil, badName(name)
 	}
 	b, err := os.ReadFile(filepath.Join(dirOf(name), "lab.json"))
 	if errors.Is(err, os.ErrNotExist) {
@@ -164,7 +178,9 @@ func Up(ctx context.Context, o Options) (_ *Lab, err error) {
 	case os.Geteuid() != 0:
 		return nil, errors.New("a lab needs root, for network namespaces: run it as root")
 	case !nameRE.MatchString(o.Name):
-		return nil, fmt.Errorf("lab name %q: use a letter, then up to 15 letters and digits, all small", o.Name)
+		return nil, badName(o.Name)
+	case o.MTU < minMTU || o.MTU > maxMTU:
+		return nil, fmt.Errorf("MTU %d is out of range: use %d to %d bytes", o.MTU, minMTU, maxMTU)
 	case o.Nodes < 1 || o.Nodes > MaxNodes:
 		return nil, fmt.Errorf("%d nodes is out of range: use 1 to %d", o.Nodes, MaxNodes)
 	case o.Managers < 1 || o.Managers > o.Nodes:
@@ -345,6 +361,21 @@ func alive(pid int) bool {
 	return i < 0 || !strings.HasPrefix(string(b[i+1:]), " Z")
 }
 
+// running tells whether the node's agent runs. Once it has ended another process
+// may get its ID, but not in the node's namespace.
+func (n *Node) running() bool {
+	if !alive(n.PID) {
+		return false
+	}
+	var node, thread syscall.Stat_t
+	if err := syscall.Stat(nl.Path(n.Netns), &node); err != nil {
+		return false
+	}
+	// Any of its threads: the agent takes single ones to other namespaces.
+	threads, _ := filepath.Glob("/proc/" + strconv.Itoa(n.PID) + "/task/*/ns/net")
+	return slices.ContainsFunc(threads, func(f string) bool { return syscall.Stat(f, &thread) == nil && thread.Ino == node.Ino })
+}
+
 func lastLine(path string) string {
 	b, _ := os.ReadFile(path)
 	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
@@ -469,7 +500,7 @@ func (l *Lab) KillAgent(node string) error {
 	if err != nil {
 		return err
 	}
-	if !alive(n.PID) {
+	if !n.running() {
 		return fmt.Errorf("%s: its agent is not running", node)
 	}
 	if err := syscall.Kill(n.PID, syscall.SIGKILL); err != nil {
@@ -488,7 +519,7 @@ func (l *Lab) Start(ctx context.Context, node string) error {
 	if err != nil {
 		return err
 	}
-	if alive(n.PID) {
+	if n.running() {
 		return fmt.Errorf("%s runs already", node)
 	}
 	if err := l.setLink(n, true); err != nil {

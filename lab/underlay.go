@@ -136,6 +136,9 @@ func (l *Lab) Partition(a, b []string) error {
 			return err
 		}
 	}
+	if len(a) == 0 || len(b) == 0 {
+		return fmt.Errorf("a partition takes two groups of nodes, and one is empty")
+	}
 	for _, x := range a {
 		for _, y := range b {
 			if x == y {

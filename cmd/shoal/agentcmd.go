@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -25,6 +26,9 @@ import (
 )
 
 const resolvConfPath = "/etc/resolv.conf"
+
+// dataPaths are the values of --data-path.
+var dataPaths = []string{"auto", "ipvs", "nft"}
 
 func (c *cli) agentCmd() *cobra.Command {
 	cfg := agent.Config{Version: versionString()}
@@ -51,6 +55,12 @@ go on when it stops or is killed; the next agent adopts them.`,
 			default:
 				return usageError(cmd, fmt.Errorf("--log-format %q: use text or json", logFormat))
 			}
+			if err := cfg.Validate(); err != nil {
+				return usageError(cmd, err)
+			}
+			if !slices.Contains(dataPaths, dataPath) {
+				return usageError(cmd, fmt.Errorf("--data-path %q: use %s", dataPath, strings.Join(dataPaths, ", ")))
+			}
 			if os.Geteuid() != 0 {
 				return fmt.Errorf("the agent needs root, for network namespaces and devices: run it as root, or by systemd")
 			}
@@ -68,7 +78,7 @@ go on when it stops or is killed; the next agent adopts them.`,
 	f.StringVar(&cfg.Instance, "instance", "shoal", "prefix of what this agent names on the machine, for several agents on one")
 	f.StringVar(&logLevel, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&logFormat, "log-format", "text", "text or json")
-	_ = cmd.RegisterFlagCompletionFunc("data-path", cobra.FixedCompletions([]string{"auto", "ipvs", "nft"}, cobra.ShellCompDirectiveNoFileComp))
+	_ = cmd.RegisterFlagCompletionFunc("data-path", cobra.FixedCompletions(dataPaths, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }
 
@@ -157,7 +167,7 @@ func pickDataPath(want string, log *slog.Logger) (vip.Dataplane, string, error) 
 		log.Warn("virtual IPs use nftables, because IPVS can't be used here", "reason", ipvsErr)
 		return nft.New(nft.Config{Log: log}), "IPVS can't be used: " + ipvsErr.Error(), nil
 	}
-	return nil, "", &exitError{code: 2, err: fmt.Errorf("--data-path %q: use auto, ipvs or nft", want)}
+	return nil, "", fmt.Errorf("data path %q is unknown", want)
 }
 
 // searchDomains are the machine's own (resolv.conf(5)): the last search or

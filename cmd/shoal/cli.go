@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -49,9 +50,13 @@ virtual IP for each, balanced over its healthy replicas on any node.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		Args:          unknownSubcommand,
+
+		SuggestionsMinimumDistance: 2,
+		// Without it cobra shows the help and succeeds, whatever is asked for.
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.PersistentFlags().StringVar(&c.socket, "socket", cmp.Or(os.Getenv("SHOAL_SOCKET"), defaultSocket), "the agent's unix socket (also $SHOAL_SOCKET)")
-	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usageError(cmd, err) })
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usageError(cmd, flagError(err)) })
 	root.AddCommand(c.agentCmd(), c.initCmd(), c.joinCmd(), c.leaveCmd(), c.infoCmd(), c.doctorCmd(),
 		c.nodeCmd(), c.netCmd(), c.svcCmd(), c.runCmd(), c.execCmd(), c.psCmd(), c.stopCmd(), c.rmCmd(), c.logsCmd(), c.portCmd(), c.statsCmd(), c.eventsCmd(), c.labCmd(), c.versionCmd())
 	return root
@@ -67,6 +72,17 @@ func unknownSubcommand(cmd *cobra.Command, args []string) error {
 		msg = fmt.Errorf("%w: did you mean %q?", msg, near[0])
 	}
 	return usageError(cmd, msg)
+}
+
+// goErrorRE is what Go's own parsers say around the reason.
+var goErrorRE = regexp.MustCompile(`: (strconv\.\w+: parsing ".*": |time: )`)
+
+// flagError is a mistake in a flag's value in words that are not Go's.
+func flagError(err error) error {
+	if clean := goErrorRE.ReplaceAllString(err.Error(), ": "); clean != err.Error() {
+		return errors.New(clean)
+	}
+	return err
 }
 
 // group is a noun with verbs below it.

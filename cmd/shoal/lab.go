@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -31,6 +32,9 @@ func (c *cli) labUp(name *string) *cobra.Command {
 	var quiet bool
 	cmd := &cobra.Command{Use: "up", Short: "Make a lab", Args: exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if o.Nodes == 0 || o.MTU == 0 || cmd.Flags().Changed("managers") && o.Managers == 0 {
+				return usageError(cmd, errors.New("--nodes, --managers and --mtu can't be 0")) // which is the default in Options
+			}
 			o.Name = *name
 			if !quiet {
 				o.Progress = c.err

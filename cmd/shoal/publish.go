@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 
+	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 
 	"github.com/shoalnet/shoal/api"
@@ -226,6 +227,9 @@ func (c *cli) publishedOf(ctx context.Context, ref string) ([]spec.Port, error) 
 	svcs, err := c.services(ctx, ref)
 	if err == nil {
 		return api.ToPorts(svcs[0].Ports)
+	}
+	if connect.CodeOf(err) != connect.CodeNotFound {
+		return nil, err
 	}
 	t, terr := c.task(ctx, ref)
 	if terr != nil {

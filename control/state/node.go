@@ -25,7 +25,7 @@ func (s *State) upsertNode(c *UpsertNode) Result {
 	}
 	for _, id := range s.nodeNames[in.Name] {
 		if o := s.nodes[id]; id != in.ID && o.Status != spec.NodeDown {
-			return Result{Err: failf(ErrExists, "node name %s is taken by node %s at %s: start the agent with another --name, or remove that node", in.Name, o.ID, o.Addr)}
+			return Result{Err: failf(ErrExists, "node name %s is taken by node %s at %s: start the agent with another --node-name, or remove that node", in.Name, o.ID, o.Addr)}
 		}
 	}
 	n := s.nodes[in.ID]

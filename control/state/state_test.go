@@ -102,7 +102,7 @@ func TestRefusals(t *testing.T) {
 		{task("c2", "n1", spec.NetworkAttachment{Network: "default", Addrs: c1.Attachments[0].Addrs}), ErrInUse,
 			"task c2: network default: address " + c1.Attachments[0].Addrs[0].String() + " is taken by task c1"},
 		{Command{StopTask: &StopTask{Ref: "nosuch"}}, ErrNotFound, "no such task: nosuch"},
-		{Command{UpsertNode: &UpsertNode{simSpec("other", "n1", "", 9)}}, ErrExists, "node name n1 is taken by node " + n1.id + " at 192.168.0.1: start the agent with another --name, or remove that node"},
+		{Command{UpsertNode: &UpsertNode{simSpec("other", "n1", "", 9)}}, ErrExists, "node name n1 is taken by node " + n1.id + " at 192.168.0.1: start the agent with another --node-name, or remove that node"},
 		{Command{UpsertNode: &UpsertNode{simSpec(c1.ID, "n9", "", 9)}}, ErrExists, "ID " + c1.ID + " is taken by a task"},
 		{Command{UpsertNode: &UpsertNode{spec.Node{ID: "x", Name: "n9"}}}, ErrInvalid, "node n9: address invalid IP can't be advertised"},
 		{Command{UpdateNode: &UpdateNode{Ref: "n1", Availability: ptr("off")}}, ErrInvalid, `node n1: availability "off": use active, pause or drain`},

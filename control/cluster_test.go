@@ -1,0 +1,579 @@
+package control
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/hashicorp/raft"
+	"go.uber.org/goleak"
+
+	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/api/shoal/v1/shoalv1connect"
+	"github.com/shoalnet/shoal/control/state"
+	"github.com/shoalnet/shoal/spec"
+)
+
+// TestMain looks for goroutines left behind. HTTP/2 connections take a moment
+// to notice that their peer is gone.
+func TestMain(m *testing.M) {
+	code := m.Run()
+	if code == 0 {
+		var err error
+		for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+			if err = goleak.Find(); err == nil {
+				break
+			}
+		}
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "goroutines left behind:", err)
+			code = 1
+		}
+	}
+	os.Exit(code)
+}
+
+// testTuning is quick, but leaves a starved manager half a second. Silent nodes
+// stay ready: these tests' nodes send no reports unless they say so.
+var testTuning = Tuning{Heartbeat: 500 * time.Millisecond, Election: 500 * time.Millisecond, DownAfter: time.Hour, DownRegardless: time.Hour, Alive: 50 * time.Millisecond}
+
+// simNode is a node's control side: the listener, the forwarder, and the manager
+// while it is one.
+type simNode struct {
+	t    *testing.T
+	node spec.Node
+	dir  string
+	tune Tuning
+	log  *slog.Logger
+	sees []string      // control addresses that its forwarder knows
+	wait time.Duration // of its forwarder for a leader
+
+	ln     net.Listener
+	srv    *http.Server
+	fwd    *Forwarder
+	mgr    *Manager
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+	client *http.Client
+	ctl    shoalv1connect.ControlClient // through this node's own forwarder
+}
+
+// newNode makes a node that is not started.
+func newNode(t *testing.T, name, role string) *simNode {
+	n := &simNode{t: t, dir: t.TempDir(), tune: testTuning, log: slog.New(slog.DiscardHandler),
+		node: spec.Node{ID: spec.NewID(), Name: name, Role: role, Availability: spec.AvailabilityActive, Addr: netip.MustParseAddr("127.0.0.1"), GossipPort: 7946}}
+	t.Cleanup(n.stop)
+	return n
+}
+
+// addr is its control address, once it was started.
+func (n *simNode) addr() string {
+	return netip.AddrPortFrom(n.node.Addr, uint16(n.node.ControlPort)).String()
+}
+
+// start opens the node's port, the same as before on a restart.
+func (n *simNode) start() {
+	n.t.Helper()
+	var err error
+	eventually(n.t, "listen on "+n.addr(), func() error {
+		n.ln, err = net.Listen("tcp", n.addr())
+		return err
+	})
+	n.node.ControlPort = n.ln.Addr().(*net.TCPAddr).Port
+	raftConns, httpConns := Split(n.ln)
+	n.fwd = NewForwarder(ForwarderConfig{NodeID: n.node.ID, Managers: func() []string { return n.sees }, Wait: n.wait, Log: n.log})
+	n.srv = &http.Server{Handler: n.fwd, Protocols: Protocols(), ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug)}
+	srv := n.srv
+	n.wg.Go(func() { _ = srv.Serve(httpConns) })
+	n.client = TCPClient()
+	n.ctl = shoalv1connect.NewControlClient(n.client, "http://"+n.addr())
+	if n.node.Role != spec.RoleManager {
+		return
+	}
+	n.mgr, err = NewManager(ManagerConfig{Node: n.node, DataDir: n.dir, RaftListener: raftConns, Log: n.log, Tuning: n.tune})
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	n.cancel = cancel
+	m := n.mgr
+	n.wg.Go(func() {
+		if err := m.Run(ctx); err != nil {
+			n.t.Errorf("manager %s: %v", n.node.Name, err)
+		}
+	})
+	n.fwd.SetManager(m)
+}
+
+// stop is a sudden death as far as others can see: nothing is said to them.
+func (n *simNode) stop() {
+	if n.ln == nil {
+		return
+	}
+	n.ln.Close()
+	n.srv.Close()
+	if n.cancel != nil {
+		n.cancel()
+	}
+	n.wg.Wait()
+	n.client.CloseIdleConnections()
+	n.fwd.client.CloseIdleConnections()
+	n.ln, n.cancel, n.mgr = nil, nil, nil
+}
+
+// eventually calls fn until it returns nil, for 15 s.
+func eventually(t *testing.T, what string, fn func() error) {
+	t.Helper()
+	var err error
+	for end := time.Now().Add(15 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+		if err = fn(); err == nil {
+			return
+		}
+	}
+	t.Fatalf("%s: %v", what, err)
+}
+
+func testCtx(t *testing.T) context.Context {
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+var testCluster = state.Cluster{ID: "testcluster1", Pools: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, SubnetSize: 24, DataPathPort: 4789}
+
+// newCluster starts a cluster of so many managers; all know each other.
+func newCluster(t *testing.T, managers int) []*simNode {
+	t.Helper()
+	var all []*simNode
+	for i := range managers {
+		n := newNode(t, fmt.Sprintf("node%d", i+1), spec.RoleManager)
+		n.start()
+		all = append(all, n)
+	}
+	if _, err := all[0].mgr.Bootstrap(testCtx(t), testCluster); err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range all[1:] {
+		join(t, all[0], n)
+	}
+	for _, n := range all {
+		for _, o := range all {
+			if o != n {
+				n.sees = append(n.sees, o.addr())
+			}
+		}
+	}
+	return all
+}
+
+// join asks via to take n in.
+func join(t *testing.T, via, n *simNode) *shoalv1.JoinNodeResponse {
+	t.Helper()
+	resp, err := via.ctl.JoinNode(testCtx(t), connect.NewRequest(&shoalv1.JoinNodeRequest{Node: n.info()}))
+	if err != nil {
+		t.Fatalf("join %s: %v", n.node.Name, err)
+	}
+	return resp.Msg
+}
+
+func (n *simNode) info() *shoalv1.NodeInfo {
+	return &shoalv1.NodeInfo{Id: n.node.ID, Name: n.node.Name, Role: n.node.Role, Addr: n.node.Addr.String(), ControlPort: int32(n.node.ControlPort), GossipPort: int32(n.node.GossipPort)}
+}
+
+// leader waits for a leader among those that run.
+func leader(t *testing.T, nodes []*simNode) *simNode {
+	t.Helper()
+	var l *simNode
+	eventually(t, "a leader", func() error {
+		for _, n := range nodes {
+			if n.mgr != nil && n.mgr.IsLeader() {
+				l = n
+				return nil
+			}
+		}
+		return errors.New("none leads")
+	})
+	return l
+}
+
+func without(nodes []*simNode, n *simNode) []*simNode {
+	return slices.DeleteFunc(slices.Clone(nodes), func(o *simNode) bool { return o == n })
+}
+
+func (n *simNode) snapshot() []byte {
+	n.t.Helper()
+	var b []byte
+	var err error
+	n.mgr.fsm.read(func(s *state.State) { b, err = s.Snapshot() })
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return b
+}
+
+// alike waits until all nodes' states are the same, byte for byte.
+func alike(t *testing.T, nodes ...*simNode) {
+	t.Helper()
+	eventually(t, "equal states", func() error {
+		first := nodes[0].snapshot()
+		for _, n := range nodes[1:] {
+			if b := n.snapshot(); !bytes.Equal(b, first) {
+				return fmt.Errorf("the state of %s and %s differ:\n%s\n%s", nodes[0].node.Name, n.node.Name, first, b)
+			}
+		}
+		return nil
+	})
+}
+
+func createNetwork(n *simNode, name string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	_, err := n.ctl.CreateNetwork(ctx, connect.NewRequest(&shoalv1.CreateNetworkRequest{Name: name}))
+	return err
+}
+
+func networkNames(n *simNode) ([]string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	resp, err := n.ctl.ListNetworks(ctx, connect.NewRequest(&shoalv1.ListNetworksRequest{}))
+	if err != nil {
+		return nil, err
+	}
+	var out []string
+	for _, w := range resp.Msg.Networks {
+		out = append(out, w.Name)
+	}
+	return out, nil
+}
+
+func TestClusterElectsReplicatesAndForwards(t *testing.T) {
+	nodes := newCluster(t, 3)
+	worker := newNode(t, "worker1", spec.RoleWorker)
+	worker.start()
+	join(t, nodes[2], worker) // asked of a follower, too
+	worker.sees = []string{nodes[1].addr()}
+	all := append(slices.Clone(nodes), worker)
+	for i, n := range all {
+		if err := createNetwork(n, fmt.Sprintf("net%d", i)); err != nil {
+			t.Fatalf("on %s: %v", n.node.Name, err)
+		}
+	}
+	// What one has been told is done, the next read on any other shows.
+	for _, n := range all {
+		got, err := networkNames(n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range all {
+			if name := fmt.Sprintf("net%d", i); !slices.Contains(got, name) {
+				t.Errorf("%s does not list %s: %v", n.node.Name, name, got)
+			}
+		}
+	}
+	alike(t, nodes...)
+
+	resp, err := worker.ctl.ListNodes(testCtx(t), connect.NewRequest(&shoalv1.ListNodesRequest{}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	numbers, leaders := map[int32]bool{}, 0
+	for _, n := range resp.Msg.Nodes {
+		numbers[n.Number] = true
+		if n.Leader {
+			leaders++
+		}
+	}
+	if len(resp.Msg.Nodes) != 4 || len(numbers) != 4 || leaders != 1 {
+		t.Errorf("%d nodes, %d different numbers, %d leaders: want 4, 4, 1", len(resp.Msg.Nodes), len(numbers), leaders)
+	}
+	if n := leader(t, nodes); n != nodes[0] {
+		t.Errorf("%s leads: the first one had no reason to stop", n.node.Name)
+	}
+}
+
+// TestLeaderLossKeepsAcknowledgedWrites kills the leader while writes come in
+// on another node: those acknowledged are there, and writes go on.
+func TestLeaderLossKeepsAcknowledgedWrites(t *testing.T) {
+	nodes := newCluster(t, 3)
+	old := leader(t, nodes)
+	rest := without(nodes, old)
+	client := rest[0]
+
+	const total = 60
+	acked := make(chan string, total)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		defer close(acked)
+		for i := range total {
+			name := fmt.Sprintf("w%02d", i)
+			if err := createNetwork(client, name); err == nil {
+				acked <- name
+			} else if connect.CodeOf(err) != connect.CodeUnavailable {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+	})
+	var done []string
+	for name := range acked {
+		if done = append(done, name); len(done) == 10 {
+			break
+		}
+	}
+	died := time.Now()
+	old.stop()
+	next, ok := <-acked // was perhaps on its way already
+	for ok {
+		done = append(done, next)
+		next, ok = <-acked
+	}
+	wg.Wait()
+	t.Logf("%d of %d writes were acknowledged, %s after the leader's death", len(done), total, time.Since(died).Round(time.Millisecond))
+	// Of those in flight at the moment of death one may be undecided.
+	if len(done) < total-2 {
+		t.Errorf("only %d of %d writes were acknowledged", len(done), total)
+	}
+	for _, n := range rest {
+		got, err := networkNames(n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range done {
+			if !slices.Contains(got, name) {
+				t.Errorf("%s was acknowledged, and %s does not have it", name, n.node.Name)
+			}
+		}
+	}
+	// The dead one comes back as a follower and catches up.
+	old.start()
+	alike(t, nodes...)
+}
+
+// TestMinorityCommitsNothing: a manager that is left alone neither writes nor
+// reads, and says why.
+func TestMinorityCommitsNothing(t *testing.T) {
+	nodes := newCluster(t, 3)
+	l := leader(t, nodes)
+	for _, n := range without(nodes, l) {
+		n.stop()
+	}
+	eventually(t, "the leader steps down", func() error {
+		if l.mgr.IsLeader() {
+			return errors.New("it leads without a majority")
+		}
+		return nil
+	})
+	if _, err := l.mgr.Propose(testCtx(t), state.Command{CreateNetwork: &state.CreateNetwork{Network: spec.Network{ID: spec.NewID(), Name: "lost"}}}); connect.CodeOf(err) != connect.CodeUnavailable {
+		t.Errorf("a write of the minority: %v", err)
+	}
+	if err := l.mgr.verify(); connect.CodeOf(err) != connect.CodeUnavailable {
+		t.Errorf("a read of the minority: %v", err)
+	}
+}
+
+// TestRestart takes a lone manager through restarts from its log, from a
+// snapshot, and from a snapshot and the log after it.
+func TestRestart(t *testing.T) {
+	n := newCluster(t, 1)[0]
+	restart := func(what string) {
+		t.Helper()
+		want := n.snapshot()
+		n.stop()
+		n.start()
+		leader(t, []*simNode{n})
+		alike(t, n)
+		if got := n.snapshot(); !bytes.Equal(got, want) {
+			t.Errorf("%s: the state is\n%s\nwas\n%s", what, got, want)
+		}
+	}
+	for i := range 5 {
+		if err := createNetwork(n, fmt.Sprintf("a%d", i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	restart("from the log")
+	n.compact()
+	restart("from a snapshot")
+	if err := createNetwork(n, "b"); err != nil {
+		t.Fatal(err)
+	}
+	restart("from a snapshot and a log")
+	if got, err := networkNames(n); err != nil || !slices.Contains(got, "a4") || !slices.Contains(got, "b") {
+		t.Errorf("networks after restarts: %v, %v", got, err)
+	}
+}
+
+// compact makes a snapshot and drops the log before it.
+func (n *simNode) compact() {
+	n.t.Helper()
+	err := n.mgr.raft.ReloadConfig(raft.ReloadableConfig{TrailingLogs: 1, SnapshotInterval: time.Hour, SnapshotThreshold: 1 << 20, HeartbeatTimeout: n.tune.Heartbeat, ElectionTimeout: n.tune.Election})
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	if err := n.mgr.raft.Snapshot().Error(); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// TestFollowerFarBehindGetsSnapshot: what the others no longer have in their
+// logs comes as a snapshot.
+func TestFollowerFarBehindGetsSnapshot(t *testing.T) {
+	nodes := newCluster(t, 3)
+	l := leader(t, nodes)
+	late := without(nodes, l)[0]
+	late.stop()
+	for i := range 8 {
+		if err := createNetwork(l, fmt.Sprintf("n%d", i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, n := range without(nodes, late) {
+		n.compact()
+	}
+	late.start()
+	alike(t, nodes...)
+	eventually(t, "the follower has a snapshot", func() error { // noted after it is restored
+		if late.mgr.raft.Stats()["last_snapshot_index"] == "0" {
+			return fmt.Errorf("none, and the leader's is at %s", l.mgr.raft.Stats()["last_snapshot_index"])
+		}
+		return nil
+	})
+	// And the snapshot does it for those who wait for a change, too.
+	if got, err := networkNames(late); err != nil || !slices.Contains(got, "n7") {
+		t.Errorf("networks: %v, %v", got, err)
+	}
+}
+
+// TestLeadershipBeginsOnce: a manager that leads already when Run begins (raft
+// elects itself while the agent still starts) begins one term, not two.
+func TestLeadershipBeginsOnce(t *testing.T) {
+	n := newCluster(t, 1)[0]
+	n.stop()
+	var buf lockedBuffer
+	n.log = slog.New(slog.NewTextHandler(&buf, nil))
+	ln, err := net.Listen("tcp", n.addr())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	r, _ := Split(ln)
+	m, err := NewManager(ManagerConfig{Node: n.node, DataDir: n.dir, RaftListener: r, Log: n.log, Tuning: n.tune})
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "raft elects itself", func() error {
+		if m.raft.State() != raft.Leader {
+			return errors.New(m.raft.State().String())
+		}
+		return nil
+	})
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- m.Run(ctx) }()
+	eventually(t, "it leads", func() error {
+		if !m.IsLeader() {
+			return errors.New("no")
+		}
+		return nil
+	})
+	term, _ := m.term()
+	// A second term would begin as soon as Run looks at its channel.
+	for range 20 {
+		if _, err := m.Propose(ctx, state.Command{UpsertNode: &state.UpsertNode{Node: n.node}}); err != nil {
+			t.Error(err)
+			break
+		}
+	}
+	if now, ok := m.term(); !ok || now != term {
+		t.Error("the term changed without an election")
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if k := strings.Count(buf.String(), `msg="leading the managers"`); k != 1 {
+		t.Errorf("it began to lead %d times:\n%s", k, buf.String())
+	}
+}
+
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *lockedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
+}
+
+// TestVotersFollowRoles: raft's voters are the nodes whose role is manager.
+func TestVotersFollowRoles(t *testing.T) {
+	nodes := newCluster(t, 3)
+	l := leader(t, nodes)
+	gone := without(nodes, l)[0]
+	role := spec.RoleWorker
+	if _, err := l.ctl.UpdateNode(testCtx(t), connect.NewRequest(&shoalv1.UpdateNodeRequest{Ref: gone.node.Name, Role: &role})); err != nil {
+		t.Fatal(err)
+	}
+	voters := func(want int) {
+		t.Helper()
+		eventually(t, fmt.Sprintf("%d voters", want), func() error {
+			f := l.mgr.raft.GetConfiguration()
+			if f.Error() != nil || len(f.Configuration().Servers) != want {
+				return fmt.Errorf("%v", f.Configuration().Servers)
+			}
+			return nil
+		})
+	}
+	voters(2)
+	other := without(without(nodes, l), gone)[0]
+	if _, err := l.ctl.RemoveNode(testCtx(t), connect.NewRequest(&shoalv1.RemoveNodeRequest{Ref: other.node.ID, Force: true})); err != nil {
+		t.Fatal(err)
+	}
+	voters(1)
+	// The last one can neither be removed nor made a worker.
+	_, err := l.ctl.RemoveNode(testCtx(t), connect.NewRequest(&shoalv1.RemoveNodeRequest{Ref: l.node.Name, Force: true}))
+	if connect.CodeOf(err) != connect.CodeFailedPrecondition || !strings.Contains(err.Error(), "last manager") {
+		t.Errorf("removal of the last manager: %v", err)
+	}
+	_, err = l.ctl.UpdateNode(testCtx(t), connect.NewRequest(&shoalv1.UpdateNodeRequest{Ref: l.node.Name, Role: &role}))
+	if connect.CodeOf(err) != connect.CodeFailedPrecondition || !strings.Contains(err.Error(), "last manager") {
+		t.Errorf("the last manager made a worker: %v", err)
+	}
+	if err := createNetwork(l, "still"); err != nil {
+		t.Error(err)
+	}
+}
+
+func get(t *testing.T, c *http.Client, url string) string {
+	t.Helper()
+	resp, err := c.Get(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}

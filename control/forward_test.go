@@ -1,0 +1,313 @@
+package control
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+
+	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/spec"
+)
+
+// fakeManager answers LeaderPath with what leader returns, and everything else
+// by serve.
+func fakeManager(t *testing.T, leader func() string, serve http.HandlerFunc) string {
+	t.Helper()
+	mux := http.NewServeMux()
+	mux.HandleFunc(LeaderPath, func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, leader()) })
+	mux.HandleFunc("/", serve)
+	s := httptest.NewUnstartedServer(mux)
+	s.Config.Protocols = Protocols()
+	s.Start()
+	t.Cleanup(s.Close)
+	return s.Listener.Addr().String()
+}
+
+func notLeader(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set(notLeaderHeader, "1")
+	_ = connect.NewErrorWriter().Write(w, r, errNotLeader())
+}
+
+// TestForwarderWithoutLeader: with nobody to ask, the answer comes after the
+// wait for a leader and says what to look at. A caller with less patience is
+// let go.
+func TestForwarderWithoutLeader(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, "worker", spec.RoleWorker)
+	n.wait = time.Second
+	n.start()
+	dead := listen(t)
+	dead.Close()
+	deaf := fakeManager(t, func() string { return "" }, notLeader)
+	n.sees = []string{dead.Addr().String(), deaf}
+
+	ctx, cancel := context.WithTimeout(context.Background(), 300*time.Millisecond)
+	defer cancel()
+	_, err := n.ctl.ListNetworks(ctx, connect.NewRequest(&shoalv1.ListNetworksRequest{}))
+	if connect.CodeOf(err) != connect.CodeDeadlineExceeded {
+		t.Errorf("a caller without patience: %v", err)
+	}
+	start := time.Now()
+	_, err = n.ctl.ListNetworks(testCtx(t), connect.NewRequest(&shoalv1.ListNetworksRequest{}))
+	if connect.CodeOf(err) != connect.CodeUnavailable || !strings.Contains(err.Error(), "no manager leads the cluster") {
+		t.Errorf("without a leader: %v", err)
+	}
+	if d := time.Since(start); d < n.wait || d > n.wait+10*time.Second {
+		t.Errorf("the answer came after %s, want about %s", d, n.wait)
+	}
+}
+
+// TestForwarderNamesWhatFailed: an answer that nobody leads also says what was
+// tried last.
+func TestForwarderNamesWhatFailed(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, "worker", spec.RoleWorker)
+	n.wait = time.Second
+	n.start()
+	var self string
+	self = fakeManager(t, func() string { return self }, notLeader) // thinks it leads, and does not
+	n.sees = []string{self}
+	_, err := n.ctl.ListNetworks(testCtx(t), connect.NewRequest(&shoalv1.ListNetworksRequest{}))
+	if connect.CodeOf(err) != connect.CodeUnavailable || !strings.Contains(err.Error(), self) {
+		t.Errorf("got %v, want an error that names %s", err, self)
+	}
+}
+
+// TestForwarderFindsAnotherLeader: an address that answers no more, or "not the
+// leader", is forgotten, and the call is repeated where the leader is.
+func TestForwarderFindsAnotherLeader(t *testing.T) {
+	t.Parallel()
+	var calls atomic.Int32
+	var leads atomic.Value
+	leads.Store("")
+	lead := func() string { return leads.Load().(string) }
+	ok := func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get(hopHeader) == "" {
+			t.Error("a forwarded call does not say so")
+		}
+		b, _ := io.ReadAll(r.Body)
+		w.Header().Set("Content-Type", "text/plain")
+		fmt.Fprintf(w, "%s?%s %s", r.URL.Path, r.URL.RawQuery, b)
+	}
+	a := fakeManager(t, lead, func(w http.ResponseWriter, r *http.Request) { calls.Add(1); notLeader(w, r) })
+	b := fakeManager(t, lead, ok)
+	leads.Store(a)
+	n := newNode(t, "worker", spec.RoleWorker)
+	n.start()
+	n.sees = []string{b}
+	go func() { // once a has refused, b leads
+		for calls.Load() == 0 {
+			time.Sleep(time.Millisecond)
+		}
+		leads.Store(b)
+	}()
+	post := func() string {
+		resp, err := n.client.Post("http://"+n.addr()+"/shoal.v1.Control/Do?x=1", "text/plain", strings.NewReader("body"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		got, _ := io.ReadAll(resp.Body)
+		return string(got)
+	}
+	if got := post(); got != "/shoal.v1.Control/Do?x=1 body" {
+		t.Errorf("answer %q", got)
+	}
+	// An address where nobody listens any more carried nothing: another is asked.
+	gone := listen(t)
+	gone.Close()
+	n.fwd.mu.Lock()
+	n.fwd.leader = gone.Addr().String()
+	n.fwd.mu.Unlock()
+	if got := post(); got != "/shoal.v1.Control/Do?x=1 body" {
+		t.Errorf("answer %q", got)
+	}
+}
+
+// TestForwarderLostWrite: when the leader is lost while it works on a write, the
+// caller is told that nobody knows, and the write is not made twice. A read is.
+func TestForwarderLostWrite(t *testing.T) {
+	t.Parallel()
+	var calls atomic.Int32
+	var self string
+	self = fakeManager(t, func() string { return self }, func(w http.ResponseWriter, r *http.Request) {
+		if calls.Add(1) == 1 {
+			panic(http.ErrAbortHandler)
+		}
+		notLeader(w, r)
+	})
+	n := newNode(t, "worker", spec.RoleWorker)
+	n.start()
+	n.sees = []string{self}
+	err := createNetwork(n, "app")
+	if connect.CodeOf(err) != connect.CodeUnavailable || !strings.Contains(err.Error(), "see whether the change was made") {
+		t.Errorf("a lost write: %v", err)
+	}
+	if k := calls.Load(); k != 1 {
+		t.Errorf("it was sent %d times", k)
+	}
+}
+
+// TestForwarderLoopProtection: a call that was forwarded goes no further, even
+// when two nodes each hold the other to be the leader.
+func TestForwarderLoopProtection(t *testing.T) {
+	t.Parallel()
+	a, b := newNode(t, "a", spec.RoleWorker), newNode(t, "b", spec.RoleWorker)
+	a.start()
+	b.start()
+	a.fwd.leader, b.fwd.leader = b.addr(), a.addr()
+	req, err := http.NewRequest(http.MethodPost, "http://"+a.addr()+"/shoal.v1.Control/ListNodes", strings.NewReader("{}"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Content-Type", "application/json")
+	req.Header.Set(hopHeader, "someone")
+	resp, err := a.client.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	body, _ := io.ReadAll(resp.Body)
+	if resp.Header.Get(notLeaderHeader) == "" || resp.StatusCode != http.StatusServiceUnavailable {
+		t.Errorf("a forwarded call on a worker: %s %s", resp.Status, body)
+	}
+	// Nor does it know the leader.
+	if got := get(t, a.client, "http://"+a.addr()+LeaderPath); got != "" {
+		t.Errorf("a worker says that %q leads", got)
+	}
+}
+
+// TestForwarderStreams: a stream's messages arrive as they are made, and its end
+// reaches both sides.
+func TestForwarderStreams(t *testing.T) {
+	t.Parallel()
+	next := make(chan string)
+	ended := make(chan struct{})
+	var self string
+	self = fakeManager(t, func() string { return self }, func(w http.ResponseWriter, r *http.Request) {
+		defer close(ended)
+		rc := http.NewResponseController(w)
+		for {
+			select {
+			case s := <-next:
+				_, _ = io.WriteString(w, s)
+				_ = rc.Flush()
+			case <-r.Context().Done():
+				return
+			}
+		}
+	})
+	n := newNode(t, "worker", spec.RoleWorker)
+	n.start()
+	n.sees = []string{self}
+	ctx, cancel := context.WithCancel(testCtx(t))
+	req, _ := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+n.addr()+"/shoal.v1.Control/Events", http.NoBody)
+	got := make(chan string, 1)
+	go func() {
+		resp, err := n.client.Do(req)
+		if err != nil {
+			got <- err.Error()
+			return
+		}
+		defer resp.Body.Close()
+		b := make([]byte, 16)
+		for {
+			k, err := resp.Body.Read(b)
+			if k > 0 {
+				got <- string(b[:k])
+			}
+			if err != nil {
+				return
+			}
+		}
+	}()
+	for _, s := range []string{"one", "two"} {
+		next <- s
+		if g := <-got; g != s {
+			t.Errorf("got %q, want %q", g, s)
+		}
+	}
+	cancel()
+	select {
+	case <-ended:
+	case <-time.After(5 * time.Second):
+		t.Error("the leader's end of the stream goes on after the client's is gone")
+	}
+}
+
+// TestForwarderCutStream: a leader that dies in the middle of an answer cuts it,
+// so that no client takes the half for the whole.
+func TestForwarderCutStream(t *testing.T) {
+	t.Parallel()
+	var self string
+	self = fakeManager(t, func() string { return self }, func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = io.WriteString(w, "half")
+		_ = http.NewResponseController(w).Flush()
+		panic(http.ErrAbortHandler)
+	})
+	n := newNode(t, "worker", spec.RoleWorker)
+	n.start()
+	n.sees = []string{self}
+	resp, err := n.client.Post("http://"+n.addr()+"/shoal.v1.Control/ListNodes", "application/json", http.NoBody)
+	if err != nil {
+		return // cut before the header: as good
+	}
+	defer resp.Body.Close()
+	if b, err := io.ReadAll(resp.Body); err == nil {
+		t.Errorf("a cut answer ended in order: %q", b)
+	}
+}
+
+// TestForwarderBigRequest: more than a command may hold is refused at once.
+func TestForwarderBigRequest(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, "worker", spec.RoleWorker)
+	n.start()
+	_, err := n.ctl.CreateNetwork(testCtx(t), connect.NewRequest(&shoalv1.CreateNetworkRequest{Name: strings.Repeat("x", 5<<20)}))
+	if connect.CodeOf(err) != connect.CodeResourceExhausted {
+		t.Errorf("got %v", err)
+	}
+}
+
+// TestForwarderLeaderLosesItself: the leader that loses its office while it
+// handles a call of its own node lets the call be done by the next one.
+func TestForwarderLeaderLosesItself(t *testing.T) {
+	t.Parallel()
+	nodes := newCluster(t, 3)
+	l := leader(t, nodes)
+	stop := make(chan struct{})
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for i := range 4 {
+			cur := leader(t, nodes)
+			_ = cur.mgr.raft.LeadershipTransfer().Error()
+			select {
+			case <-stop:
+				return
+			case <-time.After(time.Duration(50+i) * time.Millisecond):
+			}
+		}
+	}()
+	for i := range 60 {
+		if err := createNetwork(l, fmt.Sprintf("n%d", i)); err != nil && strings.Contains(err.Error(), "does not lead") {
+			t.Errorf("write %d: %v", i, err)
+		}
+		if _, err := networkNames(l); err != nil {
+			t.Errorf("read %d: %v", i, err)
+		}
+	}
+	close(stop)
+	<-done
+}
+
+var _ net.Listener = (*Conns)(nil)
