@@ -226,6 +226,22 @@ func (a *nodeAPI) Stats(_ context.Context, req *connect.Request[shoalv1.StatsReq
 	return connect.NewResponse(resp), nil
 }
 
+// Tasks are those of this node.
+func (a *nodeAPI) Tasks(context.Context, *connect.Request[shoalv1.TasksRequest]) (*connect.Response[shoalv1.TasksResponse], error) {
+	m := a.current()
+	if m == nil {
+		return nil, errNoCluster
+	}
+	resp := &shoalv1.TasksResponse{}
+	for id, st := range m.tasks.statuses() {
+		if t, _, ok := m.tasks.find(id); ok {
+			t.Status = st
+			resp.Tasks = append(resp.Tasks, api.Task(t))
+		}
+	}
+	return connect.NewResponse(resp), nil
+}
+
 // Kernel tells what the kernel holds of virtual IPs, read now.
 func (a *nodeAPI) Kernel(ctx context.Context, req *connect.Request[shoalv1.KernelRequest]) (*connect.Response[shoalv1.KernelResponse], error) {
 	m := a.current()

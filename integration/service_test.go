@@ -421,8 +421,19 @@ func TestDeletedObjectsComeBack(t *testing.T) {
 	if inVM {
 		deletions = append(deletions, "ip netns exec "+ovns+" ipvsadm -C")
 	}
+	whole := func() string {
+		return in(ovns, "sh -c 'ip -br link | cut -d@ -f1 | cut -d\\  -f1 | sort; ip -br addr show lo; ip route show table all | sort; ip neigh show nud permanent | sort; nft list chains; nft list tables; ip -n %s -br addr; ip -n %s route'", taskns, taskns) +
+			s.ok("node1", "nft list chains")
+	}
+	before := whole()
 	for _, d := range deletions {
 		s.ok("node1", "%s", d)
+		s.eventually(slow(10*time.Second), func() error {
+			if now := whole(); now != before {
+				return fmt.Errorf("after %s: there was\n%s\nthere is\n%s", d, before, now)
+			}
+			return nil
+		})
 		s.eventually(slow(10*time.Second), func() error {
 			l := s.inTask("c1", "-n 12 -timeout %s http://web/", slow(time.Second))
 			if l.Failed > 0 || len(l.Hosts) != 3 {
@@ -484,7 +495,11 @@ func TestPartition(t *testing.T) {
 			return fmt.Errorf("%d replicas", n)
 		}
 		for _, c := range []string{"c1", "c2", "c3"} {
-			if l := s.inTask(c, "-n 30 http://web/"); l.Failed > 0 || len(l.Hosts) != 3 {
+			r := s.on("node1", "shoal", "exec", c, filepath.Join(bin, "load"), "-n", "30", "http://web/")
+			if r.code != 0 {
+				return fmt.Errorf("%s: %s", c, r.err)
+			}
+			if l := s.parseLoad(r.out); l.Failed > 0 || len(l.Hosts) != 3 {
 				return fmt.Errorf("%s: %+v", c, l)
 			}
 		}

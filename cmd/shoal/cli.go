@@ -229,6 +229,31 @@ func (c *cli) task(ctx context.Context, ref string) (*shoalv1.Task, error) {
 	if err != nil {
 		return nil, err
 	}
+	return pickTask(all, ref)
+}
+
+// runningTask is task for what its node can do without the managers: of a task
+// on this node they are not asked.
+func (c *cli) runningTask(ctx context.Context, ref string) (*shoalv1.Task, error) {
+	resp, err := c.node().Tasks(ctx, connect.NewRequest(&shoalv1.TasksRequest{}))
+	if err != nil {
+		return c.task(ctx, ref)
+	}
+	here := slices.DeleteFunc(resp.Msg.Tasks, ended)
+	if i := slices.IndexFunc(here, func(t *shoalv1.Task) bool { return t.Id == ref || t.Name == ref }); i >= 0 {
+		return here[i], nil
+	}
+	t, err := c.task(ctx, ref)
+	if connect.CodeOf(err) == connect.CodeUnavailable {
+		if t, herr := pickTask(here, ref); herr == nil {
+			return t, nil
+		}
+	}
+	return t, err
+}
+
+// pickTask is task among some.
+func pickTask(all []*shoalv1.Task, ref string) (*shoalv1.Task, error) {
 	rank := func(t *shoalv1.Task) int {
 		switch {
 		case t.Id == ref, t.Name == ref:

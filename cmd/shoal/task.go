@@ -278,7 +278,7 @@ func (c *cli) logsCmd() *cobra.Command {
 	cmd := &cobra.Command{Use: "logs TASK", Short: "Show the output of a task", Args: exactly(1),
 		ValidArgsFunction: c.complete(c.taskNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			t, err := c.task(cmd.Context(), args[0])
+			t, err := c.runningTask(cmd.Context(), args[0])
 			if err != nil {
 				return err
 			}
@@ -309,7 +309,7 @@ not found. SERVICE.SLOT names a replica, such as web.1.`,
 			if len(args) < 2 {
 				return usageError(cmd, fmt.Errorf("exec takes a task and a command, like: shoal exec c1 ip addr"))
 			}
-			t, err := c.task(cmd.Context(), args[0])
+			t, err := c.runningTask(cmd.Context(), args[0])
 			if err != nil {
 				return err
 			}

@@ -3332,6 +3332,86 @@ func (*ReportResponse) Descriptor() ([]byte, []int) {
 	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{49}
 }
 
+type TasksRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TasksRequest) Reset() {
+	*x = TasksRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TasksRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TasksRequest) ProtoMessage() {}
+
+func (x *TasksRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TasksRequest.ProtoReflect.Descriptor instead.
+func (*TasksRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{50}
+}
+
+type TasksResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Tasks         []*Task                `protobuf:"bytes,1,rep,name=tasks,proto3" json:"tasks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TasksResponse) Reset() {
+	*x = TasksResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TasksResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TasksResponse) ProtoMessage() {}
+
+func (x *TasksResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TasksResponse.ProtoReflect.Descriptor instead.
+func (*TasksResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *TasksResponse) GetTasks() []*Task {
+	if x != nil {
+		return x.Tasks
+	}
+	return nil
+}
+
 type StatsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Tasks         []string               `protobuf:"bytes,1,rep,name=tasks,proto3" json:"tasks,omitempty"`
@@ -3341,7 +3421,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3353,7 +3433,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3366,7 +3446,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{50}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *StatsRequest) GetTasks() []string {
@@ -3386,7 +3466,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3398,7 +3478,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3411,7 +3491,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{51}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *StatsResponse) GetNode() string {
@@ -3437,7 +3517,7 @@ type KernelRequest struct {
 
 func (x *KernelRequest) Reset() {
 	*x = KernelRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3449,7 +3529,7 @@ func (x *KernelRequest) String() string {
 func (*KernelRequest) ProtoMessage() {}
 
 func (x *KernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3462,7 +3542,7 @@ func (x *KernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelRequest.ProtoReflect.Descriptor instead.
 func (*KernelRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{52}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *KernelRequest) GetService() string {
@@ -3483,7 +3563,7 @@ type KernelResponse struct {
 
 func (x *KernelResponse) Reset() {
 	*x = KernelResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3495,7 +3575,7 @@ func (x *KernelResponse) String() string {
 func (*KernelResponse) ProtoMessage() {}
 
 func (x *KernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3508,7 +3588,7 @@ func (x *KernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse.ProtoReflect.Descriptor instead.
 func (*KernelResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{53}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *KernelResponse) GetNode() string {
@@ -3548,7 +3628,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3560,7 +3640,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3573,7 +3653,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{54}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *ExecRequest) GetMsg() isExecRequest_Msg {
@@ -3676,7 +3756,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3688,7 +3768,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3701,7 +3781,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{55}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *ExecResponse) GetMsg() isExecResponse_Msg {
@@ -3771,7 +3851,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3783,7 +3863,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3796,7 +3876,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{56}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *LogsRequest) GetTask() string {
@@ -3831,7 +3911,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3843,7 +3923,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3856,7 +3936,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{57}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *LogsResponse) GetStderr() bool {
@@ -3889,7 +3969,7 @@ type WaitRequest struct {
 
 func (x *WaitRequest) Reset() {
 	*x = WaitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3901,7 +3981,7 @@ func (x *WaitRequest) String() string {
 func (*WaitRequest) ProtoMessage() {}
 
 func (x *WaitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3914,7 +3994,7 @@ func (x *WaitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitRequest.ProtoReflect.Descriptor instead.
 func (*WaitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{58}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *WaitRequest) GetTask() string {
@@ -3933,7 +4013,7 @@ type WaitResponse struct {
 
 func (x *WaitResponse) Reset() {
 	*x = WaitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3945,7 +4025,7 @@ func (x *WaitResponse) String() string {
 func (*WaitResponse) ProtoMessage() {}
 
 func (x *WaitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3958,7 +4038,7 @@ func (x *WaitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitResponse.ProtoReflect.Descriptor instead.
 func (*WaitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{59}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *WaitResponse) GetStatus() *TaskStatus {
@@ -3976,7 +4056,7 @@ type InfoRequest struct {
 
 func (x *InfoRequest) Reset() {
 	*x = InfoRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3988,7 +4068,7 @@ func (x *InfoRequest) String() string {
 func (*InfoRequest) ProtoMessage() {}
 
 func (x *InfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4001,7 +4081,7 @@ func (x *InfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoRequest.ProtoReflect.Descriptor instead.
 func (*InfoRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{60}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{62}
 }
 
 type InfoResponse struct {
@@ -4019,7 +4099,7 @@ type InfoResponse struct {
 
 func (x *InfoResponse) Reset() {
 	*x = InfoResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4031,7 +4111,7 @@ func (x *InfoResponse) String() string {
 func (*InfoResponse) ProtoMessage() {}
 
 func (x *InfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4044,7 +4124,7 @@ func (x *InfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoResponse.ProtoReflect.Descriptor instead.
 func (*InfoResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{61}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *InfoResponse) GetVersion() string {
@@ -4108,7 +4188,7 @@ type InitRequest struct {
 
 func (x *InitRequest) Reset() {
 	*x = InitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4120,7 +4200,7 @@ func (x *InitRequest) String() string {
 func (*InitRequest) ProtoMessage() {}
 
 func (x *InitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4133,7 +4213,7 @@ func (x *InitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitRequest.ProtoReflect.Descriptor instead.
 func (*InitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{62}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *InitRequest) GetAdvertiseAddr() string {
@@ -4174,7 +4254,7 @@ type InitResponse struct {
 
 func (x *InitResponse) Reset() {
 	*x = InitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4186,7 +4266,7 @@ func (x *InitResponse) String() string {
 func (*InitResponse) ProtoMessage() {}
 
 func (x *InitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4199,7 +4279,7 @@ func (x *InitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitResponse.ProtoReflect.Descriptor instead.
 func (*InitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{63}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *InitResponse) GetCluster() string {
@@ -4228,7 +4308,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4240,7 +4320,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4253,7 +4333,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{64}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *JoinRequest) GetRemote() string {
@@ -4294,7 +4374,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4306,7 +4386,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4319,7 +4399,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{65}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *JoinResponse) GetCluster() string {
@@ -4345,7 +4425,7 @@ type LeaveRequest struct {
 
 func (x *LeaveRequest) Reset() {
 	*x = LeaveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4357,7 +4437,7 @@ func (x *LeaveRequest) String() string {
 func (*LeaveRequest) ProtoMessage() {}
 
 func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4370,7 +4450,7 @@ func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
 func (*LeaveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{66}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *LeaveRequest) GetForce() bool {
@@ -4388,7 +4468,7 @@ type LeaveResponse struct {
 
 func (x *LeaveResponse) Reset() {
 	*x = LeaveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4400,7 +4480,7 @@ func (x *LeaveResponse) String() string {
 func (*LeaveResponse) ProtoMessage() {}
 
 func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4413,7 +4493,7 @@ func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveResponse.ProtoReflect.Descriptor instead.
 func (*LeaveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{67}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{69}
 }
 
 type DoctorRequest struct {
@@ -4424,7 +4504,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4436,7 +4516,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4449,7 +4529,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{68}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{70}
 }
 
 type DoctorResponse struct {
@@ -4462,7 +4542,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4474,7 +4554,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4487,7 +4567,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{69}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *DoctorResponse) GetChecks() []*DoctorResponse_Check {
@@ -4520,7 +4600,7 @@ type StatsResponse_Task struct {
 
 func (x *StatsResponse_Task) Reset() {
 	*x = StatsResponse_Task{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4532,7 +4612,7 @@ func (x *StatsResponse_Task) String() string {
 func (*StatsResponse_Task) ProtoMessage() {}
 
 func (x *StatsResponse_Task) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4545,7 +4625,7 @@ func (x *StatsResponse_Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse_Task.ProtoReflect.Descriptor instead.
 func (*StatsResponse_Task) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{51, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{53, 0}
 }
 
 func (x *StatsResponse_Task) GetId() string {
@@ -4615,7 +4695,7 @@ type KernelResponse_Backend struct {
 
 func (x *KernelResponse_Backend) Reset() {
 	*x = KernelResponse_Backend{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4627,7 +4707,7 @@ func (x *KernelResponse_Backend) String() string {
 func (*KernelResponse_Backend) ProtoMessage() {}
 
 func (x *KernelResponse_Backend) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4640,7 +4720,7 @@ func (x *KernelResponse_Backend) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse_Backend.ProtoReflect.Descriptor instead.
 func (*KernelResponse_Backend) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{53, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{55, 0}
 }
 
 func (x *KernelResponse_Backend) GetAddr() string {
@@ -4677,7 +4757,7 @@ type KernelResponse_Server struct {
 
 func (x *KernelResponse_Server) Reset() {
 	*x = KernelResponse_Server{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4689,7 +4769,7 @@ func (x *KernelResponse_Server) String() string {
 func (*KernelResponse_Server) ProtoMessage() {}
 
 func (x *KernelResponse_Server) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4702,7 +4782,7 @@ func (x *KernelResponse_Server) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse_Server.ProtoReflect.Descriptor instead.
 func (*KernelResponse_Server) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{53, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{55, 1}
 }
 
 func (x *KernelResponse_Server) GetService() string {
@@ -4757,7 +4837,7 @@ type ExecRequest_Start struct {
 
 func (x *ExecRequest_Start) Reset() {
 	*x = ExecRequest_Start{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4769,7 +4849,7 @@ func (x *ExecRequest_Start) String() string {
 func (*ExecRequest_Start) ProtoMessage() {}
 
 func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4782,7 +4862,7 @@ func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Start.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Start) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{54, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{56, 0}
 }
 
 func (x *ExecRequest_Start) GetTask() string {
@@ -4858,7 +4938,7 @@ type ExecRequest_Resize struct {
 
 func (x *ExecRequest_Resize) Reset() {
 	*x = ExecRequest_Resize{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4870,7 +4950,7 @@ func (x *ExecRequest_Resize) String() string {
 func (*ExecRequest_Resize) ProtoMessage() {}
 
 func (x *ExecRequest_Resize) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4883,7 +4963,7 @@ func (x *ExecRequest_Resize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Resize.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Resize) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{54, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{56, 1}
 }
 
 func (x *ExecRequest_Resize) GetRows() int32 {
@@ -4912,7 +4992,7 @@ type DoctorResponse_Check struct {
 
 func (x *DoctorResponse_Check) Reset() {
 	*x = DoctorResponse_Check{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4924,7 +5004,7 @@ func (x *DoctorResponse_Check) String() string {
 func (*DoctorResponse_Check) ProtoMessage() {}
 
 func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4937,7 +5017,7 @@ func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Check.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Check) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{69, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{71, 0}
 }
 
 func (x *DoctorResponse_Check) GetName() string {
@@ -4983,7 +5063,7 @@ type DoctorResponse_Object struct {
 
 func (x *DoctorResponse_Object) Reset() {
 	*x = DoctorResponse_Object{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4995,7 +5075,7 @@ func (x *DoctorResponse_Object) String() string {
 func (*DoctorResponse_Object) ProtoMessage() {}
 
 func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5008,7 +5088,7 @@ func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Object.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Object) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{69, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{71, 1}
 }
 
 func (x *DoctorResponse_Object) GetReconciler() string {
@@ -5358,7 +5438,10 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"TasksEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12*\n" +
 	"\x05value\x18\x02 \x01(\v2\x14.shoal.v1.TaskStatusR\x05value:\x028\x01\"\x10\n" +
-	"\x0eReportResponse\"$\n" +
+	"\x0eReportResponse\"\x0e\n" +
+	"\fTasksRequest\"5\n" +
+	"\rTasksResponse\x12$\n" +
+	"\x05tasks\x18\x01 \x03(\v2\x0e.shoal.v1.TaskR\x05tasks\"$\n" +
 	"\fStatsRequest\x12\x14\n" +
 	"\x05tasks\x18\x01 \x03(\tR\x05tasks\"\xb4\x02\n" +
 	"\rStatsResponse\x12\x12\n" +
@@ -5498,11 +5581,12 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x06Events\x12\x17.shoal.v1.EventsRequest\x1a\x0f.shoal.v1.Event0\x01\x12A\n" +
 	"\bJoinNode\x12\x19.shoal.v1.JoinNodeRequest\x1a\x1a.shoal.v1.JoinNodeResponse\x12L\n" +
 	"\vAssignments\x12\x1c.shoal.v1.AssignmentsRequest\x1a\x1d.shoal.v1.AssignmentsResponse0\x01\x12;\n" +
-	"\x06Report\x12\x17.shoal.v1.ReportRequest\x1a\x18.shoal.v1.ReportResponse2\xa8\x02\n" +
+	"\x06Report\x12\x17.shoal.v1.ReportRequest\x1a\x18.shoal.v1.ReportResponse2\xe2\x02\n" +
 	"\x04Node\x129\n" +
 	"\x04Exec\x12\x15.shoal.v1.ExecRequest\x1a\x16.shoal.v1.ExecResponse(\x010\x01\x127\n" +
 	"\x04Logs\x12\x15.shoal.v1.LogsRequest\x1a\x16.shoal.v1.LogsResponse0\x01\x125\n" +
 	"\x04Wait\x12\x15.shoal.v1.WaitRequest\x1a\x16.shoal.v1.WaitResponse\x128\n" +
+	"\x05Tasks\x12\x16.shoal.v1.TasksRequest\x1a\x17.shoal.v1.TasksResponse\x128\n" +
 	"\x05Stats\x12\x16.shoal.v1.StatsRequest\x1a\x17.shoal.v1.StatsResponse\x12;\n" +
 	"\x06Kernel\x12\x17.shoal.v1.KernelRequest\x1a\x18.shoal.v1.KernelResponse2\xa3\x02\n" +
 	"\x05Local\x125\n" +
@@ -5524,7 +5608,7 @@ func file_shoal_v1_shoal_proto_rawDescGZIP() []byte {
 	return file_shoal_v1_shoal_proto_rawDescData
 }
 
-var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 87)
+var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 89)
 var file_shoal_v1_shoal_proto_goTypes = []any{
 	(*Network)(nil),                   // 0: shoal.v1.Network
 	(*NetworkAttachment)(nil),         // 1: shoal.v1.NetworkAttachment
@@ -5576,49 +5660,51 @@ var file_shoal_v1_shoal_proto_goTypes = []any{
 	(*AssignmentsResponse)(nil),       // 47: shoal.v1.AssignmentsResponse
 	(*ReportRequest)(nil),             // 48: shoal.v1.ReportRequest
 	(*ReportResponse)(nil),            // 49: shoal.v1.ReportResponse
-	(*StatsRequest)(nil),              // 50: shoal.v1.StatsRequest
-	(*StatsResponse)(nil),             // 51: shoal.v1.StatsResponse
-	(*KernelRequest)(nil),             // 52: shoal.v1.KernelRequest
-	(*KernelResponse)(nil),            // 53: shoal.v1.KernelResponse
-	(*ExecRequest)(nil),               // 54: shoal.v1.ExecRequest
-	(*ExecResponse)(nil),              // 55: shoal.v1.ExecResponse
-	(*LogsRequest)(nil),               // 56: shoal.v1.LogsRequest
-	(*LogsResponse)(nil),              // 57: shoal.v1.LogsResponse
-	(*WaitRequest)(nil),               // 58: shoal.v1.WaitRequest
-	(*WaitResponse)(nil),              // 59: shoal.v1.WaitResponse
-	(*InfoRequest)(nil),               // 60: shoal.v1.InfoRequest
-	(*InfoResponse)(nil),              // 61: shoal.v1.InfoResponse
-	(*InitRequest)(nil),               // 62: shoal.v1.InitRequest
-	(*InitResponse)(nil),              // 63: shoal.v1.InitResponse
-	(*JoinRequest)(nil),               // 64: shoal.v1.JoinRequest
-	(*JoinResponse)(nil),              // 65: shoal.v1.JoinResponse
-	(*LeaveRequest)(nil),              // 66: shoal.v1.LeaveRequest
-	(*LeaveResponse)(nil),             // 67: shoal.v1.LeaveResponse
-	(*DoctorRequest)(nil),             // 68: shoal.v1.DoctorRequest
-	(*DoctorResponse)(nil),            // 69: shoal.v1.DoctorResponse
-	nil,                               // 70: shoal.v1.Network.LabelsEntry
-	nil,                               // 71: shoal.v1.Network.OptionsEntry
-	nil,                               // 72: shoal.v1.TaskSpec.LabelsEntry
-	nil,                               // 73: shoal.v1.ServiceSpec.LabelsEntry
-	nil,                               // 74: shoal.v1.NodeInfo.LabelsEntry
-	nil,                               // 75: shoal.v1.CreateNetworkRequest.LabelsEntry
-	nil,                               // 76: shoal.v1.CreateNetworkRequest.OptionsEntry
-	nil,                               // 77: shoal.v1.Event.AttributesEntry
-	nil,                               // 78: shoal.v1.UpdateNodeRequest.SetLabelsEntry
-	nil,                               // 79: shoal.v1.ReportRequest.TasksEntry
-	(*StatsResponse_Task)(nil),        // 80: shoal.v1.StatsResponse.Task
-	(*KernelResponse_Backend)(nil),    // 81: shoal.v1.KernelResponse.Backend
-	(*KernelResponse_Server)(nil),     // 82: shoal.v1.KernelResponse.Server
-	(*ExecRequest_Start)(nil),         // 83: shoal.v1.ExecRequest.Start
-	(*ExecRequest_Resize)(nil),        // 84: shoal.v1.ExecRequest.Resize
-	(*DoctorResponse_Check)(nil),      // 85: shoal.v1.DoctorResponse.Check
-	(*DoctorResponse_Object)(nil),     // 86: shoal.v1.DoctorResponse.Object
+	(*TasksRequest)(nil),              // 50: shoal.v1.TasksRequest
+	(*TasksResponse)(nil),             // 51: shoal.v1.TasksResponse
+	(*StatsRequest)(nil),              // 52: shoal.v1.StatsRequest
+	(*StatsResponse)(nil),             // 53: shoal.v1.StatsResponse
+	(*KernelRequest)(nil),             // 54: shoal.v1.KernelRequest
+	(*KernelResponse)(nil),            // 55: shoal.v1.KernelResponse
+	(*ExecRequest)(nil),               // 56: shoal.v1.ExecRequest
+	(*ExecResponse)(nil),              // 57: shoal.v1.ExecResponse
+	(*LogsRequest)(nil),               // 58: shoal.v1.LogsRequest
+	(*LogsResponse)(nil),              // 59: shoal.v1.LogsResponse
+	(*WaitRequest)(nil),               // 60: shoal.v1.WaitRequest
+	(*WaitResponse)(nil),              // 61: shoal.v1.WaitResponse
+	(*InfoRequest)(nil),               // 62: shoal.v1.InfoRequest
+	(*InfoResponse)(nil),              // 63: shoal.v1.InfoResponse
+	(*InitRequest)(nil),               // 64: shoal.v1.InitRequest
+	(*InitResponse)(nil),              // 65: shoal.v1.InitResponse
+	(*JoinRequest)(nil),               // 66: shoal.v1.JoinRequest
+	(*JoinResponse)(nil),              // 67: shoal.v1.JoinResponse
+	(*LeaveRequest)(nil),              // 68: shoal.v1.LeaveRequest
+	(*LeaveResponse)(nil),             // 69: shoal.v1.LeaveResponse
+	(*DoctorRequest)(nil),             // 70: shoal.v1.DoctorRequest
+	(*DoctorResponse)(nil),            // 71: shoal.v1.DoctorResponse
+	nil,                               // 72: shoal.v1.Network.LabelsEntry
+	nil,                               // 73: shoal.v1.Network.OptionsEntry
+	nil,                               // 74: shoal.v1.TaskSpec.LabelsEntry
+	nil,                               // 75: shoal.v1.ServiceSpec.LabelsEntry
+	nil,                               // 76: shoal.v1.NodeInfo.LabelsEntry
+	nil,                               // 77: shoal.v1.CreateNetworkRequest.LabelsEntry
+	nil,                               // 78: shoal.v1.CreateNetworkRequest.OptionsEntry
+	nil,                               // 79: shoal.v1.Event.AttributesEntry
+	nil,                               // 80: shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	nil,                               // 81: shoal.v1.ReportRequest.TasksEntry
+	(*StatsResponse_Task)(nil),        // 82: shoal.v1.StatsResponse.Task
+	(*KernelResponse_Backend)(nil),    // 83: shoal.v1.KernelResponse.Backend
+	(*KernelResponse_Server)(nil),     // 84: shoal.v1.KernelResponse.Server
+	(*ExecRequest_Start)(nil),         // 85: shoal.v1.ExecRequest.Start
+	(*ExecRequest_Resize)(nil),        // 86: shoal.v1.ExecRequest.Resize
+	(*DoctorResponse_Check)(nil),      // 87: shoal.v1.DoctorResponse.Check
+	(*DoctorResponse_Object)(nil),     // 88: shoal.v1.DoctorResponse.Object
 }
 var file_shoal_v1_shoal_proto_depIdxs = []int32{
-	70, // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
-	71, // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
-	72, // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
-	73, // 3: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
+	72, // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
+	73, // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
+	74, // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
+	75, // 3: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
 	1,  // 4: shoal.v1.ServiceSpec.networks:type_name -> shoal.v1.NetworkAttachment
 	2,  // 5: shoal.v1.ServiceSpec.task:type_name -> shoal.v1.TaskSpec
 	3,  // 6: shoal.v1.ServiceSpec.ports:type_name -> shoal.v1.Port
@@ -5629,14 +5715,14 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	7,  // 11: shoal.v1.Task.attachments:type_name -> shoal.v1.Attachment
 	8,  // 12: shoal.v1.Task.status:type_name -> shoal.v1.TaskStatus
 	3,  // 13: shoal.v1.Task.ports:type_name -> shoal.v1.Port
-	74, // 14: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
-	75, // 15: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
-	76, // 16: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
+	76, // 14: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
+	77, // 15: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
+	78, // 16: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
 	0,  // 17: shoal.v1.CreateNetworkResponse.network:type_name -> shoal.v1.Network
 	0,  // 18: shoal.v1.ListNetworksResponse.networks:type_name -> shoal.v1.Network
 	9,  // 19: shoal.v1.ConnectNetworkResponse.task:type_name -> shoal.v1.Task
 	6,  // 20: shoal.v1.ConnectNetworkResponse.service:type_name -> shoal.v1.Service
-	77, // 21: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
+	79, // 21: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
 	4,  // 22: shoal.v1.CreateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
 	6,  // 23: shoal.v1.CreateServiceResponse.service:type_name -> shoal.v1.Service
 	4,  // 24: shoal.v1.UpdateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
@@ -5648,7 +5734,7 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	9,  // 30: shoal.v1.CreateTaskResponse.task:type_name -> shoal.v1.Task
 	9,  // 31: shoal.v1.ListTasksResponse.tasks:type_name -> shoal.v1.Task
 	10, // 32: shoal.v1.ListNodesResponse.nodes:type_name -> shoal.v1.NodeInfo
-	78, // 33: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	80, // 33: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
 	10, // 34: shoal.v1.UpdateNodeResponse.node:type_name -> shoal.v1.NodeInfo
 	10, // 35: shoal.v1.JoinNodeRequest.node:type_name -> shoal.v1.NodeInfo
 	11, // 36: shoal.v1.JoinNodeResponse.cluster:type_name -> shoal.v1.Cluster
@@ -5659,82 +5745,85 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	6,  // 41: shoal.v1.AssignmentsResponse.services:type_name -> shoal.v1.Service
 	10, // 42: shoal.v1.AssignmentsResponse.nodes:type_name -> shoal.v1.NodeInfo
 	11, // 43: shoal.v1.AssignmentsResponse.cluster:type_name -> shoal.v1.Cluster
-	79, // 44: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
-	80, // 45: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
-	82, // 46: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
-	83, // 47: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
-	84, // 48: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
-	8,  // 49: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
-	10, // 50: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
-	10, // 51: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
-	10, // 52: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
-	85, // 53: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
-	86, // 54: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
-	8,  // 55: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
-	81, // 56: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
-	12, // 57: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
-	14, // 58: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
-	16, // 59: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
-	18, // 60: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
-	20, // 61: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
-	24, // 62: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
-	26, // 63: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
-	28, // 64: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
-	30, // 65: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
-	32, // 66: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
-	34, // 67: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
-	36, // 68: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
-	38, // 69: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
-	40, // 70: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
-	42, // 71: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
-	22, // 72: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
-	44, // 73: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
-	46, // 74: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
-	48, // 75: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
-	54, // 76: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
-	56, // 77: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
-	58, // 78: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
-	50, // 79: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
-	52, // 80: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
-	60, // 81: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
-	62, // 82: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
-	64, // 83: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
-	66, // 84: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
-	68, // 85: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
-	13, // 86: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
-	15, // 87: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
-	17, // 88: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
-	19, // 89: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
-	21, // 90: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
-	25, // 91: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
-	27, // 92: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
-	29, // 93: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
-	31, // 94: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
-	33, // 95: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
-	35, // 96: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
-	37, // 97: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
-	39, // 98: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
-	41, // 99: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
-	43, // 100: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
-	23, // 101: shoal.v1.Control.Events:output_type -> shoal.v1.Event
-	45, // 102: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
-	47, // 103: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
-	49, // 104: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
-	55, // 105: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
-	57, // 106: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
-	59, // 107: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
-	51, // 108: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
-	53, // 109: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
-	61, // 110: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
-	63, // 111: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
-	65, // 112: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
-	67, // 113: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
-	69, // 114: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
-	86, // [86:115] is the sub-list for method output_type
-	57, // [57:86] is the sub-list for method input_type
-	57, // [57:57] is the sub-list for extension type_name
-	57, // [57:57] is the sub-list for extension extendee
-	0,  // [0:57] is the sub-list for field type_name
+	81, // 44: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
+	9,  // 45: shoal.v1.TasksResponse.tasks:type_name -> shoal.v1.Task
+	82, // 46: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
+	84, // 47: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
+	85, // 48: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
+	86, // 49: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
+	8,  // 50: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
+	10, // 51: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
+	10, // 52: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
+	10, // 53: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
+	87, // 54: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
+	88, // 55: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
+	8,  // 56: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
+	83, // 57: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
+	12, // 58: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
+	14, // 59: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
+	16, // 60: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
+	18, // 61: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
+	20, // 62: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
+	24, // 63: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
+	26, // 64: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
+	28, // 65: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
+	30, // 66: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
+	32, // 67: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
+	34, // 68: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
+	36, // 69: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
+	38, // 70: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
+	40, // 71: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
+	42, // 72: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
+	22, // 73: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
+	44, // 74: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
+	46, // 75: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
+	48, // 76: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
+	56, // 77: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
+	58, // 78: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
+	60, // 79: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
+	50, // 80: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
+	52, // 81: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
+	54, // 82: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
+	62, // 83: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
+	64, // 84: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
+	66, // 85: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
+	68, // 86: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
+	70, // 87: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
+	13, // 88: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
+	15, // 89: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
+	17, // 90: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
+	19, // 91: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
+	21, // 92: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
+	25, // 93: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
+	27, // 94: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
+	29, // 95: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
+	31, // 96: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
+	33, // 97: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
+	35, // 98: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
+	37, // 99: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
+	39, // 100: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
+	41, // 101: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
+	43, // 102: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
+	23, // 103: shoal.v1.Control.Events:output_type -> shoal.v1.Event
+	45, // 104: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
+	47, // 105: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
+	49, // 106: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
+	57, // 107: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
+	59, // 108: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
+	61, // 109: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
+	51, // 110: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
+	53, // 111: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
+	55, // 112: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
+	63, // 113: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
+	65, // 114: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
+	67, // 115: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
+	69, // 116: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
+	71, // 117: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
+	88, // [88:118] is the sub-list for method output_type
+	58, // [58:88] is the sub-list for method input_type
+	58, // [58:58] is the sub-list for extension type_name
+	58, // [58:58] is the sub-list for extension extendee
+	0,  // [0:58] is the sub-list for field type_name
 }
 
 func init() { file_shoal_v1_shoal_proto_init() }
@@ -5744,14 +5833,14 @@ func file_shoal_v1_shoal_proto_init() {
 	}
 	file_shoal_v1_shoal_proto_msgTypes[26].OneofWrappers = []any{}
 	file_shoal_v1_shoal_proto_msgTypes[40].OneofWrappers = []any{}
-	file_shoal_v1_shoal_proto_msgTypes[54].OneofWrappers = []any{
+	file_shoal_v1_shoal_proto_msgTypes[56].OneofWrappers = []any{
 		(*ExecRequest_Start_)(nil),
 		(*ExecRequest_Stdin)(nil),
 		(*ExecRequest_StdinEof)(nil),
 		(*ExecRequest_Resize_)(nil),
 		(*ExecRequest_Signal)(nil),
 	}
-	file_shoal_v1_shoal_proto_msgTypes[55].OneofWrappers = []any{
+	file_shoal_v1_shoal_proto_msgTypes[57].OneofWrappers = []any{
 		(*ExecResponse_Stdout)(nil),
 		(*ExecResponse_Stderr)(nil),
 		(*ExecResponse_ExitCode)(nil),
@@ -5762,7 +5851,7 @@ func file_shoal_v1_shoal_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_shoal_v1_shoal_proto_rawDesc), len(file_shoal_v1_shoal_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   87,
+			NumMessages:   89,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

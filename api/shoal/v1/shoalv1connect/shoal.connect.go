@@ -94,6 +94,8 @@ const (
 	NodeLogsProcedure = "/shoal.v1.Node/Logs"
 	// NodeWaitProcedure is the fully-qualified name of the Node's Wait RPC.
 	NodeWaitProcedure = "/shoal.v1.Node/Wait"
+	// NodeTasksProcedure is the fully-qualified name of the Node's Tasks RPC.
+	NodeTasksProcedure = "/shoal.v1.Node/Tasks"
 	// NodeStatsProcedure is the fully-qualified name of the Node's Stats RPC.
 	NodeStatsProcedure = "/shoal.v1.Node/Stats"
 	// NodeKernelProcedure is the fully-qualified name of the Node's Kernel RPC.
@@ -657,6 +659,9 @@ type NodeClient interface {
 	Exec(context.Context) *connect.BidiStreamForClient[v1.ExecRequest, v1.ExecResponse]
 	Logs(context.Context, *connect.Request[v1.LogsRequest]) (*connect.ServerStreamForClient[v1.LogsResponse], error)
 	Wait(context.Context, *connect.Request[v1.WaitRequest]) (*connect.Response[v1.WaitResponse], error)
+	// Tasks are those that the node runs, as it sees them: the managers needn't
+	// answer for that.
+	Tasks(context.Context, *connect.Request[v1.TasksRequest]) (*connect.Response[v1.TasksResponse], error)
 	// Stats tells what the node's tasks have sent and received.
 	Stats(context.Context, *connect.Request[v1.StatsRequest]) (*connect.Response[v1.StatsResponse], error)
 	// Kernel tells what the node's kernel holds of virtual IPs.
@@ -692,6 +697,12 @@ func NewNodeClient(httpClient connect.HTTPClient, baseURL string, opts ...connec
 			connect.WithSchema(nodeMethods.ByName("Wait")),
 			connect.WithClientOptions(opts...),
 		),
+		tasks: connect.NewClient[v1.TasksRequest, v1.TasksResponse](
+			httpClient,
+			baseURL+NodeTasksProcedure,
+			connect.WithSchema(nodeMethods.ByName("Tasks")),
+			connect.WithClientOptions(opts...),
+		),
 		stats: connect.NewClient[v1.StatsRequest, v1.StatsResponse](
 			httpClient,
 			baseURL+NodeStatsProcedure,
@@ -712,6 +723,7 @@ type nodeClient struct {
 	exec   *connect.Client[v1.ExecRequest, v1.ExecResponse]
 	logs   *connect.Client[v1.LogsRequest, v1.LogsResponse]
 	wait   *connect.Client[v1.WaitRequest, v1.WaitResponse]
+	tasks  *connect.Client[v1.TasksRequest, v1.TasksResponse]
 	stats  *connect.Client[v1.StatsRequest, v1.StatsResponse]
 	kernel *connect.Client[v1.KernelRequest, v1.KernelResponse]
 }
@@ -731,6 +743,11 @@ func (c *nodeClient) Wait(ctx context.Context, req *connect.Request[v1.WaitReque
 	return c.wait.CallUnary(ctx, req)
 }
 
+// Tasks calls shoal.v1.Node.Tasks.
+func (c *nodeClient) Tasks(ctx context.Context, req *connect.Request[v1.TasksRequest]) (*connect.Response[v1.TasksResponse], error) {
+	return c.tasks.CallUnary(ctx, req)
+}
+
 // Stats calls shoal.v1.Node.Stats.
 func (c *nodeClient) Stats(ctx context.Context, req *connect.Request[v1.StatsRequest]) (*connect.Response[v1.StatsResponse], error) {
 	return c.stats.CallUnary(ctx, req)
@@ -746,6 +763,9 @@ type NodeHandler interface {
 	Exec(context.Context, *connect.BidiStream[v1.ExecRequest, v1.ExecResponse]) error
 	Logs(context.Context, *connect.Request[v1.LogsRequest], *connect.ServerStream[v1.LogsResponse]) error
 	Wait(context.Context, *connect.Request[v1.WaitRequest]) (*connect.Response[v1.WaitResponse], error)
+	// Tasks are those that the node runs, as it sees them: the managers needn't
+	// answer for that.
+	Tasks(context.Context, *connect.Request[v1.TasksRequest]) (*connect.Response[v1.TasksResponse], error)
 	// Stats tells what the node's tasks have sent and received.
 	Stats(context.Context, *connect.Request[v1.StatsRequest]) (*connect.Response[v1.StatsResponse], error)
 	// Kernel tells what the node's kernel holds of virtual IPs.
@@ -777,6 +797,12 @@ func NewNodeHandler(svc NodeHandler, opts ...connect.HandlerOption) (string, htt
 		connect.WithSchema(nodeMethods.ByName("Wait")),
 		connect.WithHandlerOptions(opts...),
 	)
+	nodeTasksHandler := connect.NewUnaryHandler(
+		NodeTasksProcedure,
+		svc.Tasks,
+		connect.WithSchema(nodeMethods.ByName("Tasks")),
+		connect.WithHandlerOptions(opts...),
+	)
 	nodeStatsHandler := connect.NewUnaryHandler(
 		NodeStatsProcedure,
 		svc.Stats,
@@ -797,6 +823,8 @@ func NewNodeHandler(svc NodeHandler, opts ...connect.HandlerOption) (string, htt
 			nodeLogsHandler.ServeHTTP(w, r)
 		case NodeWaitProcedure:
 			nodeWaitHandler.ServeHTTP(w, r)
+		case NodeTasksProcedure:
+			nodeTasksHandler.ServeHTTP(w, r)
 		case NodeStatsProcedure:
 			nodeStatsHandler.ServeHTTP(w, r)
 		case NodeKernelProcedure:
@@ -820,6 +848,10 @@ func (UnimplementedNodeHandler) Logs(context.Context, *connect.Request[v1.LogsRe
 
 func (UnimplementedNodeHandler) Wait(context.Context, *connect.Request[v1.WaitRequest]) (*connect.Response[v1.WaitResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Node.Wait is not implemented"))
+}
+
+func (UnimplementedNodeHandler) Tasks(context.Context, *connect.Request[v1.TasksRequest]) (*connect.Response[v1.TasksResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Node.Tasks is not implemented"))
 }
 
 func (UnimplementedNodeHandler) Stats(context.Context, *connect.Request[v1.StatsRequest]) (*connect.Response[v1.StatsResponse], error) {
