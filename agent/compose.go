@@ -135,19 +135,27 @@ func compose(in inputs) *spec.View {
 	return v
 }
 
-// hold returns v with the active endpoints that ready says no to as if they
-// were starting: named and routed, and not chosen by a balancer yet. A node that
+// hold returns v with the active endpoints that have no routes yet as if they
+// were starting: named and routed, and not chosen by a balancer. A node that
 // comes back brings endpoints that are active from the first moment, while this
-// node's routes to them are being made.
-func hold(v *spec.View, ready func(spec.Endpoint) bool) (out *spec.View, held int) {
+// node's routes to them are being made. Networks that are being made are left
+// out altogether: there is nothing yet to put a virtual IP in.
+func hold(v *spec.View, made routes) (out *spec.View, held int) {
+	if slices.ContainsFunc(v.Networks, func(n spec.Network) bool { return !made[routeKey{network: n.ID}] }) {
+		c := *v
+		c.Networks = slices.DeleteFunc(slices.Clone(v.Networks), func(n spec.Network) bool { return !made[routeKey{network: n.ID}] })
+		held = len(v.Networks) - len(c.Networks)
+		v = &c
+	}
+	cloned := false
 	for i, e := range v.Endpoints {
-		if e.State != spec.EndpointActive || ready(e) {
+		if e.State != spec.EndpointActive || made[routeOf(e)] {
 			continue
 		}
-		if held == 0 {
+		if !cloned {
 			c := *v
 			c.Endpoints = slices.Clone(v.Endpoints)
-			v = &c
+			v, cloned = &c, true
 		}
 		v.Endpoints[i].State = spec.EndpointStarting
 		held++
@@ -170,11 +178,15 @@ func routeOf(e spec.Endpoint) routeKey {
 	return k
 }
 
-// routes are the endpoints that the overlay has routes to.
+// routes are the endpoints that the overlay has routes to, and the networks that
+// it has made (without a task).
 type routes map[routeKey]bool
 
 func routesOf(v *spec.View) routes {
-	r := make(routes, len(v.Endpoints))
+	r := make(routes, len(v.Endpoints)+len(v.Networks))
+	for _, n := range v.Networks {
+		r[routeKey{network: n.ID}] = true
+	}
 	for _, e := range v.Endpoints {
 		r[routeOf(e)] = true
 	}

@@ -109,7 +109,8 @@ func TestHold(t *testing.T) {
 	e := func(task, node string, s spec.EndpointState) spec.Endpoint {
 		return spec.Endpoint{Task: task, Network: "n", Node: node, State: s, Addrs: []netip.Addr{netip.MustParseAddr("10.0.0.9")}}
 	}
-	first := &spec.View{Complete: true, Endpoints: []spec.Endpoint{e("a", "1", spec.EndpointActive), e("d", "1", spec.EndpointDraining)}}
+	nets := []spec.Network{{ID: "n"}}
+	first := &spec.View{Complete: true, Networks: nets, Endpoints: []spec.Endpoint{e("a", "1", spec.EndpointActive), e("d", "1", spec.EndpointDraining)}}
 	p := newProgress()
 	want := func(gen uint64, v *spec.View) { p.update(func(p *progress) { p.routesWanted(gen, v) }) }
 	want(1, &spec.View{})
@@ -121,13 +122,12 @@ func TestHold(t *testing.T) {
 	if !p.routesMade(2) || !p.routed[routeOf(first.Endpoints[0])] {
 		t.Error("the first complete View does not release")
 	}
-	ready := func(e spec.Endpoint) bool { return p.routed[routeOf(e)] }
-	if v, n := hold(first, ready); n != 0 || v != first {
+	if v, n := hold(first, p.routed); n != 0 || v != first {
 		t.Errorf("held %d of what is routed", n)
 	}
 	// a moves to another node, b is new: both wait; d stays as it is.
-	second := &spec.View{Complete: true, Endpoints: []spec.Endpoint{e("a", "2", spec.EndpointActive), e("b", "2", spec.EndpointActive), e("d", "1", spec.EndpointDraining)}}
-	v, n := hold(second, ready)
+	second := &spec.View{Complete: true, Networks: nets, Endpoints: []spec.Endpoint{e("a", "2", spec.EndpointActive), e("b", "2", spec.EndpointActive), e("d", "1", spec.EndpointDraining)}}
+	v, n := hold(second, p.routed)
 	if n != 2 || v.Endpoints[0].State != spec.EndpointStarting || v.Endpoints[1].State != spec.EndpointStarting || v.Endpoints[2].State != spec.EndpointDraining {
 		t.Errorf("held %d: %+v", n, v.Endpoints)
 	}
@@ -142,7 +142,7 @@ func TestHold(t *testing.T) {
 	if !p.routesMade(3) {
 		t.Error("its pass does not release")
 	}
-	if _, n := hold(second, ready); n != 0 {
+	if _, n := hold(second, p.routed); n != 0 {
 		t.Errorf("%d are held after their pass", n)
 	}
 	// It goes and comes back before the overlay has seen either: whether its
@@ -152,12 +152,13 @@ func TestHold(t *testing.T) {
 	for _, gen := range []uint64{3, 4} {
 		p.held = true
 		p.routesMade(gen)
-		if _, n := hold(second, ready); n != 2 {
-			t.Errorf("after pass %d: %d held, want 2", gen, n)
+		// The network goes and comes back as well.
+		if v, n := hold(second, p.routed); n != 3 || len(v.Networks) != 0 || len(second.Networks) != 1 {
+			t.Errorf("after pass %d: %d held, want 3; networks %v", gen, n, v.Networks)
 		}
 	}
 	p.routesMade(5)
-	if _, n := hold(second, ready); n != 0 {
+	if _, n := hold(second, p.routed); n != 0 {
 		t.Errorf("%d are held after the last pass", n)
 	}
 	if p.routesMade(5) {

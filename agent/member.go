@@ -329,7 +329,7 @@ func (m *member) compose() {
 		shown := v
 		if p.held = p.routed == nil; !p.held {
 			var n int
-			shown, n = hold(v, func(e spec.Endpoint) bool { return p.routed[routeOf(e)] })
+			shown, n = hold(v, p.routed)
 			p.held = n > 0
 		}
 		m.view.Store(shown)
