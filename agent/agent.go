@@ -451,6 +451,9 @@ func (a *localAPI) Join(ctx context.Context, req *connect.Request[shoalv1.JoinRe
 	if err != nil {
 		return nil, err
 	}
+	if at, err := netip.ParseAddrPort(remote); err == nil && at == netip.AddrPortFrom(ident.Addr, uint16(ident.ControlPort)) {
+		return nil, invalid("%s is this node itself: give the address of one that is in the cluster", remote)
+	}
 	if err := a.checkPorts(ident); err != nil {
 		return nil, err
 	}
