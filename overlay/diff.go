@@ -120,9 +120,17 @@ func Diff(want, have State, _ time.Time) ([]reconcile.Op, time.Time) {
 				absent[w.place()] = true
 			}
 		case VXLAN, Egress, Port:
-			if h != nil && replaces(w, h) {
-				for _, d := range append(Devices(h), Devices(w)...) {
+			// Of a device that is absent one end may still have been there to be
+			// seen: the kernel takes the pairs of a deleted namespace apart in its
+			// own time.
+			if h == nil || replaces(w, h) {
+				for _, d := range Devices(w) {
 					lost[d] = true
+				}
+				if h != nil {
+					for _, d := range Devices(h) {
+						lost[d] = true
+					}
 				}
 			}
 		}
