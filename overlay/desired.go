@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/shoalnet/shoal/spec"
@@ -49,7 +50,30 @@ func Desired(v *spec.View) State {
 	for _, n := range v.Networks {
 		s.remotes(v, nets[n.ID])
 	}
+	s.members(v)
 	return s
+}
+
+// members lets in what comes from nodes of the cluster. While the View is not
+// complete some of them may be missing in it, and what was let in stays.
+func (s *State) members(v *spec.View) {
+	var vnis []uint32
+	for _, n := range v.Networks {
+		if n.Driver != spec.DriverBridge {
+			vnis = append(vnis, n.VNI)
+		}
+	}
+	if !v.Complete || len(vnis) == 0 {
+		return
+	}
+	var peers []string
+	for _, p := range v.Peers {
+		// Dead or not: it is for gossip to say whom to send to.
+		if p.Addr.IsValid() && p.Addr.Is4() == v.Underlay.Addr.Is4() {
+			peers = append(peers, p.Addr.String())
+		}
+	}
+	s.Add(Members{Table: MembersTable(v.Instance), Port: v.Underlay.VXLANPort, Peers: Join(peers), VNIs: Join(vnis)})
 }
 
 // network is what the parts of Desired share about one network.
@@ -81,7 +105,15 @@ func (s *State) network(v *spec.View, self spec.Peer, sn spec.Network) *network 
 	s.Owners[n.ns] = "network " + n.Name
 
 	s.Add(Namespace{n.ns, n.ID})
-	s.Add(Filter{Netns: n.ns, Subnets: Prefixes(n.Subnets), Out: out})
+	filter := Filter{Netns: n.ns, Subnets: Prefixes(n.Subnets), Out: out}
+	if !sn.ICC() {
+		var gws []netip.Prefix
+		for _, g := range n.Gateways {
+			gws = append(gws, host(g))
+		}
+		filter.Alone = Prefixes(gws)
+	}
+	s.Add(filter)
 	set := func(dev, name, value string) { s.Add(Sysctl{n.ns, dev, name, value}) }
 	set("", "net.ipv4.ip_forward", "1")
 	for _, conf := range []string{"all", "default"} {
@@ -95,12 +127,14 @@ func (s *State) network(v *spec.View, self spec.Peer, sn spec.Network) *network 
 		}
 	}
 
-	s.Add(VXLAN{Netns: n.ns, Network: n.ID, VNI: n.VNI, Local: v.Underlay.Addr, Port: v.Underlay.VXLANPort,
-		MAC: spec.VTEPMAC(self.Number).String(), MTU: n.mtu})
-	s.devSysctls(n.ns, VXLANDev)
-	// Errors that another node's ovns reports come from the gateway address,
-	// which is a local address here as well.
-	set(VXLANDev, "net.ipv4.conf."+VXLANDev+".accept_local", "1")
+	if sn.Driver != spec.DriverBridge {
+		s.Add(VXLAN{Netns: n.ns, Network: n.ID, VNI: n.VNI, Local: v.Underlay.Addr, Port: v.Underlay.VXLANPort,
+			MAC: spec.VTEPMAC(self.Number).String(), MTU: n.mtu})
+		s.devSysctls(n.ns, VXLANDev)
+		// Errors that another node's ovns reports come from the gateway address,
+		// which is a local address here as well.
+		set(VXLANDev, "net.ipv4.conf."+VXLANDev+".accept_local", "1")
+	}
 	for _, g := range n.Gateways {
 		n.taken[g] = true
 		s.Add(Addr{n.ns, "lo", host(g)})
@@ -156,17 +190,17 @@ func (s *State) sandbox(b spec.Sandbox, nets map[string]*network) {
 			continue
 		}
 		seen[a.Network] = true
-		eth := fmt.Sprintf("eth%d", i)
+		eth, number := iface(a, i)
 		mac := endpointMAC(addrs[0])
 		s.Add(Port{Netns: n.ns, Dev: dev, Network: n.ID, Task: b.Task, TaskNetns: b.Netns, Eth: eth, MAC: mac, MTU: n.mtu})
 		s.devSysctls(n.ns, dev)
 		v4, v6 := false, false
 		for _, x := range addrs {
 			n.taken[x] = true
-			gw, ethMetric, ovMetric := spec.LinkGateway, i, 0
+			gw, ethMetric, ovMetric := spec.LinkGateway, number, 0
 			v4, v6 = v4 || x.Is4(), v6 || x.Is6()
 			if x.Is6() {
-				gw, ethMetric, ovMetric = LinkGateway6, metric6+i, metric6
+				gw, ethMetric, ovMetric = LinkGateway6, metric6+number, metric6
 			}
 			s.Add(Guard{n.ns, dev, x})
 			s.Add(Addr{n.ns, dev, gwPrefix(gw)})
@@ -191,6 +225,17 @@ func (s *State) sandbox(b spec.Sandbox, nets map[string]*network) {
 	}
 }
 
+// iface is an attachment's device in the task, and its number, which orders the
+// task's routes by their metrics. Both stay when other networks come and go.
+func iface(a spec.Attachment, i int) (name string, number int) {
+	if digits, ok := strings.CutPrefix(a.Iface, "eth"); ok {
+		if n, err := strconv.ParseUint(digits, 10, 16); err == nil {
+			return a.Iface, int(n)
+		}
+	}
+	return fmt.Sprintf("eth%d", i), i
+}
+
 // addFirst adds o unless its key is taken: of several addresses of one
 // attachment the first is the preferred source.
 func (s *State) addFirst(o Object) {
@@ -207,6 +252,9 @@ const metric6 = 1024
 // nodes as next hops. Addresses that a local task has, or that aren't an
 // endpoint's to have, are left out, whatever gossip says.
 func (s *State) remotes(v *spec.View, n *network) {
+	if n.Driver == spec.DriverBridge {
+		return // it is nowhere else
+	}
 	type claim struct {
 		e spec.Endpoint
 		p spec.Peer
@@ -318,6 +366,12 @@ func HostTable(instance string) string {
 		instance = "shoal-" + instance
 	}
 	return instance + "-egress"
+}
+
+// MembersTable is the name of an agent's nftables table of VXLAN members, in the
+// host's namespace.
+func MembersTable(instance string) string {
+	return strings.TrimSuffix(HostTable(instance), "-egress") + "-members"
 }
 
 // IsRouter tells whether a is the router address of some node.

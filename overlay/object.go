@@ -106,7 +106,21 @@ type Filter struct {
 	Netns   string
 	Subnets string // Prefixes(…) of the network
 	Out     bool   // has a way out
-	Fault   string // observed only
+	// Alone: tasks can't reach each other; of the subnets only these addresses,
+	// Prefixes(…) of the gateways, are for them. "": they can.
+	Alone string
+	Fault string // observed only
+}
+
+// Members is the nftables table of the host's namespace that lets VXLAN packets
+// in only from nodes of the cluster, and none out of a task: the VXLAN device
+// itself takes any packet with its VNI, whoever sent it (RFC 7348 section 7).
+type Members struct {
+	Table string
+	Port  int    // UDP
+	Peers string // addresses of the nodes, see [Join]
+	VNIs  string // of the networks here: packets of others' VXLANs are not ours to judge
+	Fault string // observed only
 }
 
 // Guard lets packets with source Addr in from Dev; others are dropped.
@@ -197,6 +211,7 @@ type Stray struct{ Netns, Dev string }
 type (
 	underlayKey   struct{}
 	forwardingKey struct{}
+	membersKey    struct{}
 	namespaceKey  struct{ netns string }
 	sandboxKey    struct{ netns string }
 	sysctlKey     struct{ netns, name string }
@@ -229,6 +244,9 @@ func (Underlay) Key() any { return underlayKey{} }
 
 // Key implements Object.
 func (Forwarding) Key() any { return forwardingKey{} }
+
+// Key implements Object.
+func (Members) Key() any { return membersKey{} }
 
 // Key implements Object.
 func (o Namespace) Key() any { return namespaceKey{o.Netns} }
@@ -275,6 +293,7 @@ func (o Stray) Key() any { return strayKey{o.Netns, o.Dev} }
 
 func (Underlay) rank() int   { return rankNode }
 func (Forwarding) rank() int { return rankNode }
+func (Members) rank() int    { return rankNode }
 func (Namespace) rank() int  { return rankNamespace }
 func (Sandbox) rank() int    { return rankNamespace }
 func (o Sysctl) rank() int {
@@ -302,6 +321,7 @@ func (Stray) rank() int    { return rankStray }
 
 func (Underlay) place() string    { return "" }
 func (Forwarding) place() string  { return "" }
+func (Members) place() string     { return "" }
 func (o Namespace) place() string { return o.Netns }
 func (o Sandbox) place() string   { return o.Netns }
 func (o Sysctl) place() string    { return o.Netns }
@@ -319,6 +339,7 @@ func (o Stray) place() string     { return o.Netns }
 
 func (Underlay) device() string   { return "" }
 func (Forwarding) device() string { return "" }
+func (Members) device() string    { return "" }
 func (Namespace) device() string  { return "" }
 func (Sandbox) device() string    { return "" }
 func (o Sysctl) device() string   { return o.Dev }
@@ -339,6 +360,7 @@ func (Stray) device() string      { return "" }
 
 func (o Underlay) label() string   { return "underlay address " + o.Addr.String() }
 func (o Forwarding) label() string { return "forwarding" }
+func (o Members) label() string    { return "members" }
 func (o Namespace) label() string  { return "a namespace" }
 func (o Sandbox) label() string    { return "a namespace" }
 func (o Sysctl) label() string     { return "sysctl " + o.Name }
@@ -362,6 +384,7 @@ func (o Stray) label() string    { return "half-made device " + o.Dev }
 
 func (o Underlay) order() string   { return "" }
 func (o Forwarding) order() string { return "" }
+func (o Members) order() string    { return "members" }
 func (o Namespace) order() string  { return "" }
 func (o Sandbox) order() string    { return "" }
 func (o Sysctl) order() string     { return o.Name }
@@ -380,6 +403,9 @@ func (o Stray) order() string      { return o.Dev }
 func (o Underlay) String() string { return "underlay address " + o.Addr.String() }
 func (o Forwarding) String() string {
 	return "forwarding with table " + o.Table + fault(o.Fault)
+}
+func (o Members) String() string {
+	return fmt.Sprintf("table %s of VXLAN members on UDP port %d: %s; VNIs %s%s", o.Table, o.Port, o.Peers, o.VNIs, fault(o.Fault))
 }
 func (o Namespace) String() string {
 	return fmt.Sprintf("namespace %s of network %s", o.Netns, o.Network)
@@ -464,6 +490,13 @@ func broken(b bool) string {
 		return " (broken)"
 	}
 	return ""
+}
+
+// Join is a list as a field of an object, which must be comparable: sorted, each
+// once, separated by spaces.
+func Join[T cmp.Ordered](in []T) string {
+	out := slices.Compact(slices.Sorted(slices.Values(in)))
+	return strings.Trim(fmt.Sprint(out), "[]")
 }
 
 // Prefixes joins prefixes, in order, to what Filter.Subnets holds.

@@ -153,7 +153,7 @@ func repair(t *testing.T, w World) {
 			t.Fatalf("%s deleted: one pass leaves %s", o, ops[0])
 		}
 	}
-	for _, kind := range []string{"Forwarding", "Namespace", "Sysctl", "Filter", "Guard", "VXLAN", "Egress", "Port", "Addr", "Neigh", "FDB", "Route", "Redirect"} {
+	for _, kind := range []string{"Forwarding", "Members", "Namespace", "Sysctl", "Filter", "Guard", "VXLAN", "Egress", "Port", "Addr", "Neigh", "FDB", "Route", "Redirect"} {
 		if broken["overlay."+kind] == 0 {
 			t.Errorf("no %s was broken", kind)
 		}

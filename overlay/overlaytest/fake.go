@@ -162,8 +162,11 @@ func (f *Fake) Observe(_ context.Context, want overlay.State) (overlay.State, er
 }
 
 func isForwarding(o overlay.Object) bool {
-	_, ok := o.(overlay.Forwarding)
-	return ok
+	switch o.(type) {
+	case overlay.Forwarding, overlay.Members:
+		return true
+	}
+	return false
 }
 
 // Apply implements overlay.Dataplane.

@@ -222,7 +222,9 @@ func (d *Dataplane) Cleanup() error {
 		}
 		errs = append(errs, err)
 	}
-	errs = append(errs, d.cleanHostLinks(), d.delForwarding(overlay.Forwarding{Table: overlay.HostTable(d.cfg.Instance)}))
+	errs = append(errs, d.cleanHostLinks(), d.do("", func() error {
+		return delTable(membersTable(overlay.MembersTable(d.cfg.Instance)))
+	}), d.delForwarding(overlay.Forwarding{Table: overlay.HostTable(d.cfg.Instance)}))
 	d.Close()
 	return errors.Join(errs...)
 }

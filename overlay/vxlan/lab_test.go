@@ -1,15 +1,12 @@
 package vxlan
 
 import (
-	"errors"
 	"fmt"
 	"net/netip"
 	"os"
 	"os/exec"
-	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"go.uber.org/goleak"
 
@@ -63,22 +60,6 @@ func run(t testing.TB, line string, args ...any) string {
 		t.Fatal(err)
 	}
 	return out
-}
-
-// eventually waits for a condition.
-func eventually(t testing.TB, what string, cond func() error) {
-	t.Helper()
-	deadline := time.Now().Add(5 * time.Second)
-	for {
-		err := cond()
-		if err == nil {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("%s: %v", what, err)
-		}
-		time.Sleep(20 * time.Millisecond)
-	}
 }
 
 // machine is a namespace that stands for a host, on a bridge with others.
@@ -200,6 +181,8 @@ func (w world) Break(o overlay.Object) bool {
 	switch o := o.(type) {
 	case overlay.Forwarding:
 		run(w.t, "ip netns exec %s nft delete table inet %s", ns, o.Table)
+	case overlay.Members:
+		run(w.t, "ip netns exec %s nft flush set inet %s peers", ns, o.Table)
 	case overlay.Namespace:
 		run(w.t, "ip netns del %s", ns)
 	case overlay.Sysctl:
@@ -267,6 +250,3 @@ func TestKernelConforms(t *testing.T) {
 		return w
 	})
 }
-
-var _ = errors.New
-var _ = slices.Clone[[]int]

@@ -323,13 +323,25 @@ func loadSrc(v6 bool, reg uint32) expr.Any {
 	return &expr.Payload{DestRegister: reg, Base: expr.PayloadBaseNetworkHeader, Offset: off, Len: length}
 }
 
-// saddr matches sources in a prefix.
-func saddr(p netip.Prefix) rule {
+// loadDst loads the destination address.
+func loadDst(v6 bool, reg uint32) expr.Any {
+	off, length := uint32(16), uint32(4)
+	if v6 {
+		off, length = 24, 16
+	}
+	return &expr.Payload{DestRegister: reg, Base: expr.PayloadBaseNetworkHeader, Offset: off, Len: length}
+}
+
+// saddr matches sources in a prefix, daddr destinations.
+func saddr(p netip.Prefix) rule { return addrIn("saddr", loadSrc(p.Addr().Is6(), 1), p) }
+func daddr(p netip.Prefix) rule { return addrIn("daddr", loadDst(p.Addr().Is6(), 1), p) }
+
+func addrIn(what string, load expr.Any, p netip.Prefix) rule {
 	v6 := p.Addr().Is6()
 	length := uint32(p.Addr().BitLen() / 8)
 	x := nfproto(v6)
-	return rule{x.text + " saddr " + p.String(), append(x.exprs,
-		loadSrc(v6, 1),
+	return rule{x.text + " " + what + " " + p.String(), append(x.exprs,
+		load,
 		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: length, Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen()), Xor: make([]byte, length)},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: p.Masked().Addr().AsSlice()},
 	)}
@@ -463,11 +475,22 @@ func filterRules(o overlay.Filter) ruleset {
 			r(published(), accept),
 		)
 	}
+	source := []rule{
+		r(iif(task), unguarded(false, setGuard), drop),
+		r(iif(task), unguarded(true, setGuard6), drop),
+	}
+	if o.Alone != "" {
+		// Each node stops its own tasks, before a VIP can see them. What a
+		// published port's client sent comes from elsewhere, and goes elsewhere.
+		for _, p := range overlay.ParsePrefixes(o.Alone) {
+			source = append(source, r(iif(task), daddr(p), accept))
+		}
+		for _, p := range overlay.ParsePrefixes(o.Subnets) {
+			source = append(source, r(iif(task), daddr(p), drop))
+		}
+	}
 	rs.chains = []chain{
-		{"source", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, prioRaw, nftables.ChainPolicyAccept, []rule{
-			r(iif(task), unguarded(false, setGuard), drop),
-			r(iif(task), unguarded(true, setGuard6), drop),
-		}},
+		{"source", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, prioRaw, nftables.ChainPolicyAccept, source},
 		{"entry", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, prioMangle - 1, nftables.ChainPolicyAccept, entry},
 		{"forward", nftables.ChainTypeFilter, nftables.ChainHookForward, prioFilter, nftables.ChainPolicyDrop, forward},
 	}

@@ -447,7 +447,24 @@ func (d *Dataplane) observeHost(have *overlay.State, want overlay.State, host *s
 			}
 		}
 	}
-	return d.do("", func() error { return d.observeForwarding(have) })
+	return d.do("", func() error {
+		if err := d.observeForwarding(have); err != nil {
+			return err
+		}
+		c, err := dialNFT()
+		if err != nil {
+			return err
+		}
+		defer c.close()
+		// One that is not wanted is looked for as well, to be removed.
+		o, _ := want.Get(overlay.Members{}.Key()).(overlay.Members)
+		o.Table = overlay.MembersTable(d.cfg.Instance)
+		m, err := observeMembers(c, o)
+		if m != nil {
+			have.Add(*m)
+		}
+		return err
+	})
 }
 
 // observeUnwanted reports the namespaces of this instance that are not wanted.

@@ -238,6 +238,8 @@ func (d *Dataplane) put(ctx context.Context, op overlay.Op) error {
 		return f.Close()
 	case overlay.Forwarding:
 		return d.putForwarding(o)
+	case overlay.Members:
+		return d.do("", membersRules(o).write)
 	case overlay.Namespace:
 		return d.putNamespace(o)
 	case overlay.Sysctl:
@@ -272,6 +274,8 @@ func (d *Dataplane) del(op overlay.Op) error {
 		return nil
 	case overlay.Forwarding:
 		return d.delForwarding(o)
+	case overlay.Members:
+		return d.do("", func() error { return delTable(membersTable(o.Table)) })
 	case overlay.Namespace:
 		return d.delNamespace(o.Netns)
 	case overlay.Filter:

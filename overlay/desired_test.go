@@ -1,0 +1,162 @@
+package overlay_test
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/shoalnet/shoal/overlay"
+	"github.com/shoalnet/shoal/overlay/overlaytest"
+	"github.com/shoalnet/shoal/spec"
+)
+
+func sample() *spec.View {
+	under := spec.Underlay{Addr: netip.MustParseAddr("192.0.2.1"), VXLANPort: 4789, MTU: 1500}
+	return overlaytest.Sample("shoal", under, spec.MinVNI, false)
+}
+
+// kernel is what a View makes of a kernel.
+func kernel(v *spec.View) overlay.State { return overlay.Desired(v).Resolve(overlay.State{}) }
+
+// of returns the texts of a State's objects that begin with a word.
+func of(s overlay.State, word string) (out []string) {
+	for _, o := range s.Objects() {
+		if strings.HasPrefix(o.String(), word) {
+			ns, _ := overlay.Place(o)
+			out = append(out, ns+": "+o.String())
+		}
+	}
+	return out
+}
+
+func has(t *testing.T, s overlay.State, want bool, parts ...string) {
+	t.Helper()
+	for _, o := range s.Objects() {
+		ns, _ := overlay.Place(o)
+		text := ns + ": " + o.String()
+		if !slices.ContainsFunc(parts, func(p string) bool { return !strings.Contains(text, p) }) {
+			if !want {
+				t.Errorf("there is %s", text)
+			}
+			return
+		}
+	}
+	if want {
+		t.Errorf("there is nothing with %q in\n%s", parts, s)
+	}
+}
+
+// TestInterfacesStay: others' coming and going changes nothing of what stays.
+func TestInterfacesStay(t *testing.T) {
+	v := sample()
+	web := &v.Sandboxes[slices.IndexFunc(v.Sandboxes, func(s spec.Sandbox) bool { return s.Task == overlaytest.TaskWeb })]
+	web.Attachments[0].Iface, web.Attachments[1].Iface = "eth0", "eth1"
+	full := kernel(v)
+	has(t, full, true, "task-web.1: ", "route 10.91.2.0/24", "eth0")
+	has(t, full, true, "task-web.1: ", "default", "eth1")
+
+	one := *v
+	one.Sandboxes = slices.Clone(v.Sandboxes)
+	i := slices.IndexFunc(one.Sandboxes, func(s spec.Sandbox) bool { return s.Task == overlaytest.TaskWeb })
+	one.Sandboxes[i].Attachments = web.Attachments[1:] // off the first
+	ops, _ := overlay.Diff(overlay.Desired(&one), full, time.Time{})
+	for _, op := range ops {
+		o := op.(overlay.Op)
+		if o.Verb == overlay.Put || strings.Contains(o.String(), "eth1") {
+			t.Errorf("leaving the network of eth0: %s", o)
+		}
+	}
+	if len(ops) == 0 {
+		t.Error("leaving a network does nothing")
+	}
+	ops, _ = overlay.Diff(full, kernel(&one), time.Time{})
+	for _, op := range ops {
+		if o := op.(overlay.Op); o.Verb != overlay.Put || strings.Contains(o.String(), "eth1") {
+			t.Errorf("joining a network again: %s", o)
+		}
+	}
+}
+
+func TestWhatIsNotWiredIsSkipped(t *testing.T) {
+	v := sample()
+	v.Sandboxes = []spec.Sandbox{
+		{Task: "tasknone2222", Name: "none", Netns: "shoal-task-none", DNSPort: 5, Attachments: []spec.Attachment{{Network: spec.NoneNetwork}}},
+		{Task: "taskgone2222", Name: "gone", Netns: "shoal-task-gone", Attachments: []spec.Attachment{{Network: "nosuch", Addrs: overlaytest.Addrs("10.1.1.1")}}},
+		{Task: "taskbad22222", Name: "bad", Netns: "shoal-task-bad", Attachments: []spec.Attachment{
+			{Network: overlaytest.NetApp, Addrs: overlaytest.Addrs("10.91.1.1")}, // the gateway's
+			{Network: overlaytest.NetApp, Addrs: overlaytest.Addrs("10.91.1.2")}, // a VIP
+			{Network: overlaytest.NetApp, Addrs: overlaytest.Addrs("10.77.0.9"), Iface: "../x"},
+		}},
+	}
+	s := overlay.Desired(v)
+	for _, ns := range []string{"shoal-task-none", "shoal-task-gone", "shoal-task-bad"} {
+		has(t, s, false, ns+": ", "address")
+		has(t, s, false, ns+": ", "route")
+		has(t, s, true, "namespace "+ns)
+	}
+}
+
+func TestBridgeIsHereOnly(t *testing.T) {
+	v := sample()
+	v.Networks = slices.Clone(v.Networks)
+	for i := range v.Networks {
+		v.Networks[i].Driver, v.Networks[i].Node = spec.DriverBridge, v.Self
+	}
+	s := overlay.Desired(v)
+	for _, word := range []string{"device vx", "fdb", "table shoal-members"} {
+		if got := of(s, word); got != nil {
+			t.Errorf("%s: %v", word, got)
+		}
+	}
+	has(t, s, false, "onlink")
+	has(t, s, true, "task-web.1: ", "default")
+	if len(of(s, "veth")) == 0 && len(of(s, "device")) == 0 {
+		t.Errorf("no devices at all:\n%s", s)
+	}
+}
+
+func TestICC(t *testing.T) {
+	v := sample()
+	v.Networks = slices.Clone(v.Networks)
+	if f := filterOf(t, overlay.Desired(v), "app"); f.Alone != "" {
+		t.Errorf("tasks are alone: %q", f.Alone)
+	}
+	for i := range v.Networks {
+		v.Networks[i].Options = map[string]string{spec.OptICC: "false"}
+	}
+	if f := filterOf(t, overlay.Desired(v), "app"); f.Alone != "10.91.1.1/32" {
+		t.Errorf("icc=false leaves %q to tasks, want the gateway", f.Alone)
+	}
+}
+
+func filterOf(t *testing.T, s overlay.State, network string) (f overlay.Filter) {
+	t.Helper()
+	s.Each(func(o overlay.Object) {
+		if x, ok := o.(overlay.Filter); ok && strings.Contains(x.Netns, "-"+network+"-") {
+			f = x
+		}
+	})
+	return f
+}
+
+// TestMembers: all nodes, whatever is thought of them, and only when all are
+// known.
+func TestMembers(t *testing.T) {
+	v := sample()
+	v.Peers[1].Liveness = spec.PeerDead
+	m, _ := overlay.Desired(v).Get(overlay.Members{}.Key()).(overlay.Members)
+	if m.Peers != "192.0.2.1 192.0.2.2 192.0.2.3" || m.VNIs != "4096 4097" || m.Port != 4789 || m.Table != "shoal-members" {
+		t.Errorf("members %+v", m)
+	}
+	have := kernel(v)
+	v.Complete, v.Peers = false, v.Peers[:1]
+	part := overlay.Desired(v)
+	if part.Get(overlay.Members{}.Key()) != nil {
+		t.Error("members of a View that is not complete")
+	}
+	if ops, _ := overlay.Diff(part, have, time.Time{}); len(ops) != 0 {
+		t.Errorf("a View that is not complete takes away: %v", ops)
+	}
+}
