@@ -1,0 +1,148 @@
+package integration
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/shoalnet/shoal/internal/nl"
+	"github.com/shoalnet/shoal/spec"
+)
+
+// network is what net inspect shows.
+func (s site) network(name string) (n spec.Network) {
+	s.Helper()
+	var all []spec.Network
+	if err := json.Unmarshal([]byte(s.ok("node1", "shoal net inspect -o json %s", name)), &all); err != nil || len(all) != 1 {
+		s.Fatalf("net inspect %s: %v", name, err)
+	}
+	return all[0]
+}
+
+// TestNoWayBetweenNetworks: two networks don't reach each other, by no way that a task may
+// try; a task on both reaches both.
+func TestNoWayBetweenNetworks(t *testing.T) {
+	s := shared(t)
+	s.ok("node1", "shoal net create a")
+	s.ok("node1", "shoal net create b")
+	s.whoami("webb", 2, "--network b --constraint node.name!=node3")
+	s.ok("node1", "shoal run -d --name here --network b -- %s/whoami", bin)
+	s.ok("node2", "shoal run -d --name there --network b -- %s/whoami", bin)
+	s.ok("node1", "shoal run -d --name c --network a -- sleep 10000")
+	s.ok("node2", "shoal run -d --name a2 --network a -- sleep 10000")
+	s.ok("node1", "shoal run -d --name both --network a --network b -- sleep 10000")
+	vip := s.ok("node1", "shoal svc ls --filter name=webb --format {{.VirtualIP}}")
+	targets := []string{vip, s.task("here").Attachments[0].Addrs[0], s.task("there").Attachments[0].Addrs[0], s.network("b").Gateways[0].String()}
+	for _, a := range targets[:3] {
+		if r := s.on("node1", "shoal", "exec", "both", "curl", "-s", "-m", slowSecs(5), "http://"+a+"/"); r.code != 0 {
+			t.Errorf("a task on both networks does not reach %s: exit status %d", a, r.code)
+		}
+	}
+	for _, a := range targets {
+		if r := s.on("node1", "shoal", "exec", "c", "curl", "-s", "-m", slowSecs(2), "http://"+a+"/"); r.code == 0 {
+			t.Errorf("a task of network a reaches %s of network b", a)
+		}
+		if r := s.on("node1", "curl", "-s", "-m", slowSecs(2), "http://"+a+"/"); r.code == 0 {
+			t.Errorf("the node reaches %s of network b", a)
+		}
+	}
+	if r := s.on("node1", "shoal", "exec", "c", "getent", "hosts", "webb"); r.code == 0 {
+		t.Errorf("network a knows a name of network b: %s", r.out)
+	}
+	// The way out of one network, taken by hand, is no way into another.
+	host, _ := s.network("b").Egress()
+	_, inner := s.network("b").Egress()
+	for _, via := range []string{host.String(), inner.String()} {
+		s.on("node1", "shoal", "exec", "c", "ping", "-c1", "-W1", via)
+		if r := s.on("node1", "shoal", "exec", "c", "curl", "-s", "-m", slowSecs(2), "http://"+via+"/"); r.code == 0 {
+			t.Errorf("a task of network a reaches %s", via)
+		}
+	}
+}
+
+func slowSecs(n int) string { return fmt.Sprint(int(slow(time.Duration(n) * time.Second).Seconds())) }
+
+// TestForgedPackets: of a task with raw sockets, and of a machine that is no
+// member. That the same packets arrive when nothing is wrong with them shows
+// that the test could fail.
+func TestForgedPackets(t *testing.T) {
+	s := shared(t)
+	onlyNative(t)
+	script, err := filepath.Abs("testdata/spoof.py")
+	if err != nil {
+		t.Fatal(err)
+	}
+	heard := filepath.Join(t.TempDir(), "heard")
+	if err := os.Chmod(filepath.Dir(heard), 0o777); err != nil {
+		t.Fatal(err)
+	}
+	s.ok("node1", "shoal net create a")
+	s.ok("node1", "shoal net create b")
+	s.ok("node2", "shoal run -d --name victim --network a --network b -- python3 %s listen %s", script, heard)
+	s.ok("node1", "shoal run -d --name evil --network a -- sleep 10000")
+	s.ok("node1", "shoal run -d --name good --network a --network b -- sleep 10000")
+	a, b := s.task("victim").Attachments[0].Addrs[0], s.task("victim").Attachments[1].Addrs[0]
+	evil, good := s.task("evil").Attachments[0].Addrs[0], s.task("good").Attachments[0].Addrs[0]
+	goodB := s.task("good").Attachments[1].Addrs[0]
+	vni := fmt.Sprint(s.network("b").VNI)
+	var node2 struct{ Number int }
+	var all []struct{ Number int }
+	if err := json.Unmarshal([]byte(s.ok("node1", "shoal node inspect -o json node2")), &all); err != nil || len(all) != 1 {
+		t.Fatalf("node inspect: %v", err)
+	}
+	node2.Number = all[0].Number
+	mac := spec.VTEPMAC(node2.Number).String()
+	under := s.addrOf("node2")
+	has := func(text string) bool {
+		b, _ := os.ReadFile(heard)
+		return slices.ContainsFunc(strings.Split(string(b), "\n"), func(l string) bool { return strings.HasPrefix(l, text+" ") })
+	}
+	s.eventually(10*time.Second, func() error {
+		_, err := os.Stat(heard)
+		return err
+	})
+	// until sends, again and again, until it is heard.
+	until := func(text string, send func()) {
+		t.Helper()
+		s.eventually(10*time.Second, func() error {
+			send()
+			if !has(text) {
+				return fmt.Errorf("%q does not arrive", text)
+			}
+			return nil
+		})
+	}
+	send := func(task, line string, args ...any) {
+		s.on("node1", append([]string{"shoal", "exec", task, "python3", script}, words(fmt.Sprintf(line, args...))...)...)
+	}
+	until("own-address", func() { send("evil", "source %s %s own-address", evil, a) })
+	send("evil", "source %s %s stolen-address", good, a)
+	send("evil", "source %s %s foreign-address", goodB, a)
+	send("evil", "source %s %s gateway-address", s.network("a").Gateways[0], a)
+	// Into network b by its VNI: from a task, by its own node and straight to
+	// the other; from a machine that is no member.
+	for _, node := range []string{under, s.addrOf("node1")} {
+		send("evil", "vxlan %s %s %s 4789 %s %s task-vxlan", vni, mac, node, goodB, b)
+	}
+	if err := nl.Do("shoal-"+s.Name+"-underlay", func() error { return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := s.client("python3", script, "vxlan", vni, mac, under, "4789", goodB, b, "outsider-vxlan"); err != nil {
+		t.Fatalf("vxlan from outside: %v %s", err, out)
+	}
+	until("member-vxlan", func() {
+		s.ok("node1", "python3 %s vxlan %s %s %s 4789 %s %s member-vxlan", script, vni, mac, under, goodB, b)
+	})
+	// What was sent before has long arrived, if it did.
+	until("last", func() { send("evil", "source %s %s last", evil, a) })
+	for _, text := range []string{"stolen-address", "foreign-address", "gateway-address", "task-vxlan", "outsider-vxlan"} {
+		if has(text) {
+			t.Errorf("%s arrives", text)
+		}
+	}
+}
