@@ -48,7 +48,7 @@ func BenchmarkZoneBuild(b *testing.B) {
 	runtime.ReadMemStats(&after)
 	runtime.KeepAlive(z)
 	for b.Loop() {
-		z = NewZone(v, ZoneOptions{})
+		runtime.KeepAlive(NewZone(v, ZoneOptions{}))
 	}
 	b.ReportMetric(float64(after.HeapAlloc-before.HeapAlloc)/1e6, "MB/table")
 }

@@ -15,8 +15,8 @@ import (
 
 // TestBadInput: one clear line, an exit status that is not 0, nothing half-made.
 func TestBadInput(t *testing.T) {
-	s := shared(t)
 	onlyNative(t)
+	s := shared(t)
 	s.ok("node1", "shoal net create --subnet 10.77.0.0/24 app")
 	s.whoami("web", 1, "--network app --vip 10.77.0.80")
 	s.ok("node1", "shoal run -d --name c1 --network app --ip 10.77.0.90 -- sleep 1000")
@@ -105,8 +105,8 @@ func (s site) agentFails(want string, args ...string) {
 }
 
 func TestAgentRefuses(t *testing.T) {
-	s := own(t, "itagentin", lab.Options{Nodes: 2, NoInit: true})
 	onlyNative(t)
+	s := own(t, "itagentin", lab.Options{Nodes: 2, NoInit: true})
 	socket := s.Nodes()[0].Socket
 	// A second agent on the same state.
 	s.agentFails("data", "--data-dir", filepath.Join(s.Nodes()[0].Dir, "data"))

@@ -27,6 +27,7 @@ func (s site) network(name string) (n spec.Network) {
 // TestNoWayBetweenNetworks: two networks don't reach each other, by no way that a task may
 // try; a task on both reaches both.
 func TestNoWayBetweenNetworks(t *testing.T) {
+	onlyNative(t)
 	s := shared(t)
 	s.ok("node1", "shoal net create a")
 	s.ok("node1", "shoal net create b")
@@ -71,8 +72,8 @@ func slowSecs(n int) string { return fmt.Sprint(int(slow(time.Duration(n) * time
 // member. That the same packets arrive when nothing is wrong with them shows
 // that the test could fail.
 func TestForgedPackets(t *testing.T) {
-	s := shared(t)
 	onlyNative(t)
+	s := shared(t)
 	script, err := filepath.Abs("testdata/spoof.py")
 	if err != nil {
 		t.Fatal(err)

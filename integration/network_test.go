@@ -91,6 +91,7 @@ func TestBuiltInNetworks(t *testing.T) {
 }
 
 func TestInternalAndICC(t *testing.T) {
+	onlyNative(t)
 	s := shared(t)
 	stop := s.outside("8099")
 	defer stop()
@@ -128,6 +129,7 @@ func TestInternalAndICC(t *testing.T) {
 }
 
 func TestAliasesAndNames(t *testing.T) {
+	onlyNative(t)
 	s := shared(t)
 	s.ok("node1", "shoal net create app")
 	s.ok("node1", "shoal net create back")
@@ -233,6 +235,7 @@ func TestResolverSettings(t *testing.T) {
 }
 
 func TestConnectAndDisconnect(t *testing.T) {
+	onlyNative(t)
 	s := shared(t)
 	for _, n := range []string{"one", "two", "three"} {
 		s.ok("node1", "shoal net create %s", n)
@@ -289,6 +292,7 @@ func TestConnectAndDisconnect(t *testing.T) {
 }
 
 func TestIsolation(t *testing.T) {
+	onlyNative(t)
 	s := shared(t)
 	s.ok("node1", "shoal net create red")
 	s.ok("node1", "shoal net create blue")

@@ -49,17 +49,18 @@ func TestPublishedPort(t *testing.T) {
 	s.whoami("web", 3, "--network app -p 8080:80 -p 9000:9000/udp --publish published=9001,target=9000")
 	s.whoami("one", 1, "--network app -p 8081:80 -p published=8082,target=80,nat=true -p published=8083,target=9000,protocol=udp,nat=true")
 	s.clients("app")
+	few := fmt.Sprint(requests() / 10)
 	for _, n := range nodes {
 		a := s.addrOf(n)
 		for url, servers := range map[string]int{"http://" + a + ":8080/": 3, "udp://" + a + ":9000": 3, "tcp://" + a + ":9001": 3, "http://" + a + ":8081/": 1} {
-			l := s.outsideLoad("-n", "90", url)
+			l := s.outsideLoad("-n", fmt.Sprint(requests()/10*3), url)
 			s.fair(url, l, servers)
 			if got := keys(l.Clients); !slices.Equal(got, []string{outsideAddr}) {
 				t.Errorf("%s: servers saw %v, the client is %s", url, got, outsideAddr)
 			}
 		}
 		for _, url := range []string{"http://" + a + ":8082/", "udp://" + a + ":8083"} {
-			l := s.outsideLoad("-n", "30", url)
+			l := s.outsideLoad("-n", few, url)
 			s.fair(url, l, 1)
 			if _, ok := l.Clients[outsideAddr]; ok {
 				t.Errorf("nat=true: %s: servers saw %v", url, l.Clients)
@@ -67,8 +68,8 @@ func TestPublishedPort(t *testing.T) {
 		}
 		// From the node itself.
 		for _, url := range []string{"http://127.0.0.1:8080/", "http://" + a + ":8080/", "udp://127.0.0.1:9000", "udp://" + a + ":9000", "http://localhost:8081/"} {
-			l := s.parseLoad(s.ok(n, "%s/load -n 30 -timeout %s %s", bin, slow(2*time.Second), url))
-			if l.Failed > 0 || l.OK != 30 {
+			l := s.parseLoad(s.ok(n, "%s/load -n %s -timeout %s %s", bin, few, slow(2*time.Second), url))
+			if l.Failed > 0 || fmt.Sprint(l.OK) != few {
 				t.Errorf("%s itself: %s: %+v", n, url, l)
 			}
 		}
@@ -76,7 +77,7 @@ func TestPublishedPort(t *testing.T) {
 	// From a node to another, and from a task by way of its own and another node.
 	s.fair("node to node", s.parseLoad(s.ok("node1", "%s/load -n 30 http://%s:8080/", bin, s.addrOf("node2"))), 3)
 	for _, n := range nodes {
-		s.fair("a task by "+n, s.inTask("c1", "-n 30 -timeout %s http://%s:8080/", slow(2*time.Second), s.addrOf(n)), 3)
+		s.fair("a task by "+n, s.inTask("c1", "-n 9 -timeout %s http://%s:8080/", slow(2*time.Second), s.addrOf(n)), 3)
 	}
 	// While its replicas are scaled, and without any.
 	s.ok("node1", "shoal svc scale web=0")
@@ -88,7 +89,7 @@ func TestPublishedPort(t *testing.T) {
 	}
 	s.ok("node1", "shoal svc scale web=2")
 	for _, n := range nodes {
-		s.fair("again", s.outsideLoad("-n", "30", "http://"+s.addrOf(n)+":8080/"), 2)
+		s.fair("again", s.outsideLoad("-n", "10", "http://"+s.addrOf(n)+":8080/"), 2)
 	}
 	s.ok("node1", "shoal svc rm web")
 	s.eventually(slow(10*time.Second), func() error {
@@ -101,8 +102,8 @@ func TestPublishedPort(t *testing.T) {
 }
 
 func TestPublishModes(t *testing.T) {
-	s := shared(t)
 	onlyNative(t)
+	s := shared(t)
 	s.ok("node1", "shoal net create app")
 	s.whoami("loc", 1, "--network app --constraint node.name==node2 -p published=8090,target=80,mode=local")
 	s.whoami("hst", 1, "--network app --constraint node.name==node3 -p published=8091,target=80,mode=host")
@@ -147,8 +148,8 @@ func TestPublishModes(t *testing.T) {
 }
 
 func TestPublishChangesAndConflicts(t *testing.T) {
-	s := shared(t)
 	onlyNative(t)
+	s := shared(t)
 	s.ok("node1", "shoal net create app")
 	s.whoami("web", 2, "--network app -p 8100-8102:9000-9002 -p 80")
 	dyn := s.ok("node1", "shoal port web 80/tcp")
@@ -190,8 +191,8 @@ func TestPublishChangesAndConflicts(t *testing.T) {
 
 // TestAForeignProgramKeepsItsPort on its node; the others go on.
 func TestAForeignProgramKeepsItsPort(t *testing.T) {
-	s := shared(t)
 	onlyNative(t)
+	s := shared(t)
 	holder := exec.Command(filepath.Join(bin, "shoal"), "lab", "exec", "--name", s.Name, "node2", "--", filepath.Join(bin, "whoami"), "-http", ":8120", "-udp", "", "-tcp", "")
 	if err := holder.Start(); err != nil {
 		t.Fatal(err)
@@ -223,8 +224,8 @@ func TestAForeignProgramKeepsItsPort(t *testing.T) {
 
 // TestADownloadAndManyConnections go through a node that runs no replica.
 func TestADownloadAndManyConnections(t *testing.T) {
-	s := shared(t)
 	onlyNative(t)
+	s := shared(t)
 	s.ok("node1", "shoal net create app")
 	s.whoami("web", 1, "--network app --constraint node.name==node1 -p 8130:80 -p 8131:9000")
 	const size = 200 << 20

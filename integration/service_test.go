@@ -32,6 +32,15 @@ func keys[V any](m map[string]V) []string {
 	return out
 }
 
+// requests are those of a test of fairness: in the emulated machine each takes
+// a tenth of a second.
+func requests() int {
+	if inVM {
+		return 30
+	}
+	return 300
+}
+
 // TestFirstLight is the promise: from every node, by every protocol, no request
 // fails, every replica has its share, and servers see the client.
 func TestFirstLight(t *testing.T) {
@@ -50,7 +59,7 @@ func TestFirstLight(t *testing.T) {
 		c := fmt.Sprintf("c%d", i+1)
 		own := s.task(c).Attachments[0].Addrs[0]
 		for _, url := range []string{"http://web/", "tcp://web:9000", "udp://web:9000"} {
-			l := s.inTask(c, "-n 300 -timeout %s %s", slow(2*time.Second), url)
+			l := s.inTask(c, "-n %d -timeout %s %s", requests(), slow(2*time.Second), url)
 			s.fair(c+" "+url, l, 3)
 			if got := keys(l.Clients); !slices.Equal(got, []string{own}) {
 				t.Errorf("%s %s: servers saw %v, the client is %s", c, url, got, own)
@@ -59,14 +68,14 @@ func TestFirstLight(t *testing.T) {
 	}
 	// A replica that calls its own service reaches all of them, itself too.
 	for _, x := range s.running("web") {
-		l := s.inTask(x.Name, "-n 60 -timeout %s http://web/", slow(2*time.Second))
+		l := s.inTask(x.Name, "-n %d -timeout %s http://web/", requests()/5, slow(2*time.Second))
 		s.fair("from replica "+x.Name, l, 3)
 	}
 	// Two services in turn: neither takes the other's turns.
 	s.whoami("other", 3, "--network app")
-	for range 5 {
+	for range (requests() + 59) / 60 {
 		for _, svc := range []string{"web", "other"} {
-			s.fair("by turns: "+svc, s.inTask("c1", "-n 60 -timeout %s http://%s/", slow(2*time.Second), svc), 3)
+			s.fair("by turns: "+svc, s.inTask("c1", "-n %d -timeout %s http://%s/", requests()/5, slow(2*time.Second), svc), 3)
 		}
 	}
 }
@@ -99,7 +108,7 @@ func (s site) under(task string, secs int, do func()) load {
 	if err := cmd.Start(); err != nil {
 		s.Fatal(err)
 	}
-	time.Sleep(slow(time.Second)) // so that some of the load is before
+	time.Sleep(time.Second) // so that some of the load is before
 	do()
 	if err := cmd.Wait(); err != nil {
 		s.Fatalf("load: %v", err)
@@ -118,6 +127,7 @@ func (s site) awaitRunning(service string, n int) {
 }
 
 func TestScaleUnderLoadLosesNothing(t *testing.T) {
+	onlyNative(t) // of the data path, vip's suite has it in the VM
 	s := shared(t)
 	s.ok("node1", "shoal net create app")
 	s.whoami("web", 3, "--network app")
@@ -134,6 +144,7 @@ func TestScaleUnderLoadLosesNothing(t *testing.T) {
 }
 
 func TestDrainUnderLoadLosesNothing(t *testing.T) {
+	onlyNative(t) // of the data path, vip's suite has it in the VM
 	s := shared(t)
 	s.ok("node1", "shoal net create app")
 	s.whoami("web", 3, "--network app")
@@ -164,7 +175,11 @@ func TestAKilledReplicaIsReplaced(t *testing.T) {
 	s.whoami("web", 3, "--network app")
 	s.ok("node1", "shoal run -d --name c1 --network app -- sleep 10000")
 	victim := s.running("web")[0]
-	l := s.under("c1", 6, func() {
+	secs := 6
+	if inVM {
+		secs = 2 // of eight
+	}
+	l := s.under("c1", secs, func() {
 		if err := syscall.Kill(victim.Status.PID, syscall.SIGKILL); err != nil {
 			t.Fatal(err)
 		}
@@ -185,8 +200,8 @@ func TestAKilledReplicaIsReplaced(t *testing.T) {
 }
 
 func TestAServerMayHavePort53(t *testing.T) {
-	s := shared(t)
 	onlyNative(t)
+	s := shared(t)
 	s.ok("node1", "shoal net create app")
 	s.ok("node1", "shoal svc create --name dns --network app -- %s/whoami -http 0.0.0.0:80 -udp 0.0.0.0:53 -tcp 0.0.0.0:53", bin)
 	s.ok("node2", "shoal run -d --name c --network app -- sleep 1000")
@@ -198,8 +213,8 @@ func TestAServerMayHavePort53(t *testing.T) {
 }
 
 func TestLogsAreKept(t *testing.T) {
-	s := shared(t)
 	onlyNative(t)
+	s := shared(t)
 	s.ok("node1", "shoal svc create --detach --name chatter --replicas 2 -- sh -c 'echo out $HOSTNAME; echo err >&2; sleep 1000'")
 	s.awaitRunning("chatter", 2)
 	s.eventually(slow(10*time.Second), func() error {
@@ -226,7 +241,11 @@ func TestANodeDiesAndComesBack(t *testing.T) {
 			lost[strings.ReplaceAll(x.Name, ".", "-")] = true
 		}
 	}
-	l := s.under("c1", 12, func() {
+	secs := 12
+	if inVM {
+		secs = 4 // of eight
+	}
+	l := s.under("c1", secs, func() {
 		if err := s.Kill(t.Context(), "node3"); err != nil {
 			t.Fatal(err)
 		}
@@ -269,6 +288,7 @@ func TestANodeDiesAndComesBack(t *testing.T) {
 // TestAnAgentDies: tasks and their connections go on without it, it adopts them
 // when it is back, and nothing leaks.
 func TestAnAgentDies(t *testing.T) {
+	onlyNative(t) // of the data path, vip's suite has it in the VM
 	s := own(t, "itagent", labOptions())
 	s.ok("node1", "shoal net create app")
 	s.whoami("web", 3, "--network app")
@@ -365,6 +385,7 @@ func lines(in string) string {
 // TestDeletedObjectsComeBack deletes what the agent made, object by object, as
 // a person might, beside things that are not ours.
 func TestDeletedObjectsComeBack(t *testing.T) {
+	onlyNative(t) // vip's suite deletes what IPVS holds
 	s := shared(t)
 	s.ok("node1", "shoal net create app")
 	s.whoami("web", 3, "--network app --publish 8080:80")
@@ -419,9 +440,6 @@ func TestDeletedObjectsComeBack(t *testing.T) {
 		"ip netns exec " + taskns + " ip link del eth0",
 		"nft delete table ip shoal-" + s.Name + "-node1-ingress",
 	}, rules...)
-	if inVM {
-		deletions = append(deletions, "ip netns exec "+ovns+" ipvsadm -C")
-	}
 	whole := func() string {
 		out := in(ovns, "sh -c 'ip -br link; ip -br addr show lo; ip route show table all; ip neigh show nud permanent; nft list chains; ip -n %s -br addr; ip -n %s route'", taskns, taskns) +
 			s.ok("node1", "nft list chains")
@@ -481,8 +499,8 @@ func missing(a, b string) (out []string) {
 // TestPartition: each side keeps serving what it has, and both are one again
 // after it heals.
 func TestPartition(t *testing.T) {
-	s := own(t, "itpart", labOptions())
 	onlyNative(t)
+	s := own(t, "itpart", labOptions())
 	s.ok("node1", "shoal net create app")
 	s.whoami("web", 3, "--network app")
 	s.clients("app")
@@ -530,8 +548,8 @@ func TestPartition(t *testing.T) {
 }
 
 func TestALeaderDies(t *testing.T) {
-	s := own(t, "itlead", labOptions())
 	onlyNative(t)
+	s := own(t, "itlead", labOptions())
 	s.whoami("web", 2, "")
 	leader := ""
 	for l := range strings.Lines(s.ok("node1", "shoal node ls --format '{{.Name}} {{.Role}}'")) {
@@ -560,8 +578,8 @@ func TestALeaderDies(t *testing.T) {
 
 // TestLeave: a node that leaves keeps nothing of ours, and what was there before.
 func TestLeave(t *testing.T) {
-	s := own(t, "itleave", labOptions())
 	onlyNative(t)
+	s := own(t, "itleave", labOptions())
 	s.ok("node3", "ip link add keep0 type veth peer name keep1")
 	s.ok("node3", "nft add table ip keep")
 	before := s.ok("node3", "ip -o link") + s.ok("node3", "nft list ruleset")

@@ -512,6 +512,13 @@ func enter(pid int) error {
 		}
 		fds[k.name] = fd
 	}
+	// To enter a mount namespace is to be at its root, which the task need not
+	// be: its agent may live in a chroot.
+	root, err := unix.Open(fmt.Sprintf("/proc/%d/root", pid), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("the task has ended: root directory: %w", err)
+	}
+	defer unix.Close(root)
 	// A thread that shares its working directory can't change its mount
 	// namespace (setns(2)).
 	if err := unix.Unshare(unix.CLONE_FS); err != nil {
@@ -523,5 +530,11 @@ func enter(pid int) error {
 		}
 		unix.Close(fds[k.name])
 	}
-	return nil
+	if err := unix.Fchdir(root); err != nil {
+		return fmt.Errorf("enter the task's root directory: %w", err)
+	}
+	if err := unix.Chroot("."); err != nil {
+		return fmt.Errorf("enter the task's root directory: %w", err)
+	}
+	return unix.Chdir("/")
 }
