@@ -112,6 +112,9 @@ func (b *bench) run() (err error) {
 	if err := b.traffic(say, addr); err != nil {
 		return err
 	}
+	if err := b.ports(say); err != nil {
+		return err
+	}
 	if err := b.dns(say); err != nil {
 		return err
 	}
@@ -232,6 +235,48 @@ func (b *bench) wrk(v variant) (float64, error) {
 		return 0, fmt.Errorf("no rate in the output of wrk: %s", out)
 	}
 	return strconv.ParseFloat(m[1], 64)
+}
+
+var wrkP99 = regexp.MustCompile(`(?m)^\s+99%\s+([0-9.]+)(us|ms|s)`)
+
+// ports measures published ports from outside of the cluster, in turns.
+func (b *bench) ports(say func(string, ...any)) error {
+	if _, err := b.on("node1", "shoal", "svc", "create", "-q", "--name", "pub", "--network", "app", "--constraint", "node.name==node2",
+		"-p", "published=8080,target=80,mode=host", "-p", "8081:80", "-p", "published=8082,target=80,nat=true",
+		"--", filepath.Join(b.bin, "whoami"), "-udp", "", "-tcp", ""); err != nil {
+		return err
+	}
+	ways := []struct{ name, url string }{
+		{"host mode, at the task's node", "http://172.30.0.2:8080/"},
+		{"ingress, at the task's node", "http://172.30.0.2:8081/"},
+		{"ingress, at another node", "http://172.30.0.1:8081/"},
+		{"ingress with nat=true, at another node", "http://172.30.0.1:8082/"},
+	}
+	rates, tails := make([][]float64, len(ways)), make([][]float64, len(ways))
+	for r := range b.rounds {
+		for i, w := range ways {
+			out, err := exec.Command("ip", "netns", "exec", "shoal-"+b.lab+"-underlay", "wrk", "-t1", "-c16", fmt.Sprintf("-d%ds", b.seconds),
+				"--latency", "-H", "Connection: close", w.url).CombinedOutput()
+			if err != nil {
+				return fmt.Errorf("wrk %s: %w: %s", w.url, err, out)
+			}
+			rate, p99 := wrkRate.FindSubmatch(out), wrkP99.FindSubmatch(out)
+			if rate == nil || p99 == nil {
+				return fmt.Errorf("no figures in the output of wrk: %s", out)
+			}
+			x, _ := strconv.ParseFloat(string(rate[1]), 64)
+			y, _ := strconv.ParseFloat(string(p99[1]), 64)
+			y *= map[string]float64{"us": 1e-3, "ms": 1, "s": 1e3}[string(p99[2])]
+			say("round %d: %s: %.0f/s, p99 %.2f ms", r+1, w.name, x, y)
+			rates[i], tails[i] = append(rates[i], x), append(tails[i], y)
+		}
+	}
+	fmt.Println("| published port, short connections | requests/s | p99, ms | to host mode |\n|---|---|---|---|")
+	for i, w := range ways {
+		fmt.Printf("| %s | %.0f | %.2f | %.2f |\n", w.name, median(rates[i]), median(tails[i]), median(rates[i])/median(rates[0]))
+	}
+	fmt.Printf("\nSource kept to nat=true, at another node: %.2f.\n\n", median(rates[2])/median(rates[3]))
+	return nil
 }
 
 var qps = regexp.MustCompile(`Queries per second:\s+([0-9.]+)`)
