@@ -81,6 +81,7 @@ type runner struct {
 	stopDNS  context.CancelFunc
 	asker    atomic.Pointer[dns.Asker]
 	detached uint64 // attachments that left up to this version are off the network
+	fit      fitness
 }
 
 // attachments are the networks that the task is to be wired to: those it is on,
@@ -425,15 +426,16 @@ func (r *runner) live(ctx context.Context, found *runtime.Status) error {
 			return err
 		}
 	}
+	fit := r.firstFitness(ctx, t.Spec.Health, running)
 	first := spec.EndpointStarting
 	if running {
 		first = spec.EndpointActive
-		if r.unwanted() != "" {
+		if r.unwanted() != "" || fit.ill != "" {
 			first = spec.EndpointDraining
 		}
 	}
 	r.set(func() {
-		r.adopting = false
+		r.adopting, r.fit = false, fit
 		if r.endpoint = &first; sb.Netns != "" {
 			r.sandbox = &sb
 		}
@@ -463,7 +465,7 @@ func (r *runner) live(ctx context.Context, found *runtime.Status) error {
 		if err := r.rt.Start(ctx, t.ID); err != nil {
 			return err
 		}
-		if t.Service != "" {
+		if t.Service != "" && t.Spec.Health == nil {
 			r.awaitReady(ctx)
 		}
 	}
@@ -502,31 +504,22 @@ func (r *runner) whileWanted(ctx context.Context, d time.Duration, fn func(conte
 	}
 }
 
-// awaitReady returns when the program listens, has ended, is unwanted, or has
-// had its time: a replica enters a VIP when it can answer, which Swarm's does
-// before (1 request refused in each rolling update of PEERS.md), while a
-// program that never listens is not kept waiting for long.
-func (r *runner) awaitReady(ctx context.Context) {
-	deadline := time.Now().Add(readyTimeout)
-	for time.Now().Before(deadline) && r.unwanted() == "" {
-		if st, err := r.programState(ctx); err != nil || st.State != runtime.Running {
-			return
-		}
-		if up, err := r.rt.Listening(ctx, r.id); err == nil && up {
-			return
-		}
-		if !sleep(ctx, readyInterval) {
-			return
-		}
-	}
-}
-
 func (r *runner) programState(ctx context.Context) (runtime.Status, error) {
 	return r.rt.Status(ctx, r.id)
 }
 
 // watch waits for the program's end, and stops it when it is unwanted.
 func (r *runner) watch(ctx context.Context) error {
+	lctx, cancel := context.WithCancel(ctx)
+	looked := make(chan struct{})
+	go func() {
+		defer close(looked)
+		r.lookAfter(lctx)
+	}()
+	defer func() {
+		cancel()
+		<-looked
+	}()
 	for {
 		st, err := r.programState(ctx)
 		if ctx.Err() != nil {
@@ -541,22 +534,18 @@ func (r *runner) watch(ctx context.Context) error {
 			return nil
 		}
 		if r.unwanted() != "" {
-			return r.stop(ctx)
+			return r.stop(ctx, spec.TaskShutdown, "")
+		}
+		r.mu.Lock()
+		dead := r.fit.dead
+		r.mu.Unlock()
+		if dead != "" {
+			return r.stop(ctx, spec.TaskFailed, dead)
 		}
 		if !r.detach(ctx) {
 			continue
 		}
-		r.mu.Lock()
-		isRunning := r.status.State == spec.TaskRunning
-		r.mu.Unlock()
-		if !isRunning {
-			active := spec.EndpointActive
-			r.set(func() {
-				r.endpoint = &active
-				r.status.PID = st.PID
-			})
-			r.state(spec.TaskRunning, "")
-		}
+		r.tell(st.PID)
 		select {
 		case <-ctx.Done():
 			return nil
@@ -625,8 +614,8 @@ func (r *runner) netns(t spec.Task) string {
 }
 
 // stop ends the task in good order: it is out of every balancer before its
-// program hears of it.
-func (r *runner) stop(ctx context.Context) error {
+// program hears of it. as and why are what it is then said to be.
+func (r *runner) stop(ctx context.Context, as spec.TaskState, why string) error {
 	r.announce(spec.EndpointDraining)
 	r.state(spec.TaskStopping, "draining")
 	dctx, cancel := context.WithTimeout(ctx, drainTimeout)
@@ -652,7 +641,7 @@ func (r *runner) stop(ctx context.Context) error {
 		return err
 	}
 	r.set(func() { r.status.ExitCode = st.ExitCode })
-	r.state(spec.TaskShutdown, "")
+	r.state(as, why)
 	return nil
 }
 

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"iter"
 	"log/slog"
 	"maps"
@@ -62,6 +63,8 @@ type fakeTask struct {
 	runtime.Status
 	released  bool
 	listening bool
+	looks     int    // at whether it listens
+	sick      string // what the health check says; "": it passes
 }
 
 // newBench makes one; have is what the runtime still has of an earlier agent.
@@ -316,15 +319,40 @@ func (b *bench) DNSSockets(ctx context.Context, id string) (net.PacketConn, net.
 }
 
 func (b *bench) Listening(_ context.Context, id string) (up bool, err error) {
-	err = b.task(id, func(t *fakeTask) { up = t.listening })
+	err = b.task(id, func(t *fakeTask) {
+		t.looks++
+		up = t.listening
+	})
 	return up, err
 }
 
 func (b *bench) Events(context.Context) <-chan runtime.Event { return nil }
 
-func (b *bench) Exec(context.Context, string, runtime.ExecSpec) (runtime.Process, error) {
-	return nil, errors.New("no exec")
+// Exec runs nothing but health checks.
+func (b *bench) Exec(_ context.Context, id string, s runtime.ExecSpec) (p runtime.Process, err error) {
+	if err := b.task(id, func(t *fakeTask) {
+		if t.State != runtime.Running {
+			err = errors.New("not running")
+		}
+		p = checked{t.sick != ""}
+		_, _ = io.WriteString(s.Stdout, t.sick)
+	}); err != nil {
+		return nil, err
+	}
+	return p, err
 }
+
+// checked is a health check that has ended.
+type checked struct{ failed bool }
+
+func (c checked) Wait() (int, error) {
+	if c.failed {
+		return 1, nil
+	}
+	return 0, nil
+}
+func (checked) Resize(uint16, uint16) error { return nil }
+func (checked) Signal(int) error            { return nil }
 
 func (b *bench) Logs(context.Context, string, runtime.LogOptions) iter.Seq2[runtime.LogLine, error] {
 	return func(func(runtime.LogLine, error) bool) {}

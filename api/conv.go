@@ -99,7 +99,27 @@ func ToNetworkAttachments(in []*shoalv1.NetworkAttachment) ([]spec.NetworkAttach
 func TaskSpec(t spec.TaskSpec) *shoalv1.TaskSpec {
 	return &shoalv1.TaskSpec{Command: t.Command, Env: t.Env, Dir: t.Dir, User: t.User, Hostname: t.Hostname, Labels: t.Labels,
 		StopSignal: t.StopSignal, StopGraceMs: t.StopGrace.Milliseconds(),
-		Dns: texts(t.DNS), DnsSearch: t.DNSSearch, DnsOptions: t.DNSOptions, ExtraHosts: t.ExtraHosts, Links: t.Links, Expose: t.Expose}
+		Dns: texts(t.DNS), DnsSearch: t.DNSSearch, DnsOptions: t.DNSOptions, ExtraHosts: t.ExtraHosts, Links: t.Links, Expose: t.Expose,
+		Health: HealthCheck(t.Health)}
+}
+
+// HealthCheck is h on the wire.
+func HealthCheck(h *spec.HealthCheck) *shoalv1.HealthCheck {
+	if h == nil {
+		return nil
+	}
+	return &shoalv1.HealthCheck{Command: h.Command, IntervalMs: h.Interval.Milliseconds(), TimeoutMs: h.Timeout.Milliseconds(),
+		StartPeriodMs: h.StartPeriod.Milliseconds(), StartIntervalMs: h.StartInterval.Milliseconds(), Retries: int32(h.Retries)}
+}
+
+// ToHealthCheck is the inverse of HealthCheck.
+func ToHealthCheck(h *shoalv1.HealthCheck) *spec.HealthCheck {
+	if h == nil {
+		return nil
+	}
+	ms := func(n int64) time.Duration { return time.Duration(n) * time.Millisecond }
+	return &spec.HealthCheck{Command: h.GetCommand(), Interval: ms(h.GetIntervalMs()), Timeout: ms(h.GetTimeoutMs()),
+		StartPeriod: ms(h.GetStartPeriodMs()), StartInterval: ms(h.GetStartIntervalMs()), Retries: int(h.GetRetries())}
 }
 
 // ToTaskSpec is the inverse of TaskSpec.
@@ -107,7 +127,8 @@ func ToTaskSpec(t *shoalv1.TaskSpec) (spec.TaskSpec, error) {
 	dns, err := Addrs("DNS server", t.GetDns())
 	return spec.TaskSpec{Command: t.GetCommand(), Env: t.GetEnv(), Dir: t.GetDir(), User: t.GetUser(), Hostname: t.GetHostname(), Labels: t.GetLabels(),
 		StopSignal: t.GetStopSignal(), StopGrace: time.Duration(t.GetStopGraceMs()) * time.Millisecond,
-		DNS: dns, DNSSearch: t.GetDnsSearch(), DNSOptions: t.GetDnsOptions(), ExtraHosts: t.GetExtraHosts(), Links: t.GetLinks(), Expose: t.GetExpose()}, err
+		DNS: dns, DNSSearch: t.GetDnsSearch(), DNSOptions: t.GetDnsOptions(), ExtraHosts: t.GetExtraHosts(), Links: t.GetLinks(), Expose: t.GetExpose(),
+		Health: ToHealthCheck(t.GetHealth())}, err
 }
 
 // Ports are as on the wire.

@@ -108,7 +108,8 @@ type Runtime interface {
 	// namespace has none.
 	DNSSockets(ctx context.Context, id string) (net.PacketConn, net.Listener, error)
 	// Listening tells whether the task accepts traffic: a TCP socket that
-	// listens, or a UDP socket that is bound, on more than loopback.
+	// listens, or a UDP socket that is bound, on more than loopback, and a
+	// program that is not stopped (SIGSTOP).
 	Listening(ctx context.Context, id string) (bool, error)
 	// Close ends this process's part. Tasks go on.
 	Close() error

@@ -34,6 +34,8 @@ type taskFlags struct {
 
 	dns, dnsSearch, dnsOptions, hosts, links, expose, publish []string
 	ip                                                        string // of the first network
+
+	health healthFlags
 }
 
 func (t *taskFlags) add(f *pflag.FlagSet) {
@@ -52,6 +54,7 @@ func (t *taskFlags) add(f *pflag.FlagSet) {
 	f.StringArrayVar(&t.links, "link", nil, "task or service to know by another name, NAME:ALIAS, with Docker's variables (deprecated there; repeatable)")
 	f.StringSliceVar(&t.expose, "expose", nil, "port that is served, PORT[/PROTOCOL], for those that link to it (repeatable)")
 	f.StringVar(&t.stopSignal, "stop-signal", "", "signal that asks the program to stop (default SIGTERM)")
+	t.health.add(f)
 }
 
 // attachments parses --network: a name, or Docker's name=…,alias=…,ip=….
@@ -126,6 +129,9 @@ func (t *taskFlags) spec(command []string) (*shoalv1.TaskSpec, error) {
 		s.Env = append(s.Env, e)
 	}
 	var err error
+	if s.Health, err = t.health.apply(nil); err != nil {
+		return nil, err
+	}
 	s.Labels, err = labels(t.labels)
 	return s, err
 }

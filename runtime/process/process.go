@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -542,19 +543,52 @@ func (r *Runtime) DNSSockets(ctx context.Context, id string) (net.PacketConn, ne
 	return pc, ln, nil
 }
 
-// Listening implements runtime.Runtime. A process's /proc/PID/net is that of
-// its network namespace (proc(5)).
+// Listening implements runtime.Runtime.
 func (r *Runtime) Listening(ctx context.Context, id string) (bool, error) {
 	r.mu.Lock()
 	e := r.tasks[id]
-	pid := 0
+	initPID, pid, ns := 0, 0, ""
 	if e != nil {
-		pid = e.initPID
+		initPID, pid, ns = e.initPID, e.status.PID, e.status.Sandbox.Netns
 	}
 	r.mu.Unlock()
-	if pid == 0 {
+	if initPID == 0 || pid != 0 && stopped(pid) {
 		return false, nil
 	}
+	var up bool
+	err := nl.Do(ns, func() (err error) {
+		up, err = nl.Listening()
+		return err
+	})
+	if errors.Is(err, errors.ErrUnsupported) {
+		return listeningByProc(initPID)
+	}
+	return up, err
+}
+
+// stopped tells whether a process and all that come from it are stopped by a
+// signal (proc(5): state T): it accepts connections only as far as the kernel
+// does.
+func stopped(pid int) bool {
+	st, _ := procStat(pid)
+	if st != 'T' {
+		return false
+	}
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
+	if err != nil {
+		return true
+	}
+	for _, f := range strings.Fields(string(b)) {
+		if child, err := strconv.Atoi(f); err == nil && !stopped(child) {
+			return false
+		}
+	}
+	return true
+}
+
+// listeningByProc is Listening on a kernel without inet_diag. A process's
+// /proc/PID/net is that of its network namespace (proc(5)).
+func listeningByProc(pid int) (bool, error) {
 	for _, f := range []struct{ name, state string }{{"tcp", "0A"}, {"tcp6", "0A"}, {"udp", "07"}, {"udp6", "07"}} { // TCP_LISTEN, TCP_CLOSE: unconnected
 		up, err := bound(fmt.Sprintf("/proc/%d/net/%s", pid, f.name), f.state)
 		if err != nil && !errors.Is(err, os.ErrNotExist) {

@@ -625,3 +625,74 @@ func BenchmarkTask(b *testing.B) {
 		}
 	}
 }
+
+// TestListeningByProc: a kernel without inet_diag gives the same
+// answer.
+func TestListeningByProc(t *testing.T) {
+	f := setup(t)
+	k := f.running("sleep", "1000")
+	f.mu.Lock()
+	pid := f.tasks[k.ID].initPID
+	f.mu.Unlock()
+	for _, want := range []bool{false, true} {
+		if want {
+			if err := nl.Do(k.Netns, func() error {
+				ln, err := net.Listen("tcp4", "0.0.0.0:80")
+				if err == nil {
+					t.Cleanup(func() { ln.Close() })
+				}
+				return err
+			}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if up, err := listeningByProc(pid); err != nil || up != want {
+			t.Errorf("%t, %v: want %t", up, err, want)
+		}
+	}
+}
+
+// TestAStoppedProgramDoesNotListen: the kernel still takes connections for it,
+// which nobody answers.
+func TestAStoppedProgramDoesNotListen(t *testing.T) {
+	f := setup(t)
+	k := f.running("sh", "-c", "sleep 1000 & exec nc -lk 0.0.0.0 80")
+	await := func(want bool) {
+		t.Helper()
+		for end := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+			up, err := f.Listening(f.ctx(), k.ID)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if up == want {
+				return
+			}
+			if time.Now().After(end) {
+				t.Fatalf("listening stays %t", up)
+			}
+		}
+	}
+	await(true)
+	st, err := f.Status(f.ctx(), k.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", st.PID, st.PID))
+	if err != nil {
+		t.Fatal(err)
+	}
+	child, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, step := range []struct {
+		pid  int
+		sig  syscall.Signal
+		want bool
+	}{{st.PID, syscall.SIGSTOP, true}, {child, syscall.SIGSTOP, false}, {st.PID, syscall.SIGCONT, true}} {
+		if err := syscall.Kill(step.pid, step.sig); err != nil {
+			t.Fatal(err)
+		}
+		await(step.want)
+	}
+}

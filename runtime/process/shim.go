@@ -373,19 +373,25 @@ func childOf(pid int) int {
 	return 0
 }
 
-// parentOf reads a process's parent (proc(5): the fourth field of stat, after
-// the name in parentheses).
+// parentOf is a process's parent; 0 when it is gone.
 func parentOf(pid int) int {
+	_, parent := procStat(pid)
+	return parent
+}
+
+// procStat reads a process's state and parent (proc(5): the third and fourth
+// field of stat, after the name in parentheses); zeros when it is gone.
+func procStat(pid int) (state byte, parent int) {
 	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
 	if err != nil {
-		return 0
+		return 0, 0
 	}
 	s := string(b)
 	if i := strings.LastIndexByte(s, ')'); i >= 0 {
 		if f := strings.Fields(s[i+1:]); len(f) > 1 {
-			n, _ := strconv.Atoi(f[1])
-			return n
+			parent, _ = strconv.Atoi(f[1])
+			return f[0][0], parent
 		}
 	}
-	return 0
+	return 0, 0
 }
