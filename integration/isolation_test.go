@@ -66,6 +66,18 @@ func TestNoWayBetweenNetworks(t *testing.T) {
 		}
 	}
 	s.awayFromAgents("c")
+
+	// What goes between the nodes takes no entry of their conntrack tables. There
+	// may be some of before their rules were made.
+	for _, n := range nodes[:2] {
+		s.on(n, "conntrack", "-D", "-p", "udp", "--orig-port-dst", "4789")
+	}
+	s.ok("node1", "shoal exec c ping -c 3 -i 0.2 -W %s %s", slowSecs(5), s.task("a2").Attachments[0].Addrs[0])
+	for _, n := range nodes[:2] {
+		if got := s.ok(n, "conntrack -L -p udp --orig-port-dst 4789"); got != "" {
+			t.Errorf("%s tracks VXLAN packets: %s", n, got)
+		}
+	}
 }
 
 // awayFromAgents: agents do what they are asked, so a task is not to ask them,

@@ -50,6 +50,11 @@ func parseAgentKey(k []byte) (netip.AddrPort, bool) {
 // our VNIs must be from a member; other VXLANs that share the port are left
 // alone.
 //
+// Our VXLAN packets are not tracked by conntrack: their source port is a hash of
+// the inner connection (RFC 7348 section 5), so that each of these would take an
+// entry of the host's table, too, for as long as UDP's timeout is: at 5,000
+// connections a second more than the default table holds.
+//
 // A task that reached an agent, its own node's or through that another's, could
 // have the cluster do what it likes: agents do not authenticate callers yet. It
 // is refused, not dropped: nobody is to wait for what can't be.
@@ -94,6 +99,12 @@ func membersRules(o overlay.Members) ruleset {
 		{"forward", nftables.ChainTypeFilter, nftables.ChainHookForward, prioFilter, nftables.ChainPolicyAccept, []rule{
 			r(port, iif(way), drop),
 			tcp, udp,
+		}},
+		{"untracked-in", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, prioRaw, nftables.ChainPolicyAccept, []rule{
+			r(port, vniIn(setVNIs), notrack),
+		}},
+		{"untracked-out", nftables.ChainTypeFilter, nftables.ChainHookOutput, prioRaw, nftables.ChainPolicyAccept, []rule{
+			r(port, vniIn(setVNIs), notrack),
 		}},
 	}
 	return rs
