@@ -182,6 +182,7 @@ func (c *cli) svcCreate() *cobra.Command {
 		},
 	}
 	f := cmd.Flags()
+	f.SetInterspersed(false) // what follows the program is the program's, as in Docker
 	f.StringVar(&req.Name, "name", "", "name of the service, and its host name on its networks")
 	f.Int32Var(&req.Replicas, "replicas", 1, "number of tasks")
 	f.StringVar(&req.EndpointMode, "endpoint-mode", spec.EndpointModeVIP, "vip (one balanced address) or dnsrr (the replicas' addresses)")
