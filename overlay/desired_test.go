@@ -110,7 +110,7 @@ func TestBridgeIsHereOnly(t *testing.T) {
 			t.Errorf("%s: %v", word, got)
 		}
 	}
-	has(t, s, false, "onlink")
+	has(t, s, false, "dev vx")
 	has(t, s, true, "task-web.1: ", "default")
 	if len(of(s, "veth")) == 0 && len(of(s, "device")) == 0 {
 		t.Errorf("no devices at all:\n%s", s)
