@@ -28,6 +28,7 @@ const (
 	LeaderPath = "/shoal.v1.Control/leader"
 
 	leaderWait    = 10 * time.Second       // default of ForwarderConfig.Wait
+	majorityWait  = 3 * time.Second        // and while too few managers answer to elect one
 	leaderRetry   = 100 * time.Millisecond // between looks
 	leaderTimeout = time.Second            // for one manager's answer
 )
@@ -102,8 +103,10 @@ func (f *Forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		_ = connect.NewErrorWriter().Write(w, r, connect.NewError(connect.CodeResourceExhausted, fmt.Errorf("request: %w", err)))
 		return
 	}
-	deadline := time.Now().Add(f.cfg.Wait)
+	start := time.Now()
 	var last error
+	var silent []string
+	elected := start // when it was last seen that managers could elect a leader
 	for {
 		m, h := f.local()
 		if m != nil && m.IsLeader() {
@@ -116,7 +119,11 @@ func (f *Forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			// It lost its office in between, and did nothing.
 			clear(w.Header())
 		}
-		if addr := f.findLeader(r.Context(), m); addr != "" {
+		addr, quiet, quorum := f.findLeader(r.Context(), m)
+		if silent = quiet; quorum {
+			elected = time.Now()
+		}
+		if addr != "" {
 			sent, err := f.forward(w, r, addr, body)
 			if sent {
 				return
@@ -127,12 +134,15 @@ func (f *Forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		if r.Context().Err() != nil {
 			return
 		}
-		if time.Now().After(deadline) {
+		if time.Since(start) > f.cfg.Wait || time.Since(elected) > min(majorityWait, f.cfg.Wait) {
 			break
 		}
 		pause(r.Context(), leaderRetry)
 	}
 	msg := fmt.Errorf("no manager leads the cluster: see whether a majority of the managers run and reach each other")
+	if len(silent) > 0 {
+		msg = fmt.Errorf("%w; no answer from %s", msg, strings.Join(silent, ", "))
+	}
 	if last != nil {
 		msg = fmt.Errorf("%w (%w)", msg, last)
 	}
@@ -193,56 +203,74 @@ func (f *Forwarder) serveLeader(w http.ResponseWriter, m *Manager) {
 	}
 }
 
-// findLeader returns the leader's address, "" when nobody knows one.
-func (f *Forwarder) findLeader(ctx context.Context, m *Manager) string {
+// findLeader returns the leader's address, "" when nobody knows one; which
+// managers did not answer then, and whether those that did are a majority.
+func (f *Forwarder) findLeader(ctx context.Context, m *Manager) (leader string, silent []string, majority bool) {
 	if m != nil {
 		if id, addr := m.Leader(); addr != "" && id != f.cfg.NodeID {
-			return addr
+			return addr, nil, true
 		}
 	}
 	f.mu.Lock()
 	known := f.leader
 	f.mu.Unlock()
 	if known != "" {
-		return known
+		return known, nil, true
 	}
 	// All at once: the first may be down.
 	managers := f.cfg.Managers()
 	ctx, cancel := context.WithTimeout(ctx, leaderTimeout)
 	defer cancel()
-	answers := make(chan string, len(managers))
+	type answer struct {
+		addr, leader string
+		err          error
+	}
+	answers := make(chan answer, len(managers))
 	for _, a := range managers {
-		go func() { answers <- f.askLeader(ctx, a) }()
+		go func() {
+			l, err := f.askLeader(ctx, a)
+			answers <- answer{a, l, err}
+		}()
 	}
 	for range managers {
-		if a := <-answers; a != "" {
+		a := <-answers
+		if a.leader != "" {
 			f.mu.Lock()
-			f.leader = a
+			f.leader = a.leader
 			f.mu.Unlock()
-			return a
+			return a.leader, nil, true
+		}
+		if a.err != nil {
+			silent = append(silent, a.addr)
 		}
 	}
-	return ""
+	all := len(managers)
+	if m != nil {
+		all++ // and this one answers
+	}
+	slices.Sort(silent)
+	return "", silent, all-len(silent) > all/2
 }
 
-func (f *Forwarder) askLeader(ctx context.Context, addr string) string {
+// askLeader asks a manager who leads; "" when it does not know.
+func (f *Forwarder) askLeader(ctx context.Context, addr string) (string, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+LeaderPath, nil)
 	if err != nil {
-		return ""
+		return "", err
 	}
 	resp, err := f.client.Do(req)
 	if err != nil {
-		return ""
+		return "", err
 	}
 	defer resp.Body.Close()
 	b, err := io.ReadAll(io.LimitReader(resp.Body, 256))
 	if err != nil {
-		return ""
+		return "", err
 	}
 	if _, err := netip.ParseAddrPort(string(b)); err != nil {
-		return ""
+		return "", nil
 	}
-	return string(b)
+	return string(b), nil
 }
 
 // repeatable are calls that may be made twice: reads, and reports, which say

@@ -66,6 +66,33 @@ func TestForwarderWithoutLeader(t *testing.T) {
 	}
 }
 
+// TestForwarderWithoutMajority: while too few managers answer to elect a leader,
+// waiting for one is in vain; the answer names who is missing.
+func TestForwarderWithoutMajority(t *testing.T) {
+	t.Parallel()
+	f := NewForwarder(ForwarderConfig{Managers: func() []string { return nil }})
+	dead := listen(t)
+	dead.Close()
+	deaf := fakeManager(t, func() string { return "" }, notLeader)
+	for _, c := range []struct {
+		managers []string
+		majority bool
+		silent   int
+	}{
+		{nil, false, 0},
+		{[]string{deaf}, true, 0},
+		{[]string{dead.Addr().String()}, false, 1},
+		{[]string{deaf, dead.Addr().String()}, false, 1},
+		{[]string{deaf, dead.Addr().String(), deaf}, true, 1},
+	} {
+		f.cfg.Managers = func() []string { return c.managers }
+		leader, silent, majority := f.findLeader(testCtx(t), nil)
+		if leader != "" || majority != c.majority || len(silent) != c.silent {
+			t.Errorf("%v: leader %q, majority %v, no answer from %v", c.managers, leader, majority, silent)
+		}
+	}
+}
+
 // TestForwarderNamesWhatFailed: an answer that nobody leads also says what was
 // tried last.
 func TestForwarderNamesWhatFailed(t *testing.T) {

@@ -105,8 +105,8 @@ func NewManager(cfg ManagerConfig) (*Manager, error) {
 	}
 	m := &Manager{cfg: cfg, log: cfg.Log, fsm: newFSM(cfg.Log), lastSeen: map[string]time.Time{}, wakeNodes: make(chan struct{}, 1)}
 	var err error
-	if m.store, err = raftboltdb.NewBoltStore(filepath.Join(dir, "log.db")); err != nil {
-		return nil, fmt.Errorf("raft log: %w", err)
+	if m.store, err = openLog(filepath.Join(dir, "log.db")); err != nil {
+		return nil, err
 	}
 	logger := raftLogger(cfg.Log)
 	snaps, err := raft.NewFileSnapshotStoreWithLogger(dir, snapshotsKept, logger)

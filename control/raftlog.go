@@ -2,14 +2,18 @@ package control
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"log/slog"
 	"net"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
+	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
 )
 
 // layer is raft's transport over the shared listener. Closing it closes its
@@ -86,6 +90,40 @@ func (l *layer) Close() error {
 		c.Conn.Close()
 	}
 	return err
+}
+
+// openLog opens raft's log and reads all of it. The library panics over a damaged
+// file, or the kernel sends SIGBUS for one that is shorter than it says: both are
+// an error here, and not later in a goroutine of raft's.
+func openLog(path string) (store *raftboltdb.BoltStore, err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("%v", p)
+		}
+		if err != nil {
+			err = fmt.Errorf("the managers' log %s can't be read: %w: restore it from a copy; or, while most of the other managers run, "+
+				"remove this node there with 'shoal node rm --force', empty its data directory and join again", path, err)
+		}
+	}()
+	if store, err = raftboltdb.NewBoltStore(path); err != nil {
+		return nil, err
+	}
+	first, err := store.FirstIndex()
+	if err != nil {
+		return nil, errors.Join(err, store.Close())
+	}
+	last, err := store.LastIndex()
+	if err != nil {
+		return nil, errors.Join(err, store.Close())
+	}
+	var l raft.Log
+	for i := max(first, 1); i <= last; i++ {
+		if err := store.GetLog(i, &l); err != nil {
+			return nil, errors.Join(fmt.Errorf("entry %d: %w", i, err), store.Close())
+		}
+	}
+	return store, nil
 }
 
 // raftLogger writes raft's log to ours, one level lower: an election is news to

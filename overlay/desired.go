@@ -162,7 +162,7 @@ func (s *State) network(v *spec.View, self spec.Peer, sn spec.Network) *network 
 		s.Add(Sysctl{"", n.hostIf, "net.ipv6.conf." + n.hostIf + ".disable_ipv6", "1"})
 		s.Add(Addr{"", n.hostIf, netip.PrefixFrom(hostAddr, 31)})
 		s.Add(Addr{n.ns, OutDev, netip.PrefixFrom(ovAddr, 31)})
-		s.Add(Route{Netns: n.ns, Dst: netip.PrefixFrom(netip.IPv4Unspecified(), 0), Via: hostAddr, Dev: OutDev})
+		s.Add(Route{Netns: n.ns, Dst: netip.PrefixFrom(netip.IPv4Unspecified(), 0), Via: hostAddr, Dev: OutDev, Onlink: true})
 	}
 	return n
 }
@@ -178,7 +178,7 @@ func (s *State) devSysctls(ns, dev string) {
 func (s *State) sandbox(b spec.Sandbox, nets map[string]*network) {
 	owner := "task " + b.Name
 	s.Owners[b.Netns] = owner
-	s.Add(Sandbox{b.Netns, b.Task})
+	s.Add(Sandbox{Netns: b.Netns, Task: b.Task})
 	if b.DNSPort != 0 {
 		s.Add(Redirect{Netns: b.Netns, Port: b.DNSPort})
 	}

@@ -115,7 +115,7 @@ func TestBridgeIsHereOnly(t *testing.T) {
 	if m.VNIs != "" || m.Agents == "" {
 		t.Errorf("members %+v", m)
 	}
-	has(t, s, false, "onlink")
+	has(t, s, false, "dev vx")
 	has(t, s, true, "task-web.1: ", "default")
 	if len(of(s, "veth")) == 0 && len(of(s, "device")) == 0 {
 		t.Errorf("no devices at all:\n%s", s)

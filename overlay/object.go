@@ -91,6 +91,7 @@ type Namespace struct {
 type Sandbox struct {
 	Netns string
 	Task  string // ID
+	Fault string // observed only: what is wrong with its loopback device
 }
 
 // Sysctl is one setting.
@@ -208,7 +209,8 @@ type Redirect struct {
 	Fault string // observed only
 }
 
-// Stray is a half-made device (observed only).
+// Stray is a device of ours that is half-made, or that someone renamed (observed
+// only).
 type Stray struct{ Netns, Dev string }
 
 type (
@@ -383,7 +385,7 @@ func (o Route) label() string {
 	return s
 }
 func (o Redirect) label() string { return "name server redirect" }
-func (o Stray) label() string    { return "half-made device " + o.Dev }
+func (o Stray) label() string    { return "stray device " + o.Dev }
 
 func (o Underlay) order() string   { return "" }
 func (o Forwarding) order() string { return "" }
@@ -413,8 +415,10 @@ func (o Members) String() string {
 func (o Namespace) String() string {
 	return fmt.Sprintf("namespace %s of network %s", o.Netns, o.Network)
 }
-func (o Sandbox) String() string { return fmt.Sprintf("namespace %s of task %s", o.Netns, o.Task) }
-func (o Sysctl) String() string  { return "sysctl " + o.Name + "=" + o.Value }
+func (o Sandbox) String() string {
+	return fmt.Sprintf("namespace %s of task %s%s", o.Netns, o.Task, fault(o.Fault))
+}
+func (o Sysctl) String() string { return "sysctl " + o.Name + "=" + o.Value }
 func (o Filter) String() string {
 	s := fmt.Sprintf("filter for %s", o.Subnets)
 	if o.Out {
@@ -462,7 +466,7 @@ func (o Route) String() string {
 func (o Redirect) String() string {
 	return fmt.Sprintf("redirect of %s:53 to port %d%s", DNSAddr, o.Port, fault(o.Fault))
 }
-func (o Stray) String() string { return "half-made device " + o.Dev }
+func (o Stray) String() string { return "stray device " + o.Dev }
 
 func dst(p netip.Prefix) string {
 	switch {

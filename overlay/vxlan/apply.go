@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"net/netip"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -72,6 +73,33 @@ func (d *Dataplane) delNamespace(netns string) error {
 	d.drop(netns)
 	return nl.Remove(netns)
 }
+
+// putSandbox mends the loopback device of a task's namespace, on which its name
+// server is. The namespace itself is the runtime's.
+func (d *Dataplane) putSandbox(o overlay.Sandbox) error {
+	s, err := d.in(o.Netns)
+	if errors.Is(err, fs.ErrNotExist) { // observed absent, and not come since
+		return fmt.Errorf("the task's network namespace %s does not exist: the task has ended, or someone deleted it", o.Netns)
+	}
+	if err != nil {
+		return err
+	}
+	lo, err := s.h.LinkByName("lo")
+	if err != nil {
+		return fmt.Errorf("lo of namespace %s: %w", o.Netns, err)
+	}
+	if err := s.h.LinkSetUp(lo); err != nil {
+		return fmt.Errorf("set lo of namespace %s up: %w", o.Netns, err)
+	}
+	a := &netlink.Addr{IPNet: ipNet(loopback), LinkIndex: lo.Attrs().Index, Scope: unix.RT_SCOPE_HOST, Broadcast: net.IPv4zero}
+	if err := s.h.AddrAdd(nil, a); err != nil && !nl.Exists(err) {
+		return fmt.Errorf("add address %s to lo of namespace %s: %w", loopback, o.Netns, err)
+	}
+	return nil
+}
+
+// loopback is lo's address, which the kernel adds when it is first set up.
+var loopback = netip.MustParsePrefix("127.0.0.1/8")
 
 // ---- devices ----
 
@@ -245,6 +273,9 @@ func (d *Dataplane) makeVXLAN(ctx context.Context, o overlay.VXLAN, name string)
 		if !errors.Is(err, unix.EEXIST) || time.Now().After(deadline) {
 			break
 		}
+		if derr := d.delMisplaced(o); derr != nil {
+			return derr
+		}
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
@@ -260,6 +291,31 @@ func (d *Dataplane) makeVXLAN(ctx context.Context, o overlay.VXLAN, name string)
 		return fmt.Errorf("make device vx: the kernel has no VXLAN: load the module with 'modprobe vxlan': %w", err)
 	}
 	return fmt.Errorf("make device vx: %w", err)
+}
+
+// delMisplaced deletes vxlan devices of a network that are not where they should
+// be, because someone renamed or moved them: they hold the network's VNI.
+func (d *Dataplane) delMisplaced(o overlay.VXLAN) error {
+	for _, ns := range []string{"", o.Netns} {
+		s, err := d.in(ns)
+		if err != nil {
+			return err
+		}
+		links, err := nl.Dump(s.h.LinkList)
+		if err != nil {
+			return fmt.Errorf("list devices: %w", err)
+		}
+		for _, l := range links {
+			a := l.Attrs()
+			if l.Type() != "vxlan" || a.Alias != networkMark(o.Network) || ns == o.Netns && a.Name == overlay.VXLANDev {
+				continue
+			}
+			if err := s.h.LinkDel(l); err != nil && !nl.Absent(err) {
+				return fmt.Errorf("delete device %s, which was renamed or moved: %w", a.Name, err)
+			}
+		}
+	}
+	return nil
 }
 
 // whose looks for the device that has a VNI and port, in the host's namespace
@@ -311,6 +367,19 @@ func (d *Dataplane) putPair(p pair, replace bool) error {
 	l, err := ov.clearWay(p.dev, p.temp, p.mark, replace)
 	if err != nil {
 		return err
+	}
+	if l != nil {
+		// Its other end may have been renamed or moved: then it goes with it.
+		other, err := far.link(p.peer)
+		if err != nil {
+			return err
+		}
+		if other == nil {
+			if err := ov.h.LinkDel(l); err != nil && !nl.Absent(err) {
+				return fmt.Errorf("delete device %s, which has lost its other end: %w", p.dev, err)
+			}
+			l = nil
+		}
 	}
 	if replace {
 		// The other end may be left from a pair whose near end was renamed.
@@ -397,11 +466,20 @@ func (d *Dataplane) putAddr(o overlay.Addr) error {
 	if err != nil {
 		return err
 	}
-	if err := s.h.AddrAdd(nil, kernelAddr(o, i)); err != nil && !nl.Exists(err) {
+	err = s.h.AddrAdd(nil, kernelAddr(o, i))
+	if nl.Exists(err) && hasLink(o) {
+		// It was there, and what the kernel adds with it was not.
+		err = s.h.RouteReplace(&netlink.Route{Dst: ipNet(o.Prefix.Masked()), LinkIndex: i, Scope: netlink.SCOPE_LINK, Protocol: unix.RTPROT_KERNEL,
+			Src: o.Prefix.Addr().AsSlice(), Table: unix.RT_TABLE_MAIN, Family: unix.AF_INET})
+	}
+	if err != nil && !nl.Exists(err) {
 		return fmt.Errorf("add address %s to %s: %w", o.Prefix, o.Dev, err)
 	}
 	return nil
 }
+
+// hasLink tells whether the kernel adds a route to a link with an address.
+func hasLink(o overlay.Addr) bool { return o.Prefix.Addr().Is4() && o.Prefix.Bits() < 32 }
 
 func kernelNeigh(o overlay.Neigh, index int) *netlink.Neigh {
 	mac, _ := net.ParseMAC(o.MAC)
@@ -472,10 +550,11 @@ func (s *space) kernelRoute(o overlay.Route) (*netlink.Route, error) {
 	return r, nil
 }
 
-// putRoute adds a route, or replaces ours. With NLM_F_REPLACE the kernel
-// replaces whatever has the same destination and metric, so that is asked only
-// where that is ours.
-func (d *Dataplane) putRoute(o overlay.Route, have bool) error {
+// putRoute adds a route, in place of one with the same destination and metric,
+// whose ever that is: routes are only put in namespaces that are ours or a
+// task's, and "ip route replace" by hand, without our protocol number, has the
+// same effect on the task as deleting ours.
+func (d *Dataplane) putRoute(o overlay.Route) error {
 	s, err := d.in(o.Netns)
 	if err != nil {
 		return err
@@ -484,48 +563,8 @@ func (d *Dataplane) putRoute(o overlay.Route, have bool) error {
 	if err != nil {
 		return err
 	}
-	if !have {
-		err := s.h.RouteAdd(r)
-		if err == nil {
-			return nil
-		}
-		if !nl.Exists(err) {
-			return fmt.Errorf("add %s: %w", o, err)
-		}
-		ours, foreign, err := s.sameRoute(o)
-		if err != nil {
-			return err
-		}
-		if foreign {
-			where := "ip -n " + o.Netns
-			return fmt.Errorf("%s has a route to %s metric %d that is not Shoal's: remove it with '%s route del %s metric %d'", o.Netns, o.Dst, o.Metric, where, o.Dst, o.Metric)
-		}
-		if !ours { // gone meanwhile
-			return fmt.Errorf("add %s: the table is changing: %w", o, unix.EAGAIN)
-		}
-	}
 	if err := s.h.RouteReplace(r); err != nil {
 		return fmt.Errorf("set %s: %w", o, err)
 	}
 	return nil
-}
-
-// sameRoute tells whether there is a route with o's destination and metric,
-// of ours or of another's.
-func (s *space) sameRoute(o overlay.Route) (ours, foreign bool, err error) {
-	list, err := nl.Dump(func() ([]netlink.Route, error) { return s.h.RouteList(nil, family(o.Dst.Addr())) })
-	if err != nil {
-		return false, false, fmt.Errorf("list routes: %w", err)
-	}
-	for _, r := range list {
-		if prefixOf(r) != o.Dst || r.Priority != o.Metric {
-			continue
-		}
-		if r.Protocol == overlay.RouteProtocol {
-			ours = true
-		} else {
-			foreign = true
-		}
-	}
-	return ours, foreign, nil
 }

@@ -5,6 +5,8 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -249,4 +251,121 @@ func TestKernelConforms(t *testing.T) {
 		}
 		return w
 	})
+}
+
+// TestCorrupted: what is changed by hand rather than deleted is as it was after
+// one pass, and so is what the kernel has on our account.
+func TestCorrupted(t *testing.T) {
+	needKernel(t)
+	m := machines(t, 1)[0]
+	w := world{m}
+	v := w.View()
+	for _, s := range v.Sandboxes {
+		w.AddSandbox(s.Netns)
+	}
+	want := overlay.Desired(v)
+	d := w.Dataplane()
+	overlaytest.Converge(t, d, want)
+	var (
+		ovns, task, host, eth, port, out string
+		remote                           overlay.Route
+		fdb                              overlay.FDB
+		guard                            overlay.Guard
+		metric                           int
+	)
+	for _, o := range want.Objects() {
+		switch o := o.(type) {
+		case overlay.Port:
+			if o.Network == overlaytest.NetApp {
+				ovns, task, eth, port = o.Netns, o.TaskNetns, o.Eth, o.Dev
+			}
+		case overlay.Egress:
+			out = o.Dev
+		}
+	}
+	for _, o := range want.Objects() {
+		switch o := o.(type) {
+		case overlay.Route:
+			if o.Netns == ovns && o.Dev == overlay.VXLANDev {
+				remote = o
+			}
+			if o.Netns == task && o.Dst.Bits() == 0 {
+				metric = o.Metric
+			}
+		case overlay.FDB:
+			if o.Netns == ovns {
+				fdb = o
+			}
+		case overlay.Guard:
+			if o.Netns == ovns && o.Dev == port {
+				guard = o
+			}
+		}
+	}
+	host = m.ns
+	volatile := regexp.MustCompile(`^\d+: |@if\d+|link-netnsid \d+|^(sho|out)\S* .*`)
+	whole := func() string {
+		var b strings.Builder
+		for _, ns := range []string{host, ovns, task} {
+			x, _ := try("ip", "netns", "exec", ns, "sh", "-c", "ip -o -4 addr; ip route; ip neigh show nud permanent; bridge fdb show dev vx; ip -br link; nft list ruleset")
+			ls := strings.Split(x, "\n")
+			for i := range ls { // without indexes, random MAC addresses and columns
+				ls[i] = volatile.ReplaceAllString(strings.Join(strings.Fields(ls[i]), " "), "")
+			}
+			slices.Sort(ls)
+			b.WriteString(ns + "\n" + strings.Join(ls, "\n") + "\n")
+		}
+		return b.String()
+	}
+	before := whole()
+	for _, line := range []string{
+		"ip -n OVNS route replace REMOTE via 169.254.64.99 dev vx onlink", // and not ours any more
+		"ip -n OVNS route replace REMOTE via 169.254.64.99 dev vx onlink proto 83",
+		"ip -n OVNS route replace blackhole REMOTE proto 83",
+		"ip -n OVNS route flush table main",
+		"ip -n HOST route flush dev OUT",
+		"ip -n TASK route replace default dev ETH metric METRIC",
+		"ip -n TASK route flush table main",
+		"ip -n TASK link set lo down",
+		"ip -n TASK addr flush dev lo",
+		"ip -n TASK link set ETH down name foo",
+		"ip -n OVNS link set vx down name foo",
+		"ip -n OVNS link set vx netns HOST",
+		"ip -n OVNS link set out down name foo",
+		"ip -n OVNS link set PORT down name foo",
+		"ip -n HOST link set OUT down name foo",
+		"bridge -n OVNS fdb replace MAC dev vx dst 192.0.2.99 self permanent",
+		"bridge -n OVNS fdb replace MAC dev vx dst DST vni 77 self permanent",
+		"ip netns exec OVNS nft add element inet shoal-overlay guard {PORT . 192.0.2.1}",
+		"ip netns exec OVNS nft add element inet shoal-overlay locals {192.0.2.1}",
+		"ip netns exec OVNS nft delete element inet shoal-overlay locals {GUARD}",
+		"ip netns exec OVNS nft insert rule inet shoal-overlay forward drop",
+		"ip netns exec OVNS nft add table inet shoal-overlay {flags dormant;}",
+		"ip netns exec TASK nft add table ip shoal {flags dormant;}",
+	} {
+		line = strings.NewReplacer("OVNS", ovns, "TASK", task, "HOST", host, "REMOTE", remote.Dst.Addr().String(), "ETH", eth, "PORT", port,
+			"OUT", out, "MAC", fdb.MAC, "DST", fdb.Dst.String(), "METRIC", fmt.Sprint(metric), "GUARD", guard.Addr.String()).Replace(line)
+		run(t, "%s", line)
+		if ops, err := overlaytest.Pass(t, d, want); err != nil || len(ops) == 0 {
+			t.Errorf("%s: %v: %v", line, ops, err)
+		}
+		if ops := overlaytest.Plan(t, d, want); len(ops) != 0 {
+			t.Errorf("%s: one pass leaves %v", line, ops)
+		}
+		if now := whole(); now != before {
+			t.Errorf("%s: missing %q, new %q", line, lacking(before, now), lacking(now, before))
+			before = now
+		}
+	}
+}
+
+// lacking are the lines of a that b has not.
+func lacking(a, b string) (out []string) {
+	have := strings.Split(b, "\n")
+	for l := range strings.SplitSeq(a, "\n") {
+		if !slices.Contains(have, l) {
+			out = append(out, l)
+		}
+	}
+	return out
 }

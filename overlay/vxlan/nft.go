@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -128,11 +129,22 @@ func (n *nftConn) list(t table) ([]*nftables.Chain, error) {
 	return out, nil
 }
 
+// dormant is NFT_TABLE_F_DORMANT of linux/netfilter/nf_tables.h: no chain of the
+// table is asked. It comes in network order, which the library takes for its own.
+var dormant = native.Uint32([]byte{0, 0, 0, 1})
+
 // check tells what is wrong with the table; present is whether it has any chain.
 func (n *nftConn) check(r ruleset) (fault string, present bool, err error) {
 	chains, err := n.list(r.table)
 	if err != nil || len(chains) == 0 {
 		return "absent", false, err
+	}
+	tables, err := n.c.ListTablesOfFamily(r.family)
+	if err != nil {
+		return "", true, fmt.Errorf("list nftables tables: %w", err)
+	}
+	if slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == r.name && t.Flags&dormant != 0 }) {
+		return "is dormant", true, nil
 	}
 	if len(chains) != len(r.chains) {
 		return "has other chains", true, nil
@@ -511,33 +523,47 @@ func filterRules(o overlay.Filter) ruleset {
 
 // observeFilter reads an ovns's table and the guards in it. Where the table is
 // wrong its guards still count: writing it anew keeps them.
-func observeFilter(c *nftConn, o overlay.Filter) (*overlay.Filter, []overlay.Guard, error) {
+func observeFilter(c *nftConn, o overlay.Filter, wanted func(key any) bool) (*overlay.Filter, []overlay.Guard, error) {
 	fault, present, err := c.check(filterRules(o))
 	if err != nil || !present {
 		return nil, nil, err
 	}
 	o.Fault = fault
-	guards, complete, err := readGuards(c, o.Netns)
+	whole, parts, complete, err := readGuards(c)
 	if !complete && o.Fault == "" {
 		o.Fault = "sets are missing"
+	}
+	var guards []overlay.Guard
+	for _, g := range whole {
+		guards = append(guards, g.in(o.Netns))
+	}
+	for _, g := range parts {
+		// Wanted: to be put, so not there. Not wanted: to be deleted.
+		if !wanted(g.in(o.Netns).Key()) {
+			guards = append(guards, g.in(o.Netns))
+		}
 	}
 	return &o, guards, err
 }
 
-// readGuards reads the guards that are in all the sets that they belong in.
-func readGuards(c *nftConn, netns string) (out []overlay.Guard, complete bool, err error) {
-	locals := map[string]bool{}
+// readGuards reads the guards. One that is not in all the sets that it belongs in
+// is in parts.
+func readGuards(c *nftConn) (whole, parts []guard, complete bool, err error) {
+	locals := map[netip.Addr]bool{}
 	keys, ok, err := c.elems(filterTable, setLocals)
 	if err != nil || !ok {
-		return nil, false, err
+		return nil, nil, false, err
 	}
 	for _, k := range keys {
-		locals[string(k)] = true
+		if a, ok := netip.AddrFromSlice(k); ok {
+			locals[a] = true
+		}
 	}
+	guarded := map[netip.Addr]bool{}
 	for _, name := range []string{setGuard, setGuard6} {
 		keys, ok, err := c.elems(filterTable, name)
 		if err != nil || !ok {
-			return nil, false, err
+			return nil, nil, false, err
 		}
 		for _, k := range keys {
 			if len(k) < unix.IFNAMSIZ {
@@ -545,13 +571,33 @@ func readGuards(c *nftConn, netns string) (out []overlay.Guard, complete bool, e
 			}
 			dev, _, _ := bytes.Cut(k[:unix.IFNAMSIZ], []byte{0})
 			a, ok := netip.AddrFromSlice(k[unix.IFNAMSIZ:])
-			if !ok || (a.Is4() && !locals[string(a.AsSlice())]) {
+			if !ok {
 				continue
 			}
-			out = append(out, overlay.Guard{Netns: netns, Dev: string(dev), Addr: a})
+			guarded[a] = true
+			if g := (guard{string(dev), a}); a.Is4() && !locals[a] {
+				parts = append(parts, g)
+			} else {
+				whole = append(whole, g)
+			}
 		}
 	}
-	return out, true, nil
+	for a := range locals {
+		if !guarded[a] {
+			parts = append(parts, guard{"", a})
+		}
+	}
+	return whole, parts, true, nil
+}
+
+// guard is what the sets say of one address.
+type guard struct {
+	dev  string
+	addr netip.Addr
+}
+
+func (g guard) in(netns string) overlay.Guard {
+	return overlay.Guard{Netns: netns, Dev: g.dev, Addr: g.addr}
 }
 
 // putFilter writes the table with the guards it has.
@@ -567,13 +613,13 @@ func putFilter(o overlay.Filter) error {
 		return err
 	}
 	if len(chains) > 0 {
-		guards, _, err := readGuards(c, o.Netns)
+		whole, _, _, err := readGuards(c)
 		if err != nil {
 			return err
 		}
-		for _, g := range guards {
+		for _, g := range whole {
 			for i := range rs.sets {
-				if k := guardKey(g, rs.sets[i].name); k != nil {
+				if k := guardKey(g.in(o.Netns), rs.sets[i].name); k != nil {
 					rs.sets[i].elems = append(rs.sets[i].elems, k)
 				}
 			}
@@ -643,9 +689,19 @@ func delGuard(o overlay.Guard) error {
 	if err != nil {
 		return err
 	}
+	locals, _, err := r.elems(filterTable, setLocals)
+	if err != nil {
+		return err
+	}
 	for _, s := range guardSets() {
 		k := guardKey(o, s.Name)
-		if k == nil || s.Name == setLocals && elsewhere {
+		// Deleting what a set lacks would fail the transaction.
+		there := keys
+		if s.Name == setLocals {
+			there = locals
+		}
+		if k == nil || s.Name == setLocals && elsewhere ||
+			s.Name != setGuard6 && !slices.ContainsFunc(there, func(x []byte) bool { return bytes.Equal(x, k) }) {
 			continue
 		}
 		if err := c.SetDeleteElements(s, elements([][]byte{k})); err != nil {

@@ -49,6 +49,11 @@ type wants struct {
 	v6      bool   // some of it is IPv6
 }
 
+// has tells whether something with a key is wanted.
+func (w *wants) has(key any) bool {
+	return slices.ContainsFunc(w.objects, func(o overlay.Object) bool { return o.Key() == key })
+}
+
 // Observe implements overlay.Dataplane.
 func (d *Dataplane) Observe(ctx context.Context, want overlay.State) (overlay.State, error) {
 	d.Close()
@@ -116,14 +121,16 @@ func (d *Dataplane) observePlace(have *overlay.State, w *wants) (*snap, error) {
 	if sn.addrs, err = nl.Dump(func() ([]netlink.Addr, error) { return s.h.AddrList(nil, unix.AF_UNSPEC) }); err != nil {
 		return nil, fmt.Errorf("list addresses of %s: %w", where, err)
 	}
-	d.observeAddrs(have, w, sn)
+	if err := d.observeAddrs(have, w, s, sn); err != nil {
+		return nil, fmt.Errorf("routes of %s: %w", where, err)
+	}
 	if w.network != "" || w.task != "" {
 		if w.network != "" {
 			if lo := sn.link("lo"); lo != nil && lo.Attrs().Alias == d.namespaceMark(w.network) && lo.Attrs().Flags&net.FlagUp != 0 {
 				have.Add(overlay.Namespace{Netns: w.ns, Network: w.network})
 			}
 		} else {
-			have.Add(overlay.Sandbox{Netns: w.ns, Task: w.task})
+			have.Add(observeSandbox(w, sn))
 		}
 		if err := d.observeNeighs(have, w, s, sn); err != nil {
 			return nil, fmt.Errorf("list neighbours of %s: %w", where, err)
@@ -139,7 +146,26 @@ func (d *Dataplane) observePlace(have *overlay.State, w *wants) (*snap, error) {
 	return sn, nil
 }
 
-func (d *Dataplane) observeAddrs(have *overlay.State, w *wants, sn *snap) {
+// observeSandbox reports a task's namespace, and its loopback device.
+func observeSandbox(w *wants, sn *snap) overlay.Sandbox {
+	o := overlay.Sandbox{Netns: w.ns, Task: w.task}
+	lo := sn.link("lo")
+	if lo == nil {
+		return o
+	}
+	has := slices.ContainsFunc(sn.addrs, func(a netlink.Addr) bool {
+		return a.LinkIndex == lo.Attrs().Index && a.IP.Equal(loopback.Addr().AsSlice())
+	})
+	switch {
+	case lo.Attrs().Flags&net.FlagUp == 0:
+		o.Fault = "lo is down"
+	case !has:
+		o.Fault = "lo lacks " + loopback.String()
+	}
+	return o
+}
+
+func (d *Dataplane) observeAddrs(have *overlay.State, w *wants, s *space, sn *snap) error {
 	there := map[overlay.Addr]bool{}
 	for _, a := range sn.addrs {
 		bits, _ := a.Mask.Size()
@@ -150,10 +176,41 @@ func (d *Dataplane) observeAddrs(have *overlay.State, w *wants, sn *snap) {
 		}
 	}
 	for _, o := range w.objects {
-		if a, ok := o.(overlay.Addr); ok && there[a] {
-			have.Add(a)
+		a, ok := o.(overlay.Addr)
+		if !ok || !there[a] {
+			continue
 		}
+		if hasLink(a) {
+			l := sn.link(a.Dev)
+			if ok, err := s.connected(a, l); err != nil {
+				return err
+			} else if !ok {
+				continue
+			}
+		}
+		have.Add(a)
 	}
+	return nil
+}
+
+// connected tells whether the route to the link is there that the kernel adds
+// with an address. Not of a device that is down, whose routes come with it.
+func (s *space) connected(o overlay.Addr, l netlink.Link) (bool, error) {
+	if l == nil || l.Attrs().Flags&net.FlagUp == 0 {
+		return true, nil
+	}
+	other := o.Prefix.Masked().Addr()
+	if other == o.Prefix.Addr() {
+		other = other.Next()
+	}
+	// The question costs nothing; reading all the host's routes may be dear.
+	if r, err := s.h.RouteGet(other.AsSlice()); err == nil && len(r) == 1 && r[0].LinkIndex == l.Attrs().Index {
+		return true, nil
+	}
+	list, err := nl.Dump(func() ([]netlink.Route, error) {
+		return s.h.RouteListFiltered(unix.AF_INET, &netlink.Route{LinkIndex: l.Attrs().Index}, netlink.RT_FILTER_OIF)
+	})
+	return slices.ContainsFunc(list, func(r netlink.Route) bool { return prefixOf(r) == o.Prefix.Masked() }), err
 }
 
 func (d *Dataplane) observeNeighs(have *overlay.State, w *wants, s *space, sn *snap) error {
@@ -202,8 +259,8 @@ func (d *Dataplane) observeNeighs(have *overlay.State, w *wants, s *space, sn *s
 		if !wanted[o.Key()] && !overlay.IsVTEPMAC(n.HardwareAddr) {
 			continue
 		}
-		if n.State&netlink.NUD_PERMANENT == 0 {
-			o.Dst = netip.Addr{} // would age out: to be set again
+		if n.State&netlink.NUD_PERMANENT == 0 || n.VNI != 0 {
+			o.Dst = netip.Addr{} // would age out, or goes elsewhere: to be set again
 		}
 		have.Add(o)
 	}
@@ -296,7 +353,7 @@ func (d *Dataplane) observeInside(have *overlay.State, w *wants) error {
 			if err != nil {
 				return err
 			}
-			f, guards, err := observeFilter(c, o)
+			f, guards, err := observeFilter(c, o, w.has)
 			if err != nil {
 				return err
 			}
@@ -367,6 +424,8 @@ func (d *Dataplane) observeDevices(have *overlay.State, want overlay.State, snap
 				have.Add(overlay.Stray{Netns: n.Netns, Dev: name})
 			case name == overlay.VXLANDev:
 				have.Add(observeVXLAN(n, l))
+			case !isPort && name != overlay.OutDev:
+				have.Add(overlay.Stray{Netns: n.Netns, Dev: name})
 			case isPort:
 				p := overlay.Port{Netns: n.Netns, Dev: name, Network: network, Task: task, MTU: l.Attrs().MTU, Broken: true}
 				if w, ok := ports[[2]string{n.Netns, name}]; ok {

@@ -5,7 +5,7 @@
 //
 //	namespace   name INSTANCE-net-…, and lo's alias "shoal INSTANCE network ID"
 //	device      alias "shoal network ID" or "shoal task ID network ID"
-//	route       protocol 83 (overlay.RouteProtocol)
+//	route       protocol 83 (overlay.RouteProtocol), or in the place of one that is wanted
 //	address     label lo:shoal; on a device of ours, being wanted
 //	neighbour   permanent and on a device of ours; on vx only routers of nodes
 //	fdb         on vx, with a MAC of a node
@@ -227,15 +227,7 @@ func (d *Dataplane) put(ctx context.Context, op overlay.Op) error {
 	case overlay.Underlay:
 		return fmt.Errorf("no device of this machine has the address %s that this node advertises: give it back, or leave the cluster and join again with another --advertise-addr", o.Addr)
 	case overlay.Sandbox:
-		// Observed absent; it may have come since.
-		f, err := nl.Open(o.Netns)
-		if errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("the task's network namespace %s does not exist: the task has ended, or someone deleted it", o.Netns)
-		}
-		if err != nil {
-			return err
-		}
-		return f.Close()
+		return d.putSandbox(o)
 	case overlay.Forwarding:
 		return d.putForwarding(o)
 	case overlay.Members:
@@ -263,7 +255,7 @@ func (d *Dataplane) put(ctx context.Context, op overlay.Op) error {
 	case overlay.FDB:
 		return d.putFDB(o)
 	case overlay.Route:
-		return d.putRoute(o, op.Have != nil)
+		return d.putRoute(o)
 	}
 	return fmt.Errorf("%s can't be put", op.Target)
 }
