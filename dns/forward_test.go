@@ -203,7 +203,8 @@ func TestNothingOfOursLeaks(t *testing.T) {
 	s, addr := serving(t, by(u), both)
 	s.SetZone(NewZone(sample(), ZoneOptions{}))
 	for _, name := range []string{"web", "web.app", "tasks.web", "empty", "c1", "database", "x.shoal", "web.nosuch.shoal", "shoal", "x.shoal.internal",
-		"200.1.0.10.in-addr.arpa", "11.3.0.10.in-addr.arpa", "_1._tcp.web", "WEB.SHOAL"} {
+		"200.1.0.10.in-addr.arpa", "11.3.0.10.in-addr.arpa", "_1._tcp.web", "WEB.SHOAL", "_nosuch._tcp.web", "_http._nosuch.web.shoal", "_tcp.web", "web.3", "web.9", "web.9.app",
+		"web.9.node2", "c1.node2", "c1.node3.example.com", "c1.node2.app", "tasks.c1", "tasks.c1.app", "localhost", "a.localhost", "11.0.0.127.in-addr.arpa"} {
 		for _, qtype := range []uint16{mdns.TypeA, mdns.TypeAAAA, mdns.TypeMX, mdns.TypeANY, mdns.TypePTR, mdns.TypeSRV, mdns.TypeSOA, mdns.TypeNS, mdns.TypeDS} {
 			ask(t, addr, "udp", name, qtype)
 		}
@@ -214,6 +215,22 @@ func TestNothingOfOursLeaks(t *testing.T) {
 	ask(t, addr, "udp", "nosuch", mdns.TypeA)
 	if u.udp.Load() != 1 {
 		t.Error("a name that nobody has was not forwarded")
+	}
+	// A service may be called like a top-level domain, a network, too.
+	for i, name := range []string{"host.web", "nosuch.app", "secret.other", "8.8.8.8", "9.nosuch", "_sip._tcp.example.com", "nosuch.node2"} {
+		ask(t, addr, "udp", name, mdns.TypeA)
+		if u.udp.Load() != int64(i+2) {
+			t.Errorf("%s was not forwarded", name)
+		}
+	}
+	// What may be a name of a network that is not known yet is for nobody else.
+	late := serve(t, s, func() *Asker { return &Asker{Networks: []string{"netA", "netZ"}} })
+	n := u.udp.Load()
+	if r := ask(t, late, "udp", "coming", mdns.TypeA); r.Rcode != mdns.RcodeServerFailure || u.udp.Load() != n {
+		t.Errorf("with a network to come: %v, forwarded %d", r, u.udp.Load()-n)
+	}
+	if r := ask(t, late, "udp", "web", mdns.TypeA); describe(r) != "NOERROR 10.0.1.100" {
+		t.Errorf("with a network to come: %v", r)
 	}
 }
 

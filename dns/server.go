@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -56,12 +57,15 @@ type Config struct {
 type Server struct {
 	cfg      Config
 	zone     atomic.Pointer[Zone]
+	ready    chan struct{} // closed with the first SetZone
+	first    sync.Once
 	forward  *forwarder
 	forwards atomic.Int64 // questions being forwarded
 	buffers  sync.Pool    // *[]byte of maxUDP
 }
 
-// NewServer returns a Server with an empty Zone. It must be closed.
+// NewServer returns a Server, which must be closed. Questions wait for its first
+// Zone: one who knows nothing yet must not say that there is nothing.
 func NewServer(cfg Config) *Server {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
@@ -75,7 +79,7 @@ func NewServer(cfg Config) *Server {
 			return d.DialContext(ctx, network, to.String())
 		}
 	}
-	s := &Server{cfg: cfg, forward: newForwarder(cfg)}
+	s := &Server{cfg: cfg, forward: newForwarder(cfg), ready: make(chan struct{})}
 	s.buffers.New = func() any { b := make([]byte, maxUDP); return &b }
 	s.zone.Store(emptyZone)
 	return s
@@ -86,7 +90,10 @@ func NewServer(cfg Config) *Server {
 func (s *Server) Close() { s.forward.close() }
 
 // SetZone makes z what the next question is answered from.
-func (s *Server) SetZone(z *Zone) { s.zone.Store(z) }
+func (s *Server) SetZone(z *Zone) {
+	s.zone.Store(z)
+	s.first.Do(func() { close(s.ready) })
+}
 
 // Zone returns what questions are answered from.
 func (s *Server) Zone() *Zone { return s.zone.Load() }
@@ -112,6 +119,11 @@ func (s *Server) Serve(ctx context.Context, asker func() *Asker, pc net.PacketCo
 			ln.Close()
 		}
 	}()
+	select {
+	case <-s.ready:
+	case <-ctx.Done():
+		return nil
+	}
 	wg.Go(func() { s.serveTCP(ctx, asker, ln) })
 	return s.serveUDP(ctx, &wg, asker, udp)
 }
@@ -119,6 +131,7 @@ func (s *Server) Serve(ctx context.Context, asker func() *Asker, pc net.PacketCo
 func (s *Server) serveUDP(ctx context.Context, wg *sync.WaitGroup, asker func() *Asker, udp *net.UDPConn) error {
 	in := make([]byte, 65535)
 	out := make([]byte, maxUDP)
+	var quick scratch
 	for {
 		n, from, err := udp.ReadFromUDPAddrPort(in)
 		if ctx.Err() != nil {
@@ -129,6 +142,10 @@ func (s *Server) serveUDP(ctx context.Context, wg *sync.WaitGroup, asker func() 
 				return err
 			}
 			// An ICMP error for an answer to a program that has gone.
+			continue
+		}
+		if b := s.zone.Load().quick(asker(), in[:n], &quick); b != nil {
+			_, _ = udp.WriteToUDPAddrPort(b, from)
 			continue
 		}
 		req, rcode := parse(in[:n])
@@ -368,15 +385,22 @@ func (s *Server) answer(a *Asker, req *mdns.Msg, rcode int) (*mdns.Msg, *upstrea
 	if s.zone.Load().answer(a, name, q, m) {
 		return m, nil
 	}
+	if single := name != "" && strings.IndexByte(name, '.') < 0; single {
+		if a.NDots {
+			return negative(m, mdns.RcodeNameError, "."), nil
+		}
+		// It may be a name of a network that is not known here yet: it is not for
+		// others, and its absence is nothing to be remembered.
+		if z := s.zone.Load(); slices.ContainsFunc(a.Networks, func(id string) bool { return z.networks[id] == nil }) {
+			return failure(req, mdns.RcodeServerFailure), nil
+		}
+	}
 	up := &upstreams{servers: a.Upstreams, netns: a.Netns}
 	if len(up.servers) == 0 {
 		up = &upstreams{servers: s.cfg.Upstreams()}
 		if a.NoForward {
 			return negative(m, mdns.RcodeNameError, "."), nil
 		}
-	}
-	if a.NDots && name != "" && strings.IndexByte(name, '.') < 0 {
-		return negative(m, mdns.RcodeNameError, "."), nil
 	}
 	if len(up.servers) == 0 {
 		return failure(req, mdns.RcodeServerFailure), nil
@@ -391,14 +415,14 @@ func (z *Zone) answer(a *Asker, name string, q mdns.Question, m *mdns.Msg) bool 
 		z.records(m, q, []target{{addrs: []netip.Addr{a.Host}}})
 		return true
 	}
-	targets, exists := z.find(a, name)
+	targets, exists := z.find(a, name, nil)
 	if exists || len(targets) > 0 {
 		z.records(m, q, targets)
 		return true
 	}
 	if name != "" && name[0] == '_' {
 		if port, base, ok := parseSRV(name); ok {
-			if targets, exists := z.find(a, base); exists {
+			if targets, exists := z.find(a, base, nil); exists {
 				z.srv(m, q, port, targets)
 				return true
 			}
@@ -424,6 +448,25 @@ func (z *Zone) answer(a *Asker, name string, q mdns.Question, m *mdns.Msg) bool 
 	}
 	if inDomain(name) {
 		z.domain(a, m, name, q)
+		return true
+	}
+	if addrs, owner, ok := loopback(name); ok {
+		switch {
+		case owner == "":
+			z.records(m, q, []target{{addrs: addrs}})
+		case q.Qtype == mdns.TypePTR:
+			m.Answer = append(m.Answer, &mdns.PTR{Hdr: header(q.Name, mdns.TypePTR), Ptr: owner})
+		default:
+			negative(m, mdns.RcodeSuccess, q.Name)
+		}
+		return true
+	}
+	if z.below(a, name) {
+		rcode := mdns.RcodeNameError
+		if isProtocol(name[:strings.IndexByte(name+".", '.')]) {
+			rcode = mdns.RcodeSuccess // there are names below it
+		}
+		negative(m, rcode, q.Name)
 		return true
 	}
 	return false
@@ -507,12 +550,13 @@ func (z *Zone) srv(m *mdns.Msg, q mdns.Question, port uint16, targets []target) 
 
 func addressRR(name string, ip netip.Addr, qtype uint16) mdns.RR {
 	switch {
-	case qtype == mdns.TypeA && ip.Is4():
+	case !isOfType(ip, qtype):
+		return nil
+	case qtype == mdns.TypeA:
 		return &mdns.A{Hdr: header(name, mdns.TypeA), A: ip.AsSlice()}
-	case qtype == mdns.TypeAAAA && ip.Is6() && !ip.Is4In6():
+	default:
 		return &mdns.AAAA{Hdr: header(name, mdns.TypeAAAA), AAAA: ip.AsSlice()}
 	}
-	return nil
 }
 
 func header(name string, rrtype uint16) mdns.RR_Header {
