@@ -33,9 +33,12 @@ const (
 	advertisedUDP = 1232
 	minUDP        = 512 // RFC 1035 section 4.2.1
 	tcpIdle       = 10 * time.Second
-	tcpConns      = 256 // at once, per task
-	tcpPipeline   = 64  // questions at once, per connection (RFC 7766 section 6.2.1.1)
-	maxForwards   = 16384
+	// tcpConns are the connections of a task at once. For another the one goes
+	// that has been idle for longest (RFC 7766 section 6.2.3).
+	tcpConns     = 1024
+	tcpPipeline  = 64    // questions at once, per connection (RFC 7766 section 6.2.1.1)
+	maxForwards  = 16384 // questions at once
+	taskForwards = 8192  // of one task's
 )
 
 // Config is how a Server forwards.
@@ -132,6 +135,7 @@ func (s *Server) serveUDP(ctx context.Context, wg *sync.WaitGroup, asker func() 
 	in := make([]byte, 65535)
 	out := make([]byte, maxUDP)
 	var quick scratch
+	var mine atomic.Int64 // questions being forwarded
 	for {
 		n, from, err := udp.ReadFromUDPAddrPort(in)
 		if ctx.Err() != nil {
@@ -160,8 +164,9 @@ func (s *Server) serveUDP(ctx context.Context, wg *sync.WaitGroup, asker func() 
 			}
 			continue
 		}
-		if s.forwards.Add(1) > maxForwards {
+		if s.forwards.Add(1) > maxForwards || mine.Add(1) > taskForwards {
 			s.forwards.Add(-1)
+			mine.Add(-1)
 			if b := pack(failure(req, mdns.RcodeServerFailure), size, out); b != nil {
 				_, _ = udp.WriteToUDPAddrPort(b, from)
 			}
@@ -169,6 +174,7 @@ func (s *Server) serveUDP(ctx context.Context, wg *sync.WaitGroup, asker func() 
 		}
 		wg.Go(func() {
 			defer s.forwards.Add(-1)
+			defer mine.Add(-1)
 			buf := s.buffers.Get().(*[]byte)
 			defer s.buffers.Put(buf)
 			if b := pack(s.forward.answer(ctx, up, req), size, *buf); b != nil {
@@ -181,7 +187,7 @@ func (s *Server) serveUDP(ctx context.Context, wg *sync.WaitGroup, asker func() 
 func (s *Server) serveTCP(ctx context.Context, asker func() *Asker, ln net.Listener) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	slots := make(chan struct{}, tcpConns)
+	var open clients
 	for ctx.Err() == nil {
 		c, err := ln.Accept()
 		if err != nil {
@@ -195,22 +201,66 @@ func (s *Server) serveTCP(ctx context.Context, asker func() *Asker, ln net.Liste
 			}
 			continue
 		}
-		select {
-		case slots <- struct{}{}:
-		default:
+		cl := &client{Conn: c}
+		if !open.add(cl) {
 			c.Close()
 			continue
 		}
 		wg.Go(func() {
-			defer func() { <-slots }()
-			s.serveConn(ctx, asker, c)
+			defer open.remove(cl)
+			s.serveConn(ctx, asker, cl)
 		})
 	}
 }
 
+// client is a TCP connection of a task's.
+type client struct {
+	net.Conn
+	asked   atomic.Int64 // when its last question was complete, in Unix nanoseconds
+	running atomic.Int32 // questions of it that are being forwarded
+}
+
+// clients are the TCP connections of a task.
+type clients struct {
+	mu   sync.Mutex
+	open map[*client]bool
+}
+
+// add makes room for c by closing the connection that has been idle for
+// longest, and returns false if all are at work.
+func (cs *clients) add(c *client) bool {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	if len(cs.open) >= tcpConns {
+		var idle *client
+		for o := range cs.open {
+			if o.running.Load() == 0 && (idle == nil || o.asked.Load() < idle.asked.Load()) {
+				idle = o
+			}
+		}
+		if idle == nil {
+			return false
+		}
+		idle.Close()
+		delete(cs.open, idle)
+	}
+	if cs.open == nil {
+		cs.open = map[*client]bool{}
+	}
+	c.asked.Store(time.Now().UnixNano())
+	cs.open[c] = true
+	return true
+}
+
+func (cs *clients) remove(c *client) {
+	cs.mu.Lock()
+	delete(cs.open, c)
+	cs.mu.Unlock()
+}
+
 // serveConn answers the questions of one TCP connection, in the order that
 // answers are known (RFC 7766 section 7).
-func (s *Server) serveConn(ctx context.Context, asker func() *Asker, c net.Conn) {
+func (s *Server) serveConn(ctx context.Context, asker func() *Asker, c *client) {
 	var wg sync.WaitGroup
 	defer c.Close()
 	defer wg.Wait()
@@ -230,7 +280,9 @@ func (s *Server) serveConn(ctx context.Context, asker func() *Asker, c net.Conn)
 		framed := append([]byte{byte(len(b) >> 8), byte(len(b))}, b...)
 		if ctx.Err() == nil {
 			_ = c.SetWriteDeadline(time.Now().Add(tcpIdle))
-			_, _ = c.Write(framed)
+			if _, err := c.Write(framed); err != nil {
+				cancel() // what comes after half an answer can't be read
+			}
 		}
 	}
 	running := make(chan struct{}, tcpPipeline)
@@ -248,6 +300,7 @@ func (s *Server) serveConn(ctx context.Context, asker func() *Asker, c net.Conn)
 		if _, err := io.ReadFull(c, b); err != nil {
 			break
 		}
+		c.asked.Store(time.Now().UnixNano())
 		req, rcode := parse(b)
 		if rcode == drop {
 			break
@@ -263,8 +316,10 @@ func (s *Server) serveConn(ctx context.Context, asker func() *Asker, c net.Conn)
 			return
 		}
 		s.forwards.Add(1)
+		c.running.Add(1)
 		wg.Go(func() {
 			defer s.forwards.Add(-1)
+			defer c.running.Add(-1)
 			defer func() { <-running }()
 			write(s.forward.answer(ctx, up, req))
 		})

@@ -341,6 +341,41 @@ func TestTCPPipelinesAndHalfCloses(t *testing.T) {
 	}
 }
 
+// TestIdleConnectionsMakeRoom: a task that leaves connections open is still
+// answered.
+func TestIdleConnectionsMakeRoom(t *testing.T) {
+	s, addr := serving(t, Config{}, both)
+	s.SetZone(NewZone(sample(), ZoneOptions{}))
+	conns := make([]*mdns.Conn, 0, tcpConns+50)
+	for range cap(conns) {
+		c, err := net.Dial("tcp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+		conns = append(conns, &mdns.Conn{Conn: c})
+	}
+	answered := func(c *mdns.Conn) error {
+		if err := c.WriteMsg(new(mdns.Msg).SetQuestion("web.", mdns.TypeA)); err != nil {
+			return err
+		}
+		r, err := c.ReadMsg()
+		if err == nil && describe(r) != "NOERROR 10.0.1.100" {
+			err = fmt.Errorf("%v", r)
+		}
+		return err
+	}
+	for _, c := range conns[50:] {
+		if err := answered(c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := answered(conns[0]); err == nil {
+		t.Error("the one that was idle for longest is still open")
+	}
+}
+
 func TestWhatTheAskerSeesChangesAtOnce(t *testing.T) {
 	s := NewServer(Config{})
 	defer s.Close()
