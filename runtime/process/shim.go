@@ -147,12 +147,22 @@ func (s *shim) openDNS() error {
 			return fmt.Errorf("name server socket: %w", err)
 		}
 		port := s.udp.LocalAddr().(*net.UDPAddr).Port
+		growBuffer(s.udp)
 		if s.tcp, err = net.ListenTCP("tcp4", &net.TCPAddr{IP: ip, Port: port}); err == nil {
 			return nil
 		}
 		s.udp.Close()
 	}
 	return fmt.Errorf("name server socket: %w", err)
+}
+
+// growBuffer makes room for the questions of thousands at once, or of the time
+// until the next agent: the kernel counts some 800 bytes for each (socket(7):
+// SO_RCVBUFFORCE needs CAP_NET_ADMIN; without it the default must do).
+func growBuffer(c *net.UDPConn) {
+	if rc, err := c.SyscallConn(); err == nil {
+		_ = rc.Control(func(fd uintptr) { _ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 4<<20) })
+	}
 }
 
 func (s *shim) serve(c *net.UnixConn) {
