@@ -120,6 +120,9 @@ func TestBroken(t *testing.T) {
 	if _, err := ingresstest.Pass(t, d, want); err != nil {
 		t.Fatal(err)
 	}
+	// nft(8) aborts over what it can't show, whatever it was asked.
+	w.in(host, "nft list ruleset")
+	w.in(ovns, "nft list ruleset")
 	for _, c := range []struct {
 		in   ingress.Object
 		line string

@@ -34,7 +34,6 @@ func r(parts ...rule) rule {
 	for _, p := range parts {
 		out.text += p.text + " "
 		out.exprs = append(out.exprs, p.exprs...)
-		out.zone = out.zone || p.zone
 	}
 	return out
 }
@@ -112,7 +111,7 @@ func portKey(addr, orig bool) rule {
 	i := uint32(0)
 	if addr {
 		if orig {
-			out.exprs = append(out.exprs, &expr.Ct{Key: expr.CtKeyDST, Register: reg(0)})
+			out.exprs = append(out.exprs, ctOrig{key: unix.NFT_CT_DST_IP, reg: reg(0)})
 		} else {
 			out.exprs = append(out.exprs, loadAddr(dstOff, reg(0)))
 		}
@@ -120,7 +119,7 @@ func portKey(addr, orig bool) rule {
 	}
 	out.exprs = append(out.exprs, &expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg(i)})
 	if orig {
-		out.exprs = append(out.exprs, &expr.Ct{Key: expr.CtKeyPROTODST, Register: reg(i + 1)})
+		out.exprs = append(out.exprs, ctOrig{key: unix.NFT_CT_PROTO_DST, reg: reg(i + 1)})
 	} else {
 		out.exprs = append(out.exprs, th(reg(i+1), 2, 2))
 	}
@@ -390,8 +389,8 @@ func netnsRules(o ingress.Table) ruleset {
 		mark = append(mark, r(iif(vx), saddr(p), foreignDst, ctOfNobody, markHere, goTo(expr.VerdictJump, "flip-back")))
 		away = append(away, r(oif(vx), foreignSrc, daddr(p), ctUntracked, goTo(expr.VerdictJump, "flip-away")))
 	}
-	zone := r(iif(vx), foreignSrc, fromMAC(mapZones), rule{text: "ct original zone set"})
-	zone.zone = true
+	zone := r(iif(vx), foreignSrc, fromMAC(mapZones), rule{text: "ct original zone set", exprs: []expr.Any{
+		ctOrig{key: unix.NFT_CT_ZONE, reg: 1, set: true}}})
 	verdict := nftables.TypeVerdict
 	var refuse []rule
 	for _, p := range []byte{unix.IPPROTO_UDP, unix.IPPROTO_SCTP} {
