@@ -6,6 +6,8 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strconv"
+	"strings"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -489,3 +491,13 @@ func nodeElems(o ingress.Node) []elem {
 func nodeMark(number int) uint32 { return spec.NodeMarkBase | uint32(number) }
 
 func localChain(o ingress.Local) string { return fmt.Sprintf("local-%s-%d", o.Protocol, o.Slot) }
+
+// parseLocalChain is the inverse of localChain.
+func parseLocalChain(name string) (proto string, slot uint16, ok bool) {
+	f := strings.Split(name, "-")
+	if len(f) != 3 || f[0] != "local" || protoNum(f[1]) == 0 {
+		return "", 0, false
+	}
+	n, err := strconv.ParseUint(f[2], 10, 16)
+	return f[1], uint16(n), err == nil && name == localChain(ingress.Local{Protocol: f[1], Slot: uint16(n)})
+}

@@ -183,13 +183,28 @@ func comments(table string) (map[string][]string, error) {
 	return out, nil
 }
 
-// check tells what is wrong with the table, whose chains are given. Chains that
-// the rule set does not have are no fault.
+// check tells what is wrong with the table, whose chains are given. Local
+// balancers' chains are not its to judge.
 func (r ruleset) check(c *nftables.Conn, chains map[string]*nftables.Chain) (fault string, err error) {
 	d := r.digest()
 	all, err := comments(r.name)
 	if err != nil {
 		return "", err
+	}
+	t, err := c.ListTableOfFamily(r.name, nftables.TableFamilyIPv4)
+	switch {
+	case errors.Is(err, unix.ENOENT) || err == nil && t == nil:
+		return "it is missing", nil
+	case err != nil:
+		return "", fmt.Errorf("look up nftables table %s: %w", r.name, err)
+	case binary.BigEndian.Uint32(native.AppendUint32(nil, t.Flags))&unix.NFT_TABLE_F_DORMANT != 0: // not converted by the library
+		return "it is dormant", nil
+	}
+	for name := range chains {
+		_, _, local := parseLocalChain(name)
+		if !local && !slices.ContainsFunc(r.chains, func(c chain) bool { return c.name == name }) {
+			return "chain " + name + " is not ours", nil
+		}
 	}
 	for _, want := range r.chains {
 		have := chains[want.name]
@@ -197,8 +212,8 @@ func (r ruleset) check(c *nftables.Conn, chains map[string]*nftables.Chain) (fau
 			return "chain " + want.name + " is missing", nil
 		}
 		if want.hook != nil && (have.Type != want.typ || have.Hooknum == nil || *have.Hooknum != *want.hook || have.Priority == nil ||
-			int32(*have.Priority) != want.prio) {
-			return "chain " + want.name + " has another hook", nil
+			int32(*have.Priority) != want.prio || have.Policy == nil || *have.Policy != nftables.ChainPolicyAccept) {
+			return "chain " + want.name + " has another hook or policy", nil
 		}
 		says := all[want.name]
 		if len(says) != len(want.rules) {
