@@ -87,6 +87,7 @@ func Foreign(tb testing.TB, ns string) (check func(tb testing.TB)) {
 	before := ls(tb)
 	return func(tb testing.TB) {
 		tb.Helper()
+		In(tb, ns, "nft list ruleset") // nft(8) can show what there is
 		if after := ls(tb); after != before {
 			tb.Errorf("a stranger's objects were\n%s\nand are\n%s", before, after)
 		}
