@@ -113,7 +113,13 @@ func compose(in inputs) *spec.View {
 	if in.gossip != nil {
 		for _, m := range in.gossip.Members {
 			v.Peers = append(v.Peers, m.Peer)
+			for _, p := range []int{m.ControlPort, m.GossipPort} {
+				if p > 0 && p <= 65535 && !slices.Contains(v.AgentPorts, uint16(p)) {
+					v.AgentPorts = append(v.AgentPorts, uint16(p))
+				}
+			}
 		}
+		slices.Sort(v.AgentPorts)
 		for _, e := range in.gossip.Endpoints {
 			if present[e.Network] {
 				v.Endpoints = append(v.Endpoints, e)

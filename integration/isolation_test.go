@@ -55,6 +55,18 @@ func TestNoWayBetweenNetworks(t *testing.T) {
 	if r := s.on("node1", "shoal", "exec", "c", "getent", "hosts", "webb"); r.code == 0 {
 		t.Errorf("network a knows a name of network b: %s", r.out)
 	}
+	// Nor do tasks reach what is the nodes' own: an agent does as it is told. A
+	// node does, or this would show nothing.
+	for _, node := range []string{"node1", "node2"} {
+		for _, port := range []string{"2377", "7946"} {
+			if r := s.on("node1", "nc", "-z", "-w", slowSecs(2), s.addrOf(node), port); r.code != 0 {
+				t.Errorf("node1 does not reach port %s of %s", port, node)
+			}
+			if r := s.on("node1", "shoal", "exec", "c", "nc", "-z", "-w", slowSecs(2), s.addrOf(node), port); r.code == 0 {
+				t.Errorf("a task reaches port %s of %s, an agent's", port, node)
+			}
+		}
+	}
 	// The way out of one network, taken by hand, is no way into another.
 	host, _ := s.network("b").Egress()
 	_, inner := s.network("b").Egress()

@@ -63,7 +63,7 @@ func (s *State) members(v *spec.View) {
 			vnis = append(vnis, n.VNI)
 		}
 	}
-	if !v.Complete || len(vnis) == 0 {
+	if !v.Complete || len(v.Networks) == 0 {
 		return
 	}
 	var peers []string
@@ -73,7 +73,7 @@ func (s *State) members(v *spec.View) {
 			peers = append(peers, p.Addr.String())
 		}
 	}
-	s.Add(Members{Table: MembersTable(v.Instance), Port: v.Underlay.VXLANPort, Peers: Join(peers), VNIs: Join(vnis)})
+	s.Add(Members{Table: MembersTable(v.Instance), Port: v.Underlay.VXLANPort, Agents: Join(v.AgentPorts), Peers: Join(peers), VNIs: Join(vnis)})
 }
 
 // network is what the parts of Desired share about one network.

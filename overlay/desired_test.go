@@ -145,9 +145,9 @@ func filterOf(t *testing.T, s overlay.State, network string) (f overlay.Filter) 
 // known.
 func TestMembers(t *testing.T) {
 	v := sample()
-	v.Peers[1].Liveness = spec.PeerDead
+	v.Peers[1].Liveness, v.AgentPorts = spec.PeerDead, []uint16{2377, 7946}
 	m, _ := overlay.Desired(v).Get(overlay.Members{}.Key()).(overlay.Members)
-	if m.Peers != "192.0.2.1 192.0.2.2 192.0.2.3" || m.VNIs != "4096 4097" || m.Port != 4789 || m.Table != "shoal-members" {
+	if m.Peers != "192.0.2.1 192.0.2.2 192.0.2.3" || m.VNIs != "4096 4097" || m.Agents != "2377 7946" || m.Port != 4789 || m.Table != "shoal-members" {
 		t.Errorf("members %+v", m)
 	}
 	have := kernel(v)

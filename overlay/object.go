@@ -112,14 +112,17 @@ type Filter struct {
 	Fault string // observed only
 }
 
-// Members is the nftables table of the host's namespace that lets VXLAN packets
-// in only from nodes of the cluster, and none out of a task: the VXLAN device
-// itself takes any packet with its VNI, whoever sent it (RFC 7348 section 7).
+// Members is the nftables table of the host's namespace that keeps to the nodes
+// what is theirs. It lets VXLAN packets in only from nodes of the cluster, and
+// none out of a task: the VXLAN device itself takes any packet with its VNI,
+// whoever sent it (RFC 7348 section 7). Nor does it let a task reach an agent,
+// which does as it is told by whoever reaches it.
 type Members struct {
-	Table string
-	Port  int    // UDP
-	Peers string // addresses of the nodes, see [Join]
-	VNIs  string // of the networks here: packets of others' VXLANs are not ours to judge
+	Table  string
+	Port   int    // UDP
+	Agents string // ports, TCP and UDP, of the nodes' agents
+	Peers  string // addresses of the nodes, see [Join]
+	VNIs   string // of the networks here: packets of others' VXLANs are not ours to judge
 	Fault string // observed only
 }
 
@@ -405,7 +408,7 @@ func (o Forwarding) String() string {
 	return "forwarding with table " + o.Table + fault(o.Fault)
 }
 func (o Members) String() string {
-	return fmt.Sprintf("table %s of VXLAN members on UDP port %d: %s; VNIs %s%s", o.Table, o.Port, o.Peers, o.VNIs, fault(o.Fault))
+	return fmt.Sprintf("table %s of VXLAN members on UDP port %d: %s; VNIs %s; agents' ports %s%s", o.Table, o.Port, o.Peers, o.VNIs, o.Agents, fault(o.Fault))
 }
 func (o Namespace) String() string {
 	return fmt.Sprintf("namespace %s of network %s", o.Netns, o.Network)

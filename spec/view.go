@@ -119,6 +119,9 @@ type View struct {
 	Underlay Underlay
 
 	Peers []Peer // by ID
+	// AgentPorts are the ports, TCP and UDP, that the peers' agents listen on:
+	// for nodes only, and not for tasks.
+	AgentPorts []uint16
 	// Networks are those this node takes part in, by ID: because a task here is
 	// on them, or because a published port leads there (Service.Ingress).
 	Networks  []Network

@@ -18,7 +18,7 @@ const (
 // service. Its networks have subnets of both families if v6 is set. VNIs count
 // from vni, task namespaces begin with the instance.
 func Sample(instance string, under spec.Underlay, vni uint32, v6 bool) *spec.View {
-	v := &spec.View{Self: SelfID, Instance: instance, Complete: true, Underlay: under}
+	v := &spec.View{Self: SelfID, Instance: instance, Complete: true, Underlay: under, AgentPorts: []uint16{2377, 7946}}
 	third := under.Addr.Next().Next()
 	v.Peers = []spec.Peer{
 		{ID: SelfID, Name: "node1", Number: 1, Addr: under.Addr},

@@ -18,8 +18,9 @@ func membersTable(name string) table { return table{nftables.TableFamilyINet, na
 
 // Sets of the members' table.
 const (
-	setPeers = "peers" // underlay addresses of nodes
-	setVNIs  = "vnis"  // of our networks
+	setPeers  = "peers"  // underlay addresses of nodes
+	setVNIs   = "vnis"   // of our networks
+	setAgents = "agents" // ports of nodes' agents
 )
 
 // membersRules is the table of overlay.Members.
@@ -28,6 +29,9 @@ const (
 // from this node's own address, which is a member's. What else comes for one of
 // our VNIs must be from a member; other VXLANs that share the port are left
 // alone.
+//
+// What a task sends to an agent, this node's or another's, is refused for the
+// same reason: it would come from a node.
 func membersRules(o overlay.Members) ruleset {
 	way := overlay.HostPrefix + "*"
 	v6 := false
@@ -48,18 +52,52 @@ func membersRules(o overlay.Members) ruleset {
 			vnis.elems = append(vnis.elems, binary.BigEndian.AppendUint32(nil, uint32(n)<<8))
 		}
 	}
-	rs.sets = []set{peers, vnis}
+	agents := set{name: setAgents, key: nftables.TypeInetService}
+	for _, a := range strings.Fields(o.Agents) {
+		if n, err := strconv.ParseUint(a, 10, 16); err == nil {
+			agents.elems = append(agents.elems, binary.BigEndian.AppendUint16(nil, uint16(n)))
+		}
+	}
+	rs.sets = []set{peers, vnis, agents}
 	port := udpTo(o.Port)
 	rs.chains = []chain{
 		{"input", nftables.ChainTypeFilter, nftables.ChainHookInput, prioFilter, nftables.ChainPolicyAccept, []rule{
 			r(port, iif(way), drop),
+			r(iif(way), portIn(setAgents, unix.IPPROTO_TCP), prohibit),
+			r(iif(way), portIn(setAgents, unix.IPPROTO_UDP), prohibit),
 			r(port, vniIn(setVNIs), notFrom(setPeers, v6), drop),
 		}},
 		{"forward", nftables.ChainTypeFilter, nftables.ChainHookForward, prioFilter, nftables.ChainPolicyAccept, []rule{
 			r(port, iif(way), drop),
+			r(iif(way), to(setPeers, v6), portIn(setAgents, unix.IPPROTO_TCP), prohibit),
+			r(iif(way), to(setPeers, v6), portIn(setAgents, unix.IPPROTO_UDP), prohibit),
 		}},
 	}
 	return rs
+}
+
+// prohibit refuses a packet and says so, for the sender to fail at once.
+var prohibit = rule{"reject admin-prohibited", []expr.Any{
+	&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED},
+}}
+
+// portIn matches a destination port of TCP or UDP that is in a set.
+func portIn(setName string, proto byte) rule {
+	return rule{fmt.Sprintf("l4proto %d dport @%s", proto, setName), []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{proto}},
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
+		&expr.Lookup{SourceRegister: 1, SetName: setName},
+	}}
+}
+
+// to matches destinations that are in the set of nodes, which has one family.
+func to(setName string, v6 bool) rule {
+	x := nfproto(v6)
+	return rule{x.text + " daddr @" + setName, append(x.exprs,
+		loadDst(v6, 1),
+		&expr.Lookup{SourceRegister: 1, SetName: setName},
+	)}
 }
 
 // udpTo matches a UDP destination port.
@@ -119,6 +157,15 @@ func observeMembers(c *nftConn, o overlay.Members) (*overlay.Members, error) {
 			vnis = append(vnis, binary.BigEndian.Uint32(k)>>8)
 		}
 	}
-	o.Peers, o.VNIs = overlay.Join(peers), overlay.Join(vnis)
+	if keys, _, err = c.elems(t, setAgents); err != nil {
+		return nil, err
+	}
+	var agents []uint16
+	for _, k := range keys {
+		if len(k) == 2 {
+			agents = append(agents, binary.BigEndian.Uint16(k))
+		}
+	}
+	o.Peers, o.VNIs, o.Agents = overlay.Join(peers), overlay.Join(vnis), overlay.Join(agents)
 	return &o, nil
 }
