@@ -214,7 +214,7 @@ func Task(t spec.Task) *shoalv1.Task {
 	out := &shoalv1.Task{Id: t.ID, Name: t.Name, Service: t.Service, Slot: int32(t.Slot), Node: t.Node, Spec: TaskSpec(t.Spec), Desired: t.Desired,
 		Status: TaskStatus(t.Status), Version: t.Version, CreatedMs: t.Created, NotBeforeMs: t.NotBefore, Attempt: int32(t.Attempt), Ports: Ports(t.Ports)}
 	for _, a := range t.Attachments {
-		out.Attachments = append(out.Attachments, &shoalv1.Attachment{Network: a.Network, Addrs: texts(a.Addrs), Aliases: a.Aliases, Iface: a.Iface, Leaving: a.Leaving})
+		out.Attachments = append(out.Attachments, &shoalv1.Attachment{Network: a.Network, Addrs: texts(a.Addrs), Aliases: a.Aliases, Iface: a.Iface, Leaving: a.Leaving, Joined: a.Joined})
 	}
 	return out
 }
@@ -238,7 +238,7 @@ func ToTask(t *shoalv1.Task) (spec.Task, error) {
 		if err != nil {
 			return out, err
 		}
-		out.Attachments = append(out.Attachments, spec.Attachment{Network: a.GetNetwork(), Addrs: addrs, Aliases: a.GetAliases(), Iface: a.GetIface(), Leaving: a.GetLeaving()})
+		out.Attachments = append(out.Attachments, spec.Attachment{Network: a.GetNetwork(), Addrs: addrs, Aliases: a.GetAliases(), Iface: a.GetIface(), Leaving: a.GetLeaving(), Joined: a.GetJoined()})
 	}
 	return out, nil
 }

@@ -18,6 +18,7 @@ import (
 	"io"
 	"iter"
 	"net"
+	"net/netip"
 	"time"
 
 	"github.com/shoalnet/shoal/spec"
@@ -82,6 +83,9 @@ type Runtime interface {
 	Create(ctx context.Context, t Task) (Sandbox, error)
 	// Start runs the program. Its error is one line for a person.
 	Start(ctx context.Context, id string) error
+	// SetHosts makes name, in the hosts file of a task with a namespace, stand
+	// for these addresses only. Other lines stay.
+	SetHosts(ctx context.Context, id, name string, addrs []netip.Addr) error
 	// Stop sends the signal ("SIGTERM" or a number), and SIGKILL to the whole
 	// task after grace. It returns when the program has ended; one that has
 	// ended already, or never started, is no error.

@@ -209,13 +209,16 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 		if err != nil && ctx.Err() == nil {
 			return err
 		}
-		running, extra := 0, 0
+		running, extra, rewiring := 0, 0, 0
 		why = ""
 		for _, t := range tasks {
 			st := t.GetStatus()
 			switch {
 			case t.Desired == spec.DesiredRunning && st.GetState() == spec.TaskRunning.String():
 				running++
+				if !wired(t) {
+					rewiring++
+				}
 			case t.Desired != spec.DesiredRunning && !ended(t):
 				extra++
 			}
@@ -236,10 +239,13 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 		if stale > 0 {
 			line += fmt.Sprintf(", %d to be replaced", stale)
 		}
+		if rewiring > 0 {
+			line += fmt.Sprintf(", %d being rewired", rewiring)
+		}
 		if extra > 0 {
 			line += fmt.Sprintf(", %d stopping", extra)
 		}
-		if err == nil && running == want && extra+stale == 0 {
+		if err == nil && running == want && extra+stale+rewiring == 0 {
 			if tty {
 				fmt.Fprintf(c.err, "\r\033[K%s\n", line)
 			} else if !quiet {
@@ -272,6 +278,14 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
+}
+
+// wired tells whether a task's node has connected and disconnected it as it was
+// told to.
+func wired(t *shoalv1.Task) bool {
+	return !slices.ContainsFunc(t.Attachments, func(a *shoalv1.Attachment) bool {
+		return a.Leaving != 0 || a.Joined > t.GetStatus().GetWired()
+	})
 }
 
 func (c *cli) svcLs() *cobra.Command {

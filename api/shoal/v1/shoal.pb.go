@@ -756,6 +756,7 @@ type Attachment struct {
 	Aliases       []string               `protobuf:"bytes,3,rep,name=aliases,proto3" json:"aliases,omitempty"`
 	Iface         string                 `protobuf:"bytes,4,opt,name=iface,proto3" json:"iface,omitempty"`
 	Leaving       uint64                 `protobuf:"varint,5,opt,name=leaving,proto3" json:"leaving,omitempty"` // version of the task that it left at
+	Joined        uint64                 `protobuf:"varint,6,opt,name=joined,proto3" json:"joined,omitempty"`   // version of the task that it was connected at; 0: from the start
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -821,6 +822,13 @@ func (x *Attachment) GetIface() string {
 func (x *Attachment) GetLeaving() uint64 {
 	if x != nil {
 		return x.Leaving
+	}
+	return 0
+}
+
+func (x *Attachment) GetJoined() uint64 {
+	if x != nil {
+		return x.Joined
 	}
 	return 0
 }
@@ -5231,14 +5239,15 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\arunning\x18\x06 \x01(\x05R\arunning\x12$\n" +
 	"\x05ports\x18\a \x03(\v2\x0e.shoal.v1.PortR\x05ports\x12\x18\n" +
 	"\aingress\x18\b \x01(\tR\aingress\x12\x14\n" +
-	"\x05stale\x18\t \x01(\x05R\x05stale\"\x86\x01\n" +
+	"\x05stale\x18\t \x01(\x05R\x05stale\"\x9e\x01\n" +
 	"\n" +
 	"Attachment\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x14\n" +
 	"\x05addrs\x18\x02 \x03(\tR\x05addrs\x12\x18\n" +
 	"\aaliases\x18\x03 \x03(\tR\aaliases\x12\x14\n" +
 	"\x05iface\x18\x04 \x01(\tR\x05iface\x12\x18\n" +
-	"\aleaving\x18\x05 \x01(\x04R\aleaving\"\xb2\x01\n" +
+	"\aleaving\x18\x05 \x01(\x04R\aleaving\x12\x16\n" +
+	"\x06joined\x18\x06 \x01(\x04R\x06joined\"\xb2\x01\n" +
 	"\n" +
 	"TaskStatus\x12\x14\n" +
 	"\x05state\x18\x01 \x01(\tR\x05state\x12\x18\n" +
