@@ -463,6 +463,9 @@ func (r *runner) live(ctx context.Context, found *runtime.Status) error {
 		}
 		r.state(spec.TaskStarting, "")
 		if err := r.rt.Start(ctx, t.ID); err != nil {
+			if st, serr := r.programState(ctx); serr == nil && st.State == runtime.Exited {
+				r.set(func() { r.status.ExitCode = st.ExitCode })
+			}
 			return err
 		}
 		if t.Service != "" {

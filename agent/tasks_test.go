@@ -327,6 +327,10 @@ func (b *bench) Listening(_ context.Context, id string) (up bool, err error) {
 
 func (b *bench) Events(context.Context) <-chan runtime.Event { return nil }
 
+func (b *bench) Attach(context.Context, string, runtime.AttachSpec) (runtime.Process, error) {
+	return nil, errors.New("no attach")
+}
+
 func (b *bench) Exec(context.Context, string, runtime.ExecSpec) (runtime.Process, error) {
 	return nil, errors.New("no exec")
 }

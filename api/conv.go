@@ -99,7 +99,8 @@ func ToNetworkAttachments(in []*shoalv1.NetworkAttachment) ([]spec.NetworkAttach
 func TaskSpec(t spec.TaskSpec) *shoalv1.TaskSpec {
 	return &shoalv1.TaskSpec{Command: t.Command, Env: t.Env, Dir: t.Dir, User: t.User, Hostname: t.Hostname, Labels: t.Labels,
 		StopSignal: t.StopSignal, StopGraceMs: t.StopGrace.Milliseconds(),
-		Dns: texts(t.DNS), DnsSearch: t.DNSSearch, DnsOptions: t.DNSOptions, ExtraHosts: t.ExtraHosts, Links: t.Links, Expose: t.Expose}
+		Dns: texts(t.DNS), DnsSearch: t.DNSSearch, DnsOptions: t.DNSOptions, ExtraHosts: t.ExtraHosts, Links: t.Links, Expose: t.Expose,
+		Attach: t.Attach, Stdin: t.Stdin, Tty: t.TTY, AutoRemove: t.AutoRemove}
 }
 
 // ToTaskSpec is the inverse of TaskSpec.
@@ -107,7 +108,8 @@ func ToTaskSpec(t *shoalv1.TaskSpec) (spec.TaskSpec, error) {
 	dns, err := Addrs("DNS server", t.GetDns())
 	return spec.TaskSpec{Command: t.GetCommand(), Env: t.GetEnv(), Dir: t.GetDir(), User: t.GetUser(), Hostname: t.GetHostname(), Labels: t.GetLabels(),
 		StopSignal: t.GetStopSignal(), StopGrace: time.Duration(t.GetStopGraceMs()) * time.Millisecond,
-		DNS: dns, DNSSearch: t.GetDnsSearch(), DNSOptions: t.GetDnsOptions(), ExtraHosts: t.GetExtraHosts(), Links: t.GetLinks(), Expose: t.GetExpose()}, err
+		DNS: dns, DNSSearch: t.GetDnsSearch(), DNSOptions: t.GetDnsOptions(), ExtraHosts: t.GetExtraHosts(), Links: t.GetLinks(), Expose: t.GetExpose(),
+		Attach: t.GetAttach(), Stdin: t.GetStdin(), TTY: t.GetTty(), AutoRemove: t.GetAutoRemove()}, err
 }
 
 // Ports are as on the wire.

@@ -103,6 +103,10 @@ type Runtime interface {
 	Events(ctx context.Context) <-chan Event
 	// Exec runs a command inside a running task.
 	Exec(ctx context.Context, id string, s ExecSpec) (Process, error)
+	// Attach connects to a task's program, which may be yet to start: one with
+	// Spec.Attach waits for that, for a moment. What the program says goes to
+	// the task's output as well. The end of ctx only ends the connection.
+	Attach(ctx context.Context, id string, s AttachSpec) (Process, error)
 	// Logs yields the task's output, oldest first; with Follow until the task
 	// has ended.
 	Logs(ctx context.Context, id string, o LogOptions) iter.Seq2[LogLine, error]
@@ -130,8 +134,16 @@ type ExecSpec struct {
 	Stdout, Stderr io.Writer
 }
 
-// Process is a command that Exec started. It is killed when Exec's context
-// ends.
+// AttachSpec is what Attach connects to the program. Stdin is used only of a
+// task with Spec.Stdin; of one with Spec.TTY, Stdout carries both streams.
+type AttachSpec struct {
+	Rows, Cols     uint16
+	Stdin          io.Reader
+	Stdout, Stderr io.Writer
+}
+
+// Process is a command that Exec started, which is killed when Exec's context
+// ends; or a program that Attach is connected to.
 type Process interface {
 	// Wait returns the exit status: 127 for a command that was not found, 126
 	// for one that can't be executed, 128+N for one ended by signal N.

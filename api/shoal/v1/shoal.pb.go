@@ -257,6 +257,10 @@ type TaskSpec struct {
 	ExtraHosts    []string               `protobuf:"bytes,12,rep,name=extra_hosts,json=extraHosts,proto3" json:"extra_hosts,omitempty"` // NAME:ADDRESS
 	Links         []string               `protobuf:"bytes,13,rep,name=links,proto3" json:"links,omitempty"`                             // TARGET:ALIAS
 	Expose        []string               `protobuf:"bytes,14,rep,name=expose,proto3" json:"expose,omitempty"`                           // PORT/PROTOCOL
+	Attach        bool                   `protobuf:"varint,15,opt,name=attach,proto3" json:"attach,omitempty"`                          // somebody is about to attach
+	Stdin         bool                   `protobuf:"varint,16,opt,name=stdin,proto3" json:"stdin,omitempty"`
+	Tty           bool                   `protobuf:"varint,17,opt,name=tty,proto3" json:"tty,omitempty"`
+	AutoRemove    bool                   `protobuf:"varint,18,opt,name=auto_remove,json=autoRemove,proto3" json:"auto_remove,omitempty"` // forget the task when it has ended
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -387,6 +391,34 @@ func (x *TaskSpec) GetExpose() []string {
 		return x.Expose
 	}
 	return nil
+}
+
+func (x *TaskSpec) GetAttach() bool {
+	if x != nil {
+		return x.Attach
+	}
+	return false
+}
+
+func (x *TaskSpec) GetStdin() bool {
+	if x != nil {
+		return x.Stdin
+	}
+	return false
+}
+
+func (x *TaskSpec) GetTty() bool {
+	if x != nil {
+		return x.Tty
+	}
+	return false
+}
+
+func (x *TaskSpec) GetAutoRemove() bool {
+	if x != nil {
+		return x.AutoRemove
+	}
+	return false
 }
 
 type Port struct {
@@ -4839,6 +4871,7 @@ type ExecRequest_Start struct {
 	Rows          int32                  `protobuf:"varint,7,opt,name=rows,proto3" json:"rows,omitempty"`
 	Cols          int32                  `protobuf:"varint,8,opt,name=cols,proto3" json:"cols,omitempty"`
 	Stdin         bool                   `protobuf:"varint,9,opt,name=stdin,proto3" json:"stdin,omitempty"`
+	Attach        bool                   `protobuf:"varint,10,opt,name=attach,proto3" json:"attach,omitempty"` // no command: to the program of the task itself, which may be yet to start
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4932,6 +4965,13 @@ func (x *ExecRequest_Start) GetCols() int32 {
 func (x *ExecRequest_Start) GetStdin() bool {
 	if x != nil {
 		return x.Stdin
+	}
+	return false
+}
+
+func (x *ExecRequest_Start) GetAttach() bool {
+	if x != nil {
+		return x.Attach
 	}
 	return false
 }
@@ -5179,7 +5219,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x11NetworkAttachment\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x18\n" +
 	"\aaliases\x18\x02 \x03(\tR\aaliases\x12\x14\n" +
-	"\x05addrs\x18\x03 \x03(\tR\x05addrs\"\xd1\x03\n" +
+	"\x05addrs\x18\x03 \x03(\tR\x05addrs\"\xb2\x04\n" +
 	"\bTaskSpec\x12\x18\n" +
 	"\acommand\x18\x01 \x03(\tR\acommand\x12\x10\n" +
 	"\x03env\x18\x02 \x03(\tR\x03env\x12\x10\n" +
@@ -5199,7 +5239,12 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\vextra_hosts\x18\f \x03(\tR\n" +
 	"extraHosts\x12\x14\n" +
 	"\x05links\x18\r \x03(\tR\x05links\x12\x16\n" +
-	"\x06expose\x18\x0e \x03(\tR\x06expose\x1a9\n" +
+	"\x06expose\x18\x0e \x03(\tR\x06expose\x12\x16\n" +
+	"\x06attach\x18\x0f \x01(\bR\x06attach\x12\x14\n" +
+	"\x05stdin\x18\x10 \x01(\bR\x05stdin\x12\x10\n" +
+	"\x03tty\x18\x11 \x01(\bR\x03tty\x12\x1f\n" +
+	"\vauto_remove\x18\x12 \x01(\bR\n" +
+	"autoRemove\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x92\x01\n" +
@@ -5482,13 +5527,13 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\anetwork\x18\x02 \x01(\tR\anetwork\x12\x10\n" +
 	"\x03vip\x18\x03 \x01(\tR\x03vip\x12\x12\n" +
 	"\x04open\x18\x04 \x01(\bR\x04open\x12<\n" +
-	"\bbackends\x18\x05 \x03(\v2 .shoal.v1.KernelResponse.BackendR\bbackends\"\xc4\x03\n" +
+	"\bbackends\x18\x05 \x03(\v2 .shoal.v1.KernelResponse.BackendR\bbackends\"\xdc\x03\n" +
 	"\vExecRequest\x123\n" +
 	"\x05start\x18\x01 \x01(\v2\x1b.shoal.v1.ExecRequest.StartH\x00R\x05start\x12\x16\n" +
 	"\x05stdin\x18\x02 \x01(\fH\x00R\x05stdin\x12\x1d\n" +
 	"\tstdin_eof\x18\x03 \x01(\bH\x00R\bstdinEof\x126\n" +
 	"\x06resize\x18\x04 \x01(\v2\x1c.shoal.v1.ExecRequest.ResizeH\x00R\x06resize\x12\x18\n" +
-	"\x06signal\x18\x05 \x01(\x05H\x00R\x06signal\x1a\xbd\x01\n" +
+	"\x06signal\x18\x05 \x01(\x05H\x00R\x06signal\x1a\xd5\x01\n" +
 	"\x05Start\x12\x12\n" +
 	"\x04task\x18\x01 \x01(\tR\x04task\x12\x18\n" +
 	"\acommand\x18\x02 \x03(\tR\acommand\x12\x10\n" +
@@ -5498,7 +5543,9 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x03tty\x18\x06 \x01(\bR\x03tty\x12\x12\n" +
 	"\x04rows\x18\a \x01(\x05R\x04rows\x12\x12\n" +
 	"\x04cols\x18\b \x01(\x05R\x04cols\x12\x14\n" +
-	"\x05stdin\x18\t \x01(\bR\x05stdin\x1a0\n" +
+	"\x05stdin\x18\t \x01(\bR\x05stdin\x12\x16\n" +
+	"\x06attach\x18\n" +
+	" \x01(\bR\x06attach\x1a0\n" +
 	"\x06Resize\x12\x12\n" +
 	"\x04rows\x18\x01 \x01(\x05R\x04rows\x12\x12\n" +
 	"\x04cols\x18\x02 \x01(\x05R\x04colsB\x05\n" +
