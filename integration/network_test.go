@@ -229,6 +229,7 @@ func TestResolverSettings(t *testing.T) {
 		"neither an address nor":          "shoal run --add-host a:b -- true",
 		"DNS option \"a b\"":              "shoal run --dns-option 'a b' -- true",
 		"no such task or service: nosuch": "shoal run --link nosuch:x -- true",
+		"c is on none of the networks":    "shoal run --network none --link c:x -- true",
 	} {
 		s.fails("node1", want, "%s", line)
 	}
@@ -261,7 +262,7 @@ func TestConnectAndDisconnect(t *testing.T) {
 	if got := s.ok("node1", "shoal exec c ip -br -4 addr"); !strings.Contains(got, ".77/32") {
 		t.Errorf("no address .77: %s", got)
 	}
-	if got := s.ok("node1", "shoal exec c cat /etc/hosts"); !strings.Contains(got, ".77\tc\n") {
+	if got := s.ok("node1", "shoal exec c cat /etc/hosts"); !strings.Contains(got, ".77\tc") {
 		t.Errorf("no line for .77: %s", got)
 	}
 	s.eventually(slow(5*time.Second), func() error {

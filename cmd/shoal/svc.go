@@ -158,11 +158,11 @@ func (c *cli) svcCreate() *cobra.Command {
 				return usageError(cmd, err)
 			}
 			req.Ports = api.Ports(ports)
-			if err := c.link(cmd.Context(), req.Task); err != nil {
-				return err
-			}
 			if req.Name == "" {
 				req.Name = "svc-" + spec.NewID()[:6]
+			}
+			if err := c.link(cmd.Context(), req.Task, req.Name, req.Networks); err != nil {
+				return err
 			}
 			resp, err := c.control().CreateService(cmd.Context(), connect.NewRequest(&shoalv1.CreateServiceRequest{Spec: req}))
 			if err != nil {

@@ -65,7 +65,10 @@ found; with -d it prints the task's ID once it runs.`,
 				return usageError(cmd, err)
 			}
 			req.Ports = api.Ports(ports)
-			if err := c.link(cmd.Context(), req.Spec); err != nil {
+			if req.Name == "" && len(tf.links) > 0 {
+				req.Name = "task-" + spec.NewID()[:6]
+			}
+			if err := c.link(cmd.Context(), req.Spec, req.Name, req.Networks); err != nil {
 				return err
 			}
 			if req.Node == "" {
