@@ -37,6 +37,12 @@ type TaskSpec struct {
 	ExtraHosts []string     `json:"extra_hosts,omitempty"` // NAME:ADDRESS lines of /etc/hosts; ADDRESS may be host-gateway
 
 	Health *HealthCheck `json:"health,omitempty"`
+
+	// Of tasks of their own (shoal run) only:
+	Attach     bool `json:"attach,omitempty"`      // somebody is about to attach: the program waits for them, for a moment
+	Stdin      bool `json:"stdin,omitempty"`       // keep standard input open, for who attaches
+	TTY        bool `json:"tty,omitempty"`         // a terminal rather than pipes
+	AutoRemove bool `json:"auto_remove,omitempty"` // forget the task when it has ended
 }
 
 // DefaultStopGrace is the time between the stop signal and SIGKILL, Docker's

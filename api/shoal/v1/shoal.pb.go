@@ -257,7 +257,11 @@ type TaskSpec struct {
 	ExtraHosts    []string               `protobuf:"bytes,12,rep,name=extra_hosts,json=extraHosts,proto3" json:"extra_hosts,omitempty"` // NAME:ADDRESS
 	Links         []string               `protobuf:"bytes,13,rep,name=links,proto3" json:"links,omitempty"`                             // TARGET:ALIAS
 	Expose        []string               `protobuf:"bytes,14,rep,name=expose,proto3" json:"expose,omitempty"`                           // PORT/PROTOCOL
-	Health        *HealthCheck           `protobuf:"bytes,15,opt,name=health,proto3" json:"health,omitempty"`                           // absent: none
+	Attach        bool                   `protobuf:"varint,15,opt,name=attach,proto3" json:"attach,omitempty"`                          // somebody is about to attach
+	Stdin         bool                   `protobuf:"varint,16,opt,name=stdin,proto3" json:"stdin,omitempty"`
+	Tty           bool                   `protobuf:"varint,17,opt,name=tty,proto3" json:"tty,omitempty"`
+	AutoRemove    bool                   `protobuf:"varint,18,opt,name=auto_remove,json=autoRemove,proto3" json:"auto_remove,omitempty"` // forget the task when it has ended
+	Health        *HealthCheck           `protobuf:"bytes,19,opt,name=health,proto3" json:"health,omitempty"`                            // absent: none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -388,6 +392,34 @@ func (x *TaskSpec) GetExpose() []string {
 		return x.Expose
 	}
 	return nil
+}
+
+func (x *TaskSpec) GetAttach() bool {
+	if x != nil {
+		return x.Attach
+	}
+	return false
+}
+
+func (x *TaskSpec) GetStdin() bool {
+	if x != nil {
+		return x.Stdin
+	}
+	return false
+}
+
+func (x *TaskSpec) GetTty() bool {
+	if x != nil {
+		return x.Tty
+	}
+	return false
+}
+
+func (x *TaskSpec) GetAutoRemove() bool {
+	if x != nil {
+		return x.AutoRemove
+	}
+	return false
 }
 
 func (x *TaskSpec) GetHealth() *HealthCheck {
@@ -848,6 +880,7 @@ type Attachment struct {
 	Aliases       []string               `protobuf:"bytes,3,rep,name=aliases,proto3" json:"aliases,omitempty"`
 	Iface         string                 `protobuf:"bytes,4,opt,name=iface,proto3" json:"iface,omitempty"`
 	Leaving       uint64                 `protobuf:"varint,5,opt,name=leaving,proto3" json:"leaving,omitempty"` // version of the task that it left at
+	Joined        uint64                 `protobuf:"varint,6,opt,name=joined,proto3" json:"joined,omitempty"`   // version of the task that it was connected at; 0: from the start
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -913,6 +946,13 @@ func (x *Attachment) GetIface() string {
 func (x *Attachment) GetLeaving() uint64 {
 	if x != nil {
 		return x.Leaving
+	}
+	return 0
+}
+
+func (x *Attachment) GetJoined() uint64 {
+	if x != nil {
+		return x.Joined
 	}
 	return 0
 }
@@ -4923,6 +4963,7 @@ type ExecRequest_Start struct {
 	Rows          int32                  `protobuf:"varint,7,opt,name=rows,proto3" json:"rows,omitempty"`
 	Cols          int32                  `protobuf:"varint,8,opt,name=cols,proto3" json:"cols,omitempty"`
 	Stdin         bool                   `protobuf:"varint,9,opt,name=stdin,proto3" json:"stdin,omitempty"`
+	Attach        bool                   `protobuf:"varint,10,opt,name=attach,proto3" json:"attach,omitempty"` // no command: to the program of the task itself, which may be yet to start
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5016,6 +5057,13 @@ func (x *ExecRequest_Start) GetCols() int32 {
 func (x *ExecRequest_Start) GetStdin() bool {
 	if x != nil {
 		return x.Stdin
+	}
+	return false
+}
+
+func (x *ExecRequest_Start) GetAttach() bool {
+	if x != nil {
+		return x.Attach
 	}
 	return false
 }
@@ -5263,7 +5311,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x11NetworkAttachment\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x18\n" +
 	"\aaliases\x18\x02 \x03(\tR\aaliases\x12\x14\n" +
-	"\x05addrs\x18\x03 \x03(\tR\x05addrs\"\x80\x04\n" +
+	"\x05addrs\x18\x03 \x03(\tR\x05addrs\"\xe1\x04\n" +
 	"\bTaskSpec\x12\x18\n" +
 	"\acommand\x18\x01 \x03(\tR\acommand\x12\x10\n" +
 	"\x03env\x18\x02 \x03(\tR\x03env\x12\x10\n" +
@@ -5283,8 +5331,13 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\vextra_hosts\x18\f \x03(\tR\n" +
 	"extraHosts\x12\x14\n" +
 	"\x05links\x18\r \x03(\tR\x05links\x12\x16\n" +
-	"\x06expose\x18\x0e \x03(\tR\x06expose\x12-\n" +
-	"\x06health\x18\x0f \x01(\v2\x15.shoal.v1.HealthCheckR\x06health\x1a9\n" +
+	"\x06expose\x18\x0e \x03(\tR\x06expose\x12\x16\n" +
+	"\x06attach\x18\x0f \x01(\bR\x06attach\x12\x14\n" +
+	"\x05stdin\x18\x10 \x01(\bR\x05stdin\x12\x10\n" +
+	"\x03tty\x18\x11 \x01(\bR\x03tty\x12\x1f\n" +
+	"\vauto_remove\x18\x12 \x01(\bR\n" +
+	"autoRemove\x12-\n" +
+	"\x06health\x18\x13 \x01(\v2\x15.shoal.v1.HealthCheckR\x06health\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xd5\x01\n" +
@@ -5333,14 +5386,15 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\arunning\x18\x06 \x01(\x05R\arunning\x12$\n" +
 	"\x05ports\x18\a \x03(\v2\x0e.shoal.v1.PortR\x05ports\x12\x18\n" +
 	"\aingress\x18\b \x01(\tR\aingress\x12\x14\n" +
-	"\x05stale\x18\t \x01(\x05R\x05stale\"\x86\x01\n" +
+	"\x05stale\x18\t \x01(\x05R\x05stale\"\x9e\x01\n" +
 	"\n" +
 	"Attachment\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x14\n" +
 	"\x05addrs\x18\x02 \x03(\tR\x05addrs\x12\x18\n" +
 	"\aaliases\x18\x03 \x03(\tR\aaliases\x12\x14\n" +
 	"\x05iface\x18\x04 \x01(\tR\x05iface\x12\x18\n" +
-	"\aleaving\x18\x05 \x01(\x04R\aleaving\"\xb2\x01\n" +
+	"\aleaving\x18\x05 \x01(\x04R\aleaving\x12\x16\n" +
+	"\x06joined\x18\x06 \x01(\x04R\x06joined\"\xb2\x01\n" +
 	"\n" +
 	"TaskStatus\x12\x14\n" +
 	"\x05state\x18\x01 \x01(\tR\x05state\x12\x18\n" +
@@ -5575,13 +5629,13 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\anetwork\x18\x02 \x01(\tR\anetwork\x12\x10\n" +
 	"\x03vip\x18\x03 \x01(\tR\x03vip\x12\x12\n" +
 	"\x04open\x18\x04 \x01(\bR\x04open\x12<\n" +
-	"\bbackends\x18\x05 \x03(\v2 .shoal.v1.KernelResponse.BackendR\bbackends\"\xc4\x03\n" +
+	"\bbackends\x18\x05 \x03(\v2 .shoal.v1.KernelResponse.BackendR\bbackends\"\xdc\x03\n" +
 	"\vExecRequest\x123\n" +
 	"\x05start\x18\x01 \x01(\v2\x1b.shoal.v1.ExecRequest.StartH\x00R\x05start\x12\x16\n" +
 	"\x05stdin\x18\x02 \x01(\fH\x00R\x05stdin\x12\x1d\n" +
 	"\tstdin_eof\x18\x03 \x01(\bH\x00R\bstdinEof\x126\n" +
 	"\x06resize\x18\x04 \x01(\v2\x1c.shoal.v1.ExecRequest.ResizeH\x00R\x06resize\x12\x18\n" +
-	"\x06signal\x18\x05 \x01(\x05H\x00R\x06signal\x1a\xbd\x01\n" +
+	"\x06signal\x18\x05 \x01(\x05H\x00R\x06signal\x1a\xd5\x01\n" +
 	"\x05Start\x12\x12\n" +
 	"\x04task\x18\x01 \x01(\tR\x04task\x12\x18\n" +
 	"\acommand\x18\x02 \x03(\tR\acommand\x12\x10\n" +
@@ -5591,7 +5645,9 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x03tty\x18\x06 \x01(\bR\x03tty\x12\x12\n" +
 	"\x04rows\x18\a \x01(\x05R\x04rows\x12\x12\n" +
 	"\x04cols\x18\b \x01(\x05R\x04cols\x12\x14\n" +
-	"\x05stdin\x18\t \x01(\bR\x05stdin\x1a0\n" +
+	"\x05stdin\x18\t \x01(\bR\x05stdin\x12\x16\n" +
+	"\x06attach\x18\n" +
+	" \x01(\bR\x06attach\x1a0\n" +
 	"\x06Resize\x12\x12\n" +
 	"\x04rows\x18\x01 \x01(\x05R\x04rows\x12\x12\n" +
 	"\x04cols\x18\x02 \x01(\x05R\x04colsB\x05\n" +
