@@ -296,6 +296,10 @@ func TestAnAgentDies(t *testing.T) {
 	s.ok("node1", "shoal net create app")
 	s.whoami("web", 3, "--network app")
 	s.ok("node1", "shoal run -d --name c1 --network app -- sleep 10000")
+	// Names, asked for all the time: they wait for the next agent, which must not
+	// answer before it knows them. What it does not know it would ask elsewhere.
+	s.ok("node2", "shoal run -d --name asker --network app --dns-option timeout:5 --dns-option attempts:5 -- "+
+		"sh -c 'while :; do for n in web tasks.web asker; do getent ahostsv4 $n >/dev/null || echo lost $n; done; sleep 0.02; done'")
 	conn := s.line("c1", "web", 9000)
 	defer conn.close()
 	conn.say("before")
@@ -352,6 +356,9 @@ func TestAnAgentDies(t *testing.T) {
 		s.awaitRunning(name, 3)
 		s.fair(name, s.inTask("c1", "-n 60 -timeout %s http://%s/", slow(2*time.Second), name), 3)
 		s.ok("node1", "shoal svc rm %s", name)
+	}
+	if got := s.ok("node2", "shoal logs asker"); got != "" {
+		t.Errorf("names while agents died: %s", got)
 	}
 	s.eventually(slow(20*time.Second), func() error {
 		if got := s.namespaces(); got != spaces {
