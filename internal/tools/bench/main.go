@@ -4,6 +4,7 @@
 // interleaved, and medians are reported with the spread.
 //
 //	go run ./internal/tools/bench -bin bin -data-path nft
+//	go run ./internal/tools/bench -names
 //
 // It prints Markdown for docs/PERFORMANCE.md. It needs root, iperf3, wrk and
 // dnsperf (scripts/setup installs them).
