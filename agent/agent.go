@@ -44,6 +44,10 @@ const (
 	DefaultSubnetSize = 24
 )
 
+// maxStale is the longest that anything is kept in DNS (RFC 8767 section 4: a
+// TTL is 7 days at most).
+const maxStale = 7 * 24 * time.Hour
+
 // Config is what an agent is given: its place on the machine, and the
 // implementations that touch the machine, which only cmd/shoal knows.
 type Config struct {
@@ -77,6 +81,9 @@ type Config struct {
 	// Upstreams are the resolvers of the machine, SearchDomains its domains.
 	Upstreams     func() []netip.AddrPort
 	SearchDomains func() []string
+	// DNSStale is for how long after its end an answer of a resolver may be
+	// given when none answers; 0: never.
+	DNSStale time.Duration
 	// Dial opens the sockets by which resolvers are asked; see [dns.Config].
 	Dial func(ctx context.Context, netns, network string, to netip.AddrPort) (net.Conn, error)
 
@@ -118,6 +125,9 @@ func (c Config) Validate() error {
 	}
 	if c.ControlPort == c.GossipPort {
 		return fmt.Errorf("--control-port and --gossip-port are both %d: both are TCP, use different ones", c.ControlPort)
+	}
+	if c.DNSStale < 0 || c.DNSStale > maxStale {
+		return fmt.Errorf("--dns-stale %s is out of range: use 0 (never) to %s", c.DNSStale, maxStale)
 	}
 	// unix(7): sun_path has 108 bytes, with the final NUL.
 	if len(c.Socket) > 107 {

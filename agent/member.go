@@ -197,7 +197,7 @@ func (m *member) start() error {
 			wake(m.composeWake)
 		}
 	})
-	m.dns = dns.NewServer(dns.Config{Upstreams: m.cfg.Upstreams, Dial: m.cfg.Dial, Log: m.log})
+	m.dns = dns.NewServer(dns.Config{Upstreams: m.cfg.Upstreams, Dial: m.cfg.Dial, Stale: m.cfg.DNSStale, Log: m.log})
 	m.tasks = &tasks{rt: m.cfg.Runtime, dns: m.dns, instance: m.cfg.Instance, hostAddr: m.ident.Addr, search: m.cfg.SearchDomains,
 		log: m.log, plumbing: m, ctx: m.ctx, runners: map[string]*runner{}}
 	m.overlay = reconcile.New("overlay", overlay.NewTarget(m.cfg.Overlay), reconcile.Options{Log: m.log, OnPass: m.overlayPass})

@@ -3,8 +3,8 @@
 //
 // A [Zone] is an immutable index of one [spec.View]: from a network and a name
 // to what the name stands for, and from an address back to its name. A new View
-// makes a new Zone that shares with the last one all that did not change, so
-// that one endpoint among a hundred thousand costs a few microseconds and a
+// makes a new Zone that shares with the last one all that did not change: an
+// endpoint that changed costs microseconds, one that did not a comparison. A
 // query never waits for a lock.
 //
 // A [Server] has one Zone at a time and serves any number of tasks, each by its

@@ -30,8 +30,9 @@ const (
 	// A resolver that has not answered for the hedge delay is joined by the
 	// next: three times what it usually takes, within these bounds.
 	hedgeMin, hedgeMax, hedgeUnknown = 40 * time.Millisecond, 400 * time.Millisecond, 150 * time.Millisecond
-	// A question that nobody has answered is sent again: packets get lost.
-	resendAfter = time.Second
+	// A question that nobody has answered is sent again: packets get lost. To one
+	// who is slow it is later, or all of its work would be done twice.
+	resendMin, resendMax = time.Second, 2 * time.Second
 	// A resolver that did not answer is asked last for this long.
 	penalty = 20 * time.Second
 	// tcpTimeout bounds asking again by TCP for what was cut short: that is then
@@ -372,10 +373,7 @@ func (f *forwarder) race(ctx context.Context, up *upstreams, q mdns.Question, do
 			case <-ctx.Done():
 			}
 		})
-		if sent >= len(order) {
-			return resendAfter
-		}
-		return f.hedge(s)
+		return f.wait(s, sent >= len(order))
 	}
 	timer := time.NewTimer(send())
 	defer timer.Stop()
@@ -435,10 +433,18 @@ func (f *forwarder) order(up *upstreams) []serverKey {
 	return out
 }
 
-func (f *forwarder) hedge(k serverKey) time.Duration {
+// wait is for how long a resolver is waited for before the next is asked, or,
+// with all asked, before one is asked again.
+func (f *forwarder) wait(k serverKey, all bool) time.Duration {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if h := f.health[k]; h != nil && h.srtt > 0 {
+	h := f.health[k]
+	switch {
+	case all && h != nil:
+		return min(max(3*h.srtt/2, resendMin), resendMax)
+	case all:
+		return resendMin
+	case h != nil && h.srtt > 0:
 		return min(max(3*h.srtt, hedgeMin), hedgeMax)
 	}
 	return hedgeUnknown

@@ -35,7 +35,12 @@ func (r *resolver) asked() []string {
 // upstream starts a resolver that answers by fn; nil: not at all.
 func upstream(t testing.TB, fn func(w mdns.ResponseWriter, r *mdns.Msg)) *resolver {
 	t.Helper()
-	pc, ln := sockets(t)
+	return upstreamAt(t, "127.0.0.1", fn)
+}
+
+func upstreamAt(t testing.TB, host string, fn func(w mdns.ResponseWriter, r *mdns.Msg)) *resolver {
+	t.Helper()
+	pc, ln := socketsAt(t, host)
 	u := &resolver{addr: netip.MustParseAddrPort(pc.LocalAddr().String())}
 	h := mdns.HandlerFunc(func(w mdns.ResponseWriter, r *mdns.Msg) {
 		if _, ok := w.RemoteAddr().(*net.UDPAddr); ok {
@@ -284,6 +289,28 @@ func TestADeadResolverCostsLittle(t *testing.T) {
 		if took := time.Since(start); took > 4*time.Second {
 			t.Errorf("%s: five questions took %s", name, took)
 		}
+	}
+}
+
+// TestResolversOverIPv6: one where nobody listens, then one that answers, by
+// TCP, too.
+func TestResolversOverIPv6(t *testing.T) {
+	pc, ln := socketsAt(t, "::1")
+	closed := &resolver{addr: netip.MustParseAddrPort(pc.LocalAddr().String())}
+	pc.Close()
+	ln.Close()
+	live := upstreamAt(t, "::1", func(w mdns.ResponseWriter, r *mdns.Msg) {
+		if _, ok := w.RemoteAddr().(*net.UDPAddr); ok {
+			m := new(mdns.Msg).SetReply(r)
+			m.Truncated = true
+			_ = w.WriteMsg(m)
+			return
+		}
+		says("192.0.2.6", 300)(w, r)
+	})
+	_, addr := serving(t, by(closed, live), both)
+	if r := ask(t, addr, "udp", "example.com", mdns.TypeA); describe(r) != "NOERROR 192.0.2.6" || live.tcp.Load() != 1 {
+		t.Errorf("%d times by TCP: %v", live.tcp.Load(), r)
 	}
 }
 

@@ -46,8 +46,13 @@ func serve(t testing.TB, s *Server, asker func() *Asker) string {
 // sockets are UDP and TCP on one port of loopback.
 func sockets(t testing.TB) (net.PacketConn, net.Listener) {
 	t.Helper()
+	return socketsAt(t, "127.0.0.1")
+}
+
+func socketsAt(t testing.TB, host string) (net.PacketConn, net.Listener) {
+	t.Helper()
 	for range 20 {
-		pc, err := net.ListenPacket("udp", "127.0.0.1:0")
+		pc, err := net.ListenPacket("udp", net.JoinHostPort(host, "0"))
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -108,9 +108,9 @@ func (z *Zone) Update(v *spec.View, o ZoneOptions) *Zone {
 			out.suspect[p.ID] = true
 		}
 	}
-	if !slices.IsSortedFunc(out.endpoints, compareEndpoints) {
+	if !sorted(out.endpoints, compareEndpoints) {
 		out.endpoints = slices.Clone(out.endpoints)
-		slices.SortFunc(out.endpoints, compareEndpoints)
+		slices.SortFunc(out.endpoints, func(a, b spec.Endpoint) int { return compareEndpoints(&a, &b) })
 	}
 
 	changes := map[unitKey]*unitChange{}
@@ -133,7 +133,7 @@ func (z *Zone) Update(v *spec.View, o ZoneOptions) *Zone {
 			}
 		}
 	})
-	merge(z.endpoints, out.endpoints, compareEndpoints, spec.Endpoint.Equal, func(old, new *spec.Endpoint) {
+	merge(z.endpoints, out.endpoints, compareEndpoints, equalEndpoints, func(old, new *spec.Endpoint) {
 		if old != nil {
 			c := touch(unitOf(*old))
 			c.remove = append(c.remove, old.Task)
@@ -296,8 +296,9 @@ func (e *edits) withdraw(u *unit) {
 }
 
 // merge walks two sorted lists and tells of each element that is in one only or
-// that differs. Of elements that compare as equal only the first counts.
-func merge[T any](old, new []T, compare func(a, b T) int, equal func(a, b T) bool, fn func(old, new *T)) {
+// that differs. Of elements that compare as equal only the first counts. There
+// are very many and they are large: they are not copied.
+func merge[T any](old, new []T, compare func(a, b *T) int, equal func(a, b *T) bool, fn func(old, new *T)) {
 	for i, j := 0, 0; i < len(old) || j < len(new); {
 		c := 0
 		switch {
@@ -306,7 +307,7 @@ func merge[T any](old, new []T, compare func(a, b T) int, equal func(a, b T) boo
 		case j == len(new):
 			c = -1
 		default:
-			c = compare(old[i], new[j])
+			c = compare(&old[i], &new[j])
 		}
 		switch {
 		case c < 0:
@@ -316,7 +317,7 @@ func merge[T any](old, new []T, compare func(a, b T) int, equal func(a, b T) boo
 			fn(nil, &new[j])
 			j = next(new, j, compare)
 		default:
-			if !equal(old[i], new[j]) {
+			if !equal(&old[i], &new[j]) {
 				fn(&old[i], &new[j])
 			}
 			i, j = next(old, i, compare), next(new, j, compare)
@@ -325,18 +326,27 @@ func merge[T any](old, new []T, compare func(a, b T) int, equal func(a, b T) boo
 }
 
 // next is the index of the first element after i that is another.
-func next[T any](s []T, i int, compare func(a, b T) int) int {
+func next[T any](s []T, i int, compare func(a, b *T) int) int {
 	k := i + 1
-	for k < len(s) && compare(s[i], s[k]) == 0 {
+	for k < len(s) && compare(&s[i], &s[k]) == 0 {
 		k++
 	}
 	return k
 }
 
-func compareServices(a, b spec.Service) int { return strings.Compare(a.ID, b.ID) }
+func sorted[T any](s []T, compare func(a, b *T) int) bool {
+	for i := 1; i < len(s); i++ {
+		if compare(&s[i-1], &s[i]) > 0 {
+			return false
+		}
+	}
+	return true
+}
+
+func compareServices(a, b *spec.Service) int { return strings.Compare(a.ID, b.ID) }
 
 // equalServices compares what names depend on.
-func equalServices(a, b spec.Service) bool {
+func equalServices(a, b *spec.Service) bool {
 	return a.Spec.Name == b.Spec.Name &&
 		slices.EqualFunc(a.VIPs, b.VIPs, func(x, y spec.VIPs) bool {
 			return x.Network == y.Network && slices.Equal(x.Addrs, y.Addrs)
@@ -346,12 +356,14 @@ func equalServices(a, b spec.Service) bool {
 		})
 }
 
-func compareEndpoints(a, b spec.Endpoint) int {
+func compareEndpoints(a, b *spec.Endpoint) int {
 	if c := strings.Compare(a.Task, b.Task); c != 0 {
 		return c
 	}
 	return strings.Compare(a.Network, b.Network)
 }
+
+func equalEndpoints(a, b *spec.Endpoint) bool { return a.Equal(*b) }
 
 // lower is RFC 4343's folding: ASCII only, which is all that names have.
 func lower(s string) string { return strings.ToLower(s) }

@@ -225,11 +225,12 @@ func TestResolverSettings(t *testing.T) {
 		t.Error(got)
 	}
 	for want, line := range map[string]string{
-		"DNS server":                      "shoal run --dns ns1 -- true",
-		"neither an address nor":          "shoal run --add-host a:b -- true",
-		"DNS option \"a b\"":              "shoal run --dns-option 'a b' -- true",
-		"no such task or service: nosuch": "shoal run --link nosuch:x -- true",
-		"c is on none of the networks":    "shoal run --network none --link c:x -- true",
+		"DNS server":                       "shoal run --dns ns1 -- true",
+		"neither an address nor":           "shoal run --add-host a:b -- true",
+		"is the task's name server itself": "shoal run --dns 127.0.0.11 -- true",
+		"DNS option \"a b\"":               "shoal run --dns-option 'a b' -- true",
+		"no such task or service: nosuch":  "shoal run --link nosuch:x -- true",
+		"c is on none of the networks":     "shoal run --network none --link c:x -- true",
 	} {
 		s.fails("node1", want, "%s", line)
 	}

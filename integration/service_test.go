@@ -296,6 +296,10 @@ func TestAnAgentDies(t *testing.T) {
 	s.ok("node1", "shoal net create app")
 	s.whoami("web", 3, "--network app")
 	s.ok("node1", "shoal run -d --name c1 --network app -- sleep 10000")
+	// Names, asked for all the time: they wait for the next agent, which must not
+	// answer before it knows them. What it does not know it would ask elsewhere.
+	s.ok("node2", "shoal run -d --name asker --network app -- "+
+		"sh -c 'for n in web tasks.web asker; do while :; do dig +short +time=5 +tries=5 $n | grep -q ^10 || echo lost $n; sleep 0.1; done & done; wait'")
 	conn := s.line("c1", "web", 9000)
 	defer conn.close()
 	conn.say("before")
@@ -330,6 +334,13 @@ func TestAnAgentDies(t *testing.T) {
 		return nil
 	})
 	conn.say("after")
+	// Managers may find a node ready before the client's finds it beyond suspicion.
+	s.eventually(slow(10*time.Second), func() error {
+		if l := s.inTask("c1", "-n 30 -timeout %s http://web/", slow(2*time.Second)); len(l.Hosts) != 3 {
+			return fmt.Errorf("after: %d servers of 3: %v", len(l.Hosts), l.Hosts)
+		}
+		return nil
+	})
 	s.fair("after", s.inTask("c1", "-n 60 -timeout %s http://web/", slow(2*time.Second)), 3)
 	s.eventually(slow(10*time.Second), func() error {
 		if got := s.namespaces(); got != spaces {
@@ -352,6 +363,9 @@ func TestAnAgentDies(t *testing.T) {
 		s.awaitRunning(name, 3)
 		s.fair(name, s.inTask("c1", "-n 60 -timeout %s http://%s/", slow(2*time.Second), name), 3)
 		s.ok("node1", "shoal svc rm %s", name)
+	}
+	if got := s.ok("node2", "shoal logs asker"); got != "" {
+		t.Errorf("names while agents died: %s", got)
 	}
 	s.eventually(slow(20*time.Second), func() error {
 		if got := s.namespaces(); got != spaces {

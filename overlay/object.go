@@ -6,6 +6,8 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+
+	"github.com/shoalnet/shoal/spec"
 )
 
 // RouteProtocol marks our routes (rtnetlink(7), rtm_protocol): 83, the letter S.
@@ -30,7 +32,7 @@ const (
 )
 
 // DNSAddr is where a task's resolv.conf points, as in Docker.
-var DNSAddr = netip.AddrFrom4([4]byte{127, 0, 0, 11})
+var DNSAddr = spec.DNSAddr
 
 // LinkMAC is the address of the ovns's end of every task's veth. Each veth is a
 // link of its own, so that one address serves all.

@@ -16,6 +16,9 @@ const HostGateway = "host-gateway"
 // file: the like of Docker's host.docker.internal.
 const HostName = "host.shoal.internal"
 
+// DNSAddr is where a task's name server is, as in Docker.
+var DNSAddr = netip.AddrFrom4([4]byte{127, 0, 0, 11})
+
 // dnsOptionRE is a word of resolv.conf(5)'s options: "rotate", "ndots:2".
 var dnsOptionRE = regexp.MustCompile(`^[a-z0-9-]+(:[0-9]+)?$`)
 
@@ -23,6 +26,9 @@ func (t TaskSpec) validateDNS() error {
 	for _, a := range t.DNS {
 		if !a.IsValid() || a.IsMulticast() || a.IsUnspecified() {
 			return fmt.Errorf("DNS server %s: want the address of a resolver", a)
+		}
+		if a.Unmap() == DNSAddr {
+			return fmt.Errorf("DNS server %s: is the task's name server itself: give the resolver that it is to ask, or none for the node's", a)
 		}
 	}
 	for _, d := range t.DNSSearch {

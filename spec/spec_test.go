@@ -149,6 +149,7 @@ func TestServiceSpecValidate(t *testing.T) {
 		"no command":            func(s *ServiceSpec) { s.Task.Command = nil },
 		"want KEY=value":        func(s *ServiceSpec) { s.Task.Env = []string{"A"} },
 		"want key==value":       func(s *ServiceSpec) { s.Constraints = []string{"x"} },
+		"name server itself":    func(s *ServiceSpec) { s.Task.DNS = []netip.Addr{netip.MustParseAddr("::ffff:127.0.0.11")} },
 		"each label is letters": func(s *ServiceSpec) { s.Task.Hostname = "a..b" },
 	} {
 		s := ok.Clone()

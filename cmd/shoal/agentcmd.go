@@ -74,6 +74,7 @@ go on when it stops or is killed; the next agent adopts them.`,
 	f.IntVar(&cfg.ControlPort, "control-port", agent.DefaultControlPort, "TCP port of the managers' and nodes' API")
 	f.IntVar(&cfg.GossipPort, "gossip-port", agent.DefaultGossipPort, "TCP and UDP port of gossip")
 	f.StringVar(&dataPath, "data-path", "auto", "VIP data path: ipvs, nft, or auto: ipvs where the kernel has it")
+	f.DurationVar(&cfg.DNSStale, "dns-stale", 0, "when no resolver answers, give tasks its last answer for so long after its end (RFC 8767); 0: never")
 	f.StringVar(&cfg.Instance, "instance", "shoal", "prefix of what this agent names on the machine, for several agents on one")
 	f.StringVar(&logLevel, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&logFormat, "log-format", "text", "text or json")

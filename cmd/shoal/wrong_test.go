@@ -88,6 +88,8 @@ var wrong = []struct {
 	{"agent --log-level x", 2, `--log-level "x": use debug, info, warn or error`},
 	{"agent --log-format x", 2, `--log-format "x": use text or json`},
 	{"agent --data-path x", 2, `--data-path "x": use auto, ipvs, nft`},
+	{"agent --dns-stale -1s", 2, "--dns-stale -1s is out of range: use 0 (never) to 168h0m0s"},
+	{"agent --dns-stale 8d", 2, `invalid argument "8d"`},
 	{"agent --control-port x", 2, `invalid argument "x"`},
 	{"agent --control-port 0", 2, "--control-port 0 is out of range"},
 	{"agent --gossip-port 65536", 2, "--gossip-port 65536 is out of range"},

@@ -4,6 +4,7 @@
 // interleaved, and medians are reported with the spread.
 //
 //	go run ./internal/tools/bench -bin bin -data-path nft
+//	go run ./internal/tools/bench -names
 //
 // It prints Markdown for docs/PERFORMANCE.md. It needs root, iperf3, wrk and
 // dnsperf (scripts/setup installs them).
@@ -302,8 +303,19 @@ var qps = regexp.MustCompile(`Queries per second:\s+([0-9.]+)`)
 
 func (b *bench) dns(say func(string, ...any)) error {
 	say("dns")
+	// A file, which a task sees, too: dnsperf reads its input over and over.
+	questions, err := os.CreateTemp("", "shoal-bench-questions")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(questions.Name())
+	_, err = questions.WriteString("srv A\ntasks.srv A\nc2 A\n")
+	if err := errors.Join(err, questions.Close()); err != nil {
+		return err
+	}
 	// One run for the rate, one with a line for each answer for the latencies.
-	out, err := b.in("c1", "sh", "-c", fmt.Sprintf("printf 'srv A\\ntasks.srv A\\nc2 A\\n' | dnsperf -s 127.0.0.11 -c 4 -q 50 -l %d", b.seconds))
+	dnsperf := []string{"dnsperf", "-d", questions.Name(), "-s", "127.0.0.11", "-c", "4", "-l", strconv.Itoa(b.seconds)}
+	out, err := b.in("c1", append(dnsperf, "-q", "50")...)
 	if err != nil {
 		return err
 	}
@@ -312,7 +324,7 @@ func (b *bench) dns(say func(string, ...any)) error {
 		return fmt.Errorf("no rate in the output of dnsperf: %s", out)
 	}
 	rate, _ := strconv.ParseFloat(m[1], 64)
-	out, err = b.in("c1", "sh", "-c", fmt.Sprintf("printf 'srv A\\ntasks.srv A\\nc2 A\\n' | dnsperf -v -s 127.0.0.11 -c 4 -q 10 -Q 2000 -l %d", b.seconds))
+	out, err = b.in("c1", append(dnsperf, "-v", "-q", "10", "-Q", "2000")...)
 	if err != nil {
 		return err
 	}
