@@ -72,12 +72,17 @@ func TestEnvironment(t *testing.T) {
 	onlyNative(t)
 	s := shared(t)
 	file := filepath.Join(t.TempDir(), "env")
-	if err := os.WriteFile(file, []byte("# comment\nA=file\nB=from file\n\n"), 0o600); err != nil {
+	if err := os.WriteFile(file, []byte("# comment\nA=file\n  B=from file\n\nSHELLS\nUNSET\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	got := s.ok("node1", "shoal run --rm --env-file %s -e A=flag -- sh -c 'echo $A, $B'", file)
-	if got != "flag, from file" {
+	got := s.ok("node1", "env SHELLS=own shoal run --rm --env-file %s -e A=flag -- sh -c 'echo $A, $B, $SHELLS, ${UNSET-none}'", file)
+	if got != "flag, from file, own, none" {
 		t.Error(got)
+	}
+	s.ok("node1", "shoal run -d --name db --expose 5432 -e PGUSER=x -- sleep 1000")
+	got = s.ok("node1", "shoal run --rm --name app --link db:database -- sh -c 'echo $DATABASE_NAME $DATABASE_PORT $DATABASE_ENV_PGUSER; getent hosts database'")
+	if ip := s.task("db").Attachments[0].Addrs[0]; !strings.HasPrefix(got, "/app/database tcp://"+ip+":5432 x\n"+ip+" ") {
+		t.Errorf("link: %q", got)
 	}
 	s.fails("node1", "--env-file", "shoal run --env-file /nosuch -- true")
 }
