@@ -147,10 +147,16 @@ func TestWatching(t *testing.T) {
 		}
 		return nil
 	})
-	r := s.on("node2", "timeout", "3", "shoal", "events", "--since", "1h", "-f", "type=service", "-f", "name=web", "-o", "json")
-	if !strings.Contains(r.out, `"action":"create"`) {
-		t.Errorf("events: %q %s", r.out, r.err)
+	got := s.ok("node2", "shoal events --since 1h --until 0s -f type=service -f name=web -o json")
+	if !strings.Contains(got, `"action":"create"`) {
+		t.Errorf("events: %q", got)
 	}
+	got = s.ok("node2", "shoal events --since 1h --until 0s -f task=c -f event=create --format '{{.Type}} {{.Name}} {{.Attributes.node}}'")
+	if last := strings.Split(got, "\n"); last[len(last)-1] != "task c node1" {
+		t.Errorf("events: %q", got)
+	}
+	s.fails("node2", "type is one of", "shoal events -f type=color")
+	s.fails("node2", "is not a time", "shoal events --since yesterday")
 }
 
 func TestServiceUpdate(t *testing.T) {
