@@ -367,10 +367,11 @@ func (r *Runtime) Start(ctx context.Context, id string) error {
 		return err
 	}
 	resp, _, err := call(r.socket(id), request{Op: "start"}, 0)
-	if err != nil {
-		return err
+	if err != nil && resp.Status.State == "" {
+		return err // not the shim's answer
 	}
-	// What the answer says is true now, before the watcher hears of it.
+	// What the answer says is true now, before the watcher hears of it: how a
+	// program that did not start ended, too.
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if e := r.tasks[id]; e != nil && e.status.State == runtime.Created {
@@ -378,7 +379,7 @@ func (r *Runtime) Start(ctx context.Context, id string) error {
 		e.status, e.initPID = resp.Status, resp.InitPID
 		e.status.Data = data
 	}
-	return nil
+	return err
 }
 
 // Stop implements runtime.Runtime.

@@ -327,7 +327,11 @@ func TestStartErrors(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "\n") {
 			t.Errorf("%v: got %v", s, err)
 		}
-		f.exited(k)
+		// At once, for the agent to tell which of Docker's exit statuses it was.
+		codes := map[string]int{"no-such-program": 127, "/etc/passwd": 126, "true": 125}
+		if st := f.status(k); st.State != runtime.Exited || st.ExitCode != codes[s.Command[0]] {
+			t.Errorf("%v: %s, exit status %d", s, st.State, st.ExitCode)
+		}
 	}
 }
 
