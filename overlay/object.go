@@ -123,7 +123,7 @@ type Members struct {
 	Agents string // ports, TCP and UDP, of the nodes' agents
 	Peers  string // addresses of the nodes, see [Join]
 	VNIs   string // of the networks here: packets of others' VXLANs are not ours to judge
-	Fault string // observed only
+	Fault  string // observed only
 }
 
 // Guard lets packets with source Addr in from Dev; others are dropped.
