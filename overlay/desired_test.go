@@ -105,10 +105,14 @@ func TestBridgeIsHereOnly(t *testing.T) {
 		v.Networks[i].Driver, v.Networks[i].Node = spec.DriverBridge, v.Self
 	}
 	s := overlay.Desired(v)
-	for _, word := range []string{"device vx", "fdb", "table shoal-members"} {
+	for _, word := range []string{"device vx", "fdb"} {
 		if got := of(s, word); got != nil {
 			t.Errorf("%s: %v", word, got)
 		}
+	}
+	// Its tasks must not reach agents either.
+	if m, _ := s.Get(overlay.Members{}.Key()).(overlay.Members); m.Agents != "2377 7946" || m.VNIs != "" {
+		t.Errorf("members %+v", m)
 	}
 	has(t, s, false, "onlink")
 	has(t, s, true, "task-web.1: ", "default")
