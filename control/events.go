@@ -70,10 +70,17 @@ func (s *service) Events(ctx context.Context, req *connect.Request[shoalv1.Event
 	if err := stream.Send(nil); err != nil {
 		return err
 	}
+	until := req.Msg.UntilMs
+	var over <-chan time.Time
+	if until > 0 {
+		t := time.NewTimer(time.Until(time.UnixMilli(until)))
+		defer t.Stop()
+		over = t.C
+	}
 	for {
 		events, after, changed := s.m.fsm.events.from(next)
 		for _, e := range events {
-			if e.AtMs < req.Msg.SinceMs {
+			if e.AtMs < req.Msg.SinceMs || until > 0 && e.AtMs > until {
 				continue
 			}
 			if err := stream.Send(e); err != nil {
@@ -86,6 +93,14 @@ func (s *service) Events(ctx context.Context, req *connect.Request[shoalv1.Event
 			return ctx.Err()
 		case <-term.Done():
 			return errNotLeader()
+		case <-over:
+			// What came up to that moment is all there now.
+			if after, end, _ := s.m.fsm.events.from(next); len(after) == 0 || end == next {
+				return nil
+			}
+			closed := make(chan time.Time)
+			close(closed)
+			over = closed
 		case <-changed:
 		}
 	}

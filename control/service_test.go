@@ -559,6 +559,19 @@ func TestEventStream(t *testing.T) {
 	if err := createNetwork(n, "before"); err != nil {
 		t.Fatal(err)
 	}
+	// One that has an end ends, with what was before it and without an error.
+	past, err := n.ctl.Events(testCtx(t), connect.NewRequest(&shoalv1.EventsRequest{SinceMs: start, UntilMs: time.Now().UnixMilli()}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer past.Close()
+	found := false
+	for past.Receive() {
+		found = found || past.Msg().Name == "before"
+	}
+	if !found || past.Err() != nil {
+		t.Errorf("events until now: found %t, %v", found, past.Err())
+	}
 	ctx, cancel := context.WithCancel(testCtx(t))
 	defer cancel()
 	open := func(since int64) *connect.ServerStreamForClient[shoalv1.Event] {

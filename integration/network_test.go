@@ -24,6 +24,12 @@ func TestNetworkOptions(t *testing.T) {
 	if got := s.ok("node1", "shoal net ls --filter driver=bridge --format {{.Name}}"); got != "here" {
 		t.Errorf("by driver: %q", got)
 	}
+	if got := s.ok("node1", `shoal net ls --filter name=wide --format '{{.Name}} {{.Scope}} {{.Label "tier"}}'`); got != "wide swarm a" {
+		t.Errorf("Docker's fields: %q", got)
+	}
+	if got := s.ok("node1", "shoal net inspect -f '{{.Name}} {{json .Subnets}}' wide"); got != `wide ["10.77.0.0/24","10.78.0.0/24"]` {
+		t.Errorf("inspect -f: %q", got)
+	}
 	id := s.ok("node1", "shoal net ls --filter name=wide -q")
 	if got := s.ok("node1", "shoal net ls --filter id=%s --format {{.Name}}", id[:6]); got != "wide" {
 		t.Errorf("by ID: %q", got)
@@ -62,6 +68,10 @@ func TestNetworkOptions(t *testing.T) {
 		"no such network: nosuch":       "shoal net inspect nosuch",
 		"is built in":                   "shoal net rm host",
 		"filter \"colour=red\"":         "shoal net ls -f colour=red",
+		"type is one of builtin":        "shoal net ls -f type=red",
+		"with different values":         "shoal net create -o icc=false -o com.docker.network.bridge.enable_icc=true x",
+		"no such node: nosuch":          "shoal ps -f node=nosuch",
+		"state is one of":               "shoal ps -f state=red",
 	} {
 		s.fails("node1", want, "%s", line)
 	}

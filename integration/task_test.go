@@ -72,12 +72,17 @@ func TestEnvironment(t *testing.T) {
 	onlyNative(t)
 	s := shared(t)
 	file := filepath.Join(t.TempDir(), "env")
-	if err := os.WriteFile(file, []byte("# comment\nA=file\nB=from file\n\n"), 0o600); err != nil {
+	if err := os.WriteFile(file, []byte("# comment\nA=file\n  B=from file\n\nSHELLS\nUNSET\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	got := s.ok("node1", "shoal run --rm --env-file %s -e A=flag -- sh -c 'echo $A, $B'", file)
-	if got != "flag, from file" {
+	got := s.ok("node1", "env SHELLS=own shoal run --rm --env-file %s -e A=flag -- sh -c 'echo $A, $B, $SHELLS, ${UNSET-none}'", file)
+	if got != "flag, from file, own, none" {
 		t.Error(got)
+	}
+	s.ok("node1", "shoal run -d --name db --expose 5432 -e PGUSER=x -- sleep 1000")
+	got = s.ok("node1", "shoal run --rm --name app --link db:database -- sh -c 'echo $DATABASE_NAME $DATABASE_PORT $DATABASE_ENV_PGUSER; getent hosts database'")
+	if ip := s.task("db").Attachments[0].Addrs[0]; !strings.HasPrefix(got, "/app/database tcp://"+ip+":5432 x\n"+ip+" ") {
+		t.Errorf("link: %q", got)
 	}
 	s.fails("node1", "--env-file", "shoal run --env-file /nosuch -- true")
 }
@@ -142,10 +147,16 @@ func TestWatching(t *testing.T) {
 		}
 		return nil
 	})
-	r := s.on("node2", "timeout", "3", "shoal", "events", "--since", "1h", "-f", "type=service", "-f", "name=web", "-o", "json")
-	if !strings.Contains(r.out, `"action":"create"`) {
-		t.Errorf("events: %q %s", r.out, r.err)
+	got := s.ok("node2", "shoal events --since 1h --until 0s -f type=service -f name=web -o json")
+	if !strings.Contains(got, `"action":"create"`) {
+		t.Errorf("events: %q", got)
 	}
+	got = s.ok("node2", "shoal events --since 1h --until 0s -f task=c -f event=create --format '{{.Type}} {{.Name}} {{.Attributes.node}}'")
+	if last := strings.Split(got, "\n"); last[len(last)-1] != "task c node1" {
+		t.Errorf("events: %q", got)
+	}
+	s.fails("node2", "type is one of", "shoal events -f type=color")
+	s.fails("node2", "is not a time", "shoal events --since yesterday")
 }
 
 func TestServiceUpdate(t *testing.T) {

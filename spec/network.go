@@ -168,6 +168,15 @@ func ValidateOptions(opts map[string]string) error {
 			return fmt.Errorf("option %q is unknown: use %s or %s", k, OptMTU, OptICC)
 		}
 	}
+	for _, pair := range [][2]string{{OptMTU, OptMTUDocker}, {OptICC, OptICCDocker}} {
+		a, ok := opts[pair[0]]
+		b, both := opts[pair[1]]
+		x, _ := strconv.ParseBool(a)
+		y, _ := strconv.ParseBool(b)
+		if ok && both && (pair[0] == OptICC && x != y || pair[0] == OptMTU && a != b) {
+			return fmt.Errorf("options %s=%s and %s=%s are the same, with different values: give one of them", pair[0], a, pair[1], b)
+		}
+	}
 	return nil
 }
 

@@ -35,6 +35,9 @@ func (s TaskState) String() string {
 	return taskStates[s]
 }
 
+// TaskStates are the names of all states.
+func TaskStates() []string { return slices.Clone(taskStates) }
+
 // ParseTaskState is the inverse of String.
 func ParseTaskState(s string) (TaskState, error) {
 	if i := slices.Index(taskStates, s); i >= 0 {

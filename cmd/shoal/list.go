@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"text/template"
+	"time"
 
 	"github.com/spf13/cobra"
 )
@@ -22,8 +23,11 @@ type listing[T any] struct {
 	// match, but labels must all.
 	filters map[string]func(v T, value string) bool
 	labels  func(T) map[string]string
+	values  map[string][]string       // all that a filter's value can be, where that is known
+	fields  map[string]func(T) string // further ones of --format: Docker's names
 
 	quiet  bool
+	whole  bool // nothing is shortened
 	want   []string
 	format string
 }
@@ -41,11 +45,13 @@ func (l *listing[T]) add(c *cli, cmd *cobra.Command) {
 		keys = append(keys, "label")
 	}
 	cmd.Flags().BoolVarP(&l.quiet, "quiet", "q", false, "IDs only")
+	cmd.Flags().BoolVar(&l.whole, "no-trunc", false, "shorten nothing")
 	cmd.Flags().StringArrayVarP(&l.want, "filter", "f", nil, "only those with KEY=VALUE (repeatable); keys: "+strings.Join(keys, ", "))
 	var fields []string
 	for _, col := range l.columns {
 		fields = append(fields, field(col.head))
 	}
+	fields = append(fields, slices.Sorted(maps.Keys(l.fields))...)
 	cmd.Flags().StringVar(&l.format, "format", "", "Go template for each, with ."+strings.Join(fields, ", .")+"; or json")
 	_ = cmd.RegisterFlagCompletionFunc("filter", cobra.FixedCompletions(each1(keys, func(k string) string { return k + "=" }), cobra.ShellCompDirectiveNoFileComp|cobra.ShellCompDirectiveNoSpace))
 	c.outputFlag(cmd, "json", "wide")
@@ -83,6 +89,9 @@ func (l *listing[T]) filtered(cmd *cobra.Command, all []T) ([]T, error) {
 				keys = append(keys, "label")
 			}
 			return nil, usageError(cmd, fmt.Errorf("filter %q: want KEY=VALUE, with one of the keys %s", f, strings.Join(keys, ", ")))
+		}
+		if ok := l.values[k]; ok != nil && !slices.Contains(ok, v) {
+			return nil, usageError(cmd, fmt.Errorf("filter %q: %s is one of %s", f, k, strings.Join(ok, ", ")))
 		}
 		byKey[k] = append(byKey[k], v)
 	}
@@ -167,14 +176,11 @@ func (l *listing[T]) print(c *cli, cmd *cobra.Command, all []T) error {
 func (l *listing[T]) template(c *cli, cmd *cobra.Command, vs []T) error {
 	text, table := strings.CutPrefix(l.format, "table ")
 	text = strings.NewReplacer(`\t`, "\t", `\n`, "\n").Replace(text)
-	t, err := template.New("format").Option("missingkey=error").Funcs(template.FuncMap{
-		"json":  func(v any) (string, error) { b, err := json.Marshal(v); return string(b), err },
-		"upper": strings.ToUpper, "lower": strings.ToLower, "join": strings.Join, "split": strings.Split,
-	}).Parse(text)
+	t, err := newTemplate(text)
 	if err != nil {
-		return usageError(cmd, fmt.Errorf("--format: %w", err))
+		return usageError(cmd, err)
 	}
-	line := func(m map[string]any) ([]string, error) {
+	line := func(m row) ([]string, error) {
 		var b bytes.Buffer
 		if err := t.Execute(&b, m); err != nil {
 			return nil, usageError(cmd, fmt.Errorf("--format %q: %w", l.format, err))
@@ -183,7 +189,10 @@ func (l *listing[T]) template(c *cli, cmd *cobra.Command, vs []T) error {
 	}
 	var rows [][]string
 	if table {
-		m := map[string]any{"Labels": "LABELS"}
+		m := row{"Labels": "LABELS"}
+		for f := range l.fields {
+			m[f] = strings.ToUpper(f)
+		}
 		for _, col := range l.columns {
 			m[field(col.head)] = col.head
 		}
@@ -194,12 +203,15 @@ func (l *listing[T]) template(c *cli, cmd *cobra.Command, vs []T) error {
 		rows = append(rows, head)
 	}
 	for _, v := range vs {
-		m := map[string]any{}
+		m := row{}
+		for f, text := range l.fields {
+			m[f] = text(v)
+		}
 		for _, col := range l.columns {
 			m[field(col.head)] = col.text(v)
 		}
 		if l.labels != nil {
-			m["Labels"] = labelText(l.labels(v))
+			m["Labels"], m[labelsOf] = labelText(l.labels(v)), l.labels(v)
 		}
 		row, err := line(m)
 		if err != nil {
@@ -213,6 +225,79 @@ func (l *listing[T]) template(c *cli, cmd *cobra.Command, vs []T) error {
 		c.table(rows)
 	}
 	return nil
+}
+
+// row is what a template sees of one thing.
+type row map[string]any
+
+// labelsOf is where a row keeps its labels for Label.
+const labelsOf = ""
+
+// Label is one label's value, as in Docker: {{.Label "tier"}}.
+func (r row) Label(key string) string {
+	m, _ := r[labelsOf].(map[string]string)
+	return m[key]
+}
+
+// newTemplate parses a --format, with Docker's functions.
+func newTemplate(text string) (*template.Template, error) {
+	t, err := template.New("format").Option("missingkey=error").Funcs(template.FuncMap{
+		"json": func(v any) (string, error) {
+			if r, ok := v.(row); ok {
+				r = maps.Clone(r)
+				delete(r, labelsOf)
+				v = r
+			}
+			var b bytes.Buffer
+			e := json.NewEncoder(&b)
+			e.SetEscapeHTML(false)
+			err := e.Encode(v)
+			return strings.TrimSuffix(b.String(), "\n"), err
+		},
+		"upper": strings.ToUpper, "lower": strings.ToLower, "join": strings.Join, "split": strings.Split, "println": fmt.Sprintln,
+	}).Parse(text)
+	if err != nil {
+		return nil, fmt.Errorf("--format: %w", err)
+	}
+	return t, nil
+}
+
+// inspectFlags are those of every inspect.
+func (c *cli) inspectFlags(cmd *cobra.Command) {
+	cmd.Flags().StringP("format", "f", "", "Go template for each, with the names of the JSON form in Go's spelling, like {{.Name}}; or json")
+	c.outputFlag(cmd, "json")
+}
+
+// inspected prints what an inspect found, by its --format.
+func inspected[T any](c *cli, cmd *cobra.Command, vs []T) error {
+	format, _ := cmd.Flags().GetString("format")
+	switch format {
+	case "":
+		return c.json(vs)
+	case "json":
+		for _, v := range vs {
+			if err := c.jsonLine(v); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	t, err := newTemplate(strings.NewReplacer(`\t`, "\t", `\n`, "\n").Replace(format))
+	if err != nil {
+		return usageError(cmd, err)
+	}
+	for _, v := range vs {
+		var b bytes.Buffer
+		if err := t.Execute(&b, v); err != nil {
+			return usageError(cmd, fmt.Errorf("--format %q: %w", format, err))
+		}
+		fmt.Fprintln(c.out, b.String())
+	}
+	return nil
+}
+
+func createdAt(ms int64) string {
+	return time.UnixMilli(ms).UTC().Format("2006-01-02 15:04:05 -0700 MST")
 }
 
 func labelText(m map[string]string) string {

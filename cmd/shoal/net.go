@@ -76,7 +76,7 @@ func (c *cli) netCreate() *cobra.Command {
 	f.StringSliceVar(&req.Gateways, "gateway", nil, "gateway address, one per subnet (default: the subnet's first)")
 	f.StringSliceVar(&req.IpRanges, "ip-range", nil, "allocate addresses only from this part of the subnet")
 	f.BoolVar(&req.Internal, "internal", false, "no way out of the network")
-	f.StringArrayVar(&opts, "opt", nil, "driver option: mtu=BYTES (0: the underlay's less the overhead), icc=false (tasks can't reach each other)")
+	f.StringArrayVarP(&opts, "opt", "o", nil, "driver option: mtu=BYTES (0: the underlay's less the overhead), icc=false (tasks can't reach each other)")
 	f.StringArrayVar(&lbls, "label", nil, "label, key=value (repeatable)")
 	f.Bool("attachable", true, "accepted for Docker's sake: every network is")
 	_ = f.MarkHidden("attachable")
@@ -109,10 +109,13 @@ func (c *cli) netLs() *cobra.Command {
 			"id":     func(n network, v string) bool { return strings.HasPrefix(n.Id, v) },
 			"name":   func(n network, v string) bool { return strings.Contains(n.Name, v) },
 			"driver": func(n network, v string) bool { return n.Driver == v },
+			"scope":  func(n network, v string) bool { return scope(n) == v },
 			"type": func(n network, v string) bool {
 				return v == map[bool]string{true: "builtin", false: "custom"}[builtIn(n)]
 			},
 		},
+		values: map[string][]string{"driver": {spec.DriverOverlay, spec.DriverBridge, spec.DriverHost, spec.DriverNull}, "scope": {"swarm", "local"}, "type": {"builtin", "custom"}},
+		fields: map[string]func(network) string{"Scope": scope, "CreatedAt": func(n network) string { return createdAt(n.CreatedMs) }},
 	}
 	cmd := &cobra.Command{Use: "ls", Short: "List networks", Aliases: []string{"list"}, Args: exactly(0),
 		Example: "  shoal net ls --filter driver=overlay --filter label=tier=data\n  shoal net ls --format '{{.Name}}: {{.Subnet}}'",
@@ -126,6 +129,14 @@ func (c *cli) netLs() *cobra.Command {
 		}}
 	l.add(c, cmd)
 	return cmd
+}
+
+// scope is Docker's word for whether a network is on every node.
+func scope(n *shoalv1.Network) string {
+	if n.Driver == spec.DriverOverlay {
+		return "swarm"
+	}
+	return "local"
 }
 
 // builtIn tells whether a network is one that every cluster has.
@@ -370,9 +381,9 @@ func (c *cli) netInspect() *cobra.Command {
 				}
 				out = append(out, j)
 			}
-			return c.json(out)
+			return inspected(c, cmd, out)
 		}}
-	c.outputFlag(cmd, "json")
+	c.inspectFlags(cmd)
 	return cmd
 }
 

@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/spec"
 )
 
 func (c *cli) nodeCmd() *cobra.Command {
@@ -42,6 +43,9 @@ func (c *cli) nodeLs() *cobra.Command {
 			"status":       func(n *shoalv1.NodeInfo, v string) bool { return n.Status == v },
 			"availability": func(n *shoalv1.NodeInfo, v string) bool { return n.Availability == v },
 		},
+		values: map[string][]string{"role": {spec.RoleManager, spec.RoleWorker}, "status": {spec.NodeReady, spec.NodeDown},
+			"availability": {spec.AvailabilityActive, spec.AvailabilityPause, spec.AvailabilityDrain}},
+		fields: map[string]func(*shoalv1.NodeInfo) string{"Hostname": func(n *shoalv1.NodeInfo) string { return n.Name }},
 	}
 	cmd := &cobra.Command{Use: "ls", Short: "List the nodes", Aliases: []string{"list"}, Args: exactly(0),
 		Example: "  shoal node ls --filter role=manager\n  shoal node ls --format '{{.Name}} {{.Address}}'",
@@ -78,9 +82,9 @@ func (c *cli) nodeInspect() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return c.json(js)
+			return inspected(c, cmd, js)
 		}}
-	c.outputFlag(cmd, "json")
+	c.inspectFlags(cmd)
 	return cmd
 }
 

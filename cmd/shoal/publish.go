@@ -175,7 +175,12 @@ func portsText(in []*shoalv1.Port) string {
 }
 
 func (c *cli) portCmd() *cobra.Command {
-	cmd := &cobra.Command{Use: "port SERVICE|TASK [TARGET[/PROTOCOL]]", Short: "Show published ports", Args: atLeast(1),
+	cmd := &cobra.Command{Use: "port SERVICE|TASK [TARGET[/PROTOCOL]]", Short: "Show published ports", Args: func(cmd *cobra.Command, args []string) error {
+		if len(args) > 2 {
+			return exactly(2)(cmd, args)
+		}
+		return atLeast(1)(cmd, args)
+	},
 		Example:           "  shoal port web\n  shoal port web 80/tcp",
 		ValidArgsFunction: c.complete(c.serviceNames),
 		RunE: func(cmd *cobra.Command, args []string) error {

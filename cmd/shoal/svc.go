@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"cmp"
 	"context"
 	"fmt"
@@ -29,6 +28,7 @@ func (c *cli) svcCmd() *cobra.Command {
 // taskFlags are the flags that svc create and run share.
 type taskFlags struct {
 	env, envFile, networks, aliases, labels []string
+	labelFile, taskLabels                   []string
 	hostname, user, dir, stopSignal         string
 	stopGrace                               time.Duration
 
@@ -38,13 +38,15 @@ type taskFlags struct {
 	health healthFlags
 }
 
-func (t *taskFlags) add(f *pflag.FlagSet) {
+func (t *taskFlags) add(f *pflag.FlagSet, hostShort string) {
+	f.SetNormalizeFunc(dockerFlags)
 	f.StringArrayVarP(&t.env, "env", "e", nil, "environment variable, KEY=value, or KEY to pass this shell's on (repeatable)")
 	f.StringArrayVar(&t.envFile, "env-file", nil, "file of environment variables, one KEY=value a line")
 	f.StringArrayVar(&t.networks, "network", nil, "network to attach to; name=NET,alias=NAME,ip=ADDR for more (default \"default\"; repeatable)")
 	f.StringSliceVar(&t.aliases, "network-alias", nil, "further name on every network given (repeatable)")
 	f.StringArrayVarP(&t.labels, "label", "l", nil, "label, key=value (repeatable)")
-	f.StringVar(&t.hostname, "hostname", "", "host name inside the task")
+	f.StringArrayVar(&t.labelFile, "label-file", nil, "file of labels, one key=value a line")
+	f.StringVarP(&t.hostname, "hostname", hostShort, "", "host name inside the task")
 	f.StringVarP(&t.user, "user", "u", "", "user or uid, and group: NAME[:GROUP]")
 	f.StringVarP(&t.dir, "workdir", "w", "", "working directory")
 	f.StringSliceVar(&t.dns, "dns", nil, "resolver asked instead of the node's (repeatable)")
@@ -94,29 +96,18 @@ func (t *taskFlags) attachments() ([]*shoalv1.NetworkAttachment, error) {
 
 func (t *taskFlags) spec(command []string) (*shoalv1.TaskSpec, error) {
 	s := &shoalv1.TaskSpec{Command: command, Dns: t.dns, DnsSearch: t.dnsSearch, DnsOptions: t.dnsOptions, ExtraHosts: t.hosts, Links: t.links, Expose: t.expose, Hostname: t.hostname, User: t.user, Dir: t.dir, StopSignal: t.stopSignal, StopGraceMs: t.stopGrace.Milliseconds()}
-	for _, file := range t.envFile {
-		f, err := os.Open(file)
-		if err != nil {
-			return nil, fmt.Errorf("--env-file: %w", err)
-		}
-		sc := bufio.NewScanner(f)
-		for n := 1; sc.Scan(); n++ {
-			l := strings.TrimSpace(sc.Text())
-			if l == "" || strings.HasPrefix(l, "#") {
-				continue
+	env, err := fileLines("--env-file", t.envFile)
+	if err != nil {
+		return nil, err
+	}
+	for _, l := range env {
+		if !strings.Contains(l, "=") {
+			if v, ok := os.LookupEnv(l); ok {
+				s.Env = append(s.Env, l+"="+v)
 			}
-			if !strings.Contains(l, "=") {
-				if v, ok := os.LookupEnv(l); ok {
-					s.Env = append(s.Env, l+"="+v)
-				}
-				continue
-			}
-			s.Env = append(s.Env, l)
+			continue
 		}
-		f.Close()
-		if err := sc.Err(); err != nil {
-			return nil, fmt.Errorf("--env-file %s: %w", file, err)
-		}
+		s.Env = append(s.Env, l)
 	}
 	for _, e := range t.env {
 		if !strings.Contains(e, "=") {
@@ -128,12 +119,52 @@ func (t *taskFlags) spec(command []string) (*shoalv1.TaskSpec, error) {
 		}
 		s.Env = append(s.Env, e)
 	}
-	var err error
+	lines, err := fileLines("--label-file", t.labelFile)
+	if err != nil {
+		return nil, err
+	}
 	if s.Health, err = t.health.apply(nil); err != nil {
 		return nil, err
 	}
-	s.Labels, err = labels(t.labels)
+	s.Labels, err = labels(append(lines, t.labels...))
 	return s, err
+}
+
+// fileLines are the lines of files, without blank ones and comments.
+func fileLines(flag string, files []string) ([]string, error) {
+	var out []string
+	for _, file := range files {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", flag, err)
+		}
+		// As Docker reads them: what is behind the = stays as it is, but for the
+		// line's end.
+		for l := range strings.Lines(strings.TrimPrefix(string(b), "\uFEFF")) {
+			l = strings.TrimLeft(strings.TrimRight(l, "\r\n"), " \t")
+			if strings.TrimSpace(l) == "" || l[0] == '#' {
+				continue
+			}
+			if k, _, _ := strings.Cut(l, "="); k == "" || strings.ContainsAny(strings.TrimSpace(k), " \t") {
+				return nil, fmt.Errorf("%s %s: %q: want KEY=value, with no space in the key", flag, file, l)
+			}
+			out = append(out, l)
+		}
+	}
+	return out, nil
+}
+
+// dockerFlags takes Docker's older spellings of flags.
+func dockerFlags(_ *pflag.FlagSet, name string) pflag.NormalizedName {
+	switch name {
+	case "net":
+		name = "network"
+	case "net-alias":
+		name = "network-alias"
+	case "dns-opt":
+		name = "dns-option"
+	}
+	return pflag.NormalizedName(name)
 }
 
 func (c *cli) svcCreate() *cobra.Command {
@@ -157,7 +188,10 @@ func (c *cli) svcCreate() *cobra.Command {
 			if req.Networks, err = tf.attachments(); err != nil {
 				return usageError(cmd, err)
 			}
-			req.Labels, req.Task.Labels = req.Task.Labels, nil
+			req.Labels = req.Task.Labels
+			if req.Task.Labels, err = labels(tf.taskLabels); err != nil {
+				return usageError(cmd, err)
+			}
 			req.RestartDelayMs = restartDelay.Milliseconds()
 			ports, err := parsePublishes(tf.publish, spec.PortIngress)
 			if err != nil {
@@ -194,7 +228,8 @@ func (c *cli) svcCreate() *cobra.Command {
 	f.DurationVar(&tf.stopGrace, "stop-grace-period", spec.DefaultStopGrace, "time between the stop signal and the kill")
 	f.BoolVarP(&detach, "detach", "d", false, "don't wait until the replicas run")
 	f.BoolVarP(&quiet, "quiet", "q", false, "wait, but show no progress")
-	tf.add(f)
+	f.StringArrayVar(&tf.taskLabels, "container-label", nil, "label of the tasks, key=value (repeatable); --label is the service's")
+	tf.add(f, "")
 	_ = cmd.RegisterFlagCompletionFunc("network", c.complete(c.networkNames))
 	_ = cmd.RegisterFlagCompletionFunc("endpoint-mode", cobra.FixedCompletions([]string{"vip", "dnsrr"}, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
@@ -343,6 +378,7 @@ func (c *cli) svcLs() *cobra.Command {
 				return slices.ContainsFunc(s.GetSpec().GetNetworks(), func(a *shoalv1.NetworkAttachment) bool { return nets.of(a.Network) == v || a.Network == v })
 			},
 		},
+		values: map[string][]string{"mode": {spec.EndpointModeVIP, spec.EndpointModeDNSRR}},
 	}
 	cmd := &cobra.Command{Use: "ls", Short: "List services", Aliases: []string{"list"}, Args: exactly(0),
 		Example: "  shoal svc ls --filter label=tier=front\n  shoal svc ls --format '{{.Name}} {{.VirtualIP}}'",
@@ -403,6 +439,7 @@ type taskListing struct {
 	c     *cli
 	nodes names
 	svcs  names
+	nets  names
 }
 
 func (c *cli) taskListing() *taskListing {
@@ -432,7 +469,7 @@ func (c *cli) taskListing() *taskListing {
 				return cmp.Or(strings.Join(addrs, ","), "-")
 			}},
 			{"NOTE", false, func(t task) string {
-				if c.output == "wide" {
+				if c.output == "wide" || l.whole {
 					return note(t)
 				}
 				return clip(note(t), 26)
@@ -450,6 +487,16 @@ func (c *cli) taskListing() *taskListing {
 				return slices.ContainsFunc(t.Attachments, func(a *shoalv1.Attachment) bool { return a.Network == v })
 			},
 			"desired-state": func(t task, v string) bool { return t.Desired == v },
+			"status":        func(t task, v string) bool { return t.GetStatus().GetState() == v },
+		},
+		values: map[string][]string{"state": spec.TaskStates(), "status": spec.TaskStates(), "desired-state": {spec.DesiredRunning, spec.DesiredShutdown, spec.DesiredRemove}},
+		fields: map[string]func(task) string{
+			"Names":     func(t task) string { return t.Name },
+			"Status":    func(t task) string { return t.GetStatus().GetState() },
+			"CreatedAt": func(t task) string { return createdAt(t.CreatedMs) },
+			"Networks": func(t task) string {
+				return strings.Join(each1(t.Attachments, func(a *shoalv1.Attachment) string { return l.nets.of(a.Network) }), ",")
+			},
 		},
 	}
 	return l
@@ -467,7 +514,15 @@ func (l *taskListing) show(cmd *cobra.Command, tasks []*shoalv1.Task) error {
 	if l.svcs, err = l.c.serviceNames(cmd.Context()); err != nil {
 		return err
 	}
+	if _, l.nets, err = l.c.networks(cmd.Context()); err != nil {
+		return err
+	}
 	for i, f := range l.want {
+		if n, ok := strings.CutPrefix(f, "node="); ok {
+			if _, _, err := l.c.nodes(cmd.Context(), n); err != nil {
+				return err
+			}
+		}
 		if n, ok := strings.CutPrefix(f, "network="); ok {
 			nets, _, err := l.c.networks(cmd.Context(), n)
 			if err != nil {
@@ -487,24 +542,24 @@ func (c *cli) svcInspect() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			type inspected struct {
+			type full struct {
 				serviceJSON
 				Kernel []nodeKernel `json:"kernel"` // read from each live node now
 			}
-			js, err := each(svcs, func(s *shoalv1.Service) (inspected, error) {
+			js, err := each(svcs, func(s *shoalv1.Service) (full, error) {
 				v, err := toServiceJSON(s)
 				if err != nil {
-					return inspected{}, err
+					return full{}, err
 				}
 				k, err := c.kernel(cmd.Context(), s.Id)
-				return inspected{v, k}, err
+				return full{v, k}, err
 			})
 			if err != nil {
 				return err
 			}
-			return c.json(js)
+			return inspected(c, cmd, js)
 		}}
-	c.outputFlag(cmd, "json")
+	c.inspectFlags(cmd)
 	return cmd
 }
 

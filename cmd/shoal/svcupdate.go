@@ -22,7 +22,7 @@ func (c *cli) svcUpdate() *cobra.Command {
 	var command, hostname, mode string
 	var grace time.Duration
 	var health healthFlags
-	var detach bool
+	var detach, quiet bool
 	cmd := &cobra.Command{Use: "update SERVICE [-- COMMAND [ARG...]]", Short: "Change a service", Args: atLeast(1),
 		Long: `Update changes a running service. Networks, published ports, labels and the
 number of replicas change without a restart; another command, environment,
@@ -131,7 +131,7 @@ running before the old one ends.`,
 			if detach {
 				return nil
 			}
-			return c.converge(ctx, resp.Msg.Service, false)
+			return c.converge(ctx, resp.Msg.Service, quiet)
 		}}
 	f := cmd.Flags()
 	f.Int32Var(&replicas, "replicas", 0, "number of tasks")
@@ -155,6 +155,7 @@ running before the old one ends.`,
 	f.StringArrayVar(&hostRm, "host-rm", nil, "remove such a line")
 	health.add(f)
 	f.BoolVarP(&detach, "detach", "d", false, "don't wait until the replicas run")
+	f.BoolVarP(&quiet, "quiet", "q", false, "wait, but show no progress")
 	return cmd
 }
 

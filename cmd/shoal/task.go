@@ -99,7 +99,8 @@ found; with -d it prints the task's ID once it runs.`,
 	f.StringArrayVarP(&tf.publish, "publish", "p", nil, "port of this node that leads to the task, [ADDRESS:][PUBLISHED:]TARGET[/PROTOCOL] (repeatable)")
 	f.StringVar(&tf.ip, "ip", "", "address on the first network (default: a free one)")
 	f.IntVar(&stopTimeout, "stop-timeout", int(spec.DefaultStopGrace/time.Second), "seconds between the stop signal and the kill")
-	tf.add(f)
+	tf.add(f, "h")
+	f.Bool("help", false, "help for run") // -h is Docker's for --hostname
 	_ = cmd.RegisterFlagCompletionFunc("network", c.complete(c.networkNames))
 	_ = cmd.RegisterFlagCompletionFunc("node", c.complete(c.nodeNames))
 	return cmd
@@ -303,6 +304,7 @@ func (c *cli) logsCmd() *cobra.Command {
 
 func (c *cli) execCmd() *cobra.Command {
 	start := &shoalv1.ExecRequest_Start{}
+	var env taskFlags
 	cmd := &cobra.Command{
 		Use: "exec [flags] TASK COMMAND [ARG...]", Short: "Run a command inside a running task", Args: cobra.ArbitraryArgs,
 		Long: `Exec runs a command in a task's namespaces, on whichever node it is, and exits
@@ -326,7 +328,11 @@ not found. SERVICE.SLOT names a replica, such as web.1.`,
 			if ended(t) {
 				return fmt.Errorf("task %s is %s: exec needs one that runs", t.Name, t.GetStatus().GetState())
 			}
-			start.Task, start.Command = t.Id, args[1:]
+			ts, err := env.spec(args[1:])
+			if err != nil {
+				return usageError(cmd, err)
+			}
+			start.Task, start.Command, start.Env = t.Id, ts.Command, ts.Env
 			return c.exec(cmd.Context(), t.Node, start)
 		},
 	}
@@ -334,7 +340,8 @@ not found. SERVICE.SLOT names a replica, such as web.1.`,
 	f.SetInterspersed(false)
 	f.BoolVarP(&start.Stdin, "interactive", "i", false, "pass standard input on")
 	f.BoolVarP(&start.Tty, "tty", "t", false, "give the command a terminal")
-	f.StringArrayVarP(&start.Env, "env", "e", nil, "further environment variable, KEY=value (repeatable)")
+	f.StringArrayVarP(&env.env, "env", "e", nil, "further environment variable, KEY=value, or KEY to pass this shell's on (repeatable)")
+	f.StringArrayVar(&env.envFile, "env-file", nil, "file of environment variables, one KEY=value a line")
 	f.StringVarP(&start.Dir, "workdir", "w", "", "working directory")
 	f.StringVarP(&start.User, "user", "u", "", "user or uid, and group: NAME[:GROUP]")
 	return cmd

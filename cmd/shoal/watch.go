@@ -5,8 +5,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
+	"strconv"
 	"strings"
+	"text/template"
 	"time"
 
 	"connectrpc.com/connect"
@@ -17,31 +20,95 @@ import (
 	"github.com/shoalnet/shoal/spec"
 )
 
+// eventFilters are the keys of events' --filter, with what an event has of each.
+var eventFilters = map[string]func(*shoalv1.Event) string{
+	"type":    func(e *shoalv1.Event) string { return e.Type },
+	"event":   func(e *shoalv1.Event) string { return e.Action },
+	"name":    func(e *shoalv1.Event) string { return e.Name },
+	"id":      func(e *shoalv1.Event) string { return e.Id },
+	"network": func(e *shoalv1.Event) string { return nameOf(e, "network") },
+	"service": func(e *shoalv1.Event) string { return nameOf(e, "service") },
+	"task":    func(e *shoalv1.Event) string { return nameOf(e, "task") },
+	"node":    func(e *shoalv1.Event) string { return nameOf(e, "node") },
+}
+
+// nameOf is the name of what of a kind an event is about.
+func nameOf(e *shoalv1.Event, kind string) string {
+	if e.Type == kind {
+		return e.Name
+	}
+	return e.Attributes[kind]
+}
+
+// moment reads Docker's forms of a time: a duration before now, seconds since
+// 1970, a date, or a date and time.
+func moment(s string, now time.Time) (time.Time, error) {
+	if s == "" {
+		return time.Time{}, nil
+	}
+	if d, err := time.ParseDuration(s); err == nil && d >= 0 {
+		return now.Add(-d), nil
+	}
+	if f, err := strconv.ParseFloat(s, 64); err == nil && f >= 0 && f < 1e11 {
+		return time.UnixMilli(int64(f * 1000)), nil
+	}
+	for _, form := range []string{time.RFC3339, "2006-01-02T15:04:05", "2006-01-02"} {
+		if t, err := time.ParseInLocation(form, s, time.Local); err == nil {
+			return t, nil
+		}
+	}
+	return time.Time{}, fmt.Errorf("%q is not a time: want how long ago, like 10m, or a moment, like 2006-01-02T15:04:05 or seconds since 1970", s)
+}
+
 func (c *cli) eventsCmd() *cobra.Command {
-	var since time.Duration
+	var since, until, format string
 	var filters []string
+	keys := slices.Sorted(maps.Keys(eventFilters))
 	cmd := &cobra.Command{Use: "events", Short: "Show what happens in the cluster, as it happens", Args: exactly(0),
-		Example: "  shoal events --since 10m\n  shoal events -f type=task -f event=failed -o json",
+		Example: "  shoal events --since 10m\n  shoal events --since 10m --until 0s\n  shoal events -f type=task -f event=failed -o json",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			want := map[string][]string{}
 			for _, f := range filters {
 				k, v, ok := strings.Cut(f, "=")
-				if !ok || !slices.Contains([]string{"type", "event", "name", "id", "service", "node"}, k) {
-					return usageError(cmd, fmt.Errorf("filter %q: want KEY=VALUE, with one of the keys type, event, name, id, service, node", f))
+				if !ok || eventFilters[k] == nil {
+					return usageError(cmd, fmt.Errorf("filter %q: want KEY=VALUE, with one of the keys %s", f, strings.Join(keys, ", ")))
+				}
+				if types := []string{"network", "service", "task", "node"}; k == "type" && !slices.Contains(types, v) {
+					return usageError(cmd, fmt.Errorf("filter %q: type is one of %s", f, strings.Join(types, ", ")))
 				}
 				want[k] = append(want[k], v)
 			}
-			last := time.Time{}
-			if since > 0 {
-				last = time.Now().Add(-since)
+			now := time.Now()
+			last, err := moment(since, now)
+			if err != nil {
+				return usageError(cmd, fmt.Errorf("--since: %w", err))
+			}
+			end, err := moment(until, now)
+			if err != nil {
+				return usageError(cmd, fmt.Errorf("--until: %w", err))
+			}
+			if format == "json" {
+				c.output = "json"
+			}
+			var t *template.Template
+			if format != "" && format != "json" {
+				if t, err = newTemplate(format); err != nil {
+					return usageError(cmd, err)
+				}
 			}
 			show := func(e *shoalv1.Event) error {
 				for k, vs := range want {
-					have := map[string]string{"type": e.Type, "event": e.Action, "name": e.Name, "id": e.Id,
-						"service": e.Attributes["service"], "node": e.Attributes["node"]}[k]
-					if !slices.Contains(vs, have) {
+					if !slices.Contains(vs, eventFilters[k](e)) {
 						return nil
 					}
+				}
+				if t != nil {
+					var b strings.Builder
+					if err := t.Execute(&b, row{"Time": time.UnixMilli(e.AtMs).UTC(), "Type": e.Type, "Action": e.Action, "ID": e.Id, "Name": e.Name, "Attributes": e.Attributes}); err != nil {
+						return usageError(cmd, fmt.Errorf("--format %q: %w", format, err))
+					}
+					_, err := fmt.Fprintln(c.out, b.String())
+					return err
 				}
 				if c.output == "json" {
 					return c.jsonLine(map[string]any{"at": time.UnixMilli(e.AtMs).UTC(), "type": e.Type, "action": e.Action, "id": e.Id, "name": e.Name, "attributes": e.Attributes})
@@ -54,9 +121,9 @@ func (c *cli) eventsCmd() *cobra.Command {
 				return err
 			}
 			for {
-				err := c.events(cmd.Context(), &last, show)
+				err := c.events(cmd.Context(), &last, end, show)
 				switch {
-				case cmd.Context().Err() != nil:
+				case cmd.Context().Err() != nil, err == nil && !end.IsZero():
 					return nil
 				case err != nil && connect.CodeOf(err) != connect.CodeUnavailable:
 					return err
@@ -67,18 +134,23 @@ func (c *cli) eventsCmd() *cobra.Command {
 				}
 			}
 		}}
-	cmd.Flags().DurationVar(&since, "since", 0, "begin with those of this time before now, as far as the leader remembers them")
-	cmd.Flags().StringArrayVarP(&filters, "filter", "f", nil, "only those with KEY=VALUE (repeatable); keys: type, event, name, id, service, node")
+	cmd.Flags().StringVar(&since, "since", "", "begin with those since then, as far as the leader remembers them: how long ago, like 10m, or a moment")
+	cmd.Flags().StringVar(&until, "until", "", "end with those until then")
+	cmd.Flags().StringVar(&format, "format", "", "Go template for each, with .Time, .Type, .Action, .ID, .Name, .Attributes; or json")
+	cmd.Flags().StringArrayVarP(&filters, "filter", "f", nil, "only those with KEY=VALUE (repeatable); keys: "+strings.Join(keys, ", "))
 	c.outputFlag(cmd, "json")
 	return cmd
 }
 
 // events shows those after *last until the stream ends, and keeps *last at the
 // newest, for the next leader to go on from.
-func (c *cli) events(ctx context.Context, last *time.Time, show func(*shoalv1.Event) error) error {
+func (c *cli) events(ctx context.Context, last *time.Time, until time.Time, show func(*shoalv1.Event) error) error {
 	req := &shoalv1.EventsRequest{}
 	if !last.IsZero() {
 		req.SinceMs = last.UnixMilli() + 1
+	}
+	if !until.IsZero() {
+		req.UntilMs = until.UnixMilli()
 	}
 	stream, err := c.control().Events(ctx, connect.NewRequest(req))
 	if err != nil {

@@ -1970,6 +1970,7 @@ func (*DisconnectNetworkResponse) Descriptor() ([]byte, []int) {
 type EventsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	SinceMs       int64                  `protobuf:"varint,1,opt,name=since_ms,json=sinceMs,proto3" json:"since_ms,omitempty"` // also those since then that the leader remembers; 0: from now on
+	UntilMs       int64                  `protobuf:"varint,2,opt,name=until_ms,json=untilMs,proto3" json:"until_ms,omitempty"` // the stream ends then; 0: it does not
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2007,6 +2008,13 @@ func (*EventsRequest) Descriptor() ([]byte, []int) {
 func (x *EventsRequest) GetSinceMs() int64 {
 	if x != nil {
 		return x.SinceMs
+	}
+	return 0
+}
+
+func (x *EventsRequest) GetUntilMs() int64 {
+	if x != nil {
+		return x.UntilMs
 	}
 	return 0
 }
@@ -5505,9 +5513,10 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x18DisconnectNetworkRequest\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x16\n" +
 	"\x06target\x18\x02 \x01(\tR\x06target\"\x1b\n" +
-	"\x19DisconnectNetworkResponse\"*\n" +
+	"\x19DisconnectNetworkResponse\"E\n" +
 	"\rEventsRequest\x12\x19\n" +
-	"\bsince_ms\x18\x01 \x01(\x03R\asinceMs\"\xec\x01\n" +
+	"\bsince_ms\x18\x01 \x01(\x03R\asinceMs\x12\x19\n" +
+	"\buntil_ms\x18\x02 \x01(\x03R\auntilMs\"\xec\x01\n" +
 	"\x05Event\x12\x13\n" +
 	"\x05at_ms\x18\x01 \x01(\x03R\x04atMs\x12\x12\n" +
 	"\x04type\x18\x02 \x01(\tR\x04type\x12\x16\n" +
