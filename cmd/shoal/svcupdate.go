@@ -133,7 +133,7 @@ running before the old one ends.`,
 	f.StringVar(&mode, "endpoint-mode", "", "vip or dnsrr")
 	f.DurationVar(&grace, "stop-grace-period", 0, "time between the stop signal and the kill")
 	f.StringArrayVar(&publishAdd, "publish-add", nil, "publish a port, as with svc create --publish")
-	f.StringArrayVar(&publishRm, "publish-rm", nil, "stop publishing: the target port, or PUBLISHED:TARGET")
+	f.StringArrayVar(&publishRm, "publish-rm", nil, "stop publishing: the target port, PUBLISHED:TARGET, or the published port")
 	f.StringArrayVar(&networkAdd, "network-add", nil, "attach to a network, as with svc create --network")
 	f.StringArrayVar(&networkRm, "network-rm", nil, "leave a network")
 	f.StringArrayVar(&envAdd, "env-add", nil, "set an environment variable, KEY=value")
