@@ -78,16 +78,29 @@ func (p Port) Validate() error {
 	return nil
 }
 
+// MaxPorts is how many ports one service or task may publish.
+const MaxPorts = 16384
+
 // ValidatePorts reports the first port that is wrong or given twice.
 func ValidatePorts(ports []Port) error {
-	for i, p := range ports {
+	if len(ports) > MaxPorts {
+		return fmt.Errorf("%d published ports are too many: publish at most %d", len(ports), MaxPorts)
+	}
+	type number struct {
+		published uint16
+		protocol  string
+	}
+	seen := map[number][]Port{}
+	for _, p := range ports {
 		if err := p.Validate(); err != nil {
 			return err
 		}
-		for _, q := range ports[:i] {
-			if p.Clashes(q) {
-				return fmt.Errorf("port %d/%s is published twice", p.Published, p.Protocol)
-			}
+		k := number{p.Published, p.Protocol}
+		if slices.ContainsFunc(seen[k], p.Clashes) {
+			return fmt.Errorf("port %d/%s is published twice", p.Published, p.Protocol)
+		}
+		if p.Published != 0 {
+			seen[k] = append(seen[k], p)
 		}
 	}
 	return nil

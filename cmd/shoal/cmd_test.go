@@ -36,6 +36,8 @@ func TestParsePublish(t *testing.T) {
 		{"0.0.0.0:8080:80", []spec.Port{port(8080, 80, "tcp")}, ""},
 		{"127.0.0.1::80", []spec.Port{at(port(0, 80, "tcp"), "127.0.0.1")}, ""},
 		{"published=8080,target=80,protocol=udp,mode=host,nat=true", []spec.Port{long}, ""},
+		{"Protocol=UDP, mode=Host,target=80,nat=True,published=8080", []spec.Port{long}, ""},
+		{"1-20000:1-20000", nil, "20000 ports are too many"},
 		{"target=80,addr=127.0.0.1", []spec.Port{at(port(0, 80, "tcp"), "127.0.0.1")}, ""},
 		{"", nil, "target port"},
 		{"8080:", nil, `"" is not a number`},
@@ -91,12 +93,27 @@ func TestWithoutPorts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	svc := func(ports []spec.Port) *shoalv1.Service {
+		return &shoalv1.Service{Spec: &shoalv1.ServiceSpec{Name: "web", Ports: api.Ports(ports)}, Ports: api.Ports(ports)}
+	}
 	for rm, want := range map[string]string{
 		"80": "*:8081->80/udp, *:9000->90/tcp", "8080": "*:8081->80/udp, *:9000->90/tcp", "80/udp": "*:8080->80/tcp, *:9000->90/tcp",
 		"9000:90": "*:8080->80/tcp, *:8081->80/udp", "1:90": "", "81": "", "x": "",
 	} {
-		left, err := withoutPorts(&shoalv1.ServiceSpec{Name: "web", Ports: api.Ports(ports)}, []string{rm})
+		left, err := withoutPorts(svc(ports), []string{rm})
 		if (err != nil) != (want == "") || err == nil && portsText(left) != want {
+			t.Errorf("without %s: %q, %v", rm, portsText(left), err)
+		}
+	}
+	// A number that is one port's target and another's published port is the
+	// target; and a dynamic port goes by the number it got.
+	if ports, err = parsePublishes([]string{"80:8080", "8080:90", "91"}, spec.PortIngress); err != nil {
+		t.Fatal(err)
+	}
+	for rm, want := range map[string]string{"8080": "*:0->91/tcp, *:8080->90/tcp", "30000": "*:80->8080/tcp, *:8080->90/tcp", "30000:91": "*:80->8080/tcp, *:8080->90/tcp"} {
+		w := svc(ports)
+		w.Ports[2].Published = 30000
+		if left, err := withoutPorts(w, []string{rm}); err != nil || portsText(left) != want {
 			t.Errorf("without %s: %q, %v", rm, portsText(left), err)
 		}
 	}

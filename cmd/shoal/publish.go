@@ -62,6 +62,9 @@ func parsePublish(s, mode string) ([]spec.Port, error) {
 		return bad("the ranges %s and %s are of different length", published, target)
 	}
 	var out []spec.Port
+	if n := thi - tlo + 1; n > spec.MaxPorts {
+		return bad("%d ports are too many: publish at most %d", n, spec.MaxPorts)
+	}
 	for i := 0; tlo+i <= thi; i++ {
 		q := p
 		if q.Target = uint16(tlo + i); plo != 0 {
@@ -99,7 +102,8 @@ func portRange(s string) (lo, hi int, err error) {
 func parsePublishLong(s, mode string) ([]spec.Port, error) {
 	p := spec.Port{Protocol: spec.TCP, Mode: mode}
 	for _, kv := range strings.Split(s, ",") {
-		k, v, _ := strings.Cut(kv, "=")
+		k, v, _ := strings.Cut(strings.TrimSpace(kv), "=")
+		v = strings.ToLower(v) // as Docker does
 		var err error
 		switch strings.ToLower(k) {
 		case "published":
@@ -111,7 +115,7 @@ func parsePublishLong(s, mode string) ([]spec.Port, error) {
 			n, err = strconv.ParseUint(v, 10, 16)
 			p.Target = uint16(n)
 		case "protocol":
-			p.Protocol = strings.ToLower(v)
+			p.Protocol = v
 		case "mode":
 			p.Mode = v
 		case "addr", "host_ip":
@@ -195,7 +199,7 @@ func (c *cli) portCmd() *cobra.Command {
 				if err != nil {
 					return usageError(cmd, fmt.Errorf("%q is not a port", args[1]))
 				}
-				ports = slices.DeleteFunc(ports, func(p spec.Port) bool { return p.Target != uint16(n) || ok && p.Protocol != proto })
+				ports = slices.DeleteFunc(ports, func(p spec.Port) bool { return p.Target != uint16(n) || ok && p.Protocol != strings.ToLower(proto) })
 				if len(ports) == 0 {
 					return fmt.Errorf("%s publishes no port for %s", args[0], args[1])
 				}

@@ -103,7 +103,7 @@ running before the old one ends.`,
 				sp.Networks = append(sp.Networks, add...)
 				return err
 			})
-			set("publish-rm", func() error { sp.Ports, err = withoutPorts(sp, publishRm); return err })
+			set("publish-rm", func() error { sp.Ports, err = withoutPorts(svc, publishRm); return err })
 			set("publish-add", func() error {
 				add, err := parsePublishes(publishAdd, spec.PortIngress)
 				sp.Ports = append(sp.Ports, api.Ports(add)...)
@@ -140,7 +140,7 @@ running before the old one ends.`,
 	f.StringVar(&mode, "endpoint-mode", "", "vip or dnsrr")
 	f.DurationVar(&grace, "stop-grace-period", 0, "time between the stop signal and the kill")
 	f.StringArrayVar(&publishAdd, "publish-add", nil, "publish a port, as with svc create --publish")
-	f.StringArrayVar(&publishRm, "publish-rm", nil, "stop publishing: the target port, or PUBLISHED:TARGET")
+	f.StringArrayVar(&publishRm, "publish-rm", nil, "stop publishing: the target port, PUBLISHED:TARGET, or the published port")
 	f.StringArrayVar(&networkAdd, "network-add", nil, "attach to a network, as with svc create --network")
 	f.StringArrayVar(&networkRm, "network-rm", nil, "leave a network")
 	f.StringArrayVar(&envAdd, "env-add", nil, "set an environment variable, KEY=value")
@@ -170,25 +170,35 @@ func drop(in, items []string) []string {
 	return slices.DeleteFunc(slices.Clone(in), func(e string) bool { return slices.Contains(items, e) })
 }
 
-// withoutPorts removes published ports: by target port, as Docker has it, or by
-// both numbers.
-func withoutPorts(sp *shoalv1.ServiceSpec, rm []string) ([]*shoalv1.Port, error) {
-	left := slices.Clone(sp.Ports)
+// withoutPorts removes published ports: by target port, as Docker has it, by both
+// numbers, or by the published one where no target has the number.
+func withoutPorts(svc *shoalv1.Service, rm []string) ([]*shoalv1.Port, error) {
+	// A dynamic port's number is not in the spec.
+	numbers := map[*shoalv1.Port]uint32{}
+	for i, w := range svc.Spec.Ports {
+		numbers[w] = w.Published
+		if i < len(svc.Ports) {
+			numbers[w] = svc.Ports[i].Published
+		}
+	}
+	left := slices.Clone(svc.Spec.Ports)
 	for _, r := range rm {
 		ps, err := parsePublish(r, spec.PortIngress)
 		if err != nil {
 			return nil, err
 		}
-		before := len(left)
-		left = slices.DeleteFunc(left, func(w *shoalv1.Port) bool {
-			return slices.ContainsFunc(ps, func(p spec.Port) bool {
-				return w.Target == uint32(p.Target) && w.Protocol == p.Protocol && (p.Published == 0 || w.Published == uint32(p.Published)) ||
-					// One number may be meant as the published one.
-					p.Published == 0 && w.Published == uint32(p.Target) && w.Protocol == p.Protocol
-			})
-		})
-		if len(left) == before {
-			return nil, fmt.Errorf("service %s publishes no port %s", sp.Name, r)
+		for _, p := range ps {
+			is := func(w *shoalv1.Port) bool {
+				return w.Target == uint32(p.Target) && w.Protocol == p.Protocol && (p.Published == 0 || numbers[w] == uint32(p.Published))
+			}
+			if p.Published == 0 && !slices.ContainsFunc(left, is) {
+				is = func(w *shoalv1.Port) bool { return numbers[w] == uint32(p.Target) && w.Protocol == p.Protocol }
+			}
+			before := len(left)
+			left = slices.DeleteFunc(left, is)
+			if len(left) == before {
+				return nil, fmt.Errorf("service %s publishes no port %s", svc.Spec.Name, r)
+			}
 		}
 	}
 	return left, nil

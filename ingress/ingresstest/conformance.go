@@ -209,11 +209,31 @@ func change(t *testing.T, w World) {
 		func() { v.Services[0].VIPs[1].Addrs = []netip.Addr{netip.MustParseAddr("10.93.1.3")} },
 		func() { v.Services[0].Ports = v.Services[0].Ports[:2] },
 		func() { v.Sandboxes = nil },
+		// A range of ports, changed and removed as one.
+		func() {
+			for i := range uint16(100) {
+				v.Services[0].Ports = append(v.Services[0].Ports, spec.Port{Published: 20000 + i, Target: 1000 + i, Protocol: spec.UDP, Mode: spec.PortIngress})
+			}
+		},
+		func() {
+			for i := range v.Services[0].Ports {
+				v.Services[0].Ports[i].NAT = true
+			}
+		},
+		func() {
+			for i := range v.Services[0].Ports {
+				v.Services[0].Ports[i].NAT = false
+				v.Services[0].Ports[i].Target++
+			}
+		},
+		func() { v.Services[0].Ports = v.Services[0].Ports[:2] },
 	}
 	for i, step := range steps {
 		step()
-		if len(Plan(t, d, ingress.Desired(v))) == 0 {
+		if n := len(Plan(t, d, ingress.Desired(v))); n == 0 {
 			t.Errorf("step %d changes nothing", i)
+		} else if n > 40 {
+			t.Errorf("step %d takes %d operations", i, n)
 		}
 		mustPass(t, d, ingress.Desired(v))
 	}

@@ -155,16 +155,26 @@ func (f *Fake) Apply(ctx context.Context, rop reconcile.Op) error {
 	case ingress.Refuse:
 		return fmt.Errorf("%s: %w", op.Target, ErrHeld)
 	case ingress.Delete:
-		f.remove(op.Target)
+		for _, o := range op.Each() {
+			f.remove(o)
+		}
 		return nil
 	}
-	netns := ingress.NetnsOf(op.Target)
+	var errs []error
+	for _, o := range op.Each() {
+		errs = append(errs, f.put(o))
+	}
+	return errors.Join(errs...)
+}
+
+func (f *Fake) put(target ingress.Object) error {
+	netns := ingress.NetnsOf(target)
 	if netns != "" && f.ways[netns] == "" {
-		return fmt.Errorf("%s: %w", op, ErrNoNamespace)
+		return fmt.Errorf("%s: %w", target, ErrNoNamespace)
 	}
 	needs := func(table ingress.Object) error {
 		if f.objects[table.Key()] == nil {
-			return fmt.Errorf("%s: %w", op, ErrNoTable)
+			return fmt.Errorf("%s: %w", target, ErrNoTable)
 		}
 		return nil
 	}
@@ -174,10 +184,10 @@ func (f *Fake) Apply(ctx context.Context, rop reconcile.Op) error {
 				return nil
 			}
 		}
-		return fmt.Errorf("%s: %w", op, ErrNoDevice)
+		return fmt.Errorf("%s: %w", target, ErrNoDevice)
 	}
 	var err error
-	switch o := op.Target.(type) {
+	switch o := target.(type) {
 	case ingress.HostTable, ingress.Table:
 		f.remove(o) // and so is empty
 	case ingress.Localnet:
@@ -192,7 +202,7 @@ func (f *Fake) Apply(ctx context.Context, rop reconcile.Op) error {
 		err = fmt.Errorf("%s can't be put", o)
 	}
 	if err == nil {
-		f.objects[op.Target.Key()] = op.Target
+		f.objects[target.Key()] = target
 	}
 	return err
 }

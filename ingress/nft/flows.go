@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -41,33 +42,57 @@ func dropFlows(m match) error {
 	return nil
 }
 
-// dropPort resets what is connected by a published port.
-func dropPort(o ingress.Port) error {
+// portsBy sorts ports by protocol number and published port.
+func portsBy(os []ingress.Port) map[[2]uint16][]ingress.Port {
+	out := map[[2]uint16][]ingress.Port{}
+	for _, o := range os {
+		k := [2]uint16{uint16(protoNum(o.Protocol)), o.Published}
+		out[k] = append(out[k], o)
+	}
+	return out
+}
+
+func portOf(f *netlink.ConntrackFlow) [2]uint16 {
+	return [2]uint16{uint16(f.Forward.Protocol), f.Forward.DstPort}
+}
+
+// dropPort resets what is connected by published ports.
+func dropPort(os ...ingress.Port) error {
+	if len(os) == 0 {
+		return nil
+	}
+	by := portsBy(os)
 	return dropFlows(func(f *netlink.ConntrackFlow) bool {
-		return f.Forward.Protocol == protoNum(o.Protocol) && f.Forward.DstPort == o.Published &&
-			(!o.Addr.IsValid() || addrOf(f.Forward.DstIP) == o.Addr) &&
-			addrOf(f.Reverse.SrcIP) == o.To.Addr() && f.Reverse.SrcPort == o.To.Port()
+		return slices.ContainsFunc(by[portOf(f)], func(o ingress.Port) bool {
+			return (!o.Addr.IsValid() || addrOf(f.Forward.DstIP) == o.Addr) &&
+				addrOf(f.Reverse.SrcIP) == o.To.Addr() && f.Reverse.SrcPort == o.To.Port()
+		})
 	})
 }
 
-// dropUntranslated deletes the entries of what was sent to a port of this
-// machine before it led to where it leads now. Without that, a UDP client that
-// keeps sending would be refused for ever.
-func dropUntranslated(o ingress.Port) error {
-	local := map[netip.Addr]bool{o.Addr: o.Addr.IsValid()}
-	if !o.Addr.IsValid() {
-		as, err := nl.Dump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V4) })
-		if err != nil {
-			return fmt.Errorf("list addresses: %w", err)
-		}
-		for _, a := range as {
-			local[addrOf(a.IP)] = true
-		}
+// dropUntranslated deletes the entries of what was sent to ports of this
+// machine before they led to where they lead now. Without that, a UDP client
+// that keeps sending would be refused for ever.
+func dropUntranslated(os ...ingress.Port) error {
+	if len(os) == 0 {
+		return nil
 	}
+	as, err := nl.Dump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V4) })
+	if err != nil {
+		return fmt.Errorf("list addresses: %w", err)
+	}
+	local := map[netip.Addr]bool{}
+	for _, a := range as {
+		local[addrOf(a.IP)] = true
+	}
+	by := portsBy(os)
 	return dropFlows(func(f *netlink.ConntrackFlow) bool {
-		return f.Forward.Protocol == protoNum(o.Protocol) && f.Forward.DstPort == o.Published && local[addrOf(f.Forward.DstIP)] &&
-			(o.Protocol != spec.TCP || addrOf(f.Reverse.SrcIP) != addrOf(f.Forward.DstIP)) &&
-			(addrOf(f.Reverse.SrcIP) != o.To.Addr() || f.Reverse.SrcPort != o.To.Port())
+		to := addrOf(f.Forward.DstIP)
+		return slices.ContainsFunc(by[portOf(f)], func(o ingress.Port) bool {
+			return (to == o.Addr || !o.Addr.IsValid() && local[to]) &&
+				(o.Protocol != spec.TCP || addrOf(f.Reverse.SrcIP) != to) &&
+				(addrOf(f.Reverse.SrcIP) != o.To.Addr() || f.Reverse.SrcPort != o.To.Port())
+		})
 	})
 }
 

@@ -235,9 +235,13 @@ func bind(k reservation) (int, error) {
 	return fd, nil
 }
 
+// maxReserved bounds the sockets: the agent needs its file descriptors (often
+// 1,024, or a few thousand) for more than the ports of somebody's range.
+const maxReserved = 500
+
 // reserve takes a port for us, if it can be had.
 func (d *Dataplane) reserve(k reservation) {
-	if k.protocol == spec.SCTP || len(d.reserved[k]) > 0 {
+	if k.protocol == spec.SCTP || len(d.reserved[k]) > 0 || len(d.reserved) >= maxReserved {
 		return
 	}
 	fd, err := bind(k)

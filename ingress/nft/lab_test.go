@@ -3,8 +3,10 @@ package nft
 import (
 	"bufio"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io"
 	"net"
 	"net/netip"
@@ -135,6 +137,7 @@ func newLab(t *testing.T, datapath string) *lab {
 		{Published: publishedNAT, Target: 80, Protocol: spec.TCP, Mode: spec.PortIngress, NAT: true},
 		{Published: publishedHere, Target: 80, Protocol: spec.TCP, Mode: spec.PortLocal},
 		{Published: publishedHere, Target: 80, Protocol: spec.UDP, Mode: spec.PortLocal},
+		{Published: publishedHere, Target: 80, Protocol: spec.SCTP, Mode: spec.PortLocal},
 		{Published: publishedLo, Target: 80, Protocol: spec.TCP, Mode: spec.PortIngress, Addr: netip.MustParseAddr("127.0.0.1")},
 	}
 	bridge := l.prefix + "br"
@@ -503,5 +506,37 @@ func refused(t testing.TB, ns, network, to string, port int) {
 	}
 	if d := time.Since(start); d > soon/2 {
 		t.Fatalf("%s %s:%d: refused after %s", network, to, port, d)
+	}
+}
+
+// refusedSCTP checks what a client without SCTP in its kernel can: that an
+// INIT is answered by "protocol unreachable", the only refusal by ICMP that SCTP
+// takes for one (RFC 9260 section 10).
+func refusedSCTP(t testing.TB, ns string, to netip.Addr, port int) {
+	t.Helper()
+	p := make([]byte, 32) // common header (RFC 9260 section 3), INIT (3.3.2)
+	binary.BigEndian.PutUint16(p, 40000)
+	binary.BigEndian.PutUint16(p[2:], uint16(port))
+	p[12] = 1
+	binary.BigEndian.PutUint16(p[14:], 20)
+	for at, v := range map[int]uint32{16: 1, 20: 1 << 16, 24: 1<<16 | 1, 28: 1} {
+		binary.BigEndian.PutUint32(p[at:], v)
+	}
+	binary.LittleEndian.PutUint32(p[8:], crc32.Checksum(p, crc32.MakeTable(crc32.Castagnoli)))
+	var c net.Conn
+	err := nl.Do(ns, func() (err error) {
+		c, err = net.Dial("ip4:132", to.String())
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(soon))
+	if _, err := c.Write(p); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Read(make([]byte, 100)); !errors.Is(err, unix.ENOPROTOOPT) {
+		t.Errorf("SCTP %s:%d: not refused: %v", to, port, err)
 	}
 }

@@ -324,10 +324,18 @@ func (d *Dataplane) Apply(ctx context.Context, rop reconcile.Op) error {
 	}
 	netns := ingress.NetnsOf(op.Target)
 	err := d.do(netns, func() error {
-		if op.Verb == ingress.Delete {
-			return d.del(op.Target)
+		if len(op.More) > 0 && d.many(op) == nil {
+			return nil
 		}
-		return d.put(op)
+		var errs []error
+		for _, o := range op.Each() {
+			if op.Verb == ingress.Delete {
+				errs = append(errs, d.del(o))
+			} else {
+				errs = append(errs, d.put(o))
+			}
+		}
+		return errors.Join(errs...)
 	})
 	if errors.Is(err, fs.ErrNotExist) && op.Verb == ingress.Delete || op.Verb == ingress.Delete && nl.Absent(err) {
 		return nil
@@ -335,8 +343,63 @@ func (d *Dataplane) Apply(ctx context.Context, rop reconcile.Op) error {
 	return err
 }
 
-func (d *Dataplane) put(op ingress.Op) error {
-	switch o := op.Target.(type) {
+// many does in a few transactions, and one look at the connections, what would
+// take one of each for every object.
+func (d *Dataplane) many(op ingress.Op) error {
+	var ports []ingress.Port
+	var there, gone []elem
+	table := d.table
+	for _, o := range op.Each() {
+		switch o := o.(type) {
+		case ingress.Port:
+			ports = append(ports, o)
+			el, nat := portElems(o)
+			switch {
+			case op.Verb == ingress.Delete:
+				el.val = []byte{}
+				gone = append(gone, el, nat)
+			case o.NAT:
+				there = append(there, nat, el)
+			default:
+				there, gone = append(there, el), append(gone, nat)
+			}
+		case ingress.Entry:
+			table = ingress.NetnsTable
+			el := entryElem(o)
+			if op.Verb == ingress.Delete {
+				gone = append(gone, el)
+			} else {
+				there = append(there, el)
+			}
+		default:
+			return fmt.Errorf("%s is not one of many", o)
+		}
+	}
+	for es := range slices.Chunk(there, batch) {
+		if err := put(table, es...); err != nil {
+			return err
+		}
+	}
+	for es := range slices.Chunk(gone, batch) {
+		if err := remove(table, es...); err != nil {
+			return err
+		}
+	}
+	if op.Verb == ingress.Delete {
+		return dropPort(ports...)
+	}
+	return dropUntranslated(ports...)
+}
+
+// batch is how many elements share a transaction: all are answered at once.
+const batch = 500
+
+func entryElem(o ingress.Entry) elem {
+	return elem{set: setPublished, key: key(o.To.Addr(), o.Protocol, o.To.Port())}
+}
+
+func (d *Dataplane) put(o ingress.Object) error {
+	switch o := o.(type) {
 	case ingress.HostTable:
 		if err := setTimeout(); err != nil {
 			return err
@@ -373,11 +436,11 @@ func (d *Dataplane) put(op ingress.Op) error {
 		}
 		return putNode(o)
 	case ingress.Entry:
-		return put(ingress.NetnsTable, elem{set: setPublished, key: key(o.To.Addr(), o.Protocol, o.To.Port())})
+		return put(ingress.NetnsTable, entryElem(o))
 	case ingress.Local:
 		return putLocal(o)
 	}
-	return fmt.Errorf("%s can't be put", op.Target)
+	return fmt.Errorf("%s can't be put", o)
 }
 
 func (d *Dataplane) del(o ingress.Object) error {
@@ -403,7 +466,7 @@ func (d *Dataplane) del(o ingress.Object) error {
 		es := nodeElems(o)
 		return errors.Join(delNode(o), remove(ingress.NetnsTable, es...))
 	case ingress.Entry:
-		return remove(ingress.NetnsTable, elem{set: setPublished, key: key(o.To.Addr(), o.Protocol, o.To.Port())})
+		return remove(ingress.NetnsTable, entryElem(o))
 	case ingress.Local:
 		return delLocal(o)
 	}

@@ -194,6 +194,13 @@ var (
 	drop   = rule{text: "drop", exprs: []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}}}
 	ret    = rule{text: "return", exprs: []expr.Any{&expr.Verdict{Kind: expr.VerdictReturn}}}
 	reject = rule{text: "reject", exprs: []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: 3}}} // port unreachable, RFC 792
+	// SCTP ignores "port unreachable". A client that just sent INIT, always alone
+	// in its packet, takes "protocol unreachable" for an abort (RFC 9260 sections
+	// 3 and 10); what else is sent is the local stack's to abort.
+	rejectINIT = rule{text: "sctp chunk INIT reject with protocol unreachable", exprs: []expr.Any{
+		th(1, 12, 1), &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{1}},
+		&expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: 2},
+	}}
 )
 
 func ctDirection(d byte) rule {
@@ -394,9 +401,9 @@ func netnsRules(o ingress.Table) ruleset {
 	zone := r(iif(vx), foreignSrc, fromMAC(mapZones), rule{text: "ct original zone set", exprs: []expr.Any{
 		ctOrig{key: unix.NFT_CT_ZONE, reg: 1, set: true}}})
 	verdict := nftables.TypeVerdict
-	var refuse []rule
-	for _, p := range []byte{unix.IPPROTO_UDP, unix.IPPROTO_SCTP} {
-		refuse = append(refuse, r(iif(out), daddr(netip.PrefixFrom(o.Out, 32)), l4proto(p), reject))
+	refuse := []rule{
+		r(iif(out), daddr(netip.PrefixFrom(o.Out, 32)), l4proto(unix.IPPROTO_UDP), reject),
+		r(iif(out), daddr(netip.PrefixFrom(o.Out, 32)), l4proto(unix.IPPROTO_SCTP), rejectINIT),
 	}
 	return ruleset{
 		name: ingress.NetnsTable,

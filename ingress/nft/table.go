@@ -434,7 +434,42 @@ func remove(table string, es ...elem) error {
 	return change(table, es, false)
 }
 
+// change tries without looking first, because reading a set costs by its size:
+// one port of a range of thousands would cost as much as all of them.
 func change(table string, es []elem, add bool) error {
+	c, err := tx()
+	if err != nil {
+		return err
+	}
+	for _, e := range es {
+		if err := e.change(c, table, add); err != nil {
+			return err
+		}
+	}
+	// It fails when an element is there with another value, or not at all.
+	if c.Flush() == nil {
+		return nil
+	}
+	return changeSlowly(table, es, add)
+}
+
+func (e elem) change(c *nftables.Conn, table string, add bool) error {
+	s := &nftables.Set{Table: &nftables.Table{Family: nftables.TableFamilyIPv4, Name: table}, Name: e.set, IsMap: e.val != nil || e.chain != ""}
+	x := nftables.SetElement{Key: e.key}
+	fn := c.SetDeleteElements
+	if add {
+		fn, x.Val = c.SetAddElements, e.val
+		if e.chain != "" {
+			x.VerdictData = &expr.Verdict{Kind: expr.VerdictGoto, Chain: e.chain}
+		}
+	}
+	if err := fn(s, []nftables.SetElement{x}); err != nil {
+		return fmt.Errorf("nftables set %s: %w", e.set, err)
+	}
+	return nil
+}
+
+func changeSlowly(table string, es []elem, add bool) error {
 	r, err := reader()
 	if err != nil {
 		return err
@@ -450,7 +485,6 @@ func change(table string, es []elem, add bool) error {
 	if err != nil {
 		return err
 	}
-	t := &nftables.Table{Family: nftables.TableFamilyIPv4, Name: table}
 	have := map[string]map[string]elem{}
 	n := 0
 	for _, e := range es {
@@ -459,23 +493,18 @@ func change(table string, es []elem, add bool) error {
 				return err
 			}
 		}
-		s := &nftables.Set{Table: t, Name: e.set, IsMap: e.val != nil || e.chain != ""}
 		old, there := have[e.set][string(e.key)]
 		same := string(old.val) == string(e.val) && old.chain == e.chain
 		if there && (!add || !same) {
 			n++
-			if err := c.SetDeleteElements(s, []nftables.SetElement{{Key: e.key}}); err != nil {
-				return fmt.Errorf("nftables set %s: %w", e.set, err)
+			if err := e.change(c, table, false); err != nil {
+				return err
 			}
 		}
 		if add && (!there || !same) {
 			n++
-			x := nftables.SetElement{Key: e.key, Val: e.val}
-			if e.chain != "" {
-				x.VerdictData = &expr.Verdict{Kind: expr.VerdictGoto, Chain: e.chain}
-			}
-			if err := c.SetAddElements(s, []nftables.SetElement{x}); err != nil {
-				return fmt.Errorf("nftables set %s: %w", e.set, err)
+			if err := e.change(c, table, true); err != nil {
+				return err
 			}
 		}
 	}

@@ -147,6 +147,7 @@ func TestLocalAndHost(t *testing.T) {
 				refused(t, l.nodes[2].ns, network, "127.0.0.1", port)
 			}
 		}
+		refusedSCTP(t, l.client, l.nodes[2].addr, publishedHere)
 		// Draining keeps connections and takes no new ones; removal resets.
 		for _, port := range []int{publishedHere, publishedHost} {
 			l.replicas(1, 2)

@@ -182,7 +182,7 @@ func (w world) Break(o overlay.Object) bool {
 	}
 	switch o := o.(type) {
 	case overlay.Forwarding:
-		run(w.t, "ip netns exec %s nft delete table inet %s", ns, o.Table)
+		run(w.t, "ip netns exec %s nft add table inet %s { flags dormant ; }", ns, o.Table)
 	case overlay.Members:
 		run(w.t, "ip netns exec %s nft flush set inet %s peers", ns, o.Table)
 	case overlay.Namespace:

@@ -3,6 +3,7 @@ package vxlan
 import (
 	"bytes"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"fmt"
 	"net"
@@ -148,6 +149,14 @@ func (n *nftConn) check(r ruleset) (fault string, present bool, err error) {
 	}
 	if len(chains) != len(r.chains) {
 		return "has other chains", true, nil
+	}
+	t, err := n.c.ListTableOfFamily(r.name, r.family)
+	if err != nil {
+		return "", true, fmt.Errorf("look up nftables table %s: %w", r.name, err)
+	}
+	// The library leaves the flags in network order.
+	if binary.BigEndian.Uint32(binary.NativeEndian.AppendUint32(nil, t.Flags))&unix.NFT_TABLE_F_DORMANT != 0 {
+		return "is dormant", true, nil
 	}
 	digest := r.digest()
 	for _, want := range r.chains {

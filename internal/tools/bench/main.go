@@ -217,7 +217,7 @@ func (b *bench) traffic(say func(string, ...any), addr string) error {
 		u, d, p := median(g["bare underlay"]), median(g["overlay, direct"]), median(g["overlay, VIP"])
 		worst := 0.0
 		for _, xs := range g {
-			worst = math.Max(worst, (slices.Max(xs)-slices.Min(xs))/median(xs))
+			worst = math.Max(worst, spread(xs))
 		}
 		fmt.Printf("| %s | %.4g | %.4g | %.4g | %.2f | %.2f | ±%.0f %% |\n", m.name, u, d, p, d/u, p/d, worst*50)
 	}
@@ -259,45 +259,65 @@ func (b *bench) wrk(v variant) (float64, error) {
 
 var wrkP99 = regexp.MustCompile(`(?m)^\s+99%\s+([0-9.]+)(us|ms|s)`)
 
-// ports measures published ports from outside of the cluster, in turns.
+// ports measures published ports from outside of the cluster, in turns. Each way
+// has a server of its own, because what tells connections apart there is the
+// client's port alone: those of one way that the server still remembers
+// (TIME_WAIT) would slow the next.
 func (b *bench) ports(say func(string, ...any)) error {
-	if _, err := b.on("node1", "shoal", "svc", "create", "-q", "--name", "pub", "--network", "app", "--constraint", "node.name==node2",
-		"-p", "published=8080,target=80,mode=host", "-p", "8081:80", "-p", "published=8082,target=80,nat=true",
-		"--", filepath.Join(b.bin, "whoami"), "-udp", "", "-tcp", ""); err != nil {
-		return err
+	ways := []struct{ name, publish, url string }{
+		{"host mode, at the task's node", "published=8080,target=80,mode=host", "http://172.30.0.2:8080/"},
+		{"ingress, at the task's node", "published=8081,target=80", "http://172.30.0.2:8081/"},
+		{"ingress, at another node", "published=8082,target=80", "http://172.30.0.1:8082/"},
+		{"ingress with nat=true, at another node", "published=8083,target=80,nat=true", "http://172.30.0.1:8083/"},
 	}
-	ways := []struct{ name, url string }{
-		{"host mode, at the task's node", "http://172.30.0.2:8080/"},
-		{"ingress, at the task's node", "http://172.30.0.2:8081/"},
-		{"ingress, at another node", "http://172.30.0.1:8081/"},
-		{"ingress with nat=true, at another node", "http://172.30.0.1:8082/"},
+	for i, w := range ways {
+		if _, err := b.on("node1", "shoal", "svc", "create", "-q", "--name", fmt.Sprintf("pub%d", i), "--network", "app", "--constraint", "node.name==node2",
+			"-p", w.publish, "--", filepath.Join(b.bin, "whoami"), "-udp", "", "-tcp", ""); err != nil {
+			return err
+		}
 	}
 	rates, tails := make([][]float64, len(ways)), make([][]float64, len(ways))
 	for r := range b.rounds {
 		for i, w := range ways {
-			out, err := exec.Command("ip", "netns", "exec", "shoal-"+b.lab+"-underlay", "wrk", "-t1", "-c16", fmt.Sprintf("-d%ds", b.seconds),
-				"--latency", "-H", "Connection: close", w.url).CombinedOutput()
+			x, y, err := b.wrkTail(w.url)
 			if err != nil {
-				return fmt.Errorf("wrk %s: %w: %s", w.url, err, out)
+				return fmt.Errorf("%s: %w", w.name, err)
 			}
-			rate, p99 := wrkRate.FindSubmatch(out), wrkP99.FindSubmatch(out)
-			if rate == nil || p99 == nil {
-				return fmt.Errorf("no figures in the output of wrk: %s", out)
-			}
-			x, _ := strconv.ParseFloat(string(rate[1]), 64)
-			y, _ := strconv.ParseFloat(string(p99[1]), 64)
-			y *= map[string]float64{"us": 1e-3, "ms": 1, "s": 1e3}[string(p99[2])]
 			say("round %d: %s: %.0f/s, p99 %.2f ms", r+1, w.name, x, y)
 			rates[i], tails[i] = append(rates[i], x), append(tails[i], y)
 		}
 	}
-	fmt.Println("| published port, short connections | requests/s | p99, ms | to host mode |\n|---|---|---|---|")
+	fmt.Println("| published port, short connections | requests/s | spread | p99, ms | spread | requests to host mode's |\n|---|---|---|---|---|---|")
 	for i, w := range ways {
-		fmt.Printf("| %s | %.0f | %.2f | %.2f |\n", w.name, median(rates[i]), median(tails[i]), median(rates[i])/median(rates[0]))
+		fmt.Printf("| %s | %.0f | ±%.0f %% | %.2f | ±%.0f %% | %.2f |\n", w.name, median(rates[i]), spread(rates[i])*50,
+			median(tails[i]), spread(tails[i])*50, median(rates[i])/median(rates[0]))
 	}
-	fmt.Printf("\nSource kept to nat=true, at another node: %.2f.\n\n", median(rates[2])/median(rates[3]))
+	fmt.Printf("\nSource kept to nat=true, at another node: requests %.2f, p99 %.2f.\n\n", median(rates[2])/median(rates[3]), median(tails[2])/median(tails[3]))
 	return nil
 }
+
+// wrkTail asks from outside, and returns requests a second and the 99th
+// percentile of latency in ms. Requests that fail are an error: refusals are
+// quicker than answers.
+func (b *bench) wrkTail(url string) (rate, p99 float64, err error) {
+	out, err := exec.Command("ip", "netns", "exec", "shoal-"+b.lab+"-underlay", "wrk", "-t1", "-c16", fmt.Sprintf("-d%ds", b.seconds),
+		"--latency", "-H", "Connection: close", url).CombinedOutput()
+	if err != nil {
+		return 0, 0, fmt.Errorf("wrk %s: %w: %s", url, err, out)
+	}
+	x, y := wrkRate.FindSubmatch(out), wrkP99.FindSubmatch(out)
+	if x == nil || y == nil || wrkFailed.Match(out) {
+		return 0, 0, fmt.Errorf("wrk %s: no figures, or failures: %s", url, out)
+	}
+	rate, _ = strconv.ParseFloat(string(x[1]), 64)
+	p99, _ = strconv.ParseFloat(string(y[1]), 64)
+	return rate, p99 * map[string]float64{"us": 1e-3, "ms": 1, "s": 1e3}[string(y[2])], nil
+}
+
+// wrkFailed finds answers other than 200, and connections that could not be
+// made, in what wrk prints.
+var wrkFailed = regexp.MustCompile(`Non-2xx|Socket errors: connect [1-9]`)
+
 
 var qps = regexp.MustCompile(`Queries per second:\s+([0-9.]+)`)
 
@@ -436,6 +456,9 @@ func (b *bench) endpointGone(svc string) (float64, error) {
 	wg.Wait()
 	return slices.Max(took), errors.Join(errs...)
 }
+
+// spread is of all values to the median.
+func spread(xs []float64) float64 { return (slices.Max(xs) - slices.Min(xs)) / median(xs) }
 
 func median(xs []float64) float64 {
 	s := slices.Sorted(slices.Values(xs))
