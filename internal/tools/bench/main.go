@@ -318,7 +318,6 @@ func (b *bench) wrkTail(url string) (rate, p99 float64, err error) {
 // made, in what wrk prints.
 var wrkFailed = regexp.MustCompile(`Non-2xx|Socket errors: connect [1-9]`)
 
-
 var qps = regexp.MustCompile(`Queries per second:\s+([0-9.]+)`)
 
 func (b *bench) dns(say func(string, ...any)) error {
