@@ -172,7 +172,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		if err := srv.Serve(ln); err != nil && ctx.Err() == nil {
+		if err := srv.Serve(ln); err != nil && !errors.Is(err, http.ErrServerClosed) {
 			a.log.Error("API socket closed", "error", err)
 		}
 	})
@@ -485,6 +485,7 @@ func (a *localAPI) Join(ctx context.Context, req *connect.Request[shoalv1.JoinRe
 		if ident.Cluster, err = clusterOf(resp.Msg.Cluster); err != nil {
 			return err
 		}
+		m.setCluster(ident.Cluster.ID)
 		ident.Number = int(resp.Msg.Node.GetNumber())
 		if ident.Number == 0 {
 			return fmt.Errorf("the manager's answer has no node number")

@@ -62,6 +62,7 @@ type member struct {
 	vip     *reconcile.Loop[vip.State, vip.State]
 	ingress *reconcile.Loop[ingress.State, ingress.State]
 
+	cluster     atomic.Pointer[string]    // see clusterID
 	view        atomic.Pointer[spec.View] // the last that was composed
 	composeWake chan struct{}             // size 1
 	reportWake  chan struct{}             // size 1
@@ -93,13 +94,19 @@ func newMember(cfg Config, ident *identity, log *slog.Logger) (*member, error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	m := &member{cfg: cfg, ident: ident, log: log, listener: ln, ctx: ctx, cancel: cancel,
 		composeWake: make(chan struct{}, 1), reportWake: make(chan struct{}, 1), progress: newProgress(), acked: map[string]spec.TaskStatus{}}
+	m.setCluster(ident.Cluster.ID)
 	m.raft, m.http = control.Split(ln)
-	m.fwd = control.NewForwarder(control.ForwarderConfig{NodeID: ident.NodeID, Managers: m.managerAddrs, Log: log})
+	m.fwd = control.NewForwarder(control.ForwarderConfig{NodeID: ident.NodeID, Cluster: m.clusterID, Managers: m.managerAddrs, Log: log})
 	// By way of the agent's own socket, as every other client: the forwarder
 	// behind it finds the leader.
 	m.client = shoalv1connect.NewControlClient(control.UnixClient(cfg.Socket), "http://shoal")
 	return m, nil
 }
+
+// clusterID is the cluster's ID, "" while this node is still joining one.
+func (m *member) clusterID() string { return *m.cluster.Load() }
+
+func (m *member) setCluster(id string) { m.cluster.Store(&id) }
 
 // serve starts HTTP on the control port.
 func (m *member) serve(h http.Handler) {
@@ -126,7 +133,7 @@ func (m *member) startManager() (*control.Manager, error) {
 		return m.manager, nil
 	}
 	mgr, err := control.NewManager(control.ManagerConfig{
-		Node: m.node(spec.RoleManager), DataDir: m.cfg.DataDir, RaftListener: m.raft,
+		Node: m.node(spec.RoleManager), DataDir: m.cfg.DataDir, Cluster: m.clusterID, RaftListener: m.raft,
 		Liveness: m.liveness, HostRoutes: m.cfg.HostRoutes, Log: m.log,
 	})
 	if err != nil {

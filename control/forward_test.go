@@ -93,6 +93,27 @@ func TestForwarderWithoutMajority(t *testing.T) {
 	}
 }
 
+// TestForwarderOfAnotherCluster: an address that has become another cluster's is
+// not asked, so that what it does not know of is not taken for removed.
+func TestForwarderOfAnotherCluster(t *testing.T) {
+	t.Parallel()
+	m := newNode(t, "manager", spec.RoleManager)
+	m.in = "b"
+	m.start()
+	if _, err := m.mgr.Bootstrap(testCtx(t), testCluster); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct{ in, want string }{{"b", ""}, {"", ""}, {"a", "no answer from " + m.addr()}} {
+		n := newNode(t, "worker", spec.RoleWorker)
+		n.in, n.sees, n.wait = c.in, []string{m.addr()}, time.Second
+		n.start()
+		_, err := n.ctl.ListNetworks(testCtx(t), connect.NewRequest(&shoalv1.ListNetworksRequest{}))
+		if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
+			t.Errorf("a node of cluster %q asks a manager of cluster %q: %v, want %q", n.in, m.in, err, c.want)
+		}
+	}
+}
+
 // TestForwarderNamesWhatFailed: an answer that nobody leads also says what was
 // tried last.
 func TestForwarderNamesWhatFailed(t *testing.T) {
