@@ -41,6 +41,7 @@ const (
 	reportInterval = time.Second     // sign of life to the leader; it takes 3 s of silence for suspicion
 	reportTimeout  = 2 * time.Second // one report
 	streamSilence  = 5 * time.Second // of an assignment stream that sends one each second
+	namesWait      = 3 * time.Second // for all names to be known, after a start; stub resolvers ask again after 5 s
 )
 
 // member is the node's life in one cluster.
@@ -55,12 +56,13 @@ type member struct {
 	fwd      *control.Forwarder
 	client   shoalv1connect.ControlClient // by way of fwd
 
-	g       *gossip.Gossip
-	tasks   *tasks
-	dns     *dns.Server
-	overlay *reconcile.Loop[overlay.State, overlay.State]
-	vip     *reconcile.Loop[vip.State, vip.State]
-	ingress *reconcile.Loop[ingress.State, ingress.State]
+	g        *gossip.Gossip
+	tasks    *tasks
+	dns      *dns.Server
+	namesDue atomic.Bool // names are answered from whatever is known
+	overlay  *reconcile.Loop[overlay.State, overlay.State]
+	vip      *reconcile.Loop[vip.State, vip.State]
+	ingress  *reconcile.Loop[ingress.State, ingress.State]
 
 	cluster     atomic.Pointer[string]    // see clusterID
 	view        atomic.Pointer[spec.View] // the last that was composed
@@ -194,6 +196,12 @@ func (m *member) start() error {
 	m.mu.Lock()
 	m.g = g // the Manager and the Forwarder may run already, and look
 	m.mu.Unlock()
+	m.wg.Go(func() {
+		if sleep(m.ctx, namesWait) {
+			m.namesDue.Store(true)
+			wake(m.composeWake)
+		}
+	})
 	m.dns = dns.NewServer(dns.Config{Upstreams: m.cfg.Upstreams, Dial: m.cfg.Dial, Log: m.log})
 	m.tasks = &tasks{rt: m.cfg.Runtime, dns: m.dns, instance: m.cfg.Instance, hostAddr: m.ident.Addr, search: m.cfg.SearchDomains,
 		log: m.log, plumbing: m, ctx: m.ctx, runners: map[string]*runner{}}
@@ -340,7 +348,11 @@ func (m *member) compose() {
 			p.held = n > 0
 		}
 		m.view.Store(shown)
-		m.dns.SetZone(m.dns.Zone().Update(shown, dns.ZoneOptions{Nodes: nodes}))
+		// Questions wait in their sockets for the first complete View: of names that
+		// are not known yet an agent that starts would say that they don't exist.
+		if v.Complete || m.namesDue.Load() {
+			m.dns.SetZone(m.dns.Zone().Update(shown, dns.ZoneOptions{Nodes: nodes}))
+		}
 		if p.routed == nil {
 			return
 		}

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -27,6 +28,10 @@ import (
 // NodeHeader names the node (ID) that a call of the Node service is for. The
 // agent that gets it passes it on when it is another.
 const NodeHeader = "Shoal-Node"
+
+// ExitHeader, of an error of Exec, is the exit status of what did not come to
+// run.
+const ExitHeader = "Shoal-Exit-Status"
 
 // routeToNode passes calls for another node on to it.
 func (a *Agent) routeToNode(local http.Handler) http.Handler {
@@ -108,10 +113,16 @@ func (a *nodeAPI) Exec(ctx context.Context, stream *connect.BidiStream[shoalv1.E
 	if start == nil {
 		return invalid("exec: the first message is not a start")
 	}
-	if len(start.Command) == 0 {
+	if len(start.Command) == 0 && !start.Attach {
 		return invalid("exec: no command is given")
 	}
-	m, t, err := a.task(start.Task)
+	var m *member
+	var t spec.Task
+	if start.Attach {
+		m, t, err = a.comingTask(ctx, start.Task)
+	} else {
+		m, t, err = a.task(start.Task)
+	}
 	if err != nil {
 		return err
 	}
@@ -125,7 +136,7 @@ func (a *nodeAPI) Exec(ctx context.Context, stream *connect.BidiStream[shoalv1.E
 	defer cancel()
 	stdinR, stdinW := io.Pipe()
 	defer stdinR.Close()
-	spec := runtime.ExecSpec{Command: start.Command, Env: start.Env, Dir: start.Dir, User: start.User, TTY: start.Tty,
+	es := runtime.ExecSpec{Command: start.Command, Env: start.Env, Dir: start.Dir, User: start.User, TTY: start.Tty,
 		Rows: uint16(start.Rows), Cols: uint16(start.Cols),
 		Stdout: writerFunc(func(b []byte) error {
 			return send(&shoalv1.ExecResponse{Msg: &shoalv1.ExecResponse_Stdout{Stdout: b}})
@@ -135,9 +146,14 @@ func (a *nodeAPI) Exec(ctx context.Context, stream *connect.BidiStream[shoalv1.E
 		}),
 	}
 	if start.Stdin {
-		spec.Stdin = stdinR
+		es.Stdin = stdinR
 	}
-	proc, err := m.cfg.Runtime.Exec(ctx, t.ID, spec)
+	var proc runtime.Process
+	if start.Attach {
+		proc, err = m.cfg.Runtime.Attach(ctx, t.ID, runtime.AttachSpec{Rows: es.Rows, Cols: es.Cols, Stdin: es.Stdin, Stdout: es.Stdout, Stderr: es.Stderr})
+	} else {
+		proc, err = m.cfg.Runtime.Exec(ctx, t.ID, es)
+	}
 	if err != nil {
 		return connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("exec in task %s: %w", t.Name, err))
 	}
@@ -168,10 +184,46 @@ func (a *nodeAPI) Exec(ctx context.Context, stream *connect.BidiStream[shoalv1.E
 		}
 	}()
 	code, err := proc.Wait()
+	if err != nil && start.Attach {
+		if _, st, ok := m.tasks.find(t.ID); ok && st.Message != "" {
+			err = errors.New(st.Message) // why it did not come to run
+		}
+		failed := connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("task %s: %w", t.Name, err))
+		failed.Meta().Set(ExitHeader, strconv.Itoa(code))
+		return failed
+	}
 	if err != nil {
 		return connect.NewError(connect.CodeInternal, fmt.Errorf("exec in task %s: %w", t.Name, err))
 	}
 	return send(&shoalv1.ExecResponse{Msg: &shoalv1.ExecResponse_ExitCode{ExitCode: int32(code)}})
+}
+
+// comingTask is task for one that was only just made: it waits until the task's
+// sandbox is there.
+func (a *nodeAPI) comingTask(ctx context.Context, id string) (*member, spec.Task, error) {
+	ctx, cancel := context.WithTimeout(ctx, wireTimeout)
+	defer cancel()
+	for {
+		m, t, err := a.task(id)
+		if m == nil && err != nil && connect.CodeOf(err) != connect.CodeNotFound {
+			return nil, t, err
+		}
+		if err == nil {
+			_, rerr := m.cfg.Runtime.Status(ctx, id)
+			if rerr == nil {
+				return m, t, nil
+			}
+			if _, st, ok := m.tasks.find(id); ok && st.State.Ended() {
+				return nil, t, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("task %s: %s", t.Name, cmp.Or(st.Message, st.State.String())))
+			}
+		}
+		if !sleep(ctx, readyInterval) {
+			if err == nil {
+				err = connect.NewError(connect.CodeUnavailable, fmt.Errorf("task %s is not made after %s: see 'shoal ps -a'", t.Name, wireTimeout))
+			}
+			return nil, t, err
+		}
+	}
 }
 
 type writerFunc func([]byte) error

@@ -81,6 +81,9 @@ type runner struct {
 	stopDNS  context.CancelFunc
 	asker    atomic.Pointer[dns.Asker]
 	detached uint64 // attachments that left up to this version are off the network
+	fit      fitness
+
+	named *[]netip.Addr // what the task's hosts file says of it; nil: not known. Of run only
 }
 
 // attachments are the networks that the task is to be wired to: those it is on,
@@ -425,15 +428,16 @@ func (r *runner) live(ctx context.Context, found *runtime.Status) error {
 			return err
 		}
 	}
+	fit := r.firstFitness(ctx, t.Spec.Health, running)
 	first := spec.EndpointStarting
 	if running {
 		first = spec.EndpointActive
-		if r.unwanted() != "" {
+		if r.unwanted() != "" || fit.ill != "" {
 			first = spec.EndpointDraining
 		}
 	}
 	r.set(func() {
-		r.adopting = false
+		r.adopting, r.fit = false, fit
 		if r.endpoint = &first; sb.Netns != "" {
 			r.sandbox = &sb
 		}
@@ -461,9 +465,12 @@ func (r *runner) live(ctx context.Context, found *runtime.Status) error {
 		}
 		r.state(spec.TaskStarting, "")
 		if err := r.rt.Start(ctx, t.ID); err != nil {
+			if st, serr := r.programState(ctx); serr == nil && st.State == runtime.Exited {
+				r.set(func() { r.status.ExitCode = st.ExitCode })
+			}
 			return err
 		}
-		if t.Service != "" {
+		if t.Service != "" && t.Spec.Health == nil {
 			r.awaitReady(ctx)
 		}
 	}
@@ -502,31 +509,22 @@ func (r *runner) whileWanted(ctx context.Context, d time.Duration, fn func(conte
 	}
 }
 
-// awaitReady returns when the program listens, has ended, is unwanted, or has
-// had its time: a replica enters a VIP when it can answer, which Swarm's does
-// before (1 request refused in each rolling update of PEERS.md), while a
-// program that never listens is not kept waiting for long.
-func (r *runner) awaitReady(ctx context.Context) {
-	deadline := time.Now().Add(readyTimeout)
-	for time.Now().Before(deadline) && r.unwanted() == "" {
-		if st, err := r.programState(ctx); err != nil || st.State != runtime.Running {
-			return
-		}
-		if up, err := r.rt.Listening(ctx, r.id); err == nil && up {
-			return
-		}
-		if !sleep(ctx, readyInterval) {
-			return
-		}
-	}
-}
-
 func (r *runner) programState(ctx context.Context) (runtime.Status, error) {
 	return r.rt.Status(ctx, r.id)
 }
 
 // watch waits for the program's end, and stops it when it is unwanted.
 func (r *runner) watch(ctx context.Context) error {
+	lctx, cancel := context.WithCancel(ctx)
+	looked := make(chan struct{})
+	go func() {
+		defer close(looked)
+		r.lookAfter(lctx)
+	}()
+	defer func() {
+		cancel()
+		<-looked
+	}()
 	for {
 		st, err := r.programState(ctx)
 		if ctx.Err() != nil {
@@ -541,22 +539,18 @@ func (r *runner) watch(ctx context.Context) error {
 			return nil
 		}
 		if r.unwanted() != "" {
-			return r.stop(ctx)
-		}
-		if !r.detach(ctx) {
-			continue
+			return r.stop(ctx, spec.TaskShutdown, "")
 		}
 		r.mu.Lock()
-		isRunning := r.status.State == spec.TaskRunning
+		dead := r.fit.dead
 		r.mu.Unlock()
-		if !isRunning {
-			active := spec.EndpointActive
-			r.set(func() {
-				r.endpoint = &active
-				r.status.PID = st.PID
-			})
-			r.state(spec.TaskRunning, "")
+		if dead != "" {
+			return r.stop(ctx, spec.TaskFailed, dead)
 		}
+		if !r.detach(ctx) || !r.rewire(ctx) {
+			continue
+		}
+		r.tell(st.PID)
 		select {
 		case <-ctx.Done():
 			return nil
@@ -569,9 +563,8 @@ func (r *runner) watch(ctx context.Context) error {
 const detachRetry = time.Second
 
 // detach takes the task off the networks that it is leaving, while it runs: no
-// new connections first, then the interface, then the managers hear that the
-// addresses are free. It returns false when that came to nothing because the
-// task is to end, or has ended, or ctx did.
+// new connections first, then the interface, which is rewire's part. It returns
+// false when that came to nothing because the task is to end, or ctx did.
 func (r *runner) detach(ctx context.Context) bool {
 	r.mu.Lock()
 	leaving := uint64(0)
@@ -579,37 +572,79 @@ func (r *runner) detach(ctx context.Context) bool {
 		leaving = max(leaving, a.Leaving)
 	}
 	done := leaving <= r.detached
-	detached := r.detached
 	r.mu.Unlock()
-	if !done {
-		r.plumbing.publish()
-		err := r.whileWanted(ctx, drainTimeout, r.plumbing.settled)
-		if ctx.Err() != nil || r.unwanted() != "" {
-			return false
-		}
-		if err != nil {
-			r.log.Warn("disconnecting a task that not every node is known to have drained", "task", r.task.Name, "error", err)
-		}
-		r.set(func() { r.detached = leaving })
-		detached = leaving
+	if done {
+		return true
 	}
+	r.plumbing.publish()
+	err := r.whileWanted(ctx, drainTimeout, r.plumbing.settled)
+	if ctx.Err() != nil || r.unwanted() != "" {
+		return false
+	}
+	if err != nil {
+		r.log.Warn("disconnecting a task that not every node is known to have drained", "task", r.task.Name, "error", err)
+	}
+	r.set(func() { r.detached = leaving })
+	return true
+}
+
+// rewire waits until a running task's interfaces are as its networks, which come
+// and go, want them, and tells the managers: they free the addresses of those
+// that it left, and who connected it to another may use that. It returns false
+// when that came to nothing because the task is to end, or has ended, or is to
+// leave another, or ctx ended.
+func (r *runner) rewire(ctx context.Context) bool {
 	for {
 		r.mu.Lock()
-		t, told := r.task, r.status.Wired
+		t, told, target := r.task, r.status.Wired, r.detached
+		var on []netip.Addr
+		for _, a := range t.Attachments {
+			if a.Leaving > r.detached {
+				r.mu.Unlock()
+				return false
+			}
+			if a.Leaving == 0 {
+				target = max(target, a.Joined)
+				on = append(on, a.Addrs...)
+			}
+		}
+		joins, netns := target > r.detached, r.sandbox != nil
 		r.mu.Unlock()
-		if told >= detached {
+		// The task's own name stands for the addresses that it has now, and for
+		// what the user wants it to.
+		for _, h := range t.Spec.ExtraHosts {
+			if name, addr, err := spec.ParseExtraHost(h); err == nil && name == hostname(t) {
+				if !addr.IsValid() {
+					addr = r.hostAddr
+				}
+				on = append(on, addr)
+			}
+		}
+		if netns && (r.named == nil || !slices.Equal(*r.named, on)) {
+			if err := r.rt.SetHosts(ctx, r.id, hostname(t), on); err != nil {
+				r.log.Error("the hosts file of a task can't be changed", "task", t.Name, "error", err)
+			}
+			r.named = &on
+		}
+		if told >= target {
 			return true
 		}
 		err := r.whileWanted(ctx, wireTimeout, func(ctx context.Context) error { return r.plumbing.wired(ctx, t) })
+		if err == nil && joins {
+			// Whoever connected it expects it to be found.
+			if err := r.whileWanted(ctx, routeTimeout, r.plumbing.settled); err != nil {
+				r.log.Debug("connected before every node has a route to the task", "task", t.Name, "missing", err)
+			}
+		}
 		if err == nil {
-			r.set(func() { r.status.Wired = detached })
-			return true
+			r.set(func() { r.status.Wired = max(r.status.Wired, target) })
+			continue // there may be more by now
 		}
 		st, serr := r.programState(ctx)
 		if ctx.Err() != nil || r.unwanted() != "" || serr != nil || st.State != runtime.Running {
 			return false
 		}
-		r.log.Error("task can't be taken off a network; trying again", "task", t.Name, "error", err)
+		r.log.Error("the task's networks can't be changed; trying again", "task", t.Name, "error", err)
 		r.waitUnless(ctx, detachRetry)
 	}
 }
@@ -625,8 +660,8 @@ func (r *runner) netns(t spec.Task) string {
 }
 
 // stop ends the task in good order: it is out of every balancer before its
-// program hears of it.
-func (r *runner) stop(ctx context.Context) error {
+// program hears of it. as and why are what it is then said to be.
+func (r *runner) stop(ctx context.Context, as spec.TaskState, why string) error {
 	r.announce(spec.EndpointDraining)
 	r.state(spec.TaskStopping, "draining")
 	dctx, cancel := context.WithTimeout(ctx, drainTimeout)
@@ -652,7 +687,7 @@ func (r *runner) stop(ctx context.Context) error {
 		return err
 	}
 	r.set(func() { r.status.ExitCode = st.ExitCode })
-	r.state(spec.TaskShutdown, "")
+	r.state(as, why)
 	return nil
 }
 

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"iter"
 	"log/slog"
 	"maps"
@@ -62,6 +63,9 @@ type fakeTask struct {
 	runtime.Status
 	released  bool
 	listening bool
+	looks     int    // at whether it listens
+	sick      string // what the health check says; "": it passes
+	hosts     string // its own name and addresses in its hosts file
 }
 
 // newBench makes one; have is what the runtime still has of an earlier agent.
@@ -315,16 +319,49 @@ func (b *bench) DNSSockets(ctx context.Context, id string) (net.PacketConn, net.
 	return pc, ln, nil
 }
 
+func (b *bench) SetHosts(_ context.Context, id, name string, addrs []netip.Addr) error {
+	return b.task(id, func(t *fakeTask) { t.hosts = fmt.Sprint(name, " ", addrs) })
+}
+
 func (b *bench) Listening(_ context.Context, id string) (up bool, err error) {
-	err = b.task(id, func(t *fakeTask) { up = t.listening })
+	err = b.task(id, func(t *fakeTask) {
+		t.looks++
+		up = t.listening
+	})
 	return up, err
 }
 
 func (b *bench) Events(context.Context) <-chan runtime.Event { return nil }
 
-func (b *bench) Exec(context.Context, string, runtime.ExecSpec) (runtime.Process, error) {
-	return nil, errors.New("no exec")
+func (b *bench) Attach(context.Context, string, runtime.AttachSpec) (runtime.Process, error) {
+	return nil, errors.New("no attach")
 }
+
+// Exec runs nothing but health checks.
+func (b *bench) Exec(_ context.Context, id string, s runtime.ExecSpec) (p runtime.Process, err error) {
+	if err := b.task(id, func(t *fakeTask) {
+		if t.State != runtime.Running {
+			err = errors.New("not running")
+		}
+		p = checked{t.sick != ""}
+		_, _ = io.WriteString(s.Stdout, t.sick)
+	}); err != nil {
+		return nil, err
+	}
+	return p, err
+}
+
+// checked is a health check that has ended.
+type checked struct{ failed bool }
+
+func (c checked) Wait() (int, error) {
+	if c.failed {
+		return 1, nil
+	}
+	return 0, nil
+}
+func (checked) Resize(uint16, uint16) error { return nil }
+func (checked) Signal(int) error            { return nil }
 
 func (b *bench) Logs(context.Context, string, runtime.LogOptions) iter.Seq2[runtime.LogLine, error] {
 	return func(func(runtime.LogLine, error) bool) {}
@@ -669,12 +706,32 @@ func TestDetach(t *testing.T) {
 	if sb, _ := b.sandboxes(); len(sb) != 1 || len(sb[0].Attachments) != 1 || sb[0].Attachments[0].Network != "app" {
 		t.Errorf("sandboxes %+v", sb)
 	}
-	// It comes back, with another address.
+	hosts := func() (s string) {
+		_ = b.task("t1", func(f *fakeTask) { s = f.hosts })
+		return s
+	}
+	if want := "t1 [10.0.0.5]"; hosts() != want {
+		t.Errorf("hosts file: %s, want %s", hosts(), want)
+	}
+	// It comes back, with another address: the managers hear when it is there.
 	b.forget()
 	again := connected(4, 0)
-	again.Attachments[1].Addrs = []netip.Addr{netip.MustParseAddr("10.0.1.6")}
+	again.Attachments[1].Addrs, again.Attachments[1].Joined = []netip.Addr{netip.MustParseAddr("10.0.1.6")}, 4
 	b.give(true, again)
-	b.expect("t1 endpoint: app active, db active")
+	b.expect("t1 endpoint: app active, db active", "wired t1", "settled", "t1: running wired 4")
+	if want := "t1 [10.0.0.5 10.0.1.6]"; hosts() != want {
+		t.Errorf("hosts file: %s, want %s", hosts(), want)
+	}
+	// Off one network and onto another in one change.
+	b.forget()
+	both := connected(6, 6)
+	both.Attachments[1].Addrs = []netip.Addr{netip.MustParseAddr("10.0.1.6")}
+	both.Attachments = append(both.Attachments, spec.Attachment{Network: "third", Addrs: []netip.Addr{netip.MustParseAddr("10.0.2.6")}, Iface: "eth2", Joined: 6})
+	b.give(true, both)
+	b.await("t1: running wired 6")
+	if want := "t1 [10.0.0.5 10.0.2.6]"; hosts() != want {
+		t.Errorf("hosts file: %s, want %s", hosts(), want)
+	}
 }
 
 // TestDetachThatFailsHoldsUpNothing: a task that can't be taken off a network

@@ -99,7 +99,28 @@ func ToNetworkAttachments(in []*shoalv1.NetworkAttachment) ([]spec.NetworkAttach
 func TaskSpec(t spec.TaskSpec) *shoalv1.TaskSpec {
 	return &shoalv1.TaskSpec{Command: t.Command, Env: t.Env, Dir: t.Dir, User: t.User, Hostname: t.Hostname, Labels: t.Labels,
 		StopSignal: t.StopSignal, StopGraceMs: t.StopGrace.Milliseconds(),
-		Dns: texts(t.DNS), DnsSearch: t.DNSSearch, DnsOptions: t.DNSOptions, ExtraHosts: t.ExtraHosts, Links: t.Links, Expose: t.Expose}
+		Dns: texts(t.DNS), DnsSearch: t.DNSSearch, DnsOptions: t.DNSOptions, ExtraHosts: t.ExtraHosts, Links: t.Links, Expose: t.Expose,
+		Health: HealthCheck(t.Health),
+		Attach: t.Attach, Stdin: t.Stdin, Tty: t.TTY, AutoRemove: t.AutoRemove}
+}
+
+// HealthCheck is h on the wire.
+func HealthCheck(h *spec.HealthCheck) *shoalv1.HealthCheck {
+	if h == nil {
+		return nil
+	}
+	return &shoalv1.HealthCheck{Command: h.Command, IntervalMs: h.Interval.Milliseconds(), TimeoutMs: h.Timeout.Milliseconds(),
+		StartPeriodMs: h.StartPeriod.Milliseconds(), StartIntervalMs: h.StartInterval.Milliseconds(), Retries: int32(h.Retries)}
+}
+
+// ToHealthCheck is the inverse of HealthCheck.
+func ToHealthCheck(h *shoalv1.HealthCheck) *spec.HealthCheck {
+	if h == nil {
+		return nil
+	}
+	ms := func(n int64) time.Duration { return time.Duration(n) * time.Millisecond }
+	return &spec.HealthCheck{Command: h.GetCommand(), Interval: ms(h.GetIntervalMs()), Timeout: ms(h.GetTimeoutMs()),
+		StartPeriod: ms(h.GetStartPeriodMs()), StartInterval: ms(h.GetStartIntervalMs()), Retries: int(h.GetRetries())}
 }
 
 // ToTaskSpec is the inverse of TaskSpec.
@@ -107,7 +128,9 @@ func ToTaskSpec(t *shoalv1.TaskSpec) (spec.TaskSpec, error) {
 	dns, err := Addrs("DNS server", t.GetDns())
 	return spec.TaskSpec{Command: t.GetCommand(), Env: t.GetEnv(), Dir: t.GetDir(), User: t.GetUser(), Hostname: t.GetHostname(), Labels: t.GetLabels(),
 		StopSignal: t.GetStopSignal(), StopGrace: time.Duration(t.GetStopGraceMs()) * time.Millisecond,
-		DNS: dns, DNSSearch: t.GetDnsSearch(), DNSOptions: t.GetDnsOptions(), ExtraHosts: t.GetExtraHosts(), Links: t.GetLinks(), Expose: t.GetExpose()}, err
+		DNS: dns, DNSSearch: t.GetDnsSearch(), DNSOptions: t.GetDnsOptions(), ExtraHosts: t.GetExtraHosts(), Links: t.GetLinks(), Expose: t.GetExpose(),
+		Health: ToHealthCheck(t.GetHealth()),
+		Attach: t.GetAttach(), Stdin: t.GetStdin(), TTY: t.GetTty(), AutoRemove: t.GetAutoRemove()}, err
 }
 
 // Ports are as on the wire.
@@ -214,7 +237,7 @@ func Task(t spec.Task) *shoalv1.Task {
 	out := &shoalv1.Task{Id: t.ID, Name: t.Name, Service: t.Service, Slot: int32(t.Slot), Node: t.Node, Spec: TaskSpec(t.Spec), Desired: t.Desired,
 		Status: TaskStatus(t.Status), Version: t.Version, CreatedMs: t.Created, NotBeforeMs: t.NotBefore, Attempt: int32(t.Attempt), Ports: Ports(t.Ports)}
 	for _, a := range t.Attachments {
-		out.Attachments = append(out.Attachments, &shoalv1.Attachment{Network: a.Network, Addrs: texts(a.Addrs), Aliases: a.Aliases, Iface: a.Iface, Leaving: a.Leaving})
+		out.Attachments = append(out.Attachments, &shoalv1.Attachment{Network: a.Network, Addrs: texts(a.Addrs), Aliases: a.Aliases, Iface: a.Iface, Leaving: a.Leaving, Joined: a.Joined})
 	}
 	return out
 }
@@ -238,7 +261,7 @@ func ToTask(t *shoalv1.Task) (spec.Task, error) {
 		if err != nil {
 			return out, err
 		}
-		out.Attachments = append(out.Attachments, spec.Attachment{Network: a.GetNetwork(), Addrs: addrs, Aliases: a.GetAliases(), Iface: a.GetIface(), Leaving: a.GetLeaving()})
+		out.Attachments = append(out.Attachments, spec.Attachment{Network: a.GetNetwork(), Addrs: addrs, Aliases: a.GetAliases(), Iface: a.GetIface(), Leaving: a.GetLeaving(), Joined: a.GetJoined()})
 	}
 	return out, nil
 }

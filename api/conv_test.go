@@ -42,8 +42,19 @@ func labels(t *rapid.T) map[string]string {
 	return nil
 }
 
+func health(t *rapid.T) *spec.HealthCheck {
+	if !rapid.Bool().Draw(t, "has health check") {
+		return nil
+	}
+	ms := func(what string) time.Duration {
+		return time.Duration(rapid.IntRange(0, 99999).Draw(t, what)) * time.Millisecond
+	}
+	return &spec.HealthCheck{Command: rapid.String().Draw(t, "health command"), Interval: ms("interval"), Timeout: ms("timeout"),
+		StartPeriod: ms("start period"), StartInterval: ms("start interval"), Retries: rapid.IntRange(0, 9).Draw(t, "retries")}
+}
+
 func taskSpec(t *rapid.T) spec.TaskSpec {
-	return spec.TaskSpec{Command: strs(t, "command"), Env: strs(t, "env"), Dir: "/d", User: "u", Hostname: "h", Labels: labels(t), StopSignal: "SIGINT",
+	return spec.TaskSpec{Command: strs(t, "command"), Env: strs(t, "env"), Dir: "/d", User: "u", Hostname: "h", Labels: labels(t), StopSignal: "SIGINT", Health: health(t),
 		StopGrace: time.Duration(rapid.IntRange(0, 99999).Draw(t, "grace")) * time.Millisecond}
 }
 

@@ -1,9 +1,7 @@
 package dns
 
 import (
-	"fmt"
 	"net"
-	"net/netip"
 	"runtime"
 	"slices"
 	"testing"
@@ -11,35 +9,15 @@ import (
 
 	mdns "github.com/miekg/dns"
 
+	"github.com/shoalnet/shoal/dns/dnstest"
 	"github.com/shoalnet/shoal/spec"
 )
 
-// large is the table that the figures of docs/PERFORMANCE.md are of.
-func large(services, replicas int) *spec.View {
-	v := &spec.View{Networks: []spec.Network{{ID: "net", Name: "net", Subnets: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}}}
-	n := uint32(1)
-	addr := func() []netip.Addr {
-		n++
-		return []netip.Addr{netip.AddrFrom4([4]byte{10, byte(n >> 16), byte(n >> 8), byte(n)})}
-	}
-	for i := range services {
-		s := spec.Service{ID: fmt.Sprintf("s%011d", i), Spec: spec.ServiceSpec{Name: fmt.Sprintf("svc%d", i), Networks: []spec.NetworkAttachment{{Network: "net"}}},
-			VIPs: []spec.VIPs{{Network: "net", Addrs: addr()}}}
-		v.Services = append(v.Services, s)
-		for k := range replicas {
-			id := fmt.Sprintf("t%07d%04d", i, k)
-			v.Endpoints = append(v.Endpoints, spec.Endpoint{Task: id, TaskName: fmt.Sprintf("svc%d.%d.%s", i, k+1, id), Hostname: fmt.Sprintf("svc%d-%d-%s", i, k+1, id),
-				Service: s.ID, Slot: k + 1, Network: "net", Node: fmt.Sprintf("n%d", k), Addrs: addr(), State: spec.EndpointActive})
-		}
-	}
-	v.Sort()
-	return v
-}
-
-const benchServices, benchReplicas = 10_000, 10
+// large is the table that the figures are of.
+func large() *spec.View { return dnstest.Large(dnstest.Services, dnstest.Replicas) }
 
 func BenchmarkZoneBuild(b *testing.B) {
-	v := large(benchServices, benchReplicas)
+	v := large()
 	var before, after runtime.MemStats
 	runtime.GC()
 	runtime.ReadMemStats(&before)
@@ -55,7 +33,7 @@ func BenchmarkZoneBuild(b *testing.B) {
 
 // BenchmarkZoneUpdate is one endpoint of 100,000 that changes its state.
 func BenchmarkZoneUpdate(b *testing.B) {
-	a := large(benchServices, benchReplicas)
+	a := large()
 	c := *a
 	c.Endpoints = slices.Clone(a.Endpoints)
 	c.Endpoints[5000].State = spec.EndpointDraining
@@ -74,7 +52,7 @@ func BenchmarkZoneUpdate(b *testing.B) {
 func BenchmarkAnswer(b *testing.B) {
 	s := NewServer(Config{})
 	defer s.Close()
-	s.SetZone(NewZone(large(benchServices, benchReplicas), ZoneOptions{}))
+	s.SetZone(NewZone(large(), ZoneOptions{}))
 	a := &Asker{Networks: []string{"net"}}
 	for _, name := range []string{"svc5000.", "tasks.svc5000."} {
 		b.Run(name, func(b *testing.B) {
@@ -89,6 +67,16 @@ func BenchmarkAnswer(b *testing.B) {
 				}
 			}
 		})
+		b.Run("short-way/"+name, func(b *testing.B) {
+			q, _ := new(mdns.Msg).SetQuestion(name, mdns.TypeA).Pack()
+			var sc scratch
+			b.ReportAllocs()
+			for b.Loop() {
+				if s.Zone().quick(a, q, &sc) == nil {
+					b.Fatal("no answer")
+				}
+			}
+		})
 	}
 }
 
@@ -96,7 +84,7 @@ func BenchmarkAnswer(b *testing.B) {
 // its share of the CPU: GOMAXPROCS=1 shows what one core gives to both.
 func BenchmarkUDP(b *testing.B) {
 	s, addr := serving(b, Config{}, &Asker{Networks: []string{"net"}})
-	s.SetZone(NewZone(large(benchServices, benchReplicas), ZoneOptions{}))
+	s.SetZone(NewZone(large(), ZoneOptions{}))
 	c, err := net.Dial("udp", addr)
 	if err != nil {
 		b.Fatal(err)

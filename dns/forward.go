@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -33,8 +34,12 @@ const (
 	resendAfter = time.Second
 	// A resolver that did not answer is asked last for this long.
 	penalty = 20 * time.Second
-	// maxSockets bounds the questions under way to resolvers.
-	maxSockets = 1024
+	// tcpTimeout bounds asking again by TCP for what was cut short: that is then
+	// better than nothing.
+	tcpTimeout = 2 * time.Second
+	// maxSockets bounds the sockets by which resolvers are asked; half of what
+	// the process may open is the bound where that is less (RLIMIT_NOFILE).
+	maxSockets = 12288
 	// maxForged is the number of answers to another question than ours after
 	// which a resolver is asked by TCP (RFC 5452 section 9.2 counts them so).
 	maxForged = 3
@@ -43,6 +48,16 @@ const (
 	maxTTL         = time.Hour       // of a cached answer, whatever its records say
 	maxNegativeTTL = 5 * time.Minute // RFC 2308 section 5 allows 3 h; a name that comes to be should be seen
 	maxCached      = 8192            // bytes of one answer
+	maxChain       = 32              // aliases that are out of order
+
+	// Stale answers (RFC 8767 section 5): one is given when resolvers take longer
+	// than the client response timer, at once for the failure recheck timer after
+	// they failed, and says that it is good for so long.
+	stalePatience = 1800 * time.Millisecond
+	staleRecheck  = 30 * time.Second
+	staleTTL      = 30 // seconds
+	// plainTime is for how long a resolver that rejects EDNS0 is asked without.
+	plainTime = 10 * time.Minute
 )
 
 // upstreams are whom to ask.
@@ -82,8 +97,9 @@ type serverKey struct {
 
 // health is what is known of a resolver.
 type health struct {
-	srtt time.Duration // smoothed time to an answer; 0: unknown
-	bad  time.Time     // until then it is asked last
+	srtt  time.Duration // smoothed time to an answer; 0: unknown
+	bad   time.Time     // until then it is asked last
+	plain time.Time     // until then it is asked without EDNS0
 }
 
 // cached is an answer and when it ends. msg is never changed.
@@ -91,6 +107,7 @@ type cached struct {
 	msg     *mdns.Msg
 	stored  time.Time
 	expires time.Time
+	failed  time.Time // the last time that no resolver had a newer one; guarded by forwarder.mu
 }
 
 func newForwarder(cfg Config) *forwarder {
@@ -99,7 +116,16 @@ func newForwarder(cfg Config) *forwarder {
 		panic(err) // only for a size that is not positive
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	return &forwarder{cfg: cfg, cache: c, slots: make(chan struct{}, maxSockets), ctx: ctx, cancel: cancel, health: map[serverKey]*health{}}
+	return &forwarder{cfg: cfg, cache: c, slots: make(chan struct{}, socketLimit()), ctx: ctx, cancel: cancel, health: map[serverKey]*health{}}
+}
+
+// socketLimit is the number of sockets that may be open to resolvers.
+func socketLimit() int {
+	var l unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &l); err != nil {
+		return 1024
+	}
+	return int(max(16, min(maxSockets, l.Cur/2)))
 }
 
 func (f *forwarder) close() {
@@ -124,6 +150,16 @@ func (f *forwarder) answer(ctx context.Context, up *upstreams, req *mdns.Msg) *m
 	if ok && now.Before(have.expires) {
 		return have.reply(req, now, 0)
 	}
+	stale := ok && f.cfg.Stale > 0 && now.Before(have.expires.Add(f.cfg.Stale))
+	var patience <-chan time.Time
+	if stale {
+		if f.failedLately(have, now) {
+			return have.reply(req, now, staleTTL)
+		}
+		t := time.NewTimer(stalePatience)
+		defer t.Stop()
+		patience = t.C
+	}
 	ch := f.flight.DoChan(key, func() (any, error) {
 		if !f.begin() {
 			return nil, context.Canceled
@@ -141,18 +177,28 @@ func (f *forwarder) answer(ctx context.Context, up *upstreams, req *mdns.Msg) *m
 		} else {
 			f.cfg.Log.Debug("name server: no resolver answers", "name", q.Name, "error", r.Err)
 		}
+	case <-patience: // the flight goes on, and its answer is kept
 	case <-ctx.Done():
 	}
-	if got != nil && got.msg.Rcode != mdns.RcodeServerFailure && got.msg.Rcode != mdns.RcodeRefused {
+	switch {
+	case got != nil && (got.msg.Rcode == mdns.RcodeSuccess || got.msg.Rcode == mdns.RcodeNameError):
 		return got.reply(req, time.Now(), 0)
-	}
-	if have != nil && f.cfg.Stale > 0 && now.Before(have.expires.Add(f.cfg.Stale)) {
-		return have.reply(req, now, 30) // RFC 8767 section 4: 30 s
-	}
-	if got != nil {
+	case stale:
+		f.mu.Lock()
+		have.failed = time.Now()
+		f.mu.Unlock()
+		return have.reply(req, now, staleTTL)
+	case got != nil:
 		return got.reply(req, time.Now(), 0)
 	}
 	return failure(req, mdns.RcodeServerFailure)
+}
+
+// failedLately tells whether it is too early to ask again for what is stale.
+func (f *forwarder) failedLately(c *cached, now time.Time) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return now.Before(c.failed.Add(staleRecheck))
 }
 
 func (f *forwarder) begin() bool {
@@ -225,12 +271,6 @@ func (c *cached) reply(req *mdns.Msg, now time.Time, ttl uint32) *mdns.Msg {
 
 // ask asks resolvers, and keeps the answer for as long as it says.
 func (f *forwarder) ask(ctx context.Context, up *upstreams, key string, q mdns.Question, do, cd bool) (*cached, error) {
-	select {
-	case f.slots <- struct{}{}:
-		defer func() { <-f.slots }()
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
 	m, err := f.race(ctx, up, q, do, cd)
 	if err != nil {
 		return nil, err
@@ -238,6 +278,12 @@ func (f *forwarder) ask(ctx context.Context, up *upstreams, key string, q mdns.Q
 	now := time.Now()
 	c := &cached{msg: m, stored: now}
 	if ttl := lifetime(m); ttl > 0 && m.Len() <= maxCached {
+		// RFC 2308 section 5: the SOA record of a negative answer ends with it.
+		for _, rr := range m.Ns {
+			if h := rr.Header(); h.Rrtype == mdns.TypeSOA && !answers(m) {
+				h.Ttl = min(h.Ttl, uint32(ttl/time.Second))
+			}
+		}
 		c.expires = now.Add(ttl)
 		f.cache.Add(key, c)
 	}
@@ -254,20 +300,28 @@ func lifetime(m *mdns.Msg) time.Duration {
 	if len(m.Answer) > 0 && m.Rcode == mdns.RcodeSuccess && answers(m) {
 		ttl := maxTTL
 		for _, rr := range m.Answer {
-			ttl = min(ttl, time.Duration(rr.Header().Ttl)*time.Second)
+			ttl = min(ttl, seconds(rr.Header().Ttl))
 		}
 		return ttl
 	}
 	for _, rr := range m.Ns {
 		if s, ok := rr.(*mdns.SOA); ok {
-			ttl := min(maxNegativeTTL, time.Duration(min(s.Minttl, s.Hdr.Ttl))*time.Second)
+			ttl := min(maxNegativeTTL, seconds(s.Minttl), seconds(s.Hdr.Ttl))
 			for _, rr := range m.Answer { // a CNAME that leads to nothing
-				ttl = min(ttl, time.Duration(rr.Header().Ttl)*time.Second)
+				ttl = min(ttl, seconds(rr.Header().Ttl))
 			}
 			return ttl
 		}
 	}
 	return 0
+}
+
+// seconds is a TTL; one with the first bit set is none (RFC 2181 section 8).
+func seconds(ttl uint32) time.Duration {
+	if ttl > 1<<31-1 {
+		return 0
+	}
+	return time.Duration(ttl) * time.Second
 }
 
 // answers tells whether m holds what was asked for, beside aliases.
@@ -292,11 +346,26 @@ func (f *forwarder) race(ctx context.Context, up *upstreams, q mdns.Question, do
 	defer wg.Wait()
 	defer cancel()
 	running, sent := 0, 0
+	// send asks the next resolver, and returns when to ask another. Only the first
+	// waits for a socket: where they are short, nobody gets a second one.
 	send := func() time.Duration {
+		select {
+		case f.slots <- struct{}{}:
+		default:
+			if running > 0 {
+				return hedgeMax
+			}
+			select {
+			case f.slots <- struct{}{}:
+			case <-ctx.Done():
+				return hedgeMax
+			}
+		}
 		s := order[sent%len(order)]
 		sent++
 		running++
 		wg.Go(func() {
+			defer func() { <-f.slots }()
 			m, err := f.exchange(ctx, s, q, do, cd)
 			select {
 			case results <- result{m, err}:
@@ -379,14 +448,7 @@ func (f *forwarder) hedge(k serverKey) time.Duration {
 func (f *forwarder) note(k serverKey, took time.Duration) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	h := f.health[k]
-	if h == nil {
-		if len(f.health) > 4096 { // tasks come and go with resolvers of their own
-			clear(f.health)
-		}
-		h = &health{}
-		f.health[k] = h
-	}
+	h := f.healthOf(k)
 	if took == 0 {
 		h.bad = time.Now().Add(penalty)
 		return
@@ -399,29 +461,46 @@ func (f *forwarder) note(k serverKey, took time.Duration) {
 	}
 }
 
+// healthOf returns what is known of a resolver. f.mu is held.
+func (f *forwarder) healthOf(k serverKey) *health {
+	h := f.health[k]
+	if h == nil {
+		if len(f.health) > 4096 { // tasks come and go with resolvers of their own
+			clear(f.health)
+		}
+		h = &health{}
+		f.health[k] = h
+	}
+	return h
+}
+
 // errForged tells that an answer came which is not to be believed.
 var errForged = errors.New("answers that look forged")
 
 // exchange asks one resolver: by UDP, and by TCP where the answer is cut short
-// or looks forged.
+// or looks forged; with EDNS0, and without where that is rejected (RFC 6891
+// section 7).
 func (f *forwarder) exchange(ctx context.Context, k serverKey, q mdns.Question, do, cd bool) (*mdns.Msg, error) {
 	start := time.Now()
-	m, err := f.exchangeBy(ctx, "udp", k, q, do, cd)
-	if errors.Is(err, errForged) || err == nil && m.Truncated {
-		if cut := m; err == nil {
-			if m, err = f.exchangeBy(ctx, "tcp", k, q, do, cd); err != nil && ctx.Err() == nil {
-				// What was cut short is better than nothing, and says that it is.
-				m, err = cut, nil
-			}
-		} else {
-			m, err = f.exchangeBy(ctx, "tcp", k, q, do, cd)
+	f.mu.Lock()
+	plain := start.Before(f.healthOf(k).plain)
+	f.mu.Unlock()
+	m, err := f.exchangeWith(ctx, k, q, flags{plain: plain, do: do, cd: cd})
+	if err == nil && !plain && rejectsEDNS(m.Rcode) {
+		if second, err := f.exchangeWith(ctx, k, q, flags{plain: true, cd: cd}); err == nil && !rejectsEDNS(second.Rcode) {
+			m = second
+			f.mu.Lock()
+			f.healthOf(k).plain = time.Now().Add(plainTime)
+			f.mu.Unlock()
 		}
 	}
 	switch {
 	case err == nil:
 		f.note(k, max(time.Since(start), 1))
+	case isLocal(err):
+		// Says nothing of the resolver.
 	case ctx.Err() == nil || time.Since(start) > hedgeMax:
-		// An end from outside says nothing of the resolver, unless it had its time.
+		// An end from outside says nothing of it, unless it had its time.
 		f.note(k, 0)
 	}
 	if err != nil {
@@ -430,13 +509,54 @@ func (f *forwarder) exchange(ctx context.Context, k serverKey, q mdns.Question, 
 	return m, nil
 }
 
+func rejectsEDNS(rcode int) bool {
+	return rcode == mdns.RcodeFormatError || rcode == mdns.RcodeNotImplemented || rcode == mdns.RcodeBadVers
+}
+
+// isLocal tells whether an error is a want of this machine's.
+func isLocal(err error) bool {
+	for _, e := range [...]error{unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM, unix.EADDRNOTAVAIL, unix.EAGAIN} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+// flags are how a question is asked.
+type flags struct {
+	plain  bool // without EDNS0
+	do, cd bool
+}
+
+// exchangeWith is exchange in one way.
+func (f *forwarder) exchangeWith(ctx context.Context, k serverKey, q mdns.Question, fl flags) (*mdns.Msg, error) {
+	m, err := f.exchangeBy(ctx, "udp", k, q, fl)
+	switch {
+	case err == nil && m.Truncated:
+		tctx, cancel := context.WithTimeout(ctx, tcpTimeout)
+		defer cancel()
+		if whole, err := f.exchangeBy(tctx, "tcp", k, q, fl); err == nil {
+			return whole, nil
+		}
+		// It says that it is cut short.
+	case errors.Is(err, errForged):
+		return f.exchangeBy(ctx, "tcp", k, q, fl)
+	}
+	return m, err
+}
+
 // exchangeBy sends one question with a random ID, by a socket with a random
 // port, in random case (draft-vixie-dnsext-dns0x20), and takes only an answer
 // that has all three.
-func (f *forwarder) exchangeBy(ctx context.Context, network string, k serverKey, q mdns.Question, do, cd bool) (*mdns.Msg, error) {
-	req := &mdns.Msg{MsgHdr: mdns.MsgHdr{Id: mdns.Id(), RecursionDesired: true, CheckingDisabled: cd},
+func (f *forwarder) exchangeBy(ctx context.Context, network string, k serverKey, q mdns.Question, fl flags) (*mdns.Msg, error) {
+	// AD in a question asks for it in the answer (RFC 6840 section 5.7), which is
+	// kept for those who want it, too.
+	req := &mdns.Msg{MsgHdr: mdns.MsgHdr{Id: mdns.Id(), RecursionDesired: true, AuthenticatedData: true, CheckingDisabled: fl.cd},
 		Question: []mdns.Question{{Name: mixCase(q.Name), Qtype: q.Qtype, Qclass: q.Qclass}}}
-	req.SetEdns0(advertisedUDP, do)
+	if !fl.plain {
+		req.SetEdns0(advertisedUDP, fl.do)
+	}
 	b, err := req.Pack()
 	if err != nil {
 		return nil, err
@@ -474,19 +594,19 @@ func (f *forwarder) exchangeBy(ctx context.Context, network string, k serverKey,
 			case same && spelt:
 				m.Question = []mdns.Question{q}
 				respell(m, req.Question[0].Name, q.Name)
+				clean(m)
 				return m, nil
 			case same && network == "tcp":
 				// A resolver that does not keep the case; nobody forges a TCP stream.
 				m.Question = []mdns.Question{q}
+				clean(m)
 				return m, nil
 			case same:
 				return nil, fmt.Errorf("%w: the name's case is not as it was sent", errForged)
 			case len(m.Question) == 0 && m.Rcode != mdns.RcodeSuccess && m.Rcode != mdns.RcodeNameError:
 				// Some send errors without the question.
 				m.Question = []mdns.Question{q}
-				if m.Rcode == mdns.RcodeFormatError && network == "udp" {
-					return nil, fmt.Errorf("%s", mdns.RcodeToString[m.Rcode])
-				}
+				clean(m)
 				return m, nil
 			}
 		}
@@ -559,6 +679,41 @@ func respell(m *mdns.Msg, sent, name string) {
 			}
 		}
 	}
+}
+
+// clean takes off an answer what is between this resolver and us only (OPT,
+// TSIG, SIG(0)), and what is no answer to the question: records that no chain of
+// aliases leads to from its name, and additional ones, which nobody asked for.
+func clean(m *mdns.Msg) {
+	m.Extra = nil
+	q := m.Question[0]
+	names := map[string]bool{lower(q.Name): true}
+	for grown, n := true, 0; grown && n < maxChain; n++ {
+		grown = false
+		for _, rr := range m.Answer {
+			to := ""
+			switch rr := rr.(type) {
+			case *mdns.CNAME:
+				to = rr.Target
+			case *mdns.DNAME: // its owner is above the name, and the alias it makes follows
+				to = rr.Hdr.Name
+				if !slices.ContainsFunc(slices.Collect(maps.Keys(names)), func(n string) bool { return mdns.IsSubDomain(to, n) }) {
+					continue
+				}
+				names[lower(to)] = true
+				continue
+			default:
+				continue
+			}
+			if names[lower(rr.Header().Name)] && !names[lower(to)] {
+				names[lower(to)], grown = true, true
+			}
+		}
+	}
+	m.Answer = slices.DeleteFunc(m.Answer, func(rr mdns.RR) bool { return !names[lower(rr.Header().Name)] })
+	m.Ns = slices.DeleteFunc(m.Ns, func(rr mdns.RR) bool {
+		return len(m.Answer) > 0 && rr.Header().Rrtype == mdns.TypeNS || rr.Header().Rrtype == mdns.TypeTSIG
+	})
 }
 
 // mixCase gives each letter of a name a random case. Escapes (\DDD) have none.

@@ -118,13 +118,113 @@ func TestForwardsAndCaches(t *testing.T) {
 	}
 }
 
+// TestATTLOfZeroIsNotKept: nor is one with its first bit set, which counts as
+// zero (RFC 2181 section 8).
 func TestATTLOfZeroIsNotKept(t *testing.T) {
-	u := upstream(t, says("192.0.2.1", 0))
+	for _, ttl := range []uint32{0, 1 << 31} {
+		u := upstream(t, says("192.0.2.1", ttl))
+		_, addr := serving(t, by(u), both)
+		ask(t, addr, "udp", "example.com", mdns.TypeA)
+		ask(t, addr, "udp", "example.com", mdns.TypeA)
+		if n := u.udp.Load(); n != 2 {
+			t.Errorf("TTL %d: asked %d times, want 2", ttl, n)
+		}
+	}
+}
+
+// TestAResolverWithoutEDNS: such as some small routers have.
+func TestAResolverWithoutEDNS(t *testing.T) {
+	for _, tc := range []struct{ rcode, questions int }{{mdns.RcodeFormatError, 1}, {mdns.RcodeFormatError, 0}, {mdns.RcodeNotImplemented, 1}} {
+		u := upstream(t, func(w mdns.ResponseWriter, r *mdns.Msg) {
+			if r.IsEdns0() != nil {
+				m := new(mdns.Msg).SetRcode(r, tc.rcode)
+				m.Question = m.Question[:tc.questions]
+				_ = w.WriteMsg(m)
+				return
+			}
+			says("192.0.2.1", 300)(w, r)
+		})
+		_, addr := serving(t, by(u), both)
+		for _, name := range []string{"a.example", "b.example"} {
+			if r := ask(t, addr, "udp", name, mdns.TypeA, func(m *mdns.Msg) { m.SetEdns0(1232, false) }); describe(r) != "NOERROR 192.0.2.1" || r.IsEdns0() == nil {
+				t.Errorf("%+v: %v", tc, r)
+			}
+		}
+		// The second without EDNS0 at once.
+		if n := u.udp.Load(); n != 3 {
+			t.Errorf("%+v: asked %d times, want 3", tc, n)
+		}
+	}
+	// One that rejects the question itself is not asked for ever.
+	u := upstream(t, fails(mdns.RcodeFormatError))
 	_, addr := serving(t, by(u), both)
-	ask(t, addr, "udp", "example.com", mdns.TypeA)
-	ask(t, addr, "udp", "example.com", mdns.TypeA)
-	if n := u.udp.Load(); n != 2 {
-		t.Errorf("asked %d times, want 2", n)
+	if r := ask(t, addr, "udp", "a.example", mdns.TypeA); r.Rcode != mdns.RcodeFormatError || u.udp.Load() != 2 {
+		t.Errorf("asked %d times: %v", u.udp.Load(), r)
+	}
+}
+
+func TestADIsForWhoAsksForIt(t *testing.T) {
+	u := upstream(t, func(w mdns.ResponseWriter, r *mdns.Msg) {
+		m := new(mdns.Msg).SetReply(r)
+		m.AuthenticatedData = r.AuthenticatedData
+		m.Answer = []mdns.RR{addressRR(r.Question[0].Name, ip("192.0.2.1"), mdns.TypeA)}
+		_ = w.WriteMsg(m)
+	})
+	_, addr := serving(t, by(u), both)
+	for _, want := range []bool{false, true} {
+		if r := ask(t, addr, "udp", "example.com", mdns.TypeA, func(m *mdns.Msg) { m.AuthenticatedData = want }); r.AuthenticatedData != want {
+			t.Errorf("asked with AD %t, got %t", want, r.AuthenticatedData)
+		}
+	}
+}
+
+// TestWhatIsNoAnswerIsNotPassedOn: records of other names, and what was between
+// the resolver and us.
+func TestWhatIsNoAnswerIsNotPassedOn(t *testing.T) {
+	u := upstream(t, func(w mdns.ResponseWriter, r *mdns.Msg) {
+		m := new(mdns.Msg).SetReply(r)
+		cname := func(from, to string) mdns.RR {
+			return &mdns.CNAME{Hdr: mdns.RR_Header{Name: from, Rrtype: mdns.TypeCNAME, Class: 1, Ttl: 60}, Target: to}
+		}
+		m.Answer = []mdns.RR{
+			addressRR("evil.example.", ip("203.0.113.1"), mdns.TypeA),
+			cname("b.example.", "C.example."), cname(r.Question[0].Name, "b.example."), // out of order
+			addressRR("web.", ip("203.0.113.2"), mdns.TypeA),
+		}
+		for i := range 60 { // more than fits
+			m.Answer = append(m.Answer, addressRR("c.example.", netip.AddrFrom4([4]byte{192, 0, 2, byte(i)}), mdns.TypeA))
+		}
+		m.Extra = []mdns.RR{addressRR("web.", ip("203.0.113.3"), mdns.TypeA),
+			&mdns.TSIG{Hdr: mdns.RR_Header{Name: "key.", Rrtype: mdns.TypeTSIG, Class: mdns.ClassANY}, Algorithm: mdns.HmacSHA256, MACSize: 0, TimeSigned: 1}}
+		b, err := m.Pack()
+		if err != nil {
+			t.Error(err)
+		}
+		_, _ = w.Write(b)
+	})
+	_, addr := serving(t, by(u), both)
+	r := ask(t, addr, "tcp", "a.example", mdns.TypeA)
+	if got := describe(r); strings.Contains(got, "203.0.113") || strings.Contains(got, "TSIG") || len(r.Answer) != 62 {
+		t.Errorf("%d records: %s", len(r.Answer), got)
+	}
+	if r := ask(t, addr, "udp", "a.example", mdns.TypeA); !r.Truncated || len(r.Answer) < 10 {
+		t.Errorf("by UDP: %v", r)
+	}
+}
+
+// TestCutShortIsBetterThanNothing: the resolver's TCP hangs.
+func TestCutShortIsBetterThanNothing(t *testing.T) {
+	u := upstream(t, func(w mdns.ResponseWriter, r *mdns.Msg) {
+		if _, ok := w.RemoteAddr().(*net.UDPAddr); ok {
+			m := new(mdns.Msg).SetReply(r)
+			m.Truncated = true
+			m.Answer = []mdns.RR{addressRR(r.Question[0].Name, ip("192.0.2.1"), mdns.TypeA)}
+			_ = w.WriteMsg(m)
+		}
+	})
+	_, addr := serving(t, by(u), both)
+	if r := ask(t, addr, "udp", "big.example", mdns.TypeA); !r.Truncated || describe(r) != "NOERROR 192.0.2.1" {
+		t.Errorf("%v", r)
 	}
 }
 
@@ -146,8 +246,15 @@ func TestNegativeAnswersAreKeptAsTheSOASays(t *testing.T) {
 		u := upstream(t, negativeAnswer(tc.rcode, tc.soa))
 		_, addr := serving(t, by(u), both)
 		for range 2 {
-			if r := ask(t, addr, "udp", "example.com", mdns.TypeA); r.Rcode != tc.rcode {
+			r := ask(t, addr, "udp", "example.com", mdns.TypeA)
+			if r.Rcode != tc.rcode {
 				t.Errorf("%+v: %v", tc, r)
+			}
+			// What is told may be kept by others: as long as it is kept here.
+			for _, rr := range r.Ns {
+				if ttl := rr.Header().Ttl; ttl > 60 {
+					t.Errorf("%+v: the SOA record is good for %d s", tc, ttl)
+				}
 			}
 		}
 		if n := u.udp.Load(); n != tc.asked {
@@ -203,7 +310,8 @@ func TestNothingOfOursLeaks(t *testing.T) {
 	s, addr := serving(t, by(u), both)
 	s.SetZone(NewZone(sample(), ZoneOptions{}))
 	for _, name := range []string{"web", "web.app", "tasks.web", "empty", "c1", "database", "x.shoal", "web.nosuch.shoal", "shoal", "x.shoal.internal",
-		"200.1.0.10.in-addr.arpa", "11.3.0.10.in-addr.arpa", "_1._tcp.web", "WEB.SHOAL"} {
+		"200.1.0.10.in-addr.arpa", "11.3.0.10.in-addr.arpa", "_1._tcp.web", "WEB.SHOAL", "_nosuch._tcp.web", "_http._nosuch.web.shoal", "_tcp.web", "web.3", "web.9", "web.9.app",
+		"web.9.node2", "c1.node2", "c1.node3.example.com", "c1.node2.app", "tasks.c1", "tasks.c1.app", "localhost", "a.localhost", "11.0.0.127.in-addr.arpa"} {
 		for _, qtype := range []uint16{mdns.TypeA, mdns.TypeAAAA, mdns.TypeMX, mdns.TypeANY, mdns.TypePTR, mdns.TypeSRV, mdns.TypeSOA, mdns.TypeNS, mdns.TypeDS} {
 			ask(t, addr, "udp", name, qtype)
 		}
@@ -214,6 +322,22 @@ func TestNothingOfOursLeaks(t *testing.T) {
 	ask(t, addr, "udp", "nosuch", mdns.TypeA)
 	if u.udp.Load() != 1 {
 		t.Error("a name that nobody has was not forwarded")
+	}
+	// A service may be called like a top-level domain, a network, too.
+	for i, name := range []string{"host.web", "nosuch.app", "secret.other", "8.8.8.8", "9.nosuch", "_sip._tcp.example.com", "nosuch.node2"} {
+		ask(t, addr, "udp", name, mdns.TypeA)
+		if u.udp.Load() != int64(i+2) {
+			t.Errorf("%s was not forwarded", name)
+		}
+	}
+	// What may be a name of a network that is not known yet is for nobody else.
+	late := serve(t, s, func() *Asker { return &Asker{Networks: []string{"netA", "netZ"}} })
+	n := u.udp.Load()
+	if r := ask(t, late, "udp", "coming", mdns.TypeA); r.Rcode != mdns.RcodeServerFailure || u.udp.Load() != n {
+		t.Errorf("with a network to come: %v, forwarded %d", r, u.udp.Load()-n)
+	}
+	if r := ask(t, late, "udp", "web", mdns.TypeA); describe(r) != "NOERROR 10.0.1.100" {
+		t.Errorf("with a network to come: %v", r)
 	}
 }
 
@@ -427,9 +551,55 @@ func TestStaleAnswersOnlyIfAsked(t *testing.T) {
 		if stale > 0 {
 			want = "NOERROR 192.0.2.1"
 		}
-		if r := ask(t, addr, "udp", "example.com", mdns.TypeA); describe(r) != want {
-			t.Errorf("stale %s: %v", stale, r)
+		for range 2 {
+			if r := ask(t, addr, "udp", "example.com", mdns.TypeA); describe(r) != want || stale > 0 && r.Answer[0].Header().Ttl != staleTTL {
+				t.Errorf("stale %s: %v", stale, r)
+			}
 		}
+		// Having failed, it is not asked again for a while where there is an answer.
+		asked := int64(3)
+		if stale > 0 {
+			asked = 2
+		}
+		if n := u.udp.Load(); n != asked {
+			t.Errorf("stale %s: asked %d times, want %d", stale, n, asked)
+		}
+		// No longer than was asked for.
+		for _, k := range s.forward.cache.Keys() {
+			c, _ := s.forward.cache.Peek(k)
+			old := *c
+			old.expires = time.Now().Add(-stale - time.Second)
+			s.forward.cache.Add(k, &old)
+		}
+		if r := ask(t, addr, "udp", "example.com", mdns.TypeA); r.Rcode != mdns.RcodeServerFailure {
+			t.Errorf("stale %s, too old: %v", stale, r)
+		}
+	}
+}
+
+// TestAStaleAnswerIsNotWaitedFor: it comes before the end of the question.
+func TestAStaleAnswerIsNotWaitedFor(t *testing.T) {
+	var dead atomic.Bool
+	u := upstream(t, func(w mdns.ResponseWriter, r *mdns.Msg) {
+		if !dead.Load() {
+			says("192.0.2.1", 300)(w, r)
+		}
+	})
+	cfg := by(u)
+	cfg.Stale = time.Hour
+	s, addr := serving(t, cfg, both)
+	ask(t, addr, "udp", "example.com", mdns.TypeA)
+	for _, k := range s.forward.cache.Keys() {
+		c, _ := s.forward.cache.Peek(k)
+		old := *c
+		old.expires = time.Now().Add(-time.Second)
+		s.forward.cache.Add(k, &old)
+	}
+	dead.Store(true)
+	m := new(mdns.Msg).SetQuestion("example.com.", mdns.TypeA)
+	c := mdns.Client{Timeout: forwardTimeout - time.Second}
+	if r, _, err := c.Exchange(m, addr); err != nil || describe(r) != "NOERROR 192.0.2.1" {
+		t.Errorf("%v, %v", r, err)
 	}
 }
 
@@ -483,7 +653,7 @@ func FuzzResolver(f *testing.F) {
 			_, _ = server.Write(reply)
 			server.Close()
 		}()
-		got, err := fw.exchangeBy(context.Background(), "udp", serverKey{}, mdns.Question{Name: "example.com.", Qtype: mdns.TypeA, Qclass: 1}, false, false)
+		got, err := fw.exchangeBy(context.Background(), "udp", serverKey{}, mdns.Question{Name: "example.com.", Qtype: mdns.TypeA, Qclass: 1}, flags{})
 		if err == nil {
 			c := &cached{msg: got, stored: time.Now()}
 			_ = lifetime(got)

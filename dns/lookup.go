@@ -52,8 +52,9 @@ type target struct {
 // whether it exists at all: a service without a replica does, and has none.
 //
 // Of several networks that know the name, the first that has something to show
-// is taken, in the order of the asker's interfaces.
-func (z *Zone) find(a *Asker, name string) (targets []target, exists bool) {
+// is taken, in the order of the asker's interfaces. The targets may be in buf,
+// which must be empty and may be nil.
+func (z *Zone) find(a *Asker, name string, buf []target) (targets []target, exists bool) {
 	if to, ok := a.Links[name]; ok {
 		name = lower(to)
 	}
@@ -62,7 +63,7 @@ func (z *Zone) find(a *Asker, name string) (targets []target, exists bool) {
 		if z.networks[id] == nil {
 			continue
 		}
-		t, ok := z.on(id, name, "")
+		t, ok := z.on(buf, id, name, "")
 		if len(t) > 0 {
 			return t, true
 		}
@@ -86,14 +87,14 @@ func (z *Zone) find(a *Asker, name string) (targets []target, exists bool) {
 			var t []target
 			var ok bool
 			if n.name == by {
-				if t, ok = z.on(id, base, ""); !ok {
-					t, ok = z.onNode(id, base)
+				if t, ok = z.on(buf, id, base, ""); !ok {
+					t, ok = z.onNode(buf, id, base)
 				}
 				if !ok && own && base == gatewayName {
 					t, ok = []target{{gatewayName, id, n.gateways}}, true
 				}
 			} else if node, known := z.nodes[by]; known {
-				t, ok = z.on(id, base, node)
+				t, ok = z.on(buf, id, base, node)
 			}
 			if len(t) > 0 {
 				return t, true
@@ -105,13 +106,13 @@ func (z *Zone) find(a *Asker, name string) (targets []target, exists bool) {
 }
 
 // onNode is on for NAME.NODE.
-func (z *Zone) onNode(network, name string) ([]target, bool) {
+func (z *Zone) onNode(buf []target, network, name string) ([]target, bool) {
 	for i := len(name) - 1; i > 0; i-- {
 		if name[i] != '.' {
 			continue
 		}
 		if node, ok := z.nodes[name[i+1:]]; ok {
-			if t, ok := z.on(network, name[:i], node); ok {
+			if t, ok := z.on(buf, network, name[:i], node); ok {
 				return t, true
 			}
 		}
@@ -121,13 +122,13 @@ func (z *Zone) onNode(network, name string) ([]target, bool) {
 
 // on returns what an unqualified name stands for on one network; with a node,
 // only what is there.
-func (z *Zone) on(network, name, node string) ([]target, bool) {
+func (z *Zone) on(buf []target, network, name, node string) ([]target, bool) {
 	claims, _ := z.names.get(nameKey{network, name})
 	if len(claims) == 0 {
-		return z.slot(network, name, node)
+		return z.slot(buf, network, name, node)
 	}
 	strong := slices.ContainsFunc(claims, func(c claim) bool { return c.kind != claimWeak })
-	var out []target
+	out := buf
 	var starting []target
 	here := node == ""
 	for _, c := range claims {
@@ -169,7 +170,7 @@ func (z *Zone) on(network, name, node string) ([]target, bool) {
 }
 
 // slot is on for NAME.N, the replica in slot N.
-func (z *Zone) slot(network, name, node string) ([]target, bool) {
+func (z *Zone) slot(buf []target, network, name, node string) ([]target, bool) {
 	i := strings.LastIndexByte(name, '.')
 	if i < 1 {
 		return nil, false
@@ -179,7 +180,7 @@ func (z *Zone) slot(network, name, node string) ([]target, bool) {
 		return nil, false
 	}
 	claims, _ := z.names.get(nameKey{network, name[:i]})
-	var out []target
+	out := buf
 	for _, c := range claims {
 		if c.kind != claimService || c.unit.name != name[:i] {
 			continue
@@ -208,6 +209,57 @@ func (z *Zone) trusted(network string, in []target) []target {
 		return in
 	}
 	return out
+}
+
+// below tells whether a name that does not exist would be part of one that does:
+// a replica that a service does not have, what is on a node where it is not, a
+// port without a number. Nobody else can know such a name. Of what is below a
+// name otherwise nothing is said: a service may be called like a top-level domain.
+func (z *Zone) below(a *Asker, name string) bool {
+	known := func(s string) bool {
+		_, ok := z.find(a, s, nil)
+		return ok
+	}
+	if rest, ok := strings.CutPrefix(name, "tasks."); ok && known(rest) {
+		return true
+	}
+	// _PORT._PROTOCOL.NAME, and what is between it and NAME (RFC 8020).
+	for rest, n := name, 0; n < 2 && strings.HasPrefix(rest, "_"); n++ {
+		var label string
+		label, rest, _ = strings.Cut(rest, ".")
+		if isProtocol(label) && known(rest) {
+			return true
+		}
+	}
+	qualified := []string{name}
+	for _, id := range a.Networks {
+		if n := z.networks[id]; n != nil {
+			if base, ok := strings.CutSuffix(name, "."+n.name); ok {
+				qualified = append(qualified, base)
+			}
+		}
+	}
+	number := func(s string) bool {
+		i := strings.LastIndexByte(s, '.')
+		return i > 0 && isNumber(s[i+1:]) && known(s[:i])
+	}
+	for _, name := range qualified {
+		if number(name) {
+			return true
+		}
+		for i := len(name) - 1; i > 0; i-- {
+			if name[i] == '.' {
+				if _, ok := z.nodes[name[i+1:]]; ok && (known(name[:i]) || number(name[:i])) {
+					return true
+				}
+			}
+		}
+	}
+	return false
+}
+
+func isNumber(s string) bool {
+	return s != "" && strings.IndexFunc(s, func(r rune) bool { return r < '0' || r > '9' }) < 0
 }
 
 // cutDomain takes the cluster's domain off a name and tells whether it was there.
@@ -309,9 +361,7 @@ func parseSRV(name string) (port uint16, base string, ok bool) {
 	if !ok1 || !ok2 || len(svc) < 2 || svc[0] != '_' || base == "" {
 		return 0, "", false
 	}
-	switch proto {
-	case "_tcp", "_udp", "_sctp":
-	default:
+	if !isProtocol(proto) {
 		return 0, "", false
 	}
 	if n, err := strconv.ParseUint(svc[1:], 10, 16); err == nil && n > 0 {
@@ -325,4 +375,21 @@ func parseSRV(name string) (port uint16, base string, ok bool) {
 		return uint16(n), base, true
 	}
 	return 0, "", false
+}
+
+func isProtocol(label string) bool {
+	return label == "_tcp" || label == "_udp" || label == "_sctp"
+}
+
+// loopback answers for localhost, its subdomains and the addresses of
+// 127.0.0.0/8 and ::1, which a resolver must not ask anyone for (RFC 6761
+// section 6.3, RFC 6303 section 4).
+func loopback(name string) (addrs []netip.Addr, owner string, ok bool) {
+	if name == "localhost" || strings.HasSuffix(name, ".localhost") {
+		return []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()}, "", true
+	}
+	if p, isReverse := parseReverse(name); isReverse && p.IsSingleIP() && p.Addr().IsLoopback() {
+		return nil, "localhost.", true
+	}
+	return nil, "", false
 }

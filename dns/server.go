@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -32,9 +33,12 @@ const (
 	advertisedUDP = 1232
 	minUDP        = 512 // RFC 1035 section 4.2.1
 	tcpIdle       = 10 * time.Second
-	tcpConns      = 256 // at once, per task
-	tcpPipeline   = 64  // questions at once, per connection (RFC 7766 section 6.2.1.1)
-	maxForwards   = 16384
+	// tcpConns are the connections of a task at once. For another the one goes
+	// that has been idle for longest (RFC 7766 section 6.2.3).
+	tcpConns     = 1024
+	tcpPipeline  = 64    // questions at once, per connection (RFC 7766 section 6.2.1.1)
+	maxForwards  = 16384 // questions at once
+	taskForwards = 8192  // of one task's
 )
 
 // Config is how a Server forwards.
@@ -56,12 +60,15 @@ type Config struct {
 type Server struct {
 	cfg      Config
 	zone     atomic.Pointer[Zone]
+	ready    chan struct{} // closed with the first SetZone
+	first    sync.Once
 	forward  *forwarder
 	forwards atomic.Int64 // questions being forwarded
 	buffers  sync.Pool    // *[]byte of maxUDP
 }
 
-// NewServer returns a Server with an empty Zone. It must be closed.
+// NewServer returns a Server, which must be closed. Questions wait for its first
+// Zone: one who knows nothing yet must not say that there is nothing.
 func NewServer(cfg Config) *Server {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
@@ -75,7 +82,7 @@ func NewServer(cfg Config) *Server {
 			return d.DialContext(ctx, network, to.String())
 		}
 	}
-	s := &Server{cfg: cfg, forward: newForwarder(cfg)}
+	s := &Server{cfg: cfg, forward: newForwarder(cfg), ready: make(chan struct{})}
 	s.buffers.New = func() any { b := make([]byte, maxUDP); return &b }
 	s.zone.Store(emptyZone)
 	return s
@@ -86,7 +93,10 @@ func NewServer(cfg Config) *Server {
 func (s *Server) Close() { s.forward.close() }
 
 // SetZone makes z what the next question is answered from.
-func (s *Server) SetZone(z *Zone) { s.zone.Store(z) }
+func (s *Server) SetZone(z *Zone) {
+	s.zone.Store(z)
+	s.first.Do(func() { close(s.ready) })
+}
 
 // Zone returns what questions are answered from.
 func (s *Server) Zone() *Zone { return s.zone.Load() }
@@ -112,6 +122,11 @@ func (s *Server) Serve(ctx context.Context, asker func() *Asker, pc net.PacketCo
 			ln.Close()
 		}
 	}()
+	select {
+	case <-s.ready:
+	case <-ctx.Done():
+		return nil
+	}
 	wg.Go(func() { s.serveTCP(ctx, asker, ln) })
 	return s.serveUDP(ctx, &wg, asker, udp)
 }
@@ -119,6 +134,8 @@ func (s *Server) Serve(ctx context.Context, asker func() *Asker, pc net.PacketCo
 func (s *Server) serveUDP(ctx context.Context, wg *sync.WaitGroup, asker func() *Asker, udp *net.UDPConn) error {
 	in := make([]byte, 65535)
 	out := make([]byte, maxUDP)
+	var quick scratch
+	var mine atomic.Int64 // questions being forwarded
 	for {
 		n, from, err := udp.ReadFromUDPAddrPort(in)
 		if ctx.Err() != nil {
@@ -129,6 +146,10 @@ func (s *Server) serveUDP(ctx context.Context, wg *sync.WaitGroup, asker func() 
 				return err
 			}
 			// An ICMP error for an answer to a program that has gone.
+			continue
+		}
+		if b := s.zone.Load().quick(asker(), in[:n], &quick); b != nil {
+			_, _ = udp.WriteToUDPAddrPort(b, from)
 			continue
 		}
 		req, rcode := parse(in[:n])
@@ -143,8 +164,9 @@ func (s *Server) serveUDP(ctx context.Context, wg *sync.WaitGroup, asker func() 
 			}
 			continue
 		}
-		if s.forwards.Add(1) > maxForwards {
+		if s.forwards.Add(1) > maxForwards || mine.Add(1) > taskForwards {
 			s.forwards.Add(-1)
+			mine.Add(-1)
 			if b := pack(failure(req, mdns.RcodeServerFailure), size, out); b != nil {
 				_, _ = udp.WriteToUDPAddrPort(b, from)
 			}
@@ -152,6 +174,7 @@ func (s *Server) serveUDP(ctx context.Context, wg *sync.WaitGroup, asker func() 
 		}
 		wg.Go(func() {
 			defer s.forwards.Add(-1)
+			defer mine.Add(-1)
 			buf := s.buffers.Get().(*[]byte)
 			defer s.buffers.Put(buf)
 			if b := pack(s.forward.answer(ctx, up, req), size, *buf); b != nil {
@@ -164,7 +187,7 @@ func (s *Server) serveUDP(ctx context.Context, wg *sync.WaitGroup, asker func() 
 func (s *Server) serveTCP(ctx context.Context, asker func() *Asker, ln net.Listener) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	slots := make(chan struct{}, tcpConns)
+	var open clients
 	for ctx.Err() == nil {
 		c, err := ln.Accept()
 		if err != nil {
@@ -178,22 +201,66 @@ func (s *Server) serveTCP(ctx context.Context, asker func() *Asker, ln net.Liste
 			}
 			continue
 		}
-		select {
-		case slots <- struct{}{}:
-		default:
+		cl := &client{Conn: c}
+		if !open.add(cl) {
 			c.Close()
 			continue
 		}
 		wg.Go(func() {
-			defer func() { <-slots }()
-			s.serveConn(ctx, asker, c)
+			defer open.remove(cl)
+			s.serveConn(ctx, asker, cl)
 		})
 	}
 }
 
+// client is a TCP connection of a task's.
+type client struct {
+	net.Conn
+	asked   atomic.Int64 // when its last question was complete, in Unix nanoseconds
+	running atomic.Int32 // questions of it that are being forwarded
+}
+
+// clients are the TCP connections of a task.
+type clients struct {
+	mu   sync.Mutex
+	open map[*client]bool
+}
+
+// add makes room for c by closing the connection that has been idle for
+// longest, and returns false if all are at work.
+func (cs *clients) add(c *client) bool {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	if len(cs.open) >= tcpConns {
+		var idle *client
+		for o := range cs.open {
+			if o.running.Load() == 0 && (idle == nil || o.asked.Load() < idle.asked.Load()) {
+				idle = o
+			}
+		}
+		if idle == nil {
+			return false
+		}
+		idle.Close()
+		delete(cs.open, idle)
+	}
+	if cs.open == nil {
+		cs.open = map[*client]bool{}
+	}
+	c.asked.Store(time.Now().UnixNano())
+	cs.open[c] = true
+	return true
+}
+
+func (cs *clients) remove(c *client) {
+	cs.mu.Lock()
+	delete(cs.open, c)
+	cs.mu.Unlock()
+}
+
 // serveConn answers the questions of one TCP connection, in the order that
 // answers are known (RFC 7766 section 7).
-func (s *Server) serveConn(ctx context.Context, asker func() *Asker, c net.Conn) {
+func (s *Server) serveConn(ctx context.Context, asker func() *Asker, c *client) {
 	var wg sync.WaitGroup
 	defer c.Close()
 	defer wg.Wait()
@@ -213,7 +280,9 @@ func (s *Server) serveConn(ctx context.Context, asker func() *Asker, c net.Conn)
 		framed := append([]byte{byte(len(b) >> 8), byte(len(b))}, b...)
 		if ctx.Err() == nil {
 			_ = c.SetWriteDeadline(time.Now().Add(tcpIdle))
-			_, _ = c.Write(framed)
+			if _, err := c.Write(framed); err != nil {
+				cancel() // what comes after half an answer can't be read
+			}
 		}
 	}
 	running := make(chan struct{}, tcpPipeline)
@@ -231,6 +300,7 @@ func (s *Server) serveConn(ctx context.Context, asker func() *Asker, c net.Conn)
 		if _, err := io.ReadFull(c, b); err != nil {
 			break
 		}
+		c.asked.Store(time.Now().UnixNano())
 		req, rcode := parse(b)
 		if rcode == drop {
 			break
@@ -246,8 +316,10 @@ func (s *Server) serveConn(ctx context.Context, asker func() *Asker, c net.Conn)
 			return
 		}
 		s.forwards.Add(1)
+		c.running.Add(1)
 		wg.Go(func() {
 			defer s.forwards.Add(-1)
+			defer c.running.Add(-1)
 			defer func() { <-running }()
 			write(s.forward.answer(ctx, up, req))
 		})
@@ -368,15 +440,22 @@ func (s *Server) answer(a *Asker, req *mdns.Msg, rcode int) (*mdns.Msg, *upstrea
 	if s.zone.Load().answer(a, name, q, m) {
 		return m, nil
 	}
+	if single := name != "" && strings.IndexByte(name, '.') < 0; single {
+		if a.NDots {
+			return negative(m, mdns.RcodeNameError, "."), nil
+		}
+		// It may be a name of a network that is not known here yet: it is not for
+		// others, and its absence is nothing to be remembered.
+		if z := s.zone.Load(); slices.ContainsFunc(a.Networks, func(id string) bool { return z.networks[id] == nil }) {
+			return failure(req, mdns.RcodeServerFailure), nil
+		}
+	}
 	up := &upstreams{servers: a.Upstreams, netns: a.Netns}
 	if len(up.servers) == 0 {
 		up = &upstreams{servers: s.cfg.Upstreams()}
 		if a.NoForward {
 			return negative(m, mdns.RcodeNameError, "."), nil
 		}
-	}
-	if a.NDots && name != "" && strings.IndexByte(name, '.') < 0 {
-		return negative(m, mdns.RcodeNameError, "."), nil
 	}
 	if len(up.servers) == 0 {
 		return failure(req, mdns.RcodeServerFailure), nil
@@ -391,14 +470,14 @@ func (z *Zone) answer(a *Asker, name string, q mdns.Question, m *mdns.Msg) bool 
 		z.records(m, q, []target{{addrs: []netip.Addr{a.Host}}})
 		return true
 	}
-	targets, exists := z.find(a, name)
+	targets, exists := z.find(a, name, nil)
 	if exists || len(targets) > 0 {
 		z.records(m, q, targets)
 		return true
 	}
 	if name != "" && name[0] == '_' {
 		if port, base, ok := parseSRV(name); ok {
-			if targets, exists := z.find(a, base); exists {
+			if targets, exists := z.find(a, base, nil); exists {
 				z.srv(m, q, port, targets)
 				return true
 			}
@@ -424,6 +503,25 @@ func (z *Zone) answer(a *Asker, name string, q mdns.Question, m *mdns.Msg) bool 
 	}
 	if inDomain(name) {
 		z.domain(a, m, name, q)
+		return true
+	}
+	if addrs, owner, ok := loopback(name); ok {
+		switch {
+		case owner == "":
+			z.records(m, q, []target{{addrs: addrs}})
+		case q.Qtype == mdns.TypePTR:
+			m.Answer = append(m.Answer, &mdns.PTR{Hdr: header(q.Name, mdns.TypePTR), Ptr: owner})
+		default:
+			negative(m, mdns.RcodeSuccess, q.Name)
+		}
+		return true
+	}
+	if z.below(a, name) {
+		rcode := mdns.RcodeNameError
+		if isProtocol(name[:strings.IndexByte(name+".", '.')]) {
+			rcode = mdns.RcodeSuccess // there are names below it
+		}
+		negative(m, rcode, q.Name)
 		return true
 	}
 	return false
@@ -507,12 +605,13 @@ func (z *Zone) srv(m *mdns.Msg, q mdns.Question, port uint16, targets []target) 
 
 func addressRR(name string, ip netip.Addr, qtype uint16) mdns.RR {
 	switch {
-	case qtype == mdns.TypeA && ip.Is4():
+	case !isOfType(ip, qtype):
+		return nil
+	case qtype == mdns.TypeA:
 		return &mdns.A{Hdr: header(name, mdns.TypeA), A: ip.AsSlice()}
-	case qtype == mdns.TypeAAAA && ip.Is6() && !ip.Is4In6():
+	default:
 		return &mdns.AAAA{Hdr: header(name, mdns.TypeAAAA), AAAA: ip.AsSlice()}
 	}
-	return nil
 }
 
 func header(name string, rrtype uint16) mdns.RR_Header {

@@ -22,6 +22,7 @@ import (
 func serving(t testing.TB, cfg Config, a *Asker) (*Server, string) {
 	t.Helper()
 	s := NewServer(cfg)
+	s.SetZone(emptyZone)
 	addr := serve(t, s, func() *Asker { return a })
 	t.Cleanup(s.Close)
 	return s, addr
@@ -110,6 +111,14 @@ func TestAnswers(t *testing.T) {
 			{"_5._udp.tasks.web", mdns.TypeSRV, "NOERROR 5 web.1.t1aaaaaaaaaa.app.shoal. 5 web.2.t2aaaaaaaaaa.app.shoal. + 10.0.1.11 10.0.1.12"},
 			{"_80._tcp.web", mdns.TypeA, "NOERROR soa _80._tcp.web."},
 			{"_80._tcp.nosuch.shoal", mdns.TypeSRV, "NXDOMAIN soa shoal."},
+			{"_nosuch._tcp.web", mdns.TypeSRV, "NXDOMAIN soa _nosuch._tcp.web."},
+			{"_tcp.web", mdns.TypeSRV, "NOERROR soa _tcp.web."},
+			{"web.9", mdns.TypeA, "NXDOMAIN soa web.9."},
+			{"c1.node2", mdns.TypeA, "NXDOMAIN soa c1.node2."},
+			{"localhost", mdns.TypeA, "NOERROR 127.0.0.1"},
+			{"x.localhost", mdns.TypeA, "NOERROR 127.0.0.1"},
+			{"localhost", mdns.TypeMX, "NOERROR soa localhost."},
+			{"11.0.0.127.in-addr.arpa", mdns.TypePTR, "NOERROR localhost."},
 		} {
 			r := ask(t, addr, network, tc.name, tc.qtype)
 			if got := describe(r); got != tc.want {
@@ -332,6 +341,41 @@ func TestTCPPipelinesAndHalfCloses(t *testing.T) {
 	}
 }
 
+// TestIdleConnectionsMakeRoom: a task that leaves connections open is still
+// answered.
+func TestIdleConnectionsMakeRoom(t *testing.T) {
+	s, addr := serving(t, Config{}, both)
+	s.SetZone(NewZone(sample(), ZoneOptions{}))
+	conns := make([]*mdns.Conn, 0, tcpConns+50)
+	for range cap(conns) {
+		c, err := net.Dial("tcp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+		conns = append(conns, &mdns.Conn{Conn: c})
+	}
+	answered := func(c *mdns.Conn) error {
+		if err := c.WriteMsg(new(mdns.Msg).SetQuestion("web.", mdns.TypeA)); err != nil {
+			return err
+		}
+		r, err := c.ReadMsg()
+		if err == nil && describe(r) != "NOERROR 10.0.1.100" {
+			err = fmt.Errorf("%v", r)
+		}
+		return err
+	}
+	for _, c := range conns[50:] {
+		if err := answered(c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := answered(conns[0]); err == nil {
+		t.Error("the one that was idle for longest is still open")
+	}
+}
+
 func TestWhatTheAskerSeesChangesAtOnce(t *testing.T) {
 	s := NewServer(Config{})
 	defer s.Close()
@@ -355,6 +399,145 @@ func TestWhatTheAskerSeesChangesAtOnce(t *testing.T) {
 	}
 }
 
+// slowly answers as quick does, by way of a message.
+func slowly(s *Server, a *Asker, in []byte) []byte {
+	req, rcode := parse(in)
+	if rcode == drop {
+		return nil
+	}
+	resp, up := s.answer(a, req, rcode)
+	if up != nil {
+		return nil
+	}
+	return pack(resp, udpSize(req), make([]byte, maxUDP))
+}
+
+// sameAnswer tells whether two answers differ in their order at most.
+func sameAnswer(t *testing.T, a, b []byte) bool {
+	t.Helper()
+	text := func(b []byte) string {
+		m := new(mdns.Msg)
+		if err := m.Unpack(b); err != nil {
+			t.Fatalf("%x: %v", b, err)
+		}
+		slices.SortFunc(m.Answer, func(a, b mdns.RR) int { return strings.Compare(a.String(), b.String()) })
+		return m.String()
+	}
+	return text(a) == text(b)
+}
+
+// TestQuickSaysTheSame: the short way from question to answer leads to what the
+// long one does.
+func TestQuickSaysTheSame(t *testing.T) {
+	v := sample()
+	v.Endpoints[0].Addrs = append(v.Endpoints[0].Addrs, ip("2001:db8::11"))
+	s := NewServer(Config{})
+	defer s.Close()
+	s.SetZone(NewZone(v, ZoneOptions{}))
+	var sc scratch
+	quick := 0
+	for _, name := range []string{"web.", "WeB.", "tasks.web.", "tasks.Web.APP.shoal.", "empty.", "shared.", "db.", "database.", "web.2.", "web.9.", "web.node2.", "c1.", "only.",
+		"nosuch.", "nosuch.shoal.", "secret.", ".", `we\.b.`, "_80._tcp.web.", "11.1.0.10.in-addr.arpa.", "web.1.t1aaaaaaaaaa.", "host.shoal.internal."} {
+		for _, qtype := range []uint16{mdns.TypeA, mdns.TypeAAAA, mdns.TypeMX, mdns.TypeANY, mdns.TypePTR} {
+			for i, change := range []func(*mdns.Msg){
+				func(*mdns.Msg) {},
+				func(m *mdns.Msg) { m.RecursionDesired, m.CheckingDisabled, m.AuthenticatedData = false, true, true },
+				func(m *mdns.Msg) { m.SetEdns0(1232, true) },
+				func(m *mdns.Msg) { m.SetEdns0(0, false) },
+				func(m *mdns.Msg) { m.SetEdns0(1232, false); m.IsEdns0().SetVersion(1) },
+				func(m *mdns.Msg) { m.Question[0].Qclass = mdns.ClassCHAOS },
+				func(m *mdns.Msg) { m.Opcode = mdns.OpcodeNotify },
+				func(m *mdns.Msg) { m.Response = true },
+				func(m *mdns.Msg) { m.Question = append(m.Question, m.Question[0]) },
+				func(m *mdns.Msg) { m.Answer = []mdns.RR{addressRR("x.", ip("10.0.0.1"), mdns.TypeA)} },
+				func(m *mdns.Msg) {
+					m.SetEdns0(1232, false)
+					m.IsEdns0().Option = []mdns.EDNS0{&mdns.EDNS0_COOKIE{Code: mdns.EDNS0COOKIE, Cookie: "0123456789abcdef"}}
+				},
+			} {
+				m := new(mdns.Msg).SetQuestion(name, qtype)
+				change(m)
+				b, err := m.Pack()
+				if err != nil {
+					t.Fatal(err)
+				}
+				got := s.Zone().quick(both, b, &sc)
+				if got == nil {
+					continue
+				}
+				quick++
+				if want := slowly(s, both, b); !sameAnswer(t, got, want) {
+					t.Errorf("%s %s, variant %d: %x, want %x", name, mdns.TypeToString[qtype], i, got, want)
+				}
+			}
+		}
+	}
+	if quick < 100 {
+		t.Errorf("only %d questions went the short way", quick)
+	}
+	b, _ := new(mdns.Msg).SetQuestion("web.", mdns.TypeA).Pack()
+	if n := testing.AllocsPerRun(100, func() { s.Zone().quick(both, b, &sc) }); n > 1 {
+		t.Errorf("%.0f allocations for an answer", n)
+	}
+}
+
+// TestQuestionsWaitForTheFirstZone: an agent that starts finds questions in the
+// sockets before it knows a name.
+func TestQuestionsWaitForTheFirstZone(t *testing.T) {
+	u := upstream(t, fails(mdns.RcodeNameError))
+	s := NewServer(by(u))
+	defer s.Close()
+	pc, ln := sockets(t)
+	addr := pc.LocalAddr().String()
+	got := make(chan string, 2)
+	for _, network := range []string{"udp", "tcp"} {
+		c, err := net.Dial(network, addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		co := &mdns.Conn{Conn: c}
+		if err := co.WriteMsg(new(mdns.Msg).SetQuestion("web.", mdns.TypeA)); err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
+			r, err := co.ReadMsg()
+			if err != nil {
+				got <- err.Error()
+				return
+			}
+			got <- describe(r)
+		}()
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- s.Serve(ctx, func() *Asker { return both }, pc, ln) }()
+	s.SetZone(NewZone(sample(), ZoneOptions{}))
+	for range 2 {
+		if r := <-got; r != "NOERROR 10.0.1.100" {
+			t.Errorf("asked before there was a zone: %s", r)
+		}
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if u.asked() != nil {
+		t.Errorf("forwarded: %v", u.asked())
+	}
+	// One that never gets a zone ends, too.
+	s2 := NewServer(Config{})
+	defer s2.Close()
+	pc, ln = sockets(t)
+	ctx, cancel = context.WithCancel(context.Background())
+	go func() { done <- s2.Serve(ctx, func() *Asker { return both }, pc, ln) }()
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
 // FuzzServer: no packet makes the server fail, and what it answers can be read
 // and is an answer to the packet.
 func FuzzServer(f *testing.F) {
@@ -371,6 +554,7 @@ func FuzzServer(f *testing.F) {
 	f.Cleanup(s.Close)
 	s.SetZone(NewZone(sample(), ZoneOptions{}))
 	buf := make([]byte, maxUDP)
+	var sc scratch
 	f.Fuzz(func(t *testing.T, b []byte) {
 		req, rcode := parse(b)
 		if rcode == drop {
@@ -384,6 +568,9 @@ func FuzzServer(f *testing.F) {
 		out := pack(resp, size, buf)
 		if out == nil {
 			t.Fatalf("no answer to %x", b)
+		}
+		if quick := s.Zone().quick(both, b, &sc); quick != nil && !sameAnswer(t, quick, out) {
+			t.Fatalf("%x answered with %x, and by the long way with %x", b, quick, out)
 		}
 		got := new(mdns.Msg)
 		if err := got.Unpack(out); err != nil {

@@ -56,7 +56,7 @@ var both = &Asker{Task: "t7aaaaaaaaaa", Networks: []string{"netA", "netB"}, Link
 // found is a lookup in one line: addresses in order, "-" for a name that exists
 // and has none, "" for one that does not.
 func found(z *Zone, a *Asker, name string) string {
-	targets, exists := z.find(a, strings.ToLower(name))
+	targets, exists := z.find(a, strings.ToLower(name), nil)
 	var out []string
 	for _, t := range targets {
 		for _, ip := range t.addrs {

@@ -23,8 +23,7 @@ import (
 // Member is a node as this node's gossip knows it.
 type Member struct {
 	spec.Peer
-	Role                    string
-	ControlPort, GossipPort int
+	Role string
 	// Epoch and Seq are of the newest record held; 0 before the first.
 	Epoch, Seq uint64
 }
@@ -369,8 +368,9 @@ func (g *Gossip) build() *Snapshot {
 	s := &Snapshot{Rev: g.rev, Synced: g.synced, Members: make([]Member, 0, len(g.members)+1)}
 	self := g.recs[g.cfg.NodeID]
 	s.Members = append(s.Members, Member{
-		Peer: spec.Peer{ID: g.cfg.NodeID, Name: g.meta.name, Number: g.meta.number, Addr: g.addr.Addr()},
-		Role: g.meta.role, ControlPort: g.meta.controlPort, GossipPort: int(g.addr.Port()), Epoch: self.epoch, Seq: self.seq,
+		Peer: spec.Peer{ID: g.cfg.NodeID, Name: g.meta.name, Number: g.meta.number, Addr: g.addr.Addr(),
+			ControlPort: g.meta.controlPort, GossipPort: int(g.addr.Port())},
+		Role: g.meta.role, Epoch: self.epoch, Seq: self.seq,
 	})
 	n := len(self.entries)
 	shown := []*record{self}
@@ -379,8 +379,9 @@ func (g *Gossip) build() *Snapshot {
 			continue
 		}
 		out := Member{
-			Peer: spec.Peer{ID: id, Name: m.meta.name, Number: m.meta.number, Addr: m.addr.Addr(), Liveness: m.liveness()},
-			Role: m.meta.role, ControlPort: m.meta.controlPort, GossipPort: int(m.addr.Port()),
+			Peer: spec.Peer{ID: id, Name: m.meta.name, Number: m.meta.number, Addr: m.addr.Addr(), Liveness: m.liveness(),
+				ControlPort: m.meta.controlPort, GossipPort: int(m.addr.Port())},
+			Role: m.meta.role,
 		}
 		if r := g.recs[id]; r != nil {
 			out.Epoch, out.Seq = r.epoch, r.seq

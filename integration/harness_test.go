@@ -348,18 +348,24 @@ type task struct {
 		Addrs          []string
 	}
 	Status struct {
-		State string
-		PID   int
+		State, Message string
+		PID            int
 	}
 }
 
-func (s site) running(service string) []task {
+// tasks are those of a service, ended ones that are still known included.
+func (s site) tasks(service string) []task {
 	s.Helper()
 	var ts []task
 	if err := json.Unmarshal([]byte(s.ok("node1", "shoal svc ps -o json %s", service)), &ts); err != nil {
 		s.Fatal(err)
 	}
-	return slices.DeleteFunc(ts, func(t task) bool { return t.Desired != "running" || t.Status.State != "running" })
+	return ts
+}
+
+func (s site) running(service string) []task {
+	s.Helper()
+	return slices.DeleteFunc(s.tasks(service), func(t task) bool { return t.Desired != "running" || t.Status.State != "running" })
 }
 
 func (s site) task(name string) task {

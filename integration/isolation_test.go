@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -63,6 +64,52 @@ func TestNoWayBetweenNetworks(t *testing.T) {
 		if r := s.on("node1", "shoal", "exec", "c", "curl", "-s", "-m", slowSecs(2), "http://"+via+"/"); r.code == 0 {
 			t.Errorf("a task of network a reaches %s", via)
 		}
+	}
+	s.awayFromAgents("c")
+
+	// What goes between the nodes takes no entry of their conntrack tables. There
+	// may be some of before their rules were made.
+	for _, n := range nodes[:2] {
+		s.on(n, "conntrack", "-D", "-p", "udp", "--orig-port-dst", "4789")
+	}
+	s.ok("node1", "shoal exec c ping -c 3 -i 0.2 -W %s %s", slowSecs(5), s.task("a2").Attachments[0].Addrs[0])
+	for _, n := range nodes[:2] {
+		if got := s.ok(n, "conntrack -L -p udp --orig-port-dst 4789"); got != "" {
+			t.Errorf("%s tracks VXLAN packets: %s", n, got)
+		}
+	}
+}
+
+// awayFromAgents: agents do what they are asked, so a task is not to ask them,
+// its own node's or another's. What else listens on a node it may reach, as in
+// Docker.
+func (s site) awayFromAgents(task string) {
+	s.Helper()
+	for _, n := range s.Nodes() {
+		addr := n.Addr.String()
+		for _, port := range []string{"2377", "7946"} {
+			if r := s.on("node1", "nc", "-z", "-w2", addr, port); r.code != 0 {
+				s.Errorf("the node itself does not reach the agent at %s:%s: exit status %d", addr, port, r.code)
+			}
+			start := time.Now()
+			if r := s.on("node1", "shoal", "exec", task, "nc", "-z", "-w20", addr, port); r.code == 0 {
+				s.Errorf("a task reaches the agent at %s:%s", addr, port)
+			} else if time.Since(start) > 15*time.Second {
+				s.Errorf("a task waits for the agent at %s:%s: it should be refused", addr, port)
+			}
+		}
+		srv := exec.Command("ip", "netns", "exec", n.Netns, filepath.Join(bin, "whoami"), "-http", addr+":8099", "-udp", "", "-tcp", "")
+		if err := srv.Start(); err != nil {
+			s.Fatal(err)
+		}
+		s.eventually(slow(10*time.Second), func() error {
+			if r := s.on("node1", "shoal", "exec", task, "curl", "-s", "-m", slowSecs(2), "http://"+addr+":8099/"); r.code != 0 {
+				return fmt.Errorf("a task does not reach a service of %s: exit status %d", n.Name, r.code)
+			}
+			return nil
+		})
+		_ = srv.Process.Kill()
+		_ = srv.Wait()
 	}
 }
 

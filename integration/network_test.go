@@ -229,6 +229,7 @@ func TestResolverSettings(t *testing.T) {
 		"neither an address nor":          "shoal run --add-host a:b -- true",
 		"DNS option \"a b\"":              "shoal run --dns-option 'a b' -- true",
 		"no such task or service: nosuch": "shoal run --link nosuch:x -- true",
+		"c is on none of the networks":    "shoal run --network none --link c:x -- true",
 	} {
 		s.fails("node1", want, "%s", line)
 	}
@@ -257,12 +258,13 @@ func TestConnectAndDisconnect(t *testing.T) {
 
 	s.ok("node1", "shoal net connect --alias shop two web")
 	s.ok("node1", "shoal net connect --ip %s two c", nextTo(s.ok("node1", "shoal net ls -f name=two --format {{.Subnet}}"), 77))
-	s.eventually(slow(5*time.Second), func() error {
-		if got := s.ok("node1", "shoal exec c ip -br -4 addr"); !strings.Contains(got, ".77/32") {
-			return fmt.Errorf("no address .77: %s", got)
-		}
-		return nil
-	})
+	// What is connected can be used at once.
+	if got := s.ok("node1", "shoal exec c ip -br -4 addr"); !strings.Contains(got, ".77/32") {
+		t.Errorf("no address .77: %s", got)
+	}
+	if got := s.ok("node1", "shoal exec c cat /etc/hosts"); !strings.Contains(got, ".77\tc") {
+		t.Errorf("no line for .77: %s", got)
+	}
 	s.eventually(slow(5*time.Second), func() error {
 		l := s.inTask("c", "-n 40 -timeout 1s http://shop/")
 		if l.Failed > 0 || len(l.Hosts) != 2 {
@@ -277,6 +279,9 @@ func TestConnectAndDisconnect(t *testing.T) {
 	live.say("after disconnect")
 	if got := s.ok("node1", "shoal exec c ip -br -4 addr"); strings.Contains(got, ".77/") || !strings.Contains(got, "eth0") || !strings.Contains(got, "eth2") {
 		t.Errorf("interfaces: %s", got)
+	}
+	if got := s.ok("node1", "shoal exec c cat /etc/hosts"); strings.Contains(got, ".77\t") {
+		t.Errorf("hosts after the network has left: %s", got)
 	}
 	if r := s.on("node1", words("shoal exec c getent hosts shop")...); r.code != 2 {
 		t.Errorf("shop still resolves: %s", r.out)

@@ -39,6 +39,31 @@ func TestExecAndFiles(t *testing.T) {
 	if r.code != 5 || r.out != "out\n" || r.err != "err\n" {
 		t.Errorf("run: %+v", r)
 	}
+	// The foreground is what it is in Docker: every byte, and the program's own end.
+	if r := s.in(big+"no newline", "node1", words("shoal run --rm -i --node node2 -- cat")...); r.code != 0 || r.out != big+"no newline" {
+		t.Errorf("1 MiB through run -i: %d bytes came back, exit status %d, %s", len(r.out), r.code, r.err)
+	}
+	for line, code := range map[string]int{"nosuchprogram": 127, "/etc/passwd": 126, "sh -c 'kill -9 $$'": 137} {
+		for _, how := range []string{"", "-d "} {
+			if r := s.on("node3", append(words("shoal run --rm "+how+"--"), words(line)...)...); r.code != code && (how == "" || code < 128) {
+				t.Errorf("run %s%s: exit status %d, want %d", how, line, r.code, code)
+			}
+		}
+	}
+	if got := s.ok("node1", "shoal run --rm -t -- sh -c 'test -t 0 && tty'"); !strings.HasPrefix(got, "/dev/pts/") {
+		t.Errorf("tty: %q", got)
+	}
+	r = s.on("node1", words("timeout -s INT 1 shoal run --rm -- sh -c 'trap \"echo interrupted; exit 3\" INT; while :; do sleep 0.1; done'")...)
+	if r.out != "interrupted\n" {
+		t.Errorf("interrupted: %+v", r)
+	}
+	s.ok("node1", "shoal run -d --rm --name brief -- true")
+	s.eventually(slow(5*time.Second), func() error {
+		if got := s.ok("node1", "shoal ps -a --format {{.Name}}"); got != "a\nb" && got != "b\na" {
+			return errf("with --rm these are left: %q", got)
+		}
+		return nil
+	})
 	s.fails("node1", "no such task: nosuch", "shoal exec nosuch true")
 	s.fails("node1", "no command", "shoal run")
 }

@@ -282,9 +282,13 @@ func (l *Lab) node(i int) Node {
 	return Node{Name: name, Netns: l.prefix() + "-" + name, Addr: netip.AddrFrom4(a), Dir: dir, Socket: filepath.Join(dir, "shoal.sock")}
 }
 
+// patience bounds the waits for agents: a few seconds are usual, an emulated
+// machine that is busy takes a minute.
+const patience = 2 * time.Minute
+
 // awaitReady waits until the managers hold every node ready.
 func (l *Lab) awaitReady(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 60*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	l.say("waiting until all nodes are ready")
 	for {
@@ -296,7 +300,7 @@ func (l *Lab) awaitReady(ctx context.Context) error {
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("the nodes are not ready after a minute (%d are known: %s): see %s/*/agent.log: %w", len(nodes), strings.TrimSpace(out), l.Dir, err)
+			return fmt.Errorf("the nodes are not ready after %s (%d are known: %s): see %s/*/agent.log: %w", patience, len(nodes), strings.TrimSpace(out), l.Dir, err)
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
@@ -330,7 +334,7 @@ func (l *Lab) startAgent(n *Node) error {
 
 // awaitAgent waits until the agent answers on its socket.
 func (l *Lab) awaitAgent(ctx context.Context, n *Node) error {
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	for {
 		c, err := net.Dial("unix", n.Socket)

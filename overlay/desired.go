@@ -63,17 +63,22 @@ func (s *State) members(v *spec.View) {
 			vnis = append(vnis, n.VNI)
 		}
 	}
-	if !v.Complete || len(vnis) == 0 {
+	if !v.Complete || len(v.Networks) == 0 {
 		return
 	}
-	var peers []string
+	var peers, agents []string
 	for _, p := range v.Peers {
 		// Dead or not: it is for gossip to say whom to send to.
 		if p.Addr.IsValid() && p.Addr.Is4() == v.Underlay.Addr.Is4() {
 			peers = append(peers, p.Addr.String())
+			for _, port := range []int{p.ControlPort, p.GossipPort} {
+				if port > 0 && port <= 65535 {
+					agents = append(agents, netip.AddrPortFrom(p.Addr, uint16(port)).String())
+				}
+			}
 		}
 	}
-	s.Add(Members{Table: MembersTable(v.Instance), Port: v.Underlay.VXLANPort, Peers: Join(peers), VNIs: Join(vnis)})
+	s.Add(Members{Table: MembersTable(v.Instance), Port: v.Underlay.VXLANPort, Peers: Join(peers), VNIs: Join(vnis), Agents: Join(agents)})
 }
 
 // network is what the parts of Desired share about one network.

@@ -105,10 +105,15 @@ func TestBridgeIsHereOnly(t *testing.T) {
 		v.Networks[i].Driver, v.Networks[i].Node = spec.DriverBridge, v.Self
 	}
 	s := overlay.Desired(v)
-	for _, word := range []string{"device vx", "fdb", "table shoal-members"} {
+	for _, word := range []string{"device vx", "fdb"} {
 		if got := of(s, word); got != nil {
 			t.Errorf("%s: %v", word, got)
 		}
+	}
+	// No VXLAN is let in, and tasks are kept from the agents.
+	m, _ := s.Get(overlay.Members{}.Key()).(overlay.Members)
+	if m.VNIs != "" || m.Agents == "" {
+		t.Errorf("members %+v", m)
 	}
 	has(t, s, false, "dev vx")
 	has(t, s, true, "task-web.1: ", "default")
@@ -147,7 +152,7 @@ func TestMembers(t *testing.T) {
 	v := sample()
 	v.Peers[1].Liveness = spec.PeerDead
 	m, _ := overlay.Desired(v).Get(overlay.Members{}.Key()).(overlay.Members)
-	if m.Peers != "192.0.2.1 192.0.2.2 192.0.2.3" || m.VNIs != "4096 4097" || m.Port != 4789 || m.Table != "shoal-members" {
+	if m.Peers != "192.0.2.1 192.0.2.2 192.0.2.3" || m.VNIs != "4096 4097" || m.Agents != "192.0.2.1:2377 192.0.2.1:7946 192.0.2.2:2378 192.0.2.2:7946" || m.Port != 4789 || m.Table != "shoal-members" {
 		t.Errorf("members %+v", m)
 	}
 	have := kernel(v)

@@ -116,12 +116,15 @@ type Filter struct {
 // Members is the nftables table of the host's namespace that lets VXLAN packets
 // in only from nodes of the cluster, and none out of a task: the VXLAN device
 // itself takes any packet with its VNI, whoever sent it (RFC 7348 section 7).
+// It also keeps tasks from the nodes' agents, who trust each other.
 type Members struct {
 	Table string
 	Port  int    // UDP
 	Peers string // addresses of the nodes, see [Join]
 	VNIs  string // of the networks here: packets of others' VXLANs are not ours to judge
-	Fault string // observed only
+	// Agents are the addresses and ports where nodes' agents listen, see [Join].
+	Agents string
+	Fault  string // observed only
 }
 
 // Guard lets packets with source Addr in from Dev; others are dropped.
@@ -407,7 +410,7 @@ func (o Forwarding) String() string {
 	return "forwarding with table " + o.Table + fault(o.Fault)
 }
 func (o Members) String() string {
-	return fmt.Sprintf("table %s of VXLAN members on UDP port %d: %s; VNIs %s%s", o.Table, o.Port, o.Peers, o.VNIs, fault(o.Fault))
+	return fmt.Sprintf("table %s of VXLAN members on UDP port %d: %s; VNIs %s; agents at %s%s", o.Table, o.Port, o.Peers, o.VNIs, o.Agents, fault(o.Fault))
 }
 func (o Namespace) String() string {
 	return fmt.Sprintf("namespace %s of network %s", o.Netns, o.Network)

@@ -18,6 +18,7 @@ import (
 	"io"
 	"iter"
 	"net"
+	"net/netip"
 	"time"
 
 	"github.com/shoalnet/shoal/spec"
@@ -82,6 +83,9 @@ type Runtime interface {
 	Create(ctx context.Context, t Task) (Sandbox, error)
 	// Start runs the program. Its error is one line for a person.
 	Start(ctx context.Context, id string) error
+	// SetHosts makes name, in the hosts file of a task with a namespace, stand
+	// for these addresses only. Other lines stay.
+	SetHosts(ctx context.Context, id, name string, addrs []netip.Addr) error
 	// Stop sends the signal ("SIGTERM" or a number), and SIGKILL to the whole
 	// task after grace. It returns when the program has ended; one that has
 	// ended already, or never started, is no error.
@@ -99,6 +103,10 @@ type Runtime interface {
 	Events(ctx context.Context) <-chan Event
 	// Exec runs a command inside a running task.
 	Exec(ctx context.Context, id string, s ExecSpec) (Process, error)
+	// Attach connects to a task's program, which may be yet to start: one with
+	// Spec.Attach waits for that, for a moment. What the program says goes to
+	// the task's output as well. The end of ctx only ends the connection.
+	Attach(ctx context.Context, id string, s AttachSpec) (Process, error)
 	// Logs yields the task's output, oldest first; with Follow until the task
 	// has ended.
 	Logs(ctx context.Context, id string, o LogOptions) iter.Seq2[LogLine, error]
@@ -108,7 +116,8 @@ type Runtime interface {
 	// namespace has none.
 	DNSSockets(ctx context.Context, id string) (net.PacketConn, net.Listener, error)
 	// Listening tells whether the task accepts traffic: a TCP socket that
-	// listens, or a UDP socket that is bound, on more than loopback.
+	// listens, or a UDP socket that is bound, on more than loopback, and a
+	// program that is not stopped (SIGSTOP).
 	Listening(ctx context.Context, id string) (bool, error)
 	// Close ends this process's part. Tasks go on.
 	Close() error
@@ -126,8 +135,16 @@ type ExecSpec struct {
 	Stdout, Stderr io.Writer
 }
 
-// Process is a command that Exec started. It is killed when Exec's context
-// ends.
+// AttachSpec is what Attach connects to the program. Stdin is used only of a
+// task with Spec.Stdin; of one with Spec.TTY, Stdout carries both streams.
+type AttachSpec struct {
+	Rows, Cols     uint16
+	Stdin          io.Reader
+	Stdout, Stderr io.Writer
+}
+
+// Process is a command that Exec started, which is killed when Exec's context
+// ends; or a program that Attach is connected to.
 type Process interface {
 	// Wait returns the exit status: 127 for a command that was not found, 126
 	// for one that can't be executed, 128+N for one ended by signal N.

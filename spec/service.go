@@ -35,6 +35,14 @@ type TaskSpec struct {
 	Links      []string     `json:"links,omitempty"`       // TARGET:ALIAS, a name that only this task knows
 	Expose     []string     `json:"expose,omitempty"`      // PORT/PROTO that it serves, for those that link to it
 	ExtraHosts []string     `json:"extra_hosts,omitempty"` // NAME:ADDRESS lines of /etc/hosts; ADDRESS may be host-gateway
+
+	Health *HealthCheck `json:"health,omitempty"`
+
+	// Of tasks of their own (shoal run) only:
+	Attach     bool `json:"attach,omitempty"`      // somebody is about to attach: the program waits for them, for a moment
+	Stdin      bool `json:"stdin,omitempty"`       // keep standard input open, for who attaches
+	TTY        bool `json:"tty,omitempty"`         // a terminal rather than pipes
+	AutoRemove bool `json:"auto_remove,omitempty"` // forget the task when it has ended
 }
 
 // DefaultStopGrace is the time between the stop signal and SIGKILL, Docker's
@@ -47,6 +55,10 @@ func (t TaskSpec) Clone() TaskSpec {
 	t.DNS, t.DNSSearch = slices.Clone(t.DNS), slices.Clone(t.DNSSearch)
 	t.DNSOptions, t.ExtraHosts = slices.Clone(t.DNSOptions), slices.Clone(t.ExtraHosts)
 	t.Links, t.Expose = slices.Clone(t.Links), slices.Clone(t.Expose)
+	if t.Health != nil {
+		h := *t.Health
+		t.Health = &h
+	}
 	return t
 }
 
@@ -83,6 +95,11 @@ func (t TaskSpec) Validate() error {
 	}
 	if t.StopGrace < 0 {
 		return fmt.Errorf("stop grace period %s is negative", t.StopGrace)
+	}
+	if t.Health != nil {
+		if err := t.Health.Validate(); err != nil {
+			return err
+		}
 	}
 	return t.validateDNS()
 }

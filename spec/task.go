@@ -74,7 +74,8 @@ type TaskStatus struct {
 	// endpoints; the addresses may be given to another.
 	Released bool `json:"released,omitempty"`
 	// Wired is the version of the task whose attachments the node has carried
-	// out: what left the task before it is off the network.
+	// out: what left the task before it is off the network, and what joined it
+	// is on it.
 	Wired uint64 `json:"wired,omitempty"`
 }
 
@@ -86,6 +87,9 @@ type Attachment struct {
 	// Iface is its name in the task: eth0, eth1, …; empty on the networks that
 	// have none. It stays when others come and go.
 	Iface string `json:"iface,omitempty"`
+	// Joined is the task's version at which it was connected, 0 if it was from
+	// the start. TaskStatus.Wired tells when that is carried out.
+	Joined uint64 `json:"joined,omitempty"`
 	// Leaving is the task's version at which it was disconnected, 0 while it is
 	// connected. The address is kept until the node has taken it off.
 	Leaving uint64 `json:"leaving,omitempty"`

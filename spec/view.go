@@ -27,6 +27,9 @@ type Peer struct {
 	Number   int        // see Node.Number
 	Addr     netip.Addr // where VXLAN packets for it go
 	Liveness Liveness
+	// ControlPort (TCP) and GossipPort (TCP and UDP) are where its agent
+	// listens, at Addr.
+	ControlPort, GossipPort int
 }
 
 // RouterAddr is the next hop that stands for the node in every overlay

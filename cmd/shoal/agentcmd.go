@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -109,7 +108,7 @@ func runAgent(ctx context.Context, cfg agent.Config, runDir, dataPath string) er
 		return rs
 	}
 	cfg.Upstreams = dns.Upstreams(resolvConfPath)
-	cfg.Dial = dial
+	cfg.Dial = nl.Dial
 	cfg.SearchDomains = func() []string { return searchDomains(resolvConfPath) }
 	exe, err := os.Executable()
 	if err != nil {
@@ -126,21 +125,6 @@ func runAgent(ctx context.Context, cfg agent.Config, runDir, dataPath string) er
 	}
 	err = a.Run(ctx)
 	return errors.Join(err, rt.Close())
-}
-
-// dial opens a connected socket that is in a namespace, the task's whose
-// resolvers are asked, or in the agent's own for "".
-func dial(ctx context.Context, netns, network string, to netip.AddrPort) (c net.Conn, err error) {
-	var d net.Dialer
-	if netns == "" {
-		return d.DialContext(ctx, network, to.String())
-	}
-	// A socket stays in the namespace that it was made in, whoever uses it.
-	err = nl.Do(netns, func() (err error) {
-		c, err = d.DialContext(ctx, network, to.String())
-		return err
-	})
-	return c, err
 }
 
 // pickDataPath chooses the VIP data path, and says why.

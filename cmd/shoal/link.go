@@ -1,8 +1,10 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
@@ -12,12 +14,24 @@ import (
 // publishHelp is the help of --publish of services.
 const publishHelp = "published port: [ADDRESS:][PUBLISHED:]TARGET[/PROTOCOL], ranges too, or published=…,target=…[,protocol=tcp|udp|sctp][,mode=ingress|host|local][,nat=true] (repeatable)"
 
-// link gives a task the variables that Docker's --link sets, for each of its
-// links. That the alias resolves is the name server's part.
-func (c *cli) link(ctx context.Context, t *shoalv1.TaskSpec) error {
+// link gives a task, or a service's tasks, the variables that Docker's --link
+// sets, for each of its links. That the alias resolves is the name server's part.
+// Who is linked to must be on one of the networks of who links.
+func (c *cli) link(ctx context.Context, t *shoalv1.TaskSpec, name string, on []*shoalv1.NetworkAttachment) error {
+	if len(t.Links) == 0 {
+		return nil
+	}
+	refs := each1(on, func(a *shoalv1.NetworkAttachment) string { return a.Network })
+	if len(refs) == 0 {
+		refs = []string{spec.DefaultNetwork}
+	}
+	nets, _, err := c.networks(ctx, refs...)
+	if err != nil {
+		return err
+	}
 	for i, l := range t.Links {
 		target, alias := spec.ParseLink(l)
-		env, err := c.linkEnv(ctx, target, alias)
+		env, err := c.linkEnv(ctx, target, name, alias, nets)
 		if err != nil {
 			return fmt.Errorf("link %s: %w", l, err)
 		}
@@ -28,18 +42,18 @@ func (c *cli) link(ctx context.Context, t *shoalv1.TaskSpec) error {
 	return nil
 }
 
-// linkEnv is the environment of a link, as Docker's manual describes it under
-// "Legacy container links".
-func (c *cli) linkEnv(ctx context.Context, target, alias string) ([]string, error) {
+// linkEnv finds what a link leads to, and is its environment.
+func (c *cli) linkEnv(ctx context.Context, target, name, alias string, on []*shoalv1.Network) ([]string, error) {
 	var ts *shoalv1.TaskSpec
 	var ports []*shoalv1.Port
-	addr := ""
+	addrs := map[string][]string{} // by network
 	if svcs, err := c.services(ctx, target); err == nil {
 		ts, ports = svcs[0].GetSpec().GetTask(), svcs[0].Ports
+		for _, a := range svcs[0].GetSpec().GetNetworks() {
+			addrs[a.Network] = nil // of a service without a virtual IP
+		}
 		for _, v := range svcs[0].Vips {
-			if addr == "" && len(v.Addrs) > 0 {
-				addr = v.Addrs[0]
-			}
+			addrs[v.Network] = v.Addrs
 		}
 	} else {
 		t, err := c.task(ctx, target)
@@ -48,33 +62,77 @@ func (c *cli) linkEnv(ctx context.Context, target, alias string) ([]string, erro
 		}
 		ts, ports = t.Spec, t.Ports
 		for _, a := range t.Attachments {
-			if addr == "" && len(a.Addrs) > 0 {
-				addr = a.Addrs[0]
-			}
+			addrs[a.Network] = a.Addrs
 		}
 	}
-	key := strings.ToUpper(strings.NewReplacer("-", "_", ".", "_").Replace(alias))
-	env := []string{key + "_NAME=/" + alias}
-	expose := append([]string(nil), ts.GetExpose()...)
-	for _, p := range ports {
-		expose = append(expose, fmt.Sprintf("%d/%s", p.Target, p.Protocol))
-	}
-	seen := map[string]bool{}
-	for _, e := range expose {
-		port, proto, err := spec.ParseExpose(e)
-		if err != nil || seen[fmt.Sprint(port, proto)] || addr == "" {
+	for _, n := range on {
+		at, ok := addrs[n.Id]
+		if !ok {
 			continue
 		}
-		url := fmt.Sprintf("%s://%s:%d", proto, addr, port)
-		if len(seen) == 0 {
-			env = append(env, key+"_PORT="+url)
+		addr := ""
+		if len(at) > 0 {
+			addr = at[0]
 		}
-		seen[fmt.Sprint(port, proto)] = true
-		p := fmt.Sprintf("%s_PORT_%d_%s", key, port, strings.ToUpper(proto))
-		env = append(env, p+"="+url, p+"_ADDR="+addr, fmt.Sprintf("%s_PORT=%d", p, port), p+"_PROTO="+proto)
+		expose := slices.Clone(ts.GetExpose())
+		for _, p := range ports {
+			expose = append(expose, fmt.Sprintf("%d/%s", p.Target, p.Protocol))
+		}
+		return linkVariables(name, alias, addr, expose, ts.GetEnv()), nil
 	}
-	for _, e := range ts.GetEnv() {
-		env = append(env, key+"_ENV_"+e)
+	return nil, fmt.Errorf("%s is on none of the networks %s: give --network one that it is on", target,
+		strings.Join(each1(on, func(n *shoalv1.Network) string { return n.Name }), ", "))
+}
+
+// linkVariables are the variables that Docker sets for a link, as its manual
+// has them under "Legacy container links": the first port is the lowest of TCP,
+// and consecutive ones are a range besides.
+func linkVariables(name, alias, addr string, expose, env []string) []string {
+	type port struct {
+		n     int
+		proto string
 	}
-	return env, nil
+	var ports []port
+	for _, e := range expose {
+		n, proto, err := spec.ParseExpose(e)
+		if p := (port{int(n), proto}); err == nil && addr != "" && !slices.Contains(ports, p) {
+			ports = append(ports, p)
+		}
+	}
+	udp := func(p port) bool { return p.proto != spec.TCP }
+	slices.SortFunc(ports, func(a, b port) int {
+		switch {
+		case udp(a) != udp(b) && udp(b):
+			return -1
+		case udp(a) != udp(b):
+			return 1
+		}
+		return cmp.Or(strings.Compare(a.proto, b.proto), cmp.Compare(a.n, b.n))
+	})
+	key := strings.ToUpper(strings.NewReplacer("-", "_", ".", "_").Replace(alias))
+	url := func(p port) string { return fmt.Sprintf("%s://%s:%d", p.proto, addr, p.n) }
+	prefix := func(p port) string { return fmt.Sprintf("%s_PORT_%d_%s", key, p.n, strings.ToUpper(p.proto)) }
+	var out []string
+	if len(ports) > 0 {
+		out = append(out, key+"_PORT="+url(ports[0]))
+	}
+	for i := 0; i < len(ports); {
+		first, last := ports[i], ports[i]
+		for ; i < len(ports) && ports[i].proto == first.proto && ports[i].n <= last.n+1; i++ {
+			last = ports[i]
+			p := prefix(last)
+			out = append(out, p+"="+url(last), p+"_ADDR="+addr, fmt.Sprintf("%s_PORT=%d", p, last.n), p+"_PROTO="+last.proto)
+		}
+		if first != last {
+			p := prefix(first)
+			out = append(out, p+"_START="+url(first), fmt.Sprintf("%s_PORT_START=%d", p, first.n), p+"_END="+url(last), fmt.Sprintf("%s_PORT_END=%d", p, last.n))
+		}
+	}
+	out = append(out, fmt.Sprintf("%s_NAME=/%s/%s", key, name, alias))
+	for _, e := range env {
+		if k, _, ok := strings.Cut(e, "="); ok && k != "HOME" && k != "PATH" {
+			out = append(out, key+"_ENV_"+e)
+		}
+	}
+	return out
 }

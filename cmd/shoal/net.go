@@ -146,7 +146,9 @@ is restarted; connections over its other networks go on.`,
 				return err
 			}
 			return c.rewired(cmd.Context(), args[1], resp.Msg.GetTask().GetId(), func(n *shoalv1.Network, t *shoalv1.Task) bool {
-				return slices.ContainsFunc(t.Attachments, func(a *shoalv1.Attachment) bool { return a.Network == n.Id })
+				return slices.ContainsFunc(t.Attachments, func(a *shoalv1.Attachment) bool {
+					return a.Network == n.Id && a.Joined <= t.GetStatus().GetWired()
+				})
 			}, args[0])
 		}}
 	cmd.Flags().StringSliceVar(&req.Aliases, "alias", nil, "further name on the network (repeatable)")

@@ -34,6 +34,8 @@ type taskFlags struct {
 
 	dns, dnsSearch, dnsOptions, hosts, links, expose, publish []string
 	ip                                                        string // of the first network
+
+	health healthFlags
 }
 
 func (t *taskFlags) add(f *pflag.FlagSet) {
@@ -52,6 +54,7 @@ func (t *taskFlags) add(f *pflag.FlagSet) {
 	f.StringArrayVar(&t.links, "link", nil, "task or service to know by another name, NAME:ALIAS, with Docker's variables (deprecated there; repeatable)")
 	f.StringSliceVar(&t.expose, "expose", nil, "port that is served, PORT[/PROTOCOL], for those that link to it (repeatable)")
 	f.StringVar(&t.stopSignal, "stop-signal", "", "signal that asks the program to stop (default SIGTERM)")
+	t.health.add(f)
 }
 
 // attachments parses --network: a name, or Docker's name=…,alias=…,ip=….
@@ -126,6 +129,9 @@ func (t *taskFlags) spec(command []string) (*shoalv1.TaskSpec, error) {
 		s.Env = append(s.Env, e)
 	}
 	var err error
+	if s.Health, err = t.health.apply(nil); err != nil {
+		return nil, err
+	}
 	s.Labels, err = labels(t.labels)
 	return s, err
 }
@@ -158,11 +164,11 @@ func (c *cli) svcCreate() *cobra.Command {
 				return usageError(cmd, err)
 			}
 			req.Ports = api.Ports(ports)
-			if err := c.link(cmd.Context(), req.Task); err != nil {
-				return err
-			}
 			if req.Name == "" {
 				req.Name = "svc-" + spec.NewID()[:6]
+			}
+			if err := c.link(cmd.Context(), req.Task, req.Name, req.Networks); err != nil {
+				return err
 			}
 			resp, err := c.control().CreateService(cmd.Context(), connect.NewRequest(&shoalv1.CreateServiceRequest{Spec: req}))
 			if err != nil {
@@ -176,6 +182,7 @@ func (c *cli) svcCreate() *cobra.Command {
 		},
 	}
 	f := cmd.Flags()
+	f.SetInterspersed(false) // what follows the program is the program's, as in Docker
 	f.StringVar(&req.Name, "name", "", "name of the service, and its host name on its networks")
 	f.Int32Var(&req.Replicas, "replicas", 1, "number of tasks")
 	f.StringVar(&req.EndpointMode, "endpoint-mode", spec.EndpointModeVIP, "vip (one balanced address) or dnsrr (the replicas' addresses)")
@@ -209,13 +216,16 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 		if err != nil && ctx.Err() == nil {
 			return err
 		}
-		running, extra := 0, 0
+		running, extra, rewiring := 0, 0, 0
 		why = ""
 		for _, t := range tasks {
 			st := t.GetStatus()
 			switch {
 			case t.Desired == spec.DesiredRunning && st.GetState() == spec.TaskRunning.String():
 				running++
+				if !wired(t) {
+					rewiring++
+				}
 			case t.Desired != spec.DesiredRunning && !ended(t):
 				extra++
 			}
@@ -236,10 +246,13 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 		if stale > 0 {
 			line += fmt.Sprintf(", %d to be replaced", stale)
 		}
+		if rewiring > 0 {
+			line += fmt.Sprintf(", %d being rewired", rewiring)
+		}
 		if extra > 0 {
 			line += fmt.Sprintf(", %d stopping", extra)
 		}
-		if err == nil && running == want && extra+stale == 0 {
+		if err == nil && running == want && extra+stale+rewiring == 0 {
 			if tty {
 				fmt.Fprintf(c.err, "\r\033[K%s\n", line)
 			} else if !quiet {
@@ -272,6 +285,14 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
+}
+
+// wired tells whether a task's node has connected and disconnected it as it was
+// told to.
+func wired(t *shoalv1.Task) bool {
+	return !slices.ContainsFunc(t.Attachments, func(a *shoalv1.Attachment) bool {
+		return a.Leaving != 0 || a.Joined > t.GetStatus().GetWired()
+	})
 }
 
 func (c *cli) svcLs() *cobra.Command {

@@ -8,6 +8,7 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/shoalnet/shoal/api"
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
@@ -20,6 +21,7 @@ func (c *cli) svcUpdate() *cobra.Command {
 	var dnsAdd, dnsRm, hostAdd, hostRm []string
 	var command, hostname, mode string
 	var grace time.Duration
+	var health healthFlags
 	var detach bool
 	cmd := &cobra.Command{Use: "update SERVICE [-- COMMAND [ARG...]]", Short: "Change a service", Args: atLeast(1),
 		Long: `Update changes a running service. Networks, published ports, labels and the
@@ -107,6 +109,11 @@ running before the old one ends.`,
 				sp.Ports = append(sp.Ports, api.Ports(add)...)
 				return err
 			})
+			if err == nil {
+				was := sp.Task.Health
+				sp.Task.Health, err = health.apply(was)
+				changed = changed || !proto.Equal(was, sp.Task.Health)
+			}
 			if err != nil {
 				return usageError(cmd, err)
 			}
@@ -146,6 +153,7 @@ running before the old one ends.`,
 	f.StringArrayVar(&dnsRm, "dns-rm", nil, "remove a resolver")
 	f.StringArrayVar(&hostAdd, "host-add", nil, "add a line of /etc/hosts, NAME:ADDRESS")
 	f.StringArrayVar(&hostRm, "host-rm", nil, "remove such a line")
+	health.add(f)
 	f.BoolVarP(&detach, "detach", "d", false, "don't wait until the replicas run")
 	return cmd
 }

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -25,17 +26,19 @@ import (
 
 func (c *cli) runCmd() *cobra.Command {
 	var tf taskFlags
-	var detach, remove bool
+	var detach, remove, stdin, tty bool
 	var stopTimeout int
 	req := &shoalv1.CreateTaskRequest{}
 	cmd := &cobra.Command{
 		Use: "run [flags] -- COMMAND [ARG...]", Short: "Run a task on one node, this one by default", Args: cobra.ArbitraryArgs,
 		Long: `Run starts a task of its own, outside of any service, on this node or the one
-given with --node. In the foreground it shows the task's output, passes SIGINT
-and SIGTERM on, and exits with the task's exit status; with -d it prints the
-task's ID once it runs.`,
+given with --node. In the foreground it shows the task's output as it is, passes
+signals on, and exits with the task's exit status, 125 for a task that could not
+be made, 126 for a command that can't be executed and 127 for one that is not
+found; with -d it prints the task's ID once it runs.`,
 		Example: `  shoal run -d --name c1 --network app -- sleep 3600
-  shoal run --rm --network app -- curl -s http://web/`,
+  shoal run --rm --network app -- curl -s http://web/
+  shoal run -it --rm --network app -- bash`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 0 {
 				return usageError(cmd, fmt.Errorf("no command: give it after --, like: shoal run --network app -- sleep 60"))
@@ -45,6 +48,15 @@ task's ID once it runs.`,
 			if req.Spec, err = tf.spec(args); err != nil {
 				return usageError(cmd, err)
 			}
+			req.Spec.Attach, req.Spec.Stdin, req.Spec.Tty, req.Spec.AutoRemove = !detach, stdin, tty, remove
+			if tty {
+				req.Spec.Env = append([]string{"TERM=" + cmp.Or(os.Getenv("TERM"), "xterm")}, req.Spec.Env...)
+			}
+			if !detach && tty {
+				if _, err := c.ownTerminal(stdin); err != nil {
+					return err
+				}
+			}
 			if req.Networks, err = tf.attachments(); err != nil {
 				return usageError(cmd, err)
 			}
@@ -53,7 +65,10 @@ task's ID once it runs.`,
 				return usageError(cmd, err)
 			}
 			req.Ports = api.Ports(ports)
-			if err := c.link(cmd.Context(), req.Spec); err != nil {
+			if req.Name == "" && len(tf.links) > 0 {
+				req.Name = "task-" + spec.NewID()[:6]
+			}
+			if err := c.link(cmd.Context(), req.Spec, req.Name, req.Networks); err != nil {
 				return err
 			}
 			if req.Node == "" {
@@ -67,13 +82,18 @@ task's ID once it runs.`,
 			if err != nil {
 				return err
 			}
-			return c.attend(cmd.Context(), resp.Msg.Task, detach, remove)
+			if detach {
+				return c.awaitRunning(cmd.Context(), resp.Msg.Task)
+			}
+			return c.attend(cmd.Context(), resp.Msg.Task)
 		},
 	}
 	f := cmd.Flags()
 	f.SetInterspersed(false)
 	f.BoolVarP(&detach, "detach", "d", false, "leave it running and print its ID")
-	f.BoolVar(&remove, "rm", false, "remove its record when it has ended")
+	f.BoolVar(&remove, "rm", false, "remove it, and its output, when it has ended")
+	f.BoolVarP(&stdin, "interactive", "i", false, "pass standard input on")
+	f.BoolVarP(&tty, "tty", "t", false, "give the program a terminal")
 	f.StringVar(&req.Name, "name", "", "name of the task, and its host name on its networks")
 	f.StringVar(&req.Node, "node", "", "node to run it on, by name or ID (default: this one)")
 	f.StringArrayVarP(&tf.publish, "publish", "p", nil, "port of this node that leads to the task, [ADDRESS:][PUBLISHED:]TARGET[/PROTOCOL] (repeatable)")
@@ -85,31 +105,15 @@ task's ID once it runs.`,
 	return cmd
 }
 
-// attend waits until a new task runs (detached), or for its end.
-func (c *cli) attend(ctx context.Context, t *shoalv1.Task, detach, remove bool) error {
+// awaitRunning waits until a new task runs, and prints its ID.
+func (c *cli) awaitRunning(ctx context.Context, t *shoalv1.Task) error {
 	id := t.Id
-	// A context of its own: an interrupt stops the task, not the waiting.
-	wctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	defer cancel()
-	if !detach {
-		stopping := make(chan struct{})
-		go func() {
-			defer close(stopping)
-			select {
-			case <-ctx.Done():
-				_, _ = c.control().StopTask(wctx, connect.NewRequest(&shoalv1.StopTaskRequest{Ref: id}))
-			case <-wctx.Done():
-			}
-		}()
-		defer func() {
-			cancel()
-			<-stopping
-		}()
-	} else {
-		wctx = ctx
-	}
 	for {
-		ts, err := c.tasks(wctx, &shoalv1.ListTasksRequest{Refs: []string{id}, All: true})
+		ts, err := c.tasks(ctx, &shoalv1.ListTasksRequest{Refs: []string{id}, All: true})
+		if connect.CodeOf(err) == connect.CodeNotFound && err != nil && t.Spec.GetAutoRemove() {
+			fmt.Fprintln(c.out, id) // it has run, and is gone already
+			return nil
+		}
 		if err != nil {
 			return err
 		}
@@ -120,63 +124,69 @@ func (c *cli) attend(ctx context.Context, t *shoalv1.Task, detach, remove bool) 
 		if err != nil {
 			return err
 		}
-		if st >= spec.TaskStarting {
-			if !detach {
-				break
+		if st.Ended() && st != spec.TaskComplete {
+			failed := c.taskFailed(t)
+			if t.Spec.GetAutoRemove() {
+				return errors.Join(failed, c.removeTask(ctx, id))
 			}
-			if st.Ended() && st != spec.TaskComplete {
-				return c.taskFailed(t)
+			return failed
+		}
+		if st >= spec.TaskRunning {
+			fmt.Fprintln(c.out, id)
+			return nil
+		}
+		if !sleep(ctx, 20*time.Millisecond) {
+			return ctx.Err()
+		}
+	}
+}
+
+// attend is the foreground of a new task: its input, output and exit status.
+func (c *cli) attend(ctx context.Context, t *shoalv1.Task) error {
+	err := c.exec(ctx, t.Node, &shoalv1.ExecRequest_Start{Task: t.Id, Attach: true, Stdin: t.Spec.Stdin, Tty: t.Spec.Tty})
+	var exit *exitError
+	if err != nil && !errors.As(err, &exit) {
+		if connect.CodeOf(err) != connect.CodeFailedPrecondition {
+			return fmt.Errorf("%s: task %s may go on: see 'shoal ps -a'", message(err), t.Name)
+		}
+		exit = &exitError{code: 125, err: err}
+		var failed *connect.Error
+		if errors.As(err, &failed) {
+			if n, aerr := strconv.Atoi(failed.Meta().Get(agent.ExitHeader)); aerr == nil && n != 0 {
+				exit.code = n
 			}
-			if st >= spec.TaskRunning {
-				fmt.Fprintln(c.out, id)
-				return nil
-			}
 		}
-		if !sleep(wctx, 20*time.Millisecond) {
-			return wctx.Err()
-		}
+		err = exit
 	}
-	// The node keeps the output of a task that has ended, so none is lost even
-	// when it was quick.
-	err := c.taskLogs(wctx, t, true, 0, func(m *shoalv1.LogsResponse) {
-		w := c.out
-		if m.Stderr {
-			w = c.err
-		}
-		fmt.Fprintf(w, "%s\n", m.Line)
-	})
-	if err != nil {
-		return err
+	// Its name and its addresses are free when this returns.
+	if t.Spec.AutoRemove {
+		_ = c.removeTask(ctx, t.Id)
 	}
-	for !ended(t) {
-		ts, err := c.tasks(wctx, &shoalv1.ListTasksRequest{Refs: []string{id}, All: true})
-		if err != nil {
-			return err
+	for limit := time.Now().Add(5 * time.Second); time.Now().Before(limit); {
+		ts, lerr := c.tasks(context.WithoutCancel(ctx), &shoalv1.ListTasksRequest{Refs: []string{t.Id}, All: true})
+		if lerr != nil || len(ts) == 0 || !t.Spec.AutoRemove && ended(ts[0]) {
+			break
 		}
-		if len(ts) == 1 {
-			t = ts[0]
-		}
-		if !ended(t) && !sleep(wctx, 20*time.Millisecond) {
-			return wctx.Err()
-		}
+		time.Sleep(20 * time.Millisecond)
 	}
-	if remove {
-		if _, err := c.control().StopTask(wctx, connect.NewRequest(&shoalv1.StopTaskRequest{Ref: id, Remove: true})); err != nil {
-			return err
-		}
+	return err
+}
+
+// removeTask makes the managers forget a task; that they have is no error.
+func (c *cli) removeTask(ctx context.Context, id string) error {
+	_, err := c.control().StopTask(context.WithoutCancel(ctx), connect.NewRequest(&shoalv1.StopTaskRequest{Ref: id, Remove: true}))
+	if connect.CodeOf(err) == connect.CodeNotFound {
+		return nil
 	}
-	if code := t.GetStatus().GetExitCode(); code != 0 {
-		return &exitError{code: int(code)}
-	}
-	if t.GetStatus().GetState() != spec.TaskComplete.String() && t.GetStatus().GetState() != spec.TaskShutdown.String() {
-		return c.taskFailed(t)
-	}
-	return nil
+	return err
 }
 
 // taskFailed reports a task that could not run. 125 is Docker's status for that.
 func (c *cli) taskFailed(t *shoalv1.Task) error {
 	code := cmp.Or(int(t.GetStatus().GetExitCode()), 125)
+	if t.GetSpec().GetAutoRemove() {
+		return &exitError{code: code, err: fmt.Errorf("task %s %s: %s", t.Name, t.GetStatus().GetState(), t.GetStatus().GetMessage())}
+	}
 	return &exitError{code: code, err: fmt.Errorf("task %s %s: %s: see 'shoal logs %s'; 'shoal rm %s' frees its name", t.Name, t.GetStatus().GetState(), t.GetStatus().GetMessage(), t.Name, t.Name)}
 }
 
@@ -330,17 +340,29 @@ not found. SERVICE.SLOT names a replica, such as web.1.`,
 	return cmd
 }
 
-// exec runs one command over the Node API.
+// ownTerminal is standard input if it is a terminal; needed tells that it must
+// be.
+func (c *cli) ownTerminal(needed bool) (*os.File, error) {
+	in, ok := c.in.(*os.File)
+	if ok && term.IsTerminal(int(in.Fd())) {
+		return in, nil
+	}
+	if needed {
+		return nil, fmt.Errorf("-t needs a terminal, and standard input is none: leave -t out")
+	}
+	return nil, nil
+}
+
+// exec runs one command over the Node API, or attaches to a task's program.
 func (c *cli) exec(ctx context.Context, node string, start *shoalv1.ExecRequest_Start) error {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx)) // signals are the command's
 	defer cancel()
-	in, _ := c.in.(*os.File)
+	in, err := c.ownTerminal(start.Stdin && start.Tty)
+	if err != nil {
+		return err
+	}
 	if start.Tty {
-		if !start.Stdin || in == nil || !term.IsTerminal(int(in.Fd())) {
-			if start.Stdin {
-				return fmt.Errorf("-t needs a terminal, and standard input is none: leave -t out")
-			}
-		} else {
+		if start.Stdin && in != nil {
 			old, err := term.MakeRaw(int(in.Fd()))
 			if err != nil {
 				return err
@@ -349,8 +371,12 @@ func (c *cli) exec(ctx context.Context, node string, start *shoalv1.ExecRequest_
 			if w, h, err := term.GetSize(int(in.Fd())); err == nil {
 				start.Rows, start.Cols = int32(h), int32(w)
 			}
-			start.Env = append([]string{"TERM=" + cmp.Or(os.Getenv("TERM"), "xterm")}, start.Env...)
+		} else if in != nil {
+			if w, h, err := term.GetSize(int(in.Fd())); err == nil {
+				start.Rows, start.Cols = int32(h), int32(w)
+			}
 		}
+		start.Env = append([]string{"TERM=" + cmp.Or(os.Getenv("TERM"), "xterm")}, start.Env...)
 	}
 	stream := c.node().Exec(ctx)
 	stream.RequestHeader().Set(agent.NodeHeader, node)
@@ -382,6 +408,9 @@ func (c *cli) exec(ctx context.Context, node string, start *shoalv1.ExecRequest_
 	}
 	sigs := make(chan os.Signal, 8)
 	signal.Notify(sigs, syscall.SIGINT, syscall.SIGTERM, syscall.SIGWINCH)
+	if start.Attach {
+		signal.Notify(sigs, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2)
+	}
 	defer signal.Stop(sigs)
 	go func() {
 		for {
@@ -407,7 +436,9 @@ func (c *cli) exec(ctx context.Context, node string, start *shoalv1.ExecRequest_
 			if errors.Is(err, io.EOF) {
 				return fmt.Errorf("the node ended the command without an exit status")
 			}
-			if m := message(err); strings.Contains(m, "executable file not found") || strings.Contains(m, "no such file") {
+			if m := message(err); start.Attach {
+				return explain{c.socket}.err(err)
+			} else if strings.Contains(m, "executable file not found") || strings.Contains(m, "no such file") {
 				return &exitError{code: 127, err: err}
 			} else if strings.Contains(m, "permission denied") {
 				return &exitError{code: 126, err: err}

@@ -109,7 +109,7 @@ var wrong = []struct {
 	// No agent.
 	{"init", 1, noAgent}, {"join h", 1, noAgent}, {"leave", 1, noAgent}, {"info", 1, noAgent}, {"doctor", 1, noAgent},
 	{"net create app", 1, noAgent}, {"net ls", 1, noAgent}, {"net rm x", 1, noAgent}, {"net inspect x", 1, noAgent}, {"net connect a b", 1, noAgent},
-	{"net disconnect a b", 1, noAgent}, {"svc create --name web -- a", 1, noAgent}, {"svc ls", 1, noAgent}, {"svc ps x", 1, noAgent},
+	{"net disconnect a b", 1, noAgent}, {"svc create --name web -- a", 1, noAgent}, {"svc create --name web a -g b --replicas", 1, noAgent}, {"svc ls", 1, noAgent}, {"svc ps x", 1, noAgent},
 	{"svc scale web=1", 1, noAgent}, {"svc update --replicas 2 x", 1, noAgent}, {"svc rm x", 1, noAgent}, {"svc inspect x", 1, noAgent}, {"svc logs x", 1, noAgent},
 	{"run -- a", 1, noAgent}, {"exec t ls", 1, noAgent}, {"ps", 1, noAgent}, {"stop x", 1, noAgent}, {"rm x", 1, noAgent}, {"logs x", 1, noAgent},
 	{"port x", 1, noAgent}, {"stats", 1, noAgent}, {"events", 1, noAgent}, {"node ls", 1, noAgent}, {"node inspect x", 1, noAgent},

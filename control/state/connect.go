@@ -65,7 +65,7 @@ func (s *State) rewire(t *task, want []spec.NetworkAttachment, u *undo) error {
 			return err
 		}
 		if s.networks[w.Network].Wired() {
-			a.Iface = freeIface(as)
+			a.Iface, a.Joined = freeIface(as), s.index
 		}
 		as, changed = append(as, a), true
 	}

@@ -67,6 +67,32 @@ func TestPublishedPorts(t *testing.T) {
 	wantErr(t, err, ErrInUse, "service other: port 8080/tcp is published by service web: choose another")
 	_, err = c.try("other", 1, ports(tcp(8080, 80, spec.PortHost)))
 	wantErr(t, err, ErrInUse, "service web")
+	for _, own := range []struct {
+		port   uint16
+		proto  string
+		addr   string // "": all
+		reason string // "": right
+	}{
+		{7373, spec.TCP, "", "Shoal's own: the control port of node n1 (--control-port)"},
+		{7946, spec.TCP, "", "Shoal's own: gossip of node n1 (--gossip-port)"},
+		{7946, spec.UDP, "", "Shoal's own: gossip of node n1 (--gossip-port)"},
+		{7946, spec.UDP, c.s.nodes[ns[1].id].Addr.String(), "Shoal's own: gossip of node n2 (--gossip-port)"},
+		{4789, spec.UDP, "127.0.0.1", "Shoal's own: VXLAN (--data-path-port)"},
+		{7373, spec.UDP, "", ""},
+		{4789, spec.TCP, "", ""},
+		{7373, spec.TCP, "127.0.0.1", ""},
+	} {
+		p := spec.Port{Published: own.port, Target: 80, Protocol: own.proto, Mode: spec.PortIngress}
+		if own.addr != "" {
+			p.Addr = netip.MustParseAddr(own.addr)
+		}
+		_, err := c.try(fmt.Sprintf("own%d%s%d", own.port, own.proto, len(own.addr)), 1, ports(p))
+		if own.reason == "" && err != nil {
+			t.Errorf("%+v: %v", own, err)
+		} else if own.reason != "" {
+			wantErr(t, err, ErrInUse, own.reason)
+		}
+	}
 	if _, err = c.try("udp", 1, ports(spec.Port{Published: 8080, Target: 80, Protocol: spec.UDP, Mode: spec.PortIngress})); err != nil {
 		t.Error(err)
 	}

@@ -38,7 +38,7 @@ func (s *State) ports(old spec.Service, sp spec.ServiceSpec) (out []spec.Port, i
 	for i, p := range out {
 		if p.Published != 0 {
 			if owner := s.portOwner(p, old.ID, out[:i]); owner != "" {
-				return nil, "", failf(ErrInUse, "service %s: port %d/%s is published by %s: choose another", sp.Name, p.Published, p.Protocol, owner)
+				return nil, "", failf(ErrInUse, "service %s: port %d/%s is %s: choose another", sp.Name, p.Published, p.Protocol, owner)
 			}
 		}
 	}
@@ -78,18 +78,25 @@ func (s *State) keptPort(old spec.Service, p spec.Port, taken []spec.Port) uint1
 	return 0
 }
 
-// portOwner names who publishes a port that p can't be beside, but for the
-// service self. Two ports of mode host clash only where their tasks meet, which
-// the scheduler sees to.
+// portOwner tells who has a port that p can't be beside, but for the service
+// self: "published by NAME", "Shoal's own: …". Two ports of mode host clash only
+// where their tasks meet, which the scheduler sees to.
 func (s *State) portOwner(p spec.Port, self string, own []spec.Port) string {
 	if slices.ContainsFunc(own, p.Clashes) {
-		return "itself"
+		return "published by itself"
+	}
+	// A node that comes later with such a port is no reason to refuse every
+	// change of a service that has it: that node says that the port is held.
+	if v := s.services[self]; v == nil || !slices.ContainsFunc(v.Ports, p.Clashes) {
+		if what := s.shoalPort(p); what != "" {
+			return "Shoal's own: " + what
+		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(s.svcNames)) {
 		v := s.services[s.svcNames[name]]
 		for _, q := range v.Ports {
 			if v.ID != self && p.Clashes(q) && (p.Mode != spec.PortHost || q.Mode != spec.PortHost) {
-				return "service " + name
+				return "published by service " + name
 			}
 		}
 	}
@@ -106,7 +113,26 @@ func (s *State) portOwner(p spec.Port, self string, own []spec.Port) string {
 		return ""
 	}
 	slices.SortFunc(holders, func(a, b *task) int { return cmp.Compare(a.seq, b.seq) })
-	return "task " + holders[0].Name
+	return "published by task " + holders[0].Name
+}
+
+// shoalPort tells what Shoal itself needs a port for, on whatever node.
+func (s *State) shoalPort(p spec.Port) string {
+	if c := s.cluster; c != nil && p.Protocol == spec.UDP && int(p.Published) == c.DataPathPort {
+		return "VXLAN (--data-path-port)"
+	}
+	for _, id := range slices.Sorted(maps.Keys(s.nodes)) {
+		n := s.nodes[id]
+		own := spec.Port{Published: p.Published, Protocol: p.Protocol, Addr: n.Addr} // both listen at this address only
+		switch {
+		case !p.Clashes(own):
+		case int(p.Published) == n.GossipPort && p.Protocol != spec.SCTP:
+			return "gossip of node " + n.Name + " (--gossip-port)"
+		case int(p.Published) == n.ControlPort && p.Protocol == spec.TCP:
+			return "the control port of node " + n.Name + " (--control-port)"
+		}
+	}
+	return ""
 }
 
 // taskPorts returns the ports of a standalone task on n with numbers.
@@ -128,7 +154,10 @@ func (s *State) taskPorts(name string, n *node, ports []spec.Port, nets []spec.N
 		if owner := s.portOwner(p, "", nil); owner != "" {
 			return owner
 		}
-		return n.portHolder(s, p, nil)
+		if owner := n.portHolder(s, p, nil); owner != "" {
+			return "published by " + owner
+		}
+		return ""
 	}
 	for i, p := range out {
 		if p.Mode != spec.PortHost {
@@ -136,7 +165,7 @@ func (s *State) taskPorts(name string, n *node, ports []spec.Port, nets []spec.N
 		}
 		if p.Published != 0 {
 			if owner := free(p); owner != "" {
-				return nil, failf(ErrInUse, "task %s: port %d/%s of node %s is published by %s: choose another", name, p.Published, p.Protocol, n.Name, owner)
+				return nil, failf(ErrInUse, "task %s: port %d/%s of node %s is %s: choose another", name, p.Published, p.Protocol, n.Name, owner)
 			}
 			continue
 		}
@@ -155,8 +184,8 @@ func (s *State) taskPorts(name string, n *node, ports []spec.Port, nets []spec.N
 	return out, nil
 }
 
-// portHolder names the task on n, other than except, that publishes a port
-// there (mode host) that p can't be beside.
+// portHolder names the task on n, other than except, that publishes a port there
+// (mode host) that p can't be beside.
 func (n *node) portHolder(s *State, p spec.Port, except *task) string {
 	var found *task
 	for _, t := range n.tasks {

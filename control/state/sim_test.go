@@ -249,7 +249,7 @@ func (c *cluster) step(n *simNode) bool {
 			st.State = to
 		}
 		for _, a := range t.Attachments {
-			st.Wired = max(st.Wired, a.Leaving)
+			st.Wired = max(st.Wired, a.Leaving, a.Joined)
 		}
 		if st != was {
 			st.At = c.now

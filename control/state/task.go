@@ -242,7 +242,10 @@ func (s *State) free(t *task) {
 	t.Status.Released, t.Status.PID = true, 0
 	s.touchTask(t)
 	v := s.services[t.Service]
-	if t.Desired == spec.DesiredRemove {
+	// One that failed before it was known to run is left for who made it to see
+	// why, and to remove.
+	autoRemove := v == nil && t.Spec.AutoRemove && (t.started != 0 || t.Status.State != spec.TaskFailed)
+	if t.Desired == spec.DesiredRemove || autoRemove {
 		s.forget(t)
 	} else if v != nil {
 		s.trim(v, t.Slot)

@@ -120,6 +120,9 @@ func TestBroken(t *testing.T) {
 	if _, err := ingresstest.Pass(t, d, want); err != nil {
 		t.Fatal(err)
 	}
+	// nft(8) aborts over what it can't show, whatever it was asked.
+	w.in(host, "nft list ruleset")
+	w.in(ovns, "nft list ruleset")
 	for _, c := range []struct {
 		in   ingress.Object
 		line string
@@ -128,6 +131,11 @@ func TestBroken(t *testing.T) {
 		{ovns, "nft flush ruleset"},
 		{host, "nft flush chain ip " + table + " prerouting"},
 		{host, "nft insert rule ip " + table + " output accept"},
+		{host, "nft add table ip " + table + " { flags dormant ; }"},
+		{host, "nft add chain ip " + table + " odd { type filter hook prerouting priority -400 ; policy drop ; }"},
+		{host, "nft chain ip " + table + " private { policy drop ; }"},
+		{ovns, "nft add table ip " + ingress.NetnsTable + " { flags dormant ; }"},
+		{ovns, "nft add chain ip " + ingress.NetnsTable + " local-odd { type filter hook prerouting priority -400 ; policy drop ; }"},
 		{host, "nft add element ip " + table + " nat { tcp . 99 }"},
 		{host, "nft add element ip " + table + " ports { tcp . 99 : 10.93.1.9 . 1 }"},
 		{host, "nft delete element ip " + table + " nat { sctp . 8081 }"},

@@ -26,7 +26,6 @@ import (
 	"net/netip"
 	"slices"
 	"strconv"
-	"strings"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -279,6 +278,8 @@ func observeLocals(c *nftables.Conn, ns string, chains map[string]*nftables.Chai
 			o.Fault = "its element in map " + mapLocal + " is missing"
 		case ch == nil:
 			o.Fault = "its chain is missing"
+		case ch.Hooknum != nil:
+			o.Fault = "its chain has a hook"
 		case !slices.Equal(all[ch.Name], localComments(o, false)):
 			o.Fault = "its backends are others"
 		}
@@ -293,12 +294,8 @@ func observeLocals(c *nftables.Conn, ns string, chains map[string]*nftables.Chai
 		add(proto, slot, e.chain == localChain(o), chains[localChain(o)])
 	}
 	for name, ch := range chains {
-		f := strings.Split(name, "-")
-		if len(f) != 3 || f[0] != "local" {
-			continue
-		}
-		if slot, err := strconv.ParseUint(f[2], 10, 16); err == nil {
-			add(f[1], uint16(slot), false, ch)
+		if proto, slot, ok := parseLocalChain(name); ok {
+			add(proto, slot, false, ch)
 		}
 	}
 	return nil

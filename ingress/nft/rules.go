@@ -6,6 +6,8 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strconv"
+	"strings"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -34,7 +36,6 @@ func r(parts ...rule) rule {
 	for _, p := range parts {
 		out.text += p.text + " "
 		out.exprs = append(out.exprs, p.exprs...)
-		out.zone = out.zone || p.zone
 	}
 	return out
 }
@@ -112,7 +113,7 @@ func portKey(addr, orig bool) rule {
 	i := uint32(0)
 	if addr {
 		if orig {
-			out.exprs = append(out.exprs, &expr.Ct{Key: expr.CtKeyDST, Register: reg(0)})
+			out.exprs = append(out.exprs, ctOrig{key: unix.NFT_CT_DST_IP, reg: reg(0)})
 		} else {
 			out.exprs = append(out.exprs, loadAddr(dstOff, reg(0)))
 		}
@@ -120,7 +121,7 @@ func portKey(addr, orig bool) rule {
 	}
 	out.exprs = append(out.exprs, &expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg(i)})
 	if orig {
-		out.exprs = append(out.exprs, &expr.Ct{Key: expr.CtKeyPROTODST, Register: reg(i + 1)})
+		out.exprs = append(out.exprs, ctOrig{key: unix.NFT_CT_PROTO_DST, reg: reg(i + 1)})
 	} else {
 		out.exprs = append(out.exprs, th(reg(i+1), 2, 2))
 	}
@@ -390,8 +391,8 @@ func netnsRules(o ingress.Table) ruleset {
 		mark = append(mark, r(iif(vx), saddr(p), foreignDst, ctOfNobody, markHere, goTo(expr.VerdictJump, "flip-back")))
 		away = append(away, r(oif(vx), foreignSrc, daddr(p), ctUntracked, goTo(expr.VerdictJump, "flip-away")))
 	}
-	zone := r(iif(vx), foreignSrc, fromMAC(mapZones), rule{text: "ct original zone set"})
-	zone.zone = true
+	zone := r(iif(vx), foreignSrc, fromMAC(mapZones), rule{text: "ct original zone set", exprs: []expr.Any{
+		ctOrig{key: unix.NFT_CT_ZONE, reg: 1, set: true}}})
 	verdict := nftables.TypeVerdict
 	var refuse []rule
 	for _, p := range []byte{unix.IPPROTO_UDP, unix.IPPROTO_SCTP} {
@@ -490,3 +491,13 @@ func nodeElems(o ingress.Node) []elem {
 func nodeMark(number int) uint32 { return spec.NodeMarkBase | uint32(number) }
 
 func localChain(o ingress.Local) string { return fmt.Sprintf("local-%s-%d", o.Protocol, o.Slot) }
+
+// parseLocalChain is the inverse of localChain.
+func parseLocalChain(name string) (proto string, slot uint16, ok bool) {
+	f := strings.Split(name, "-")
+	if len(f) != 3 || f[0] != "local" || protoNum(f[1]) == 0 {
+		return "", 0, false
+	}
+	n, err := strconv.ParseUint(f[2], 10, 16)
+	return f[1], uint16(n), err == nil && name == localChain(ingress.Local{Protocol: f[1], Slot: uint16(n)})
+}

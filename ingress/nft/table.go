@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -22,7 +23,7 @@ import (
 
 // formVersion is part of every rule's comment: another form of the rules is
 // another version, and what an older agent left is rewritten.
-const formVersion = 1
+const formVersion = 2
 
 var native = binary.NativeEndian
 
@@ -55,9 +56,22 @@ type chain struct {
 type rule struct {
 	text  string
 	exprs []expr.Any
-	// zone sets the connection's zone of the original direction, from
-	// register 1. google/nftables can't say so: see addRaw.
-	zone bool
+}
+
+// ctOrig loads a property of the tracked connection's original direction into a
+// register, or sets it from there. google/nftables has neither the direction of
+// a zone nor addresses by their family. (It has addresses of any family, but
+// those have no length of their own, and nft(8) up to 1.0.6 aborts over a
+// concatenation with one, whatever it was asked.) See addRaw.
+type ctOrig struct {
+	expr.Any // none
+	key, reg uint32
+	set      bool
+}
+
+// raw tells whether google/nftables can't write the rule.
+func (r rule) raw() bool {
+	return slices.ContainsFunc(r.exprs, func(e expr.Any) bool { _, ok := e.(ctOrig); return ok })
 }
 
 func (r ruleset) table() *nftables.Table {
@@ -169,13 +183,28 @@ func comments(table string) (map[string][]string, error) {
 	return out, nil
 }
 
-// check tells what is wrong with the table, whose chains are given. Chains that
-// the rule set does not have are no fault.
+// check tells what is wrong with the table, whose chains are given. Local
+// balancers' chains are not its to judge.
 func (r ruleset) check(c *nftables.Conn, chains map[string]*nftables.Chain) (fault string, err error) {
 	d := r.digest()
 	all, err := comments(r.name)
 	if err != nil {
 		return "", err
+	}
+	t, err := c.ListTableOfFamily(r.name, nftables.TableFamilyIPv4)
+	switch {
+	case errors.Is(err, unix.ENOENT) || err == nil && t == nil:
+		return "it is missing", nil
+	case err != nil:
+		return "", fmt.Errorf("look up nftables table %s: %w", r.name, err)
+	case binary.BigEndian.Uint32(native.AppendUint32(nil, t.Flags))&unix.NFT_TABLE_F_DORMANT != 0: // not converted by the library
+		return "it is dormant", nil
+	}
+	for name := range chains {
+		_, _, local := parseLocalChain(name)
+		if !local && !slices.ContainsFunc(r.chains, func(c chain) bool { return c.name == name }) {
+			return "chain " + name + " is not ours", nil
+		}
 	}
 	for _, want := range r.chains {
 		have := chains[want.name]
@@ -183,8 +212,8 @@ func (r ruleset) check(c *nftables.Conn, chains map[string]*nftables.Chain) (fau
 			return "chain " + want.name + " is missing", nil
 		}
 		if want.hook != nil && (have.Type != want.typ || have.Hooknum == nil || *have.Hooknum != *want.hook || have.Priority == nil ||
-			int32(*have.Priority) != want.prio) {
-			return "chain " + want.name + " has another hook", nil
+			int32(*have.Priority) != want.prio || have.Policy == nil || *have.Policy != nftables.ChainPolicyAccept) {
+			return "chain " + want.name + " has another hook or policy", nil
 		}
 		says := all[want.name]
 		if len(says) != len(want.rules) {
@@ -244,9 +273,10 @@ func (r ruleset) write() error {
 		c.AddChain(kc)
 	}
 	for _, ch := range r.chains {
+		later := false // what follows a raw rule has to come after it
 		for i, x := range ch.rules {
 			ud := userdata.AppendString(nil, userdata.TypeComment, comment(d, ch.name, i))
-			if x.zone {
+			if later = later || x.raw(); later {
 				raw = append(raw, rawRule{r.name, ch.name, x.exprs, ud})
 				continue
 			}
@@ -258,7 +288,7 @@ func (r ruleset) write() error {
 	}
 	for _, x := range raw {
 		if err := addRaw(x); err != nil {
-			return fmt.Errorf("write nftables table %s: rule with a conntrack zone: %w", r.name, err)
+			return fmt.Errorf("write nftables table %s: chain %s: %w", r.name, x.chain, err)
 		}
 	}
 	return nil
@@ -270,34 +300,43 @@ type rawRule struct {
 	userData     []byte
 }
 
-// addRaw appends a rule whose last expression is "ct original zone set" from
-// register 1: a direction is what google/nftables leaves out of it.
+func be32(v uint32) []byte { return binary.BigEndian.AppendUint32(nil, v) }
+
+func (e ctOrig) marshal() ([]byte, error) {
+	reg := netlink.Attribute{Type: unix.NFTA_CT_DREG, Data: be32(e.reg)}
+	if e.set {
+		reg.Type = unix.NFTA_CT_SREG
+	}
+	ct, err := netlink.MarshalAttributes([]netlink.Attribute{
+		{Type: unix.NFTA_CT_KEY, Data: be32(e.key)},
+		reg,
+		{Type: unix.NFTA_CT_DIRECTION, Data: []byte{0}}, // IP_CT_DIR_ORIGINAL
+	})
+	if err != nil {
+		return nil, err
+	}
+	return netlink.MarshalAttributes([]netlink.Attribute{
+		{Type: unix.NFTA_EXPR_NAME, Data: []byte("ct\x00")},
+		{Type: unix.NLA_F_NESTED | unix.NFTA_EXPR_DATA, Data: ct},
+	})
+}
+
+// addRaw appends a rule. Unlike google/nftables it knows ctOrig.
 func addRaw(r rawRule) error {
-	be := func(v uint32) []byte { return binary.BigEndian.AppendUint32(nil, v) }
 	var list []netlink.Attribute
 	for _, e := range r.exprs {
-		b, err := expr.Marshal(byte(nftables.TableFamilyIPv4), e)
+		var b []byte
+		var err error
+		if ct, ok := e.(ctOrig); ok {
+			b, err = ct.marshal()
+		} else {
+			b, err = expr.Marshal(byte(nftables.TableFamilyIPv4), e)
+		}
 		if err != nil {
 			return err
 		}
 		list = append(list, netlink.Attribute{Type: unix.NLA_F_NESTED | unix.NFTA_LIST_ELEM, Data: b})
 	}
-	ct, err := netlink.MarshalAttributes([]netlink.Attribute{
-		{Type: unix.NFTA_CT_KEY, Data: be(unix.NFT_CT_ZONE)},
-		{Type: unix.NFTA_CT_SREG, Data: be(unix.NFT_REG_1)},
-		{Type: unix.NFTA_CT_DIRECTION, Data: []byte{0}}, // IP_CT_DIR_ORIGINAL
-	})
-	if err != nil {
-		return err
-	}
-	elem, err := netlink.MarshalAttributes([]netlink.Attribute{
-		{Type: unix.NFTA_EXPR_NAME, Data: []byte("ct\x00")},
-		{Type: unix.NLA_F_NESTED | unix.NFTA_EXPR_DATA, Data: ct},
-	})
-	if err != nil {
-		return err
-	}
-	list = append(list, netlink.Attribute{Type: unix.NLA_F_NESTED | unix.NFTA_LIST_ELEM, Data: elem})
 	exprs, err := netlink.MarshalAttributes(list)
 	if err != nil {
 		return err

@@ -3,7 +3,9 @@ package nl
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
+	"net"
 	"os"
 	"runtime"
 	"strings"
@@ -164,5 +166,44 @@ func TestTheMainThreadStaysWhereItIs(t *testing.T) {
 func TestSysctlNamesTheKey(t *testing.T) {
 	if _, err := Sysctl("net.ipv4.no_such"); err == nil || !strings.Contains(err.Error(), "net.ipv4.no_such") {
 		t.Errorf("got %v", err)
+	}
+}
+
+func TestListening(t *testing.T) {
+	needRoot(t)
+	name := namespace(t, "l")
+	for _, tc := range []struct {
+		network, addr string
+		want          bool
+	}{
+		{"tcp4", "127.0.0.1:80", false}, {"tcp6", "[::1]:80", false}, {"udp4", "127.0.0.11:53", false},
+		{"tcp4", "0.0.0.0:80", true}, {"tcp6", "[::]:80", true}, {"udp4", "0.0.0.0:53", true}, {"udp6", "[::]:53", true},
+	} {
+		err := Do(name, func() error {
+			var c io.Closer
+			var err error
+			if strings.HasPrefix(tc.network, "udp") {
+				c, err = net.ListenPacket(tc.network, tc.addr)
+			} else {
+				c, err = net.Listen(tc.network, tc.addr)
+			}
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			if got, err := Listening(); err != nil || got != tc.want {
+				return fmt.Errorf("%s %s: %t, %w", tc.network, tc.addr, got, err)
+			}
+			return nil
+		})
+		if errors.Is(err, errors.ErrUnsupported) {
+			t.Skip(err) // the runtime falls back to /proc
+		}
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	if got, err := Listening(); err != nil && !errors.Is(err, errors.ErrUnsupported) {
+		t.Errorf("in the host's namespace: %t, %v", got, err)
 	}
 }

@@ -20,7 +20,28 @@ func membersTable(name string) table { return table{nftables.TableFamilyINet, na
 const (
 	setPeers = "peers" // underlay addresses of nodes
 	setVNIs  = "vnis"  // of our networks
+	// setAgents are the addresses and ports where nodes' agents listen.
+	setAgents = "agents"
 )
+
+var (
+	agentType  = nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetService)
+	agent6Type = nftables.MustConcatSetType(nftables.TypeIP6Addr, nftables.TypeInetService)
+)
+
+// agentKey is an element of setAgents. Each part of a concatenation begins at a
+// multiple of four octets.
+func agentKey(a netip.AddrPort) []byte {
+	return append(binary.BigEndian.AppendUint16(a.Addr().AsSlice(), a.Port()), 0, 0)
+}
+
+func parseAgentKey(k []byte) (netip.AddrPort, bool) {
+	if len(k) < 4 {
+		return netip.AddrPort{}, false
+	}
+	a, ok := netip.AddrFromSlice(k[:len(k)-4])
+	return netip.AddrPortFrom(a, binary.BigEndian.Uint16(k[len(k)-4:])), ok
+}
 
 // membersRules is the table of overlay.Members.
 //
@@ -28,6 +49,15 @@ const (
 // from this node's own address, which is a member's. What else comes for one of
 // our VNIs must be from a member; other VXLANs that share the port are left
 // alone.
+//
+// Our VXLAN packets are not tracked by conntrack: their source port is a hash of
+// the inner connection (RFC 7348 section 5), so that each of these would take an
+// entry of the host's table, too, for as long as UDP's timeout is: at 5,000
+// connections a second more than the default table holds.
+//
+// A task that reached an agent, its own node's or through that another's, could
+// have the cluster do what it likes: agents do not authenticate callers yet. It
+// is refused, not dropped: nobody is to wait for what can't be.
 func membersRules(o overlay.Members) ruleset {
 	way := overlay.HostPrefix + "*"
 	v6 := false
@@ -48,18 +78,53 @@ func membersRules(o overlay.Members) ruleset {
 			vnis.elems = append(vnis.elems, binary.BigEndian.AppendUint32(nil, uint32(n)<<8))
 		}
 	}
-	rs.sets = []set{peers, vnis}
+	agents := set{name: setAgents, key: agentType}
+	if v6 {
+		agents.key = agent6Type
+	}
+	for _, s := range strings.Fields(o.Agents) {
+		if a, err := netip.ParseAddrPort(s); err == nil {
+			agents.elems = append(agents.elems, agentKey(a))
+		}
+	}
+	rs.sets = []set{peers, vnis, agents}
 	port := udpTo(o.Port)
+	tcp, udp := r(iif(way), toAgent(unix.IPPROTO_TCP, v6), reject), r(iif(way), toAgent(unix.IPPROTO_UDP, v6), reject)
 	rs.chains = []chain{
 		{"input", nftables.ChainTypeFilter, nftables.ChainHookInput, prioFilter, nftables.ChainPolicyAccept, []rule{
 			r(port, iif(way), drop),
 			r(port, vniIn(setVNIs), notFrom(setPeers, v6), drop),
+			tcp, udp,
 		}},
 		{"forward", nftables.ChainTypeFilter, nftables.ChainHookForward, prioFilter, nftables.ChainPolicyAccept, []rule{
 			r(port, iif(way), drop),
+			tcp, udp,
+		}},
+		{"untracked-in", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, prioRaw, nftables.ChainPolicyAccept, []rule{
+			r(port, vniIn(setVNIs), notrack),
+		}},
+		{"untracked-out", nftables.ChainTypeFilter, nftables.ChainHookOutput, prioRaw, nftables.ChainPolicyAccept, []rule{
+			r(port, vniIn(setVNIs), notrack),
 		}},
 	}
 	return rs
+}
+
+// toAgent matches what goes to an agent of a node. The address is in register 8
+// (NFT_REG32_00, linux/netfilter/nf_tables.h) and on, the port follows it.
+func toAgent(proto byte, v6 bool) rule {
+	port := uint32(8 + 1)
+	if v6 {
+		port = 8 + 4
+	}
+	x := nfproto(v6)
+	return rule{fmt.Sprintf("%s l4proto %d daddr . dport @%s", x.text, proto, setAgents), append(x.exprs,
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{proto}},
+		loadDst(v6, 8),
+		&expr.Payload{DestRegister: port, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
+		&expr.Lookup{SourceRegister: 8, SetName: setAgents},
+	)}
 }
 
 // udpTo matches a UDP destination port.
@@ -119,6 +184,15 @@ func observeMembers(c *nftConn, o overlay.Members) (*overlay.Members, error) {
 			vnis = append(vnis, binary.BigEndian.Uint32(k)>>8)
 		}
 	}
-	o.Peers, o.VNIs = overlay.Join(peers), overlay.Join(vnis)
+	if keys, _, err = c.elems(t, setAgents); err != nil {
+		return nil, err
+	}
+	var agents []string
+	for _, k := range keys {
+		if a, ok := parseAgentKey(k); ok {
+			agents = append(agents, a.String())
+		}
+	}
+	o.Peers, o.VNIs, o.Agents = overlay.Join(peers), overlay.Join(vnis), overlay.Join(agents)
 	return &o, nil
 }

@@ -424,7 +424,10 @@ func ctDNAT() rule { return ct("ct status dnat", expr.CtKeySTATUS, ipsDstNAT) }
 var (
 	accept = rule{"accept", []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}}
 	drop   = rule{"drop", []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}}}
-	masq   = rule{"masquerade", []expr.Any{&expr.Masq{}}}
+	// reject says "administratively prohibited" by ICMP, of either family.
+	reject  = rule{"reject with icmpx admin-prohibited", []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED}}}
+	notrack = rule{"notrack", []expr.Any{&expr.Notrack{}}}
+	masq    = rule{"masquerade", []expr.Any{&expr.Masq{}}}
 )
 
 const (

@@ -56,11 +56,19 @@ func initMain(args []string) int {
 	}
 	unix.CloseOnExec(int(report.Fd()))
 	p.attr.Files = []uintptr{null.Fd(), 1, 2}
+	if t.Spec.Stdin || t.Spec.TTY {
+		p.attr.Files[0] = 0
+	}
 	p.attr.Sys.Setsid = true
+	p.attr.Sys.Setctty = t.Spec.TTY
 	pid, err := syscall.ForkExec(p.path, p.argv, p.attr)
 	if err != nil {
 		err = p.explain(err)
 		return fail(err, exitCodeOf(err))
+	}
+	if !t.Spec.TTY {
+		// The program's alone: who writes to it hears when it is closed.
+		_ = unix.Dup3(int(null.Fd()), 0, unix.O_CLOEXEC)
 	}
 	report.Close()
 	// The output is the program's alone now: when it ends, its readers must see

@@ -56,8 +56,8 @@ func (l *logWriter) open() error {
 
 // copy keeps a stream until it ends. Output that can't be kept is dropped: the
 // program must not block for it.
-func (l *logWriter) copy(r *os.File, stderr bool) {
-	defer r.Close()
+func (l *logWriter) copy(f *os.File, r io.Reader, stderr bool) {
+	defer f.Close()
 	br := bufio.NewReaderSize(r, maxLogLine)
 	for {
 		line, err := br.ReadSlice('\n')

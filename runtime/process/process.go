@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -542,19 +543,52 @@ func (r *Runtime) DNSSockets(ctx context.Context, id string) (net.PacketConn, ne
 	return pc, ln, nil
 }
 
-// Listening implements runtime.Runtime. A process's /proc/PID/net is that of
-// its network namespace (proc(5)).
+// Listening implements runtime.Runtime.
 func (r *Runtime) Listening(ctx context.Context, id string) (bool, error) {
 	r.mu.Lock()
 	e := r.tasks[id]
-	pid := 0
+	initPID, pid, ns := 0, 0, ""
 	if e != nil {
-		pid = e.initPID
+		initPID, pid, ns = e.initPID, e.status.PID, e.status.Sandbox.Netns
 	}
 	r.mu.Unlock()
-	if pid == 0 {
+	if initPID == 0 || pid != 0 && stopped(pid) {
 		return false, nil
 	}
+	var up bool
+	err := nl.Do(ns, func() (err error) {
+		up, err = nl.Listening()
+		return err
+	})
+	if errors.Is(err, errors.ErrUnsupported) {
+		return listeningByProc(initPID)
+	}
+	return up, err
+}
+
+// stopped tells whether a process and all that come from it are stopped by a
+// signal (proc(5): state T): it accepts connections only as far as the kernel
+// does.
+func stopped(pid int) bool {
+	st, _ := procStat(pid)
+	if st != 'T' {
+		return false
+	}
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
+	if err != nil {
+		return true
+	}
+	for _, f := range strings.Fields(string(b)) {
+		if child, err := strconv.Atoi(f); err == nil && !stopped(child) {
+			return false
+		}
+	}
+	return true
+}
+
+// listeningByProc is Listening on a kernel without inet_diag. A process's
+// /proc/PID/net is that of its network namespace (proc(5)).
+func listeningByProc(pid int) (bool, error) {
 	for _, f := range []struct{ name, state string }{{"tcp", "0A"}, {"tcp6", "0A"}, {"udp", "07"}, {"udp6", "07"}} { // TCP_LISTEN, TCP_CLOSE: unconnected
 		up, err := bound(fmt.Sprintf("/proc/%d/net/%s", pid, f.name), f.state)
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -630,8 +664,6 @@ func (r *Runtime) Exec(ctx context.Context, id string, s runtime.ExecSpec) (runt
 	cmd := exec.CommandContext(ctx, r.cfg.Exe[0], append(slices.Clone(r.cfg.Exe[1:]), execWord)...)
 	cmd.ExtraFiles = []*os.File{pr}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	// Output may be held open by what the command left behind.
-	cmd.WaitDelay = 2 * time.Second
 	cmd.Cancel = pw.Close // task-exec kills the command, then ends
 	p := &process{cmd: cmd, done: make(chan struct{})}
 	var slave *os.File
@@ -645,8 +677,28 @@ func (r *Runtime) Exec(ctx context.Context, id string, s runtime.ExecSpec) (runt
 			_ = pty.Setsize(p.tty, &pty.Winsize{Rows: s.Rows, Cols: s.Cols})
 		}
 		cmd.Stdin, cmd.Stdout, cmd.Stderr = slave, slave, slave
-	} else {
-		cmd.Stdout, cmd.Stderr = s.Stdout, s.Stderr
+	}
+	var outs []*output
+	if !s.TTY {
+		for _, o := range []struct {
+			to   io.Writer
+			file *io.Writer
+		}{{s.Stdout, &cmd.Stdout}, {s.Stderr, &cmd.Stderr}} {
+			if o.to == nil {
+				continue
+			}
+			r, w, err := os.Pipe()
+			if err != nil {
+				pw.Close()
+				for _, o := range outs {
+					o.r.Close()
+				}
+				return nil, err
+			}
+			defer w.Close()
+			*o.file = w
+			outs = append(outs, &output{r: r, w: o.to})
+		}
 	}
 	// Standard input is copied by hand: exec's own copy makes Wait wait for an
 	// input that nobody ends.
@@ -659,6 +711,9 @@ func (r *Runtime) Exec(ctx context.Context, id string, s runtime.ExecSpec) (runt
 	}
 	if err := cmd.Start(); err != nil {
 		pw.Close()
+		for _, o := range outs {
+			o.r.Close()
+		}
 		if p.tty != nil {
 			p.tty.Close()
 		}
@@ -670,8 +725,13 @@ func (r *Runtime) Exec(ctx context.Context, id string, s runtime.ExecSpec) (runt
 	if stdin != nil {
 		go func() { // ends when the command, or the caller's input, does
 			_, _ = io.Copy(stdin, s.Stdin)
+			endInput(s.Stdin)
 			stdin.Close()
 		}()
+	}
+	var copies sync.WaitGroup
+	for _, o := range outs {
+		copies.Go(o.copy)
 	}
 	copied := make(chan struct{})
 	close(copied)
@@ -689,16 +749,20 @@ func (r *Runtime) Exec(ctx context.Context, id string, s runtime.ExecSpec) (runt
 		defer close(p.done)
 		err := cmd.Wait()
 		pw.Close()
+		for _, o := range outs {
+			o.end()
+		}
+		copies.Wait()
 		if p.tty != nil {
 			select {
 			case <-copied:
-			case <-time.After(cmd.WaitDelay):
+			case <-time.After(leftBehind):
 			}
 			p.tty.Close()
 		}
 		var ee *exec.ExitError
 		switch {
-		case err == nil, errors.Is(err, exec.ErrWaitDelay):
+		case err == nil:
 			p.code = cmd.ProcessState.ExitCode()
 		case errors.As(err, &ee):
 			if p.code = ee.ExitCode(); p.code < 0 {
@@ -710,6 +774,49 @@ func (r *Runtime) Exec(ctx context.Context, id string, s runtime.ExecSpec) (runt
 	})
 	return p, nil
 }
+
+// leftBehind is how long the output of a command that has ended may be held open
+// by what it left behind.
+const leftBehind = 2 * time.Second
+
+// output carries what a command writes. When the command has ended, all that it
+// wrote is passed on, however slow the receiver is; what it left behind is not
+// waited for.
+type output struct {
+	r *os.File
+	w io.Writer
+}
+
+func (o *output) copy() {
+	defer o.r.Close()
+	buf := make([]byte, 32<<10)
+	rest := 1 << 20 // more than a pipe holds: pipe(7)
+	for {
+		n, err := o.r.Read(buf)
+		if n > 0 {
+			if _, werr := o.w.Write(buf[:n]); werr != nil {
+				return
+			}
+		}
+		if errors.Is(err, os.ErrDeadlineExceeded) && rest > 0 {
+			// The time was perhaps the receiver's: what is there now counts.
+			_ = o.r.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+			if n, err = o.r.Read(buf[:min(len(buf), rest)]); n > 0 {
+				if _, werr := o.w.Write(buf[:n]); werr != nil {
+					return
+				}
+				rest -= n
+				continue
+			}
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// end tells that the command has ended.
+func (o *output) end() { _ = o.r.SetReadDeadline(time.Now().Add(leftBehind)) }
 
 func (p *process) Wait() (int, error) {
 	<-p.done

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -12,6 +13,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -165,7 +167,7 @@ func (f *fixture) output(t runtime.Task) string {
 
 func (f *fixture) sh(t runtime.Task, script string) (string, int) {
 	f.t.Helper()
-	var out bytes.Buffer
+	var out together
 	p, err := f.Exec(f.ctx(), t.ID, runtime.ExecSpec{Command: []string{"sh", "-c", script}, Stdout: &out, Stderr: &out})
 	if err != nil {
 		f.t.Fatal(err)
@@ -354,7 +356,7 @@ func TestExec(t *testing.T) {
 	}
 	run := func(s runtime.ExecSpec) (string, int) {
 		t.Helper()
-		var out bytes.Buffer
+		var out together
 		s.Stdout, s.Stderr = &out, &out
 		p, err := f.Exec(f.ctx(), k.ID, s)
 		if err != nil {
@@ -403,6 +405,154 @@ func TestExec(t *testing.T) {
 	})
 	if st := f.status(k); st.State != runtime.Running {
 		t.Errorf("the task is %s", st.State)
+	}
+}
+
+// together is where both streams of a command go.
+type together struct {
+	mu sync.Mutex
+	bytes.Buffer
+}
+
+func (w *together) Write(b []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.Buffer.Write(b)
+}
+
+// slowWriter is a receiver that stops for a while at the first byte.
+type slowWriter struct {
+	bytes.Buffer
+	after <-chan struct{}
+}
+
+func (w *slowWriter) Write(b []byte) (int, error) {
+	<-w.after
+	return w.Buffer.Write(b)
+}
+
+// TestExecForASlowReceiver: the end of a command does not cut its output off.
+func TestExecForASlowReceiver(t *testing.T) {
+	f := setup(t)
+	k := f.running("sleep", "1000")
+	after := make(chan struct{})
+	w := &slowWriter{after: after}
+	p, err := f.Exec(f.ctx(), k.ID, runtime.ExecSpec{Command: []string{"sh", "-c", "head -c 90000 /dev/zero; sleep 1000 & :"}, Stdout: w, Stderr: io.Discard})
+	if err != nil {
+		t.Fatal(err)
+	}
+	time.AfterFunc(leftBehind+300*time.Millisecond, func() { close(after) })
+	if code, err := p.Wait(); code != 0 || err != nil || w.Len() != 90000 {
+		t.Errorf("%d bytes of 90000, status %d, %v", w.Len(), code, err)
+	}
+}
+
+// TestAttach: a program starts when somebody is attached, and gets and gives
+// every byte.
+func TestAttach(t *testing.T) {
+	f := setup(t)
+	type result struct {
+		out, err string
+		code     int
+		fault    error
+	}
+	attach := func(k runtime.Task, stdin string) (runtime.Process, func() result) {
+		t.Helper()
+		var out, errs bytes.Buffer
+		p, err := f.Attach(f.ctx(), k.ID, runtime.AttachSpec{Rows: 33, Cols: 99, Stdin: strings.NewReader(stdin), Stdout: &out, Stderr: &errs})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return p, func() result {
+			code, err := p.Wait()
+			return result{out.String(), errs.String(), code, err}
+		}
+	}
+	create := func(set func(*spec.TaskSpec), command ...string) runtime.Task {
+		k := f.task(command...)
+		k.Spec.Attach = true
+		set(&k.Spec)
+		return f.create(k)
+	}
+	start := func(k runtime.Task) error { return f.Start(f.ctx(), k.ID) }
+	big := strings.Repeat("0123456789abcde\x00", 1<<16) + "no newline"
+
+	k := create(func(s *spec.TaskSpec) { s.Stdin = true }, "sh", "-c", "cat; printf err >&2; exit 7")
+	started := make(chan error, 1)
+	go func() { started <- start(k) }()
+	_, wait := attach(k, big)
+	if err := <-started; err != nil {
+		t.Fatal(err)
+	}
+	if r := wait(); r.out != big || r.err != "err" || r.code != 7 || r.fault != nil {
+		t.Errorf("%d bytes out of %d, %q, status %d, %v", len(r.out), len(big), r.err, r.code, r.fault)
+	}
+
+	k = create(func(s *spec.TaskSpec) { s.TTY = true }, "sh", "-c", "tty; stty size")
+	_, wait = attach(k, "")
+	if err := start(k); err != nil {
+		t.Fatal(err)
+	}
+	if r := wait(); !strings.HasPrefix(r.out, "/dev/pts/") || !strings.HasSuffix(r.out, "33 99\r\n") {
+		t.Errorf("terminal: %q", r.out)
+	}
+
+	// A signal before the start is not lost.
+	k = create(func(*spec.TaskSpec) {}, "sleep", "1000")
+	p, wait := attach(k, "")
+	if err := p.Signal(int(syscall.SIGTERM)); err != nil {
+		t.Fatal(err)
+	}
+	if err := start(k); err != nil {
+		t.Fatal(err)
+	}
+	if r := wait(); r.code != 143 {
+		t.Errorf("status %d after SIGTERM", r.code)
+	}
+
+	k = create(func(*spec.TaskSpec) {}, "no-such")
+	_, wait = attach(k, "")
+	if err := start(k); err == nil {
+		t.Error("no-such starts")
+	}
+	if r := wait(); r.code != 127 || r.fault == nil || !strings.Contains(r.fault.Error(), "not found") {
+		t.Errorf("no-such: %+v", r)
+	}
+
+	// One that is slow holds up neither the end nor what is kept, and loses
+	// nothing.
+	k = create(func(*spec.TaskSpec) {}, "head", "-c", "120000", "/dev/zero")
+	after := make(chan struct{})
+	w := &slowWriter{after: after}
+	p, err := f.Attach(f.ctx(), k.ID, runtime.AttachSpec{Stdout: w, Stderr: io.Discard})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := start(k); err != nil {
+		t.Fatal(err)
+	}
+	f.exited(k)
+	close(after)
+	if code, err := p.Wait(); code != 0 || err != nil || w.Len() != 120000 {
+		t.Errorf("%d bytes of 120000, status %d, %v", w.Len(), code, err)
+	}
+
+	// Who is gone holds up nothing.
+	k = create(func(s *spec.TaskSpec) { s.Stdin = true }, "sh", "-c", "cat; head -c 1000000 /dev/zero")
+	ctx, cancel := context.WithCancel(f.ctx())
+	r, _ := net.Pipe() // gives nothing
+	defer r.Close()
+	p, err = f.Attach(ctx, k.ID, runtime.AttachSpec{Stdin: r, Stdout: io.Discard, Stderr: io.Discard})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := start(k); err != nil {
+		t.Fatal(err)
+	}
+	cancel()
+	_, _ = p.Wait()
+	if st := f.exited(k); st.ExitCode != 0 {
+		t.Errorf("left alone it ends with %d", st.ExitCode)
 	}
 }
 
@@ -623,5 +773,76 @@ func BenchmarkTask(b *testing.B) {
 		if err := f.Remove(f.ctx(), k.ID); err != nil {
 			b.Fatal(err)
 		}
+	}
+}
+
+// TestListeningByProc: a kernel without inet_diag gives the same
+// answer.
+func TestListeningByProc(t *testing.T) {
+	f := setup(t)
+	k := f.running("sleep", "1000")
+	f.mu.Lock()
+	pid := f.tasks[k.ID].initPID
+	f.mu.Unlock()
+	for _, want := range []bool{false, true} {
+		if want {
+			if err := nl.Do(k.Netns, func() error {
+				ln, err := net.Listen("tcp4", "0.0.0.0:80")
+				if err == nil {
+					t.Cleanup(func() { ln.Close() })
+				}
+				return err
+			}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if up, err := listeningByProc(pid); err != nil || up != want {
+			t.Errorf("%t, %v: want %t", up, err, want)
+		}
+	}
+}
+
+// TestAStoppedProgramDoesNotListen: the kernel still takes connections for it,
+// which nobody answers.
+func TestAStoppedProgramDoesNotListen(t *testing.T) {
+	f := setup(t)
+	k := f.running("sh", "-c", "sleep 1000 & exec nc -lk 0.0.0.0 80")
+	await := func(want bool) {
+		t.Helper()
+		for end := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+			up, err := f.Listening(f.ctx(), k.ID)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if up == want {
+				return
+			}
+			if time.Now().After(end) {
+				t.Fatalf("listening stays %t", up)
+			}
+		}
+	}
+	await(true)
+	st, err := f.Status(f.ctx(), k.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", st.PID, st.PID))
+	if err != nil {
+		t.Fatal(err)
+	}
+	child, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, step := range []struct {
+		pid  int
+		sig  syscall.Signal
+		want bool
+	}{{st.PID, syscall.SIGSTOP, true}, {child, syscall.SIGSTOP, false}, {st.PID, syscall.SIGCONT, true}} {
+		if err := syscall.Kill(step.pid, step.sig); err != nil {
+			t.Fatal(err)
+		}
+		await(step.want)
 	}
 }

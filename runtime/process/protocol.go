@@ -17,7 +17,7 @@ import (
 // socket: a request, an answer; after "watch", an answer per change.
 
 type request struct {
-	Op     string        `json:"op"` // start, stop, dns, watch, shutdown
+	Op     string        `json:"op"` // start, stop, signal, dns, attach, watch, shutdown
 	Signal int           `json:"signal,omitempty"`
 	Grace  time.Duration `json:"grace,omitempty"`
 }

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -71,7 +72,15 @@ type shim struct {
 	tcp *net.TCPListener
 	log *logWriter
 
+	programIn *os.File // the program's end of its standard input or terminal, until it runs
+	stdin     *os.File // the other end, until somebody attaches
+	tty       *os.File // the other end of the terminal
+	attached  chan struct{}
+	once      sync.Once
+	out, err  sink
+
 	mu      sync.Mutex
+	early   []syscall.Signal // that came before the program ran
 	status  runtime.Status
 	initPID int
 	changed chan struct{} // closed and replaced at each change of status
@@ -95,7 +104,7 @@ func shimMain(args []string) int {
 	debug.SetGCPercent(20)
 	// Nothing but its socket ends a shim: not the terminal, nor a group's signal.
 	signal.Ignore(syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGPIPE)
-	s := &shim{dir: args[0], changed: make(chan struct{}), done: make(chan struct{})}
+	s := &shim{dir: args[0], changed: make(chan struct{}), done: make(chan struct{}), attached: make(chan struct{})}
 	if err := readJSON(filepath.Join(s.dir, taskFile), &s.task); err != nil {
 		return fail(err)
 	}
@@ -118,6 +127,9 @@ func shimMain(args []string) int {
 		return fail(err)
 	}
 	s.status = runtime.Status{ID: s.task.ID, Name: s.task.Name, State: runtime.Created, Sandbox: runtime.Sandbox{Netns: s.task.Netns, DNSPort: port}}
+	if err := s.openInput(); err != nil {
+		return fail(err)
+	}
 	_ = os.Remove(args[1])
 	old := unix.Umask(0o177)
 	ln, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: args[1], Net: "unixpacket"})
@@ -147,12 +159,22 @@ func (s *shim) openDNS() error {
 			return fmt.Errorf("name server socket: %w", err)
 		}
 		port := s.udp.LocalAddr().(*net.UDPAddr).Port
+		growBuffer(s.udp)
 		if s.tcp, err = net.ListenTCP("tcp4", &net.TCPAddr{IP: ip, Port: port}); err == nil {
 			return nil
 		}
 		s.udp.Close()
 	}
 	return fmt.Errorf("name server socket: %w", err)
+}
+
+// growBuffer makes room for the questions of thousands at once, or of the time
+// until the next agent: the kernel counts some 800 bytes for each (socket(7):
+// SO_RCVBUFFORCE needs CAP_NET_ADMIN; without it the default must do).
+func growBuffer(c *net.UDPConn) {
+	if rc, err := c.SyscallConn(); err == nil {
+		_ = rc.Control(func(fd uintptr) { _ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 4<<20) })
+	}
 }
 
 func (s *shim) serve(c *net.UnixConn) {
@@ -176,6 +198,11 @@ func (s *shim) serve(c *net.UnixConn) {
 	case "stop":
 		s.stop(syscall.Signal(req.Signal), req.Grace)
 		answer(nil)
+	case "signal":
+		s.signal(syscall.Signal(req.Signal))
+		answer(nil)
+	case "attach":
+		s.attach(answer)
 	case "watch":
 		s.watch(c)
 	case "dns":
@@ -232,6 +259,12 @@ func (s *shim) start() error {
 	if st != runtime.Created {
 		return nil // the agent asks again after a restart
 	}
+	if s.task.Spec.Attach {
+		select {
+		case <-s.attached:
+		case <-time.After(attachWait):
+		}
+	}
 	started := make(chan error, 1)
 	go func() {
 		goruntime.LockOSThread()
@@ -261,6 +294,12 @@ func (s *shim) runInit(started chan<- error) error {
 	}
 	cmd := exec.Command("/proc/self/exe", initWord, s.dir)
 	cmd.Stdout, cmd.Stderr = outW, logErrW
+	if s.programIn != nil {
+		cmd.Stdin = s.programIn
+	}
+	if s.tty != nil {
+		cmd.Stdout, cmd.Stderr = s.programIn, s.programIn
+	}
 	cmd.ExtraFiles = []*os.File{errW}
 	cmd.Env = []string{}
 	cmd.SysProcAttr = &syscall.SysProcAttr{
@@ -272,14 +311,21 @@ func (s *shim) runInit(started chan<- error) error {
 	errW.Close()
 	outW.Close()
 	logErrW.Close()
+	if s.programIn != nil {
+		s.programIn.Close()
+	}
+	if s.tty != nil {
+		outR.Close()
+		outR = s.tty
+	}
 	if err != nil {
 		outR.Close()
 		logErrR.Close()
 		return fmt.Errorf("start task: %w", err)
 	}
 	var logs sync.WaitGroup
-	logs.Go(func() { s.log.copy(outR, false) })
-	logs.Go(func() { s.log.copy(logErrR, true) })
+	logs.Go(func() { s.log.copy(outR, io.TeeReader(outR, &s.out), false) })
+	logs.Go(func() { s.log.copy(logErrR, io.TeeReader(logErrR, &s.err), true) })
 	// init closes the pipe without a word once the program is executed.
 	msg, _ := readAll(errR, 4096)
 	startErr := string(msg)
@@ -287,15 +333,24 @@ func (s *shim) runInit(started chan<- error) error {
 		pid := childOf(cmd.Process.Pid)
 		s.mu.Lock()
 		s.initPID = cmd.Process.Pid
+		early := s.early
 		s.mu.Unlock()
 		s.set(func(st *runtime.Status) {
 			st.State, st.PID, st.StartedAt = runtime.Running, pid, time.Now()
 		})
+		for _, sig := range early {
+			s.signal(sig)
+		}
 		started <- nil
 	}
 	err = cmd.Wait()
-	// The kernel has killed the rest of the PID namespace, so the pipes end.
+	// The kernel has killed the rest of the PID namespace, so the pipes end. Who
+	// is attached and slow must not hold that up.
+	s.out.finish()
+	s.err.finish()
 	logs.Wait()
+	s.out.close()
+	s.err.close()
 	s.log.flush()
 	code := 0
 	var ee *exec.ExitError
@@ -373,19 +428,25 @@ func childOf(pid int) int {
 	return 0
 }
 
-// parentOf reads a process's parent (proc(5): the fourth field of stat, after
-// the name in parentheses).
+// parentOf is a process's parent; 0 when it is gone.
 func parentOf(pid int) int {
+	_, parent := procStat(pid)
+	return parent
+}
+
+// procStat reads a process's state and parent (proc(5): the third and fourth
+// field of stat, after the name in parentheses); zeros when it is gone.
+func procStat(pid int) (state byte, parent int) {
 	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
 	if err != nil {
-		return 0
+		return 0, 0
 	}
 	s := string(b)
 	if i := strings.LastIndexByte(s, ')'); i >= 0 {
 		if f := strings.Fields(s[i+1:]); len(f) > 1 {
-			n, _ := strconv.Atoi(f[1])
-			return n
+			parent, _ = strconv.Atoi(f[1])
+			return f[0][0], parent
 		}
 	}
-	return 0
+	return 0, 0
 }

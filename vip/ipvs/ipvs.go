@@ -315,6 +315,13 @@ func observeFamily(w vip.Network, f kern.Family, h *vip.Network, get func(netip.
 	if len(chains) == 0 {
 		return nil
 	}
+	fault, err := kern.TableFault(f, chains, ours(form(w, f)))
+	if err != nil {
+		return err
+	}
+	if fault != "" {
+		h.Fault = fault
+	}
 	sets := map[string][]kern.Elem{}
 	for _, name := range []string{mapMarks, setServed, mapSelf, mapBack} {
 		es, err := kern.Elems(f, name)

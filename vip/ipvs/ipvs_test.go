@@ -89,6 +89,11 @@ func TestConformance(t *testing.T) {
 			{Name: "hairpin", Do: nft(func(s vip.Server) string { return "flush map ip shoal-vip self" })},
 			{Name: "hairpin back", Do: nft(func(s vip.Server) string { return "flush map ip shoal-vip back" })},
 			{Name: "chain to-vip", Do: nft(func(s vip.Server) string { return "flush chain ip shoal-vip to-vip" })},
+			{Name: "table dormant", Do: nft(func(vip.Server) string { return "add table ip shoal-vip { flags dormant ; }" })},
+			{Name: "chain added", Do: nft(func(vip.Server) string {
+				return "add chain ip shoal-vip odd { type filter hook prerouting priority -400 ; policy drop ; } ; add rule ip shoal-vip odd drop"
+			})},
+			{Name: "policy", Do: nft(func(vip.Server) string { return "chain ip shoal-vip postrouting { policy drop ; }" })},
 			{Name: "prerouting", Do: nft(func(s vip.Server) string { return "flush chain ip shoal-vip prerouting" })},
 			{Name: "postrouting", Do: nft(func(s vip.Server) string {
 				return "flush chain ip shoal-vip postrouting ; delete chain ip shoal-vip postrouting"

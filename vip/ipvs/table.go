@@ -87,6 +87,13 @@ func form(n vip.Network, f kern.Family) []chain {
 	}
 }
 
+// ours tells which chains belong to the table.
+func ours(form []chain) func(string) bool {
+	return func(name string) bool {
+		return slices.ContainsFunc(form, func(c chain) bool { return c.base.Name == name })
+	}
+}
+
 func hairpinBack(f kern.Family, as netip.Addr, ok bool) []rule {
 	if !ok {
 		return nil
@@ -204,16 +211,18 @@ func flip(off uint32, csum bool, csumOff uint32) []expr.Any {
 func setBase(n vip.Network, f kern.Family, replace bool) error {
 	t := kern.Begin(f)
 	t.Table()
+	chains := form(n, f)
 	if replace {
 		t.DelTable()
 		t.Table()
+	} else {
+		t.DelOthers(f, ours(chains))
 	}
 	addr, mark := f.Type, nftables.TypeMark
 	t.Set(mapMarks, addr, &mark)
 	t.Set(setServed, addr, nil)
 	self := t.Set(mapSelf, nftables.MustConcatSetType(addr, addr), &addr)
 	back := t.Set(mapBack, addr, &addr)
-	chains := form(n, f)
 	for _, c := range chains {
 		if c.base.Hook == nil {
 			t.Chain(c.base.Name) // must exist before a rule jumps to it

@@ -226,6 +226,13 @@ func observeFamily(w vip.Network, f kern.Family, h *vip.Network, get func(netip.
 	if len(chains) == 0 {
 		return nil
 	}
+	fault, err := kern.TableFault(f, chains, ours(f))
+	if err != nil {
+		return err
+	}
+	if fault != "" {
+		h.Fault = fault
+	}
 	sets := map[string][]kern.Elem{}
 	for _, name := range []string{mapVIPs, setLeaving, setHairpin} {
 		es, err := kern.Elems(f, name)
@@ -333,6 +340,14 @@ func vipOf(chain string) (netip.Addr, bool) {
 	return a, err == nil && a.Zone() == ""
 }
 
+// ours tells which chains belong to the table.
+func ours(f kern.Family) func(string) bool {
+	return func(name string) bool {
+		a, ok := vipOf(name)
+		return name == pre.Name || name == in.Name || name == post.Name || ok && a.Is4() != f.V6 && name == chainOf(a)
+	}
+}
+
 // comment is what a VIP's rule says about itself: the digest of its backends,
 // by address.
 func comment(bs []netip.Addr) string {
@@ -414,6 +429,8 @@ func setBase(n vip.Network, f kern.Family, replace bool) error {
 	if replace {
 		t.DelTable()
 		t.Table()
+	} else {
+		t.DelOthers(f, ours(f))
 	}
 	addr := f.Type
 	two := nftables.MustConcatSetType(addr, addr)

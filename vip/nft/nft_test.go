@@ -57,6 +57,11 @@ func TestConformance(t *testing.T) {
 			{Name: "idle timeout", Do: func(tb testing.TB, ns string, s vip.Server) {
 				viptest.In(tb, ns, "sysctl -q -w net.netfilter.nf_conntrack_tcp_timeout_established=7200")
 			}},
+			{Name: "table dormant", Do: nft(func(vip.Server) string { return "add table ip shoal-vip { flags dormant ; }" })},
+			{Name: "chain added", Do: nft(func(vip.Server) string {
+				return "add chain ip shoal-vip odd { type filter hook prerouting priority -400 ; policy drop ; } ; add rule ip shoal-vip odd drop"
+			})},
+			{Name: "policy", Do: nft(func(vip.Server) string { return "chain ip shoal-vip postrouting { policy drop ; }" })},
 			{Name: "prerouting emptied", Do: nft(func(s vip.Server) string { return "flush chain ip shoal-vip prerouting" })},
 			{Name: "postrouting deleted", Do: nft(func(s vip.Server) string {
 				return "flush chain ip shoal-vip postrouting ; delete chain ip shoal-vip postrouting"

@@ -87,6 +87,7 @@ func Foreign(tb testing.TB, ns string) (check func(tb testing.TB)) {
 	before := ls(tb)
 	return func(tb testing.TB) {
 		tb.Helper()
+		In(tb, ns, "nft list ruleset") // nft(8) can show what there is
 		if after := ls(tb); after != before {
 			tb.Errorf("a stranger's objects were\n%s\nand are\n%s", before, after)
 		}
@@ -95,10 +96,14 @@ func Foreign(tb testing.TB, ns string) (check func(tb testing.TB)) {
 
 // ConntrackIdle reads for how long a namespace tracks an idle TCP connection.
 func ConntrackIdle(tb testing.TB, ns string) map[string]time.Duration {
+	return conntrackTime(tb, ns, "established")
+}
+
+func conntrackTime(tb testing.TB, ns, state string) map[string]time.Duration {
 	tb.Helper()
 	out := map[string]time.Duration{}
 	err := nl.Do(ns, func() error {
-		const key = "net.netfilter.nf_conntrack_tcp_timeout_established"
+		key := "net.netfilter.nf_conntrack_tcp_timeout_" + state
 		v, err := nl.Sysctl(key)
 		if err != nil {
 			return err

@@ -362,6 +362,11 @@ func runState(t *testing.T, h Harness) {
 			if len(idle) == 0 {
 				t.Error("no timeout was read")
 			}
+			for what, d := range conntrackTime(t, w.ns(), "close_wait") {
+				if d < time.Hour {
+					t.Errorf("%s is %v: a connection that one side has closed is forgotten while the other still works on its answer", what, d)
+				}
+			}
 		})
 	}
 

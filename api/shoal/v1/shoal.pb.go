@@ -257,6 +257,11 @@ type TaskSpec struct {
 	ExtraHosts    []string               `protobuf:"bytes,12,rep,name=extra_hosts,json=extraHosts,proto3" json:"extra_hosts,omitempty"` // NAME:ADDRESS
 	Links         []string               `protobuf:"bytes,13,rep,name=links,proto3" json:"links,omitempty"`                             // TARGET:ALIAS
 	Expose        []string               `protobuf:"bytes,14,rep,name=expose,proto3" json:"expose,omitempty"`                           // PORT/PROTOCOL
+	Attach        bool                   `protobuf:"varint,15,opt,name=attach,proto3" json:"attach,omitempty"`                          // somebody is about to attach
+	Stdin         bool                   `protobuf:"varint,16,opt,name=stdin,proto3" json:"stdin,omitempty"`
+	Tty           bool                   `protobuf:"varint,17,opt,name=tty,proto3" json:"tty,omitempty"`
+	AutoRemove    bool                   `protobuf:"varint,18,opt,name=auto_remove,json=autoRemove,proto3" json:"auto_remove,omitempty"` // forget the task when it has ended
+	Health        *HealthCheck           `protobuf:"bytes,19,opt,name=health,proto3" json:"health,omitempty"`                            // absent: none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -389,6 +394,125 @@ func (x *TaskSpec) GetExpose() []string {
 	return nil
 }
 
+func (x *TaskSpec) GetAttach() bool {
+	if x != nil {
+		return x.Attach
+	}
+	return false
+}
+
+func (x *TaskSpec) GetStdin() bool {
+	if x != nil {
+		return x.Stdin
+	}
+	return false
+}
+
+func (x *TaskSpec) GetTty() bool {
+	if x != nil {
+		return x.Tty
+	}
+	return false
+}
+
+func (x *TaskSpec) GetAutoRemove() bool {
+	if x != nil {
+		return x.AutoRemove
+	}
+	return false
+}
+
+func (x *TaskSpec) GetHealth() *HealthCheck {
+	if x != nil {
+		return x.Health
+	}
+	return nil
+}
+
+type HealthCheck struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Command         string                 `protobuf:"bytes,1,opt,name=command,proto3" json:"command,omitempty"`                          // for /bin/sh -c
+	IntervalMs      int64                  `protobuf:"varint,2,opt,name=interval_ms,json=intervalMs,proto3" json:"interval_ms,omitempty"` // 0, here and below: the default
+	TimeoutMs       int64                  `protobuf:"varint,3,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"`
+	StartPeriodMs   int64                  `protobuf:"varint,4,opt,name=start_period_ms,json=startPeriodMs,proto3" json:"start_period_ms,omitempty"`
+	StartIntervalMs int64                  `protobuf:"varint,5,opt,name=start_interval_ms,json=startIntervalMs,proto3" json:"start_interval_ms,omitempty"`
+	Retries         int32                  `protobuf:"varint,6,opt,name=retries,proto3" json:"retries,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *HealthCheck) Reset() {
+	*x = HealthCheck{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HealthCheck) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HealthCheck) ProtoMessage() {}
+
+func (x *HealthCheck) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HealthCheck.ProtoReflect.Descriptor instead.
+func (*HealthCheck) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *HealthCheck) GetCommand() string {
+	if x != nil {
+		return x.Command
+	}
+	return ""
+}
+
+func (x *HealthCheck) GetIntervalMs() int64 {
+	if x != nil {
+		return x.IntervalMs
+	}
+	return 0
+}
+
+func (x *HealthCheck) GetTimeoutMs() int64 {
+	if x != nil {
+		return x.TimeoutMs
+	}
+	return 0
+}
+
+func (x *HealthCheck) GetStartPeriodMs() int64 {
+	if x != nil {
+		return x.StartPeriodMs
+	}
+	return 0
+}
+
+func (x *HealthCheck) GetStartIntervalMs() int64 {
+	if x != nil {
+		return x.StartIntervalMs
+	}
+	return 0
+}
+
+func (x *HealthCheck) GetRetries() int32 {
+	if x != nil {
+		return x.Retries
+	}
+	return 0
+}
+
 type Port struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Published     uint32                 `protobuf:"varint,1,opt,name=published,proto3" json:"published,omitempty"` // 0: any free one
@@ -403,7 +527,7 @@ type Port struct {
 
 func (x *Port) Reset() {
 	*x = Port{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[3]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -415,7 +539,7 @@ func (x *Port) String() string {
 func (*Port) ProtoMessage() {}
 
 func (x *Port) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[3]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -428,7 +552,7 @@ func (x *Port) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Port.ProtoReflect.Descriptor instead.
 func (*Port) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{3}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Port) GetPublished() uint32 {
@@ -491,7 +615,7 @@ type ServiceSpec struct {
 
 func (x *ServiceSpec) Reset() {
 	*x = ServiceSpec{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[4]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -503,7 +627,7 @@ func (x *ServiceSpec) String() string {
 func (*ServiceSpec) ProtoMessage() {}
 
 func (x *ServiceSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[4]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -516,7 +640,7 @@ func (x *ServiceSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServiceSpec.ProtoReflect.Descriptor instead.
 func (*ServiceSpec) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{4}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *ServiceSpec) GetName() string {
@@ -599,7 +723,7 @@ type VIPs struct {
 
 func (x *VIPs) Reset() {
 	*x = VIPs{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[5]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -611,7 +735,7 @@ func (x *VIPs) String() string {
 func (*VIPs) ProtoMessage() {}
 
 func (x *VIPs) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[5]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -624,7 +748,7 @@ func (x *VIPs) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VIPs.ProtoReflect.Descriptor instead.
 func (*VIPs) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{5}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *VIPs) GetNetwork() string {
@@ -658,7 +782,7 @@ type Service struct {
 
 func (x *Service) Reset() {
 	*x = Service{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[6]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -670,7 +794,7 @@ func (x *Service) String() string {
 func (*Service) ProtoMessage() {}
 
 func (x *Service) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[6]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -683,7 +807,7 @@ func (x *Service) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Service.ProtoReflect.Descriptor instead.
 func (*Service) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{6}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Service) GetId() string {
@@ -756,13 +880,14 @@ type Attachment struct {
 	Aliases       []string               `protobuf:"bytes,3,rep,name=aliases,proto3" json:"aliases,omitempty"`
 	Iface         string                 `protobuf:"bytes,4,opt,name=iface,proto3" json:"iface,omitempty"`
 	Leaving       uint64                 `protobuf:"varint,5,opt,name=leaving,proto3" json:"leaving,omitempty"` // version of the task that it left at
+	Joined        uint64                 `protobuf:"varint,6,opt,name=joined,proto3" json:"joined,omitempty"`   // version of the task that it was connected at; 0: from the start
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Attachment) Reset() {
 	*x = Attachment{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[7]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -774,7 +899,7 @@ func (x *Attachment) String() string {
 func (*Attachment) ProtoMessage() {}
 
 func (x *Attachment) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[7]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -787,7 +912,7 @@ func (x *Attachment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attachment.ProtoReflect.Descriptor instead.
 func (*Attachment) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{7}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Attachment) GetNetwork() string {
@@ -825,6 +950,13 @@ func (x *Attachment) GetLeaving() uint64 {
 	return 0
 }
 
+func (x *Attachment) GetJoined() uint64 {
+	if x != nil {
+		return x.Joined
+	}
+	return 0
+}
+
 type TaskStatus struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	State         string                 `protobuf:"bytes,1,opt,name=state,proto3" json:"state,omitempty"`
@@ -840,7 +972,7 @@ type TaskStatus struct {
 
 func (x *TaskStatus) Reset() {
 	*x = TaskStatus{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[8]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -852,7 +984,7 @@ func (x *TaskStatus) String() string {
 func (*TaskStatus) ProtoMessage() {}
 
 func (x *TaskStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[8]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -865,7 +997,7 @@ func (x *TaskStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskStatus.ProtoReflect.Descriptor instead.
 func (*TaskStatus) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{8}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *TaskStatus) GetState() string {
@@ -939,7 +1071,7 @@ type Task struct {
 
 func (x *Task) Reset() {
 	*x = Task{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[9]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -951,7 +1083,7 @@ func (x *Task) String() string {
 func (*Task) ProtoMessage() {}
 
 func (x *Task) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[9]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -964,7 +1096,7 @@ func (x *Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Task.ProtoReflect.Descriptor instead.
 func (*Task) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{9}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Task) GetId() string {
@@ -1088,7 +1220,7 @@ type NodeInfo struct {
 
 func (x *NodeInfo) Reset() {
 	*x = NodeInfo{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[10]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1100,7 +1232,7 @@ func (x *NodeInfo) String() string {
 func (*NodeInfo) ProtoMessage() {}
 
 func (x *NodeInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[10]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1113,7 +1245,7 @@ func (x *NodeInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeInfo.ProtoReflect.Descriptor instead.
 func (*NodeInfo) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{10}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *NodeInfo) GetId() string {
@@ -1234,7 +1366,7 @@ type Cluster struct {
 
 func (x *Cluster) Reset() {
 	*x = Cluster{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[11]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1246,7 +1378,7 @@ func (x *Cluster) String() string {
 func (*Cluster) ProtoMessage() {}
 
 func (x *Cluster) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[11]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1259,7 +1391,7 @@ func (x *Cluster) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cluster.ProtoReflect.Descriptor instead.
 func (*Cluster) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{11}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Cluster) GetId() string {
@@ -1308,7 +1440,7 @@ type CreateNetworkRequest struct {
 
 func (x *CreateNetworkRequest) Reset() {
 	*x = CreateNetworkRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[12]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1320,7 +1452,7 @@ func (x *CreateNetworkRequest) String() string {
 func (*CreateNetworkRequest) ProtoMessage() {}
 
 func (x *CreateNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[12]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1333,7 +1465,7 @@ func (x *CreateNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateNetworkRequest.ProtoReflect.Descriptor instead.
 func (*CreateNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{12}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *CreateNetworkRequest) GetName() string {
@@ -1415,7 +1547,7 @@ type CreateNetworkResponse struct {
 
 func (x *CreateNetworkResponse) Reset() {
 	*x = CreateNetworkResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[13]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1427,7 +1559,7 @@ func (x *CreateNetworkResponse) String() string {
 func (*CreateNetworkResponse) ProtoMessage() {}
 
 func (x *CreateNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[13]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1440,7 +1572,7 @@ func (x *CreateNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateNetworkResponse.ProtoReflect.Descriptor instead.
 func (*CreateNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{13}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *CreateNetworkResponse) GetNetwork() *Network {
@@ -1459,7 +1591,7 @@ type ListNetworksRequest struct {
 
 func (x *ListNetworksRequest) Reset() {
 	*x = ListNetworksRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[14]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1471,7 +1603,7 @@ func (x *ListNetworksRequest) String() string {
 func (*ListNetworksRequest) ProtoMessage() {}
 
 func (x *ListNetworksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[14]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1484,7 +1616,7 @@ func (x *ListNetworksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNetworksRequest.ProtoReflect.Descriptor instead.
 func (*ListNetworksRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{14}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ListNetworksRequest) GetRefs() []string {
@@ -1503,7 +1635,7 @@ type ListNetworksResponse struct {
 
 func (x *ListNetworksResponse) Reset() {
 	*x = ListNetworksResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[15]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1515,7 +1647,7 @@ func (x *ListNetworksResponse) String() string {
 func (*ListNetworksResponse) ProtoMessage() {}
 
 func (x *ListNetworksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[15]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1528,7 +1660,7 @@ func (x *ListNetworksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNetworksResponse.ProtoReflect.Descriptor instead.
 func (*ListNetworksResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{15}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ListNetworksResponse) GetNetworks() []*Network {
@@ -1547,7 +1679,7 @@ type RemoveNetworkRequest struct {
 
 func (x *RemoveNetworkRequest) Reset() {
 	*x = RemoveNetworkRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[16]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1559,7 +1691,7 @@ func (x *RemoveNetworkRequest) String() string {
 func (*RemoveNetworkRequest) ProtoMessage() {}
 
 func (x *RemoveNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[16]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1572,7 +1704,7 @@ func (x *RemoveNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNetworkRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{16}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *RemoveNetworkRequest) GetRef() string {
@@ -1590,7 +1722,7 @@ type RemoveNetworkResponse struct {
 
 func (x *RemoveNetworkResponse) Reset() {
 	*x = RemoveNetworkResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[17]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1602,7 +1734,7 @@ func (x *RemoveNetworkResponse) String() string {
 func (*RemoveNetworkResponse) ProtoMessage() {}
 
 func (x *RemoveNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[17]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1615,7 +1747,7 @@ func (x *RemoveNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNetworkResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{17}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{18}
 }
 
 // ConnectNetwork attaches a running task or service, which goes on running.
@@ -1631,7 +1763,7 @@ type ConnectNetworkRequest struct {
 
 func (x *ConnectNetworkRequest) Reset() {
 	*x = ConnectNetworkRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[18]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1643,7 +1775,7 @@ func (x *ConnectNetworkRequest) String() string {
 func (*ConnectNetworkRequest) ProtoMessage() {}
 
 func (x *ConnectNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[18]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1656,7 +1788,7 @@ func (x *ConnectNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnectNetworkRequest.ProtoReflect.Descriptor instead.
 func (*ConnectNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{18}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ConnectNetworkRequest) GetNetwork() string {
@@ -1697,7 +1829,7 @@ type ConnectNetworkResponse struct {
 
 func (x *ConnectNetworkResponse) Reset() {
 	*x = ConnectNetworkResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[19]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1709,7 +1841,7 @@ func (x *ConnectNetworkResponse) String() string {
 func (*ConnectNetworkResponse) ProtoMessage() {}
 
 func (x *ConnectNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[19]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1722,7 +1854,7 @@ func (x *ConnectNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnectNetworkResponse.ProtoReflect.Descriptor instead.
 func (*ConnectNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{19}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ConnectNetworkResponse) GetTask() *Task {
@@ -1749,7 +1881,7 @@ type DisconnectNetworkRequest struct {
 
 func (x *DisconnectNetworkRequest) Reset() {
 	*x = DisconnectNetworkRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[20]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1761,7 +1893,7 @@ func (x *DisconnectNetworkRequest) String() string {
 func (*DisconnectNetworkRequest) ProtoMessage() {}
 
 func (x *DisconnectNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[20]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1774,7 +1906,7 @@ func (x *DisconnectNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisconnectNetworkRequest.ProtoReflect.Descriptor instead.
 func (*DisconnectNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{20}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *DisconnectNetworkRequest) GetNetwork() string {
@@ -1799,7 +1931,7 @@ type DisconnectNetworkResponse struct {
 
 func (x *DisconnectNetworkResponse) Reset() {
 	*x = DisconnectNetworkResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[21]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1811,7 +1943,7 @@ func (x *DisconnectNetworkResponse) String() string {
 func (*DisconnectNetworkResponse) ProtoMessage() {}
 
 func (x *DisconnectNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[21]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1824,7 +1956,7 @@ func (x *DisconnectNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisconnectNetworkResponse.ProtoReflect.Descriptor instead.
 func (*DisconnectNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{21}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{22}
 }
 
 type EventsRequest struct {
@@ -1836,7 +1968,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[22]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1848,7 +1980,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[22]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1861,7 +1993,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{22}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *EventsRequest) GetSinceMs() int64 {
@@ -1885,7 +2017,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[23]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1897,7 +2029,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[23]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1910,7 +2042,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{23}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Event) GetAtMs() int64 {
@@ -1964,7 +2096,7 @@ type CreateServiceRequest struct {
 
 func (x *CreateServiceRequest) Reset() {
 	*x = CreateServiceRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[24]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1976,7 +2108,7 @@ func (x *CreateServiceRequest) String() string {
 func (*CreateServiceRequest) ProtoMessage() {}
 
 func (x *CreateServiceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[24]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1989,7 +2121,7 @@ func (x *CreateServiceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateServiceRequest.ProtoReflect.Descriptor instead.
 func (*CreateServiceRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{24}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *CreateServiceRequest) GetSpec() *ServiceSpec {
@@ -2008,7 +2140,7 @@ type CreateServiceResponse struct {
 
 func (x *CreateServiceResponse) Reset() {
 	*x = CreateServiceResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[25]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2020,7 +2152,7 @@ func (x *CreateServiceResponse) String() string {
 func (*CreateServiceResponse) ProtoMessage() {}
 
 func (x *CreateServiceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[25]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2033,7 +2165,7 @@ func (x *CreateServiceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateServiceResponse.ProtoReflect.Descriptor instead.
 func (*CreateServiceResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{25}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *CreateServiceResponse) GetService() *Service {
@@ -2057,7 +2189,7 @@ type UpdateServiceRequest struct {
 
 func (x *UpdateServiceRequest) Reset() {
 	*x = UpdateServiceRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[26]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2069,7 +2201,7 @@ func (x *UpdateServiceRequest) String() string {
 func (*UpdateServiceRequest) ProtoMessage() {}
 
 func (x *UpdateServiceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[26]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2082,7 +2214,7 @@ func (x *UpdateServiceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateServiceRequest.ProtoReflect.Descriptor instead.
 func (*UpdateServiceRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{26}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *UpdateServiceRequest) GetRef() string {
@@ -2122,7 +2254,7 @@ type UpdateServiceResponse struct {
 
 func (x *UpdateServiceResponse) Reset() {
 	*x = UpdateServiceResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[27]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2134,7 +2266,7 @@ func (x *UpdateServiceResponse) String() string {
 func (*UpdateServiceResponse) ProtoMessage() {}
 
 func (x *UpdateServiceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[27]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2147,7 +2279,7 @@ func (x *UpdateServiceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateServiceResponse.ProtoReflect.Descriptor instead.
 func (*UpdateServiceResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{27}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *UpdateServiceResponse) GetService() *Service {
@@ -2166,7 +2298,7 @@ type ListServicesRequest struct {
 
 func (x *ListServicesRequest) Reset() {
 	*x = ListServicesRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[28]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2178,7 +2310,7 @@ func (x *ListServicesRequest) String() string {
 func (*ListServicesRequest) ProtoMessage() {}
 
 func (x *ListServicesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[28]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2191,7 +2323,7 @@ func (x *ListServicesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListServicesRequest.ProtoReflect.Descriptor instead.
 func (*ListServicesRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{28}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ListServicesRequest) GetRefs() []string {
@@ -2210,7 +2342,7 @@ type ListServicesResponse struct {
 
 func (x *ListServicesResponse) Reset() {
 	*x = ListServicesResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[29]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2222,7 +2354,7 @@ func (x *ListServicesResponse) String() string {
 func (*ListServicesResponse) ProtoMessage() {}
 
 func (x *ListServicesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[29]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2235,7 +2367,7 @@ func (x *ListServicesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListServicesResponse.ProtoReflect.Descriptor instead.
 func (*ListServicesResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{29}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ListServicesResponse) GetServices() []*Service {
@@ -2254,7 +2386,7 @@ type RemoveServiceRequest struct {
 
 func (x *RemoveServiceRequest) Reset() {
 	*x = RemoveServiceRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[30]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2266,7 +2398,7 @@ func (x *RemoveServiceRequest) String() string {
 func (*RemoveServiceRequest) ProtoMessage() {}
 
 func (x *RemoveServiceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[30]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2279,7 +2411,7 @@ func (x *RemoveServiceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveServiceRequest.ProtoReflect.Descriptor instead.
 func (*RemoveServiceRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{30}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *RemoveServiceRequest) GetRef() string {
@@ -2297,7 +2429,7 @@ type RemoveServiceResponse struct {
 
 func (x *RemoveServiceResponse) Reset() {
 	*x = RemoveServiceResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[31]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2309,7 +2441,7 @@ func (x *RemoveServiceResponse) String() string {
 func (*RemoveServiceResponse) ProtoMessage() {}
 
 func (x *RemoveServiceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[31]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2322,7 +2454,7 @@ func (x *RemoveServiceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveServiceResponse.ProtoReflect.Descriptor instead.
 func (*RemoveServiceResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{31}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{32}
 }
 
 type CreateTaskRequest struct {
@@ -2338,7 +2470,7 @@ type CreateTaskRequest struct {
 
 func (x *CreateTaskRequest) Reset() {
 	*x = CreateTaskRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[32]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2350,7 +2482,7 @@ func (x *CreateTaskRequest) String() string {
 func (*CreateTaskRequest) ProtoMessage() {}
 
 func (x *CreateTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[32]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2363,7 +2495,7 @@ func (x *CreateTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTaskRequest.ProtoReflect.Descriptor instead.
 func (*CreateTaskRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{32}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *CreateTaskRequest) GetName() string {
@@ -2410,7 +2542,7 @@ type CreateTaskResponse struct {
 
 func (x *CreateTaskResponse) Reset() {
 	*x = CreateTaskResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2422,7 +2554,7 @@ func (x *CreateTaskResponse) String() string {
 func (*CreateTaskResponse) ProtoMessage() {}
 
 func (x *CreateTaskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2435,7 +2567,7 @@ func (x *CreateTaskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTaskResponse.ProtoReflect.Descriptor instead.
 func (*CreateTaskResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{33}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *CreateTaskResponse) GetTask() *Task {
@@ -2457,7 +2589,7 @@ type ListTasksRequest struct {
 
 func (x *ListTasksRequest) Reset() {
 	*x = ListTasksRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2469,7 +2601,7 @@ func (x *ListTasksRequest) String() string {
 func (*ListTasksRequest) ProtoMessage() {}
 
 func (x *ListTasksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2482,7 +2614,7 @@ func (x *ListTasksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTasksRequest.ProtoReflect.Descriptor instead.
 func (*ListTasksRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{34}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ListTasksRequest) GetRefs() []string {
@@ -2522,7 +2654,7 @@ type ListTasksResponse struct {
 
 func (x *ListTasksResponse) Reset() {
 	*x = ListTasksResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2534,7 +2666,7 @@ func (x *ListTasksResponse) String() string {
 func (*ListTasksResponse) ProtoMessage() {}
 
 func (x *ListTasksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2547,7 +2679,7 @@ func (x *ListTasksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTasksResponse.ProtoReflect.Descriptor instead.
 func (*ListTasksResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{35}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ListTasksResponse) GetTasks() []*Task {
@@ -2567,7 +2699,7 @@ type StopTaskRequest struct {
 
 func (x *StopTaskRequest) Reset() {
 	*x = StopTaskRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2579,7 +2711,7 @@ func (x *StopTaskRequest) String() string {
 func (*StopTaskRequest) ProtoMessage() {}
 
 func (x *StopTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2592,7 +2724,7 @@ func (x *StopTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopTaskRequest.ProtoReflect.Descriptor instead.
 func (*StopTaskRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{36}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *StopTaskRequest) GetRef() string {
@@ -2617,7 +2749,7 @@ type StopTaskResponse struct {
 
 func (x *StopTaskResponse) Reset() {
 	*x = StopTaskResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2629,7 +2761,7 @@ func (x *StopTaskResponse) String() string {
 func (*StopTaskResponse) ProtoMessage() {}
 
 func (x *StopTaskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2642,7 +2774,7 @@ func (x *StopTaskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopTaskResponse.ProtoReflect.Descriptor instead.
 func (*StopTaskResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{37}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{38}
 }
 
 type ListNodesRequest struct {
@@ -2654,7 +2786,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2666,7 +2798,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2679,7 +2811,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{38}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ListNodesRequest) GetRefs() []string {
@@ -2698,7 +2830,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2710,7 +2842,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2723,7 +2855,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{39}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ListNodesResponse) GetNodes() []*NodeInfo {
@@ -2746,7 +2878,7 @@ type UpdateNodeRequest struct {
 
 func (x *UpdateNodeRequest) Reset() {
 	*x = UpdateNodeRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2758,7 +2890,7 @@ func (x *UpdateNodeRequest) String() string {
 func (*UpdateNodeRequest) ProtoMessage() {}
 
 func (x *UpdateNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2771,7 +2903,7 @@ func (x *UpdateNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNodeRequest.ProtoReflect.Descriptor instead.
 func (*UpdateNodeRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{40}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *UpdateNodeRequest) GetRef() string {
@@ -2818,7 +2950,7 @@ type UpdateNodeResponse struct {
 
 func (x *UpdateNodeResponse) Reset() {
 	*x = UpdateNodeResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2830,7 +2962,7 @@ func (x *UpdateNodeResponse) String() string {
 func (*UpdateNodeResponse) ProtoMessage() {}
 
 func (x *UpdateNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2843,7 +2975,7 @@ func (x *UpdateNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNodeResponse.ProtoReflect.Descriptor instead.
 func (*UpdateNodeResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{41}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *UpdateNodeResponse) GetNode() *NodeInfo {
@@ -2863,7 +2995,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2875,7 +3007,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2888,7 +3020,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{42}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *RemoveNodeRequest) GetRef() string {
@@ -2913,7 +3045,7 @@ type RemoveNodeResponse struct {
 
 func (x *RemoveNodeResponse) Reset() {
 	*x = RemoveNodeResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2925,7 +3057,7 @@ func (x *RemoveNodeResponse) String() string {
 func (*RemoveNodeResponse) ProtoMessage() {}
 
 func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2938,7 +3070,7 @@ func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{43}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{44}
 }
 
 type JoinNodeRequest struct {
@@ -2952,7 +3084,7 @@ type JoinNodeRequest struct {
 
 func (x *JoinNodeRequest) Reset() {
 	*x = JoinNodeRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2964,7 +3096,7 @@ func (x *JoinNodeRequest) String() string {
 func (*JoinNodeRequest) ProtoMessage() {}
 
 func (x *JoinNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2977,7 +3109,7 @@ func (x *JoinNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinNodeRequest.ProtoReflect.Descriptor instead.
 func (*JoinNodeRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{44}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *JoinNodeRequest) GetNode() *NodeInfo {
@@ -3012,7 +3144,7 @@ type JoinNodeResponse struct {
 
 func (x *JoinNodeResponse) Reset() {
 	*x = JoinNodeResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3024,7 +3156,7 @@ func (x *JoinNodeResponse) String() string {
 func (*JoinNodeResponse) ProtoMessage() {}
 
 func (x *JoinNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3037,7 +3169,7 @@ func (x *JoinNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinNodeResponse.ProtoReflect.Descriptor instead.
 func (*JoinNodeResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{45}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *JoinNodeResponse) GetCluster() *Cluster {
@@ -3070,7 +3202,7 @@ type AssignmentsRequest struct {
 
 func (x *AssignmentsRequest) Reset() {
 	*x = AssignmentsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3082,7 +3214,7 @@ func (x *AssignmentsRequest) String() string {
 func (*AssignmentsRequest) ProtoMessage() {}
 
 func (x *AssignmentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3095,7 +3227,7 @@ func (x *AssignmentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignmentsRequest.ProtoReflect.Descriptor instead.
 func (*AssignmentsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{46}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *AssignmentsRequest) GetNode() string {
@@ -3123,7 +3255,7 @@ type AssignmentsResponse struct {
 
 func (x *AssignmentsResponse) Reset() {
 	*x = AssignmentsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3135,7 +3267,7 @@ func (x *AssignmentsResponse) String() string {
 func (*AssignmentsResponse) ProtoMessage() {}
 
 func (x *AssignmentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3148,7 +3280,7 @@ func (x *AssignmentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignmentsResponse.ProtoReflect.Descriptor instead.
 func (*AssignmentsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{47}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *AssignmentsResponse) GetIndex() uint64 {
@@ -3219,7 +3351,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3231,7 +3363,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3244,7 +3376,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{48}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ReportRequest) GetNode() string {
@@ -3304,7 +3436,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3316,7 +3448,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3329,7 +3461,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{49}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{50}
 }
 
 type TasksRequest struct {
@@ -3340,7 +3472,7 @@ type TasksRequest struct {
 
 func (x *TasksRequest) Reset() {
 	*x = TasksRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3352,7 +3484,7 @@ func (x *TasksRequest) String() string {
 func (*TasksRequest) ProtoMessage() {}
 
 func (x *TasksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3365,7 +3497,7 @@ func (x *TasksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TasksRequest.ProtoReflect.Descriptor instead.
 func (*TasksRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{50}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{51}
 }
 
 type TasksResponse struct {
@@ -3377,7 +3509,7 @@ type TasksResponse struct {
 
 func (x *TasksResponse) Reset() {
 	*x = TasksResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3389,7 +3521,7 @@ func (x *TasksResponse) String() string {
 func (*TasksResponse) ProtoMessage() {}
 
 func (x *TasksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3402,7 +3534,7 @@ func (x *TasksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TasksResponse.ProtoReflect.Descriptor instead.
 func (*TasksResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{51}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *TasksResponse) GetTasks() []*Task {
@@ -3421,7 +3553,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3433,7 +3565,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3446,7 +3578,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{52}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *StatsRequest) GetTasks() []string {
@@ -3466,7 +3598,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3478,7 +3610,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3491,7 +3623,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{53}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *StatsResponse) GetNode() string {
@@ -3517,7 +3649,7 @@ type KernelRequest struct {
 
 func (x *KernelRequest) Reset() {
 	*x = KernelRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3529,7 +3661,7 @@ func (x *KernelRequest) String() string {
 func (*KernelRequest) ProtoMessage() {}
 
 func (x *KernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3542,7 +3674,7 @@ func (x *KernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelRequest.ProtoReflect.Descriptor instead.
 func (*KernelRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{54}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *KernelRequest) GetService() string {
@@ -3563,7 +3695,7 @@ type KernelResponse struct {
 
 func (x *KernelResponse) Reset() {
 	*x = KernelResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3575,7 +3707,7 @@ func (x *KernelResponse) String() string {
 func (*KernelResponse) ProtoMessage() {}
 
 func (x *KernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3588,7 +3720,7 @@ func (x *KernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse.ProtoReflect.Descriptor instead.
 func (*KernelResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{55}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *KernelResponse) GetNode() string {
@@ -3628,7 +3760,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3640,7 +3772,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3653,7 +3785,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{56}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *ExecRequest) GetMsg() isExecRequest_Msg {
@@ -3756,7 +3888,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3768,7 +3900,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3781,7 +3913,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{57}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *ExecResponse) GetMsg() isExecResponse_Msg {
@@ -3851,7 +3983,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3863,7 +3995,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3876,7 +4008,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{58}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *LogsRequest) GetTask() string {
@@ -3911,7 +4043,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3923,7 +4055,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3936,7 +4068,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{59}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *LogsResponse) GetStderr() bool {
@@ -3969,7 +4101,7 @@ type WaitRequest struct {
 
 func (x *WaitRequest) Reset() {
 	*x = WaitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3981,7 +4113,7 @@ func (x *WaitRequest) String() string {
 func (*WaitRequest) ProtoMessage() {}
 
 func (x *WaitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3994,7 +4126,7 @@ func (x *WaitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitRequest.ProtoReflect.Descriptor instead.
 func (*WaitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{60}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *WaitRequest) GetTask() string {
@@ -4013,7 +4145,7 @@ type WaitResponse struct {
 
 func (x *WaitResponse) Reset() {
 	*x = WaitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4025,7 +4157,7 @@ func (x *WaitResponse) String() string {
 func (*WaitResponse) ProtoMessage() {}
 
 func (x *WaitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4038,7 +4170,7 @@ func (x *WaitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitResponse.ProtoReflect.Descriptor instead.
 func (*WaitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{61}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *WaitResponse) GetStatus() *TaskStatus {
@@ -4056,7 +4188,7 @@ type InfoRequest struct {
 
 func (x *InfoRequest) Reset() {
 	*x = InfoRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4068,7 +4200,7 @@ func (x *InfoRequest) String() string {
 func (*InfoRequest) ProtoMessage() {}
 
 func (x *InfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4081,7 +4213,7 @@ func (x *InfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoRequest.ProtoReflect.Descriptor instead.
 func (*InfoRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{62}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{63}
 }
 
 type InfoResponse struct {
@@ -4099,7 +4231,7 @@ type InfoResponse struct {
 
 func (x *InfoResponse) Reset() {
 	*x = InfoResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4111,7 +4243,7 @@ func (x *InfoResponse) String() string {
 func (*InfoResponse) ProtoMessage() {}
 
 func (x *InfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4124,7 +4256,7 @@ func (x *InfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoResponse.ProtoReflect.Descriptor instead.
 func (*InfoResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{63}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *InfoResponse) GetVersion() string {
@@ -4188,7 +4320,7 @@ type InitRequest struct {
 
 func (x *InitRequest) Reset() {
 	*x = InitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4200,7 +4332,7 @@ func (x *InitRequest) String() string {
 func (*InitRequest) ProtoMessage() {}
 
 func (x *InitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4213,7 +4345,7 @@ func (x *InitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitRequest.ProtoReflect.Descriptor instead.
 func (*InitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{64}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *InitRequest) GetAdvertiseAddr() string {
@@ -4254,7 +4386,7 @@ type InitResponse struct {
 
 func (x *InitResponse) Reset() {
 	*x = InitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4266,7 +4398,7 @@ func (x *InitResponse) String() string {
 func (*InitResponse) ProtoMessage() {}
 
 func (x *InitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4279,7 +4411,7 @@ func (x *InitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitResponse.ProtoReflect.Descriptor instead.
 func (*InitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{65}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *InitResponse) GetCluster() string {
@@ -4308,7 +4440,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4320,7 +4452,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4333,7 +4465,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{66}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *JoinRequest) GetRemote() string {
@@ -4374,7 +4506,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4386,7 +4518,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4399,7 +4531,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{67}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *JoinResponse) GetCluster() string {
@@ -4425,7 +4557,7 @@ type LeaveRequest struct {
 
 func (x *LeaveRequest) Reset() {
 	*x = LeaveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4437,7 +4569,7 @@ func (x *LeaveRequest) String() string {
 func (*LeaveRequest) ProtoMessage() {}
 
 func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4450,7 +4582,7 @@ func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
 func (*LeaveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{68}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *LeaveRequest) GetForce() bool {
@@ -4468,7 +4600,7 @@ type LeaveResponse struct {
 
 func (x *LeaveResponse) Reset() {
 	*x = LeaveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4480,7 +4612,7 @@ func (x *LeaveResponse) String() string {
 func (*LeaveResponse) ProtoMessage() {}
 
 func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4493,7 +4625,7 @@ func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveResponse.ProtoReflect.Descriptor instead.
 func (*LeaveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{69}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{70}
 }
 
 type DoctorRequest struct {
@@ -4504,7 +4636,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4516,7 +4648,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4529,7 +4661,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{70}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{71}
 }
 
 type DoctorResponse struct {
@@ -4542,7 +4674,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4554,7 +4686,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4567,7 +4699,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{71}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *DoctorResponse) GetChecks() []*DoctorResponse_Check {
@@ -4600,7 +4732,7 @@ type StatsResponse_Task struct {
 
 func (x *StatsResponse_Task) Reset() {
 	*x = StatsResponse_Task{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4612,7 +4744,7 @@ func (x *StatsResponse_Task) String() string {
 func (*StatsResponse_Task) ProtoMessage() {}
 
 func (x *StatsResponse_Task) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4625,7 +4757,7 @@ func (x *StatsResponse_Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse_Task.ProtoReflect.Descriptor instead.
 func (*StatsResponse_Task) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{53, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{54, 0}
 }
 
 func (x *StatsResponse_Task) GetId() string {
@@ -4695,7 +4827,7 @@ type KernelResponse_Backend struct {
 
 func (x *KernelResponse_Backend) Reset() {
 	*x = KernelResponse_Backend{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4707,7 +4839,7 @@ func (x *KernelResponse_Backend) String() string {
 func (*KernelResponse_Backend) ProtoMessage() {}
 
 func (x *KernelResponse_Backend) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4720,7 +4852,7 @@ func (x *KernelResponse_Backend) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse_Backend.ProtoReflect.Descriptor instead.
 func (*KernelResponse_Backend) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{55, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{56, 0}
 }
 
 func (x *KernelResponse_Backend) GetAddr() string {
@@ -4757,7 +4889,7 @@ type KernelResponse_Server struct {
 
 func (x *KernelResponse_Server) Reset() {
 	*x = KernelResponse_Server{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4769,7 +4901,7 @@ func (x *KernelResponse_Server) String() string {
 func (*KernelResponse_Server) ProtoMessage() {}
 
 func (x *KernelResponse_Server) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4782,7 +4914,7 @@ func (x *KernelResponse_Server) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse_Server.ProtoReflect.Descriptor instead.
 func (*KernelResponse_Server) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{55, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{56, 1}
 }
 
 func (x *KernelResponse_Server) GetService() string {
@@ -4831,13 +4963,14 @@ type ExecRequest_Start struct {
 	Rows          int32                  `protobuf:"varint,7,opt,name=rows,proto3" json:"rows,omitempty"`
 	Cols          int32                  `protobuf:"varint,8,opt,name=cols,proto3" json:"cols,omitempty"`
 	Stdin         bool                   `protobuf:"varint,9,opt,name=stdin,proto3" json:"stdin,omitempty"`
+	Attach        bool                   `protobuf:"varint,10,opt,name=attach,proto3" json:"attach,omitempty"` // no command: to the program of the task itself, which may be yet to start
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ExecRequest_Start) Reset() {
 	*x = ExecRequest_Start{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4849,7 +4982,7 @@ func (x *ExecRequest_Start) String() string {
 func (*ExecRequest_Start) ProtoMessage() {}
 
 func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4862,7 +4995,7 @@ func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Start.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Start) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{56, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{57, 0}
 }
 
 func (x *ExecRequest_Start) GetTask() string {
@@ -4928,6 +5061,13 @@ func (x *ExecRequest_Start) GetStdin() bool {
 	return false
 }
 
+func (x *ExecRequest_Start) GetAttach() bool {
+	if x != nil {
+		return x.Attach
+	}
+	return false
+}
+
 type ExecRequest_Resize struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Rows          int32                  `protobuf:"varint,1,opt,name=rows,proto3" json:"rows,omitempty"`
@@ -4938,7 +5078,7 @@ type ExecRequest_Resize struct {
 
 func (x *ExecRequest_Resize) Reset() {
 	*x = ExecRequest_Resize{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4950,7 +5090,7 @@ func (x *ExecRequest_Resize) String() string {
 func (*ExecRequest_Resize) ProtoMessage() {}
 
 func (x *ExecRequest_Resize) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4963,7 +5103,7 @@ func (x *ExecRequest_Resize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Resize.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Resize) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{56, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{57, 1}
 }
 
 func (x *ExecRequest_Resize) GetRows() int32 {
@@ -4992,7 +5132,7 @@ type DoctorResponse_Check struct {
 
 func (x *DoctorResponse_Check) Reset() {
 	*x = DoctorResponse_Check{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5004,7 +5144,7 @@ func (x *DoctorResponse_Check) String() string {
 func (*DoctorResponse_Check) ProtoMessage() {}
 
 func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5017,7 +5157,7 @@ func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Check.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Check) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{71, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72, 0}
 }
 
 func (x *DoctorResponse_Check) GetName() string {
@@ -5063,7 +5203,7 @@ type DoctorResponse_Object struct {
 
 func (x *DoctorResponse_Object) Reset() {
 	*x = DoctorResponse_Object{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5075,7 +5215,7 @@ func (x *DoctorResponse_Object) String() string {
 func (*DoctorResponse_Object) ProtoMessage() {}
 
 func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5088,7 +5228,7 @@ func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Object.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Object) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{71, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72, 1}
 }
 
 func (x *DoctorResponse_Object) GetReconciler() string {
@@ -5171,7 +5311,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x11NetworkAttachment\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x18\n" +
 	"\aaliases\x18\x02 \x03(\tR\aaliases\x12\x14\n" +
-	"\x05addrs\x18\x03 \x03(\tR\x05addrs\"\xd1\x03\n" +
+	"\x05addrs\x18\x03 \x03(\tR\x05addrs\"\xe1\x04\n" +
 	"\bTaskSpec\x12\x18\n" +
 	"\acommand\x18\x01 \x03(\tR\acommand\x12\x10\n" +
 	"\x03env\x18\x02 \x03(\tR\x03env\x12\x10\n" +
@@ -5191,10 +5331,25 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\vextra_hosts\x18\f \x03(\tR\n" +
 	"extraHosts\x12\x14\n" +
 	"\x05links\x18\r \x03(\tR\x05links\x12\x16\n" +
-	"\x06expose\x18\x0e \x03(\tR\x06expose\x1a9\n" +
+	"\x06expose\x18\x0e \x03(\tR\x06expose\x12\x16\n" +
+	"\x06attach\x18\x0f \x01(\bR\x06attach\x12\x14\n" +
+	"\x05stdin\x18\x10 \x01(\bR\x05stdin\x12\x10\n" +
+	"\x03tty\x18\x11 \x01(\bR\x03tty\x12\x1f\n" +
+	"\vauto_remove\x18\x12 \x01(\bR\n" +
+	"autoRemove\x12-\n" +
+	"\x06health\x18\x13 \x01(\v2\x15.shoal.v1.HealthCheckR\x06health\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x92\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xd5\x01\n" +
+	"\vHealthCheck\x12\x18\n" +
+	"\acommand\x18\x01 \x01(\tR\acommand\x12\x1f\n" +
+	"\vinterval_ms\x18\x02 \x01(\x03R\n" +
+	"intervalMs\x12\x1d\n" +
+	"\n" +
+	"timeout_ms\x18\x03 \x01(\x03R\ttimeoutMs\x12&\n" +
+	"\x0fstart_period_ms\x18\x04 \x01(\x03R\rstartPeriodMs\x12*\n" +
+	"\x11start_interval_ms\x18\x05 \x01(\x03R\x0fstartIntervalMs\x12\x18\n" +
+	"\aretries\x18\x06 \x01(\x05R\aretries\"\x92\x01\n" +
 	"\x04Port\x12\x1c\n" +
 	"\tpublished\x18\x01 \x01(\rR\tpublished\x12\x16\n" +
 	"\x06target\x18\x02 \x01(\rR\x06target\x12\x1a\n" +
@@ -5231,14 +5386,15 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\arunning\x18\x06 \x01(\x05R\arunning\x12$\n" +
 	"\x05ports\x18\a \x03(\v2\x0e.shoal.v1.PortR\x05ports\x12\x18\n" +
 	"\aingress\x18\b \x01(\tR\aingress\x12\x14\n" +
-	"\x05stale\x18\t \x01(\x05R\x05stale\"\x86\x01\n" +
+	"\x05stale\x18\t \x01(\x05R\x05stale\"\x9e\x01\n" +
 	"\n" +
 	"Attachment\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x14\n" +
 	"\x05addrs\x18\x02 \x03(\tR\x05addrs\x12\x18\n" +
 	"\aaliases\x18\x03 \x03(\tR\aaliases\x12\x14\n" +
 	"\x05iface\x18\x04 \x01(\tR\x05iface\x12\x18\n" +
-	"\aleaving\x18\x05 \x01(\x04R\aleaving\"\xb2\x01\n" +
+	"\aleaving\x18\x05 \x01(\x04R\aleaving\x12\x16\n" +
+	"\x06joined\x18\x06 \x01(\x04R\x06joined\"\xb2\x01\n" +
 	"\n" +
 	"TaskStatus\x12\x14\n" +
 	"\x05state\x18\x01 \x01(\tR\x05state\x12\x18\n" +
@@ -5473,13 +5629,13 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\anetwork\x18\x02 \x01(\tR\anetwork\x12\x10\n" +
 	"\x03vip\x18\x03 \x01(\tR\x03vip\x12\x12\n" +
 	"\x04open\x18\x04 \x01(\bR\x04open\x12<\n" +
-	"\bbackends\x18\x05 \x03(\v2 .shoal.v1.KernelResponse.BackendR\bbackends\"\xc4\x03\n" +
+	"\bbackends\x18\x05 \x03(\v2 .shoal.v1.KernelResponse.BackendR\bbackends\"\xdc\x03\n" +
 	"\vExecRequest\x123\n" +
 	"\x05start\x18\x01 \x01(\v2\x1b.shoal.v1.ExecRequest.StartH\x00R\x05start\x12\x16\n" +
 	"\x05stdin\x18\x02 \x01(\fH\x00R\x05stdin\x12\x1d\n" +
 	"\tstdin_eof\x18\x03 \x01(\bH\x00R\bstdinEof\x126\n" +
 	"\x06resize\x18\x04 \x01(\v2\x1c.shoal.v1.ExecRequest.ResizeH\x00R\x06resize\x12\x18\n" +
-	"\x06signal\x18\x05 \x01(\x05H\x00R\x06signal\x1a\xbd\x01\n" +
+	"\x06signal\x18\x05 \x01(\x05H\x00R\x06signal\x1a\xd5\x01\n" +
 	"\x05Start\x12\x12\n" +
 	"\x04task\x18\x01 \x01(\tR\x04task\x12\x18\n" +
 	"\acommand\x18\x02 \x03(\tR\acommand\x12\x10\n" +
@@ -5489,7 +5645,9 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x03tty\x18\x06 \x01(\bR\x03tty\x12\x12\n" +
 	"\x04rows\x18\a \x01(\x05R\x04rows\x12\x12\n" +
 	"\x04cols\x18\b \x01(\x05R\x04cols\x12\x14\n" +
-	"\x05stdin\x18\t \x01(\bR\x05stdin\x1a0\n" +
+	"\x05stdin\x18\t \x01(\bR\x05stdin\x12\x16\n" +
+	"\x06attach\x18\n" +
+	" \x01(\bR\x06attach\x1a0\n" +
 	"\x06Resize\x12\x12\n" +
 	"\x04rows\x18\x01 \x01(\x05R\x04rows\x12\x12\n" +
 	"\x04cols\x18\x02 \x01(\x05R\x04colsB\x05\n" +
@@ -5608,222 +5766,224 @@ func file_shoal_v1_shoal_proto_rawDescGZIP() []byte {
 	return file_shoal_v1_shoal_proto_rawDescData
 }
 
-var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 89)
+var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 90)
 var file_shoal_v1_shoal_proto_goTypes = []any{
 	(*Network)(nil),                   // 0: shoal.v1.Network
 	(*NetworkAttachment)(nil),         // 1: shoal.v1.NetworkAttachment
 	(*TaskSpec)(nil),                  // 2: shoal.v1.TaskSpec
-	(*Port)(nil),                      // 3: shoal.v1.Port
-	(*ServiceSpec)(nil),               // 4: shoal.v1.ServiceSpec
-	(*VIPs)(nil),                      // 5: shoal.v1.VIPs
-	(*Service)(nil),                   // 6: shoal.v1.Service
-	(*Attachment)(nil),                // 7: shoal.v1.Attachment
-	(*TaskStatus)(nil),                // 8: shoal.v1.TaskStatus
-	(*Task)(nil),                      // 9: shoal.v1.Task
-	(*NodeInfo)(nil),                  // 10: shoal.v1.NodeInfo
-	(*Cluster)(nil),                   // 11: shoal.v1.Cluster
-	(*CreateNetworkRequest)(nil),      // 12: shoal.v1.CreateNetworkRequest
-	(*CreateNetworkResponse)(nil),     // 13: shoal.v1.CreateNetworkResponse
-	(*ListNetworksRequest)(nil),       // 14: shoal.v1.ListNetworksRequest
-	(*ListNetworksResponse)(nil),      // 15: shoal.v1.ListNetworksResponse
-	(*RemoveNetworkRequest)(nil),      // 16: shoal.v1.RemoveNetworkRequest
-	(*RemoveNetworkResponse)(nil),     // 17: shoal.v1.RemoveNetworkResponse
-	(*ConnectNetworkRequest)(nil),     // 18: shoal.v1.ConnectNetworkRequest
-	(*ConnectNetworkResponse)(nil),    // 19: shoal.v1.ConnectNetworkResponse
-	(*DisconnectNetworkRequest)(nil),  // 20: shoal.v1.DisconnectNetworkRequest
-	(*DisconnectNetworkResponse)(nil), // 21: shoal.v1.DisconnectNetworkResponse
-	(*EventsRequest)(nil),             // 22: shoal.v1.EventsRequest
-	(*Event)(nil),                     // 23: shoal.v1.Event
-	(*CreateServiceRequest)(nil),      // 24: shoal.v1.CreateServiceRequest
-	(*CreateServiceResponse)(nil),     // 25: shoal.v1.CreateServiceResponse
-	(*UpdateServiceRequest)(nil),      // 26: shoal.v1.UpdateServiceRequest
-	(*UpdateServiceResponse)(nil),     // 27: shoal.v1.UpdateServiceResponse
-	(*ListServicesRequest)(nil),       // 28: shoal.v1.ListServicesRequest
-	(*ListServicesResponse)(nil),      // 29: shoal.v1.ListServicesResponse
-	(*RemoveServiceRequest)(nil),      // 30: shoal.v1.RemoveServiceRequest
-	(*RemoveServiceResponse)(nil),     // 31: shoal.v1.RemoveServiceResponse
-	(*CreateTaskRequest)(nil),         // 32: shoal.v1.CreateTaskRequest
-	(*CreateTaskResponse)(nil),        // 33: shoal.v1.CreateTaskResponse
-	(*ListTasksRequest)(nil),          // 34: shoal.v1.ListTasksRequest
-	(*ListTasksResponse)(nil),         // 35: shoal.v1.ListTasksResponse
-	(*StopTaskRequest)(nil),           // 36: shoal.v1.StopTaskRequest
-	(*StopTaskResponse)(nil),          // 37: shoal.v1.StopTaskResponse
-	(*ListNodesRequest)(nil),          // 38: shoal.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),         // 39: shoal.v1.ListNodesResponse
-	(*UpdateNodeRequest)(nil),         // 40: shoal.v1.UpdateNodeRequest
-	(*UpdateNodeResponse)(nil),        // 41: shoal.v1.UpdateNodeResponse
-	(*RemoveNodeRequest)(nil),         // 42: shoal.v1.RemoveNodeRequest
-	(*RemoveNodeResponse)(nil),        // 43: shoal.v1.RemoveNodeResponse
-	(*JoinNodeRequest)(nil),           // 44: shoal.v1.JoinNodeRequest
-	(*JoinNodeResponse)(nil),          // 45: shoal.v1.JoinNodeResponse
-	(*AssignmentsRequest)(nil),        // 46: shoal.v1.AssignmentsRequest
-	(*AssignmentsResponse)(nil),       // 47: shoal.v1.AssignmentsResponse
-	(*ReportRequest)(nil),             // 48: shoal.v1.ReportRequest
-	(*ReportResponse)(nil),            // 49: shoal.v1.ReportResponse
-	(*TasksRequest)(nil),              // 50: shoal.v1.TasksRequest
-	(*TasksResponse)(nil),             // 51: shoal.v1.TasksResponse
-	(*StatsRequest)(nil),              // 52: shoal.v1.StatsRequest
-	(*StatsResponse)(nil),             // 53: shoal.v1.StatsResponse
-	(*KernelRequest)(nil),             // 54: shoal.v1.KernelRequest
-	(*KernelResponse)(nil),            // 55: shoal.v1.KernelResponse
-	(*ExecRequest)(nil),               // 56: shoal.v1.ExecRequest
-	(*ExecResponse)(nil),              // 57: shoal.v1.ExecResponse
-	(*LogsRequest)(nil),               // 58: shoal.v1.LogsRequest
-	(*LogsResponse)(nil),              // 59: shoal.v1.LogsResponse
-	(*WaitRequest)(nil),               // 60: shoal.v1.WaitRequest
-	(*WaitResponse)(nil),              // 61: shoal.v1.WaitResponse
-	(*InfoRequest)(nil),               // 62: shoal.v1.InfoRequest
-	(*InfoResponse)(nil),              // 63: shoal.v1.InfoResponse
-	(*InitRequest)(nil),               // 64: shoal.v1.InitRequest
-	(*InitResponse)(nil),              // 65: shoal.v1.InitResponse
-	(*JoinRequest)(nil),               // 66: shoal.v1.JoinRequest
-	(*JoinResponse)(nil),              // 67: shoal.v1.JoinResponse
-	(*LeaveRequest)(nil),              // 68: shoal.v1.LeaveRequest
-	(*LeaveResponse)(nil),             // 69: shoal.v1.LeaveResponse
-	(*DoctorRequest)(nil),             // 70: shoal.v1.DoctorRequest
-	(*DoctorResponse)(nil),            // 71: shoal.v1.DoctorResponse
-	nil,                               // 72: shoal.v1.Network.LabelsEntry
-	nil,                               // 73: shoal.v1.Network.OptionsEntry
-	nil,                               // 74: shoal.v1.TaskSpec.LabelsEntry
-	nil,                               // 75: shoal.v1.ServiceSpec.LabelsEntry
-	nil,                               // 76: shoal.v1.NodeInfo.LabelsEntry
-	nil,                               // 77: shoal.v1.CreateNetworkRequest.LabelsEntry
-	nil,                               // 78: shoal.v1.CreateNetworkRequest.OptionsEntry
-	nil,                               // 79: shoal.v1.Event.AttributesEntry
-	nil,                               // 80: shoal.v1.UpdateNodeRequest.SetLabelsEntry
-	nil,                               // 81: shoal.v1.ReportRequest.TasksEntry
-	(*StatsResponse_Task)(nil),        // 82: shoal.v1.StatsResponse.Task
-	(*KernelResponse_Backend)(nil),    // 83: shoal.v1.KernelResponse.Backend
-	(*KernelResponse_Server)(nil),     // 84: shoal.v1.KernelResponse.Server
-	(*ExecRequest_Start)(nil),         // 85: shoal.v1.ExecRequest.Start
-	(*ExecRequest_Resize)(nil),        // 86: shoal.v1.ExecRequest.Resize
-	(*DoctorResponse_Check)(nil),      // 87: shoal.v1.DoctorResponse.Check
-	(*DoctorResponse_Object)(nil),     // 88: shoal.v1.DoctorResponse.Object
+	(*HealthCheck)(nil),               // 3: shoal.v1.HealthCheck
+	(*Port)(nil),                      // 4: shoal.v1.Port
+	(*ServiceSpec)(nil),               // 5: shoal.v1.ServiceSpec
+	(*VIPs)(nil),                      // 6: shoal.v1.VIPs
+	(*Service)(nil),                   // 7: shoal.v1.Service
+	(*Attachment)(nil),                // 8: shoal.v1.Attachment
+	(*TaskStatus)(nil),                // 9: shoal.v1.TaskStatus
+	(*Task)(nil),                      // 10: shoal.v1.Task
+	(*NodeInfo)(nil),                  // 11: shoal.v1.NodeInfo
+	(*Cluster)(nil),                   // 12: shoal.v1.Cluster
+	(*CreateNetworkRequest)(nil),      // 13: shoal.v1.CreateNetworkRequest
+	(*CreateNetworkResponse)(nil),     // 14: shoal.v1.CreateNetworkResponse
+	(*ListNetworksRequest)(nil),       // 15: shoal.v1.ListNetworksRequest
+	(*ListNetworksResponse)(nil),      // 16: shoal.v1.ListNetworksResponse
+	(*RemoveNetworkRequest)(nil),      // 17: shoal.v1.RemoveNetworkRequest
+	(*RemoveNetworkResponse)(nil),     // 18: shoal.v1.RemoveNetworkResponse
+	(*ConnectNetworkRequest)(nil),     // 19: shoal.v1.ConnectNetworkRequest
+	(*ConnectNetworkResponse)(nil),    // 20: shoal.v1.ConnectNetworkResponse
+	(*DisconnectNetworkRequest)(nil),  // 21: shoal.v1.DisconnectNetworkRequest
+	(*DisconnectNetworkResponse)(nil), // 22: shoal.v1.DisconnectNetworkResponse
+	(*EventsRequest)(nil),             // 23: shoal.v1.EventsRequest
+	(*Event)(nil),                     // 24: shoal.v1.Event
+	(*CreateServiceRequest)(nil),      // 25: shoal.v1.CreateServiceRequest
+	(*CreateServiceResponse)(nil),     // 26: shoal.v1.CreateServiceResponse
+	(*UpdateServiceRequest)(nil),      // 27: shoal.v1.UpdateServiceRequest
+	(*UpdateServiceResponse)(nil),     // 28: shoal.v1.UpdateServiceResponse
+	(*ListServicesRequest)(nil),       // 29: shoal.v1.ListServicesRequest
+	(*ListServicesResponse)(nil),      // 30: shoal.v1.ListServicesResponse
+	(*RemoveServiceRequest)(nil),      // 31: shoal.v1.RemoveServiceRequest
+	(*RemoveServiceResponse)(nil),     // 32: shoal.v1.RemoveServiceResponse
+	(*CreateTaskRequest)(nil),         // 33: shoal.v1.CreateTaskRequest
+	(*CreateTaskResponse)(nil),        // 34: shoal.v1.CreateTaskResponse
+	(*ListTasksRequest)(nil),          // 35: shoal.v1.ListTasksRequest
+	(*ListTasksResponse)(nil),         // 36: shoal.v1.ListTasksResponse
+	(*StopTaskRequest)(nil),           // 37: shoal.v1.StopTaskRequest
+	(*StopTaskResponse)(nil),          // 38: shoal.v1.StopTaskResponse
+	(*ListNodesRequest)(nil),          // 39: shoal.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),         // 40: shoal.v1.ListNodesResponse
+	(*UpdateNodeRequest)(nil),         // 41: shoal.v1.UpdateNodeRequest
+	(*UpdateNodeResponse)(nil),        // 42: shoal.v1.UpdateNodeResponse
+	(*RemoveNodeRequest)(nil),         // 43: shoal.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),        // 44: shoal.v1.RemoveNodeResponse
+	(*JoinNodeRequest)(nil),           // 45: shoal.v1.JoinNodeRequest
+	(*JoinNodeResponse)(nil),          // 46: shoal.v1.JoinNodeResponse
+	(*AssignmentsRequest)(nil),        // 47: shoal.v1.AssignmentsRequest
+	(*AssignmentsResponse)(nil),       // 48: shoal.v1.AssignmentsResponse
+	(*ReportRequest)(nil),             // 49: shoal.v1.ReportRequest
+	(*ReportResponse)(nil),            // 50: shoal.v1.ReportResponse
+	(*TasksRequest)(nil),              // 51: shoal.v1.TasksRequest
+	(*TasksResponse)(nil),             // 52: shoal.v1.TasksResponse
+	(*StatsRequest)(nil),              // 53: shoal.v1.StatsRequest
+	(*StatsResponse)(nil),             // 54: shoal.v1.StatsResponse
+	(*KernelRequest)(nil),             // 55: shoal.v1.KernelRequest
+	(*KernelResponse)(nil),            // 56: shoal.v1.KernelResponse
+	(*ExecRequest)(nil),               // 57: shoal.v1.ExecRequest
+	(*ExecResponse)(nil),              // 58: shoal.v1.ExecResponse
+	(*LogsRequest)(nil),               // 59: shoal.v1.LogsRequest
+	(*LogsResponse)(nil),              // 60: shoal.v1.LogsResponse
+	(*WaitRequest)(nil),               // 61: shoal.v1.WaitRequest
+	(*WaitResponse)(nil),              // 62: shoal.v1.WaitResponse
+	(*InfoRequest)(nil),               // 63: shoal.v1.InfoRequest
+	(*InfoResponse)(nil),              // 64: shoal.v1.InfoResponse
+	(*InitRequest)(nil),               // 65: shoal.v1.InitRequest
+	(*InitResponse)(nil),              // 66: shoal.v1.InitResponse
+	(*JoinRequest)(nil),               // 67: shoal.v1.JoinRequest
+	(*JoinResponse)(nil),              // 68: shoal.v1.JoinResponse
+	(*LeaveRequest)(nil),              // 69: shoal.v1.LeaveRequest
+	(*LeaveResponse)(nil),             // 70: shoal.v1.LeaveResponse
+	(*DoctorRequest)(nil),             // 71: shoal.v1.DoctorRequest
+	(*DoctorResponse)(nil),            // 72: shoal.v1.DoctorResponse
+	nil,                               // 73: shoal.v1.Network.LabelsEntry
+	nil,                               // 74: shoal.v1.Network.OptionsEntry
+	nil,                               // 75: shoal.v1.TaskSpec.LabelsEntry
+	nil,                               // 76: shoal.v1.ServiceSpec.LabelsEntry
+	nil,                               // 77: shoal.v1.NodeInfo.LabelsEntry
+	nil,                               // 78: shoal.v1.CreateNetworkRequest.LabelsEntry
+	nil,                               // 79: shoal.v1.CreateNetworkRequest.OptionsEntry
+	nil,                               // 80: shoal.v1.Event.AttributesEntry
+	nil,                               // 81: shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	nil,                               // 82: shoal.v1.ReportRequest.TasksEntry
+	(*StatsResponse_Task)(nil),        // 83: shoal.v1.StatsResponse.Task
+	(*KernelResponse_Backend)(nil),    // 84: shoal.v1.KernelResponse.Backend
+	(*KernelResponse_Server)(nil),     // 85: shoal.v1.KernelResponse.Server
+	(*ExecRequest_Start)(nil),         // 86: shoal.v1.ExecRequest.Start
+	(*ExecRequest_Resize)(nil),        // 87: shoal.v1.ExecRequest.Resize
+	(*DoctorResponse_Check)(nil),      // 88: shoal.v1.DoctorResponse.Check
+	(*DoctorResponse_Object)(nil),     // 89: shoal.v1.DoctorResponse.Object
 }
 var file_shoal_v1_shoal_proto_depIdxs = []int32{
-	72, // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
-	73, // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
-	74, // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
-	75, // 3: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
-	1,  // 4: shoal.v1.ServiceSpec.networks:type_name -> shoal.v1.NetworkAttachment
-	2,  // 5: shoal.v1.ServiceSpec.task:type_name -> shoal.v1.TaskSpec
-	3,  // 6: shoal.v1.ServiceSpec.ports:type_name -> shoal.v1.Port
-	4,  // 7: shoal.v1.Service.spec:type_name -> shoal.v1.ServiceSpec
-	5,  // 8: shoal.v1.Service.vips:type_name -> shoal.v1.VIPs
-	3,  // 9: shoal.v1.Service.ports:type_name -> shoal.v1.Port
-	2,  // 10: shoal.v1.Task.spec:type_name -> shoal.v1.TaskSpec
-	7,  // 11: shoal.v1.Task.attachments:type_name -> shoal.v1.Attachment
-	8,  // 12: shoal.v1.Task.status:type_name -> shoal.v1.TaskStatus
-	3,  // 13: shoal.v1.Task.ports:type_name -> shoal.v1.Port
-	76, // 14: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
-	77, // 15: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
-	78, // 16: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
-	0,  // 17: shoal.v1.CreateNetworkResponse.network:type_name -> shoal.v1.Network
-	0,  // 18: shoal.v1.ListNetworksResponse.networks:type_name -> shoal.v1.Network
-	9,  // 19: shoal.v1.ConnectNetworkResponse.task:type_name -> shoal.v1.Task
-	6,  // 20: shoal.v1.ConnectNetworkResponse.service:type_name -> shoal.v1.Service
-	79, // 21: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
-	4,  // 22: shoal.v1.CreateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
-	6,  // 23: shoal.v1.CreateServiceResponse.service:type_name -> shoal.v1.Service
-	4,  // 24: shoal.v1.UpdateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
-	6,  // 25: shoal.v1.UpdateServiceResponse.service:type_name -> shoal.v1.Service
-	6,  // 26: shoal.v1.ListServicesResponse.services:type_name -> shoal.v1.Service
-	2,  // 27: shoal.v1.CreateTaskRequest.spec:type_name -> shoal.v1.TaskSpec
-	1,  // 28: shoal.v1.CreateTaskRequest.networks:type_name -> shoal.v1.NetworkAttachment
-	3,  // 29: shoal.v1.CreateTaskRequest.ports:type_name -> shoal.v1.Port
-	9,  // 30: shoal.v1.CreateTaskResponse.task:type_name -> shoal.v1.Task
-	9,  // 31: shoal.v1.ListTasksResponse.tasks:type_name -> shoal.v1.Task
-	10, // 32: shoal.v1.ListNodesResponse.nodes:type_name -> shoal.v1.NodeInfo
-	80, // 33: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
-	10, // 34: shoal.v1.UpdateNodeResponse.node:type_name -> shoal.v1.NodeInfo
-	10, // 35: shoal.v1.JoinNodeRequest.node:type_name -> shoal.v1.NodeInfo
-	11, // 36: shoal.v1.JoinNodeResponse.cluster:type_name -> shoal.v1.Cluster
-	10, // 37: shoal.v1.JoinNodeResponse.node:type_name -> shoal.v1.NodeInfo
-	10, // 38: shoal.v1.JoinNodeResponse.managers:type_name -> shoal.v1.NodeInfo
-	9,  // 39: shoal.v1.AssignmentsResponse.tasks:type_name -> shoal.v1.Task
-	0,  // 40: shoal.v1.AssignmentsResponse.networks:type_name -> shoal.v1.Network
-	6,  // 41: shoal.v1.AssignmentsResponse.services:type_name -> shoal.v1.Service
-	10, // 42: shoal.v1.AssignmentsResponse.nodes:type_name -> shoal.v1.NodeInfo
-	11, // 43: shoal.v1.AssignmentsResponse.cluster:type_name -> shoal.v1.Cluster
-	81, // 44: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
-	9,  // 45: shoal.v1.TasksResponse.tasks:type_name -> shoal.v1.Task
-	82, // 46: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
-	84, // 47: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
-	85, // 48: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
-	86, // 49: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
-	8,  // 50: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
-	10, // 51: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
-	10, // 52: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
-	10, // 53: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
-	87, // 54: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
-	88, // 55: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
-	8,  // 56: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
-	83, // 57: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
-	12, // 58: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
-	14, // 59: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
-	16, // 60: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
-	18, // 61: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
-	20, // 62: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
-	24, // 63: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
-	26, // 64: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
-	28, // 65: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
-	30, // 66: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
-	32, // 67: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
-	34, // 68: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
-	36, // 69: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
-	38, // 70: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
-	40, // 71: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
-	42, // 72: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
-	22, // 73: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
-	44, // 74: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
-	46, // 75: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
-	48, // 76: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
-	56, // 77: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
-	58, // 78: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
-	60, // 79: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
-	50, // 80: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
-	52, // 81: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
-	54, // 82: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
-	62, // 83: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
-	64, // 84: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
-	66, // 85: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
-	68, // 86: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
-	70, // 87: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
-	13, // 88: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
-	15, // 89: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
-	17, // 90: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
-	19, // 91: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
-	21, // 92: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
-	25, // 93: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
-	27, // 94: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
-	29, // 95: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
-	31, // 96: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
-	33, // 97: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
-	35, // 98: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
-	37, // 99: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
-	39, // 100: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
-	41, // 101: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
-	43, // 102: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
-	23, // 103: shoal.v1.Control.Events:output_type -> shoal.v1.Event
-	45, // 104: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
-	47, // 105: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
-	49, // 106: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
-	57, // 107: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
-	59, // 108: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
-	61, // 109: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
-	51, // 110: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
-	53, // 111: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
-	55, // 112: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
-	63, // 113: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
-	65, // 114: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
-	67, // 115: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
-	69, // 116: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
-	71, // 117: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
-	88, // [88:118] is the sub-list for method output_type
-	58, // [58:88] is the sub-list for method input_type
-	58, // [58:58] is the sub-list for extension type_name
-	58, // [58:58] is the sub-list for extension extendee
-	0,  // [0:58] is the sub-list for field type_name
+	73, // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
+	74, // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
+	75, // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
+	3,  // 3: shoal.v1.TaskSpec.health:type_name -> shoal.v1.HealthCheck
+	76, // 4: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
+	1,  // 5: shoal.v1.ServiceSpec.networks:type_name -> shoal.v1.NetworkAttachment
+	2,  // 6: shoal.v1.ServiceSpec.task:type_name -> shoal.v1.TaskSpec
+	4,  // 7: shoal.v1.ServiceSpec.ports:type_name -> shoal.v1.Port
+	5,  // 8: shoal.v1.Service.spec:type_name -> shoal.v1.ServiceSpec
+	6,  // 9: shoal.v1.Service.vips:type_name -> shoal.v1.VIPs
+	4,  // 10: shoal.v1.Service.ports:type_name -> shoal.v1.Port
+	2,  // 11: shoal.v1.Task.spec:type_name -> shoal.v1.TaskSpec
+	8,  // 12: shoal.v1.Task.attachments:type_name -> shoal.v1.Attachment
+	9,  // 13: shoal.v1.Task.status:type_name -> shoal.v1.TaskStatus
+	4,  // 14: shoal.v1.Task.ports:type_name -> shoal.v1.Port
+	77, // 15: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
+	78, // 16: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
+	79, // 17: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
+	0,  // 18: shoal.v1.CreateNetworkResponse.network:type_name -> shoal.v1.Network
+	0,  // 19: shoal.v1.ListNetworksResponse.networks:type_name -> shoal.v1.Network
+	10, // 20: shoal.v1.ConnectNetworkResponse.task:type_name -> shoal.v1.Task
+	7,  // 21: shoal.v1.ConnectNetworkResponse.service:type_name -> shoal.v1.Service
+	80, // 22: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
+	5,  // 23: shoal.v1.CreateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
+	7,  // 24: shoal.v1.CreateServiceResponse.service:type_name -> shoal.v1.Service
+	5,  // 25: shoal.v1.UpdateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
+	7,  // 26: shoal.v1.UpdateServiceResponse.service:type_name -> shoal.v1.Service
+	7,  // 27: shoal.v1.ListServicesResponse.services:type_name -> shoal.v1.Service
+	2,  // 28: shoal.v1.CreateTaskRequest.spec:type_name -> shoal.v1.TaskSpec
+	1,  // 29: shoal.v1.CreateTaskRequest.networks:type_name -> shoal.v1.NetworkAttachment
+	4,  // 30: shoal.v1.CreateTaskRequest.ports:type_name -> shoal.v1.Port
+	10, // 31: shoal.v1.CreateTaskResponse.task:type_name -> shoal.v1.Task
+	10, // 32: shoal.v1.ListTasksResponse.tasks:type_name -> shoal.v1.Task
+	11, // 33: shoal.v1.ListNodesResponse.nodes:type_name -> shoal.v1.NodeInfo
+	81, // 34: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	11, // 35: shoal.v1.UpdateNodeResponse.node:type_name -> shoal.v1.NodeInfo
+	11, // 36: shoal.v1.JoinNodeRequest.node:type_name -> shoal.v1.NodeInfo
+	12, // 37: shoal.v1.JoinNodeResponse.cluster:type_name -> shoal.v1.Cluster
+	11, // 38: shoal.v1.JoinNodeResponse.node:type_name -> shoal.v1.NodeInfo
+	11, // 39: shoal.v1.JoinNodeResponse.managers:type_name -> shoal.v1.NodeInfo
+	10, // 40: shoal.v1.AssignmentsResponse.tasks:type_name -> shoal.v1.Task
+	0,  // 41: shoal.v1.AssignmentsResponse.networks:type_name -> shoal.v1.Network
+	7,  // 42: shoal.v1.AssignmentsResponse.services:type_name -> shoal.v1.Service
+	11, // 43: shoal.v1.AssignmentsResponse.nodes:type_name -> shoal.v1.NodeInfo
+	12, // 44: shoal.v1.AssignmentsResponse.cluster:type_name -> shoal.v1.Cluster
+	82, // 45: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
+	10, // 46: shoal.v1.TasksResponse.tasks:type_name -> shoal.v1.Task
+	83, // 47: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
+	85, // 48: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
+	86, // 49: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
+	87, // 50: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
+	9,  // 51: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
+	11, // 52: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
+	11, // 53: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
+	11, // 54: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
+	88, // 55: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
+	89, // 56: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
+	9,  // 57: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
+	84, // 58: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
+	13, // 59: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
+	15, // 60: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
+	17, // 61: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
+	19, // 62: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
+	21, // 63: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
+	25, // 64: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
+	27, // 65: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
+	29, // 66: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
+	31, // 67: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
+	33, // 68: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
+	35, // 69: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
+	37, // 70: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
+	39, // 71: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
+	41, // 72: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
+	43, // 73: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
+	23, // 74: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
+	45, // 75: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
+	47, // 76: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
+	49, // 77: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
+	57, // 78: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
+	59, // 79: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
+	61, // 80: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
+	51, // 81: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
+	53, // 82: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
+	55, // 83: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
+	63, // 84: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
+	65, // 85: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
+	67, // 86: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
+	69, // 87: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
+	71, // 88: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
+	14, // 89: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
+	16, // 90: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
+	18, // 91: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
+	20, // 92: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
+	22, // 93: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
+	26, // 94: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
+	28, // 95: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
+	30, // 96: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
+	32, // 97: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
+	34, // 98: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
+	36, // 99: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
+	38, // 100: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
+	40, // 101: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
+	42, // 102: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
+	44, // 103: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
+	24, // 104: shoal.v1.Control.Events:output_type -> shoal.v1.Event
+	46, // 105: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
+	48, // 106: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
+	50, // 107: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
+	58, // 108: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
+	60, // 109: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
+	62, // 110: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
+	52, // 111: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
+	54, // 112: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
+	56, // 113: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
+	64, // 114: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
+	66, // 115: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
+	68, // 116: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
+	70, // 117: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
+	72, // 118: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
+	89, // [89:119] is the sub-list for method output_type
+	59, // [59:89] is the sub-list for method input_type
+	59, // [59:59] is the sub-list for extension type_name
+	59, // [59:59] is the sub-list for extension extendee
+	0,  // [0:59] is the sub-list for field type_name
 }
 
 func init() { file_shoal_v1_shoal_proto_init() }
@@ -5831,16 +5991,16 @@ func file_shoal_v1_shoal_proto_init() {
 	if File_shoal_v1_shoal_proto != nil {
 		return
 	}
-	file_shoal_v1_shoal_proto_msgTypes[26].OneofWrappers = []any{}
-	file_shoal_v1_shoal_proto_msgTypes[40].OneofWrappers = []any{}
-	file_shoal_v1_shoal_proto_msgTypes[56].OneofWrappers = []any{
+	file_shoal_v1_shoal_proto_msgTypes[27].OneofWrappers = []any{}
+	file_shoal_v1_shoal_proto_msgTypes[41].OneofWrappers = []any{}
+	file_shoal_v1_shoal_proto_msgTypes[57].OneofWrappers = []any{
 		(*ExecRequest_Start_)(nil),
 		(*ExecRequest_Stdin)(nil),
 		(*ExecRequest_StdinEof)(nil),
 		(*ExecRequest_Resize_)(nil),
 		(*ExecRequest_Signal)(nil),
 	}
-	file_shoal_v1_shoal_proto_msgTypes[57].OneofWrappers = []any{
+	file_shoal_v1_shoal_proto_msgTypes[58].OneofWrappers = []any{
 		(*ExecResponse_Stdout)(nil),
 		(*ExecResponse_Stderr)(nil),
 		(*ExecResponse_ExitCode)(nil),
@@ -5851,7 +6011,7 @@ func file_shoal_v1_shoal_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_shoal_v1_shoal_proto_rawDesc), len(file_shoal_v1_shoal_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   89,
+			NumMessages:   90,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -38,9 +38,26 @@ func main() {
 	flag.StringVar(&b.dataPath, "data-path", "nft", "ipvs or nft")
 	flag.IntVar(&b.rounds, "rounds", 3, "rounds of each traffic variant")
 	flag.IntVar(&b.seconds, "seconds", 2, "length of one measurement")
+	onlyNames := flag.Bool("names", false, "measure the name server alone, beside CoreDNS if BIN/bench-coredns is there")
+	// The two ends of -names, each a process of its own.
+	serve := flag.String("serve", "", "serve the table of names at this address")
+	ask := flag.String("ask", "", "ask the server at this address")
+	prefix := flag.String("prefix", "", "with -ask: what comes before a service's name")
+	rate := flag.Int("rate", 0, "with -ask: questions a second; 0: as many as are answered")
 	flag.Parse()
 	var err error
-	if b.bin, err = filepath.Abs(b.bin); err == nil {
+	switch b.bin, err = filepath.Abs(b.bin); {
+	case err != nil:
+	case *serve != "":
+		err = serveNames(*serve)
+	case *ask != "":
+		var res asked
+		if res, err = askNames(*ask, *prefix, *rate, b.seconds); err == nil {
+			err = json.NewEncoder(os.Stdout).Encode(res)
+		}
+	case *onlyNames:
+		err = b.names(say)
+	default:
 		err = b.run()
 	}
 	if err != nil {
@@ -70,8 +87,10 @@ func (b *bench) in(task string, args ...string) (string, error) {
 	return b.on("node1", append([]string{"shoal", "exec", task}, args...)...)
 }
 
+// say tells how far the run is.
+func say(format string, args ...any) { fmt.Fprintf(os.Stderr, format+"\n", args...) }
+
 func (b *bench) run() (err error) {
-	say := func(format string, args ...any) { fmt.Fprintf(os.Stderr, format+"\n", args...) }
 	say("lab up (%s)", b.dataPath)
 	defer func() {
 		_, derr := b.shoal("lab", "down", "--name", b.lab)

@@ -15,11 +15,12 @@ import (
 
 // Chain is a chain of our table, as read.
 type Chain struct {
-	Name  string
-	Hook  int // -1: none
-	Prio  int32
-	Type  string
-	Rules []Rule
+	Name   string
+	Hook   int // -1: none
+	Prio   int32
+	Type   string
+	Policy uint32 // of one with a hook: nfAccept
+	Rules  []Rule
 }
 
 // Rule is a rule of our table, as read.
@@ -27,6 +28,9 @@ type Rule struct {
 	Comment string
 	Sets    []string // looked up, in order
 }
+
+// nfAccept is NF_ACCEPT (linux/netfilter.h).
+const nfAccept = 1
 
 // Elem is an element of a set, as read.
 type Elem struct {
@@ -97,6 +101,10 @@ func Chains(f Family) (map[string]*Chain, error) {
 				c.Name = cstr(v)
 			case unix.NFTA_CHAIN_TYPE:
 				c.Type = cstr(v)
+			case unix.NFTA_CHAIN_POLICY:
+				if len(v) == 4 {
+					c.Policy = binary.BigEndian.Uint32(v)
+				}
 			case unix.NFTA_CHAIN_HOOK:
 				attrs(v, func(t uint16, v []byte) {
 					if len(v) != 4 {
@@ -164,7 +172,8 @@ func (c *Chain) Is(b Base, comments ...string) bool {
 	if c == nil || len(c.Rules) != len(comments) {
 		return false
 	}
-	if b.Hook != nil && (c.Hook != int(*b.Hook) || c.Prio != int32(*b.Prio) || c.Type != string(b.Type)) {
+	if b.Hook == nil && c.Hook >= 0 ||
+		b.Hook != nil && (c.Hook != int(*b.Hook) || c.Prio != int32(*b.Prio) || c.Type != string(b.Type) || c.Policy != nfAccept) {
 		return false
 	}
 	for i, r := range c.Rules {
@@ -177,14 +186,44 @@ func (c *Chain) Is(b Base, comments ...string) bool {
 
 // HasTable tells whether our table exists.
 func HasTable(f Family) (bool, error) {
-	_, err := request(f, unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_GETTABLE, unix.NLM_F_ACK, str(unix.NFTA_TABLE_NAME, Table))
+	there, _, err := table(f)
+	return there, err
+}
+
+func table(f Family) (there, dormant bool, err error) {
+	msgs, err := request(f, unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_GETTABLE, unix.NLM_F_ACK, str(unix.NFTA_TABLE_NAME, Table))
 	if absentTable(err) {
-		return false, nil
+		return false, false, nil
 	}
 	if err != nil {
-		return false, fmt.Errorf("look up nftables table: %w", err)
+		return false, false, fmt.Errorf("look up nftables table: %w", err)
 	}
-	return true, nil
+	for _, m := range msgs {
+		attrs(m, func(t uint16, v []byte) {
+			if t == unix.NFTA_TABLE_FLAGS && len(v) == 4 {
+				dormant = binary.BigEndian.Uint32(v)&unix.NFT_TABLE_F_DORMANT != 0
+			}
+		})
+	}
+	return true, dormant, nil
+}
+
+// TableFault says what spoils our table though its own chains may be right. ours
+// tells which chains belong to it.
+func TableFault(f Family, chains map[string]*Chain, ours func(name string) bool) (string, error) {
+	_, dormant, err := table(f)
+	switch {
+	case err != nil:
+		return "", err
+	case dormant:
+		return "table " + Table + " is dormant", nil
+	}
+	for name := range chains {
+		if !ours(name) {
+			return "table " + Table + " has a chain " + name + " that is not ours", nil
+		}
+	}
+	return "", nil
 }
 
 // ErrNoSet: the set does not exist.

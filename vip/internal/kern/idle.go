@@ -19,36 +19,56 @@ import (
 // port used again would reach the backend of then, even a draining one.
 const MinIdle = 7200 + 10*75
 
-// keyEstablished is a new namespace's own; the kernel's default is five days
-// (Documentation/networking/nf_conntrack-sysctl.rst).
-const keyEstablished = "net.netfilter.nf_conntrack_tcp_timeout_established"
+// minHalfClosed is the like, in seconds, for a connection that one side has
+// closed and the other is still to send on: a long job's result. The kernel's
+// 60 s are a complaint of Swarm's users (moby issue 37822). An hour, kube-proxy's
+// value, and not MinIdle: programs that never close leave many such behind.
+const minHalfClosed = 3600
+
+// idleTimes are a new namespace's own sysctls, with their least values
+// (Documentation/networking/nf_conntrack-sysctl.rst: five days and 60 s, unless
+// set).
+var idleTimes = []struct {
+	key   string
+	least int
+}{
+	{"net.netfilter.nf_conntrack_tcp_timeout_established", MinIdle},
+	{"net.netfilter.nf_conntrack_tcp_timeout_close_wait", minHalfClosed},
+}
 
 // SetIdle sees to it that conntrack in the namespace knows idle connections for
-// MinIdle. A larger value stays. Without conntrack in the kernel its error
-// satisfies errors.Is(err, fs.ErrNotExist).
+// MinIdle, half-closed ones for an hour. A larger value stays. Without conntrack
+// in the kernel its error satisfies errors.Is(err, fs.ErrNotExist).
 func SetIdle() error {
-	v, err := nl.Sysctl(keyEstablished)
-	if err != nil || longIdle(v) {
-		return err
+	for _, t := range idleTimes {
+		v, err := nl.Sysctl(t.key)
+		if err == nil && !atLeast(v, t.least) {
+			err = nl.SetSysctl(t.key, strconv.Itoa(t.least))
+		}
+		if err != nil {
+			return err
+		}
 	}
-	return nl.SetSysctl(keyEstablished, strconv.Itoa(MinIdle))
+	return nil
 }
 
 // IdleFault says what SetIdle has to set; nothing without conntrack.
 func IdleFault() string {
-	v, err := nl.Sysctl(keyEstablished)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return ""
-	case err != nil:
-		return err.Error()
-	case !longIdle(v):
-		return fmt.Sprintf("sysctl %s is %s, less than %d", keyEstablished, v, MinIdle)
+	for _, t := range idleTimes {
+		v, err := nl.Sysctl(t.key)
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			return ""
+		case err != nil:
+			return err.Error()
+		case !atLeast(v, t.least):
+			return fmt.Sprintf("sysctl %s is %s, less than %d", t.key, v, t.least)
+		}
 	}
 	return ""
 }
 
-func longIdle(v string) bool {
+func atLeast(v string, least int) bool {
 	n, err := strconv.Atoi(v)
-	return err == nil && n >= MinIdle
+	return err == nil && n >= least
 }

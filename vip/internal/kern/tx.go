@@ -160,6 +160,20 @@ func (t *Tx) DelChain(name string) {
 	t.c.DelChain(c)
 }
 
+// DelOthers deletes the chains that don't belong to our table.
+func (t *Tx) DelOthers(f Family, ours func(name string) bool) {
+	chains, err := Chains(f)
+	if err != nil {
+		t.keep(err)
+		return
+	}
+	for name := range chains {
+		if !ours(name) {
+			t.DelChain(name)
+		}
+	}
+}
+
 // Rule appends a rule with a comment.
 func (t *Tx) Rule(c *nftables.Chain, comment string, es ...expr.Any) {
 	t.n++

@@ -1,0 +1,144 @@
+package agent
+
+import (
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/shoalnet/shoal/runtime"
+	"github.com/shoalnet/shoal/spec"
+)
+
+// quickly is a health check that loses no time.
+func quickly(retries int) *spec.HealthCheck {
+	return &spec.HealthCheck{Command: "x", Interval: time.Millisecond, StartInterval: time.Millisecond, StartPeriod: time.Hour, Retries: retries}
+}
+
+func replica(h *spec.HealthCheck) spec.Task {
+	return newTask("t1", func(t *spec.Task) { t.Service, t.Slot, t.Spec.Health = "web", 1, h })
+}
+
+// sick makes the health check fail, or pass with "".
+func (b *bench) sick(id, how string) {
+	if err := b.task(id, func(t *fakeTask) { t.sick = how }); err != nil {
+		b.t.Error(err)
+	}
+}
+
+func (b *bench) listens(id string, up bool) {
+	if err := b.task(id, func(t *fakeTask) { t.listening = up }); err != nil {
+		b.t.Error(err)
+	}
+}
+
+// looked waits until two looks at whether the program listens have begun: the
+// first has been judged.
+func (b *bench) looked(id string) {
+	b.t.Helper()
+	at := -1
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		done := false
+		_ = b.task(id, func(t *fakeTask) {
+			if at < 0 {
+				at = t.looks
+			}
+			done = t.looks >= at+2
+		})
+		if done {
+			return
+		}
+	}
+	b.t.Fatal("nobody looks whether the program listens")
+}
+
+// TestReplicaWaitsForItsHealthCheck: it takes traffic from the first success on,
+// and is given up when the check fails for too long.
+func TestReplicaWaitsForItsHealthCheck(t *testing.T) {
+	b := newBench(t)
+	open := b.gate("start t1")
+	b.give(true, replica(quickly(3)))
+	b.await("start t1")
+	b.sick("t1", "warming up")
+	open()
+	b.await("t1: starting not healthy yet: exit status 1: warming up")
+	b.never("t1 endpoint: app active", "t1: running")
+	b.sick("t1", "")
+	b.await("t1: running")
+	if l := b.lines(); slices.Index(l, "t1 endpoint: app active") < 0 {
+		t.Errorf("it runs and takes no traffic:\n%s", strings.Join(l, "\n"))
+	}
+
+	b.forget()
+	b.sick("t1", "no database")
+	b.expect("t1 endpoint: app draining", "t1: stopping draining", "settled", "t1: stopping", "stop t1 SIGTERM 10s", "t1 endpoint:",
+		"t1: failed unhealthy: exit status 1: no database", "release t1", "t1: failed unhealthy: exit status 1: no database released")
+}
+
+// TestReplicaThatNeverGetsHealthyIsGivenUp after as long as the checks of Docker
+// would take.
+func TestReplicaThatNeverGetsHealthyIsGivenUp(t *testing.T) {
+	b := newBench(t)
+	h := quickly(2)
+	h.StartPeriod = 0
+	open := b.gate("start t1")
+	b.give(true, replica(h))
+	b.await("start t1")
+	b.sick("t1", "no")
+	open()
+	b.await("t1: failed unhealthy: exit status 1: no released")
+	b.never("t1 endpoint: app active", "t1: running")
+}
+
+// TestUnhealthyTaskOfItsOwn: nobody would start another.
+func TestUnhealthyTaskOfItsOwn(t *testing.T) {
+	b := newBench(t)
+	b.give(true, newTask("t1", func(t *spec.Task) { t.Spec.Health = quickly(1) }))
+	b.await("t1: running")
+	b.sick("t1", "dizzy")
+	b.await("t1: running unhealthy: exit status 1: dizzy")
+	b.await("t1 endpoint: app draining")
+	b.forget()
+	b.sick("t1", "")
+	b.expect("t1 endpoint: app active", "t1: running")
+}
+
+// TestReplicaThatNoLongerListens takes no new connections, keeps those that it
+// has, and is back when it listens.
+func TestReplicaThatNoLongerListens(t *testing.T) {
+	b := newBench(t)
+	b.give(true, replica(nil))
+	b.await("start t1")
+	b.listens("t1", true)
+	b.await("t1: running")
+	b.looked("t1")
+	b.forget()
+	b.listens("t1", false)
+	b.expect("t1 endpoint: app draining", "t1: running not listening: takes no new connections")
+	b.forget()
+	b.listens("t1", true)
+	b.expect("t1 endpoint: app active", "t1: running")
+}
+
+// TestAdoptedReplicaIsAsHealthyAsItIs: what was healthy stays in its balancers
+// without a gap, what is not is not put there.
+func TestAdoptedReplicaIsAsHealthyAsItIs(t *testing.T) {
+	for _, well := range []bool{true, false} {
+		task := replica(quickly(1))
+		b := newBench(t, found(task, runtime.Running, 0))
+		if !well {
+			b.sick("t1", "no")
+		}
+		if err := b.adopt(b.ctx, nil); err != nil {
+			t.Fatal(err)
+		}
+		if well {
+			b.await("t1: running")
+			b.never("t1 endpoint: app draining", "t1 endpoint: app starting")
+		} else {
+			b.await("t1 endpoint: app draining")
+			b.never("t1 endpoint: app active", "t1: running")
+		}
+		b.cancel()
+	}
+}

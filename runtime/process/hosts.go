@@ -1,0 +1,64 @@
+package process
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+)
+
+// SetHosts implements runtime.Runtime.
+func (r *Runtime) SetHosts(ctx context.Context, id, name string, addrs []netip.Addr) error {
+	if _, err := r.Status(ctx, id); err != nil {
+		return err
+	}
+	file := filepath.Join(r.taskDir(id), "hosts")
+	// The task has this very file mounted: it is changed, not replaced.
+	f, err := os.OpenFile(file, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	old, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	text := withHost(string(old), name, addrs)
+	if text == string(old) {
+		return nil
+	}
+	// Cut off last, so that no reader finds it empty.
+	if _, err := f.WriteAt([]byte(text), 0); err != nil {
+		return fmt.Errorf("write %s: %w", file, err)
+	}
+	return f.Truncate(int64(len(text)))
+}
+
+// withHost is a hosts file (hosts(5)) in which name stands for addrs. Lines that
+// are not of the form in which the agent writes them are somebody else's.
+func withHost(text, name string, addrs []netip.Addr) string {
+	var out strings.Builder
+	var have []netip.Addr
+	for l := range strings.Lines(text) {
+		addr, rest, _ := strings.Cut(strings.TrimSuffix(l, "\n"), "\t")
+		if a, err := netip.ParseAddr(addr); err == nil && rest == name && !a.IsLoopback() {
+			if !slices.Contains(addrs, a) || slices.Contains(have, a) {
+				continue
+			}
+			have = append(have, a)
+		}
+		out.WriteString(l)
+	}
+	if s := out.String(); s != "" && !strings.HasSuffix(s, "\n") {
+		out.WriteByte('\n')
+	}
+	for _, a := range addrs {
+		if !slices.Contains(have, a) {
+			fmt.Fprintf(&out, "%s\t%s\n", a, name)
+		}
+	}
+	return out.String()
+}
