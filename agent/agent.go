@@ -490,7 +490,7 @@ func (a *localAPI) Join(ctx context.Context, req *connect.Request[shoalv1.JoinRe
 		if ident.Number == 0 {
 			return fmt.Errorf("the manager's answer has no node number")
 		}
-		if err := checkUDPPort("VXLAN", netip.AddrPortFrom(ident.Addr, uint16(ident.Cluster.DataPathPort)), "--data-path-port of shoal init"); err != nil {
+		if err := checkUDPPort("VXLAN", netip.AddrPortFrom(ident.Addr, uint16(ident.Cluster.DataPathPort)), dataPathPortFlag); err != nil {
 			return err
 		}
 		ident.Managers = []string{remote}
@@ -560,7 +560,7 @@ func (a *Agent) checkPorts(id *identity) error {
 		return connect.NewError(connect.CodeFailedPrecondition, err)
 	}
 	if p := id.Cluster.DataPathPort; p != 0 {
-		if err := checkUDPPort("VXLAN", netip.AddrPortFrom(id.Addr, uint16(p)), "--data-path-port of shoal init"); err != nil {
+		if err := checkUDPPort("VXLAN", netip.AddrPortFrom(id.Addr, uint16(p)), dataPathPortFlag); err != nil {
 			return connect.NewError(connect.CodeFailedPrecondition, err)
 		}
 	}

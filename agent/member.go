@@ -763,7 +763,7 @@ func listenError(what, proto string, addr netip.AddrPort, flag string, err error
 		owner = " by " + o
 	}
 	if errors.Is(err, errAddrInUse) {
-		return fmt.Errorf("%s port %s/%s is taken%s: stop that program, or start the agent with %s PORT", what, strconv.Itoa(int(addr.Port())), proto, owner, flag)
+		return fmt.Errorf("%s port %s/%s is taken%s: stop that program, or %s PORT", what, strconv.Itoa(int(addr.Port())), proto, owner, how(flag))
 	}
 	if errors.Is(err, errAddrNotAvail) {
 		return fmt.Errorf("address %s is not one of this machine's: give one of its own with --advertise-addr", addr.Addr())
@@ -786,3 +786,14 @@ func clusterOf(c *shoalv1.Cluster) (state.Cluster, error) {
 	}
 	return out, nil
 }
+
+// how says where a flag is given: the VXLAN port is the whole cluster's, and
+// fixed when that is made.
+func how(flag string) string {
+	if flag == dataPathPortFlag {
+		return "make the cluster with 'shoal init' " + flag
+	}
+	return "start the agent with " + flag
+}
+
+const dataPathPortFlag = "--data-path-port"

@@ -92,11 +92,16 @@ func TestRaftOfAnotherCluster(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		go func() { _, _ = out.Write([]byte("vote")) }()
+		_ = out.SetDeadline(time.Now().Add(10 * time.Second))
+		late := time.AfterFunc(10*time.Second, func() { ln.Close() })
+		if _, err := out.Write([]byte("vote")); err != nil {
+			t.Fatal(err)
+		}
 		conn, err := in.Accept()
 		if err != nil {
 			t.Fatal(err)
 		}
+		_ = conn.SetDeadline(time.Now().Add(10 * time.Second))
 		b := make([]byte, 4)
 		_, err = io.ReadFull(conn, b)
 		if got := err == nil && string(b) == "vote"; got != c.ok {
@@ -104,6 +109,7 @@ func TestRaftOfAnotherCluster(t *testing.T) {
 		}
 		out.Close()
 		conn.Close()
+		late.Stop()
 		ln.Close()
 	}
 }
