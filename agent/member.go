@@ -68,6 +68,7 @@ type member struct {
 	view        atomic.Pointer[spec.View] // the last that was composed
 	composeWake chan struct{}             // size 1
 	reportWake  chan struct{}             // size 1
+	assignWake  chan struct{}             // size 1
 	progress    *progress
 	evicted     func(reason string) // told once when the managers no longer know this node
 
@@ -84,6 +85,7 @@ type member struct {
 	assigned *assignment
 	fresh    bool // assigned came from the managers since the start
 	acked    map[string]spec.TaskStatus
+	follows  uint64 // index of the newest assignment that the kernel follows
 }
 
 // newMember opens the control port. Nothing is started.
@@ -95,7 +97,7 @@ func newMember(cfg Config, ident *identity, log *slog.Logger) (*member, error) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	m := &member{cfg: cfg, ident: ident, log: log, listener: ln, ctx: ctx, cancel: cancel,
-		composeWake: make(chan struct{}, 1), reportWake: make(chan struct{}, 1), progress: newProgress(), acked: map[string]spec.TaskStatus{}}
+		composeWake: make(chan struct{}, 1), reportWake: make(chan struct{}, 1), assignWake: make(chan struct{}, 1), progress: newProgress(), acked: map[string]spec.TaskStatus{}}
 	m.setCluster(ident.Cluster.ID)
 	m.raft, m.http = control.Split(ln)
 	m.fwd = control.NewForwarder(control.ForwarderConfig{NodeID: ident.NodeID, Cluster: m.clusterID, Managers: m.managerAddrs, Log: log})
@@ -233,6 +235,7 @@ func (m *member) start() error {
 	m.wg.Go(m.runtimeLoop)
 	m.wg.Go(m.composeLoop)
 	m.wg.Go(m.assignLoop)
+	m.wg.Go(m.followLoop)
 	m.wg.Go(m.reportLoop)
 	return nil
 }
@@ -625,6 +628,28 @@ func toAssignment(msg *shoalv1.AssignmentsResponse) (*assignment, error) {
 	return a, nil
 }
 
+// followLoop tells the managers which assignment the kernel follows: whoever
+// changed a service waits for it.
+func (m *member) followLoop() {
+	for {
+		select {
+		case <-m.ctx.Done():
+			return
+		case <-m.assignWake:
+		}
+		m.mu.Lock()
+		index := m.assigned.Index
+		m.mu.Unlock()
+		if m.applied(m.ctx) != nil {
+			return
+		}
+		m.mu.Lock()
+		m.follows = index
+		m.mu.Unlock()
+		wake(m.reportWake)
+	}
+}
+
 // assign takes a fresh assignment.
 func (m *member) assign(a *assignment) {
 	m.mu.Lock()
@@ -648,6 +673,7 @@ func (m *member) assign(a *assignment) {
 		m.tasks.assign(m.ident.NodeID, a.Tasks, true)
 	}
 	wake(m.composeWake)
+	wake(m.assignWake)
 }
 
 // follow takes up what the managers decided of this node itself.
@@ -730,6 +756,7 @@ func (m *member) report() error {
 		ControlPort: int32(m.ident.ControlPort), GossipPort: int32(m.ident.GossipPort), DataPath: m.cfg.VIP.Name()}
 	sent := m.tasks.statuses()
 	m.mu.Lock()
+	req.Applied = m.follows
 	for id := range m.acked {
 		if _, ok := sent[id]; !ok {
 			delete(m.acked, id)

@@ -78,7 +78,10 @@ func (r *runner) judge(fn func(*fitness)) {
 
 // tell makes known how the program is: to the other nodes, whether it takes new
 // connections, and to the managers. Connections that it has are its own affair.
-func (r *runner) tell(pid int) {
+//
+// A replica is said to run once every node's balancer has it: what waits for that,
+// a person or an update about to stop another, may count on it.
+func (r *runner) tell(ctx context.Context, pid int) {
 	r.mu.Lock()
 	why := cmp.Or(r.fit.ill, r.fit.deaf)
 	first := r.status.State != spec.TaskRunning
@@ -92,7 +95,8 @@ func (r *runner) tell(pid int) {
 			state = spec.TaskStarting
 		}
 	}
-	same := r.endpoint != nil && *r.endpoint == ep && r.status.State == state && r.status.Message == why
+	moved := r.endpoint == nil || *r.endpoint != ep
+	same := !moved && r.status.State == state && r.status.Message == why
 	r.mu.Unlock()
 	if same {
 		return
@@ -101,6 +105,14 @@ func (r *runner) tell(pid int) {
 		r.endpoint = &ep
 		r.status.PID = pid
 	})
+	if moved && ep == spec.EndpointActive {
+		if err := r.whileWanted(ctx, routeTimeout, r.plumbing.settled); err != nil {
+			r.log.Debug("running before every node's balancer is known to have the task", "task", r.task.Name, "missing", err)
+		}
+		if st, err := r.programState(ctx); ctx.Err() != nil || err == nil && st.State == runtime.Exited {
+			return // watch sees to what comes next
+		}
+	}
 	r.state(state, why)
 }
 

@@ -100,7 +100,7 @@ func TestUnhealthyTaskOfItsOwn(t *testing.T) {
 	b.await("t1 endpoint: app draining")
 	b.forget()
 	b.sick("t1", "")
-	b.expect("t1 endpoint: app active", "t1: running")
+	b.expect("t1 endpoint: app active", "settled", "t1: running")
 }
 
 // TestReplicaThatNoLongerListens takes no new connections, keeps those that it
@@ -117,7 +117,7 @@ func TestReplicaThatNoLongerListens(t *testing.T) {
 	b.expect("t1 endpoint: app draining", "t1: running not listening: takes no new connections")
 	b.forget()
 	b.listens("t1", true)
-	b.expect("t1 endpoint: app active", "t1: running")
+	b.expect("t1 endpoint: app active", "settled", "t1: running")
 }
 
 // TestAdoptedReplicaIsAsHealthyAsItIs: what was healthy stays in its balancers

@@ -550,7 +550,7 @@ func (r *runner) watch(ctx context.Context) error {
 		if !r.detach(ctx) || !r.rewire(ctx) {
 			continue
 		}
-		r.tell(st.PID)
+		r.tell(ctx, st.PID)
 		select {
 		case <-ctx.Done():
 			return nil

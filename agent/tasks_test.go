@@ -398,7 +398,7 @@ func found(t spec.Task, state runtime.State, code int) runtime.Status {
 func (b *bench) give(fresh bool, ts ...spec.Task) { b.assign("n1", ts, fresh) }
 
 // up are the steps of a task until it runs.
-var up = []string{"t1: preparing", "create t1", "dns t1", "t1 endpoint: app starting", "wired t1", "settled", "t1: starting", "start t1", "t1 endpoint: app active", "t1: running"}
+var up = []string{"t1: preparing", "create t1", "dns t1", "t1 endpoint: app starting", "wired t1", "settled", "t1: starting", "start t1", "t1 endpoint: app active", "settled", "t1: running"}
 
 func TestTaskUpAndDown(t *testing.T) {
 	b := newBench(t)
@@ -449,7 +449,7 @@ func TestTaskOnTheHostNetwork(t *testing.T) {
 	b := newBench(t)
 	b.hosts["host"] = true
 	b.give(true, newTask("t1", func(t *spec.Task) { t.Attachments = []spec.Attachment{{Network: "host"}} }))
-	b.expect("t1: preparing", "create t1", "wired t1", "settled", "t1: starting", "start t1", "t1: running")
+	b.expect("t1: preparing", "create t1", "wired t1", "settled", "t1: starting", "start t1", "settled", "t1: running")
 	if sb, _ := b.sandboxes(); len(sb) != 0 {
 		t.Errorf("sandboxes %+v", sb)
 	}

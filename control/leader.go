@@ -62,6 +62,27 @@ func (m *Manager) seen(id string) {
 	m.mu.Unlock()
 }
 
+// follows notes which assignment a node's kernel follows.
+func (m *Manager) follows(id string, index uint64) {
+	m.mu.Lock()
+	m.applied[id] = max(m.applied[id], index)
+	m.mu.Unlock()
+}
+
+// behind names the nodes that a change made at an index concerns and that have
+// not said yet that they follow it. Of those that are down nobody waits to hear.
+func (m *Manager) behind(st *state.State, index uint64) []string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var out []string
+	for _, n := range st.Nodes() {
+		if n.Status == spec.NodeReady && st.AssignmentIndex(n.ID) >= index && m.applied[n.ID] < index {
+			out = append(out, n.Name)
+		}
+	}
+	return out
+}
+
 // monitor keeps the nodes' status as what was heard of them says.
 func (m *Manager) monitor(ctx context.Context, since time.Time) {
 	t := time.NewTicker(monitorInterval)

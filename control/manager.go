@@ -84,7 +84,8 @@ type Manager struct {
 	leadership context.Context // of the current term as leader; nil: not leader, or not ready
 	verified   time.Time       // when leadership was last confirmed by a majority
 	lastSeen   map[string]time.Time
-	wakeNodes  chan struct{} // size 1
+	applied    map[string]uint64 // by node: index of the newest assignment that it follows
+	wakeNodes  chan struct{}     // size 1
 }
 
 const (
@@ -109,7 +110,7 @@ func NewManager(cfg ManagerConfig) (*Manager, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("raft directory: %w", err)
 	}
-	m := &Manager{cfg: cfg, log: cfg.Log, fsm: newFSM(cfg.Log), lastSeen: map[string]time.Time{}, wakeNodes: make(chan struct{}, 1)}
+	m := &Manager{cfg: cfg, log: cfg.Log, fsm: newFSM(cfg.Log), lastSeen: map[string]time.Time{}, applied: map[string]uint64{}, wakeNodes: make(chan struct{}, 1)}
 	var err error
 	if m.store, err = openLog(filepath.Join(dir, "log.db")); err != nil {
 		return nil, err
@@ -230,7 +231,7 @@ func (m *Manager) lead(ctx context.Context) {
 	now := time.Now()
 	m.mu.Lock()
 	m.leadership, m.verified = ctx, now
-	m.lastSeen = map[string]time.Time{}
+	m.lastSeen, m.applied = map[string]time.Time{}, map[string]uint64{}
 	m.mu.Unlock()
 	m.log.Info("leading the managers")
 	defer func() {

@@ -181,7 +181,7 @@ func (s *service) ListServices(_ context.Context, req *connect.Request[shoalv1.L
 		ss, err := pick(req.Msg.Refs, st.Services, st.Service)
 		for _, v := range ss {
 			w := api.Service(v, st.Running(v.ID))
-			w.Stale = int32(st.Stale(v.ID))
+			w.Stale, w.Behind = int32(st.Stale(v.ID)), s.m.behind(st, v.Version)
 			resp.Services = append(resp.Services, w)
 		}
 		return err
@@ -483,6 +483,7 @@ func (s *service) Report(ctx context.Context, req *connect.Request[shoalv1.Repor
 		return nil, rpcError(err)
 	}
 	s.m.seen(r.Node)
+	s.m.follows(r.Node, r.Applied)
 	now := known
 	if r.Addr != "" {
 		if now.Addr, err = netip.ParseAddr(r.Addr); err != nil {

@@ -672,6 +672,55 @@ func TestReportsKeepNodesReady(t *testing.T) {
 	}
 }
 
+// TestServiceIsBehindUntilNodesFollow: a node that a change concerns is waited
+// for until it says so, and one that is down is not.
+func TestServiceIsBehindUntilNodesFollow(t *testing.T) {
+	n := newCluster(t, 1)[0]
+	w := newNode(t, "worker", spec.RoleWorker)
+	w.start()
+	join(t, n, w)
+	if err := createNetwork(n, "app"); err != nil {
+		t.Fatal(err)
+	}
+	n.createService(svc("quiet", 0, "app")) // on no node: it concerns none
+	req := svc("web", 0, "app")
+	req.Spec.Ports = []*shoalv1.Port{{Published: 8080, Target: 80, Protocol: spec.TCP, Mode: spec.PortIngress}}
+	n.createService(req)
+	service := func(name string) *shoalv1.Service {
+		t.Helper()
+		resp, err := n.ctl.ListServices(testCtx(t), connect.NewRequest(&shoalv1.ListServicesRequest{Refs: []string{name}}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return resp.Msg.Services[0]
+	}
+	says := func(id string, index uint64) {
+		t.Helper()
+		if _, err := n.ctl.Report(testCtx(t), connect.NewRequest(&shoalv1.ReportRequest{Node: id, Applied: index})); err != nil {
+			t.Fatal(err)
+		}
+	}
+	expect := func(name string, want ...string) {
+		t.Helper()
+		if got := service(name).Behind; !slices.Equal(got, want) {
+			t.Errorf("behind with %s: %v, want %v", name, got, want)
+		}
+	}
+	version := service("web").Version
+	expect("web", "node1", "worker")
+	down := &state.SetNodeStatus{Nodes: []state.NodeStatus{{ID: w.node.ID, Status: spec.NodeDown}}}
+	if _, err := n.mgr.Propose(testCtx(t), state.Command{SetNodeStatus: down}); err != nil {
+		t.Fatal(err)
+	}
+	expect("web", "node1")
+	says(w.node.ID, version-1) // it is back
+	expect("web", "node1", "worker")
+	says(w.node.ID, version)
+	expect("web", "node1")
+	says(w.node.ID, 1) // late
+	expect("web", "node1")
+}
+
 func portOf(a net.Addr) int { return a.(*net.TCPAddr).Port }
 
 // sameButIndex compares two snapshots apart from the index of the last command,

@@ -203,14 +203,20 @@ func (c *cli) svcCreate() *cobra.Command {
 // convergeTimeout bounds the wait of svc create and scale.
 const convergeTimeout = 2 * time.Minute
 
-// converge waits until a service has as many running tasks as it wants, shows
-// how far it is, and says what stands in the way when it takes long.
+// followTimeout bounds the wait for nodes to say that their kernels follow a
+// change: one that hangs is for the managers to notice.
+const followTimeout = 5 * time.Second
+
+// converge waits until a service has as many running tasks as it wants, and every
+// node's kernel follows, shows how far it is, and says what stands in the way when
+// it takes long.
 func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) error {
 	name, want := s.GetSpec().GetName(), int(s.GetSpec().GetReplicas())
 	ctx, cancel := context.WithTimeout(ctx, convergeTimeout)
 	defer cancel()
 	tty := c.terminal() && !quiet
 	last, why := "", ""
+	var up time.Time // since when all tasks are as wanted
 	for {
 		tasks, err := c.tasks(ctx, &shoalv1.ListTasksRequest{Service: s.Id, All: true})
 		if err != nil && ctx.Err() == nil {
@@ -234,8 +240,9 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 			}
 		}
 		stale := 0
+		var behind []string
 		if svcs, serr := c.services(ctx, s.Id); serr == nil {
-			stale = int(svcs[0].Stale)
+			stale, behind = int(svcs[0].Stale), svcs[0].Behind
 		} else if err == nil {
 			err = serr
 		}
@@ -252,7 +259,15 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 		if extra > 0 {
 			line += fmt.Sprintf(", %d stopping", extra)
 		}
-		if err == nil && running == want && extra+stale+rewiring == 0 {
+		done := err == nil && running == want && extra+stale+rewiring == 0
+		if up.IsZero() || !done {
+			up = time.Now()
+		}
+		if done && len(behind) > 0 {
+			line += ", not followed yet by " + strings.Join(behind, ", ")
+			done = time.Since(up) > followTimeout
+		}
+		if done {
 			if tty {
 				fmt.Fprintf(c.err, "\r\033[K%s\n", line)
 			} else if !quiet {

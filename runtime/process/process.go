@@ -368,18 +368,16 @@ func (r *Runtime) Start(ctx context.Context, id string) error {
 		return err
 	}
 	resp, _, err := call(r.socket(id), request{Op: "start"}, 0)
-	if err != nil {
-		return err
-	}
-	// What the answer says is true now, before the watcher hears of it.
+	// What the answer says is true now, before the watcher hears of it: also that
+	// the program has ended, and how, when it could not be executed.
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if e := r.tasks[id]; e != nil && e.status.State == runtime.Created {
+	if e := r.tasks[id]; e != nil && e.status.State == runtime.Created && resp.Status.ID == id {
 		data := e.status.Data
 		e.status, e.initPID = resp.Status, resp.InitPID
 		e.status.Data = data
 	}
-	return nil
+	return err
 }
 
 // Stop implements runtime.Runtime.

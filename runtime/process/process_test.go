@@ -327,6 +327,10 @@ func TestStartErrors(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "\n") {
 			t.Errorf("%v: got %v", s, err)
 		}
+		// How it ended is known with the error.
+		if st := f.status(k); st.State != runtime.Exited || st.ExitCode == 0 {
+			t.Errorf("%v: %+v", s, st)
+		}
 		f.exited(k)
 	}
 }

@@ -776,6 +776,7 @@ type Service struct {
 	Ports         []*Port                `protobuf:"bytes,7,rep,name=ports,proto3" json:"ports,omitempty"`      // of the spec, with the numbers that were allocated
 	Ingress       string                 `protobuf:"bytes,8,opt,name=ingress,proto3" json:"ingress,omitempty"`  // network ID that published ports lead to
 	Stale         int32                  `protobuf:"varint,9,opt,name=stale,proto3" json:"stale,omitempty"`     // tasks that an update has not replaced yet, counted by the leader
+	Behind        []string               `protobuf:"bytes,10,rep,name=behind,proto3" json:"behind,omitempty"`   // names of nodes whose kernel is not known to follow this version yet
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -871,6 +872,13 @@ func (x *Service) GetStale() int32 {
 		return x.Stale
 	}
 	return 0
+}
+
+func (x *Service) GetBehind() []string {
+	if x != nil {
+		return x.Behind
+	}
+	return nil
 }
 
 type Attachment struct {
@@ -3345,6 +3353,7 @@ type ReportRequest struct {
 	ControlPort   int32    `protobuf:"varint,5,opt,name=control_port,json=controlPort,proto3" json:"control_port,omitempty"`
 	GossipPort    int32    `protobuf:"varint,6,opt,name=gossip_port,json=gossipPort,proto3" json:"gossip_port,omitempty"`
 	DataPath      string   `protobuf:"bytes,7,opt,name=data_path,json=dataPath,proto3" json:"data_path,omitempty"`
+	Applied       uint64   `protobuf:"varint,8,opt,name=applied,proto3" json:"applied,omitempty"` // index of the newest assignment that the node's kernel follows
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3426,6 +3435,13 @@ func (x *ReportRequest) GetDataPath() string {
 		return x.DataPath
 	}
 	return ""
+}
+
+func (x *ReportRequest) GetApplied() uint64 {
+	if x != nil {
+		return x.Applied
+	}
+	return 0
 }
 
 type ReportResponse struct {
@@ -5375,7 +5391,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"6\n" +
 	"\x04VIPs\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x14\n" +
-	"\x05addrs\x18\x02 \x03(\tR\x05addrs\"\x91\x02\n" +
+	"\x05addrs\x18\x02 \x03(\tR\x05addrs\"\xa9\x02\n" +
 	"\aService\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12)\n" +
 	"\x04spec\x18\x02 \x01(\v2\x15.shoal.v1.ServiceSpecR\x04spec\x12\"\n" +
@@ -5386,7 +5402,9 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\arunning\x18\x06 \x01(\x05R\arunning\x12$\n" +
 	"\x05ports\x18\a \x03(\v2\x0e.shoal.v1.PortR\x05ports\x12\x18\n" +
 	"\aingress\x18\b \x01(\tR\aingress\x12\x14\n" +
-	"\x05stale\x18\t \x01(\x05R\x05stale\"\x9e\x01\n" +
+	"\x05stale\x18\t \x01(\x05R\x05stale\x12\x16\n" +
+	"\x06behind\x18\n" +
+	" \x03(\tR\x06behind\"\x9e\x01\n" +
 	"\n" +
 	"Attachment\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x14\n" +
@@ -5579,7 +5597,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\bnetworks\x18\x04 \x03(\v2\x11.shoal.v1.NetworkR\bnetworks\x12-\n" +
 	"\bservices\x18\x05 \x03(\v2\x11.shoal.v1.ServiceR\bservices\x12(\n" +
 	"\x05nodes\x18\x06 \x03(\v2\x12.shoal.v1.NodeInfoR\x05nodes\x12+\n" +
-	"\acluster\x18\a \x01(\v2\x11.shoal.v1.ClusterR\acluster\"\xc1\x02\n" +
+	"\acluster\x18\a \x01(\v2\x11.shoal.v1.ClusterR\acluster\"\xdb\x02\n" +
 	"\rReportRequest\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x128\n" +
 	"\x05tasks\x18\x02 \x03(\v2\".shoal.v1.ReportRequest.TasksEntryR\x05tasks\x12\x1d\n" +
@@ -5589,7 +5607,8 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\fcontrol_port\x18\x05 \x01(\x05R\vcontrolPort\x12\x1f\n" +
 	"\vgossip_port\x18\x06 \x01(\x05R\n" +
 	"gossipPort\x12\x1b\n" +
-	"\tdata_path\x18\a \x01(\tR\bdataPath\x1aN\n" +
+	"\tdata_path\x18\a \x01(\tR\bdataPath\x12\x18\n" +
+	"\aapplied\x18\b \x01(\x04R\aapplied\x1aN\n" +
 	"\n" +
 	"TasksEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12*\n" +
