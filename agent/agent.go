@@ -182,7 +182,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		if err := srv.Serve(ln); err != nil && ctx.Err() == nil {
+		if err := srv.Serve(ln); err != nil && !errors.Is(err, http.ErrServerClosed) {
 			a.log.Error("API socket closed", "error", err)
 		}
 	})
@@ -495,11 +495,12 @@ func (a *localAPI) Join(ctx context.Context, req *connect.Request[shoalv1.JoinRe
 		if ident.Cluster, err = clusterOf(resp.Msg.Cluster); err != nil {
 			return err
 		}
+		m.setCluster(ident.Cluster.ID)
 		ident.Number = int(resp.Msg.Node.GetNumber())
 		if ident.Number == 0 {
 			return fmt.Errorf("the manager's answer has no node number")
 		}
-		if err := checkUDPPort("VXLAN", netip.AddrPortFrom(ident.Addr, uint16(ident.Cluster.DataPathPort)), "--data-path-port of shoal init"); err != nil {
+		if err := checkUDPPort("VXLAN", netip.AddrPortFrom(ident.Addr, uint16(ident.Cluster.DataPathPort)), dataPathPortFlag); err != nil {
 			return err
 		}
 		ident.Managers = []string{remote}
@@ -569,7 +570,7 @@ func (a *Agent) checkPorts(id *identity) error {
 		return connect.NewError(connect.CodeFailedPrecondition, err)
 	}
 	if p := id.Cluster.DataPathPort; p != 0 {
-		if err := checkUDPPort("VXLAN", netip.AddrPortFrom(id.Addr, uint16(p)), "--data-path-port of shoal init"); err != nil {
+		if err := checkUDPPort("VXLAN", netip.AddrPortFrom(id.Addr, uint16(p)), dataPathPortFlag); err != nil {
 			return connect.NewError(connect.CodeFailedPrecondition, err)
 		}
 	}

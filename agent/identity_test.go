@@ -178,6 +178,24 @@ func TestListenUnix(t *testing.T) {
 	}
 }
 
+// udpOnly takes a UDP port that nobody has by TCP, as another program on this
+// machine well may.
+func udpOnly(t *testing.T) net.PacketConn {
+	for range 100 {
+		udp, err := net.ListenPacket("udp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if tcp, err := net.Listen("tcp", udp.LocalAddr().String()); err == nil {
+			tcp.Close()
+			return udp
+		}
+		udp.Close()
+	}
+	t.Fatal("no UDP port whose like by TCP is free")
+	return nil
+}
+
 // TestTakenPorts: the error names the port, who has it, and the flag.
 func TestTakenPorts(t *testing.T) {
 	local := netip.MustParseAddr("127.0.0.1")
@@ -186,10 +204,7 @@ func TestTakenPorts(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer tcp.Close()
-	udp, err := net.ListenPacket("udp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	udp := udpOnly(t)
 	defer udp.Close()
 	tcpPort := int(netip.MustParseAddrPort(tcp.Addr().String()).Port())
 	udpPort := int(netip.MustParseAddrPort(udp.LocalAddr().String()).Port())
@@ -205,7 +220,7 @@ func TestTakenPorts(t *testing.T) {
 		}(), []string{fmt.Sprintf("control port %d/tcp is taken by", tcpPort), me, "--control-port PORT"}},
 		"gossip, TCP": {a.checkPorts(&identity{Addr: local, GossipPort: tcpPort}), []string{fmt.Sprintf("gossip port %d/tcp is taken by", tcpPort), me, "--gossip-port PORT"}},
 		"gossip, UDP": {a.checkPorts(&identity{Addr: local, GossipPort: udpPort}), []string{fmt.Sprintf("gossip port %d/udp is taken by", udpPort), me, "--gossip-port PORT"}},
-		"VXLAN":       {checkUDPPort("VXLAN", netip.AddrPortFrom(local, uint16(udpPort)), "--data-path-port of shoal init"), []string{fmt.Sprintf("VXLAN port %d/udp is taken by", udpPort), me, "--data-path-port"}},
+		"VXLAN":       {checkUDPPort("VXLAN", netip.AddrPortFrom(local, uint16(udpPort)), dataPathPortFlag), []string{fmt.Sprintf("VXLAN port %d/udp is taken by", udpPort), me, "--data-path-port"}},
 		"an address of another machine": {checkUDPPort("gossip", netip.MustParseAddrPort("192.0.2.1:7946"), "--gossip-port"),
 			[]string{"address 192.0.2.1 is not one of this machine's", "--advertise-addr"}},
 	} {

@@ -64,6 +64,7 @@ type member struct {
 	vip      *reconcile.Loop[vip.State, vip.State]
 	ingress  *reconcile.Loop[ingress.State, ingress.State]
 
+	cluster     atomic.Pointer[string]    // see clusterID
 	view        atomic.Pointer[spec.View] // the last that was composed
 	composeWake chan struct{}             // size 1
 	reportWake  chan struct{}             // size 1
@@ -97,13 +98,19 @@ func newMember(cfg Config, ident *identity, log *slog.Logger) (*member, error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	m := &member{cfg: cfg, ident: ident, log: log, listener: ln, ctx: ctx, cancel: cancel,
 		composeWake: make(chan struct{}, 1), reportWake: make(chan struct{}, 1), assignWake: make(chan struct{}, 1), progress: newProgress(), acked: map[string]spec.TaskStatus{}}
+	m.setCluster(ident.Cluster.ID)
 	m.raft, m.http = control.Split(ln)
-	m.fwd = control.NewForwarder(control.ForwarderConfig{NodeID: ident.NodeID, Managers: m.managerAddrs, Log: log})
+	m.fwd = control.NewForwarder(control.ForwarderConfig{NodeID: ident.NodeID, Cluster: m.clusterID, Managers: m.managerAddrs, Log: log})
 	// By way of the agent's own socket, as every other client: the forwarder
 	// behind it finds the leader.
 	m.client = shoalv1connect.NewControlClient(control.UnixClient(cfg.Socket), "http://shoal")
 	return m, nil
 }
+
+// clusterID is the cluster's ID, "" while this node is still joining one.
+func (m *member) clusterID() string { return *m.cluster.Load() }
+
+func (m *member) setCluster(id string) { m.cluster.Store(&id) }
 
 // serve starts HTTP on the control port.
 func (m *member) serve(h http.Handler) {
@@ -130,7 +137,7 @@ func (m *member) startManager() (*control.Manager, error) {
 		return m.manager, nil
 	}
 	mgr, err := control.NewManager(control.ManagerConfig{
-		Node: m.node(spec.RoleManager), DataDir: m.cfg.DataDir, RaftListener: m.raft,
+		Node: m.node(spec.RoleManager), DataDir: m.cfg.DataDir, Cluster: m.clusterID, RaftListener: m.raft,
 		Liveness: m.liveness, HostRoutes: m.cfg.HostRoutes, Log: m.log,
 	})
 	if err != nil {
@@ -783,7 +790,7 @@ func listenError(what, proto string, addr netip.AddrPort, flag string, err error
 		owner = " by " + o
 	}
 	if errors.Is(err, errAddrInUse) {
-		return fmt.Errorf("%s port %s/%s is taken%s: stop that program, or start the agent with %s PORT", what, strconv.Itoa(int(addr.Port())), proto, owner, flag)
+		return fmt.Errorf("%s port %s/%s is taken%s: stop that program, or %s PORT", what, strconv.Itoa(int(addr.Port())), proto, owner, how(flag))
 	}
 	if errors.Is(err, errAddrNotAvail) {
 		return fmt.Errorf("address %s is not one of this machine's: give one of its own with --advertise-addr", addr.Addr())
@@ -806,3 +813,14 @@ func clusterOf(c *shoalv1.Cluster) (state.Cluster, error) {
 	}
 	return out, nil
 }
+
+// how says where a flag is given: the VXLAN port is the whole cluster's, and
+// fixed when that is made.
+func how(flag string) string {
+	if flag == dataPathPortFlag {
+		return "make the cluster with 'shoal init' " + flag
+	}
+	return "start the agent with " + flag
+}
+
+const dataPathPortFlag = "--data-path-port"

@@ -58,6 +58,7 @@ type simNode struct {
 	dir  string
 	tune Tuning
 	log  *slog.Logger
+	in   string        // its cluster's ID; "": not known
 	sees []string      // control addresses that its forwarder knows
 	wait time.Duration // of its forwarder for a leader
 
@@ -94,7 +95,7 @@ func (n *simNode) start() {
 	})
 	n.node.ControlPort = n.ln.Addr().(*net.TCPAddr).Port
 	raftConns, httpConns := Split(n.ln)
-	n.fwd = NewForwarder(ForwarderConfig{NodeID: n.node.ID, Managers: func() []string { return n.sees }, Wait: n.wait, Log: n.log})
+	n.fwd = NewForwarder(ForwarderConfig{NodeID: n.node.ID, Cluster: func() string { return n.in }, Managers: func() []string { return n.sees }, Wait: n.wait, Log: n.log})
 	n.srv = &http.Server{Handler: n.fwd, Protocols: Protocols(), ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug)}
 	srv := n.srv
 	n.wg.Go(func() { _ = srv.Serve(httpConns) })
@@ -103,7 +104,7 @@ func (n *simNode) start() {
 	if n.node.Role != spec.RoleManager {
 		return
 	}
-	n.mgr, err = NewManager(ManagerConfig{Node: n.node, DataDir: n.dir, RaftListener: raftConns, Log: n.log, Tuning: n.tune})
+	n.mgr, err = NewManager(ManagerConfig{Node: n.node, DataDir: n.dir, Cluster: func() string { return n.in }, RaftListener: raftConns, Log: n.log, Tuning: n.tune})
 	if err != nil {
 		n.t.Fatal(err)
 	}

@@ -22,6 +22,9 @@ import (
 const (
 	// hopHeader marks a call that another node forwarded: it goes no further.
 	hopHeader = "Shoal-Forwarded"
+	// clusterHeader is the cluster of the node that forwards, or asks for the
+	// leader. An address it knows may have become one of another cluster's.
+	clusterHeader = "Shoal-Cluster"
 	// notLeaderHeader marks an answer that says "ask another": nothing was done.
 	notLeaderHeader = "Shoal-Not-Leader"
 	// LeaderPath answers with the leader's control address as this node knows it.
@@ -36,6 +39,8 @@ const (
 // ForwarderConfig is what a Forwarder needs.
 type ForwarderConfig struct {
 	NodeID string
+	// Cluster is the ID of the node's cluster, "" while that is not known.
+	Cluster func() string
 	// Managers are control addresses to ask, HOST:PORT.
 	Managers func() []string
 	// Wait is for how long a call waits for a leader to be found. 0: 10 s.
@@ -61,6 +66,9 @@ func NewForwarder(cfg ForwarderConfig) *Forwarder {
 	if cfg.Wait == 0 {
 		cfg.Wait = leaderWait
 	}
+	if cfg.Cluster == nil {
+		cfg.Cluster = func() string { return "" }
+	}
 	return &Forwarder{cfg: cfg, client: TCPClient()}
 }
 
@@ -83,6 +91,11 @@ func (f *Forwarder) local() (*Manager, http.Handler) {
 // ServeHTTP implements http.Handler.
 func (f *Forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	m, h := f.local()
+	if theirs, ours := r.Header.Get(clusterHeader), f.cfg.Cluster(); theirs != "" && ours != "" && theirs != ours {
+		w.Header().Set(notLeaderHeader, "1")
+		_ = connect.NewErrorWriter().Write(w, r, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("this node is in cluster %s, not in %s", ours, theirs)))
+		return
+	}
 	if r.URL.Path == LeaderPath {
 		f.serveLeader(w, m)
 		return
@@ -258,11 +271,15 @@ func (f *Forwarder) askLeader(ctx context.Context, addr string) (string, error) 
 	if err != nil {
 		return "", err
 	}
+	req.Header.Set(clusterHeader, f.cfg.Cluster())
 	resp, err := f.client.Do(req)
 	if err != nil {
 		return "", err
 	}
 	defer resp.Body.Close()
+	if resp.Header.Get(notLeaderHeader) != "" {
+		return "", fmt.Errorf("manager %s is of another cluster", addr)
+	}
 	b, err := io.ReadAll(io.LimitReader(resp.Body, 256))
 	if err != nil {
 		return "", err
@@ -295,6 +312,7 @@ func (f *Forwarder) forward(w http.ResponseWriter, r *http.Request, addr string,
 		}
 	}
 	req.Header.Set(hopHeader, f.cfg.NodeID)
+	req.Header.Set(clusterHeader, f.cfg.Cluster())
 	resp, err := f.client.Do(req)
 	if err != nil {
 		// A connection that was never made has carried nothing.

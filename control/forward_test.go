@@ -45,10 +45,9 @@ func TestForwarderWithoutLeader(t *testing.T) {
 	n := newNode(t, "worker", spec.RoleWorker)
 	n.wait = time.Second
 	n.start()
-	dead := listen(t)
-	dead.Close()
+	dead := nobody(t)
 	deaf := fakeManager(t, func() string { return "" }, notLeader)
-	n.sees = []string{dead.Addr().String(), deaf}
+	n.sees = []string{dead, deaf}
 
 	ctx, cancel := context.WithTimeout(context.Background(), 300*time.Millisecond)
 	defer cancel()
@@ -71,8 +70,7 @@ func TestForwarderWithoutLeader(t *testing.T) {
 func TestForwarderWithoutMajority(t *testing.T) {
 	t.Parallel()
 	f := NewForwarder(ForwarderConfig{Managers: func() []string { return nil }})
-	dead := listen(t)
-	dead.Close()
+	dead := nobody(t)
 	deaf := fakeManager(t, func() string { return "" }, notLeader)
 	for _, c := range []struct {
 		managers []string
@@ -81,14 +79,35 @@ func TestForwarderWithoutMajority(t *testing.T) {
 	}{
 		{nil, false, 0},
 		{[]string{deaf}, true, 0},
-		{[]string{dead.Addr().String()}, false, 1},
-		{[]string{deaf, dead.Addr().String()}, false, 1},
-		{[]string{deaf, dead.Addr().String(), deaf}, true, 1},
+		{[]string{dead}, false, 1},
+		{[]string{deaf, dead}, false, 1},
+		{[]string{deaf, dead, deaf}, true, 1},
 	} {
 		f.cfg.Managers = func() []string { return c.managers }
 		leader, silent, majority := f.findLeader(testCtx(t), nil)
 		if leader != "" || majority != c.majority || len(silent) != c.silent {
 			t.Errorf("%v: leader %q, majority %v, no answer from %v", c.managers, leader, majority, silent)
+		}
+	}
+}
+
+// TestForwarderOfAnotherCluster: an address that has become another cluster's is
+// not asked, so that what it does not know of is not taken for removed.
+func TestForwarderOfAnotherCluster(t *testing.T) {
+	t.Parallel()
+	m := newNode(t, "manager", spec.RoleManager)
+	m.in = "b"
+	m.start()
+	if _, err := m.mgr.Bootstrap(testCtx(t), testCluster); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct{ in, want string }{{"b", ""}, {"", ""}, {"a", "no answer from " + m.addr()}} {
+		n := newNode(t, "worker", spec.RoleWorker)
+		n.in, n.sees, n.wait = c.in, []string{m.addr()}, time.Second
+		n.start()
+		_, err := n.ctl.ListNetworks(testCtx(t), connect.NewRequest(&shoalv1.ListNetworksRequest{}))
+		if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
+			t.Errorf("a node of cluster %q asks a manager of cluster %q: %v, want %q", n.in, m.in, err, c.want)
 		}
 	}
 }
@@ -150,10 +169,9 @@ func TestForwarderFindsAnotherLeader(t *testing.T) {
 		t.Errorf("answer %q", got)
 	}
 	// An address where nobody listens any more carried nothing: another is asked.
-	gone := listen(t)
-	gone.Close()
+	gone := nobody(t)
 	n.fwd.mu.Lock()
-	n.fwd.leader = gone.Addr().String()
+	n.fwd.leader = gone
 	n.fwd.mu.Unlock()
 	if got := post(); got != "/shoal.v1.Control/Do?x=1 body" {
 		t.Errorf("answer %q", got)

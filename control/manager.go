@@ -54,6 +54,9 @@ func (t *Tuning) defaults() {
 type ManagerConfig struct {
 	Node    spec.Node // this one: ID, name, address, control port
 	DataDir string    // raft's files are in RaftDir(DataDir)
+	// Cluster is the ID of the node's cluster, "" while that is not known. It may
+	// be called from any goroutine.
+	Cluster func() string
 	// RaftListener is raft's share of the control port.
 	RaftListener *Conns
 	// Liveness is what this node's gossip holds of the others, by ID.
@@ -97,6 +100,9 @@ func NewManager(cfg ManagerConfig) (*Manager, error) {
 	if cfg.Liveness == nil {
 		cfg.Liveness = func() map[string]spec.Liveness { return nil }
 	}
+	if cfg.Cluster == nil {
+		cfg.Cluster = func() string { return "" }
+	}
 	if cfg.HostRoutes == nil {
 		cfg.HostRoutes = func() []netip.Prefix { return nil }
 	}
@@ -116,7 +122,7 @@ func NewManager(cfg ManagerConfig) (*Manager, error) {
 		return nil, fmt.Errorf("raft snapshots: %w", err)
 	}
 	m.trans = raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
-		Stream: newLayer(cfg.RaftListener.Borrow()), MaxPool: 3, Timeout: 2 * time.Second, Logger: logger,
+		Stream: newLayer(cfg.RaftListener.Borrow(), cfg.Cluster), MaxPool: 3, Timeout: 2 * time.Second, Logger: logger,
 	})
 	rc := raft.DefaultConfig()
 	rc.LocalID = raft.ServerID(cfg.Node.ID)

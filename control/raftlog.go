@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"runtime/debug"
@@ -19,25 +20,64 @@ import (
 // layer is raft's transport over the shared listener. Closing it closes its
 // connections, too, which raft's NetworkTransport leaves to the other side: that
 // of a node which is no manager any more may keep them for ever.
+//
+// Each connection begins with the ID of the caller's cluster. An address may have
+// become one of another cluster's, and raft itself would take the other's word for
+// what was decided.
 type layer struct {
 	net.Listener
+	cluster func() string // "": not known yet
 
 	mu    sync.Mutex
 	conns map[*layerConn]struct{} // nil: closed
 }
 
-func newLayer(ln net.Listener) *layer {
-	return &layer{Listener: ln, conns: map[*layerConn]struct{}{}}
+func newLayer(ln net.Listener, cluster func() string) *layer {
+	return &layer{Listener: ln, cluster: cluster, conns: map[*layerConn]struct{}{}}
 }
 
 // layerConn is a connection that its layer forgets when it is closed.
 type layerConn struct {
 	net.Conn
-	l *layer
+	l       *layer
+	greeted bool // the caller's cluster was read, or this is the caller
 }
 
-func (l *layer) add(c net.Conn) (net.Conn, error) {
-	lc := &layerConn{Conn: c, l: l}
+// Read implements net.Conn. It checks the caller's cluster first: Accept must not
+// wait for a caller to say it.
+func (c *layerConn) Read(b []byte) (int, error) {
+	if !c.greeted {
+		theirs, err := readGreeting(c.Conn)
+		if err != nil {
+			return 0, err
+		}
+		if ours := c.l.cluster(); ours != "" && theirs != "" && ours != theirs {
+			c.Close()
+			return 0, fmt.Errorf("manager at %s is of cluster %s, this is one of %s", c.RemoteAddr(), theirs, ours)
+		}
+		c.greeted = true
+	}
+	return c.Conn.Read(b)
+}
+
+// greeting is what a connection begins with.
+func greeting(cluster string) []byte {
+	return append([]byte{raftMagic, byte(len(cluster))}, cluster...)
+}
+
+// readGreeting reads it, after raftMagic.
+func readGreeting(r io.Reader) (cluster string, err error) {
+	var n [1]byte
+	if _, err := io.ReadFull(r, n[:]); err != nil {
+		return "", err
+	}
+	b := make([]byte, n[0])
+	_, err = io.ReadFull(r, b)
+	return string(b), err
+}
+
+func (l *layer) add(c net.Conn, greeted bool) (net.Conn, error) {
+	lc := &layerConn{Conn: c, l: l, greeted: greeted}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.conns == nil {
@@ -61,7 +101,7 @@ func (l *layer) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return l.add(c)
+	return l.add(c, false)
 }
 
 // Dial implements raft.StreamLayer.
@@ -71,12 +111,12 @@ func (l *layer) Dial(addr raft.ServerAddress, timeout time.Duration) (net.Conn, 
 		return nil, err
 	}
 	_ = c.SetWriteDeadline(time.Now().Add(timeout))
-	if _, err := c.Write([]byte{raftMagic}); err != nil {
+	if _, err := c.Write(greeting(l.cluster())); err != nil {
 		c.Close()
 		return nil, err
 	}
 	_ = c.SetWriteDeadline(time.Time{})
-	return l.add(c)
+	return l.add(c, true)
 }
 
 // Close implements raft.StreamLayer.

@@ -109,7 +109,7 @@ func (c *cli) leaveCmd() *cobra.Command {
 	req := &shoalv1.LeaveRequest{}
 	cmd := &cobra.Command{
 		Use:   "leave",
-		Short: "Stop this node's tasks, leave the cluster and remove all that Shoal made here",
+		Short: "Leave the cluster, and remove all that Shoal made here",
 		Args:  exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			done := c.progress("Leaving: draining and stopping this node's tasks")

@@ -211,3 +211,66 @@ func TestCommandsHaveHelp(t *testing.T) {
 	var out bytes.Buffer
 	walk((&cli{out: &out, err: &out}).root())
 }
+
+// TestFit: a table fits a terminal; for scripts only the free text gives way.
+func TestFit(t *testing.T) {
+	long := strings.Repeat("long-name-", 6)
+	note := "the task's shim is gone: the machine was restarted, or someone killed it"
+	make := func() [][]string {
+		return [][]string{{"NAME", "NODE", "STATE", "ADDRESS", "NOTE"}, {long, "node1", "running", "10.0.1.3", note}, {"web.1", "node2", "failed", "10.0.1.4", ""}}
+	}
+	total := func(rows [][]string) int {
+		n := -2
+		for i := range rows[0] {
+			w := 0
+			for _, r := range rows {
+				w = max(w, len([]rune(r[i])))
+			}
+			n += w + 2
+		}
+		return n
+	}
+	for _, width := range []int{80, 100, 150} {
+		rows := make()
+		if fit(rows, width, true); total(rows) > width {
+			t.Errorf("%d columns on a terminal of %d: %q", total(rows), width, rows)
+		}
+	}
+	rows := make()
+	if fit(rows, 80, false); rows[1][0] != long || len([]rune(rows[1][4])) != minNote {
+		t.Errorf("for a script: %q", rows)
+	}
+	rows = make()
+	rows[1][0] = "web.2"
+	if fit(rows, 80, false); total(rows) != 80 {
+		t.Errorf("the text has %d of 80 columns: %q", total(rows), rows)
+	}
+	rows = make()
+	if fit(rows, 200, true); rows[1][0] != long || rows[1][4] != note {
+		t.Errorf("on a wide terminal: %q", rows)
+	}
+	fit(make(), 10, true) // as narrow as it can be
+}
+
+// TestHelp: every command has an example, and help that fits a terminal.
+func TestHelp(t *testing.T) {
+	root := (&cli{}).root()
+	var walk func(*cobra.Command)
+	walk = func(cmd *cobra.Command) {
+		if cmd.Hidden || strings.HasPrefix(cmd.CommandPath(), "shoal completion ") || strings.HasPrefix(cmd.CommandPath(), "shoal help") {
+			return
+		}
+		if cmd.Example == "" {
+			t.Errorf("%s has no example", cmd.CommandPath())
+		}
+		for l := range strings.Lines(cmd.UsageString()) {
+			if n := len([]rune(strings.TrimRight(l, "\n"))); n > standardWidth && !strings.Contains(l, "shoal ") {
+				t.Errorf("%s: a line of %d characters: %s", cmd.CommandPath(), n, l)
+			}
+		}
+		for _, sub := range cmd.Commands() {
+			walk(sub)
+		}
+	}
+	walk(root)
+}

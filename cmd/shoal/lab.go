@@ -98,7 +98,7 @@ func (c *cli) labLs(name *string) *cobra.Command {
 }
 
 func (c *cli) labExec(name *string) *cobra.Command {
-	cmd := &cobra.Command{Use: "exec NODE -- COMMAND [ARG...]", Short: "Run a command on a node", Args: cobra.ArbitraryArgs,
+	cmd := &cobra.Command{Use: "exec NODE -- COMMAND [ARG...]", Short: "Run a command on a node", Args: cobra.ArbitraryArgs, ValidArgsFunction: labNodes(name),
 		Long: `Exec runs any command in a node's network namespace, with shoal on the PATH and
 talking to that node's agent. Standard input and output pass through, and so does
 the exit status.`,
@@ -128,7 +128,7 @@ the exit status.`,
 }
 
 func (c *cli) labNode(name *string, use, short string) *cobra.Command {
-	return &cobra.Command{Use: use, Short: short, Args: exactly(1),
+	return &cobra.Command{Use: use, Short: short, Args: exactly(1), ValidArgsFunction: labNodes(name),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			l, err := lab.Open(*name)
 			if err != nil {

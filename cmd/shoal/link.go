@@ -12,7 +12,7 @@ import (
 )
 
 // publishHelp is the help of --publish of services.
-const publishHelp = "published port: [ADDRESS:][PUBLISHED:]TARGET[/PROTOCOL], ranges too, or published=…,target=…[,protocol=tcp|udp|sctp][,mode=ingress|host|local][,nat=true] (repeatable)"
+const publishHelp = "published port: TARGET, PUBLISHED:TARGET or ADDRESS:PUBLISHED:TARGET, with /PROTOCOL, ranges too; or target=PORT,published=PORT with protocol=tcp|udp|sctp, mode=ingress|host|local, nat=true after commas (repeatable)"
 
 // link gives a task, or a service's tasks, the variables that Docker's --link
 // sets, for each of its links. That the alias resolves is the name server's part.

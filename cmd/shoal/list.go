@@ -5,12 +5,15 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"os"
 	"slices"
 	"strings"
 	"text/template"
 	"time"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/term"
 )
 
 // listing is what every ls shares: a table, -o json or wide, -q, --filter and
@@ -167,8 +170,72 @@ func (l *listing[T]) print(c *cli, cmd *cobra.Command, all []T) error {
 		}
 		rows = append(rows, row)
 	}
+	if c.output != "wide" {
+		width, terminal := c.width()
+		fit(rows, width, terminal)
+	}
 	c.table(rows)
 	return nil
+}
+
+// standardWidth is a line where nobody says how long one is.
+const standardWidth = 80
+
+// width is that of the terminal the output goes to.
+func (c *cli) width() (columns int, terminal bool) {
+	f, ok := c.out.(*os.File)
+	if !ok || !term.IsTerminal(int(f.Fd())) {
+		return standardWidth, false
+	}
+	if w, _, err := term.GetSize(int(f.Fd())); err == nil && w > 0 {
+		return w, true
+	}
+	return standardWidth, true
+}
+
+const (
+	minNote = 26 // of the free text in the last column
+	minCell = 12 // of others
+)
+
+// fit shortens a table, a heading and rows, to a width. The free text of a last
+// column NOTE gives way first, others only where people read: for scripts a name
+// must be whole.
+func fit(rows [][]string, width int, people bool) {
+	if len(rows) == 0 {
+		return
+	}
+	widths := make([]int, len(rows[0]))
+	total := -2
+	for i := range widths {
+		for _, r := range rows {
+			widths[i] = max(widths[i], utf8.RuneCountInString(r[i]))
+		}
+		total += widths[i] + 2
+	}
+	shrink := func(i, least int) {
+		if n := max(least, widths[i]-(total-width)); total > width && n < widths[i] {
+			for _, r := range rows {
+				r[i] = clip(r[i], n)
+			}
+			total -= widths[i] - n
+			widths[i] = n
+		}
+	}
+	if last := len(widths) - 1; rows[0][last] == "NOTE" {
+		shrink(last, minNote)
+	}
+	for people && total > width {
+		i, before := 0, total
+		for j := range widths {
+			if widths[j] > widths[i] {
+				i = j
+			}
+		}
+		if shrink(i, minCell); total == before {
+			return
+		}
+	}
 }
 
 // template shows each by a template; one that begins with "table " gets a

@@ -472,7 +472,7 @@ func (c *cli) taskListing() *taskListing {
 				if c.output == "wide" || l.whole {
 					return note(t)
 				}
-				return clip(note(t), 26)
+				return strings.Join(strings.Fields(note(t)), " ")
 			}},
 			{"PORTS", true, func(t task) string { return cmp.Or(portsText(t.Ports), "-") }},
 			{"COMMAND", true, func(t task) string { return strings.Join(t.GetSpec().GetCommand(), " ") }},

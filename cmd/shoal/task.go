@@ -96,7 +96,7 @@ found; with -d it prints the task's ID once it runs.`,
 	f.BoolVarP(&tty, "tty", "t", false, "give the program a terminal")
 	f.StringVar(&req.Name, "name", "", "name of the task, and its host name on its networks")
 	f.StringVar(&req.Node, "node", "", "node to run it on, by name or ID (default: this one)")
-	f.StringArrayVarP(&tf.publish, "publish", "p", nil, "port of this node that leads to the task, [ADDRESS:][PUBLISHED:]TARGET[/PROTOCOL] (repeatable)")
+	f.StringArrayVarP(&tf.publish, "publish", "p", nil, "port of this node that leads to the task: TARGET, PUBLISHED:TARGET or ADDRESS:PUBLISHED:TARGET, with /PROTOCOL (repeatable)")
 	f.StringVar(&tf.ip, "ip", "", "address on the first network (default: a free one)")
 	f.IntVar(&stopTimeout, "stop-timeout", int(spec.DefaultStopGrace/time.Second), "seconds between the stop signal and the kill")
 	tf.add(f, "h")

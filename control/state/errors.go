@@ -43,7 +43,13 @@ type NotFoundError struct {
 	Ref  string
 }
 
-func (e *NotFoundError) Error() string { return fmt.Sprintf("no such %s: %s", e.Kind, e.Ref) }
+func (e *NotFoundError) Error() string {
+	s := fmt.Sprintf("no such %s: %s", e.Kind, e.Ref)
+	if cmd, ok := map[string]string{"network": "net ls", "service": "svc ls", "task": "ps -a", "node": "node ls"}[e.Kind]; ok {
+		s += ": 'shoal " + cmd + "' lists all of them"
+	}
+	return s
+}
 
 // Is makes it an ErrNotFound.
 func (e *NotFoundError) Is(target error) bool { return target == ErrNotFound }
