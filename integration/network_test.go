@@ -335,3 +335,31 @@ func TestIsolation(t *testing.T) {
 		t.Errorf("red resolves bweb: %s", r.out)
 	}
 }
+
+// TestBothFamilies: on a network with an IPv6 subnet as well, everything inside
+// the network is there by either.
+func TestBothFamilies(t *testing.T) {
+	onlyNative(t) // vip's and overlay's suites have both in the VM
+	s := shared(t)
+	s.ok("node1", "shoal net create --subnet 10.94.0.0/24 --subnet fd94::/64 dual")
+	s.whoami("web", 2, "--network dual")
+	s.ok("node3", "shoal run -d --name c1 --network dual -- sleep 10000")
+	own := s.task("c1").Attachments[0].Addrs
+	vip := s.ok("node3", "shoal exec c1 dig +short AAAA web")
+	if len(own) != 2 || !strings.HasPrefix(strings.TrimSpace(vip), "fd94::") {
+		t.Fatalf("addresses %v, virtual IP %q", own, vip)
+	}
+	for i, host := range []string{s.ok("node3", "shoal exec c1 dig +short A web"), "[" + strings.TrimSpace(vip) + "]"} {
+		host = strings.TrimSpace(host)
+		for _, url := range []string{"http://" + host + "/", "udp://" + host + ":9000"} {
+			l := s.inTask("c1", "-n 20 -timeout 2s %s", url)
+			s.fair(url, l, 2)
+			if got := keys(l.Clients); len(got) != 1 || got[0] != own[i] {
+				t.Errorf("%s: servers saw %v, the client is %s", url, got, own[i])
+			}
+		}
+	}
+	for _, x := range s.running("web") {
+		s.ok("node3", "shoal exec c1 ping -c1 -W5 %s", x.Attachments[0].Addrs[1])
+	}
+}

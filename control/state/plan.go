@@ -273,9 +273,10 @@ func (p *planner) create(sv *servicePlan, slot, attempt int, at int64, last *tas
 	o := ScheduleOp{Kind: OpCreate, Task: p.newID(sv.v, slot), Service: sv.v.ID, ServiceVersion: sv.v.Version, Slot: slot, Attempt: attempt}
 	if at > p.now {
 		o.NotBefore = at
-		o.Message = fmt.Sprintf("restart %d is due in %s", attempt, milliseconds(at-p.now))
+		o.Message = fmt.Sprintf("restart %d in %s", attempt, milliseconds(at-p.now))
 		if last != nil && last.Status.Message != "" {
-			o.Message += ": the last run ended with: " + last.Status.Message
+			// The reason first: the rest may be cut off.
+			o.Message = last.Status.Message + "; " + o.Message
 		}
 		p.again(at)
 	} else if i, why := p.find(sv); i >= 0 {

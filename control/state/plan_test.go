@@ -155,7 +155,7 @@ func TestRestartDelay(t *testing.T) {
 		delays = append(delays, next-ended)
 		if p := c.s.Tasks(TaskFilter{Service: web.ID}); len(p) != 1 || p[0].Attempt != ops[0].Attempt {
 			t.Fatal(c.dump())
-		} else if i == 0 && p[0].Status.Message != "restart 1 is due in 100 ms: the last run ended with: exit status 1" {
+		} else if i == 0 && p[0].Status.Message != "exit status 1; restart 1 in 100 ms" {
 			t.Fatal(p[0].Status.Message)
 		}
 		c.now = next - 1
