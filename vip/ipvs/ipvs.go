@@ -63,8 +63,9 @@
 // bijection and its own inverse: no state, nothing to run out of, and two
 // clients or connections that were distinct stay so. Ports with upper bits 0000
 // or 1111 are left alone, so that no client seems to use port 0 or a privileged
-// one. What remains: a client that itself picks a port below 32768, whose image
-// another connection of its own may have. SCTP is not flipped: Linux gives a
+// one. What remains: a client that itself picks a port outside of the ephemeral
+// range: below, another connection of its own may have the image; with upper
+// bits 0000 or 1111, the image is the port itself. SCTP is not flipped: Linux gives a
 // port to no two SCTP sockets at a time (sctp_get_port_local), so nothing
 // collides by chance, and rewriting its checksum takes Linux 5.10.
 //
