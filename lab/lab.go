@@ -319,7 +319,7 @@ func (l *Lab) startAgent(n *Node) error {
 	}
 	defer log.Close()
 	args := append([]string{"agent", "--node-name", n.Name, "--data-dir", filepath.Join(n.Dir, "data"), "--run-dir", filepath.Join(n.Dir, "run"),
-		"--socket", n.Socket, "--instance", n.Netns, "--advertise-addr", n.Addr.String()}, l.Args...)
+		"--hide", l.Dir, "--socket", n.Socket, "--instance", n.Netns, "--advertise-addr", n.Addr.String()}, l.Args...)
 	cmd := exec.Command(l.Binary, args...)
 	cmd.Dir = "/"
 	cmd.Stdout, cmd.Stderr = log, log

@@ -32,13 +32,18 @@ var dataPaths = []string{"auto", "ipvs", "nft"}
 func (c *cli) agentCmd() *cobra.Command {
 	cfg := agent.Config{Version: versionString()}
 	var runDir, dataPath, logLevel, logFormat string
+	var hidden []string
 	cmd := &cobra.Command{
 		Use: "agent", Short: "Run this node's agent", Args: exactly(0),
 		Long: `Agent is the daemon of a node. It listens on its unix socket only, until 'shoal
 init' or 'shoal join' gives it an address to advertise. Tasks and their network
-go on when it stops or is killed; the next agent adopts them.`,
+go on when it stops or is killed; the next agent adopts them.
+
+Tasks find --data-dir and --run-dir empty, and what --hide names: who reaches the
+agent's socket rules the cluster.`,
 		Example: `  shoal agent
-  shoal agent --data-dir /srv/shoal --data-path nft --log-level debug`,
+  shoal agent --data-dir /srv/shoal --data-path nft --log-level debug
+  shoal agent --hide /root --hide /etc/ssl/private`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg.Socket = c.socket
 			var level slog.Level
@@ -63,12 +68,18 @@ go on when it stops or is killed; the next agent adopts them.`,
 			if os.Geteuid() != 0 {
 				return fmt.Errorf("the agent needs root, for network namespaces and devices: run it as root, or by systemd")
 			}
-			return runAgent(cmd.Context(), cfg, runDir, dataPath)
+			for _, d := range hidden {
+				if !filepath.IsAbs(d) || filepath.Clean(d) == "/" {
+					return usageError(cmd, fmt.Errorf("--hide %q: name a directory by its whole path, like /root", d))
+				}
+			}
+			return runAgent(cmd.Context(), cfg, runDir, dataPath, hidden)
 		},
 	}
 	f := cmd.Flags()
 	f.StringVar(&cfg.DataDir, "data-dir", "/var/lib/shoal", "what survives a reboot: identity, raft, task output")
 	f.StringVar(&runDir, "run-dir", "/run/shoal", "what does not")
+	f.StringArrayVar(&hidden, "hide", nil, "directory of the node that its tasks find empty (repeatable)")
 	f.StringVar(&cfg.NodeName, "node-name", "", "name of this node (default: the host name)")
 	f.StringVar(&cfg.AdvertiseAddr, "advertise-addr", "", "address or interface for init and join that name none")
 	f.IntVar(&cfg.ControlPort, "control-port", agent.DefaultControlPort, "TCP port of the managers' and nodes' API")
@@ -83,7 +94,7 @@ go on when it stops or is killed; the next agent adopts them.`,
 }
 
 // runAgent picks the implementations and runs the agent.
-func runAgent(ctx context.Context, cfg agent.Config, runDir, dataPath string) error {
+func runAgent(ctx context.Context, cfg agent.Config, runDir, dataPath string, hidden []string) error {
 	if err := vxlan.Probe(); err != nil {
 		return err
 	}
@@ -115,7 +126,11 @@ func runAgent(ctx context.Context, cfg agent.Config, runDir, dataPath string) er
 	if err != nil {
 		return fmt.Errorf("own executable: %w", err)
 	}
-	rt, err := process.New(process.Config{StateDir: filepath.Join(cfg.DataDir, "tasks"), RunDir: filepath.Join(runDir, "tasks"), Exe: []string{exe}, Log: cfg.Log})
+	hidden = append(hidden, cfg.DataDir, runDir)
+	if !slices.ContainsFunc(hidden, func(d string) bool { return within(cfg.Socket, d) }) {
+		cfg.Log.Warn("tasks that run as root can reach the agent's socket: put it below --run-dir, or --hide its directory", "socket", cfg.Socket)
+	}
+	rt, err := process.New(process.Config{StateDir: filepath.Join(cfg.DataDir, "tasks"), RunDir: filepath.Join(runDir, "tasks"), Hidden: hidden, Exe: []string{exe}, Log: cfg.Log})
 	if err != nil {
 		return err
 	}
@@ -126,6 +141,12 @@ func runAgent(ctx context.Context, cfg agent.Config, runDir, dataPath string) er
 	}
 	err = a.Run(ctx)
 	return errors.Join(err, rt.Close())
+}
+
+// within tells whether a path is below a directory.
+func within(path, dir string) bool {
+	rel, err := filepath.Rel(dir, path)
+	return err == nil && filepath.IsLocal(rel)
 }
 
 // pickDataPath chooses the VIP data path, and says why.

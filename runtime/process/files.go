@@ -7,7 +7,15 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+
+	"github.com/shoalnet/shoal/runtime"
 )
+
+// record is what taskFile holds.
+type record struct {
+	runtime.Task
+	Hidden []string `json:"hidden,omitempty"`
+}
 
 func readJSON(path string, v any) error {
 	b, err := os.ReadFile(path)

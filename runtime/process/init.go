@@ -36,11 +36,12 @@ func initMain(args []string) int {
 	sigs := make(chan os.Signal, 64)
 	signal.Notify(sigs)
 	signal.Ignore(syscall.SIGTTIN, syscall.SIGTTOU)
-	var t runtime.Task
-	if err := readJSON(filepath.Join(args[0], taskFile), &t); err != nil {
+	var rec record
+	if err := readJSON(filepath.Join(args[0], taskFile), &rec); err != nil {
 		return fail(err, 125)
 	}
-	if err := setUp(args[0], t); err != nil {
+	t := rec.Task
+	if err := setUp(args[0], rec); err != nil {
 		return fail(err, 125)
 	}
 	p, err := newProgram(t.Spec.Command, environment(t, nil), t.Spec.Dir, t.Spec.User)
@@ -102,7 +103,7 @@ func initMain(args []string) int {
 
 // setUp makes the task's view of the machine. It runs in fresh mount, PID, UTS
 // and IPC namespaces.
-func setUp(dir string, t runtime.Task) error {
+func setUp(dir string, t record) error {
 	mount := func(src, target, fs string, flags uintptr) error {
 		if err := unix.Mount(src, target, fs, flags, ""); err != nil {
 			return fmt.Errorf("mount %s: %w", target, err)
@@ -133,6 +134,13 @@ func setUp(dir string, t runtime.Task) error {
 			_ = unix.Mount(cgroups, "/sys/fs/cgroup", "", unix.MS_MOVE, "")
 		}
 	}
+	// To be read only, as Docker has it: who may write there can freeze other
+	// tasks or change the node's devices. Without mount_setattr (Linux 5.12), or
+	// where /sys is no mount, there is nothing to do it with, or to.
+	err := unix.MountSetattr(unix.AT_FDCWD, "/sys", unix.AT_RECURSIVE, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY})
+	if err != nil && !errors.Is(err, unix.ENOSYS) && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("make /sys read-only: %w", err)
+	}
 	if err := mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC); err != nil {
 		return err
 	}
@@ -146,6 +154,12 @@ func setUp(dir string, t runtime.Task) error {
 		}
 		if err := unix.Mount("", p, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
 			return fmt.Errorf("make %s read-only: %w", p, err)
+		}
+	}
+	for _, d := range t.Hidden {
+		err := unix.Mount("tmpfs", d, "tmpfs", unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "size=0,mode=755")
+		if err != nil && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("hide %s: %w", d, err)
 		}
 	}
 	if err := unix.Sethostname([]byte(t.Hostname)); err != nil {

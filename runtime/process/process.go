@@ -30,6 +30,7 @@ type Config struct {
 	StateDir string   // a directory per task; survives a reboot
 	RunDir   string   // sockets; need not. Its path must be short (unix(7): 108 bytes)
 	Exe      []string // how to start a helper; empty: this program
+	Hidden   []string // directories of the node that tasks find empty; one that does not exist is no error
 	Log      *slog.Logger
 }
 
@@ -116,7 +117,7 @@ func (r *Runtime) Create(ctx context.Context, t runtime.Task) (_ runtime.Sandbox
 		}
 	}()
 	// The record comes first: it names all that is made after it.
-	if err := writeJSON(filepath.Join(dir, taskFile), t); err != nil {
+	if err := writeJSON(filepath.Join(dir, taskFile), record{t, r.cfg.Hidden}); err != nil {
 		return runtime.Sandbox{}, err
 	}
 	if t.Netns != "" {

@@ -47,6 +47,7 @@ func needRoot(t testing.TB) {
 type fixture struct {
 	t          testing.TB
 	state, run string
+	hidden     []string
 	*Runtime
 	n int
 }
@@ -78,7 +79,7 @@ func setup(t testing.TB) *fixture {
 // open makes a Runtime on the same directories, as a restarted agent does.
 func (f *fixture) open() {
 	f.t.Helper()
-	rt, err := New(Config{StateDir: f.state, RunDir: f.run, Log: slog.New(slog.DiscardHandler)})
+	rt, err := New(Config{StateDir: f.state, RunDir: f.run, Hidden: f.hidden, Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		f.t.Fatal(err)
 	}
@@ -237,11 +238,51 @@ func TestTheTasksViewOfTheMachine(t *testing.T) {
 	if _, code := f.sh(k, "echo 1 > /proc/sys/kernel/panic_on_oops"); code == 0 {
 		t.Error("a task may write the machine's sysctls")
 	}
+	if _, code := f.sh(k, "mkdir $(find /sys/fs/cgroup -name cgroup.procs -printf '%h\n' | head -1)/shoaltest"); code == 0 {
+		t.Error("a task may change the machine's control groups")
+	}
 	if _, code := f.sh(k, "ip link add x type dummy 2>/dev/null || ip link set lo down"); code == 0 {
 		t.Error("a task may change its network")
 	}
 	if host, _ := os.Hostname(); host == k.Hostname {
 		t.Error("the host's name was changed")
+	}
+}
+
+// What the agent keeps is not the tasks': who reaches its socket rules the
+// cluster, and the shims' sockets take no questions about who asks.
+func TestHiddenDirectories(t *testing.T) {
+	f := setup(t)
+	own := t.TempDir()
+	if err := os.WriteFile(filepath.Join(own, "secret"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	f.hidden = []string{f.state, f.run, own, filepath.Join(own, "none")}
+	f.restart()
+	onHost := f.task("sleep", "1000")
+	onHost.Netns = ""
+	if _, err := f.Create(f.ctx(), onHost); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Start(f.ctx(), onHost.ID); err != nil {
+		t.Fatal(err)
+	}
+	for _, k := range []runtime.Task{f.running("sleep", "1000"), onHost} {
+		for _, d := range []string{f.state, f.run, own} {
+			if got, code := f.sh(k, "ls -A "+d); code != 0 || got != "" {
+				t.Errorf("a task finds in %s: %q (exit status %d)", d, got, code)
+			}
+			if _, code := f.sh(k, "touch "+d+"/x || umount "+d); code == 0 {
+				t.Errorf("a task may write in %s, or uncover it", d)
+			}
+		}
+		if _, err := os.Stat(filepath.Join(own, "secret")); err != nil {
+			t.Errorf("the node itself: %v", err)
+		}
+		// Its files are among what is hidden, and still its own.
+		if got, code := f.sh(k, "cat /etc/hostname"); code != 0 || strings.TrimSpace(got) != k.Hostname {
+			t.Errorf("/etc/hostname: %q (exit status %d)", got, code)
+		}
 	}
 }
 
