@@ -44,7 +44,10 @@ func TestParsePublish(t *testing.T) {
 		{"8080:0", nil, "target port is missing"},
 		{"70000:80", nil, "not a number from 0 to 65535"},
 		{"8080:80/icmp", nil, `protocol "icmp" is unknown`},
-		{"8000-8002:80", nil, "different length"},
+		{"8000-8002:80/udp", []spec.Port{port(8000, 80, "udp"), port(8001, 80, "udp"), port(8002, 80, "udp")}, ""},
+		{"8000-8002:80-81", nil, "different length"},
+		{"8000:80-81", nil, "different length"},
+		{"1-20000:80", nil, "20000 ports are too many"},
 		{"8002-8000:80-82", nil, "ends before it begins"},
 		{"host:8080:80", nil, `"host" is not an address`},
 		{"published=8080,target=80,mode=mesh", nil, `mode "mesh" is unknown`},
@@ -58,6 +61,9 @@ func TestParsePublish(t *testing.T) {
 		} else if err == nil && !slices.Equal(got, k.want) {
 			t.Errorf("%q: %v, want %v", k.in, got, k.want)
 		}
+	}
+	if _, err := parsePublish("8000-8002:80", spec.PortHost); err == nil || !strings.Contains(err.Error(), "3 ports for one") {
+		t.Error(err)
 	}
 	if _, err := parsePublishes([]string{"8080:80", "8079-8081:90-92"}, spec.PortIngress); err == nil || !strings.Contains(err.Error(), "8080/tcp is published twice") {
 		t.Error(err)
@@ -79,11 +85,11 @@ func FuzzParsePublish(f *testing.F) {
 }
 
 func TestPortsText(t *testing.T) {
-	ports, err := parsePublishes([]string{"8000-8010:80-90", "53:53/udp", "127.0.0.1:9:9"}, spec.PortIngress)
+	ports, err := parsePublishes([]string{"8000-8010:80-90", "8011:90", "9000-9002:70", "53:53/udp", "127.0.0.1:9:9"}, spec.PortIngress)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := portsText(api.Ports(ports)); got != "127.0.0.1:9->9/tcp, *:53->53/udp, *:8000-8010->80-90/tcp" {
+	if got := portsText(api.Ports(ports)); got != "127.0.0.1:9->9/tcp, *:53->53/udp, *:8000-8010->80-90/tcp, *:8011->90/tcp, *:9000-9002->70/tcp" {
 		t.Error(got)
 	}
 }

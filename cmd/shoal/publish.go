@@ -18,7 +18,8 @@ import (
 )
 
 // parsePublish parses one --publish: Docker's short form
-// [ADDRESS:][PUBLISHED:]TARGET[/PROTOCOL], with ranges, or its long form
+// [ADDRESS:][PUBLISHED:]TARGET[/PROTOCOL], with ranges (of one length, or
+// several published ports for one target, as Swarm has it), or its long form
 // published=…,target=…,protocol=…,mode=…, to which nat=true and addr=… are ours.
 func parsePublish(s, mode string) ([]spec.Port, error) {
 	if strings.Contains(s, "=") {
@@ -58,16 +59,23 @@ func parsePublish(s, mode string) ([]spec.Port, error) {
 			return bad("published port: %v", err)
 		}
 	}
-	if published != "" && plo != 0 && phi-plo != thi-tlo {
+	n, step := thi-tlo+1, 1
+	switch {
+	case published == "" || plo == 0 || phi-plo == thi-tlo:
+	case tlo == thi && mode == spec.PortHost:
+		return bad("%d ports for one: a task's port has one number; name it, or 0 for one that is free", phi-plo+1)
+	case tlo == thi:
+		n, step = phi-plo+1, 0
+	default:
 		return bad("the ranges %s and %s are of different length", published, target)
 	}
-	var out []spec.Port
-	if n := thi - tlo + 1; n > spec.MaxPorts {
+	if n > spec.MaxPorts {
 		return bad("%d ports are too many: publish at most %d", n, spec.MaxPorts)
 	}
-	for i := 0; tlo+i <= thi; i++ {
+	var out []spec.Port
+	for i := range n {
 		q := p
-		if q.Target = uint16(tlo + i); plo != 0 {
+		if q.Target = uint16(tlo + i*step); plo != 0 {
 			q.Published = uint16(plo + i)
 		}
 		if err := q.Validate(); err != nil {
@@ -156,11 +164,14 @@ func portsText(in []*shoalv1.Port) string {
 	slices.SortFunc(ports, spec.ComparePorts)
 	var out []string
 	for i := 0; i < len(ports); {
-		j := i
+		j, step := i, uint16(1)
+		if i+1 < len(ports) && ports[i+1].Target == ports[i].Target {
+			step = 0
+		}
 		for j+1 < len(ports) {
 			a, b := ports[j], ports[j+1]
 			a.Published++
-			a.Target++
+			a.Target += step
 			if a != b {
 				break
 			}
@@ -171,7 +182,10 @@ func portsText(in []*shoalv1.Port) string {
 		} else {
 			a, b := ports[i], ports[j]
 			s := strings.Replace(a.String(), fmt.Sprintf(":%d->", a.Published), fmt.Sprintf(":%d-%d->", a.Published, b.Published), 1)
-			out = append(out, strings.Replace(s, fmt.Sprintf("->%d/", a.Target), fmt.Sprintf("->%d-%d/", a.Target, b.Target), 1))
+			if step != 0 {
+				s = strings.Replace(s, fmt.Sprintf("->%d/", a.Target), fmt.Sprintf("->%d-%d/", a.Target, b.Target), 1)
+			}
+			out = append(out, s)
 		}
 		i = j + 1
 	}
