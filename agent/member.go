@@ -757,6 +757,7 @@ func (m *member) report() error {
 	sent := m.tasks.statuses()
 	m.mu.Lock()
 	req.Applied = m.follows
+	req.Faults = faultsOf(m.assigned, slices.Concat(m.vip.Failed(), m.ingress.Failed()))
 	for id := range m.acked {
 		if _, ok := sent[id]; !ok {
 			delete(m.acked, id)

@@ -9,6 +9,7 @@ import (
 
 	"github.com/hashicorp/raft"
 
+	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/control/state"
 	"github.com/shoalnet/shoal/spec"
 )
@@ -67,6 +68,39 @@ func (m *Manager) follows(id string, index uint64) {
 	m.mu.Lock()
 	m.applied[id] = max(m.applied[id], index)
 	m.mu.Unlock()
+}
+
+// failing notes what a node says it can't do; it replaces what it said before.
+func (m *Manager) failing(id string, faults []*shoalv1.ReportRequest_Fault) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if len(faults) == 0 {
+		delete(m.faults, id)
+	} else if m.faults != nil {
+		m.faults[id] = faults
+	}
+}
+
+// faultsOf lists what live nodes can't do for a service or a task, by the names of
+// the nodes.
+func (m *Manager) faultsOf(st *state.State, id string) []*shoalv1.NodeFault {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if len(m.faults) == 0 {
+		return nil
+	}
+	var out []*shoalv1.NodeFault
+	for _, n := range st.Nodes() {
+		if n.Status != spec.NodeReady {
+			continue
+		}
+		for _, f := range m.faults[n.ID] {
+			if f.Object == id {
+				out = append(out, &shoalv1.NodeFault{Node: n.Name, Message: f.Message})
+			}
+		}
+	}
+	return out
 }
 
 // behind names the nodes that a change made at an index concerns and that have

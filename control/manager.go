@@ -18,6 +18,7 @@ import (
 	"github.com/hashicorp/raft"
 	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
 
+	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/api/shoal/v1/shoalv1connect"
 	"github.com/shoalnet/shoal/control/state"
 	"github.com/shoalnet/shoal/spec"
@@ -84,8 +85,9 @@ type Manager struct {
 	leadership context.Context // of the current term as leader; nil: not leader, or not ready
 	verified   time.Time       // when leadership was last confirmed by a majority
 	lastSeen   map[string]time.Time
-	applied    map[string]uint64 // by node: index of the newest assignment that it follows
-	wakeNodes  chan struct{}     // size 1
+	applied    map[string]uint64                         // by node: index of the newest assignment that it follows
+	faults     map[string][]*shoalv1.ReportRequest_Fault // by node: what it last said it can't do
+	wakeNodes  chan struct{}                             // size 1
 }
 
 const (
@@ -231,7 +233,7 @@ func (m *Manager) lead(ctx context.Context) {
 	now := time.Now()
 	m.mu.Lock()
 	m.leadership, m.verified = ctx, now
-	m.lastSeen, m.applied = map[string]time.Time{}, map[string]uint64{}
+	m.lastSeen, m.applied, m.faults = map[string]time.Time{}, map[string]uint64{}, map[string][]*shoalv1.ReportRequest_Fault{}
 	m.mu.Unlock()
 	m.log.Info("leading the managers")
 	defer func() {

@@ -181,7 +181,7 @@ func (s *service) ListServices(_ context.Context, req *connect.Request[shoalv1.L
 		ss, err := pick(req.Msg.Refs, st.Services, st.Service)
 		for _, v := range ss {
 			w := api.Service(v, st.Running(v.ID))
-			w.Stale, w.Behind = int32(st.Stale(v.ID)), s.m.behind(st, v.Version)
+			w.Stale, w.Behind, w.Faults = int32(st.Stale(v.ID)), s.m.behind(st, v.Version), s.m.faultsOf(st, v.ID)
 			resp.Services = append(resp.Services, w)
 		}
 		return err
@@ -241,7 +241,9 @@ func (s *service) ListTasks(_ context.Context, req *connect.Request[shoalv1.List
 		}
 		ts, err := pick(r.Refs, func() []spec.Task { return st.Tasks(f) }, st.Task)
 		for _, t := range ts {
-			resp.Tasks = append(resp.Tasks, api.Task(t))
+			w := api.Task(t)
+			w.Faults = s.m.faultsOf(st, t.ID)
+			resp.Tasks = append(resp.Tasks, w)
 		}
 		return err
 	})
@@ -484,6 +486,7 @@ func (s *service) Report(ctx context.Context, req *connect.Request[shoalv1.Repor
 	}
 	s.m.seen(r.Node)
 	s.m.follows(r.Node, r.Applied)
+	s.m.failing(r.Node, r.Faults)
 	now := known
 	if r.Addr != "" {
 		if now.Addr, err = netip.ParseAddr(r.Addr); err != nil {

@@ -734,6 +734,50 @@ func TestServiceIsBehindUntilNodesFollow(t *testing.T) {
 	expect("web", "node1")
 }
 
+// TestFaults: what a node says it can't do is shown with what it can't do it for,
+// until the node says otherwise or is down.
+func TestFaults(t *testing.T) {
+	n := newCluster(t, 1)[0]
+	w := newNode(t, "worker", spec.RoleWorker)
+	w.start()
+	join(t, n, w)
+	n.createService(svc("other", 0))
+	id := n.createService(svc("web", 0)).Id
+	says := func(fs ...*shoalv1.ReportRequest_Fault) {
+		t.Helper()
+		if _, err := n.ctl.Report(testCtx(t), connect.NewRequest(&shoalv1.ReportRequest{Node: w.node.ID, Faults: fs})); err != nil {
+			t.Fatal(err)
+		}
+	}
+	expect := func(want string) {
+		t.Helper()
+		resp, err := n.ctl.ListServices(testCtx(t), connect.NewRequest(&shoalv1.ListServicesRequest{}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []string
+		for _, s := range resp.Msg.Services {
+			for _, f := range s.Faults {
+				got = append(got, s.Spec.Name+" "+f.Node+" "+f.Message)
+			}
+		}
+		if strings.Join(got, ", ") != want {
+			t.Errorf("faults %q, want %q", got, want)
+		}
+	}
+	says(&shoalv1.ReportRequest_Fault{Object: id, Message: "port is held"}, &shoalv1.ReportRequest_Fault{Object: "none", Message: "x"})
+	expect("web worker port is held")
+	says(&shoalv1.ReportRequest_Fault{Object: id, Message: "another"})
+	expect("web worker another")
+	down := &state.SetNodeStatus{Nodes: []state.NodeStatus{{ID: w.node.ID, Status: spec.NodeDown}}}
+	if _, err := n.mgr.Propose(testCtx(t), state.Command{SetNodeStatus: down}); err != nil {
+		t.Fatal(err)
+	}
+	expect("")
+	says()
+	expect("")
+}
+
 func portOf(a net.Addr) int { return a.(*net.TCPAddr).Port }
 
 // sameButIndex compares two snapshots apart from the index of the last command,

@@ -214,6 +214,18 @@ func TestAForeignProgramKeepsItsPort(t *testing.T) {
 	})
 	s.ok("node1", "shoal net create app")
 	s.whoami("web", 2, "--network app -p 8120:80")
+	// Whoever manages the service is told, on whatever node: when it is made, and as
+	// long as it is so.
+	warning := "warning: node2: port 8120/tcp is held by whoami (pid "
+	if r := s.on("node1", "shoal", "svc", "update", "--publish-add", "8121:80", "web"); r.code != 0 || strings.Count(r.err, warning) != 1 {
+		t.Errorf("svc update: exit status %d: %s%s", r.code, r.out, r.err)
+	}
+	if r := s.on("node3", "shoal", "svc", "ps", "web"); r.code != 0 || !strings.Contains(r.err, warning) || strings.Contains(r.out, "warning") {
+		t.Errorf("svc ps: exit status %d: %s%s", r.code, r.out, r.err)
+	}
+	if r := s.on("node2", "shoal", "run", "-d", "--name", "c2", "--network", "app", "-p", "8120:80", "--", "sleep", "1000"); !strings.Contains(r.err, "8120") {
+		t.Errorf("run: exit status %d: %s%s", r.code, r.out, r.err)
+	}
 	s.fair("another node", s.outsideLoad("-n", "20", "http://"+s.addrOf("node1")+":8120/"), 2)
 	if l := s.outsideLoad("-n", "4", "http://"+s.addrOf("node2")+":8120/"); l.OK != 4 || len(l.Hosts) != 1 {
 		t.Errorf("the foreign program's port: %+v", l)
@@ -221,6 +233,17 @@ func TestAForeignProgramKeepsItsPort(t *testing.T) {
 	s.eventually(10*time.Second, func() error {
 		if r := s.on("node2", "shoal", "doctor"); !strings.Contains(r.out+r.err, "whoami") {
 			return fmt.Errorf("doctor does not name the program: %s%s", r.out, r.err)
+		}
+		return nil
+	})
+	_ = holder.Process.Signal(syscall.SIGTERM)
+	_ = holder.Wait()
+	s.eventually(10*time.Second, func() error {
+		if r := s.on("node1", "shoal", "svc", "ps", "web"); r.code != 0 || r.err != "" {
+			return fmt.Errorf("the program has let go, and svc ps says %s%s", r.out, r.err)
+		}
+		if l := s.outsideLoad("-n", "4", "http://"+s.addrOf("node2")+":8120/"); l.OK != 4 || len(l.Hosts) != 2 {
+			return fmt.Errorf("the port that is free again: %+v", l)
 		}
 		return nil
 	})

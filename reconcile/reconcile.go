@@ -195,6 +195,20 @@ func (l *Loop[W, H]) Status() []ObjectStatus {
 	return out
 }
 
+// Failed lists the objects whose last operation failed, by name.
+func (l *Loop[W, H]) Failed() []ObjectStatus {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var out []ObjectStatus
+	for _, o := range l.objects {
+		if o.Phase == Failed {
+			out = append(out, o.ObjectStatus)
+		}
+	}
+	slices.SortFunc(out, func(a, b ObjectStatus) int { return cmp.Compare(a.Object, b.Object) })
+	return out
+}
+
 // Run works until ctx ends, and returns when no pass is under way. The first
 // pass waits for the first Set.
 func (l *Loop[W, H]) Run(ctx context.Context) {

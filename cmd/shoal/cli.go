@@ -377,6 +377,16 @@ func toServiceJSON(s *shoalv1.Service) (serviceJSON, error) {
 	return serviceJSON{v, int(s.Running)}, err
 }
 
+// nodeFault is what a node can't do now for the service or task shown.
+type nodeFault struct {
+	Node    string `json:"node"`
+	Message string `json:"message"`
+}
+
+func nodeFaults(in []*shoalv1.NodeFault) []nodeFault {
+	return each1(in, func(f *shoalv1.NodeFault) nodeFault { return nodeFault{f.Node, f.Message} })
+}
+
 type nodeJSON struct {
 	spec.Node
 	Leader bool `json:"leader"`

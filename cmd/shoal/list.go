@@ -119,6 +119,11 @@ func (l *listing[T]) filtered(cmd *cobra.Command, all []T) ([]T, error) {
 	return out, nil
 }
 
+// isTable tells whether print shows people a table, not scripts their fields.
+func (l *listing[T]) isTable(c *cli) bool {
+	return c.output != "json" && !l.quiet && l.format == ""
+}
+
 // print filters and shows.
 func (l *listing[T]) print(c *cli, cmd *cobra.Command, all []T) error {
 	vs, err := l.filtered(cmd, all)

@@ -276,8 +276,9 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 		}
 		stale := 0
 		var behind []string
+		var faults []*shoalv1.NodeFault
 		if svcs, serr := c.services(ctx, s.Id); serr == nil {
-			stale, behind = int(svcs[0].Stale), svcs[0].Behind
+			stale, behind, faults = int(svcs[0].Stale), svcs[0].Behind, svcs[0].Faults
 		} else if err == nil {
 			err = serr
 		}
@@ -308,6 +309,7 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 			} else if !quiet {
 				fmt.Fprintln(c.err, line)
 			}
+			c.warn(faults)
 			return nil
 		}
 		show := line
@@ -334,6 +336,13 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 			return fmt.Errorf("%w: see 'shoal svc ps %s'", err, name)
 		case <-time.After(50 * time.Millisecond):
 		}
+	}
+}
+
+// warn says what nodes can't do for a service or task that is otherwise as wanted.
+func (c *cli) warn(faults []*shoalv1.NodeFault) {
+	for _, f := range faults {
+		fmt.Fprintf(c.err, "warning: %s: %s\n", f.Node, f.Message)
 	}
 }
 
@@ -403,6 +412,10 @@ func (c *cli) svcPs() *cobra.Command {
 	cmd := &cobra.Command{Use: "ps SERVICE [SERVICE...]", Short: "List the tasks of services", Args: atLeast(1),
 		ValidArgsFunction: c.complete(c.serviceNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			svcs, err := c.services(cmd.Context(), args...)
+			if err != nil {
+				return err
+			}
 			var tasks []*shoalv1.Task
 			for _, a := range args {
 				ts, err := c.tasks(cmd.Context(), &shoalv1.ListTasksRequest{Service: a, All: true})
@@ -414,7 +427,15 @@ func (c *cli) svcPs() *cobra.Command {
 			if !all && c.output != "json" {
 				tasks = recent(tasks)
 			}
-			return l.show(cmd, tasks)
+			if err := l.show(cmd, tasks); err != nil {
+				return err
+			}
+			if l.isTable(c) {
+				for _, s := range svcs {
+					c.warn(s.Faults)
+				}
+			}
+			return nil
 		}}
 	cmd.Flags().BoolVarP(&all, "all", "a", false, "the whole history, not the last ended task of each slot only")
 	l.add(c, cmd)
@@ -444,16 +465,18 @@ type taskListing struct {
 
 func (c *cli) taskListing() *taskListing {
 	type task = *shoalv1.Task
+	type taskJSON struct {
+		spec.Task
+		NodeName string      `json:"node_name"`
+		Faults   []nodeFault `json:"faults,omitempty"`
+	}
 	l := &taskListing{c: c}
 	note := func(t task) string { return t.GetStatus().GetMessage() }
 	l.listing = listing[task]{
 		id: func(t task) string { return t.Id },
 		json: func(t task) (any, error) {
 			v, err := api.ToTask(t)
-			return struct {
-				spec.Task
-				NodeName string `json:"node_name"`
-			}{v, l.nodes[t.Node]}, err
+			return taskJSON{v, l.nodes[t.Node], nodeFaults(t.Faults)}, err
 		},
 		labels: func(t task) map[string]string { return t.GetSpec().GetLabels() },
 		columns: []column[task]{
@@ -544,7 +567,8 @@ func (c *cli) svcInspect() *cobra.Command {
 			}
 			type full struct {
 				serviceJSON
-				Kernel []nodeKernel `json:"kernel"` // read from each live node now
+				Faults []nodeFault  `json:"faults,omitempty"` // what nodes can't do for it now
+				Kernel []nodeKernel `json:"kernel"`           // read from each live node now
 			}
 			js, err := each(svcs, func(s *shoalv1.Service) (full, error) {
 				v, err := toServiceJSON(s)
@@ -552,7 +576,7 @@ func (c *cli) svcInspect() *cobra.Command {
 					return full{}, err
 				}
 				k, err := c.kernel(cmd.Context(), s.Id)
-				return full{v, k}, err
+				return full{v, nodeFaults(s.Faults), k}, err
 			})
 			if err != nil {
 				return err

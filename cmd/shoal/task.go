@@ -134,6 +134,7 @@ func (c *cli) awaitRunning(ctx context.Context, t *shoalv1.Task) error {
 		}
 		if st >= spec.TaskRunning {
 			fmt.Fprintln(c.out, id)
+			c.warn(t.Faults)
 			return nil
 		}
 		if !sleep(ctx, 20*time.Millisecond) {

@@ -777,6 +777,7 @@ type Service struct {
 	Ingress       string                 `protobuf:"bytes,8,opt,name=ingress,proto3" json:"ingress,omitempty"`  // network ID that published ports lead to
 	Stale         int32                  `protobuf:"varint,9,opt,name=stale,proto3" json:"stale,omitempty"`     // tasks that an update has not replaced yet, counted by the leader
 	Behind        []string               `protobuf:"bytes,10,rep,name=behind,proto3" json:"behind,omitempty"`   // names of nodes whose kernel is not known to follow this version yet
+	Faults        []*NodeFault           `protobuf:"bytes,11,rep,name=faults,proto3" json:"faults,omitempty"`   // as the nodes last reported them
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -881,6 +882,67 @@ func (x *Service) GetBehind() []string {
 	return nil
 }
 
+func (x *Service) GetFaults() []*NodeFault {
+	if x != nil {
+		return x.Faults
+	}
+	return nil
+}
+
+// NodeFault is what a node can't do for a service or task now, like publish a port
+// that another program holds. It goes on trying.
+type NodeFault struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"` // name
+	Message       string                 `protobuf:"bytes,2,opt,name=message,proto3" json:"message,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NodeFault) Reset() {
+	*x = NodeFault{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NodeFault) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NodeFault) ProtoMessage() {}
+
+func (x *NodeFault) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NodeFault.ProtoReflect.Descriptor instead.
+func (*NodeFault) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *NodeFault) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *NodeFault) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
 type Attachment struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Network       string                 `protobuf:"bytes,1,opt,name=network,proto3" json:"network,omitempty"`
@@ -895,7 +957,7 @@ type Attachment struct {
 
 func (x *Attachment) Reset() {
 	*x = Attachment{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[8]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -907,7 +969,7 @@ func (x *Attachment) String() string {
 func (*Attachment) ProtoMessage() {}
 
 func (x *Attachment) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[8]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -920,7 +982,7 @@ func (x *Attachment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attachment.ProtoReflect.Descriptor instead.
 func (*Attachment) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{8}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Attachment) GetNetwork() string {
@@ -980,7 +1042,7 @@ type TaskStatus struct {
 
 func (x *TaskStatus) Reset() {
 	*x = TaskStatus{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[9]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -992,7 +1054,7 @@ func (x *TaskStatus) String() string {
 func (*TaskStatus) ProtoMessage() {}
 
 func (x *TaskStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[9]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1005,7 +1067,7 @@ func (x *TaskStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskStatus.ProtoReflect.Descriptor instead.
 func (*TaskStatus) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{9}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *TaskStatus) GetState() string {
@@ -1073,13 +1135,14 @@ type Task struct {
 	NotBeforeMs   int64                  `protobuf:"varint,12,opt,name=not_before_ms,json=notBeforeMs,proto3" json:"not_before_ms,omitempty"`
 	Attempt       int32                  `protobuf:"varint,13,opt,name=attempt,proto3" json:"attempt,omitempty"`
 	Ports         []*Port                `protobuf:"bytes,14,rep,name=ports,proto3" json:"ports,omitempty"`
+	Faults        []*NodeFault           `protobuf:"bytes,15,rep,name=faults,proto3" json:"faults,omitempty"` // of a task that is no service's, as its node last reported them
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Task) Reset() {
 	*x = Task{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[10]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1091,7 +1154,7 @@ func (x *Task) String() string {
 func (*Task) ProtoMessage() {}
 
 func (x *Task) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[10]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1104,7 +1167,7 @@ func (x *Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Task.ProtoReflect.Descriptor instead.
 func (*Task) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{10}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Task) GetId() string {
@@ -1205,6 +1268,13 @@ func (x *Task) GetPorts() []*Port {
 	return nil
 }
 
+func (x *Task) GetFaults() []*NodeFault {
+	if x != nil {
+		return x.Faults
+	}
+	return nil
+}
+
 type NodeInfo struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1228,7 +1298,7 @@ type NodeInfo struct {
 
 func (x *NodeInfo) Reset() {
 	*x = NodeInfo{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[11]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1240,7 +1310,7 @@ func (x *NodeInfo) String() string {
 func (*NodeInfo) ProtoMessage() {}
 
 func (x *NodeInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[11]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1253,7 +1323,7 @@ func (x *NodeInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeInfo.ProtoReflect.Descriptor instead.
 func (*NodeInfo) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{11}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *NodeInfo) GetId() string {
@@ -1374,7 +1444,7 @@ type Cluster struct {
 
 func (x *Cluster) Reset() {
 	*x = Cluster{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[12]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1386,7 +1456,7 @@ func (x *Cluster) String() string {
 func (*Cluster) ProtoMessage() {}
 
 func (x *Cluster) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[12]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1399,7 +1469,7 @@ func (x *Cluster) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cluster.ProtoReflect.Descriptor instead.
 func (*Cluster) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{12}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Cluster) GetId() string {
@@ -1448,7 +1518,7 @@ type CreateNetworkRequest struct {
 
 func (x *CreateNetworkRequest) Reset() {
 	*x = CreateNetworkRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[13]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1460,7 +1530,7 @@ func (x *CreateNetworkRequest) String() string {
 func (*CreateNetworkRequest) ProtoMessage() {}
 
 func (x *CreateNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[13]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1473,7 +1543,7 @@ func (x *CreateNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateNetworkRequest.ProtoReflect.Descriptor instead.
 func (*CreateNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{13}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *CreateNetworkRequest) GetName() string {
@@ -1555,7 +1625,7 @@ type CreateNetworkResponse struct {
 
 func (x *CreateNetworkResponse) Reset() {
 	*x = CreateNetworkResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[14]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1567,7 +1637,7 @@ func (x *CreateNetworkResponse) String() string {
 func (*CreateNetworkResponse) ProtoMessage() {}
 
 func (x *CreateNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[14]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1580,7 +1650,7 @@ func (x *CreateNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateNetworkResponse.ProtoReflect.Descriptor instead.
 func (*CreateNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{14}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *CreateNetworkResponse) GetNetwork() *Network {
@@ -1599,7 +1669,7 @@ type ListNetworksRequest struct {
 
 func (x *ListNetworksRequest) Reset() {
 	*x = ListNetworksRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[15]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1611,7 +1681,7 @@ func (x *ListNetworksRequest) String() string {
 func (*ListNetworksRequest) ProtoMessage() {}
 
 func (x *ListNetworksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[15]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1624,7 +1694,7 @@ func (x *ListNetworksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNetworksRequest.ProtoReflect.Descriptor instead.
 func (*ListNetworksRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{15}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ListNetworksRequest) GetRefs() []string {
@@ -1643,7 +1713,7 @@ type ListNetworksResponse struct {
 
 func (x *ListNetworksResponse) Reset() {
 	*x = ListNetworksResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[16]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1655,7 +1725,7 @@ func (x *ListNetworksResponse) String() string {
 func (*ListNetworksResponse) ProtoMessage() {}
 
 func (x *ListNetworksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[16]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1668,7 +1738,7 @@ func (x *ListNetworksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNetworksResponse.ProtoReflect.Descriptor instead.
 func (*ListNetworksResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{16}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ListNetworksResponse) GetNetworks() []*Network {
@@ -1687,7 +1757,7 @@ type RemoveNetworkRequest struct {
 
 func (x *RemoveNetworkRequest) Reset() {
 	*x = RemoveNetworkRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[17]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1699,7 +1769,7 @@ func (x *RemoveNetworkRequest) String() string {
 func (*RemoveNetworkRequest) ProtoMessage() {}
 
 func (x *RemoveNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[17]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1712,7 +1782,7 @@ func (x *RemoveNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNetworkRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{17}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *RemoveNetworkRequest) GetRef() string {
@@ -1730,7 +1800,7 @@ type RemoveNetworkResponse struct {
 
 func (x *RemoveNetworkResponse) Reset() {
 	*x = RemoveNetworkResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[18]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1742,7 +1812,7 @@ func (x *RemoveNetworkResponse) String() string {
 func (*RemoveNetworkResponse) ProtoMessage() {}
 
 func (x *RemoveNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[18]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1755,7 +1825,7 @@ func (x *RemoveNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNetworkResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{18}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{19}
 }
 
 // ConnectNetwork attaches a running task or service, which goes on running.
@@ -1771,7 +1841,7 @@ type ConnectNetworkRequest struct {
 
 func (x *ConnectNetworkRequest) Reset() {
 	*x = ConnectNetworkRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[19]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1783,7 +1853,7 @@ func (x *ConnectNetworkRequest) String() string {
 func (*ConnectNetworkRequest) ProtoMessage() {}
 
 func (x *ConnectNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[19]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1796,7 +1866,7 @@ func (x *ConnectNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnectNetworkRequest.ProtoReflect.Descriptor instead.
 func (*ConnectNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{19}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ConnectNetworkRequest) GetNetwork() string {
@@ -1837,7 +1907,7 @@ type ConnectNetworkResponse struct {
 
 func (x *ConnectNetworkResponse) Reset() {
 	*x = ConnectNetworkResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[20]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1849,7 +1919,7 @@ func (x *ConnectNetworkResponse) String() string {
 func (*ConnectNetworkResponse) ProtoMessage() {}
 
 func (x *ConnectNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[20]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1862,7 +1932,7 @@ func (x *ConnectNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnectNetworkResponse.ProtoReflect.Descriptor instead.
 func (*ConnectNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{20}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ConnectNetworkResponse) GetTask() *Task {
@@ -1889,7 +1959,7 @@ type DisconnectNetworkRequest struct {
 
 func (x *DisconnectNetworkRequest) Reset() {
 	*x = DisconnectNetworkRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[21]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1901,7 +1971,7 @@ func (x *DisconnectNetworkRequest) String() string {
 func (*DisconnectNetworkRequest) ProtoMessage() {}
 
 func (x *DisconnectNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[21]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1914,7 +1984,7 @@ func (x *DisconnectNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisconnectNetworkRequest.ProtoReflect.Descriptor instead.
 func (*DisconnectNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{21}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *DisconnectNetworkRequest) GetNetwork() string {
@@ -1939,7 +2009,7 @@ type DisconnectNetworkResponse struct {
 
 func (x *DisconnectNetworkResponse) Reset() {
 	*x = DisconnectNetworkResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[22]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1951,7 +2021,7 @@ func (x *DisconnectNetworkResponse) String() string {
 func (*DisconnectNetworkResponse) ProtoMessage() {}
 
 func (x *DisconnectNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[22]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1964,7 +2034,7 @@ func (x *DisconnectNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisconnectNetworkResponse.ProtoReflect.Descriptor instead.
 func (*DisconnectNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{22}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{23}
 }
 
 type EventsRequest struct {
@@ -1977,7 +2047,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[23]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1989,7 +2059,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[23]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2002,7 +2072,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{23}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *EventsRequest) GetSinceMs() int64 {
@@ -2033,7 +2103,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[24]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2045,7 +2115,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[24]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2058,7 +2128,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{24}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Event) GetAtMs() int64 {
@@ -2112,7 +2182,7 @@ type CreateServiceRequest struct {
 
 func (x *CreateServiceRequest) Reset() {
 	*x = CreateServiceRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[25]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2124,7 +2194,7 @@ func (x *CreateServiceRequest) String() string {
 func (*CreateServiceRequest) ProtoMessage() {}
 
 func (x *CreateServiceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[25]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2137,7 +2207,7 @@ func (x *CreateServiceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateServiceRequest.ProtoReflect.Descriptor instead.
 func (*CreateServiceRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{25}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *CreateServiceRequest) GetSpec() *ServiceSpec {
@@ -2156,7 +2226,7 @@ type CreateServiceResponse struct {
 
 func (x *CreateServiceResponse) Reset() {
 	*x = CreateServiceResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[26]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2168,7 +2238,7 @@ func (x *CreateServiceResponse) String() string {
 func (*CreateServiceResponse) ProtoMessage() {}
 
 func (x *CreateServiceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[26]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2181,7 +2251,7 @@ func (x *CreateServiceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateServiceResponse.ProtoReflect.Descriptor instead.
 func (*CreateServiceResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{26}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *CreateServiceResponse) GetService() *Service {
@@ -2205,7 +2275,7 @@ type UpdateServiceRequest struct {
 
 func (x *UpdateServiceRequest) Reset() {
 	*x = UpdateServiceRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[27]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2217,7 +2287,7 @@ func (x *UpdateServiceRequest) String() string {
 func (*UpdateServiceRequest) ProtoMessage() {}
 
 func (x *UpdateServiceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[27]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2230,7 +2300,7 @@ func (x *UpdateServiceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateServiceRequest.ProtoReflect.Descriptor instead.
 func (*UpdateServiceRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{27}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *UpdateServiceRequest) GetRef() string {
@@ -2270,7 +2340,7 @@ type UpdateServiceResponse struct {
 
 func (x *UpdateServiceResponse) Reset() {
 	*x = UpdateServiceResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[28]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2282,7 +2352,7 @@ func (x *UpdateServiceResponse) String() string {
 func (*UpdateServiceResponse) ProtoMessage() {}
 
 func (x *UpdateServiceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[28]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2295,7 +2365,7 @@ func (x *UpdateServiceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateServiceResponse.ProtoReflect.Descriptor instead.
 func (*UpdateServiceResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{28}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *UpdateServiceResponse) GetService() *Service {
@@ -2314,7 +2384,7 @@ type ListServicesRequest struct {
 
 func (x *ListServicesRequest) Reset() {
 	*x = ListServicesRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[29]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2326,7 +2396,7 @@ func (x *ListServicesRequest) String() string {
 func (*ListServicesRequest) ProtoMessage() {}
 
 func (x *ListServicesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[29]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2339,7 +2409,7 @@ func (x *ListServicesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListServicesRequest.ProtoReflect.Descriptor instead.
 func (*ListServicesRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{29}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ListServicesRequest) GetRefs() []string {
@@ -2358,7 +2428,7 @@ type ListServicesResponse struct {
 
 func (x *ListServicesResponse) Reset() {
 	*x = ListServicesResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[30]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2370,7 +2440,7 @@ func (x *ListServicesResponse) String() string {
 func (*ListServicesResponse) ProtoMessage() {}
 
 func (x *ListServicesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[30]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2383,7 +2453,7 @@ func (x *ListServicesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListServicesResponse.ProtoReflect.Descriptor instead.
 func (*ListServicesResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{30}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ListServicesResponse) GetServices() []*Service {
@@ -2402,7 +2472,7 @@ type RemoveServiceRequest struct {
 
 func (x *RemoveServiceRequest) Reset() {
 	*x = RemoveServiceRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[31]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2414,7 +2484,7 @@ func (x *RemoveServiceRequest) String() string {
 func (*RemoveServiceRequest) ProtoMessage() {}
 
 func (x *RemoveServiceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[31]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2427,7 +2497,7 @@ func (x *RemoveServiceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveServiceRequest.ProtoReflect.Descriptor instead.
 func (*RemoveServiceRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{31}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *RemoveServiceRequest) GetRef() string {
@@ -2445,7 +2515,7 @@ type RemoveServiceResponse struct {
 
 func (x *RemoveServiceResponse) Reset() {
 	*x = RemoveServiceResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[32]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2457,7 +2527,7 @@ func (x *RemoveServiceResponse) String() string {
 func (*RemoveServiceResponse) ProtoMessage() {}
 
 func (x *RemoveServiceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[32]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2470,7 +2540,7 @@ func (x *RemoveServiceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveServiceResponse.ProtoReflect.Descriptor instead.
 func (*RemoveServiceResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{32}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{33}
 }
 
 type CreateTaskRequest struct {
@@ -2486,7 +2556,7 @@ type CreateTaskRequest struct {
 
 func (x *CreateTaskRequest) Reset() {
 	*x = CreateTaskRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2498,7 +2568,7 @@ func (x *CreateTaskRequest) String() string {
 func (*CreateTaskRequest) ProtoMessage() {}
 
 func (x *CreateTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2511,7 +2581,7 @@ func (x *CreateTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTaskRequest.ProtoReflect.Descriptor instead.
 func (*CreateTaskRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{33}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *CreateTaskRequest) GetName() string {
@@ -2558,7 +2628,7 @@ type CreateTaskResponse struct {
 
 func (x *CreateTaskResponse) Reset() {
 	*x = CreateTaskResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2570,7 +2640,7 @@ func (x *CreateTaskResponse) String() string {
 func (*CreateTaskResponse) ProtoMessage() {}
 
 func (x *CreateTaskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2583,7 +2653,7 @@ func (x *CreateTaskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTaskResponse.ProtoReflect.Descriptor instead.
 func (*CreateTaskResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{34}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *CreateTaskResponse) GetTask() *Task {
@@ -2605,7 +2675,7 @@ type ListTasksRequest struct {
 
 func (x *ListTasksRequest) Reset() {
 	*x = ListTasksRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2617,7 +2687,7 @@ func (x *ListTasksRequest) String() string {
 func (*ListTasksRequest) ProtoMessage() {}
 
 func (x *ListTasksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2630,7 +2700,7 @@ func (x *ListTasksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTasksRequest.ProtoReflect.Descriptor instead.
 func (*ListTasksRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{35}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ListTasksRequest) GetRefs() []string {
@@ -2670,7 +2740,7 @@ type ListTasksResponse struct {
 
 func (x *ListTasksResponse) Reset() {
 	*x = ListTasksResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2682,7 +2752,7 @@ func (x *ListTasksResponse) String() string {
 func (*ListTasksResponse) ProtoMessage() {}
 
 func (x *ListTasksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2695,7 +2765,7 @@ func (x *ListTasksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTasksResponse.ProtoReflect.Descriptor instead.
 func (*ListTasksResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{36}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ListTasksResponse) GetTasks() []*Task {
@@ -2715,7 +2785,7 @@ type StopTaskRequest struct {
 
 func (x *StopTaskRequest) Reset() {
 	*x = StopTaskRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2727,7 +2797,7 @@ func (x *StopTaskRequest) String() string {
 func (*StopTaskRequest) ProtoMessage() {}
 
 func (x *StopTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2740,7 +2810,7 @@ func (x *StopTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopTaskRequest.ProtoReflect.Descriptor instead.
 func (*StopTaskRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{37}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *StopTaskRequest) GetRef() string {
@@ -2765,7 +2835,7 @@ type StopTaskResponse struct {
 
 func (x *StopTaskResponse) Reset() {
 	*x = StopTaskResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2777,7 +2847,7 @@ func (x *StopTaskResponse) String() string {
 func (*StopTaskResponse) ProtoMessage() {}
 
 func (x *StopTaskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2790,7 +2860,7 @@ func (x *StopTaskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopTaskResponse.ProtoReflect.Descriptor instead.
 func (*StopTaskResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{38}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{39}
 }
 
 type ListNodesRequest struct {
@@ -2802,7 +2872,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2814,7 +2884,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2827,7 +2897,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{39}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ListNodesRequest) GetRefs() []string {
@@ -2846,7 +2916,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2858,7 +2928,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2871,7 +2941,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{40}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ListNodesResponse) GetNodes() []*NodeInfo {
@@ -2894,7 +2964,7 @@ type UpdateNodeRequest struct {
 
 func (x *UpdateNodeRequest) Reset() {
 	*x = UpdateNodeRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2906,7 +2976,7 @@ func (x *UpdateNodeRequest) String() string {
 func (*UpdateNodeRequest) ProtoMessage() {}
 
 func (x *UpdateNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2919,7 +2989,7 @@ func (x *UpdateNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNodeRequest.ProtoReflect.Descriptor instead.
 func (*UpdateNodeRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{41}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *UpdateNodeRequest) GetRef() string {
@@ -2966,7 +3036,7 @@ type UpdateNodeResponse struct {
 
 func (x *UpdateNodeResponse) Reset() {
 	*x = UpdateNodeResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2978,7 +3048,7 @@ func (x *UpdateNodeResponse) String() string {
 func (*UpdateNodeResponse) ProtoMessage() {}
 
 func (x *UpdateNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2991,7 +3061,7 @@ func (x *UpdateNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNodeResponse.ProtoReflect.Descriptor instead.
 func (*UpdateNodeResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{42}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *UpdateNodeResponse) GetNode() *NodeInfo {
@@ -3011,7 +3081,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3023,7 +3093,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3036,7 +3106,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{43}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *RemoveNodeRequest) GetRef() string {
@@ -3061,7 +3131,7 @@ type RemoveNodeResponse struct {
 
 func (x *RemoveNodeResponse) Reset() {
 	*x = RemoveNodeResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3073,7 +3143,7 @@ func (x *RemoveNodeResponse) String() string {
 func (*RemoveNodeResponse) ProtoMessage() {}
 
 func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3086,7 +3156,7 @@ func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{44}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{45}
 }
 
 type JoinNodeRequest struct {
@@ -3100,7 +3170,7 @@ type JoinNodeRequest struct {
 
 func (x *JoinNodeRequest) Reset() {
 	*x = JoinNodeRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3112,7 +3182,7 @@ func (x *JoinNodeRequest) String() string {
 func (*JoinNodeRequest) ProtoMessage() {}
 
 func (x *JoinNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3125,7 +3195,7 @@ func (x *JoinNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinNodeRequest.ProtoReflect.Descriptor instead.
 func (*JoinNodeRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{45}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *JoinNodeRequest) GetNode() *NodeInfo {
@@ -3160,7 +3230,7 @@ type JoinNodeResponse struct {
 
 func (x *JoinNodeResponse) Reset() {
 	*x = JoinNodeResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3172,7 +3242,7 @@ func (x *JoinNodeResponse) String() string {
 func (*JoinNodeResponse) ProtoMessage() {}
 
 func (x *JoinNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3185,7 +3255,7 @@ func (x *JoinNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinNodeResponse.ProtoReflect.Descriptor instead.
 func (*JoinNodeResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{46}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *JoinNodeResponse) GetCluster() *Cluster {
@@ -3218,7 +3288,7 @@ type AssignmentsRequest struct {
 
 func (x *AssignmentsRequest) Reset() {
 	*x = AssignmentsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3230,7 +3300,7 @@ func (x *AssignmentsRequest) String() string {
 func (*AssignmentsRequest) ProtoMessage() {}
 
 func (x *AssignmentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3243,7 +3313,7 @@ func (x *AssignmentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignmentsRequest.ProtoReflect.Descriptor instead.
 func (*AssignmentsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{47}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *AssignmentsRequest) GetNode() string {
@@ -3271,7 +3341,7 @@ type AssignmentsResponse struct {
 
 func (x *AssignmentsResponse) Reset() {
 	*x = AssignmentsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3283,7 +3353,7 @@ func (x *AssignmentsResponse) String() string {
 func (*AssignmentsResponse) ProtoMessage() {}
 
 func (x *AssignmentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3296,7 +3366,7 @@ func (x *AssignmentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignmentsResponse.ProtoReflect.Descriptor instead.
 func (*AssignmentsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{48}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *AssignmentsResponse) GetIndex() uint64 {
@@ -3356,19 +3426,21 @@ type ReportRequest struct {
 	Node  string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
 	Tasks map[string]*TaskStatus `protobuf:"bytes,2,rep,name=tasks,proto3" json:"tasks,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // by ID; only changed ones
 	// Nodes this one's gossip holds dead.
-	DeadPeers     []string `protobuf:"bytes,3,rep,name=dead_peers,json=deadPeers,proto3" json:"dead_peers,omitempty"`
-	Addr          string   `protobuf:"bytes,4,opt,name=addr,proto3" json:"addr,omitempty"` // as advertised now; a node may come back with another
-	ControlPort   int32    `protobuf:"varint,5,opt,name=control_port,json=controlPort,proto3" json:"control_port,omitempty"`
-	GossipPort    int32    `protobuf:"varint,6,opt,name=gossip_port,json=gossipPort,proto3" json:"gossip_port,omitempty"`
-	DataPath      string   `protobuf:"bytes,7,opt,name=data_path,json=dataPath,proto3" json:"data_path,omitempty"`
-	Applied       uint64   `protobuf:"varint,8,opt,name=applied,proto3" json:"applied,omitempty"` // index of the newest assignment that the node's kernel follows
+	DeadPeers   []string `protobuf:"bytes,3,rep,name=dead_peers,json=deadPeers,proto3" json:"dead_peers,omitempty"`
+	Addr        string   `protobuf:"bytes,4,opt,name=addr,proto3" json:"addr,omitempty"` // as advertised now; a node may come back with another
+	ControlPort int32    `protobuf:"varint,5,opt,name=control_port,json=controlPort,proto3" json:"control_port,omitempty"`
+	GossipPort  int32    `protobuf:"varint,6,opt,name=gossip_port,json=gossipPort,proto3" json:"gossip_port,omitempty"`
+	DataPath    string   `protobuf:"bytes,7,opt,name=data_path,json=dataPath,proto3" json:"data_path,omitempty"`
+	Applied     uint64   `protobuf:"varint,8,opt,name=applied,proto3" json:"applied,omitempty"` // index of the newest assignment that the node's kernel follows
+	// What the node can't do for services and tasks; of what is too much the first.
+	Faults        []*ReportRequest_Fault `protobuf:"bytes,9,rep,name=faults,proto3" json:"faults,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3380,7 +3452,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3393,7 +3465,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{49}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ReportRequest) GetNode() string {
@@ -3452,6 +3524,13 @@ func (x *ReportRequest) GetApplied() uint64 {
 	return 0
 }
 
+func (x *ReportRequest) GetFaults() []*ReportRequest_Fault {
+	if x != nil {
+		return x.Faults
+	}
+	return nil
+}
+
 type ReportResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -3460,7 +3539,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3472,7 +3551,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3485,7 +3564,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{50}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{51}
 }
 
 type TasksRequest struct {
@@ -3496,7 +3575,7 @@ type TasksRequest struct {
 
 func (x *TasksRequest) Reset() {
 	*x = TasksRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3508,7 +3587,7 @@ func (x *TasksRequest) String() string {
 func (*TasksRequest) ProtoMessage() {}
 
 func (x *TasksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3521,7 +3600,7 @@ func (x *TasksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TasksRequest.ProtoReflect.Descriptor instead.
 func (*TasksRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{51}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{52}
 }
 
 type TasksResponse struct {
@@ -3533,7 +3612,7 @@ type TasksResponse struct {
 
 func (x *TasksResponse) Reset() {
 	*x = TasksResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3545,7 +3624,7 @@ func (x *TasksResponse) String() string {
 func (*TasksResponse) ProtoMessage() {}
 
 func (x *TasksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3558,7 +3637,7 @@ func (x *TasksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TasksResponse.ProtoReflect.Descriptor instead.
 func (*TasksResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{52}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *TasksResponse) GetTasks() []*Task {
@@ -3577,7 +3656,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3589,7 +3668,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3602,7 +3681,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{53}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *StatsRequest) GetTasks() []string {
@@ -3622,7 +3701,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3634,7 +3713,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3647,7 +3726,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{54}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *StatsResponse) GetNode() string {
@@ -3673,7 +3752,7 @@ type KernelRequest struct {
 
 func (x *KernelRequest) Reset() {
 	*x = KernelRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3685,7 +3764,7 @@ func (x *KernelRequest) String() string {
 func (*KernelRequest) ProtoMessage() {}
 
 func (x *KernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3698,7 +3777,7 @@ func (x *KernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelRequest.ProtoReflect.Descriptor instead.
 func (*KernelRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{55}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *KernelRequest) GetService() string {
@@ -3719,7 +3798,7 @@ type KernelResponse struct {
 
 func (x *KernelResponse) Reset() {
 	*x = KernelResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3731,7 +3810,7 @@ func (x *KernelResponse) String() string {
 func (*KernelResponse) ProtoMessage() {}
 
 func (x *KernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3744,7 +3823,7 @@ func (x *KernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse.ProtoReflect.Descriptor instead.
 func (*KernelResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{56}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *KernelResponse) GetNode() string {
@@ -3784,7 +3863,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3796,7 +3875,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3809,7 +3888,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{57}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *ExecRequest) GetMsg() isExecRequest_Msg {
@@ -3912,7 +3991,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3924,7 +4003,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3937,7 +4016,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{58}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *ExecResponse) GetMsg() isExecResponse_Msg {
@@ -4007,7 +4086,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4019,7 +4098,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4032,7 +4111,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{59}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *LogsRequest) GetTask() string {
@@ -4067,7 +4146,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4079,7 +4158,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4092,7 +4171,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{60}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *LogsResponse) GetStderr() bool {
@@ -4125,7 +4204,7 @@ type WaitRequest struct {
 
 func (x *WaitRequest) Reset() {
 	*x = WaitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4137,7 +4216,7 @@ func (x *WaitRequest) String() string {
 func (*WaitRequest) ProtoMessage() {}
 
 func (x *WaitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4150,7 +4229,7 @@ func (x *WaitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitRequest.ProtoReflect.Descriptor instead.
 func (*WaitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{61}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *WaitRequest) GetTask() string {
@@ -4169,7 +4248,7 @@ type WaitResponse struct {
 
 func (x *WaitResponse) Reset() {
 	*x = WaitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4181,7 +4260,7 @@ func (x *WaitResponse) String() string {
 func (*WaitResponse) ProtoMessage() {}
 
 func (x *WaitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4194,7 +4273,7 @@ func (x *WaitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitResponse.ProtoReflect.Descriptor instead.
 func (*WaitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{62}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *WaitResponse) GetStatus() *TaskStatus {
@@ -4212,7 +4291,7 @@ type InfoRequest struct {
 
 func (x *InfoRequest) Reset() {
 	*x = InfoRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4224,7 +4303,7 @@ func (x *InfoRequest) String() string {
 func (*InfoRequest) ProtoMessage() {}
 
 func (x *InfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4237,7 +4316,7 @@ func (x *InfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoRequest.ProtoReflect.Descriptor instead.
 func (*InfoRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{63}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{64}
 }
 
 type InfoResponse struct {
@@ -4255,7 +4334,7 @@ type InfoResponse struct {
 
 func (x *InfoResponse) Reset() {
 	*x = InfoResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4267,7 +4346,7 @@ func (x *InfoResponse) String() string {
 func (*InfoResponse) ProtoMessage() {}
 
 func (x *InfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4280,7 +4359,7 @@ func (x *InfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoResponse.ProtoReflect.Descriptor instead.
 func (*InfoResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{64}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *InfoResponse) GetVersion() string {
@@ -4344,7 +4423,7 @@ type InitRequest struct {
 
 func (x *InitRequest) Reset() {
 	*x = InitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4356,7 +4435,7 @@ func (x *InitRequest) String() string {
 func (*InitRequest) ProtoMessage() {}
 
 func (x *InitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4369,7 +4448,7 @@ func (x *InitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitRequest.ProtoReflect.Descriptor instead.
 func (*InitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{65}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *InitRequest) GetAdvertiseAddr() string {
@@ -4410,7 +4489,7 @@ type InitResponse struct {
 
 func (x *InitResponse) Reset() {
 	*x = InitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4422,7 +4501,7 @@ func (x *InitResponse) String() string {
 func (*InitResponse) ProtoMessage() {}
 
 func (x *InitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4435,7 +4514,7 @@ func (x *InitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitResponse.ProtoReflect.Descriptor instead.
 func (*InitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{66}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *InitResponse) GetCluster() string {
@@ -4464,7 +4543,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4476,7 +4555,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4489,7 +4568,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{67}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *JoinRequest) GetRemote() string {
@@ -4530,7 +4609,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4542,7 +4621,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4555,7 +4634,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{68}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *JoinResponse) GetCluster() string {
@@ -4581,7 +4660,7 @@ type LeaveRequest struct {
 
 func (x *LeaveRequest) Reset() {
 	*x = LeaveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4593,7 +4672,7 @@ func (x *LeaveRequest) String() string {
 func (*LeaveRequest) ProtoMessage() {}
 
 func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4606,7 +4685,7 @@ func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
 func (*LeaveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{69}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *LeaveRequest) GetForce() bool {
@@ -4624,7 +4703,7 @@ type LeaveResponse struct {
 
 func (x *LeaveResponse) Reset() {
 	*x = LeaveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4636,7 +4715,7 @@ func (x *LeaveResponse) String() string {
 func (*LeaveResponse) ProtoMessage() {}
 
 func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4649,7 +4728,7 @@ func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveResponse.ProtoReflect.Descriptor instead.
 func (*LeaveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{70}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{71}
 }
 
 type DoctorRequest struct {
@@ -4660,7 +4739,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4672,7 +4751,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4685,7 +4764,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{71}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72}
 }
 
 type DoctorResponse struct {
@@ -4698,7 +4777,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4710,7 +4789,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4723,7 +4802,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *DoctorResponse) GetChecks() []*DoctorResponse_Check {
@@ -4738,6 +4817,58 @@ func (x *DoctorResponse) GetObjects() []*DoctorResponse_Object {
 		return x.Objects
 	}
 	return nil
+}
+
+type ReportRequest_Fault struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Object        string                 `protobuf:"bytes,1,opt,name=object,proto3" json:"object,omitempty"` // ID of a service or a task
+	Message       string                 `protobuf:"bytes,2,opt,name=message,proto3" json:"message,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportRequest_Fault) Reset() {
+	*x = ReportRequest_Fault{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportRequest_Fault) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportRequest_Fault) ProtoMessage() {}
+
+func (x *ReportRequest_Fault) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportRequest_Fault.ProtoReflect.Descriptor instead.
+func (*ReportRequest_Fault) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{50, 1}
+}
+
+func (x *ReportRequest_Fault) GetObject() string {
+	if x != nil {
+		return x.Object
+	}
+	return ""
+}
+
+func (x *ReportRequest_Fault) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
 }
 
 type StatsResponse_Task struct {
@@ -4756,7 +4887,7 @@ type StatsResponse_Task struct {
 
 func (x *StatsResponse_Task) Reset() {
 	*x = StatsResponse_Task{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4768,7 +4899,7 @@ func (x *StatsResponse_Task) String() string {
 func (*StatsResponse_Task) ProtoMessage() {}
 
 func (x *StatsResponse_Task) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4781,7 +4912,7 @@ func (x *StatsResponse_Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse_Task.ProtoReflect.Descriptor instead.
 func (*StatsResponse_Task) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{54, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{55, 0}
 }
 
 func (x *StatsResponse_Task) GetId() string {
@@ -4851,7 +4982,7 @@ type KernelResponse_Backend struct {
 
 func (x *KernelResponse_Backend) Reset() {
 	*x = KernelResponse_Backend{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4863,7 +4994,7 @@ func (x *KernelResponse_Backend) String() string {
 func (*KernelResponse_Backend) ProtoMessage() {}
 
 func (x *KernelResponse_Backend) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4876,7 +5007,7 @@ func (x *KernelResponse_Backend) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse_Backend.ProtoReflect.Descriptor instead.
 func (*KernelResponse_Backend) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{56, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{57, 0}
 }
 
 func (x *KernelResponse_Backend) GetAddr() string {
@@ -4913,7 +5044,7 @@ type KernelResponse_Server struct {
 
 func (x *KernelResponse_Server) Reset() {
 	*x = KernelResponse_Server{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4925,7 +5056,7 @@ func (x *KernelResponse_Server) String() string {
 func (*KernelResponse_Server) ProtoMessage() {}
 
 func (x *KernelResponse_Server) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4938,7 +5069,7 @@ func (x *KernelResponse_Server) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse_Server.ProtoReflect.Descriptor instead.
 func (*KernelResponse_Server) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{56, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{57, 1}
 }
 
 func (x *KernelResponse_Server) GetService() string {
@@ -4994,7 +5125,7 @@ type ExecRequest_Start struct {
 
 func (x *ExecRequest_Start) Reset() {
 	*x = ExecRequest_Start{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5006,7 +5137,7 @@ func (x *ExecRequest_Start) String() string {
 func (*ExecRequest_Start) ProtoMessage() {}
 
 func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5019,7 +5150,7 @@ func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Start.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Start) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{57, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{58, 0}
 }
 
 func (x *ExecRequest_Start) GetTask() string {
@@ -5102,7 +5233,7 @@ type ExecRequest_Resize struct {
 
 func (x *ExecRequest_Resize) Reset() {
 	*x = ExecRequest_Resize{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5114,7 +5245,7 @@ func (x *ExecRequest_Resize) String() string {
 func (*ExecRequest_Resize) ProtoMessage() {}
 
 func (x *ExecRequest_Resize) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5127,7 +5258,7 @@ func (x *ExecRequest_Resize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Resize.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Resize) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{57, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{58, 1}
 }
 
 func (x *ExecRequest_Resize) GetRows() int32 {
@@ -5156,7 +5287,7 @@ type DoctorResponse_Check struct {
 
 func (x *DoctorResponse_Check) Reset() {
 	*x = DoctorResponse_Check{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5168,7 +5299,7 @@ func (x *DoctorResponse_Check) String() string {
 func (*DoctorResponse_Check) ProtoMessage() {}
 
 func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5181,7 +5312,7 @@ func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Check.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Check) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{73, 0}
 }
 
 func (x *DoctorResponse_Check) GetName() string {
@@ -5227,7 +5358,7 @@ type DoctorResponse_Object struct {
 
 func (x *DoctorResponse_Object) Reset() {
 	*x = DoctorResponse_Object{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5239,7 +5370,7 @@ func (x *DoctorResponse_Object) String() string {
 func (*DoctorResponse_Object) ProtoMessage() {}
 
 func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5252,7 +5383,7 @@ func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Object.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Object) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{73, 1}
 }
 
 func (x *DoctorResponse_Object) GetReconciler() string {
@@ -5399,7 +5530,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"6\n" +
 	"\x04VIPs\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x14\n" +
-	"\x05addrs\x18\x02 \x03(\tR\x05addrs\"\xa9\x02\n" +
+	"\x05addrs\x18\x02 \x03(\tR\x05addrs\"\xd6\x02\n" +
 	"\aService\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12)\n" +
 	"\x04spec\x18\x02 \x01(\v2\x15.shoal.v1.ServiceSpecR\x04spec\x12\"\n" +
@@ -5412,7 +5543,11 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\aingress\x18\b \x01(\tR\aingress\x12\x14\n" +
 	"\x05stale\x18\t \x01(\x05R\x05stale\x12\x16\n" +
 	"\x06behind\x18\n" +
-	" \x03(\tR\x06behind\"\x9e\x01\n" +
+	" \x03(\tR\x06behind\x12+\n" +
+	"\x06faults\x18\v \x03(\v2\x13.shoal.v1.NodeFaultR\x06faults\"9\n" +
+	"\tNodeFault\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x18\n" +
+	"\amessage\x18\x02 \x01(\tR\amessage\"\x9e\x01\n" +
 	"\n" +
 	"Attachment\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x14\n" +
@@ -5429,7 +5564,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x03pid\x18\x04 \x01(\x05R\x03pid\x12\x13\n" +
 	"\x05at_ms\x18\x05 \x01(\x03R\x04atMs\x12\x1a\n" +
 	"\breleased\x18\x06 \x01(\bR\breleased\x12\x14\n" +
-	"\x05wired\x18\a \x01(\x04R\x05wired\"\xb1\x03\n" +
+	"\x05wired\x18\a \x01(\x04R\x05wired\"\xde\x03\n" +
 	"\x04Task\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n" +
@@ -5446,7 +5581,8 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"created_ms\x18\v \x01(\x03R\tcreatedMs\x12\"\n" +
 	"\rnot_before_ms\x18\f \x01(\x03R\vnotBeforeMs\x12\x18\n" +
 	"\aattempt\x18\r \x01(\x05R\aattempt\x12$\n" +
-	"\x05ports\x18\x0e \x03(\v2\x0e.shoal.v1.PortR\x05ports\"\xe9\x03\n" +
+	"\x05ports\x18\x0e \x03(\v2\x0e.shoal.v1.PortR\x05ports\x12+\n" +
+	"\x06faults\x18\x0f \x03(\v2\x13.shoal.v1.NodeFaultR\x06faults\"\xe9\x03\n" +
 	"\bNodeInfo\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +
@@ -5606,7 +5742,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\bnetworks\x18\x04 \x03(\v2\x11.shoal.v1.NetworkR\bnetworks\x12-\n" +
 	"\bservices\x18\x05 \x03(\v2\x11.shoal.v1.ServiceR\bservices\x12(\n" +
 	"\x05nodes\x18\x06 \x03(\v2\x12.shoal.v1.NodeInfoR\x05nodes\x12+\n" +
-	"\acluster\x18\a \x01(\v2\x11.shoal.v1.ClusterR\acluster\"\xdb\x02\n" +
+	"\acluster\x18\a \x01(\v2\x11.shoal.v1.ClusterR\acluster\"\xcd\x03\n" +
 	"\rReportRequest\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x128\n" +
 	"\x05tasks\x18\x02 \x03(\v2\".shoal.v1.ReportRequest.TasksEntryR\x05tasks\x12\x1d\n" +
@@ -5617,11 +5753,15 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\vgossip_port\x18\x06 \x01(\x05R\n" +
 	"gossipPort\x12\x1b\n" +
 	"\tdata_path\x18\a \x01(\tR\bdataPath\x12\x18\n" +
-	"\aapplied\x18\b \x01(\x04R\aapplied\x1aN\n" +
+	"\aapplied\x18\b \x01(\x04R\aapplied\x125\n" +
+	"\x06faults\x18\t \x03(\v2\x1d.shoal.v1.ReportRequest.FaultR\x06faults\x1aN\n" +
 	"\n" +
 	"TasksEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12*\n" +
-	"\x05value\x18\x02 \x01(\v2\x14.shoal.v1.TaskStatusR\x05value:\x028\x01\"\x10\n" +
+	"\x05value\x18\x02 \x01(\v2\x14.shoal.v1.TaskStatusR\x05value:\x028\x01\x1a9\n" +
+	"\x05Fault\x12\x16\n" +
+	"\x06object\x18\x01 \x01(\tR\x06object\x12\x18\n" +
+	"\amessage\x18\x02 \x01(\tR\amessage\"\x10\n" +
 	"\x0eReportResponse\"\x0e\n" +
 	"\fTasksRequest\"5\n" +
 	"\rTasksResponse\x12$\n" +
@@ -5794,7 +5934,7 @@ func file_shoal_v1_shoal_proto_rawDescGZIP() []byte {
 	return file_shoal_v1_shoal_proto_rawDescData
 }
 
-var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 90)
+var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 92)
 var file_shoal_v1_shoal_proto_goTypes = []any{
 	(*Network)(nil),                   // 0: shoal.v1.Network
 	(*NetworkAttachment)(nil),         // 1: shoal.v1.NetworkAttachment
@@ -5804,214 +5944,219 @@ var file_shoal_v1_shoal_proto_goTypes = []any{
 	(*ServiceSpec)(nil),               // 5: shoal.v1.ServiceSpec
 	(*VIPs)(nil),                      // 6: shoal.v1.VIPs
 	(*Service)(nil),                   // 7: shoal.v1.Service
-	(*Attachment)(nil),                // 8: shoal.v1.Attachment
-	(*TaskStatus)(nil),                // 9: shoal.v1.TaskStatus
-	(*Task)(nil),                      // 10: shoal.v1.Task
-	(*NodeInfo)(nil),                  // 11: shoal.v1.NodeInfo
-	(*Cluster)(nil),                   // 12: shoal.v1.Cluster
-	(*CreateNetworkRequest)(nil),      // 13: shoal.v1.CreateNetworkRequest
-	(*CreateNetworkResponse)(nil),     // 14: shoal.v1.CreateNetworkResponse
-	(*ListNetworksRequest)(nil),       // 15: shoal.v1.ListNetworksRequest
-	(*ListNetworksResponse)(nil),      // 16: shoal.v1.ListNetworksResponse
-	(*RemoveNetworkRequest)(nil),      // 17: shoal.v1.RemoveNetworkRequest
-	(*RemoveNetworkResponse)(nil),     // 18: shoal.v1.RemoveNetworkResponse
-	(*ConnectNetworkRequest)(nil),     // 19: shoal.v1.ConnectNetworkRequest
-	(*ConnectNetworkResponse)(nil),    // 20: shoal.v1.ConnectNetworkResponse
-	(*DisconnectNetworkRequest)(nil),  // 21: shoal.v1.DisconnectNetworkRequest
-	(*DisconnectNetworkResponse)(nil), // 22: shoal.v1.DisconnectNetworkResponse
-	(*EventsRequest)(nil),             // 23: shoal.v1.EventsRequest
-	(*Event)(nil),                     // 24: shoal.v1.Event
-	(*CreateServiceRequest)(nil),      // 25: shoal.v1.CreateServiceRequest
-	(*CreateServiceResponse)(nil),     // 26: shoal.v1.CreateServiceResponse
-	(*UpdateServiceRequest)(nil),      // 27: shoal.v1.UpdateServiceRequest
-	(*UpdateServiceResponse)(nil),     // 28: shoal.v1.UpdateServiceResponse
-	(*ListServicesRequest)(nil),       // 29: shoal.v1.ListServicesRequest
-	(*ListServicesResponse)(nil),      // 30: shoal.v1.ListServicesResponse
-	(*RemoveServiceRequest)(nil),      // 31: shoal.v1.RemoveServiceRequest
-	(*RemoveServiceResponse)(nil),     // 32: shoal.v1.RemoveServiceResponse
-	(*CreateTaskRequest)(nil),         // 33: shoal.v1.CreateTaskRequest
-	(*CreateTaskResponse)(nil),        // 34: shoal.v1.CreateTaskResponse
-	(*ListTasksRequest)(nil),          // 35: shoal.v1.ListTasksRequest
-	(*ListTasksResponse)(nil),         // 36: shoal.v1.ListTasksResponse
-	(*StopTaskRequest)(nil),           // 37: shoal.v1.StopTaskRequest
-	(*StopTaskResponse)(nil),          // 38: shoal.v1.StopTaskResponse
-	(*ListNodesRequest)(nil),          // 39: shoal.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),         // 40: shoal.v1.ListNodesResponse
-	(*UpdateNodeRequest)(nil),         // 41: shoal.v1.UpdateNodeRequest
-	(*UpdateNodeResponse)(nil),        // 42: shoal.v1.UpdateNodeResponse
-	(*RemoveNodeRequest)(nil),         // 43: shoal.v1.RemoveNodeRequest
-	(*RemoveNodeResponse)(nil),        // 44: shoal.v1.RemoveNodeResponse
-	(*JoinNodeRequest)(nil),           // 45: shoal.v1.JoinNodeRequest
-	(*JoinNodeResponse)(nil),          // 46: shoal.v1.JoinNodeResponse
-	(*AssignmentsRequest)(nil),        // 47: shoal.v1.AssignmentsRequest
-	(*AssignmentsResponse)(nil),       // 48: shoal.v1.AssignmentsResponse
-	(*ReportRequest)(nil),             // 49: shoal.v1.ReportRequest
-	(*ReportResponse)(nil),            // 50: shoal.v1.ReportResponse
-	(*TasksRequest)(nil),              // 51: shoal.v1.TasksRequest
-	(*TasksResponse)(nil),             // 52: shoal.v1.TasksResponse
-	(*StatsRequest)(nil),              // 53: shoal.v1.StatsRequest
-	(*StatsResponse)(nil),             // 54: shoal.v1.StatsResponse
-	(*KernelRequest)(nil),             // 55: shoal.v1.KernelRequest
-	(*KernelResponse)(nil),            // 56: shoal.v1.KernelResponse
-	(*ExecRequest)(nil),               // 57: shoal.v1.ExecRequest
-	(*ExecResponse)(nil),              // 58: shoal.v1.ExecResponse
-	(*LogsRequest)(nil),               // 59: shoal.v1.LogsRequest
-	(*LogsResponse)(nil),              // 60: shoal.v1.LogsResponse
-	(*WaitRequest)(nil),               // 61: shoal.v1.WaitRequest
-	(*WaitResponse)(nil),              // 62: shoal.v1.WaitResponse
-	(*InfoRequest)(nil),               // 63: shoal.v1.InfoRequest
-	(*InfoResponse)(nil),              // 64: shoal.v1.InfoResponse
-	(*InitRequest)(nil),               // 65: shoal.v1.InitRequest
-	(*InitResponse)(nil),              // 66: shoal.v1.InitResponse
-	(*JoinRequest)(nil),               // 67: shoal.v1.JoinRequest
-	(*JoinResponse)(nil),              // 68: shoal.v1.JoinResponse
-	(*LeaveRequest)(nil),              // 69: shoal.v1.LeaveRequest
-	(*LeaveResponse)(nil),             // 70: shoal.v1.LeaveResponse
-	(*DoctorRequest)(nil),             // 71: shoal.v1.DoctorRequest
-	(*DoctorResponse)(nil),            // 72: shoal.v1.DoctorResponse
-	nil,                               // 73: shoal.v1.Network.LabelsEntry
-	nil,                               // 74: shoal.v1.Network.OptionsEntry
-	nil,                               // 75: shoal.v1.TaskSpec.LabelsEntry
-	nil,                               // 76: shoal.v1.ServiceSpec.LabelsEntry
-	nil,                               // 77: shoal.v1.NodeInfo.LabelsEntry
-	nil,                               // 78: shoal.v1.CreateNetworkRequest.LabelsEntry
-	nil,                               // 79: shoal.v1.CreateNetworkRequest.OptionsEntry
-	nil,                               // 80: shoal.v1.Event.AttributesEntry
-	nil,                               // 81: shoal.v1.UpdateNodeRequest.SetLabelsEntry
-	nil,                               // 82: shoal.v1.ReportRequest.TasksEntry
-	(*StatsResponse_Task)(nil),        // 83: shoal.v1.StatsResponse.Task
-	(*KernelResponse_Backend)(nil),    // 84: shoal.v1.KernelResponse.Backend
-	(*KernelResponse_Server)(nil),     // 85: shoal.v1.KernelResponse.Server
-	(*ExecRequest_Start)(nil),         // 86: shoal.v1.ExecRequest.Start
-	(*ExecRequest_Resize)(nil),        // 87: shoal.v1.ExecRequest.Resize
-	(*DoctorResponse_Check)(nil),      // 88: shoal.v1.DoctorResponse.Check
-	(*DoctorResponse_Object)(nil),     // 89: shoal.v1.DoctorResponse.Object
+	(*NodeFault)(nil),                 // 8: shoal.v1.NodeFault
+	(*Attachment)(nil),                // 9: shoal.v1.Attachment
+	(*TaskStatus)(nil),                // 10: shoal.v1.TaskStatus
+	(*Task)(nil),                      // 11: shoal.v1.Task
+	(*NodeInfo)(nil),                  // 12: shoal.v1.NodeInfo
+	(*Cluster)(nil),                   // 13: shoal.v1.Cluster
+	(*CreateNetworkRequest)(nil),      // 14: shoal.v1.CreateNetworkRequest
+	(*CreateNetworkResponse)(nil),     // 15: shoal.v1.CreateNetworkResponse
+	(*ListNetworksRequest)(nil),       // 16: shoal.v1.ListNetworksRequest
+	(*ListNetworksResponse)(nil),      // 17: shoal.v1.ListNetworksResponse
+	(*RemoveNetworkRequest)(nil),      // 18: shoal.v1.RemoveNetworkRequest
+	(*RemoveNetworkResponse)(nil),     // 19: shoal.v1.RemoveNetworkResponse
+	(*ConnectNetworkRequest)(nil),     // 20: shoal.v1.ConnectNetworkRequest
+	(*ConnectNetworkResponse)(nil),    // 21: shoal.v1.ConnectNetworkResponse
+	(*DisconnectNetworkRequest)(nil),  // 22: shoal.v1.DisconnectNetworkRequest
+	(*DisconnectNetworkResponse)(nil), // 23: shoal.v1.DisconnectNetworkResponse
+	(*EventsRequest)(nil),             // 24: shoal.v1.EventsRequest
+	(*Event)(nil),                     // 25: shoal.v1.Event
+	(*CreateServiceRequest)(nil),      // 26: shoal.v1.CreateServiceRequest
+	(*CreateServiceResponse)(nil),     // 27: shoal.v1.CreateServiceResponse
+	(*UpdateServiceRequest)(nil),      // 28: shoal.v1.UpdateServiceRequest
+	(*UpdateServiceResponse)(nil),     // 29: shoal.v1.UpdateServiceResponse
+	(*ListServicesRequest)(nil),       // 30: shoal.v1.ListServicesRequest
+	(*ListServicesResponse)(nil),      // 31: shoal.v1.ListServicesResponse
+	(*RemoveServiceRequest)(nil),      // 32: shoal.v1.RemoveServiceRequest
+	(*RemoveServiceResponse)(nil),     // 33: shoal.v1.RemoveServiceResponse
+	(*CreateTaskRequest)(nil),         // 34: shoal.v1.CreateTaskRequest
+	(*CreateTaskResponse)(nil),        // 35: shoal.v1.CreateTaskResponse
+	(*ListTasksRequest)(nil),          // 36: shoal.v1.ListTasksRequest
+	(*ListTasksResponse)(nil),         // 37: shoal.v1.ListTasksResponse
+	(*StopTaskRequest)(nil),           // 38: shoal.v1.StopTaskRequest
+	(*StopTaskResponse)(nil),          // 39: shoal.v1.StopTaskResponse
+	(*ListNodesRequest)(nil),          // 40: shoal.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),         // 41: shoal.v1.ListNodesResponse
+	(*UpdateNodeRequest)(nil),         // 42: shoal.v1.UpdateNodeRequest
+	(*UpdateNodeResponse)(nil),        // 43: shoal.v1.UpdateNodeResponse
+	(*RemoveNodeRequest)(nil),         // 44: shoal.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),        // 45: shoal.v1.RemoveNodeResponse
+	(*JoinNodeRequest)(nil),           // 46: shoal.v1.JoinNodeRequest
+	(*JoinNodeResponse)(nil),          // 47: shoal.v1.JoinNodeResponse
+	(*AssignmentsRequest)(nil),        // 48: shoal.v1.AssignmentsRequest
+	(*AssignmentsResponse)(nil),       // 49: shoal.v1.AssignmentsResponse
+	(*ReportRequest)(nil),             // 50: shoal.v1.ReportRequest
+	(*ReportResponse)(nil),            // 51: shoal.v1.ReportResponse
+	(*TasksRequest)(nil),              // 52: shoal.v1.TasksRequest
+	(*TasksResponse)(nil),             // 53: shoal.v1.TasksResponse
+	(*StatsRequest)(nil),              // 54: shoal.v1.StatsRequest
+	(*StatsResponse)(nil),             // 55: shoal.v1.StatsResponse
+	(*KernelRequest)(nil),             // 56: shoal.v1.KernelRequest
+	(*KernelResponse)(nil),            // 57: shoal.v1.KernelResponse
+	(*ExecRequest)(nil),               // 58: shoal.v1.ExecRequest
+	(*ExecResponse)(nil),              // 59: shoal.v1.ExecResponse
+	(*LogsRequest)(nil),               // 60: shoal.v1.LogsRequest
+	(*LogsResponse)(nil),              // 61: shoal.v1.LogsResponse
+	(*WaitRequest)(nil),               // 62: shoal.v1.WaitRequest
+	(*WaitResponse)(nil),              // 63: shoal.v1.WaitResponse
+	(*InfoRequest)(nil),               // 64: shoal.v1.InfoRequest
+	(*InfoResponse)(nil),              // 65: shoal.v1.InfoResponse
+	(*InitRequest)(nil),               // 66: shoal.v1.InitRequest
+	(*InitResponse)(nil),              // 67: shoal.v1.InitResponse
+	(*JoinRequest)(nil),               // 68: shoal.v1.JoinRequest
+	(*JoinResponse)(nil),              // 69: shoal.v1.JoinResponse
+	(*LeaveRequest)(nil),              // 70: shoal.v1.LeaveRequest
+	(*LeaveResponse)(nil),             // 71: shoal.v1.LeaveResponse
+	(*DoctorRequest)(nil),             // 72: shoal.v1.DoctorRequest
+	(*DoctorResponse)(nil),            // 73: shoal.v1.DoctorResponse
+	nil,                               // 74: shoal.v1.Network.LabelsEntry
+	nil,                               // 75: shoal.v1.Network.OptionsEntry
+	nil,                               // 76: shoal.v1.TaskSpec.LabelsEntry
+	nil,                               // 77: shoal.v1.ServiceSpec.LabelsEntry
+	nil,                               // 78: shoal.v1.NodeInfo.LabelsEntry
+	nil,                               // 79: shoal.v1.CreateNetworkRequest.LabelsEntry
+	nil,                               // 80: shoal.v1.CreateNetworkRequest.OptionsEntry
+	nil,                               // 81: shoal.v1.Event.AttributesEntry
+	nil,                               // 82: shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	nil,                               // 83: shoal.v1.ReportRequest.TasksEntry
+	(*ReportRequest_Fault)(nil),       // 84: shoal.v1.ReportRequest.Fault
+	(*StatsResponse_Task)(nil),        // 85: shoal.v1.StatsResponse.Task
+	(*KernelResponse_Backend)(nil),    // 86: shoal.v1.KernelResponse.Backend
+	(*KernelResponse_Server)(nil),     // 87: shoal.v1.KernelResponse.Server
+	(*ExecRequest_Start)(nil),         // 88: shoal.v1.ExecRequest.Start
+	(*ExecRequest_Resize)(nil),        // 89: shoal.v1.ExecRequest.Resize
+	(*DoctorResponse_Check)(nil),      // 90: shoal.v1.DoctorResponse.Check
+	(*DoctorResponse_Object)(nil),     // 91: shoal.v1.DoctorResponse.Object
 }
 var file_shoal_v1_shoal_proto_depIdxs = []int32{
-	73, // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
-	74, // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
-	75, // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
+	74, // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
+	75, // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
+	76, // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
 	3,  // 3: shoal.v1.TaskSpec.health:type_name -> shoal.v1.HealthCheck
-	76, // 4: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
+	77, // 4: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
 	1,  // 5: shoal.v1.ServiceSpec.networks:type_name -> shoal.v1.NetworkAttachment
 	2,  // 6: shoal.v1.ServiceSpec.task:type_name -> shoal.v1.TaskSpec
 	4,  // 7: shoal.v1.ServiceSpec.ports:type_name -> shoal.v1.Port
 	5,  // 8: shoal.v1.Service.spec:type_name -> shoal.v1.ServiceSpec
 	6,  // 9: shoal.v1.Service.vips:type_name -> shoal.v1.VIPs
 	4,  // 10: shoal.v1.Service.ports:type_name -> shoal.v1.Port
-	2,  // 11: shoal.v1.Task.spec:type_name -> shoal.v1.TaskSpec
-	8,  // 12: shoal.v1.Task.attachments:type_name -> shoal.v1.Attachment
-	9,  // 13: shoal.v1.Task.status:type_name -> shoal.v1.TaskStatus
-	4,  // 14: shoal.v1.Task.ports:type_name -> shoal.v1.Port
-	77, // 15: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
-	78, // 16: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
-	79, // 17: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
-	0,  // 18: shoal.v1.CreateNetworkResponse.network:type_name -> shoal.v1.Network
-	0,  // 19: shoal.v1.ListNetworksResponse.networks:type_name -> shoal.v1.Network
-	10, // 20: shoal.v1.ConnectNetworkResponse.task:type_name -> shoal.v1.Task
-	7,  // 21: shoal.v1.ConnectNetworkResponse.service:type_name -> shoal.v1.Service
-	80, // 22: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
-	5,  // 23: shoal.v1.CreateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
-	7,  // 24: shoal.v1.CreateServiceResponse.service:type_name -> shoal.v1.Service
-	5,  // 25: shoal.v1.UpdateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
-	7,  // 26: shoal.v1.UpdateServiceResponse.service:type_name -> shoal.v1.Service
-	7,  // 27: shoal.v1.ListServicesResponse.services:type_name -> shoal.v1.Service
-	2,  // 28: shoal.v1.CreateTaskRequest.spec:type_name -> shoal.v1.TaskSpec
-	1,  // 29: shoal.v1.CreateTaskRequest.networks:type_name -> shoal.v1.NetworkAttachment
-	4,  // 30: shoal.v1.CreateTaskRequest.ports:type_name -> shoal.v1.Port
-	10, // 31: shoal.v1.CreateTaskResponse.task:type_name -> shoal.v1.Task
-	10, // 32: shoal.v1.ListTasksResponse.tasks:type_name -> shoal.v1.Task
-	11, // 33: shoal.v1.ListNodesResponse.nodes:type_name -> shoal.v1.NodeInfo
-	81, // 34: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
-	11, // 35: shoal.v1.UpdateNodeResponse.node:type_name -> shoal.v1.NodeInfo
-	11, // 36: shoal.v1.JoinNodeRequest.node:type_name -> shoal.v1.NodeInfo
-	12, // 37: shoal.v1.JoinNodeResponse.cluster:type_name -> shoal.v1.Cluster
-	11, // 38: shoal.v1.JoinNodeResponse.node:type_name -> shoal.v1.NodeInfo
-	11, // 39: shoal.v1.JoinNodeResponse.managers:type_name -> shoal.v1.NodeInfo
-	10, // 40: shoal.v1.AssignmentsResponse.tasks:type_name -> shoal.v1.Task
-	0,  // 41: shoal.v1.AssignmentsResponse.networks:type_name -> shoal.v1.Network
-	7,  // 42: shoal.v1.AssignmentsResponse.services:type_name -> shoal.v1.Service
-	11, // 43: shoal.v1.AssignmentsResponse.nodes:type_name -> shoal.v1.NodeInfo
-	12, // 44: shoal.v1.AssignmentsResponse.cluster:type_name -> shoal.v1.Cluster
-	82, // 45: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
-	10, // 46: shoal.v1.TasksResponse.tasks:type_name -> shoal.v1.Task
-	83, // 47: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
-	85, // 48: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
-	86, // 49: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
-	87, // 50: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
-	9,  // 51: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
-	11, // 52: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
-	11, // 53: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
-	11, // 54: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
-	88, // 55: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
-	89, // 56: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
-	9,  // 57: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
-	84, // 58: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
-	13, // 59: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
-	15, // 60: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
-	17, // 61: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
-	19, // 62: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
-	21, // 63: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
-	25, // 64: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
-	27, // 65: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
-	29, // 66: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
-	31, // 67: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
-	33, // 68: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
-	35, // 69: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
-	37, // 70: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
-	39, // 71: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
-	41, // 72: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
-	43, // 73: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
-	23, // 74: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
-	45, // 75: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
-	47, // 76: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
-	49, // 77: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
-	57, // 78: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
-	59, // 79: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
-	61, // 80: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
-	51, // 81: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
-	53, // 82: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
-	55, // 83: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
-	63, // 84: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
-	65, // 85: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
-	67, // 86: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
-	69, // 87: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
-	71, // 88: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
-	14, // 89: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
-	16, // 90: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
-	18, // 91: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
-	20, // 92: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
-	22, // 93: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
-	26, // 94: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
-	28, // 95: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
-	30, // 96: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
-	32, // 97: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
-	34, // 98: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
-	36, // 99: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
-	38, // 100: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
-	40, // 101: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
-	42, // 102: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
-	44, // 103: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
-	24, // 104: shoal.v1.Control.Events:output_type -> shoal.v1.Event
-	46, // 105: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
-	48, // 106: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
-	50, // 107: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
-	58, // 108: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
-	60, // 109: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
-	62, // 110: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
-	52, // 111: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
-	54, // 112: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
-	56, // 113: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
-	64, // 114: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
-	66, // 115: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
-	68, // 116: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
-	70, // 117: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
-	72, // 118: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
-	89, // [89:119] is the sub-list for method output_type
-	59, // [59:89] is the sub-list for method input_type
-	59, // [59:59] is the sub-list for extension type_name
-	59, // [59:59] is the sub-list for extension extendee
-	0,  // [0:59] is the sub-list for field type_name
+	8,  // 11: shoal.v1.Service.faults:type_name -> shoal.v1.NodeFault
+	2,  // 12: shoal.v1.Task.spec:type_name -> shoal.v1.TaskSpec
+	9,  // 13: shoal.v1.Task.attachments:type_name -> shoal.v1.Attachment
+	10, // 14: shoal.v1.Task.status:type_name -> shoal.v1.TaskStatus
+	4,  // 15: shoal.v1.Task.ports:type_name -> shoal.v1.Port
+	8,  // 16: shoal.v1.Task.faults:type_name -> shoal.v1.NodeFault
+	78, // 17: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
+	79, // 18: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
+	80, // 19: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
+	0,  // 20: shoal.v1.CreateNetworkResponse.network:type_name -> shoal.v1.Network
+	0,  // 21: shoal.v1.ListNetworksResponse.networks:type_name -> shoal.v1.Network
+	11, // 22: shoal.v1.ConnectNetworkResponse.task:type_name -> shoal.v1.Task
+	7,  // 23: shoal.v1.ConnectNetworkResponse.service:type_name -> shoal.v1.Service
+	81, // 24: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
+	5,  // 25: shoal.v1.CreateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
+	7,  // 26: shoal.v1.CreateServiceResponse.service:type_name -> shoal.v1.Service
+	5,  // 27: shoal.v1.UpdateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
+	7,  // 28: shoal.v1.UpdateServiceResponse.service:type_name -> shoal.v1.Service
+	7,  // 29: shoal.v1.ListServicesResponse.services:type_name -> shoal.v1.Service
+	2,  // 30: shoal.v1.CreateTaskRequest.spec:type_name -> shoal.v1.TaskSpec
+	1,  // 31: shoal.v1.CreateTaskRequest.networks:type_name -> shoal.v1.NetworkAttachment
+	4,  // 32: shoal.v1.CreateTaskRequest.ports:type_name -> shoal.v1.Port
+	11, // 33: shoal.v1.CreateTaskResponse.task:type_name -> shoal.v1.Task
+	11, // 34: shoal.v1.ListTasksResponse.tasks:type_name -> shoal.v1.Task
+	12, // 35: shoal.v1.ListNodesResponse.nodes:type_name -> shoal.v1.NodeInfo
+	82, // 36: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	12, // 37: shoal.v1.UpdateNodeResponse.node:type_name -> shoal.v1.NodeInfo
+	12, // 38: shoal.v1.JoinNodeRequest.node:type_name -> shoal.v1.NodeInfo
+	13, // 39: shoal.v1.JoinNodeResponse.cluster:type_name -> shoal.v1.Cluster
+	12, // 40: shoal.v1.JoinNodeResponse.node:type_name -> shoal.v1.NodeInfo
+	12, // 41: shoal.v1.JoinNodeResponse.managers:type_name -> shoal.v1.NodeInfo
+	11, // 42: shoal.v1.AssignmentsResponse.tasks:type_name -> shoal.v1.Task
+	0,  // 43: shoal.v1.AssignmentsResponse.networks:type_name -> shoal.v1.Network
+	7,  // 44: shoal.v1.AssignmentsResponse.services:type_name -> shoal.v1.Service
+	12, // 45: shoal.v1.AssignmentsResponse.nodes:type_name -> shoal.v1.NodeInfo
+	13, // 46: shoal.v1.AssignmentsResponse.cluster:type_name -> shoal.v1.Cluster
+	83, // 47: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
+	84, // 48: shoal.v1.ReportRequest.faults:type_name -> shoal.v1.ReportRequest.Fault
+	11, // 49: shoal.v1.TasksResponse.tasks:type_name -> shoal.v1.Task
+	85, // 50: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
+	87, // 51: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
+	88, // 52: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
+	89, // 53: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
+	10, // 54: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
+	12, // 55: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
+	12, // 56: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
+	12, // 57: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
+	90, // 58: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
+	91, // 59: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
+	10, // 60: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
+	86, // 61: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
+	14, // 62: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
+	16, // 63: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
+	18, // 64: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
+	20, // 65: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
+	22, // 66: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
+	26, // 67: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
+	28, // 68: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
+	30, // 69: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
+	32, // 70: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
+	34, // 71: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
+	36, // 72: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
+	38, // 73: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
+	40, // 74: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
+	42, // 75: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
+	44, // 76: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
+	24, // 77: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
+	46, // 78: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
+	48, // 79: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
+	50, // 80: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
+	58, // 81: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
+	60, // 82: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
+	62, // 83: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
+	52, // 84: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
+	54, // 85: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
+	56, // 86: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
+	64, // 87: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
+	66, // 88: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
+	68, // 89: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
+	70, // 90: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
+	72, // 91: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
+	15, // 92: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
+	17, // 93: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
+	19, // 94: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
+	21, // 95: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
+	23, // 96: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
+	27, // 97: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
+	29, // 98: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
+	31, // 99: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
+	33, // 100: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
+	35, // 101: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
+	37, // 102: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
+	39, // 103: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
+	41, // 104: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
+	43, // 105: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
+	45, // 106: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
+	25, // 107: shoal.v1.Control.Events:output_type -> shoal.v1.Event
+	47, // 108: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
+	49, // 109: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
+	51, // 110: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
+	59, // 111: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
+	61, // 112: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
+	63, // 113: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
+	53, // 114: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
+	55, // 115: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
+	57, // 116: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
+	65, // 117: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
+	67, // 118: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
+	69, // 119: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
+	71, // 120: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
+	73, // 121: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
+	92, // [92:122] is the sub-list for method output_type
+	62, // [62:92] is the sub-list for method input_type
+	62, // [62:62] is the sub-list for extension type_name
+	62, // [62:62] is the sub-list for extension extendee
+	0,  // [0:62] is the sub-list for field type_name
 }
 
 func init() { file_shoal_v1_shoal_proto_init() }
@@ -6019,16 +6164,16 @@ func file_shoal_v1_shoal_proto_init() {
 	if File_shoal_v1_shoal_proto != nil {
 		return
 	}
-	file_shoal_v1_shoal_proto_msgTypes[27].OneofWrappers = []any{}
-	file_shoal_v1_shoal_proto_msgTypes[41].OneofWrappers = []any{}
-	file_shoal_v1_shoal_proto_msgTypes[57].OneofWrappers = []any{
+	file_shoal_v1_shoal_proto_msgTypes[28].OneofWrappers = []any{}
+	file_shoal_v1_shoal_proto_msgTypes[42].OneofWrappers = []any{}
+	file_shoal_v1_shoal_proto_msgTypes[58].OneofWrappers = []any{
 		(*ExecRequest_Start_)(nil),
 		(*ExecRequest_Stdin)(nil),
 		(*ExecRequest_StdinEof)(nil),
 		(*ExecRequest_Resize_)(nil),
 		(*ExecRequest_Signal)(nil),
 	}
-	file_shoal_v1_shoal_proto_msgTypes[58].OneofWrappers = []any{
+	file_shoal_v1_shoal_proto_msgTypes[59].OneofWrappers = []any{
 		(*ExecResponse_Stdout)(nil),
 		(*ExecResponse_Stderr)(nil),
 		(*ExecResponse_ExitCode)(nil),
@@ -6039,7 +6184,7 @@ func file_shoal_v1_shoal_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_shoal_v1_shoal_proto_rawDesc), len(file_shoal_v1_shoal_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   90,
+			NumMessages:   92,
 			NumExtensions: 0,
 			NumServices:   3,
 		},
