@@ -246,9 +246,12 @@ func observeFamily(w vip.Network, f kern.Family, h *vip.Network, get func(netip.
 		sets[name] = es
 	}
 	for _, e := range sets[setHairpin] {
-		if a, b, ok := pair(e.Key, f); ok && a == b {
-			h.Locals = append(h.Locals, a)
+		a, b, ok := pair(e.Key, f)
+		if !ok || a != b {
+			h.Fault = "set " + setHairpin + " has an element that is not ours"
+			continue
 		}
+		h.Locals = append(h.Locals, a)
 	}
 	for _, e := range sets[mapVIPs] {
 		if a, ok := netip.AddrFromSlice(e.Key); ok {

@@ -41,6 +41,9 @@ func TestConformance(t *testing.T) {
 			{Name: "element", Do: nft(func(s vip.Server) string { return "delete element ip shoal-vip vips { " + v(s) + " }" })},
 			{Name: "elements", Do: nft(func(vip.Server) string { return "flush map ip shoal-vip vips" })},
 			{Name: "hairpin", Do: nft(func(s vip.Server) string { return "flush set ip shoal-vip hairpin" })},
+			{Name: "hairpin of two", Do: nft(func(s vip.Server) string {
+				return "add element ip shoal-vip hairpin { 10.77.0.1 . 10.77.0.2 }"
+			})},
 			{Name: "set leaving", Do: nft(func(s vip.Server) string { return "delete set ip shoal-vip leaving" })},
 			{Name: "draining backend", Do: nft(func(s vip.Server) string {
 				return "delete element ip shoal-vip leaving { " + v(s) + " . " + s.Drains()[0].String() + " }"
