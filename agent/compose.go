@@ -114,6 +114,14 @@ func compose(in inputs) *spec.View {
 		for _, m := range in.gossip.Members {
 			v.Peers = append(v.Peers, m.Peer)
 		}
+		// Counted first: there may be 100,000, all of them ours or next to none.
+		n := 0
+		for i := range in.gossip.Endpoints {
+			if present[in.gossip.Endpoints[i].Network] {
+				n++
+			}
+		}
+		v.Endpoints = slices.Grow(v.Endpoints, n)
 		for _, e := range in.gossip.Endpoints {
 			if present[e.Network] {
 				v.Endpoints = append(v.Endpoints, e)

@@ -154,7 +154,13 @@ func (v *View) Sort() {
 	slices.SortFunc(v.Peers, func(a, b Peer) int { return strings.Compare(a.ID, b.ID) })
 	slices.SortFunc(v.Networks, func(a, b Network) int { return strings.Compare(a.ID, b.ID) })
 	slices.SortFunc(v.Services, func(a, b Service) int { return strings.Compare(a.ID, b.ID) })
-	slices.SortFunc(v.Endpoints, func(a, b Endpoint) int { return strings.Compare(a.Key(), b.Key()) })
+	slices.SortFunc(v.Endpoints, func(a, b Endpoint) int {
+		// As their Keys, which are not made: a View may have 100,000.
+		if c := strings.Compare(a.Task, b.Task); c != 0 {
+			return c
+		}
+		return strings.Compare(a.Network, b.Network)
+	})
 	slices.SortFunc(v.Sandboxes, func(a, b Sandbox) int { return strings.Compare(a.Task, b.Task) })
 }
 
