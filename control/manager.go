@@ -125,6 +125,10 @@ func NewManager(cfg ManagerConfig) (*Manager, error) {
 	}
 	m.trans = raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
 		Stream: newLayer(cfg.RaftListener.Borrow(), cfg.Cluster), MaxPool: 3, Timeout: 2 * time.Second, Logger: logger,
+		// One at a time: pipelined, a follower's refusal can block the replication
+		// to it for good, while heartbeats go on and hide it, and then the shutdown
+		// (raft 1.8.0; hashicorp/raft issue 612, grafana/pyroscope pull request 5518).
+		MaxRPCsInFlight: 1,
 	})
 	rc := raft.DefaultConfig()
 	rc.LocalID = raft.ServerID(cfg.Node.ID)
