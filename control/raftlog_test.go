@@ -42,14 +42,16 @@ func TestDamagedLog(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))
 	damage := map[string]func(b []byte) []byte{
 		"zeros": func(b []byte) []byte { clear(b[2*4096:]); return b },
-		"garbage": func(b []byte) []byte {
-			r2 := b[2*4096:]
-			for i := range r2 {
-				r2[i] = byte(r.Uint32())
+		"text": func([]byte) []byte { return []byte(strings.Repeat("not a log ", 2000)) },
+	}
+	// Often, as a field that is garbage may by chance be a count to follow.
+	for i := range 30 {
+		damage[fmt.Sprint("garbage ", i)] = func(b []byte) []byte {
+			for i := 2 * 4096; i < len(b); i++ {
+				b[i] = byte(r.Uint32())
 			}
 			return b
-		},
-		"text": func([]byte) []byte { return []byte(strings.Repeat("not a log ", 2000)) },
+		}
 	}
 	for _, n := range []int{1, 4096, 5000, 12288, 33000, len(whole) / 2} {
 		damage[fmt.Sprint("cut to ", n)] = func(b []byte) []byte { return b[:n] }
