@@ -118,6 +118,23 @@ func TestWatching(t *testing.T) {
 	if got := s.ok("node2", "shoal svc ls --filter label=tier=front --format '{{.Name}} {{.Ports}}'"); got != "web *:18080->80/tcp" {
 		t.Errorf("svc ls: %q", got)
 	}
+	// Docker's fields and ways.
+	for cmd, want := range map[string]string{
+		"shoal svc ls -f mode=replicated -f name=^web$ --format '{{.Name}} {{.Mode}} {{.EndpointMode}}'": "web replicated vip",
+		"shoal svc ls -f mode=global -q": "",
+		"shoal svc ps -f node=self --format '{{.DesiredState}} {{slice .CurrentState 0 8}} {{.Error}}' web": "",
+		"shoal ps -a -f status=exited -q":                                           "",
+		"shoal ps -f name=^c$ --format '{{.Image}} {{.Status}}'":                    "sleep running",
+		"shoal node ls -f name=^node1$ --format '{{.Hostname}} {{.ManagerStatus}}'": "node1 Leader",
+		"shoal net ls -f name=^app$ --format '{{.Name}} {{.IPv6}}'":                 "app false",
+	} {
+		if got := s.ok("node1", strings.ReplaceAll(cmd, "%", "%%")); want != "" && got != want {
+			t.Errorf("%s: %q, want %q", cmd, got, want)
+		}
+	}
+	if r := s.on("node1", "shoal", "svc", "create", "--name", "web.app", "--network", "app", "--", "sleep", "1000"); r.code == 0 || !strings.Contains(r.err, "has a dot") {
+		t.Errorf("a service named as another's NAME.NETWORK: exit status %d: %s%s", r.code, r.out, r.err)
+	}
 	if got := s.ok("node2", "shoal ps --filter label=job=x --filter node=node1 --format {{.Name}}"); got != "c" {
 		t.Errorf("ps: %q", got)
 	}

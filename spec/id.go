@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"fmt"
 	"regexp"
+	"strings"
 )
 
 // IDLen is the length of every ID made by [NewID].
@@ -42,6 +43,18 @@ func ValidateName(kind, name string) error {
 		return fmt.Errorf("%s name %q is %d characters long: the longest allowed is %d", kind, name, len(name), MaxNameLen)
 	case !nameRE.MatchString(name):
 		return fmt.Errorf("%s name %q: use letters, digits, '-', '_' and '.', beginning and ending with a letter or digit", kind, name)
+	}
+	return nil
+}
+
+// ValidateServiceName is ValidateName for a service, whose name has no dot, as in
+// Swarm: NAME.NETWORK, tasks.NAME and NAME.SLOT belong to the service NAME.
+func ValidateServiceName(name string) error {
+	if err := ValidateName("service", name); err != nil {
+		return err
+	}
+	if strings.Contains(name, ".") {
+		return fmt.Errorf("service name %q has a dot: use letters, digits, '-' and '_'; %s may be an alias of it: --network name=NETWORK,alias=%s", name, name, name)
 	}
 	return nil
 }

@@ -47,6 +47,7 @@ virtual IP for each, balanced over its healthy replicas on any node.`,
   shoal net create app
   shoal svc create --name web --replicas 3 --network app -- nginx -g 'daemon off;'
   shoal run --network app -- curl http://web/`,
+		Version:       versionString(),
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		Args:          unknownSubcommand,

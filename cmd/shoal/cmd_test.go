@@ -147,6 +147,9 @@ func TestListing(t *testing.T) {
 		{`--format table.{{.ID}}\t{{upper(.RealName)}}`, "error: --format"},
 		{"--format {{.Colour}}", "error: --format"},
 		{"--format {{", "error: --format"},
+		{"--format table -f name=^c.*p$", "ID  REAL NAME\nb2  carp\n"},
+		{"-q -f name=^ar", ""},
+		{"-q -f name=+", ""}, // no regular expression, and no name's part
 		{"--format json", "\"cod\"\n\"carp\"\n\"eel\"\n"},
 		{"-o json -f name=eel", "[\n  \"eel\"\n]\n"},
 		{"-o yaml", "error: output \"yaml\" is unknown"},
@@ -157,7 +160,7 @@ func TestListing(t *testing.T) {
 			id: func(f fish) string { return f.id }, json: func(f fish) (any, error) { return f.name, nil }, labels: func(f fish) map[string]string { return f.labels },
 			columns: []column[fish]{{"ID", false, func(f fish) string { return f.id }}, {"REAL NAME", false, func(f fish) string { return f.name }},
 				{"SEA", true, func(f fish) string { return f.labels["sea"] }}},
-			filters: map[string]func(fish, string) bool{"name": func(f fish, v string) bool { return strings.Contains(f.name, v) }},
+			filters: map[string]func(fish, string) bool{"name": func(f fish, v string) bool { return nameMatches(f.name, v) }},
 		}
 		cmd := &cobra.Command{Use: "ls", SilenceErrors: true, SilenceUsage: true, RunE: func(cmd *cobra.Command, _ []string) error { return l.print(c, cmd, school) }}
 		l.add(c, cmd)

@@ -6,12 +6,14 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"text/template"
 	"time"
 	"unicode/utf8"
 
+	"github.com/docker/go-units"
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 )
@@ -121,7 +123,7 @@ func (l *listing[T]) filtered(cmd *cobra.Command, all []T) ([]T, error) {
 
 // isTable tells whether print shows people a table, not scripts their fields.
 func (l *listing[T]) isTable(c *cli) bool {
-	return c.output != "json" && !l.quiet && l.format == ""
+	return c.output != "json" && !l.quiet && (l.format == "" || l.format == "table")
 }
 
 // print filters and shows.
@@ -155,7 +157,7 @@ func (l *listing[T]) print(c *cli, cmd *cobra.Command, all []T) error {
 			fmt.Fprintf(c.out, "%s\n", b)
 		}
 		return nil
-	case l.format != "":
+	case l.format != "" && l.format != "table":
 		return l.template(c, cmd, vs)
 	}
 	var rows [][]string
@@ -370,6 +372,25 @@ func inspected[T any](c *cli, cmd *cobra.Command, vs []T) error {
 
 func createdAt(ms int64) string {
 	return time.UnixMilli(ms).UTC().Format("2006-01-02 15:04:05 -0700 MST")
+}
+
+// ago is how long ago a moment was, in Docker's words: "5 minutes ago".
+func ago(ms int64) string { return units.HumanDuration(time.Since(time.UnixMilli(ms))) + " ago" }
+
+func capital(s string) string {
+	if s == "" {
+		return ""
+	}
+	return strings.ToUpper(s[:1]) + s[1:]
+}
+
+// nameMatches is Docker's name filter: part of the name, or a regular expression.
+func nameMatches(name, want string) bool {
+	if strings.Contains(name, want) {
+		return true
+	}
+	re, err := regexp.Compile(want)
+	return err == nil && re.MatchString(name)
 }
 
 func labelText(m map[string]string) string {

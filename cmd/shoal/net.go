@@ -107,7 +107,7 @@ func (c *cli) netLs() *cobra.Command {
 		},
 		filters: map[string]func(network, string) bool{
 			"id":     func(n network, v string) bool { return strings.HasPrefix(n.Id, v) },
-			"name":   func(n network, v string) bool { return strings.Contains(n.Name, v) },
+			"name":   func(n network, v string) bool { return nameMatches(n.Name, v) },
 			"driver": func(n network, v string) bool { return n.Driver == v },
 			"scope":  func(n network, v string) bool { return scope(n) == v },
 			"type": func(n network, v string) bool {
@@ -115,7 +115,10 @@ func (c *cli) netLs() *cobra.Command {
 			},
 		},
 		values: map[string][]string{"driver": {spec.DriverOverlay, spec.DriverBridge, spec.DriverHost, spec.DriverNull}, "scope": {"swarm", "local"}, "type": {"builtin", "custom"}},
-		fields: map[string]func(network) string{"Scope": scope, "CreatedAt": func(n network) string { return createdAt(n.CreatedMs) }},
+		fields: map[string]func(network) string{"Scope": scope, "CreatedAt": func(n network) string { return createdAt(n.CreatedMs) },
+			"IPv6": func(n network) string {
+				return fmt.Sprint(slices.ContainsFunc(n.Subnets, func(s string) bool { return strings.Contains(s, ":") }))
+			}},
 	}
 	cmd := &cobra.Command{Use: "ls", Short: "List networks", Aliases: []string{"list"}, Args: exactly(0),
 		Example: "  shoal net ls --filter driver=overlay --filter label=tier=data\n  shoal net ls --format '{{.Name}}: {{.Subnet}}'",

@@ -38,14 +38,27 @@ func (c *cli) nodeLs() *cobra.Command {
 		},
 		filters: map[string]func(*shoalv1.NodeInfo, string) bool{
 			"id":           func(n *shoalv1.NodeInfo, v string) bool { return strings.HasPrefix(n.Id, v) },
-			"name":         func(n *shoalv1.NodeInfo, v string) bool { return strings.Contains(n.Name, v) },
+			"name":         func(n *shoalv1.NodeInfo, v string) bool { return nameMatches(n.Name, v) },
 			"role":         func(n *shoalv1.NodeInfo, v string) bool { return n.Role == v },
 			"status":       func(n *shoalv1.NodeInfo, v string) bool { return n.Status == v },
 			"availability": func(n *shoalv1.NodeInfo, v string) bool { return n.Availability == v },
 		},
 		values: map[string][]string{"role": {spec.RoleManager, spec.RoleWorker}, "status": {spec.NodeReady, spec.NodeDown},
 			"availability": {spec.AvailabilityActive, spec.AvailabilityPause, spec.AvailabilityDrain}},
-		fields: map[string]func(*shoalv1.NodeInfo) string{"Hostname": func(n *shoalv1.NodeInfo) string { return n.Name }},
+		fields: map[string]func(*shoalv1.NodeInfo) string{
+			"Hostname": func(n *shoalv1.NodeInfo) string { return n.Name },
+			"ManagerStatus": func(n *shoalv1.NodeInfo) string {
+				switch {
+				case n.Leader:
+					return "Leader"
+				case n.Role != spec.RoleManager:
+					return ""
+				case n.Status == spec.NodeReady:
+					return "Reachable"
+				}
+				return "Unreachable"
+			},
+		},
 	}
 	cmd := &cobra.Command{Use: "ls", Short: "List the nodes", Aliases: []string{"list"}, Args: exactly(0),
 		Example: "  shoal node ls --filter role=manager\n  shoal node ls --format '{{.Name}} {{.Address}}'",

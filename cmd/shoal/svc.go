@@ -354,6 +354,17 @@ func wired(t *shoalv1.Task) bool {
 	})
 }
 
+// replicated is Docker's word for a service that has a number of replicas.
+const replicated = "replicated"
+
+// image is the program, which stands where Docker shows an image.
+func image(t *shoalv1.TaskSpec) string {
+	if c := t.GetCommand(); len(c) > 0 {
+		return c[0]
+	}
+	return ""
+}
+
 func (c *cli) svcLs() *cobra.Command {
 	type service = *shoalv1.Service
 	var nets names
@@ -376,18 +387,23 @@ func (c *cli) svcLs() *cobra.Command {
 				return cmp.Or(strings.Join(vips, ","), "-")
 			}},
 			{"PORTS", false, func(s service) string { return cmp.Or(portsText(s.Ports), "-") }},
-			{"MODE", true, func(s service) string { return s.GetSpec().GetEndpointMode() }},
+			{"ENDPOINT MODE", true, func(s service) string { return s.GetSpec().GetEndpointMode() }},
 			{"COMMAND", true, func(s service) string { return strings.Join(s.GetSpec().GetTask().GetCommand(), " ") }},
 		},
 		filters: map[string]func(service, string) bool{
 			"id":   func(s service, v string) bool { return strings.HasPrefix(s.Id, v) },
-			"name": func(s service, v string) bool { return strings.Contains(s.GetSpec().GetName(), v) },
-			"mode": func(s service, v string) bool { return s.GetSpec().GetEndpointMode() == v },
+			"name": func(s service, v string) bool { return nameMatches(s.GetSpec().GetName(), v) },
+			// Docker's mode is of the replicas, of which there is one kind here.
+			"mode": func(s service, v string) bool { return v == replicated || s.GetSpec().GetEndpointMode() == v },
 			"network": func(s service, v string) bool {
 				return slices.ContainsFunc(s.GetSpec().GetNetworks(), func(a *shoalv1.NetworkAttachment) bool { return nets.of(a.Network) == v || a.Network == v })
 			},
 		},
-		values: map[string][]string{"mode": {spec.EndpointModeVIP, spec.EndpointModeDNSRR}},
+		values: map[string][]string{"mode": {replicated, "global", spec.EndpointModeVIP, spec.EndpointModeDNSRR}},
+		fields: map[string]func(service) string{
+			"Mode":  func(service) string { return replicated },
+			"Image": func(s service) string { return image(s.GetSpec().GetTask()) },
+		},
 	}
 	cmd := &cobra.Command{Use: "ls", Short: "List services", Aliases: []string{"list"}, Args: exactly(0),
 		Example: "  shoal svc ls --filter label=tier=front\n  shoal svc ls --format '{{.Name}} {{.VirtualIP}}'",
@@ -454,6 +470,9 @@ func recent(in []*shoalv1.Task) []*shoalv1.Task {
 	return slices.DeleteFunc(slices.Clone(in), func(t *shoalv1.Task) bool { return ended(t) && newest[key(t)] != t })
 }
 
+// exited is Docker's word for every way in which a task has ended.
+const exited = "exited"
+
 // taskListing is what ps and svc ps show.
 type taskListing struct {
 	listing[*shoalv1.Task]
@@ -502,7 +521,7 @@ func (c *cli) taskListing() *taskListing {
 		},
 		filters: map[string]func(task, string) bool{
 			"id":      func(t task, v string) bool { return strings.HasPrefix(t.Id, v) },
-			"name":    func(t task, v string) bool { return strings.Contains(t.Name, v) },
+			"name":    func(t task, v string) bool { return nameMatches(t.Name, v) },
 			"node":    func(t task, v string) bool { return t.Node == v || l.nodes[t.Node] == v },
 			"state":   func(t task, v string) bool { return t.GetStatus().GetState() == v },
 			"service": func(t task, v string) bool { return t.Service == v || t.Service != "" && l.svcs[t.Service] == v },
@@ -510,13 +529,28 @@ func (c *cli) taskListing() *taskListing {
 				return slices.ContainsFunc(t.Attachments, func(a *shoalv1.Attachment) bool { return a.Network == v })
 			},
 			"desired-state": func(t task, v string) bool { return t.Desired == v },
-			"status":        func(t task, v string) bool { return t.GetStatus().GetState() == v },
+			"status": func(t task, v string) bool {
+				return t.GetStatus().GetState() == v || v == exited && ended(t)
+			},
 		},
-		values: map[string][]string{"state": spec.TaskStates(), "status": spec.TaskStates(), "desired-state": {spec.DesiredRunning, spec.DesiredShutdown, spec.DesiredRemove}},
+		values: map[string][]string{"state": spec.TaskStates(), "status": append(spec.TaskStates(), exited), "desired-state": {spec.DesiredRunning, spec.DesiredShutdown, spec.DesiredRemove}},
 		fields: map[string]func(task) string{
 			"Names":     func(t task) string { return t.Name },
 			"Status":    func(t task) string { return t.GetStatus().GetState() },
 			"CreatedAt": func(t task) string { return createdAt(t.CreatedMs) },
+			"RunningFor": func(t task) string {
+				return ago(t.CreatedMs)
+			},
+			"Image":        func(t task) string { return image(t.GetSpec()) },
+			"DesiredState": func(t task) string { return capital(t.Desired) },
+			"CurrentState": func(t task) string {
+				s := capital(t.GetStatus().GetState())
+				if at := t.GetStatus().GetAtMs(); at != 0 {
+					s += " " + ago(at)
+				}
+				return s
+			},
+			"Error": note,
 			"Networks": func(t task) string {
 				return strings.Join(each1(t.Attachments, func(a *shoalv1.Attachment) string { return l.nets.of(a.Network) }), ",")
 			},
@@ -542,6 +576,14 @@ func (l *taskListing) show(cmd *cobra.Command, tasks []*shoalv1.Task) error {
 	}
 	for i, f := range l.want {
 		if n, ok := strings.CutPrefix(f, "node="); ok {
+			if n == "self" {
+				info, err := l.c.local().Info(cmd.Context(), connect.NewRequest(&shoalv1.InfoRequest{}))
+				if err != nil {
+					return err
+				}
+				l.want[i] = "node=" + info.Msg.Node.GetId()
+				continue
+			}
 			if _, _, err := l.c.nodes(cmd.Context(), n); err != nil {
 				return err
 			}

@@ -23,6 +23,10 @@ func (s *State) createService(c *CreateService) Result {
 	if err != nil {
 		return Result{Err: err}
 	}
+	// Only new ones: a cluster may have been made before this was refused.
+	if err := spec.ValidateServiceName(sp.Name); err != nil {
+		return Result{Err: failf(ErrInvalid, "%w", err)}
+	}
 	if _, ok := s.svcNames[sp.Name]; ok {
 		return Result{Err: failf(ErrExists, "service %s exists already", sp.Name)}
 	}

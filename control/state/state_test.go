@@ -86,6 +86,7 @@ func TestRefusals(t *testing.T) {
 		{svc(svcSpec("web", 1)), ErrExists, "service web exists already"},
 		{svc(svcSpec("db", 1, "nosuch")), ErrNotFound, "service db: no such network: nosuch: 'shoal net ls' lists all of them"},
 		{svc(svcSpec("db", 1, "app", app.ID)), ErrInvalid, "service db: network app is given twice"},
+		{svc(svcSpec("web.app", 1)), ErrInvalid, "service name \"web.app\" has a dot: use letters, digits, '-' and '_'; web.app may be an alias of it: --network name=NETWORK,alias=web.app"},
 		{svc(svcSpec("db", -1)), ErrInvalid, "service db: -1 replicas is out of range: use 0 to 65535"},
 		{svc(vip(webVIP)), ErrInUse, "service db: virtual address: network app: address " + webVIP + " is taken by service web"},
 		{svc(vip("10.5.0.1")), ErrInUse, "service db: virtual address: network app: address 10.5.0.1 is taken by the gateway"},
