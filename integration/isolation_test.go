@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -193,4 +194,61 @@ func TestForgedPackets(t *testing.T) {
 			t.Errorf("%s arrives", text)
 		}
 	}
+}
+
+// TestPortsAreNotTaken: the way out lends a task its node's address, but not the
+// ports where the node, or a published port, is spoken to. A task that sends
+// from one of these to where a client will come from would be given what that
+// client sends, as the answer.
+func TestPortsAreNotTaken(t *testing.T) {
+	onlyNative(t)
+	s := shared(t)
+	script, err := filepath.Abs("testdata/spoof.py")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	s.ok("node1", "shoal net create a")
+	s.ok("node1", "shoal net create b")
+	s.whoami("web", 1, "--network b -p 8140:9000/udp")
+	s.whoami("loc", 1, "--network b --constraint node.name==node1 -p published=8141,target=9000,protocol=udp,mode=host")
+	under := s.addrOf("node1")
+	cases := []struct {
+		network, what string
+		port, ttl     int
+		open          bool
+	}{
+		{"a", "a published port of another network", 8140, 64, true},
+		{"a", "a host's port of another network", 8141, 64, true},
+		// It gets no further than the ovns, whose own table must not have it.
+		{"b", "a host's port of its network", 8141, 2, true},
+		{"a", "gossip", 7946, 64, false},
+		{"a", "control", 2377, 64, false},
+		{"a", "VXLAN", 4789, 64, false},
+	}
+	heard := func(i int) string { return filepath.Join(dir, fmt.Sprint(i)) }
+	for i, x := range cases {
+		s.ok("node1", "shoal run -d --name t%d --network %s -- python3 %s shadow %d %s %d %d %s", i, x.network, script, x.port, outsideAddr, 41000+i, x.ttl, heard(i))
+	}
+	for i := range cases {
+		s.eventually(slow(10*time.Second), func() error {
+			_, err := os.Stat(heard(i))
+			return err
+		})
+	}
+	var all sync.WaitGroup
+	for i, x := range cases {
+		all.Go(func() {
+			out, err := s.client("sh", "-c", fmt.Sprintf("echo secret | nc -u -p %d -w 1 %s %d", 41000+i, under, x.port))
+			if b, _ := os.ReadFile(heard(i)); len(b) > 0 {
+				t.Errorf("a task of network %s hears what a client sends to %s: %s", x.network, x.what, b)
+			} else if x.open && out == "" {
+				t.Errorf("%s does not answer: %v", x.what, err)
+			}
+		})
+	}
+	all.Wait()
 }

@@ -2,6 +2,7 @@
 
   spoof.py listen FILE                          UDP port 7777; appends each datagram's text to FILE
   spoof.py source FROM TO TEXT                  a datagram with a source address of choice
+  spoof.py shadow PORT HOST PORT TTL FILE       a datagram from the first port to the second; listens on the first, as listen does
   spoof.py vxlan VNI MAC NODE PORT FROM TO TEXT a datagram inside of VXLAN, to a node
 """
 import socket, struct, sys
@@ -19,15 +20,26 @@ def datagram(src, dst, text):
     return head[:10] + struct.pack("!H", checksum(head)) + head[12:] + body
 
 
+def listen(s, file):
+    open(file, "w").close()
+    while True:
+        text, who = s.recvfrom(2048)
+        with open(file, "a") as f:
+            f.write(text.decode() + " from " + who[0] + "\n")
+
+
 what, args = sys.argv[1], sys.argv[2:]
 if what == "listen":
     s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     s.bind(("0.0.0.0", 7777))
-    open(args[0], "w").close()
-    while True:
-        text, who = s.recvfrom(2048)
-        with open(args[0], "a") as f:
-            f.write(text.decode() + " from " + who[0] + "\n")
+    listen(s, args[0])
+elif what == "shadow":
+    port, host, to, ttl, file = args
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    s.bind(("0.0.0.0", int(port)))
+    s.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, int(ttl))
+    s.sendto(b"shadow", (host, int(to)))
+    listen(s, file)
 elif what == "source":
     src, dst, text = args
     s = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
