@@ -252,3 +252,42 @@ func TestPortsAreNotTaken(t *testing.T) {
 	}
 	all.Wait()
 }
+
+// TestMadeUpNeighbours: the kernel has room for 1,024 neighbours that it had to
+// ask for, of all namespaces together. A task that filled it would have the node
+// find no other machine any more.
+func TestMadeUpNeighbours(t *testing.T) {
+	onlyNative(t)
+	s := shared(t)
+	script, err := filepath.Abs("testdata/neigh.py")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.ok("node1", "shoal net create --subnet 10.79.0.0/24 --subnet fd00:79::/64 six")
+	s.ok("node1", "shoal run -d --name evil --network six -- sleep 10000")
+	s.ok("node2", "shoal run -d --name other --network six -- sleep 10000")
+	var six string
+	for _, a := range s.task("evil").Attachments[0].Addrs {
+		if strings.Contains(a, ":") {
+			six = a
+		}
+	}
+	s.ok("node1", "shoal exec evil python3 %s 20 %s", script, six)
+	// What it sent before has been seen by now.
+	for _, a := range s.task("other").Attachments[0].Addrs {
+		s.ok("node1", "shoal exec evil ping -c 1 -W 5 %s", a)
+	}
+	ns, err := nl.List("shoal-" + s.Name + "-node1-net-six")
+	if err != nil || len(ns) != 1 {
+		t.Fatalf("namespaces of the network: %v %v", ns, err)
+	}
+	out, err := exec.Command("ip", "-n", ns[0], "neigh").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range strings.Split(string(out), "\n") {
+		if strings.HasPrefix(l, "11.0.0.") || strings.HasPrefix(l, "fe80::b:") {
+			t.Errorf("a task made its network remember %s", l)
+		}
+	}
+}

@@ -40,7 +40,8 @@
 // the other nodes. A namespace inherits arp_ignore, arp_announce and rp_filter
 // from the host (Documentation/networking/ip-sysctl, devconf_inherit_init_net),
 // and hosts that balance with LVS set them so that 169.254.1.1 would not be
-// answered for; a neighbour that is known need not be asked for.
+// answered for; a neighbour that is known need not be asked for. What a task
+// asks is not answered, so that it can't fill the neighbour table.
 //
 // # The way out
 //

@@ -557,10 +557,14 @@ var (
 	guard6Type = nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeIP6Addr)
 )
 
+// linkLocal6 is RFC 4291's. Each such address is a neighbour on the task's device.
+var linkLocal6 = netip.MustParsePrefix("fe80::/10")
+
 // filterRules is the table of an ovns.
 //
 // The chain "source" drops what a task sends with an address that isn't its
-// own, before conntrack or a VIP can see it. "entry" does so for what other
+// own, before conntrack or a VIP can see it; and what it sends to link-local
+// IPv6 addresses, which the ovns would ask for and remember. "entry" does so for what other
 // nodes send with an address that isn't of the network, but for replies.
 // "forward" lets through what is within the network, and between a local task
 // and the way out. Both let through what package ingress marked as belonging to
@@ -598,6 +602,7 @@ func filterRules(o overlay.Filter) ruleset {
 	source := []rule{
 		r(iif(task), unguarded(false, setGuard), drop),
 		r(iif(task), unguarded(true, setGuard6), drop),
+		r(iif(task), daddr(linkLocal6), drop),
 	}
 	if o.Alone != "" {
 		// Each node stops its own tasks, before a VIP can see them. What a
