@@ -291,3 +291,22 @@ func TestMadeUpNeighbours(t *testing.T) {
 		}
 	}
 }
+
+// TestNoLateChecksums: a packet whose checksum the network card is to put where
+// the sender says is another one behind the card than before every rule. Tasks
+// can't send such.
+func TestNoLateChecksums(t *testing.T) {
+	onlyNative(t)
+	s := shared(t)
+	script, err := filepath.Abs("testdata/late.py")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.ok("node1", "shoal net create a")
+	s.ok("node1", "shoal run -d --name evil --network a -- sleep 10000")
+	for _, how := range []string{"run --rm --network a --", "exec evil"} {
+		if got := s.ok("node1", "shoal %s python3 %s", how, script); got != "raw sockets: yes\nvirtio headers: EPERM\nvirtio header size: EPERM\nXDP: EPERM\nio_uring: ENOSYS" {
+			t.Errorf("%s: %s", how, got)
+		}
+	}
+}
