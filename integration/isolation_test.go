@@ -213,7 +213,7 @@ func TestPortsAreNotTaken(t *testing.T) {
 	}
 	s.ok("node1", "shoal net create a")
 	s.ok("node1", "shoal net create b")
-	s.whoami("web", 1, "--network b -p 8140:9000/udp")
+	s.whoami("web", 1, "--network b -p 8140:9000/udp -p 40140:9000/udp")
 	s.whoami("loc", 1, "--network b --constraint node.name==node1 -p published=8141,target=9000,protocol=udp,mode=host")
 	under := s.addrOf("node1")
 	cases := []struct {
@@ -222,6 +222,7 @@ func TestPortsAreNotTaken(t *testing.T) {
 		open          bool
 	}{
 		{"a", "a published port of another network", 8140, 64, true},
+		{"a", "a high published port of another network", 40140, 64, true},
 		{"a", "a host's port of another network", 8141, 64, true},
 		// It gets no further than the ovns, whose own table must not have it.
 		{"b", "a host's port of its network", 8141, 2, true},
