@@ -173,6 +173,10 @@ func TestForgedPackets(t *testing.T) {
 	send("evil", "source %s %s stolen-address", good, a)
 	send("evil", "source %s %s foreign-address", goodB, a)
 	send("evil", "source %s %s gateway-address", s.network("a").Gateways[0], a)
+	// The end of what another task sends: its beginning completes it.
+	until("fragments-of-a-task", func() { send("good", "fragment %s %s 01 fragments-of-a-task", good, a) })
+	send("evil", "fragment %s %s 1 stolen-fragment", good, a)
+	send("good", "fragment %s %s 0 stolen-fragment", good, a)
 	// Into network b by its VNI: from a task, by its own node and straight to
 	// the other; from a machine that is no member.
 	for _, node := range []string{under, s.addrOf("node1")} {
@@ -189,7 +193,7 @@ func TestForgedPackets(t *testing.T) {
 	})
 	// What was sent before has long arrived, if it did.
 	until("last", func() { send("evil", "source %s %s last", evil, a) })
-	for _, text := range []string{"stolen-address", "foreign-address", "gateway-address", "task-vxlan", "outsider-vxlan"} {
+	for _, text := range []string{"stolen-address", "foreign-address", "gateway-address", "stolen-fragment", "task-vxlan", "outsider-vxlan"} {
 		if has(text) {
 			t.Errorf("%s arrives", text)
 		}

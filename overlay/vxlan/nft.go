@@ -536,6 +536,7 @@ var (
 )
 
 const (
+	prioFragment = -450 // NF_IP_PRI_RAW_BEFORE_DEFRAG
 	prioRaw      = -300 // NF_IP_PRI_RAW, linux/netfilter_ipv4.h, and so on
 	prioMangle   = -150
 	prioFilter   = 0
@@ -563,7 +564,8 @@ var linkLocal6 = netip.MustParsePrefix("fe80::/10")
 // filterRules is the table of an ovns.
 //
 // The chain "source" drops what a task sends with an address that isn't its
-// own, before conntrack or a VIP can see it; and what it sends to link-local
+// own, before conntrack or a VIP can see it, each fragment before it is joined
+// with another task's to a packet that comes from that one's device; and what it sends to link-local
 // IPv6 addresses, which the ovns would ask for and remember. "entry" does so for what other
 // nodes send with an address that isn't of the network, but for replies.
 // "forward" lets through what is within the network, and between a local task
@@ -615,7 +617,7 @@ func filterRules(o overlay.Filter) ruleset {
 		}
 	}
 	rs.chains = []chain{
-		{"source", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, prioRaw, nftables.ChainPolicyAccept, source},
+		{"source", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, prioFragment, nftables.ChainPolicyAccept, source},
 		{"entry", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, prioMangle - 1, nftables.ChainPolicyAccept, entry},
 		{"forward", nftables.ChainTypeFilter, nftables.ChainHookForward, prioFilter, nftables.ChainPolicyDrop, forward},
 	}
