@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -172,6 +173,10 @@ func TestForgedPackets(t *testing.T) {
 	send("evil", "source %s %s stolen-address", good, a)
 	send("evil", "source %s %s foreign-address", goodB, a)
 	send("evil", "source %s %s gateway-address", s.network("a").Gateways[0], a)
+	// The end of what another task sends: its beginning completes it.
+	until("fragments-of-a-task", func() { send("good", "fragment %s %s 01 fragments-of-a-task", good, a) })
+	send("evil", "fragment %s %s 1 stolen-fragment", good, a)
+	send("good", "fragment %s %s 0 stolen-fragment", good, a)
 	// Into network b by its VNI: from a task, by its own node and straight to
 	// the other; from a machine that is no member.
 	for _, node := range []string{under, s.addrOf("node1")} {
@@ -188,9 +193,125 @@ func TestForgedPackets(t *testing.T) {
 	})
 	// What was sent before has long arrived, if it did.
 	until("last", func() { send("evil", "source %s %s last", evil, a) })
-	for _, text := range []string{"stolen-address", "foreign-address", "gateway-address", "task-vxlan", "outsider-vxlan"} {
+	for _, text := range []string{"stolen-address", "foreign-address", "gateway-address", "stolen-fragment", "task-vxlan", "outsider-vxlan"} {
 		if has(text) {
 			t.Errorf("%s arrives", text)
+		}
+	}
+}
+
+// TestPortsAreNotTaken: the way out lends a task its node's address, but not the
+// ports where the node, or a published port, is spoken to. A task that sends
+// from one of these to where a client will come from would be given what that
+// client sends, as the answer.
+func TestPortsAreNotTaken(t *testing.T) {
+	onlyNative(t)
+	s := shared(t)
+	script, err := filepath.Abs("testdata/spoof.py")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	s.ok("node1", "shoal net create a")
+	s.ok("node1", "shoal net create b")
+	s.whoami("web", 1, "--network b -p 8140:9000/udp -p 40140:9000/udp")
+	s.whoami("loc", 1, "--network b --constraint node.name==node1 -p published=8141,target=9000,protocol=udp,mode=host")
+	under := s.addrOf("node1")
+	cases := []struct {
+		network, what string
+		port, ttl     int
+		open          bool
+	}{
+		{"a", "a published port of another network", 8140, 64, true},
+		{"a", "a high published port of another network", 40140, 64, true},
+		{"a", "a host's port of another network", 8141, 64, true},
+		// It gets no further than the ovns, whose own table must not have it.
+		{"b", "a host's port of its network", 8141, 2, true},
+		{"a", "gossip", 7946, 64, false},
+		{"a", "control", 2377, 64, false},
+		{"a", "VXLAN", 4789, 64, false},
+	}
+	heard := func(i int) string { return filepath.Join(dir, fmt.Sprint(i)) }
+	for i, x := range cases {
+		s.ok("node1", "shoal run -d --name t%d --network %s -- python3 %s shadow %d %s %d %d %s", i, x.network, script, x.port, outsideAddr, 41000+i, x.ttl, heard(i))
+	}
+	for i := range cases {
+		s.eventually(slow(10*time.Second), func() error {
+			_, err := os.Stat(heard(i))
+			return err
+		})
+	}
+	var all sync.WaitGroup
+	for i, x := range cases {
+		all.Go(func() {
+			out, err := s.client("sh", "-c", fmt.Sprintf("echo secret | nc -u -p %d -w 1 %s %d", 41000+i, under, x.port))
+			if b, _ := os.ReadFile(heard(i)); len(b) > 0 {
+				t.Errorf("a task of network %s hears what a client sends to %s: %s", x.network, x.what, b)
+			} else if x.open && out == "" {
+				t.Errorf("%s does not answer: %v", x.what, err)
+			}
+		})
+	}
+	all.Wait()
+}
+
+// TestMadeUpNeighbours: the kernel has room for 1,024 neighbours that it had to
+// ask for, of all namespaces together. A task that filled it would have the node
+// find no other machine any more.
+func TestMadeUpNeighbours(t *testing.T) {
+	onlyNative(t)
+	s := shared(t)
+	script, err := filepath.Abs("testdata/neigh.py")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.ok("node1", "shoal net create --subnet 10.79.0.0/24 --subnet fd00:79::/64 six")
+	s.ok("node1", "shoal run -d --name evil --network six -- sleep 10000")
+	s.ok("node2", "shoal run -d --name other --network six -- sleep 10000")
+	var six string
+	for _, a := range s.task("evil").Attachments[0].Addrs {
+		if strings.Contains(a, ":") {
+			six = a
+		}
+	}
+	s.ok("node1", "shoal exec evil python3 %s 20 %s", script, six)
+	// What it sent before has been seen by now.
+	for _, a := range s.task("other").Attachments[0].Addrs {
+		s.ok("node1", "shoal exec evil ping -c 1 -W 5 %s", a)
+	}
+	ns, err := nl.List("shoal-" + s.Name + "-node1-net-six")
+	if err != nil || len(ns) != 1 {
+		t.Fatalf("namespaces of the network: %v %v", ns, err)
+	}
+	out, err := exec.Command("ip", "-n", ns[0], "neigh").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range strings.Split(string(out), "\n") {
+		if strings.HasPrefix(l, "11.0.0.") || strings.HasPrefix(l, "fe80::b:") {
+			t.Errorf("a task made its network remember %s", l)
+		}
+	}
+}
+
+// TestNoLateChecksums: a packet whose checksum the network card is to put where
+// the sender says is another one behind the card than before every rule. Tasks
+// can't send such.
+func TestNoLateChecksums(t *testing.T) {
+	onlyNative(t)
+	s := shared(t)
+	script, err := filepath.Abs("testdata/late.py")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.ok("node1", "shoal net create a")
+	s.ok("node1", "shoal run -d --name evil --network a -- sleep 10000")
+	for _, how := range []string{"run --rm --network a --", "exec evil"} {
+		if got := s.ok("node1", "shoal %s python3 %s", how, script); got != "raw sockets: yes\nvirtio headers: EPERM\nvirtio header size: EPERM\nXDP: EPERM\nio_uring: ENOSYS" {
+			t.Errorf("%s: %s", how, got)
 		}
 	}
 }

@@ -199,6 +199,9 @@ func (s *State) sandbox(b spec.Sandbox, nets map[string]*network) {
 		mac := endpointMAC(addrs[0])
 		s.Add(Port{Netns: n.ns, Dev: dev, Network: n.ID, Task: b.Task, TaskNetns: b.Netns, Eth: eth, MAC: mac, MTU: n.mtu})
 		s.devSysctls(n.ns, dev)
+		// The task knows its next hop's address, and who asks for it is remembered:
+		// in a table of 1,024 neighbours that all namespaces share.
+		s.Add(Sysctl{n.ns, dev, "net.ipv4.conf." + dev + ".arp_ignore", "8"})
 		v4, v6 := false, false
 		for _, x := range addrs {
 			n.taken[x] = true

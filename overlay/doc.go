@@ -40,14 +40,16 @@
 // the other nodes. A namespace inherits arp_ignore, arp_announce and rp_filter
 // from the host (Documentation/networking/ip-sysctl, devconf_inherit_init_net),
 // and hosts that balance with LVS set them so that 169.254.1.1 would not be
-// answered for; a neighbour that is known need not be asked for.
+// answered for; a neighbour that is known need not be asked for. What a task
+// asks is not answered, so that it can't fill the neighbour table.
 //
 // # The way out
 //
 // Unless the network is internal, its ovns has a veth to the host's namespace.
 // The ovns masquerades to its own address on it, so that the host needs no
 // route to any endpoint, and two networks can't meet there; the host
-// masquerades once more. What comes from outside is forwarded only in reply, or
+// masquerades once more. Both take ports from 32768 on: a task's own choice could
+// be a port where the node, or something published, is spoken to. What comes from outside is forwarded only in reply, or
 // when the host's own DNAT (of a published port) sent it.
 //
 // # The three steps

@@ -140,6 +140,23 @@ func dnatMap(set string) rule {
 	}}
 }
 
+// portTaken matches a source port that is a published one; masqElsewhere takes
+// another. The overlay's masquerade, which comes later, keeps tasks' source ports
+// above 32767, and a port may be published there.
+var (
+	portTaken = rule{text: "source port in @" + mapPorts, exprs: []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg(0)},
+		th(reg(1), 0, 2),
+		// A lookup in a map needs a place for what it finds.
+		&expr.Lookup{SourceRegister: reg(0), DestRegister: reg(0), IsDestRegSet: true, SetName: mapPorts},
+	}}
+	masqElsewhere = rule{text: "masquerade to :32768-65535 fully-random", exprs: []expr.Any{
+		&expr.Immediate{Register: 2, Data: []byte{0x80, 0}},
+		&expr.Immediate{Register: 3, Data: []byte{0xff, 0xff}},
+		masqRandom{},
+	}}
+)
+
 // snatNode lets the server see this node.
 func snatNode(node netip.Addr) rule {
 	if !node.IsValid() {
@@ -260,11 +277,15 @@ func hostRules(o ingress.HostTable) ruleset {
 		r(portKey(true, false), dnatMap(mapAddrPorts)),
 		r(portKey(false, false), dnatMap(mapPorts)),
 	}
-	post := []rule{
+	var post []rule
+	for _, p := range spec.EgressPrefixes {
+		post = append(post, r(oifNot(way), saddr(p), portTaken, masqElsewhere))
+	}
+	post = append(post,
 		r(oifNot(way), ret),
 		r(ctNotDNAT, ret),
 		r(saddr(loopback), snatNode(o.Node)),
-	}
+	)
 	for _, p := range spec.EgressPrefixes {
 		post = append(post, r(saddr(p), snatNode(o.Node)))
 	}

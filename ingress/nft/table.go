@@ -69,9 +69,16 @@ type ctOrig struct {
 	set      bool
 }
 
+// masqRandom is a masquerade to any of the ports from register 2 to register 3.
+// google/nftables writes either the ports or the flags.
+type masqRandom struct{ expr.Any } // none
+
+// marshaler is an expression that google/nftables can't write.
+type marshaler interface{ marshal() ([]byte, error) }
+
 // raw tells whether google/nftables can't write the rule.
 func (r rule) raw() bool {
-	return slices.ContainsFunc(r.exprs, func(e expr.Any) bool { _, ok := e.(ctOrig); return ok })
+	return slices.ContainsFunc(r.exprs, func(e expr.Any) bool { _, ok := e.(marshaler); return ok })
 }
 
 func (r ruleset) table() *nftables.Table {
@@ -321,14 +328,29 @@ func (e ctOrig) marshal() ([]byte, error) {
 	})
 }
 
-// addRaw appends a rule. Unlike google/nftables it knows ctOrig.
+func (masqRandom) marshal() ([]byte, error) {
+	masq, err := netlink.MarshalAttributes([]netlink.Attribute{
+		{Type: unix.NFTA_MASQ_FLAGS, Data: be32(unix.NF_NAT_RANGE_PROTO_SPECIFIED | unix.NF_NAT_RANGE_PROTO_RANDOM_FULLY)},
+		{Type: unix.NFTA_MASQ_REG_PROTO_MIN, Data: be32(2)},
+		{Type: unix.NFTA_MASQ_REG_PROTO_MAX, Data: be32(3)},
+	})
+	if err != nil {
+		return nil, err
+	}
+	return netlink.MarshalAttributes([]netlink.Attribute{
+		{Type: unix.NFTA_EXPR_NAME, Data: []byte("masq\x00")},
+		{Type: unix.NLA_F_NESTED | unix.NFTA_EXPR_DATA, Data: masq},
+	})
+}
+
+// addRaw appends a rule. Unlike google/nftables it knows each marshaler.
 func addRaw(r rawRule) error {
 	var list []netlink.Attribute
 	for _, e := range r.exprs {
 		var b []byte
 		var err error
-		if ct, ok := e.(ctOrig); ok {
-			b, err = ct.marshal()
+		if m, ok := e.(marshaler); ok {
+			b, err = m.marshal()
 		} else {
 			b, err = expr.Marshal(byte(nftables.TableFamilyIPv4), e)
 		}

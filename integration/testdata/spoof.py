@@ -2,6 +2,8 @@
 
   spoof.py listen FILE                          UDP port 7777; appends each datagram's text to FILE
   spoof.py source FROM TO TEXT                  a datagram with a source address of choice
+  spoof.py fragment FROM TO PART TEXT           part 0 or 1 of a datagram of two fragments; "01" is both
+  spoof.py shadow PORT HOST PORT TTL FILE       a datagram from the first port to the second; listens on the first, as listen does
   spoof.py vxlan VNI MAC NODE PORT FROM TO TEXT a datagram inside of VXLAN, to a node
 """
 import socket, struct, sys
@@ -13,25 +15,52 @@ def checksum(b):
     return ~(s + (s >> 16)) & 0xFFFF
 
 
-def datagram(src, dst, text):
-    body = struct.pack("!HHHH", 5555, 7777, 8 + len(text), 0) + text
-    head = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(body), 1, 0, 64, 17, 0, socket.inet_aton(src), socket.inet_aton(dst))
+def packet(src, dst, body, number=1, fragment=0):
+    head = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(body), number, fragment, 64, 17, 0, socket.inet_aton(src), socket.inet_aton(dst))
     return head[:10] + struct.pack("!H", checksum(head)) + head[12:] + body
+
+
+def udp(text):
+    return struct.pack("!HHHH", 5555, 7777, 8 + len(text), 0) + text
+
+
+def datagram(src, dst, text):
+    return packet(src, dst, udp(text))
+
+
+def listen(s, file):
+    open(file, "w").close()
+    while True:
+        text, who = s.recvfrom(2048)
+        with open(file, "a") as f:
+            f.write(text.decode() + " from " + who[0] + "\n")
 
 
 what, args = sys.argv[1], sys.argv[2:]
 if what == "listen":
     s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     s.bind(("0.0.0.0", 7777))
-    open(args[0], "w").close()
-    while True:
-        text, who = s.recvfrom(2048)
-        with open(args[0], "a") as f:
-            f.write(text.decode() + " from " + who[0] + "\n")
+    listen(s, args[0])
+elif what == "shadow":
+    port, host, to, ttl, file = args
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    s.bind(("0.0.0.0", int(port)))
+    s.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, int(ttl))
+    s.sendto(b"shadow", (host, int(to)))
+    listen(s, file)
 elif what == "source":
     src, dst, text = args
     s = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
     s.sendto(datagram(src, dst, text.encode()), (dst, 0))
+elif what == "fragment":
+    src, dst, parts, text = args
+    body, more = udp(text.encode()), 0x2000
+    s = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM)  # IPPROTO_RAW would number them
+    gateway = open("/proc/net/arp").read().split("eth0")[0].split()[-2]
+    to = ("eth0", 0x0800, 0, 0, bytes.fromhex(gateway.replace(":", "")))
+    for part in parts:
+        i = int(part)
+        s.sendto(packet(src, dst, [body[:16], body[16:]][i], 4711, [more, 2][i]), to)
 elif what == "vxlan":
     vni, mac, node, port, src, dst, text = args
     eth = bytes.fromhex(mac.replace(":", "")) + bytes.fromhex("025368000099") + b"\x08\x00"

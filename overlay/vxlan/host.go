@@ -35,8 +35,10 @@ const setRouted = "was-no-router"
 func hostRules(name string, routed *[]string) ruleset {
 	way := overlay.HostPrefix + "*"
 	var nat []rule
-	for _, p := range spec.EgressPrefixes {
-		nat = append(nat, r(oifNot(way), saddr(p), masq))
+	for _, m := range []rule{masqPorts, masq} {
+		for _, p := range spec.EgressPrefixes {
+			nat = append(nat, r(oifNot(way), saddr(p), m))
+		}
 	}
 	forward := []rule{
 		r(oif(way), ctDNAT(), accept), // published ports, also for tasks of this node

@@ -188,7 +188,7 @@ func (w world) Break(o overlay.Object) bool {
 	case overlay.Namespace:
 		run(w.t, "ip netns del %s", ns)
 	case overlay.Sysctl:
-		v := map[string]string{"0": "1", "1": "0"}[o.Value]
+		v := map[string]string{"0": "1", "1": "0", "8": "0"}[o.Value]
 		if strings.Contains(o.Name, "disable_ipv6") && v == "1" && o.Dev == "" || o.Name == "net.ipv6.conf.all.forwarding" {
 			// These take IPv6 addresses and other settings along.
 			return false

@@ -66,6 +66,14 @@ type rule struct {
 	exprs []expr.Any
 }
 
+// masqHigh is a masquerade to ports of a range. google/nftables can write the
+// ports, but not the flag without which the kernel ignores them. See insert.
+type masqHigh struct{ expr.Any } // none
+
+func (r rule) raw() bool {
+	return slices.ContainsFunc(r.exprs, func(e expr.Any) bool { _, ok := e.(masqHigh); return ok })
+}
+
 // digest is what all comments of the rule set carry.
 func (r ruleset) digest() string {
 	h := sha256.New()
@@ -247,6 +255,9 @@ func (r ruleset) write() error {
 		prio := nftables.ChainPriority(ch.prio)
 		kc := c.AddChain(&nftables.Chain{Table: t, Name: ch.name, Type: ch.typ, Hooknum: ch.hook, Priority: &prio, Policy: &ch.policy})
 		for i, x := range ch.rules {
+			if x.raw() {
+				continue
+			}
 			c.AddRule(&nftables.Rule{Table: t, Chain: kc, Exprs: x.exprs,
 				UserData: userdata.AppendString(nil, userdata.TypeComment, comment(digest, ch, i))})
 		}
@@ -254,7 +265,82 @@ func (r ruleset) write() error {
 	if err := c.Flush(); err != nil {
 		return fmt.Errorf("write nftables table %s: %w", r.name, err)
 	}
+	for _, ch := range r.chains {
+		for i := len(ch.rules) - 1; i >= 0; i-- {
+			if ch.rules[i].raw() {
+				if err := r.insert(ch, ch.rules[i], comment(digest, ch, i)); err != nil {
+					return fmt.Errorf("write nftables table %s: masquerade to a range of ports: %w", r.name, err)
+				}
+			}
+		}
+	}
 	return nil
+}
+
+func (masqHigh) marshal() ([]byte, error) {
+	be := binary.BigEndian.AppendUint32
+	data, err := netlink.MarshalAttributes([]netlink.Attribute{
+		{Type: unix.NFTA_MASQ_FLAGS, Data: be(nil, unix.NF_NAT_RANGE_PROTO_SPECIFIED)},
+		{Type: unix.NFTA_MASQ_REG_PROTO_MIN, Data: be(nil, 1)},
+		{Type: unix.NFTA_MASQ_REG_PROTO_MAX, Data: be(nil, 2)},
+	})
+	if err != nil {
+		return nil, err
+	}
+	return netlink.MarshalAttributes([]netlink.Attribute{
+		{Type: unix.NFTA_EXPR_NAME, Data: []byte("masq\x00")},
+		{Type: unix.NLA_F_NESTED | unix.NFTA_EXPR_DATA, Data: data},
+	})
+}
+
+// insert puts a rule with masqHigh before the others of its chain, after the
+// transaction that wrote these. Until then what comes behind it does its part.
+func (r ruleset) insert(ch chain, x rule, comment string) error {
+	var list []netlink.Attribute
+	for _, e := range x.exprs {
+		var b []byte
+		var err error
+		if m, ok := e.(masqHigh); ok {
+			b, err = m.marshal()
+		} else {
+			b, err = expr.Marshal(byte(r.family), e)
+		}
+		if err != nil {
+			return err
+		}
+		list = append(list, netlink.Attribute{Type: unix.NLA_F_NESTED | unix.NFTA_LIST_ELEM, Data: b})
+	}
+	exprs, err := netlink.MarshalAttributes(list)
+	if err != nil {
+		return err
+	}
+	body, err := netlink.MarshalAttributes([]netlink.Attribute{
+		{Type: unix.NFTA_RULE_TABLE, Data: []byte(r.name + "\x00")},
+		{Type: unix.NFTA_RULE_CHAIN, Data: []byte(ch.name + "\x00")},
+		{Type: unix.NLA_F_NESTED | unix.NFTA_RULE_EXPRESSIONS, Data: exprs},
+		{Type: unix.NFTA_RULE_USERDATA, Data: userdata.AppendString(nil, userdata.TypeComment, comment)},
+	})
+	if err != nil {
+		return err
+	}
+	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	// nfgenmsg: family, version, resource (linux/netfilter/nfnetlink.h).
+	batch := []byte{unix.AF_UNSPEC, unix.NFNETLINK_V0, 0, unix.NFNL_SUBSYS_NFTABLES}
+	msg := append([]byte{byte(r.family), unix.NFNETLINK_V0, 0, 0}, body...)
+	if _, err := c.SendMessages([]netlink.Message{
+		{Header: netlink.Header{Type: unix.NFNL_MSG_BATCH_BEGIN, Flags: netlink.Request}, Data: batch},
+		{Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWRULE,
+			Flags: netlink.Request | netlink.Acknowledge | netlink.Create}, Data: msg},
+		{Header: netlink.Header{Type: unix.NFNL_MSG_BATCH_END, Flags: netlink.Request}, Data: batch},
+	}); err != nil {
+		return err
+	}
+	_, err = c.Receive() // the acknowledgement, or the error
+	return err
 }
 
 func elements(keys [][]byte) []nftables.SetElement {
@@ -437,9 +523,20 @@ var (
 	reject  = rule{"reject with icmpx admin-prohibited", []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED}}}
 	notrack = rule{"notrack", []expr.Any{&expr.Notrack{}}}
 	masq    = rule{"masquerade", []expr.Any{&expr.Masq{}}}
+	// masqPorts takes ports from 32768 on, where Linux's own begin
+	// (net.ipv4.ip_local_port_range). A task chooses the port that it sends from,
+	// and a plain masquerade keeps it: one that sends from the port of an agent,
+	// or from a published port, to where a client's next connection will come
+	// from, would have what that client sends translated to itself, as the answer.
+	masqPorts = rule{"masquerade to :32768-65535", []expr.Any{
+		&expr.Immediate{Register: 1, Data: []byte{0x80, 0}},
+		&expr.Immediate{Register: 2, Data: []byte{0xff, 0xff}},
+		masqHigh{},
+	}}
 )
 
 const (
+	prioFragment = -450 // NF_IP_PRI_RAW_BEFORE_DEFRAG
 	prioRaw      = -300 // NF_IP_PRI_RAW, linux/netfilter_ipv4.h, and so on
 	prioMangle   = -150
 	prioFilter   = 0
@@ -461,10 +558,15 @@ var (
 	guard6Type = nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeIP6Addr)
 )
 
+// linkLocal6 is RFC 4291's. Each such address is a neighbour on the task's device.
+var linkLocal6 = netip.MustParsePrefix("fe80::/10")
+
 // filterRules is the table of an ovns.
 //
 // The chain "source" drops what a task sends with an address that isn't its
-// own, before conntrack or a VIP can see it. "entry" does so for what other
+// own, before conntrack or a VIP can see it, each fragment before it is joined
+// with another task's to a packet that comes from that one's device; and what it sends to link-local
+// IPv6 addresses, which the ovns would ask for and remember. "entry" does so for what other
 // nodes send with an address that isn't of the network, but for replies.
 // "forward" lets through what is within the network, and between a local task
 // and the way out. Both let through what package ingress marked as belonging to
@@ -502,6 +604,7 @@ func filterRules(o overlay.Filter) ruleset {
 	source := []rule{
 		r(iif(task), unguarded(false, setGuard), drop),
 		r(iif(task), unguarded(true, setGuard6), drop),
+		r(iif(task), daddr(linkLocal6), drop),
 	}
 	if o.Alone != "" {
 		// Each node stops its own tasks, before a VIP can see them. What a
@@ -514,13 +617,14 @@ func filterRules(o overlay.Filter) ruleset {
 		}
 	}
 	rs.chains = []chain{
-		{"source", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, prioRaw, nftables.ChainPolicyAccept, source},
+		{"source", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, prioFragment, nftables.ChainPolicyAccept, source},
 		{"entry", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, prioMangle - 1, nftables.ChainPolicyAccept, entry},
 		{"forward", nftables.ChainTypeFilter, nftables.ChainHookForward, prioFilter, nftables.ChainPolicyDrop, forward},
 	}
 	if o.Out {
 		rs.chains = append(rs.chains,
 			chain{"way-out", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, prioSrcNAT, nftables.ChainPolicyAccept, []rule{
+				r(oif(out), nfproto(false), masqPorts),
 				r(oif(out), nfproto(false), masq),
 			}},
 			chain{"leak", nftables.ChainTypeFilter, nftables.ChainHookPostrouting, prioAfterNAT, nftables.ChainPolicyAccept, []rule{
