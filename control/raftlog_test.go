@@ -42,7 +42,7 @@ func TestDamagedLog(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))
 	damage := map[string]func(b []byte) []byte{
 		"zeros": func(b []byte) []byte { clear(b[2*4096:]); return b },
-		"text": func([]byte) []byte { return []byte(strings.Repeat("not a log ", 2000)) },
+		"text":  func([]byte) []byte { return []byte(strings.Repeat("not a log ", 2000)) },
 	}
 	// Often, as a field that is garbage may by chance be a count to follow.
 	for i := range 30 {
