@@ -49,8 +49,9 @@
 // The ovns masquerades to its own address on it, so that the host needs no
 // route to any endpoint, and two networks can't meet there; the host
 // masquerades once more. Both take ports from 32768 on: a task's own choice could
-// be a port where the node, or something published, is spoken to. What comes from outside is forwarded only in reply, or
-// when the host's own DNAT (of a published port) sent it.
+// be a port where the node, or something published, is spoken to. What comes from
+// outside is forwarded only in reply, or when the host's own DNAT (of a published
+// port) sent it.
 //
 // # The three steps
 //

@@ -565,9 +565,10 @@ var linkLocal6 = netip.MustParsePrefix("fe80::/10")
 //
 // The chain "source" drops what a task sends with an address that isn't its
 // own, before conntrack or a VIP can see it, each fragment before it is joined
-// with another task's to a packet that comes from that one's device; and what it sends to link-local
-// IPv6 addresses, which the ovns would ask for and remember. "entry" does so for what other
-// nodes send with an address that isn't of the network, but for replies.
+// with another task's to a packet that comes from that one's device; and what it
+// sends to link-local IPv6 addresses, which the ovns would ask for and remember.
+// "entry" does so for what other nodes send with an address that isn't of the
+// network, but for replies.
 // "forward" lets through what is within the network, and between a local task
 // and the way out. Both let through what package ingress marked as belonging to
 // a published port. "leak" stops what conntrack would not translate, such as the

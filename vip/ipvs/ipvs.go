@@ -65,8 +65,8 @@
 // or 1111 are left alone, so that no client seems to use port 0 or a privileged
 // one. What remains: a client that itself picks a port outside of the ephemeral
 // range: below, another connection of its own may have the image; with upper
-// bits 0000 or 1111, the image is the port itself. SCTP is not flipped: Linux gives a
-// port to no two SCTP sockets at a time (sctp_get_port_local), so nothing
+// bits 0000 or 1111, the image is the port itself. SCTP is not flipped: Linux
+// gives a port to no two SCTP sockets at a time (sctp_get_port_local), so nothing
 // collides by chance, and rewriting its checksum takes Linux 5.10.
 //
 // # moby/ipvs
