@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shoalnet/shoal/ingress"
+	"github.com/shoalnet/shoal/internal/nl"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -153,7 +154,7 @@ var (
 	masqElsewhere = rule{text: "masquerade to :32768-65535 fully-random", exprs: []expr.Any{
 		&expr.Immediate{Register: 2, Data: []byte{0x80, 0}},
 		&expr.Immediate{Register: 3, Data: []byte{0xff, 0xff}},
-		masqRandom{},
+		nl.MasqPorts{Min: 2, Max: 3, Random: true},
 	}}
 )
 

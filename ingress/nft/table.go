@@ -62,23 +62,11 @@ type rule struct {
 // register, or sets it from there. google/nftables has neither the direction of
 // a zone nor addresses by their family. (It has addresses of any family, but
 // those have no length of their own, and nft(8) up to 1.0.6 aborts over a
-// concatenation with one, whatever it was asked.) See addRaw.
+// concatenation with one, whatever it was asked.)
 type ctOrig struct {
 	expr.Any // none
 	key, reg uint32
 	set      bool
-}
-
-// masqRandom is a masquerade to any of the ports from register 2 to register 3.
-// google/nftables writes either the ports or the flags.
-type masqRandom struct{ expr.Any } // none
-
-// marshaler is an expression that google/nftables can't write.
-type marshaler interface{ marshal() ([]byte, error) }
-
-// raw tells whether google/nftables can't write the rule.
-func (r rule) raw() bool {
-	return slices.ContainsFunc(r.exprs, func(e expr.Any) bool { _, ok := e.(marshaler); return ok })
 }
 
 func (r ruleset) table() *nftables.Table {
@@ -269,7 +257,7 @@ func (r ruleset) write() error {
 		}
 	}
 	d := r.digest()
-	var raw []rawRule
+	var raw, first []nl.Rule
 	accept := nftables.ChainPolicyAccept
 	for _, ch := range r.chains {
 		kc := &nftables.Chain{Table: t, Name: ch.name}
@@ -280,11 +268,19 @@ func (r ruleset) write() error {
 		c.AddChain(kc)
 	}
 	for _, ch := range r.chains {
-		later := false // what follows a raw rule has to come after it
+		begins, later := true, false // what follows a raw rule has to come after it
 		for i, x := range ch.rules {
 			ud := userdata.AppendString(nil, userdata.TypeComment, comment(d, ch.name, i))
-			if later = later || x.raw(); later {
-				raw = append(raw, rawRule{r.name, ch.name, x.exprs, ud})
+			one := nl.Rule{Family: unix.NFPROTO_IPV4, Table: r.name, Chain: ch.name, Exprs: x.exprs, UserData: ud}
+			// Those at the beginning of a chain are put before the others, which can be
+			// there at once.
+			if begins = begins && nl.IsRaw(x.exprs); begins {
+				one.First = true
+				first = append(first, one)
+				continue
+			}
+			if later = later || nl.IsRaw(x.exprs); later {
+				raw = append(raw, one)
 				continue
 			}
 			c.AddRule(&nftables.Rule{Table: t, Chain: &nftables.Chain{Table: t, Name: ch.name}, Exprs: x.exprs, UserData: ud})
@@ -293,104 +289,28 @@ func (r ruleset) write() error {
 	if err := c.Flush(); err != nil {
 		return fmt.Errorf("write nftables table %s: %w", r.name, err)
 	}
-	for _, x := range raw {
-		if err := addRaw(x); err != nil {
-			return fmt.Errorf("write nftables table %s: chain %s: %w", r.name, x.chain, err)
+	slices.Reverse(first)
+	for _, x := range append(first, raw...) {
+		if err := nl.AddRule(x); err != nil {
+			return fmt.Errorf("write nftables table %s: chain %s: %w", r.name, x.Chain, err)
 		}
 	}
 	return nil
 }
 
-type rawRule struct {
-	table, chain string
-	exprs        []expr.Any
-	userData     []byte
-}
-
 func be32(v uint32) []byte { return binary.BigEndian.AppendUint32(nil, v) }
 
-func (e ctOrig) marshal() ([]byte, error) {
+// Raw implements nl.RawExpr.
+func (e ctOrig) Raw() ([]byte, error) {
 	reg := netlink.Attribute{Type: unix.NFTA_CT_DREG, Data: be32(e.reg)}
 	if e.set {
 		reg.Type = unix.NFTA_CT_SREG
 	}
-	ct, err := netlink.MarshalAttributes([]netlink.Attribute{
+	return nl.EncodeExpr("ct", []netlink.Attribute{
 		{Type: unix.NFTA_CT_KEY, Data: be32(e.key)},
 		reg,
 		{Type: unix.NFTA_CT_DIRECTION, Data: []byte{0}}, // IP_CT_DIR_ORIGINAL
 	})
-	if err != nil {
-		return nil, err
-	}
-	return netlink.MarshalAttributes([]netlink.Attribute{
-		{Type: unix.NFTA_EXPR_NAME, Data: []byte("ct\x00")},
-		{Type: unix.NLA_F_NESTED | unix.NFTA_EXPR_DATA, Data: ct},
-	})
-}
-
-func (masqRandom) marshal() ([]byte, error) {
-	masq, err := netlink.MarshalAttributes([]netlink.Attribute{
-		{Type: unix.NFTA_MASQ_FLAGS, Data: be32(unix.NF_NAT_RANGE_PROTO_SPECIFIED | unix.NF_NAT_RANGE_PROTO_RANDOM_FULLY)},
-		{Type: unix.NFTA_MASQ_REG_PROTO_MIN, Data: be32(2)},
-		{Type: unix.NFTA_MASQ_REG_PROTO_MAX, Data: be32(3)},
-	})
-	if err != nil {
-		return nil, err
-	}
-	return netlink.MarshalAttributes([]netlink.Attribute{
-		{Type: unix.NFTA_EXPR_NAME, Data: []byte("masq\x00")},
-		{Type: unix.NLA_F_NESTED | unix.NFTA_EXPR_DATA, Data: masq},
-	})
-}
-
-// addRaw appends a rule. Unlike google/nftables it knows each marshaler.
-func addRaw(r rawRule) error {
-	var list []netlink.Attribute
-	for _, e := range r.exprs {
-		var b []byte
-		var err error
-		if m, ok := e.(marshaler); ok {
-			b, err = m.marshal()
-		} else {
-			b, err = expr.Marshal(byte(nftables.TableFamilyIPv4), e)
-		}
-		if err != nil {
-			return err
-		}
-		list = append(list, netlink.Attribute{Type: unix.NLA_F_NESTED | unix.NFTA_LIST_ELEM, Data: b})
-	}
-	exprs, err := netlink.MarshalAttributes(list)
-	if err != nil {
-		return err
-	}
-	body, err := netlink.MarshalAttributes([]netlink.Attribute{
-		{Type: unix.NFTA_RULE_TABLE, Data: []byte(r.table + "\x00")},
-		{Type: unix.NFTA_RULE_CHAIN, Data: []byte(r.chain + "\x00")},
-		{Type: unix.NLA_F_NESTED | unix.NFTA_RULE_EXPRESSIONS, Data: exprs},
-		{Type: unix.NFTA_RULE_USERDATA, Data: r.userData},
-	})
-	if err != nil {
-		return err
-	}
-	// nfgenmsg: family, version, resource (linux/netfilter/nfnetlink.h).
-	batch := []byte{unix.AF_UNSPEC, unix.NFNETLINK_V0, 0, unix.NFNL_SUBSYS_NFTABLES}
-	rule := append([]byte{unix.AF_INET, unix.NFNETLINK_V0, 0, 0}, body...)
-	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
-	if err != nil {
-		return err
-	}
-	defer c.Close()
-	_, err = c.SendMessages([]netlink.Message{
-		{Header: netlink.Header{Type: unix.NFNL_MSG_BATCH_BEGIN, Flags: netlink.Request}, Data: batch},
-		{Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWRULE,
-			Flags: netlink.Request | netlink.Acknowledge | netlink.Create | netlink.Append}, Data: rule},
-		{Header: netlink.Header{Type: unix.NFNL_MSG_BATCH_END, Flags: netlink.Request}, Data: batch},
-	})
-	if err != nil {
-		return err
-	}
-	_, err = c.Receive() // the acknowledgement, or the error
-	return err
 }
 
 // elem is an element of a set or map.

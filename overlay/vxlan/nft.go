@@ -18,6 +18,7 @@ import (
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/shoalnet/shoal/internal/nl"
 	"github.com/shoalnet/shoal/overlay"
 	"github.com/shoalnet/shoal/spec"
 )
@@ -64,14 +65,6 @@ type chain struct {
 type rule struct {
 	text  string
 	exprs []expr.Any
-}
-
-// masqHigh is a masquerade to ports of a range. google/nftables can write the
-// ports, but not the flag without which the kernel ignores them. See insert.
-type masqHigh struct{ expr.Any } // none
-
-func (r rule) raw() bool {
-	return slices.ContainsFunc(r.exprs, func(e expr.Any) bool { _, ok := e.(masqHigh); return ok })
 }
 
 // digest is what all comments of the rule set carry.
@@ -255,7 +248,7 @@ func (r ruleset) write() error {
 		prio := nftables.ChainPriority(ch.prio)
 		kc := c.AddChain(&nftables.Chain{Table: t, Name: ch.name, Type: ch.typ, Hooknum: ch.hook, Priority: &prio, Policy: &ch.policy})
 		for i, x := range ch.rules {
-			if x.raw() {
+			if nl.IsRaw(x.exprs) {
 				continue
 			}
 			c.AddRule(&nftables.Rule{Table: t, Chain: kc, Exprs: x.exprs,
@@ -265,82 +258,20 @@ func (r ruleset) write() error {
 	if err := c.Flush(); err != nil {
 		return fmt.Errorf("write nftables table %s: %w", r.name, err)
 	}
+	// Before the others of their chain, in a transaction of their own: until then
+	// what comes behind them does its part.
 	for _, ch := range r.chains {
-		for i := len(ch.rules) - 1; i >= 0; i-- {
-			if ch.rules[i].raw() {
-				if err := r.insert(ch, ch.rules[i], comment(digest, ch, i)); err != nil {
-					return fmt.Errorf("write nftables table %s: masquerade to a range of ports: %w", r.name, err)
-				}
+		for i, x := range slices.Backward(ch.rules) {
+			if !nl.IsRaw(x.exprs) {
+				continue
+			}
+			if err := nl.AddRule(nl.Rule{Family: uint8(r.family), Table: r.name, Chain: ch.name, Exprs: x.exprs, First: true,
+				UserData: userdata.AppendString(nil, userdata.TypeComment, comment(digest, ch, i))}); err != nil {
+				return fmt.Errorf("write nftables table %s: chain %s: %w", r.name, ch.name, err)
 			}
 		}
 	}
 	return nil
-}
-
-func (masqHigh) marshal() ([]byte, error) {
-	be := binary.BigEndian.AppendUint32
-	data, err := netlink.MarshalAttributes([]netlink.Attribute{
-		{Type: unix.NFTA_MASQ_FLAGS, Data: be(nil, unix.NF_NAT_RANGE_PROTO_SPECIFIED)},
-		{Type: unix.NFTA_MASQ_REG_PROTO_MIN, Data: be(nil, 1)},
-		{Type: unix.NFTA_MASQ_REG_PROTO_MAX, Data: be(nil, 2)},
-	})
-	if err != nil {
-		return nil, err
-	}
-	return netlink.MarshalAttributes([]netlink.Attribute{
-		{Type: unix.NFTA_EXPR_NAME, Data: []byte("masq\x00")},
-		{Type: unix.NLA_F_NESTED | unix.NFTA_EXPR_DATA, Data: data},
-	})
-}
-
-// insert puts a rule with masqHigh before the others of its chain, after the
-// transaction that wrote these. Until then what comes behind it does its part.
-func (r ruleset) insert(ch chain, x rule, comment string) error {
-	var list []netlink.Attribute
-	for _, e := range x.exprs {
-		var b []byte
-		var err error
-		if m, ok := e.(masqHigh); ok {
-			b, err = m.marshal()
-		} else {
-			b, err = expr.Marshal(byte(r.family), e)
-		}
-		if err != nil {
-			return err
-		}
-		list = append(list, netlink.Attribute{Type: unix.NLA_F_NESTED | unix.NFTA_LIST_ELEM, Data: b})
-	}
-	exprs, err := netlink.MarshalAttributes(list)
-	if err != nil {
-		return err
-	}
-	body, err := netlink.MarshalAttributes([]netlink.Attribute{
-		{Type: unix.NFTA_RULE_TABLE, Data: []byte(r.name + "\x00")},
-		{Type: unix.NFTA_RULE_CHAIN, Data: []byte(ch.name + "\x00")},
-		{Type: unix.NLA_F_NESTED | unix.NFTA_RULE_EXPRESSIONS, Data: exprs},
-		{Type: unix.NFTA_RULE_USERDATA, Data: userdata.AppendString(nil, userdata.TypeComment, comment)},
-	})
-	if err != nil {
-		return err
-	}
-	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
-	if err != nil {
-		return err
-	}
-	defer c.Close()
-	// nfgenmsg: family, version, resource (linux/netfilter/nfnetlink.h).
-	batch := []byte{unix.AF_UNSPEC, unix.NFNETLINK_V0, 0, unix.NFNL_SUBSYS_NFTABLES}
-	msg := append([]byte{byte(r.family), unix.NFNETLINK_V0, 0, 0}, body...)
-	if _, err := c.SendMessages([]netlink.Message{
-		{Header: netlink.Header{Type: unix.NFNL_MSG_BATCH_BEGIN, Flags: netlink.Request}, Data: batch},
-		{Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWRULE,
-			Flags: netlink.Request | netlink.Acknowledge | netlink.Create}, Data: msg},
-		{Header: netlink.Header{Type: unix.NFNL_MSG_BATCH_END, Flags: netlink.Request}, Data: batch},
-	}); err != nil {
-		return err
-	}
-	_, err = c.Receive() // the acknowledgement, or the error
-	return err
 }
 
 func elements(keys [][]byte) []nftables.SetElement {
@@ -531,7 +462,7 @@ var (
 	masqPorts = rule{"masquerade to :32768-65535", []expr.Any{
 		&expr.Immediate{Register: 1, Data: []byte{0x80, 0}},
 		&expr.Immediate{Register: 2, Data: []byte{0xff, 0xff}},
-		masqHigh{},
+		nl.MasqPorts{Min: 1, Max: 2},
 	}}
 )
 

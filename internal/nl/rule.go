@@ -1,0 +1,120 @@
+package nl
+
+import (
+	"encoding/binary"
+	"slices"
+
+	"github.com/google/nftables/expr"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// RawExpr is an nftables expression that google/nftables can't write: it embeds
+// an expr.Any that is nil. A rule with one is added by [AddRule].
+type RawExpr interface {
+	expr.Any
+	// Raw is the body of NFTA_LIST_ELEM (linux/netfilter/nf_tables.h).
+	Raw() ([]byte, error)
+}
+
+// IsRaw tells whether a rule has a [RawExpr].
+func IsRaw(exprs []expr.Any) bool {
+	return slices.ContainsFunc(exprs, func(e expr.Any) bool { _, ok := e.(RawExpr); return ok })
+}
+
+// EncodeExpr is the body of NFTA_LIST_ELEM of an expression by its name and attributes.
+func EncodeExpr(name string, attrs []netlink.Attribute) ([]byte, error) {
+	data, err := netlink.MarshalAttributes(attrs)
+	if err != nil {
+		return nil, err
+	}
+	return netlink.MarshalAttributes([]netlink.Attribute{
+		{Type: unix.NFTA_EXPR_NAME, Data: []byte(name + "\x00")},
+		{Type: unix.NLA_F_NESTED | unix.NFTA_EXPR_DATA, Data: data},
+	})
+}
+
+// MasqPorts is a masquerade to the ports from that in register Min to that in
+// register Max. google/nftables writes either the ports or the flags, and without
+// these the kernel ignores the ports.
+type MasqPorts struct {
+	expr.Any        // none
+	Min, Max uint32 // registers
+	Random   bool   // any port of these, not the sender's own where it is among them and free
+}
+
+// Raw implements RawExpr.
+func (m MasqPorts) Raw() ([]byte, error) {
+	be := func(v uint32) []byte { return binary.BigEndian.AppendUint32(nil, v) }
+	flags := uint32(unix.NF_NAT_RANGE_PROTO_SPECIFIED)
+	if m.Random {
+		flags |= unix.NF_NAT_RANGE_PROTO_RANDOM_FULLY
+	}
+	return EncodeExpr("masq", []netlink.Attribute{
+		{Type: unix.NFTA_MASQ_FLAGS, Data: be(flags)},
+		{Type: unix.NFTA_MASQ_REG_PROTO_MIN, Data: be(m.Min)},
+		{Type: unix.NFTA_MASQ_REG_PROTO_MAX, Data: be(m.Max)},
+	})
+}
+
+// Rule is an nftables rule to be added by [AddRule].
+type Rule struct {
+	Family       uint8 // NFPROTO_…
+	Table, Chain string
+	Exprs        []expr.Any
+	UserData     []byte
+	First        bool // before the other rules of its chain, not after them
+}
+
+// AddRule adds a rule to a chain that exists, in a transaction of its own. Unlike
+// google/nftables it knows each [RawExpr].
+func AddRule(r Rule) error {
+	var list []netlink.Attribute
+	for _, e := range r.Exprs {
+		var b []byte
+		var err error
+		if raw, ok := e.(RawExpr); ok {
+			b, err = raw.Raw()
+		} else {
+			b, err = expr.Marshal(r.Family, e)
+		}
+		if err != nil {
+			return err
+		}
+		list = append(list, netlink.Attribute{Type: unix.NLA_F_NESTED | unix.NFTA_LIST_ELEM, Data: b})
+	}
+	exprs, err := netlink.MarshalAttributes(list)
+	if err != nil {
+		return err
+	}
+	body, err := netlink.MarshalAttributes([]netlink.Attribute{
+		{Type: unix.NFTA_RULE_TABLE, Data: []byte(r.Table + "\x00")},
+		{Type: unix.NFTA_RULE_CHAIN, Data: []byte(r.Chain + "\x00")},
+		{Type: unix.NLA_F_NESTED | unix.NFTA_RULE_EXPRESSIONS, Data: exprs},
+		{Type: unix.NFTA_RULE_USERDATA, Data: r.UserData},
+	})
+	if err != nil {
+		return err
+	}
+	flags := netlink.Request | netlink.Acknowledge | netlink.Create
+	if !r.First {
+		flags |= netlink.Append
+	}
+	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	// nfgenmsg: family, version, resource (linux/netfilter/nfnetlink.h).
+	batch := []byte{unix.AF_UNSPEC, unix.NFNETLINK_V0, 0, unix.NFNL_SUBSYS_NFTABLES}
+	rule := append([]byte{r.Family, unix.NFNETLINK_V0, 0, 0}, body...)
+	if _, err := c.SendMessages([]netlink.Message{
+		{Header: netlink.Header{Type: unix.NFNL_MSG_BATCH_BEGIN, Flags: netlink.Request}, Data: batch},
+		{Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWRULE, Flags: flags}, Data: rule},
+		{Header: netlink.Header{Type: unix.NFNL_MSG_BATCH_END, Flags: netlink.Request}, Data: batch},
+	}); err != nil {
+		return err
+	}
+	_, err = c.Receive() // the acknowledgement, or the error
+	return err
+}
