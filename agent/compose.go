@@ -104,6 +104,13 @@ func compose(in inputs) *spec.View {
 				v.Networks = append(v.Networks, n)
 			}
 		}
+		for _, n := range in.assigned.Nodes {
+			for _, port := range []int{n.ControlPort, n.GossipPort} {
+				if n.Addr.IsValid() && port > 0 && port <= 65535 {
+					v.Agents = append(v.Agents, netip.AddrPortFrom(n.Addr, uint16(port)))
+				}
+			}
+		}
 		for _, s := range in.assigned.Services {
 			if slices.ContainsFunc(s.Spec.Networks, func(a spec.NetworkAttachment) bool { return present[a.Network] }) {
 				v.Services = append(v.Services, s)

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"fmt"
 	"net/netip"
 	"testing"
 
@@ -76,6 +77,20 @@ func TestComposeIsIncompleteUntilEverySourceReported(t *testing.T) {
 		if v := compose(in); v.Complete {
 			t.Errorf("%s: complete", name)
 		}
+	}
+}
+
+// TestComposeAgentsOfAllNodes: what is to be kept from tasks isn't only what
+// gossip knows, which may reach no other node.
+func TestComposeAgentsOfAllNodes(t *testing.T) {
+	in := sources()
+	in.assigned.Nodes = []spec.Node{
+		{ID: "n1", Addr: netip.MustParseAddr("192.0.2.1"), ControlPort: 2377, GossipPort: 7946},
+		{ID: "n3", Addr: netip.MustParseAddr("192.0.2.3"), ControlPort: 2378},
+		{ID: "n4", ControlPort: 2377},
+	}
+	if v := compose(in); fmt.Sprint(v.Agents) != "[192.0.2.1:2377 192.0.2.1:7946 192.0.2.3:2378]" {
+		t.Errorf("agents %v", v.Agents)
 	}
 }
 

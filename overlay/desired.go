@@ -78,6 +78,11 @@ func (s *State) members(v *spec.View) {
 			}
 		}
 	}
+	for _, a := range v.Agents {
+		if a.Addr().Is4() == v.Underlay.Addr.Is4() {
+			agents = append(agents, a.String())
+		}
+	}
 	s.Add(Members{Table: MembersTable(v.Instance), Port: v.Underlay.VXLANPort, Peers: Join(peers), VNIs: Join(vnis), Agents: Join(agents)})
 }
 

@@ -156,6 +156,14 @@ func TestMembers(t *testing.T) {
 		t.Errorf("members %+v", m)
 	}
 	have := kernel(v)
+	// Where gossip reaches nobody, tasks are still kept from the agents.
+	alone := *v
+	alone.Peers = v.Peers[:1]
+	alone.Agents = []netip.AddrPort{netip.MustParseAddrPort("192.0.2.2:2378"), netip.MustParseAddrPort("192.0.2.1:7946"), netip.MustParseAddrPort("[2001:db8::2]:2377")}
+	m, _ = overlay.Desired(&alone).Get(overlay.Members{}.Key()).(overlay.Members)
+	if m.Agents != "192.0.2.1:2377 192.0.2.1:7946 192.0.2.2:2378" {
+		t.Errorf("where gossip reaches nobody, agents are %q", m.Agents)
+	}
 	v.Complete, v.Peers = false, v.Peers[:1]
 	part := overlay.Desired(v)
 	if part.Get(overlay.Members{}.Key()) != nil {

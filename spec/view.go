@@ -122,6 +122,9 @@ type View struct {
 	Underlay Underlay
 
 	Peers []Peer // by ID
+	// Agents are where nodes' agents listen as the managers have it: gossip may
+	// know only some of the nodes.
+	Agents []netip.AddrPort
 	// Networks are those this node takes part in, by ID: because a task here is
 	// on them, or because a published port leads there (Service.Ingress).
 	Networks  []Network
