@@ -459,8 +459,8 @@ func (m *member) wired(ctx context.Context, t spec.Task) error {
 	for {
 		err := m.applied(ctx)
 		var failed error
-		for _, o := range m.overlay.Status() {
-			if o.Phase == reconcile.Failed && slices.ContainsFunc(prefixes, func(p string) bool { return strings.HasPrefix(o.Object, p) }) {
+		for _, o := range m.overlay.Failed() {
+			if slices.ContainsFunc(prefixes, func(p string) bool { return strings.HasPrefix(o.Object, p) }) {
 				failed = fmt.Errorf("%s: %s", o.Op, o.Err)
 				break
 			}
@@ -755,9 +755,10 @@ func (m *member) report() error {
 	req := &shoalv1.ReportRequest{Node: m.ident.NodeID, Tasks: map[string]*shoalv1.TaskStatus{}, Addr: m.ident.Addr.String(),
 		ControlPort: int32(m.ident.ControlPort), GossipPort: int32(m.ident.GossipPort), DataPath: m.cfg.VIP.Name()}
 	sent := m.tasks.statuses()
+	failed := slices.Concat(m.vip.Failed(), m.ingress.Failed())
 	m.mu.Lock()
 	req.Applied = m.follows
-	req.Faults = faultsOf(m.assigned, slices.Concat(m.vip.Failed(), m.ingress.Failed()))
+	req.Faults = faultsOf(m.assigned, failed)
 	for id := range m.acked {
 		if _, ok := sent[id]; !ok {
 			delete(m.acked, id)

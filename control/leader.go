@@ -81,23 +81,21 @@ func (m *Manager) failing(id string, faults []*shoalv1.ReportRequest_Fault) {
 	}
 }
 
-// faultsOf lists what live nodes can't do for a service or a task, by the names of
-// the nodes.
-func (m *Manager) faultsOf(st *state.State, id string) []*shoalv1.NodeFault {
+// faultsByObject is what live nodes can't do, by the ID of the service or task that
+// it is for; of each in the order of the nodes.
+func (m *Manager) faultsByObject(st *state.State) map[string][]*shoalv1.NodeFault {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if len(m.faults) == 0 {
 		return nil
 	}
-	var out []*shoalv1.NodeFault
+	out := map[string][]*shoalv1.NodeFault{}
 	for _, n := range st.Nodes() {
 		if n.Status != spec.NodeReady {
 			continue
 		}
 		for _, f := range m.faults[n.ID] {
-			if f.Object == id {
-				out = append(out, &shoalv1.NodeFault{Node: n.Name, Message: f.Message})
-			}
+			out[f.Object] = append(out[f.Object], &shoalv1.NodeFault{Node: n.Name, Message: f.Message})
 		}
 	}
 	return out

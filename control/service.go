@@ -179,9 +179,10 @@ func (s *service) ListServices(_ context.Context, req *connect.Request[shoalv1.L
 	resp := &shoalv1.ListServicesResponse{}
 	err := s.read(func(st *state.State) error {
 		ss, err := pick(req.Msg.Refs, st.Services, st.Service)
+		faults := s.m.faultsByObject(st)
 		for _, v := range ss {
 			w := api.Service(v, st.Running(v.ID))
-			w.Stale, w.Behind, w.Faults = int32(st.Stale(v.ID)), s.m.behind(st, v.Version), s.m.faultsOf(st, v.ID)
+			w.Stale, w.Behind, w.Faults = int32(st.Stale(v.ID)), s.m.behind(st, v.Version), faults[v.ID]
 			resp.Services = append(resp.Services, w)
 		}
 		return err
@@ -240,9 +241,10 @@ func (s *service) ListTasks(_ context.Context, req *connect.Request[shoalv1.List
 			f.Node = v.ID
 		}
 		ts, err := pick(r.Refs, func() []spec.Task { return st.Tasks(f) }, st.Task)
+		faults := s.m.faultsByObject(st)
 		for _, t := range ts {
 			w := api.Task(t)
-			w.Faults = s.m.faultsOf(st, t.ID)
+			w.Faults = faults[t.ID]
 			resp.Tasks = append(resp.Tasks, w)
 		}
 		return err
