@@ -378,6 +378,15 @@ func toServiceJSON(s *shoalv1.Service) (serviceJSON, error) {
 	return serviceJSON{v, int(s.Running)}, err
 }
 
+// self is the ID of the node whose agent answers; "" while it is in no cluster.
+func (c *cli) self(ctx context.Context) (string, error) {
+	info, err := c.local().Info(ctx, connect.NewRequest(&shoalv1.InfoRequest{}))
+	if err != nil {
+		return "", err
+	}
+	return info.Msg.Node.GetId(), nil
+}
+
 // nodeFault is what a node can't do now for the service or task shown.
 type nodeFault struct {
 	Node    string `json:"node"`

@@ -55,11 +55,10 @@ func (c *cli) netCreate() *cobra.Command {
 				return usageError(cmd, err)
 			}
 			if req.Driver == spec.DriverBridge && req.Node == "" {
-				info, err := c.local().Info(cmd.Context(), connect.NewRequest(&shoalv1.InfoRequest{}))
-				if err != nil {
+				var err error
+				if req.Node, err = c.self(cmd.Context()); err != nil {
 					return err
 				}
-				req.Node = info.Msg.Node.GetId()
 			}
 			resp, err := c.control().CreateNetwork(cmd.Context(), connect.NewRequest(req))
 			if err != nil {

@@ -80,11 +80,11 @@ func (c *cli) nodeInspect() *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			for i, a := range args {
 				if a == "self" {
-					info, err := c.local().Info(cmd.Context(), connect.NewRequest(&shoalv1.InfoRequest{}))
+					id, err := c.self(cmd.Context())
 					if err != nil {
 						return err
 					}
-					args[i] = info.Msg.Node.GetId()
+					args[i] = id
 				}
 			}
 			nodes, _, err := c.nodes(cmd.Context(), args...)

@@ -577,11 +577,11 @@ func (l *taskListing) show(cmd *cobra.Command, tasks []*shoalv1.Task) error {
 	for i, f := range l.want {
 		if n, ok := strings.CutPrefix(f, "node="); ok {
 			if n == "self" {
-				info, err := l.c.local().Info(cmd.Context(), connect.NewRequest(&shoalv1.InfoRequest{}))
+				id, err := l.c.self(cmd.Context())
 				if err != nil {
 					return err
 				}
-				l.want[i] = "node=" + info.Msg.Node.GetId()
+				l.want[i] = "node=" + id
 				continue
 			}
 			if _, _, err := l.c.nodes(cmd.Context(), n); err != nil {

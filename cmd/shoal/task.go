@@ -72,11 +72,9 @@ found; with -d it prints the task's ID once it runs.`,
 				return err
 			}
 			if req.Node == "" {
-				info, err := c.local().Info(cmd.Context(), connect.NewRequest(&shoalv1.InfoRequest{}))
-				if err != nil {
+				if req.Node, err = c.self(cmd.Context()); err != nil {
 					return err
 				}
-				req.Node = info.Msg.Node.GetId()
 			}
 			resp, err := c.control().CreateTask(cmd.Context(), connect.NewRequest(req))
 			if err != nil {
