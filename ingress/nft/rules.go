@@ -151,11 +151,7 @@ var (
 		// A lookup in a map needs a place for what it finds.
 		&expr.Lookup{SourceRegister: reg(0), DestRegister: reg(0), IsDestRegSet: true, SetName: mapPorts},
 	}}
-	masqElsewhere = rule{text: "masquerade to :32768-65535 fully-random", exprs: []expr.Any{
-		&expr.Immediate{Register: 2, Data: []byte{0x80, 0}},
-		&expr.Immediate{Register: 3, Data: []byte{0xff, 0xff}},
-		nl.MasqPorts{Min: 2, Max: 3, Random: true},
-	}}
+	masqElsewhere = rule{text: "masquerade to :32768-65535 fully-random", exprs: nl.MasqHigh(2, true)}
 )
 
 // snatNode lets the server see this node.

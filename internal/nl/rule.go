@@ -34,17 +34,17 @@ func EncodeExpr(name string, attrs []netlink.Attribute) ([]byte, error) {
 	})
 }
 
-// MasqPorts is a masquerade to the ports from that in register Min to that in
+// masqPorts is a masquerade to the ports from that in register Min to that in
 // register Max. google/nftables writes either the ports or the flags, and without
 // these the kernel ignores the ports.
-type MasqPorts struct {
+type masqPorts struct {
 	expr.Any        // none
 	Min, Max uint32 // registers
 	Random   bool   // any port of these, not the sender's own where it is among them and free
 }
 
 // Raw implements RawExpr.
-func (m MasqPorts) Raw() ([]byte, error) {
+func (m masqPorts) Raw() ([]byte, error) {
 	be := func(v uint32) []byte { return binary.BigEndian.AppendUint32(nil, v) }
 	flags := uint32(unix.NF_NAT_RANGE_PROTO_SPECIFIED)
 	if m.Random {
@@ -55,6 +55,16 @@ func (m MasqPorts) Raw() ([]byte, error) {
 		{Type: unix.NFTA_MASQ_REG_PROTO_MIN, Data: be(m.Min)},
 		{Type: unix.NFTA_MASQ_REG_PROTO_MAX, Data: be(m.Max)},
 	})
+}
+
+// MasqHigh masquerades to the ports from 32768 on, where Linux's own begin
+// (net.ipv4.ip_local_port_range). It takes a register and the one after it.
+func MasqHigh(register uint32, random bool) []expr.Any {
+	return []expr.Any{
+		&expr.Immediate{Register: register, Data: []byte{0x80, 0}},
+		&expr.Immediate{Register: register + 1, Data: []byte{0xff, 0xff}},
+		masqPorts{Min: register, Max: register + 1, Random: random},
+	}
 }
 
 // Rule is an nftables rule to be added by [AddRule].

@@ -454,16 +454,11 @@ var (
 	reject  = rule{"reject with icmpx admin-prohibited", []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED}}}
 	notrack = rule{"notrack", []expr.Any{&expr.Notrack{}}}
 	masq    = rule{"masquerade", []expr.Any{&expr.Masq{}}}
-	// masqPorts takes ports from 32768 on, where Linux's own begin
-	// (net.ipv4.ip_local_port_range). A task chooses the port that it sends from,
+	// masqPorts leaves a task none of the ports below the ephemeral ones. A task chooses the port that it sends from,
 	// and a plain masquerade keeps it: one that sends from the port of an agent,
 	// or from a published port, to where a client's next connection will come
 	// from, would have what that client sends translated to itself, as the answer.
-	masqPorts = rule{"masquerade to :32768-65535", []expr.Any{
-		&expr.Immediate{Register: 1, Data: []byte{0x80, 0}},
-		&expr.Immediate{Register: 2, Data: []byte{0xff, 0xff}},
-		nl.MasqPorts{Min: 1, Max: 2},
-	}}
+	masqPorts = rule{"masquerade to :32768-65535", nl.MasqHigh(1, false)}
 )
 
 const (
