@@ -116,16 +116,23 @@ func (s site) awayFromAgents(task string) {
 
 func slowSecs(n int) string { return fmt.Sprint(int(slow(time.Duration(n) * time.Second).Seconds())) }
 
+// testdata is the path of a script for tasks, which are elsewhere.
+func testdata(t *testing.T, name string) string {
+	t.Helper()
+	path, err := filepath.Abs(filepath.Join("testdata", name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
 // TestForgedPackets: of a task with raw sockets, and of a machine that is no
 // member. That the same packets arrive when nothing is wrong with them shows
 // that the test could fail.
 func TestForgedPackets(t *testing.T) {
 	onlyNative(t)
 	s := shared(t)
-	script, err := filepath.Abs("testdata/spoof.py")
-	if err != nil {
-		t.Fatal(err)
-	}
+	script := testdata(t, "spoof.py")
 	heard := filepath.Join(t.TempDir(), "heard")
 	if err := os.Chmod(filepath.Dir(heard), 0o777); err != nil {
 		t.Fatal(err)
@@ -207,10 +214,7 @@ func TestForgedPackets(t *testing.T) {
 func TestPortsAreNotTaken(t *testing.T) {
 	onlyNative(t)
 	s := shared(t)
-	script, err := filepath.Abs("testdata/spoof.py")
-	if err != nil {
-		t.Fatal(err)
-	}
+	script := testdata(t, "spoof.py")
 	dir := t.TempDir()
 	if err := os.Chmod(dir, 0o777); err != nil {
 		t.Fatal(err)
@@ -264,10 +268,7 @@ func TestPortsAreNotTaken(t *testing.T) {
 func TestMadeUpNeighbours(t *testing.T) {
 	onlyNative(t)
 	s := shared(t)
-	script, err := filepath.Abs("testdata/neigh.py")
-	if err != nil {
-		t.Fatal(err)
-	}
+	script := testdata(t, "neigh.py")
 	s.ok("node1", "shoal net create --subnet 10.79.0.0/24 --subnet fd00:79::/64 six")
 	s.ok("node1", "shoal run -d --name evil --network six -- sleep 10000")
 	s.ok("node2", "shoal run -d --name other --network six -- sleep 10000")
@@ -303,10 +304,7 @@ func TestMadeUpNeighbours(t *testing.T) {
 func TestNoLateChecksums(t *testing.T) {
 	onlyNative(t)
 	s := shared(t)
-	script, err := filepath.Abs("testdata/late.py")
-	if err != nil {
-		t.Fatal(err)
-	}
+	script := testdata(t, "late.py")
 	s.ok("node1", "shoal net create a")
 	s.ok("node1", "shoal run -d --name evil --network a -- sleep 10000")
 	for _, how := range []string{"run --rm --network a --", "exec evil"} {
