@@ -56,6 +56,13 @@ type Target[W, H any] interface {
 	Apply(ctx context.Context, op Op) error
 }
 
+// Batcher is a Target whose operations cost less together than one by one.
+type Batcher interface {
+	// ApplyAll carries operations on different objects out, in their order, and
+	// returns what Apply would have returned for each.
+	ApplyAll(ctx context.Context, ops []Op) []error
+}
+
 // Options of a Loop. The zero value is ready.
 type Options struct {
 	Period time.Duration // between passes that nothing asked for; 0: DefaultPeriod
@@ -275,24 +282,32 @@ func (l *Loop[W, H]) pass(ctx context.Context) time.Duration {
 			wait = min(wait, max(0, time.Until(next)))
 		}
 		var errs []error
-		for _, op := range ops {
+		for len(ops) > 0 {
+			n := l.batch(ops)
+			var due []Op
+			for _, op := range ops[:n] {
+				if until, held := l.held(op.Object(), start); held {
+					p.Held++
+					wait = min(wait, until)
+					continue
+				}
+				due = append(due, op)
+			}
+			ops = ops[n:]
 			if ctx.Err() != nil {
 				return wait
 			}
-			if until, held := l.held(op.Object(), start); held {
-				p.Held++
-				wait = min(wait, until)
-				continue
-			}
-			err := l.target.Apply(ctx, op)
-			if err != nil && ctx.Err() != nil {
-				return wait
-			}
-			if delay := l.note(op.Object(), op.String(), err, time.Now()); err != nil {
-				errs = append(errs, fmt.Errorf("%s: %w", op, err))
-				wait = min(wait, delay)
-			} else {
-				p.Ops++
+			for i, err := range l.apply(ctx, due) {
+				op := due[i]
+				if err != nil && ctx.Err() != nil {
+					return wait
+				}
+				if delay := l.note(op.Object(), op.String(), err, time.Now()); err != nil {
+					errs = append(errs, fmt.Errorf("%s: %w", op, err))
+					wait = min(wait, delay)
+				} else {
+					p.Ops++
+				}
 			}
 		}
 		p.Err = errors.Join(errs...)
@@ -317,6 +332,33 @@ func (l *Loop[W, H]) pass(ctx context.Context) time.Duration {
 		l.opt.OnPass(p)
 	}
 	return max(wait, time.Millisecond)
+}
+
+// batch is how many of ops to apply at once: with a [Batcher], as many as are on
+// different objects, because what is done to one later depends on how it went
+// before.
+func (l *Loop[W, H]) batch(ops []Op) int {
+	if _, ok := l.target.(Batcher); !ok {
+		return 1
+	}
+	in := map[string]bool{}
+	for i, op := range ops {
+		if in[op.Object()] {
+			return i
+		}
+		in[op.Object()] = true
+	}
+	return len(ops)
+}
+
+func (l *Loop[W, H]) apply(ctx context.Context, ops []Op) []error {
+	if len(ops) == 0 {
+		return nil
+	}
+	if b, ok := l.target.(Batcher); ok {
+		return b.ApplyAll(ctx, ops)
+	}
+	return []error{l.target.Apply(ctx, ops[0])}
 }
 
 // held tells whether an object is backing off, and for how much longer.

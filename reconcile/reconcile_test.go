@@ -206,6 +206,65 @@ func TestBackoffHoldsOnlyTheFailedObject(t *testing.T) {
 	}
 }
 
+// batcher is a world that applies many operations at once.
+type batcher struct {
+	*world
+	mu    sync.Mutex
+	sizes []int
+}
+
+func (b *batcher) ApplyAll(ctx context.Context, ops []Op) []error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.sizes = append(b.sizes, len(ops))
+	var errs []error
+	for _, o := range ops {
+		errs = append(errs, b.Apply(ctx, o))
+	}
+	return errs
+}
+
+// Diff does everything to z, and to nothing else, twice.
+func (b *batcher) Diff(want, have []string, now time.Time) ([]Op, time.Time) {
+	ops, next := b.world.Diff(want, have, now)
+	for _, o := range ops {
+		if o.Object() == (op{"z", true}).Object() {
+			ops = append(ops, o)
+		}
+	}
+	return ops, next
+}
+
+func TestBatch(t *testing.T) {
+	b := &batcher{world: newWorld()}
+	b.broken["bad"] = true
+	b.broken["z"] = true
+	l := New("test", b, Options{Period: time.Hour, Log: slog.New(slog.DiscardHandler)})
+	l.Set([]string{"a", "b", "bad", "c", "z"})
+	l.pass(t.Context())
+	// The second operation on z waits for the first, and is held back as that failed.
+	if p := l.Last(); !slices.Equal(b.sizes, []int{5}) || p.Ops != 3 || p.Held != 1 || p.Err == nil {
+		t.Errorf("applied in batches of %v: %+v", b.sizes, p)
+	}
+	if got := b.names(); !slices.Equal(got, []string{"a", "b", "c"}) {
+		t.Errorf("have %v", got)
+	}
+	var failed []string
+	for _, o := range l.Failed() {
+		failed = append(failed, o.Object)
+	}
+	if !slices.Equal(failed, []string{"bad", "z"}) {
+		t.Errorf("failed: %v", failed)
+	}
+	b.broken = map[string]bool{}
+	b.sizes = nil
+	time.Sleep(backoffMin)
+	l.pass(t.Context())
+	if p := l.Last(); !slices.Equal(b.sizes, []int{2, 1}) || p.Ops != 3 || !p.Clean() {
+		t.Errorf("applied in batches of %v: %+v", b.sizes, p)
+	}
+}
+
 func TestFailedObjectThatIsNoLongerWantedIsForgotten(t *testing.T) {
 	w := newWorld()
 	w.broken["bad"] = true
