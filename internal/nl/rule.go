@@ -2,10 +2,14 @@ package nl
 
 import (
 	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
 	"slices"
 
 	"github.com/google/nftables/expr"
 	"github.com/mdlayher/netlink"
+	vnl "github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -128,3 +132,54 @@ func AddRule(r Rule) error {
 	_, err = c.Receive() // the acknowledgement, or the error
 	return err
 }
+
+// RuleHandles lists the handles of a chain's rules, in the calling thread's
+// namespace; none if the chain is absent. family is NFPROTO_….
+//
+// A rule with a map of its own can't be replaced in one transaction without a
+// gap. Packets that are at the old rule keep to it, but the kernel takes the
+// map's elements from them as soon as the new generation begins
+// (nft_map_deactivate in net/netfilter/nf_tables_api.c): for less than a
+// microsecond they find no element, and the rule does not match. So the new
+// rule is put before the old ones, which are deleted by their handles, after a
+// [Grace], when no packet can be at them any more.
+func RuleHandles(family uint8, table, chain string) ([]uint64, error) {
+	msgs, err := Dump(func() ([][]byte, error) {
+		req := vnl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP)
+		req.AddData(&vnl.Nfgenmsg{NfgenFamily: family, Version: unix.NFNETLINK_V0})
+		req.AddData(vnl.NewRtAttr(unix.NFTA_RULE_TABLE, vnl.ZeroTerminated(table)))
+		req.AddData(vnl.NewRtAttr(unix.NFTA_RULE_CHAIN, vnl.ZeroTerminated(chain)))
+		return req.Execute(unix.NETLINK_NETFILTER, 0)
+	})
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("list nftables rules of chain %s: %w", chain, err)
+	}
+	var out []uint64
+	for _, m := range msgs {
+		as, err := netlink.UnmarshalAttributes(m[min(vnl.SizeofNfgenmsg, len(m)):])
+		if err != nil {
+			return nil, fmt.Errorf("list nftables rules of chain %s: %w", chain, err)
+		}
+		for _, a := range as {
+			if a.Type&nlaTypeMask == unix.NFTA_RULE_HANDLE && len(a.Data) == 8 {
+				out = append(out, binary.BigEndian.Uint64(a.Data))
+			}
+		}
+	}
+	return out, nil
+}
+
+// nlaTypeMask is NLA_TYPE_MASK of linux/netlink.h.
+const nlaTypeMask = 0x3fff
+
+// Grace returns when every packet that was in the kernel's hands at the call has
+// left its netfilter hook: the hooks run in RCU read-side critical sections, and
+// membarrier(2) waits for all of these on every processor, 8 to 16 ms. A
+// kernel without the call (CONFIG_MEMBARRIER, or nohz_full is in use) is not
+// waited for: what it guards against takes less than a microsecond there.
+func Grace() {
+	_, _, _ = unix.Syscall(unix.SYS_MEMBARRIER, membarrierGlobal, 0, 0)
+}
+
+// membarrierGlobal is MEMBARRIER_CMD_GLOBAL of linux/membarrier.h.
+const membarrierGlobal = 1

@@ -537,24 +537,15 @@ func (d *Dataplane) Apply(ctx context.Context, op reconcile.Op) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	run := func(n vip.Network, fn func() error) error {
-		err := nl.Do(n.Namespace, fn)
-		if isNoNamespace(n, err) {
-			return vip.NamespaceError(n, err)
-		}
-		return err
-	}
 	switch op := op.(type) {
 	case vip.SetNetwork:
-		return run(op.Want, func() error { return d.setNetwork(op.Want) })
-	case vip.SetServer:
-		return run(op.Network, func() error { return setServers([]vip.SetServer{op}) })
-	case vip.DelServer:
-		err := run(op.Network, func() error { return delServer(op) })
-		if errors.Is(err, vip.ErrNoNamespace) {
-			return nil
+		err := nl.Do(op.Want.Namespace, func() error { return d.setNetwork(op.Want) })
+		if isNoNamespace(op.Want, err) {
+			return vip.NamespaceError(op.Want, err)
 		}
 		return err
+	case vip.SetServer, vip.DelServer:
+		return d.ApplyAll(ctx, []reconcile.Op{op})[0]
 	}
 	return fmt.Errorf("%s: unknown operation %T", op.Object(), op)
 }
@@ -578,20 +569,23 @@ func (d *Dataplane) setNetwork(n vip.Network) error {
 	}
 	hdr := n
 	hdr.Servers = nil
-	var errs []error
-	for chunk := range slices.Chunk(n.Servers, batch) {
-		var ops []vip.SetServer
-		for _, s := range chunk {
-			ops = append(ops, vip.SetServer{Network: hdr, Want: s, Have: vip.Server{VIP: s.VIP}})
-		}
-		if err := setServers(ops); err != nil {
-			// One by one, so that one bad VIP spoils no other.
-			for _, op := range ops {
-				errs = append(errs, setServers([]vip.SetServer{op}))
-			}
-		}
+	var ops []vip.SetServer
+	for _, s := range n.Servers {
+		ops = append(ops, vip.SetServer{Network: hdr, Want: s, Have: vip.Server{VIP: s.VIP}})
 	}
-	return errors.Join(errs...)
+	return errors.Join(setServers(ops)...)
+}
+
+// ApplyAll implements reconcile.Batcher: servers of one network share nftables
+// transactions.
+func (d *Dataplane) ApplyAll(ctx context.Context, ops []reconcile.Op) []error {
+	return vip.Batch(ctx, ops, d.Apply, setServers, func(ops []vip.DelServer) []error {
+		errs := make([]error, len(ops))
+		for i, op := range ops {
+			errs[i] = delServer(op)
+		}
+		return errs
+	})
 }
 
 // batch is how many servers share nftables transactions when many are set.
@@ -631,10 +625,27 @@ func ipvsDest(f kern.Family, a netip.Addr, weight int) *ipvs.Destination {
 		ConnectionFlags: ipvs.ConnectionFlagMasq}
 }
 
-// setServers makes VIPs as wanted. The order lets no connection fail: what
+// setServers makes VIPs of one network as wanted, and returns an error for each.
+func setServers(ops []vip.SetServer) []error {
+	var errs []error
+	for some := range slices.Chunk(ops, batch) {
+		err := setSome(some)
+		if err == nil || len(some) == 1 {
+			errs = append(errs, slices.Repeat([]error{err}, len(some))...)
+			continue
+		}
+		// One by one, so that one bad VIP spoils no other.
+		for _, op := range some {
+			errs = append(errs, setSome([]vip.SetServer{op}))
+		}
+	}
+	return errs
+}
+
+// setSome makes VIPs as wanted. The order lets no connection fail: what
 // closes goes out of the map first; address, service and backends are there
 // before the map sends anyone; the backends that leave are deleted last.
-func setServers(ops []vip.SetServer) error {
+func setSome(ops []vip.SetServer) error {
 	name := fmt.Sprintf("network %s: %d vips", ops[0].Network.Name, len(ops))
 	if len(ops) == 1 {
 		name = ops[0].Object()
@@ -646,6 +657,13 @@ func setServers(ops []vip.SetServer) error {
 	}
 	defer h.Close()
 
+	vips := make([]netip.Addr, len(ops))
+	for i, op := range ops {
+		vips[i] = op.Want.VIP
+	}
+	if err := errors.Join(kern.AddAddrs(vips)...); err != nil {
+		return fail(err)
+	}
 	for _, f := range kern.Families(ops[0].Network) {
 		before, after := kern.Begin(f), kern.Begin(f)
 		var mine []vip.SetServer
@@ -654,9 +672,6 @@ func setServers(ops []vip.SetServer) error {
 				continue
 			}
 			mine = append(mine, op)
-			if err := kern.AddAddr(op.Want.VIP); err != nil {
-				return fail(err)
-			}
 			key := op.Want.VIP.AsSlice()
 			if op.Have.Fault != "" || len(op.Have.Backends) == 0 {
 				before.Add(before.Ref(setServed), []nftables.SetElement{{Key: key}})
@@ -831,7 +846,7 @@ func probe() error {
 		return fmt.Errorf("this kernel's IPVS lacks a setting, and is too old or is built without it; the nft data path works without: %w", err)
 	}
 	s := vip.Server{VIP: a, Mark: markOf(n, a), Backends: []vip.Backend{{Addr: netip.MustParseAddr("10.0.0.3"), Weight: 1}}}
-	if err := setServers([]vip.SetServer{{Network: n, Want: s, Have: vip.Server{VIP: a}}}); err != nil {
+	if err := setSome([]vip.SetServer{{Network: n, Want: s, Have: vip.Server{VIP: a}}}); err != nil {
 		return fmt.Errorf("this kernel's IPVS can't make a service with round robin: modprobe ip_vs_rr: %w", err)
 	}
 	return nil

@@ -177,9 +177,9 @@ func (w *world) ops() []reconcile.Op {
 func (w *world) pass() []reconcile.Op {
 	w.tb.Helper()
 	ops := w.ops()
-	for _, op := range ops {
-		if err := w.dp.Apply(context.Background(), op); err != nil {
-			w.tb.Fatalf("%s: %v", op, err)
+	for i, err := range (vip.Target{Dataplane: w.dp}).ApplyAll(context.Background(), ops) {
+		if err != nil {
+			w.tb.Fatalf("%s: %v", ops[i], err)
 		}
 	}
 	return ops
@@ -460,6 +460,16 @@ func runScale(t *testing.T, h Harness) {
 			t.Error(err)
 		}
 	})
+	w.settled()
+	// A node dies that had a task of each service, and comes back.
+	w.view.Endpoints = slices.DeleteFunc(slices.Clone(full), func(e spec.Endpoint) bool { return strings.HasSuffix(e.Task, ".0") })
+	timed("one backend of each removed", time.Minute, func() { ops = w.pass() })
+	if len(ops) < h.Scale-1 { // one VIP may be the gateway, which is not served
+		t.Errorf("%d operations for a backend of each of %d services", len(ops), h.Scale)
+	}
+	w.settled()
+	w.view.Endpoints = full
+	timed("one backend of each added", time.Minute, func() { w.pass() })
 	w.settled()
 	// The same into an empty namespace, as at the start of an agent.
 	w.h.RemoveNamespace(t, w.ns())

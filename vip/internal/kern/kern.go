@@ -13,7 +13,8 @@
 //
 // # Writing nftables
 //
-// A [Tx] is one transaction: all or nothing, also for packets. It is built with
+// A [Tx] is one transaction: all or nothing, also for packets, but for a rule with
+// a map of its own that is deleted (see nl.RuleHandles). It is built with
 // google/nftables; the two things it adds are element lists of any length (one
 // netlink attribute holds 64 KiB, so long lists go in several messages of the
 // same transaction) and set IDs of its own (the library draws them from an
@@ -159,41 +160,52 @@ func loAddr(a netip.Addr) *netlink.Addr {
 	return out
 }
 
-// AddAddr makes a VIP a local address. It succeeds when it is one already.
-func AddAddr(a netip.Addr) error {
+// AddAddrs makes VIPs local addresses, and returns an error for each. It succeeds
+// for one that is a local address already. What is there is listed once: a look
+// for each VIP would cost by their square.
+func AddAddrs(as []netip.Addr) []error {
+	errs := make([]error, len(as))
+	all := func(err error) []error {
+		for i, a := range as {
+			errs[i] = fmt.Errorf("vip %s: %w", a, err)
+		}
+		return errs
+	}
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
-		return fmt.Errorf("vip %s: lo: %w", a, err)
+		return all(fmt.Errorf("lo: %w", err))
 	}
-	err = netlink.AddrAdd(lo, loAddr(a))
-	if nl.Exists(err) && a.Is4() {
-		// The address is there, perhaps without our label.
-		have, lerr := Labelled(lo, a)
-		if lerr != nil {
-			return lerr
+	labelled, err := Labelled(lo)
+	if err != nil {
+		return all(err)
+	}
+	for i, a := range as {
+		if labelled[a] {
+			continue
 		}
-		if !have {
-			return fmt.Errorf("vip %s: lo has this address already, and it is not ours (no label %s)", a, Label)
+		switch err := netlink.AddrAdd(lo, loAddr(a)); {
+		case nl.Exists(err) && a.Is4():
+			errs[i] = fmt.Errorf("vip %s: lo has this address already, and it is not ours (no label %s)", a, Label)
+		case err != nil && !nl.Exists(err):
+			errs[i] = fmt.Errorf("vip %s: add address to lo: %w", a, err)
 		}
 	}
-	if err != nil && !nl.Exists(err) {
-		return fmt.Errorf("vip %s: add address to lo: %w", a, err)
-	}
-	return nil
+	return errs
 }
 
-// Labelled tells whether lo has the address with our label.
-func Labelled(lo netlink.Link, a netip.Addr) (bool, error) {
+// Labelled lists the IPv4 addresses of lo that have our label.
+func Labelled(lo netlink.Link) (map[netip.Addr]bool, error) {
 	list, err := nl.Dump(func() ([]netlink.Addr, error) { return netlink.AddrList(lo, netlink.FAMILY_V4) })
 	if err != nil {
-		return false, fmt.Errorf("vip %s: list addresses of lo: %w", a, err)
+		return nil, fmt.Errorf("list addresses of lo: %w", err)
 	}
+	out := map[netip.Addr]bool{}
 	for _, x := range list {
-		if ip, ok := netip.AddrFromSlice(x.IP); ok && ip.Unmap() == a && x.Label == Label {
-			return true, nil
+		if ip, ok := netip.AddrFromSlice(x.IP); ok && x.Label == Label {
+			out[ip.Unmap()] = true
 		}
 	}
-	return false, nil
+	return out, nil
 }
 
 // DelAddr takes a VIP from lo. It succeeds when it is not there.

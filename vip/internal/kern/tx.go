@@ -135,6 +135,12 @@ func (t *Tx) Chain(name string) *nftables.Chain {
 	return c
 }
 
+// KeepChain adds a chain that is jumped to, or keeps it with its rules.
+func (t *Tx) KeepChain(name string) *nftables.Chain {
+	t.n++
+	return t.c.AddChain(&nftables.Chain{Table: t.table, Name: name})
+}
+
 // Base is a chain with a hook.
 type Base struct {
 	Name string
@@ -177,8 +183,22 @@ func (t *Tx) DelOthers(f Family, ours func(name string) bool) {
 // Rule appends a rule with a comment.
 func (t *Tx) Rule(c *nftables.Chain, comment string, es ...expr.Any) {
 	t.n++
-	t.c.AddRule(&nftables.Rule{Table: t.table, Chain: c, Exprs: es,
-		UserData: userdata.AppendString(nil, userdata.TypeComment, comment)})
+	t.c.AddRule(t.rule(c, comment, es))
+}
+
+// First puts a rule with a comment before the others of its chain.
+func (t *Tx) First(c *nftables.Chain, comment string, es ...expr.Any) {
+	t.n++
+	t.c.InsertRule(t.rule(c, comment, es))
+}
+
+func (t *Tx) rule(c *nftables.Chain, comment string, es []expr.Any) *nftables.Rule {
+	return &nftables.Rule{Table: t.table, Chain: c, Exprs: es, UserData: userdata.AppendString(nil, userdata.TypeComment, comment)}
+}
+
+// DelRule deletes a rule; one that is not there fails the transaction.
+func (t *Tx) DelRule(chain string, handle uint64) {
+	t.keep(t.c.DelRule(&nftables.Rule{Table: t.table, Chain: &nftables.Chain{Table: t.table, Name: chain}, Handle: handle}))
 }
 
 // Commit sends the transaction. An empty one succeeds.
