@@ -523,8 +523,11 @@ func writeLocal(o ingress.Local, pending bool) error {
 		return err
 	}
 	t := &nftables.Table{Family: nftables.TableFamilyIPv4, Name: ingress.NetnsTable}
+	old, err := nl.RuleHandles(unix.NFPROTO_IPV4, ingress.NetnsTable, localChain(o))
+	if err != nil {
+		return err
+	}
 	ch := c.AddChain(&nftables.Chain{Table: t, Name: localChain(o)})
-	c.FlushChain(ch)
 	var exprs []expr.Any
 	if bs := ingress.Addrs(o.Backends); len(bs) > 0 {
 		m := &nftables.Set{Table: t, ID: 1, Name: "__map%d", Anonymous: true, Constant: true, IsMap: true,
@@ -552,12 +555,25 @@ func writeLocal(o ingress.Local, pending bool) error {
 	} else {
 		exprs = ret.exprs
 	}
-	c.AddRule(&nftables.Rule{Table: t, Chain: ch, Exprs: exprs,
+	c.InsertRule(&nftables.Rule{Table: t, Chain: ch, Exprs: exprs,
 		UserData: userdata.AppendString(nil, userdata.TypeComment, localComments(o, pending)[0])})
 	if err := c.Flush(); err != nil {
 		return fmt.Errorf("write chain %s: %w", localChain(o), err)
 	}
-	return put(ingress.NetnsTable, elem{set: mapLocal, key: key(netip.Addr{}, o.Protocol, o.Slot), chain: localChain(o)})
+	if err := put(ingress.NetnsTable, elem{set: mapLocal, key: key(netip.Addr{}, o.Protocol, o.Slot), chain: localChain(o)}); err != nil || len(old) == 0 {
+		return err
+	}
+	// Only now, so that no connection finds neither: see nl.RuleHandles.
+	nl.Grace()
+	for _, h := range old {
+		if err := c.DelRule(&nftables.Rule{Table: t, Chain: ch, Handle: h}); err != nil {
+			return fmt.Errorf("chain %s: %w", localChain(o), err)
+		}
+	}
+	if err := c.Flush(); err != nil {
+		return fmt.Errorf("delete the old rules of chain %s: %w", localChain(o), err)
+	}
+	return nil
 }
 
 func delLocal(o ingress.Local) error {

@@ -3,13 +3,16 @@ package nft
 import (
 	"fmt"
 	"net"
+	"net/netip"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/shoalnet/shoal/ingress"
 	"github.com/shoalnet/shoal/internal/nl"
 	"github.com/shoalnet/shoal/spec"
 	"github.com/shoalnet/shoal/vip/ipvs"
+	"github.com/shoalnet/shoal/vip/viptest"
 )
 
 // each runs a test with each VIP data path that the kernel has.
@@ -189,6 +192,48 @@ func TestLocalAndHost(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestLocalHasNoGap: while the tasks of a node change, no packet to its port
+// finds none.
+func TestLocalHasNoGap(t *testing.T) {
+	needKernel(t)
+	l := newLab(t, "nft")
+	l.replicas(1)
+	n := l.nodes[0]
+	run(t, "ip netns exec %s nft add table ip nogap ; add chain ip nogap forward { type filter hook forward priority 0 ; } ; add rule ip nogap forward meta l4proto udp drop", n.ovns())
+	o := ingress.Local{Protocol: spec.UDP, Target: 80}
+	err := nl.Do(n.ovns(), func() error {
+		c, err := reader()
+		if err != nil {
+			return err
+		}
+		defer c.CloseLasting()
+		chains, err := chainsOf(c, ingress.NetnsTable)
+		for name := range chains {
+			if proto, slot, ok := parseLocalChain(name); ok && proto == o.Protocol {
+				o.Slot = slot
+			}
+		}
+		return err
+	})
+	if err != nil || o.Slot == 0 {
+		t.Fatalf("no balancer of %s: %v", o.Protocol, err)
+	}
+	const changes = 50
+	sent, refused := viptest.Flows(t, l.client, netip.AddrPortFrom(n.addr, publishedHere), func() {
+		for i := range changes {
+			o.Backends = []string{"10.92.1.11", "10.92.1.11 10.92.1.12"}[i%2]
+			if err := nl.Do(n.ovns(), func() error { return putLocal(o) }); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	t.Logf("%d flows during %d changes, %d refused", sent, changes, refused)
+	if refused > 0 || sent < changes {
+		t.Errorf("%d of %d flows were refused", refused, sent)
+	}
+	l.apply()
 }
 
 // again exchanges a datagram, disregarding errors that earlier ones left.
