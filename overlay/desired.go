@@ -129,6 +129,12 @@ func (s *State) network(v *spec.View, self spec.Peer, sn spec.Network) *network 
 	for _, conf := range []string{"all", "default"} {
 		set("", "net.ipv4.conf."+conf+".send_redirects", "0")
 		set("", "net.ipv4.conf."+conf+".rp_filter", "0")
+		// All of these are the host's in a new namespace. A task could send around
+		// the guards (RFC 791's source routes), have its neighbours learnt, or be
+		// answered for addresses that are another's.
+		for _, x := range []string{"accept_source_route", "arp_accept", "proxy_arp"} {
+			set("", "net.ipv4.conf."+conf+"."+x, "0")
+		}
 		if n.hasV6 {
 			set("", "net.ipv6.conf."+conf+".disable_ipv6", "0")
 			set("", "net.ipv6.conf."+conf+".forwarding", "1")
