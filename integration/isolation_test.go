@@ -335,17 +335,17 @@ func TestMadeUpNeighbours(t *testing.T) {
 	}
 }
 
-// TestNoLateChecksums: a packet whose checksum the network card is to put where
-// the sender says is another one behind the card than before every rule. Tasks
-// can't send such.
-func TestNoLateChecksums(t *testing.T) {
+// TestNoWayAroundRules: a packet whose checksum the network card is to put where
+// the sender says is another one behind the card than before every rule; and
+// AF_VSOCK sockets are of no network namespace. Tasks have neither.
+func TestNoWayAroundRules(t *testing.T) {
 	onlyNative(t)
 	s := shared(t)
-	script := testdata(t, "late.py")
+	script := testdata(t, "around.py")
 	s.ok("node1", "shoal net create a")
 	s.ok("node1", "shoal run -d --name evil --network a -- sleep 10000")
 	for _, how := range []string{"run --rm --network a --", "exec evil"} {
-		if got := s.ok("node1", "shoal %s python3 %s", how, script); got != "raw sockets: yes\nvirtio headers: EPERM\nvirtio header size: EPERM\nXDP: EPERM\nio_uring: ENOSYS" {
+		if got := s.ok("node1", "shoal %s python3 %s", how, script); got != "raw sockets: yes\nvirtio headers: EPERM\nvirtio header size: EPERM\nXDP: EPERM\nio_uring: ENOSYS\nvsock: EPERM" {
 			t.Errorf("%s: %s", how, got)
 		}
 	}

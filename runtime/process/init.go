@@ -48,7 +48,7 @@ func initMain(args []string) int {
 	if err != nil {
 		return fail(err, exitCodeOf(err))
 	}
-	if err := errors.Join(dropCapabilities(), denyLateChecksums()); err != nil {
+	if err := errors.Join(dropCapabilities(), filterCalls()); err != nil {
 		return fail(err, 125)
 	}
 	null, err := os.Open(os.DevNull)
@@ -478,7 +478,7 @@ func execMain([]string) int {
 	if err != nil {
 		return fail(err)
 	}
-	if err := errors.Join(dropCapabilities(), denyLateChecksums()); err != nil {
+	if err := errors.Join(dropCapabilities(), filterCalls()); err != nil {
 		return fail(err)
 	}
 	p.attr.Files = []uintptr{0, 1, 2}

@@ -14,14 +14,15 @@ import (
 type abi struct {
 	arch       uint32
 	setsockopt uint32
+	socket     uint32
 	socketcall uint32 // 0: it has none
 }
 
 // abis of a machine; a call by another is refused. On an architecture that is
 // not here nothing is filtered.
 var abis = map[string][]abi{
-	"amd64": {{unix.AUDIT_ARCH_X86_64, 54, 0}, {unix.AUDIT_ARCH_I386, 366, 102}},
-	"arm64": {{unix.AUDIT_ARCH_AARCH64, 208, 0}, {unix.AUDIT_ARCH_ARM, 294, 102}},
+	"amd64": {{unix.AUDIT_ARCH_X86_64, 54, 41, 0}, {unix.AUDIT_ARCH_I386, 366, 359, 102}},
+	"arm64": {{unix.AUDIT_ARCH_AARCH64, 208, 198, 0}, {unix.AUDIT_ARCH_ARM, 294, 281, 102}},
 }
 
 const (
@@ -33,8 +34,10 @@ const (
 	callSetsockopt  = 14         // linux/net.h: SYS_SETSOCKOPT
 )
 
-// denyLateChecksums keeps this thread's children from handing the kernel packets
-// whose checksum is to be put in later, at a place of their choice: by virtio
+// filterCalls keeps this thread's children from what no network namespace and no
+// rule of a network would keep them from.
+//
+// They can't hand the kernel packets whose checksum is to be put in later, at a place of their choice: by virtio
 // headers on packet sockets, or by XDP sockets. Only the network card, or the
 // kernel just before it, would write it; so it could be another port, or a source
 // address of IPv6, than the one that every rule on the way has seen.
@@ -42,7 +45,12 @@ const (
 // io_uring, which may set socket options itself (Linux 6.7), is not to be had,
 // nor the socketcall(2) of old 32-bit programs to set them, whose arguments a
 // filter can't see.
-func denyLateChecksums() error {
+//
+// They get no AF_VSOCK socket either (vsock(7)), as in Docker: those reach the
+// hypervisor, the node and every other task, in whatever network. What remains is
+// such a 32-bit program's socketcall(2) to make one: without that it would have
+// no sockets at all.
+func filterCalls() error {
 	f := seccompFilter(abis[goruntime.GOARCH])
 	if len(f) == 0 {
 		return nil
@@ -87,6 +95,8 @@ func seccompFilter(all []abi) []unix.SockFilter {
 				st(load, arg(0)), unless(callSetsockopt), deny, allow)
 		}
 		part = append(part,
+			unix.SockFilter{Code: equal, Jf: 4, K: a.socket},
+			st(load, arg(0)), unless(unix.AF_VSOCK), deny, allow,
 			unix.SockFilter{Code: equal, Jt: 1, K: a.setsockopt}, allow,
 			st(load, arg(1)), // level
 			unless(solXDP), deny,
