@@ -106,10 +106,13 @@ func (t *task) wants() []spec.NetworkAttachment {
 	return out
 }
 
-// target finds what a ref of connect or disconnect names.
+// target finds what a ref of connect or disconnect names. A task's name is worth
+// more than the beginning of a service's ID.
 func (s *State) target(ref string) (*service, *task, error) {
+	_, isName := s.svcNames[ref]
+	_, isTask := s.taskNames[ref]
 	v, err := s.service(ref)
-	if err == nil {
+	if err == nil && (isName || !isTask) {
 		return v, nil, nil
 	}
 	t, terr := s.task(ref)

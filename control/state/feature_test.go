@@ -175,6 +175,33 @@ func TestHostPorts(t *testing.T) {
 	wantErr(t, err, ErrInUse, "published by task c1")
 }
 
+// TestConnectByName: a task's name goes before the beginning of a service's ID.
+func TestConnectByName(t *testing.T) {
+	c := newCluster(t)
+	c.joinAll(1)
+	c.net("app", nil)
+	back := c.net("back", nil)
+	web, err := c.try("web", 1, func(s *spec.ServiceSpec) { s.Networks = []spec.NetworkAttachment{{Network: "app"}} })
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := web.ID[:len(web.ID)-1] // no other service's ID begins so
+	c.must(Command{CreateTask: &CreateTask{ID: c.id("task"), Name: name, Node: "n1", Spec: spec.TaskSpec{Command: []string{"x"}}, Networks: []spec.NetworkAttachment{{Network: "app"}}}})
+	c.settle()
+	c.must(Command{ConnectNetwork: &ConnectNetwork{Network: "back", Target: name}})
+	if v, _ := c.s.Service("web"); v.On(back.ID) {
+		t.Error("the service was connected instead of the task")
+	}
+	if x, _ := c.s.Task(name); len(x.Attachments) != 2 {
+		t.Errorf("the task has %v", x.Attachments)
+	}
+	c.must(Command{DisconnectNetwork: &DisconnectNetwork{Network: "back", Target: name}})
+	c.must(Command{ConnectNetwork: &ConnectNetwork{Network: "back", Target: web.ID[:len(web.ID)-2]}})
+	if v, _ := c.s.Service("web"); !v.On(back.ID) {
+		t.Error("the service is not found by the beginning of its ID")
+	}
+}
+
 func TestConnect(t *testing.T) {
 	c := newCluster(t)
 	ns := c.joinAll(2)
