@@ -148,6 +148,7 @@ func (a *nodeAPI) Exec(ctx context.Context, stream *connect.BidiStream[shoalv1.E
 	if start.Stdin {
 		es.Stdin = stdinR
 	}
+	es.Detach = start.Detach
 	var proc runtime.Process
 	if start.Attach {
 		proc, err = m.cfg.Runtime.Attach(ctx, t.ID, runtime.AttachSpec{Rows: es.Rows, Cols: es.Cols, Stdin: es.Stdin, Stdout: es.Stdout, Stderr: es.Stderr})

@@ -36,6 +36,17 @@ func TestExecAndFiles(t *testing.T) {
 	if got := s.ok("node1", "shoal exec -t b sh -c 'test -t 1 && tty'"); !strings.HasPrefix(got, "/dev/pts/") {
 		t.Errorf("tty: %q", got)
 	}
+	mark := filepath.Join(to, "mark")
+	s.ok("node1", "shoal exec -d b sh -c 'sleep 0.5; echo done > %s; sleep 1000'", mark)
+	s.eventually(10*time.Second, func() error {
+		_, err := os.Stat(mark)
+		return err
+	})
+	for line, code := range map[string]int{"-d b nosuchprogram": 127, "-d b /etc/passwd": 126, "-dt b true": 2} {
+		if r := s.on("node1", append(words("shoal exec"), words(line)...)...); r.code != code {
+			t.Errorf("exec %s: exit status %d, want %d: %s", line, r.code, code, r.err)
+		}
+	}
 	r := s.on("node1", words("shoal run --rm -- sh -c 'echo out; echo err >&2; exit 5'")...)
 	if r.code != 5 || r.out != "out\n" || r.err != "err\n" {
 		t.Errorf("run: %+v", r)

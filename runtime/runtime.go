@@ -133,6 +133,9 @@ type ExecSpec struct {
 	Rows, Cols     uint16
 	Stdin          io.Reader
 	Stdout, Stderr io.Writer
+	// Detach leaves the command running in the task, with no streams; Process
+	// ends, with status 0, once it is started.
+	Detach bool
 }
 
 // AttachSpec is what Attach connects to the program. Stdin is used only of a
@@ -144,7 +147,7 @@ type AttachSpec struct {
 }
 
 // Process is a command that Exec started, which is killed when Exec's context
-// ends; or a program that Attach is connected to.
+// ends, unless it was detached by then; or a program that Attach is connected to.
 type Process interface {
 	// Wait returns the exit status: 127 for a command that was not found, 126
 	// for one that can't be executed, 128+N for one ended by signal N.

@@ -308,9 +308,11 @@ func (c *cli) execCmd() *cobra.Command {
 		Use: "exec [flags] TASK COMMAND [ARG...]", Short: "Run a command inside a running task", Args: cobra.ArbitraryArgs,
 		Long: `Exec runs a command in a task's namespaces, on whichever node it is, and exits
 with the command's exit status: 126 when it can't be executed, 127 when it is
-not found. SERVICE.SLOT names a replica, such as web.1.`,
+not found. SERVICE.SLOT names a replica, such as web.1. With -d it exits as soon
+as the command is started, which runs on until it or the task ends.`,
 		Example: `  shoal exec c1 ip route
   shoal exec -it web.1 bash
+  shoal exec -d c1 tcpdump -i eth0 -w /tmp/c1.pcap
   tar -c . | shoal exec -i c1 tar -x -C /tmp`,
 		ValidArgsFunction: c.complete(c.taskNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -319,6 +321,9 @@ not found. SERVICE.SLOT names a replica, such as web.1.`,
 			}
 			if len(args) < 2 {
 				return usageError(cmd, fmt.Errorf("exec takes a task and a command, like: shoal exec c1 ip addr"))
+			}
+			if start.Detach && (start.Stdin || start.Tty) {
+				return usageError(cmd, fmt.Errorf("exec -d leaves the command without input and terminal: leave -i and -t out"))
 			}
 			t, err := c.runningTask(cmd.Context(), args[0])
 			if err != nil {
@@ -337,6 +342,7 @@ not found. SERVICE.SLOT names a replica, such as web.1.`,
 	}
 	f := cmd.Flags()
 	f.SetInterspersed(false)
+	f.BoolVarP(&start.Detach, "detach", "d", false, "don't wait for the command; it has no input and output")
 	f.BoolVarP(&start.Stdin, "interactive", "i", false, "pass standard input on")
 	f.BoolVarP(&start.Tty, "tty", "t", false, "give the command a terminal")
 	f.StringArrayVarP(&env.env, "env", "e", nil, "further environment variable, KEY=value, or KEY to pass this shell's on (repeatable)")

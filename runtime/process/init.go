@@ -441,6 +441,7 @@ type execArgs struct {
 	WorkDir string   `json:"work_dir"`
 	User    string   `json:"user"`
 	TTY     bool     `json:"tty"`
+	Detach  bool     `json:"detach"`
 }
 
 // execMain enters a task's namespaces and runs a command there.
@@ -484,6 +485,9 @@ func execMain([]string) int {
 	p.attr.Files = []uintptr{0, 1, 2}
 	p.attr.Sys.Setsid = true
 	p.attr.Sys.Setctty = a.TTY
+	if a.Detach {
+		p.path, p.argv = "/proc/self/exe", append([]string{"shoal", detachWord, p.path}, p.argv...)
+	}
 	pid, err := syscall.ForkExec(p.path, p.argv, p.attr)
 	if err != nil {
 		return fail(p.explain(err))
@@ -518,6 +522,28 @@ func execMain([]string) int {
 			return ws.ExitStatus()
 		}
 	}
+}
+
+// detachMain starts a command and leaves it to the task's init. task-exec itself
+// could not: a process from outside of the PID namespace leaves its children to
+// an init out there (find_new_reaper in kernel/exit.c).
+func detachMain(args []string) int {
+	fail := func(err error) int {
+		fmt.Fprintln(os.Stderr, err)
+		return exitCodeOf(err)
+	}
+	if len(args) < 2 {
+		return fail(errors.New(detachWord + " is for the agent's use"))
+	}
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return fail(err)
+	}
+	attr := &syscall.ProcAttr{Env: os.Environ(), Files: []uintptr{null.Fd(), null.Fd(), null.Fd()}, Sys: &syscall.SysProcAttr{Setsid: true}}
+	if _, err := syscall.ForkExec(args[0], args[1:], attr); err != nil {
+		return fail((&program{name: args[1]}).explain(err))
+	}
+	return 0
 }
 
 // enter moves this thread into the namespaces of a process.

@@ -651,7 +651,7 @@ func (r *Runtime) Exec(ctx context.Context, id string, s runtime.ExecSpec) (runt
 	if len(s.Command) == 0 {
 		return nil, errors.New("no command")
 	}
-	args, err := json.Marshal(execArgs{Dir: r.taskDir(id), InitPID: initPID, Command: s.Command, Env: s.Env, WorkDir: s.Dir, User: s.User, TTY: s.TTY})
+	args, err := json.Marshal(execArgs{Dir: r.taskDir(id), InitPID: initPID, Command: s.Command, Env: s.Env, WorkDir: s.Dir, User: s.User, TTY: s.TTY && !s.Detach, Detach: s.Detach})
 	if err != nil {
 		return nil, err
 	}

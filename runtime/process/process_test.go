@@ -432,6 +432,23 @@ func TestExec(t *testing.T) {
 	if out, _ := run(runtime.ExecSpec{Command: []string{"sh", "-c", "hostname; readlink /proc/self/ns/net"}}); !strings.HasPrefix(out, k.Hostname) {
 		t.Errorf("namespaces: %q", out)
 	}
+	// A detached one stays, and has the task's init as its parent.
+	dctx, dcancel := context.WithCancel(t.Context())
+	d, err := f.Exec(dctx, k.ID, runtime.ExecSpec{Command: []string{"sh", "-c", "exec sleep 4321"}, Detach: true, TTY: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if code, err := d.Wait(); code != 0 || err != nil {
+		t.Errorf("detached: status %d, %v", code, err)
+	}
+	dcancel()
+	if out, code := run(runtime.ExecSpec{Command: []string{"no-such"}, Detach: true}); code != 127 || !strings.Contains(out, "not found") {
+		t.Errorf("detached, not found: %q, %d", out, code)
+	}
+	f.eventually("the detached command is the task's own", func() bool {
+		out, _ := f.sh(k, `for p in /proc/[0-9]*; do tr '\0' ' ' < $p/cmdline; awk '/^PPid/ {print $2}' $p/status; done`)
+		return strings.Contains(out, "sleep 4321 1\n")
+	})
 	// The command goes with the caller's context.
 	ctx, cancel := context.WithCancel(t.Context())
 	p, err := f.Exec(ctx, k.ID, runtime.ExecSpec{Command: []string{"sleep", "1234"}})

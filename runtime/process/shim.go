@@ -26,9 +26,10 @@ import (
 
 // Words by which this binary is told to be one of the helpers.
 const (
-	shimWord = "task-shim"
-	initWord = "task-init"
-	execWord = "task-exec"
+	shimWord   = "task-shim"
+	initWord   = "task-init"
+	execWord   = "task-exec"
+	detachWord = "task-detach"
 )
 
 // Dispatch runs a helper if the arguments name one. It is called first thing in
@@ -44,6 +45,8 @@ func Dispatch(args []string) (handled bool, exitCode int) {
 		return true, initMain(args[2:])
 	case execWord:
 		return true, execMain(args[2:])
+	case detachWord:
+		return true, detachMain(args[2:])
 	}
 	return false, 0
 }
