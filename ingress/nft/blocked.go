@@ -3,9 +3,7 @@ package nft
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"os/exec"
 	"slices"
@@ -13,7 +11,6 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/mdlayher/netlink"
-	vnl "github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/shoalnet/shoal/ingress"
@@ -118,25 +115,16 @@ type rawRuleOf struct {
 }
 
 func rawRules(f nftables.TableFamily, table string) ([]rawRuleOf, error) {
-	msgs, err := nl.Dump(func() ([][]byte, error) {
-		req := vnl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP)
-		req.AddData(&vnl.Nfgenmsg{NfgenFamily: byte(f), Version: unix.NFNETLINK_V0})
-		req.AddData(vnl.NewRtAttr(unix.NFTA_RULE_TABLE, vnl.ZeroTerminated(table)))
-		return req.Execute(unix.NETLINK_NETFILTER, 0)
-	})
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("list nftables rules of %s: %w", table, err)
+	rules, err := nl.Rules(byte(f), table, "")
+	if err != nil {
+		return nil, err
 	}
 	var out []rawRuleOf
-	for _, m := range msgs {
-		as, err := netlink.UnmarshalAttributes(m[min(vnl.SizeofNfgenmsg, len(m)):])
-		if err != nil {
-			continue
-		}
+	for _, as := range rules {
 		var r rawRuleOf
 		of := ""
 		for _, a := range as {
-			switch a.Type & nlaTypeMask {
+			switch a.Type {
 			case unix.NFTA_RULE_TABLE:
 				of = strings.TrimRight(string(a.Data), "\x00")
 			case unix.NFTA_RULE_CHAIN:
@@ -147,7 +135,7 @@ func rawRules(f nftables.TableFamily, table string) ([]rawRuleOf, error) {
 				for _, e := range list {
 					parts, _ := netlink.UnmarshalAttributes(e.Data)
 					for _, p := range parts {
-						if p.Type&nlaTypeMask == unix.NFTA_EXPR_NAME {
+						if p.Type&nl.AttrTypeMask == unix.NFTA_EXPR_NAME {
 							r.names = append(r.names, strings.TrimRight(string(p.Data), "\x00"))
 						}
 					}

@@ -6,7 +6,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io/fs"
 	"slices"
 	"strconv"
 	"strings"
@@ -15,7 +14,6 @@ import (
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/userdata"
 	"github.com/mdlayher/netlink"
-	vnl "github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/shoalnet/shoal/internal/nl"
@@ -145,24 +143,15 @@ func chainsOf(c *nftables.Conn, table string) (map[string]*nftables.Chain, error
 // comments reads the comments of a table's rules, by chain. The rules themselves
 // are not decoded: google/nftables fails on the direction of a ct expression.
 func comments(table string) (map[string][]string, error) {
-	msgs, err := nl.Dump(func() ([][]byte, error) {
-		req := vnl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP)
-		req.AddData(&vnl.Nfgenmsg{NfgenFamily: unix.AF_INET, Version: unix.NFNETLINK_V0})
-		req.AddData(vnl.NewRtAttr(unix.NFTA_RULE_TABLE, vnl.ZeroTerminated(table)))
-		return req.Execute(unix.NETLINK_NETFILTER, 0)
-	})
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("list nftables rules of %s: %w", table, err)
+	rules, err := nl.Rules(unix.NFPROTO_IPV4, table, "")
+	if err != nil {
+		return nil, err
 	}
 	out := map[string][]string{}
-	for _, m := range msgs {
-		as, err := netlink.UnmarshalAttributes(m[min(vnl.SizeofNfgenmsg, len(m)):])
-		if err != nil {
-			return nil, fmt.Errorf("list nftables rules of %s: %w", table, err)
-		}
+	for _, as := range rules {
 		var of, chain, says string
 		for _, a := range as {
-			switch a.Type & nlaTypeMask {
+			switch a.Type {
 			case unix.NFTA_RULE_TABLE:
 				of = strings.TrimRight(string(a.Data), "\x00")
 			case unix.NFTA_RULE_CHAIN:
@@ -347,9 +336,6 @@ func elems(c *nftables.Conn, table, name string) (map[string]elem, error) {
 	return out, nil
 }
 
-// nlaTypeMask is NLA_TYPE_MASK of linux/netlink.h.
-const nlaTypeMask = 0x3fff
-
 // verdictChain is the chain that a verdict leads to: the library gives a map's
 // verdicts as the kernel's nested attributes.
 func verdictChain(b []byte) string {
@@ -358,7 +344,7 @@ func verdictChain(b []byte) string {
 		return ""
 	}
 	for _, a := range as {
-		if a.Type&nlaTypeMask == unix.NFTA_VERDICT_CHAIN {
+		if a.Type&nl.AttrTypeMask == unix.NFTA_VERDICT_CHAIN {
 			return strings.TrimRight(string(a.Data), "\x00")
 		}
 	}

@@ -133,8 +133,44 @@ func AddRule(r Rule) error {
 	return err
 }
 
-// RuleHandles lists the handles of a chain's rules, in the calling thread's
-// namespace; none if the chain is absent. family is NFPROTO_….
+// Rules lists the attributes (NFTA_RULE_…) of a table's rules, in the calling
+// thread's namespace; of one chain's, unless chain is empty. There are none if the
+// table or the chain is absent. family is NFPROTO_….
+func Rules(family uint8, table, chain string) ([][]netlink.Attribute, error) {
+	what := table
+	if chain != "" {
+		what += ", chain " + chain
+	}
+	msgs, err := Dump(func() ([][]byte, error) {
+		req := vnl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP)
+		req.AddData(&vnl.Nfgenmsg{NfgenFamily: family, Version: unix.NFNETLINK_V0})
+		req.AddData(vnl.NewRtAttr(unix.NFTA_RULE_TABLE, vnl.ZeroTerminated(table)))
+		if chain != "" {
+			req.AddData(vnl.NewRtAttr(unix.NFTA_RULE_CHAIN, vnl.ZeroTerminated(chain)))
+		}
+		return req.Execute(unix.NETLINK_NETFILTER, 0)
+	})
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("list nftables rules of %s: %w", what, err)
+	}
+	var out [][]netlink.Attribute
+	for _, m := range msgs {
+		as, err := netlink.UnmarshalAttributes(m[min(vnl.SizeofNfgenmsg, len(m)):])
+		if err != nil {
+			return nil, fmt.Errorf("list nftables rules of %s: %w", what, err)
+		}
+		for i := range as {
+			as[i].Type &= AttrTypeMask
+		}
+		out = append(out, as)
+	}
+	return out, nil
+}
+
+// AttrTypeMask is NLA_TYPE_MASK of linux/netlink.h.
+const AttrTypeMask = 0x3fff
+
+// RuleHandles lists the handles of a chain's rules, as Rules would.
 //
 // A rule with a map of its own can't be replaced in one transaction without a
 // gap. Packets that are at the old rule keep to it, but the kernel takes the
@@ -144,33 +180,17 @@ func AddRule(r Rule) error {
 // rule is put before the old ones, which are deleted by their handles, after a
 // [Grace], when no packet can be at them any more.
 func RuleHandles(family uint8, table, chain string) ([]uint64, error) {
-	msgs, err := Dump(func() ([][]byte, error) {
-		req := vnl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP)
-		req.AddData(&vnl.Nfgenmsg{NfgenFamily: family, Version: unix.NFNETLINK_V0})
-		req.AddData(vnl.NewRtAttr(unix.NFTA_RULE_TABLE, vnl.ZeroTerminated(table)))
-		req.AddData(vnl.NewRtAttr(unix.NFTA_RULE_CHAIN, vnl.ZeroTerminated(chain)))
-		return req.Execute(unix.NETLINK_NETFILTER, 0)
-	})
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("list nftables rules of chain %s: %w", chain, err)
-	}
+	rules, err := Rules(family, table, chain)
 	var out []uint64
-	for _, m := range msgs {
-		as, err := netlink.UnmarshalAttributes(m[min(vnl.SizeofNfgenmsg, len(m)):])
-		if err != nil {
-			return nil, fmt.Errorf("list nftables rules of chain %s: %w", chain, err)
-		}
+	for _, as := range rules {
 		for _, a := range as {
-			if a.Type&nlaTypeMask == unix.NFTA_RULE_HANDLE && len(a.Data) == 8 {
+			if a.Type == unix.NFTA_RULE_HANDLE && len(a.Data) == 8 {
 				out = append(out, binary.BigEndian.Uint64(a.Data))
 			}
 		}
 	}
-	return out, nil
+	return out, err
 }
-
-// nlaTypeMask is NLA_TYPE_MASK of linux/netlink.h.
-const nlaTypeMask = 0x3fff
 
 // Grace returns when every packet that was in the kernel's hands at the call has
 // left its netfilter hook: the hooks run in RCU read-side critical sections, and
