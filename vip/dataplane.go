@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"time"
 
 	"github.com/shoalnet/shoal/internal/nl"
@@ -90,6 +91,27 @@ func Batch(ctx context.Context, ops []reconcile.Op, apply func(context.Context, 
 		}
 		errs = append(errs, done...)
 		ops = ops[len(done):]
+	}
+	return errs
+}
+
+// chunk is how many servers share a transaction when many are set at once.
+const chunk = 200
+
+// Chunks calls fn with some of ops at a time, and again with each of those that
+// failed together, so that one bad VIP spoils no other. It returns an error for
+// each.
+func Chunks[T any](ops []T, fn func([]T) error) []error {
+	errs := make([]error, 0, len(ops))
+	for some := range slices.Chunk(ops, chunk) {
+		err := fn(some)
+		if err == nil || len(some) == 1 {
+			errs = append(errs, slices.Repeat([]error{err}, len(some))...)
+			continue
+		}
+		for one := range slices.Chunk(some, 1) {
+			errs = append(errs, fn(one))
+		}
 	}
 	return errs
 }

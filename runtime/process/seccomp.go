@@ -37,10 +37,11 @@ const (
 // filterCalls keeps this thread's children from what no network namespace and no
 // rule of a network would keep them from.
 //
-// They can't hand the kernel packets whose checksum is to be put in later, at a place of their choice: by virtio
-// headers on packet sockets, or by XDP sockets. Only the network card, or the
-// kernel just before it, would write it; so it could be another port, or a source
-// address of IPv6, than the one that every rule on the way has seen.
+// They can't hand the kernel packets whose checksum is to be put in later, at a
+// place of their choice: by virtio headers on packet sockets, or by XDP sockets.
+// Only the network card, or the kernel just before it, would write it; so it could
+// be another port, or a source address of IPv6, than the one that every rule on
+// the way has seen.
 //
 // io_uring, which may set socket options itself (Linux 6.7), is not to be had,
 // nor the socketcall(2) of old 32-bit programs to set them, whose arguments a

@@ -588,9 +588,6 @@ func (d *Dataplane) ApplyAll(ctx context.Context, ops []reconcile.Op) []error {
 	})
 }
 
-// batch is how many servers share nftables transactions when many are set.
-const batch = 200
-
 func settings() error {
 	for _, s := range sysctls {
 		if err := nl.SetSysctl(s.key, s.value); err != nil && !(errors.Is(err, fs.ErrNotExist) && s.value == "0") {
@@ -626,21 +623,7 @@ func ipvsDest(f kern.Family, a netip.Addr, weight int) *ipvs.Destination {
 }
 
 // setServers makes VIPs of one network as wanted, and returns an error for each.
-func setServers(ops []vip.SetServer) []error {
-	var errs []error
-	for some := range slices.Chunk(ops, batch) {
-		err := setSome(some)
-		if err == nil || len(some) == 1 {
-			errs = append(errs, slices.Repeat([]error{err}, len(some))...)
-			continue
-		}
-		// One by one, so that one bad VIP spoils no other.
-		for _, op := range some {
-			errs = append(errs, setSome([]vip.SetServer{op}))
-		}
-	}
-	return errs
-}
+func setServers(ops []vip.SetServer) []error { return vip.Chunks(ops, setSome) }
 
 // setSome makes VIPs as wanted. The order lets no connection fail: what
 // closes goes out of the map first; address, service and backends are there

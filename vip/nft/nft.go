@@ -539,9 +539,6 @@ const (
 // ipsDstNAT is IPS_DST_NAT (linux/netfilter/nf_conntrack_common.h).
 const ipsDstNAT = 1 << 5
 
-// batch is how many servers share a transaction when many are set at once.
-const batch = 200
-
 // setServers makes VIPs of one network as wanted, and returns an error for each.
 // New connections are balanced as wanted on all of them before anything of the
 // old is removed.
@@ -560,28 +557,20 @@ func setServers(ops []vip.SetServer) []error {
 			}
 		}
 		var past remains
-		for some := range slices.Chunk(mine, batch) {
-			one := func(is ...int) error {
-				var p remains
-				t := kern.Begin(f)
-				for _, i := range is {
-					if err := setServer(t, f, ops[i], &p); err != nil {
-						return err
-					}
-				}
-				if err := t.Commit(); err != nil {
+		for k, err := range vip.Chunks(mine, func(some []int) error {
+			p, t := remains{}, kern.Begin(f)
+			for _, i := range some {
+				if err := setServer(t, f, ops[i], &p); err != nil {
 					return err
 				}
-				past.rules, past.flows = append(past.rules, p.rules...), append(past.flows, p.flows...)
-				return nil
 			}
-			if len(some) > 1 && one(some...) == nil {
-				continue
+			if err := t.Commit(); err != nil {
+				return err
 			}
-			// One bad VIP spoils no other.
-			for _, i := range some {
-				errs[i] = one(i)
-			}
+			past.rules, past.flows = append(past.rules, p.rules...), append(past.flows, p.flows...)
+			return nil
+		}) {
+			errs[mine[k]] = err
 		}
 		if err := past.remove(f); err != nil {
 			for _, i := range mine {
@@ -618,16 +607,10 @@ func (r remains) remove(f kern.Family) error {
 	if err := dropFlows(f, r.flows); err != nil {
 		return err
 	}
-	for some := range slices.Chunk(r.rules, 5*batch) {
-		t := kern.Begin(f)
-		for _, x := range some {
-			t.DelRule(x.chain, x.handle)
-		}
-		if err := t.Commit(); err != nil {
-			return err
-		}
-	}
 	t := kern.Begin(f)
+	for _, x := range r.rules {
+		t.DelRule(x.chain, x.handle)
+	}
 	for _, x := range r.flows {
 		if err := del(t, f, t.Ref(setLeaving), x.key()); err != nil {
 			return err
@@ -701,10 +684,10 @@ func del(t *kern.Tx, f kern.Family, s *nftables.Set, key []byte) error {
 }
 
 // backends adds the rule that spreads connections over bs in turn, before the
-// others of its chain: see nl.RuleHandles. Every such
-// rule begins to count at slot 0, on every node and after every change, so the
-// slots are shuffled: else the first connections of all nodes, which may be the
-// ones that last, would meet at the lowest address.
+// others of its chain (see nl.RuleHandles). Every such rule begins to count at
+// slot 0, on every node and after every change, so the slots are shuffled: else
+// the first connections of all nodes, which may be the ones that last, would meet
+// at the lowest address.
 func backends(t *kern.Tx, f kern.Family, c *nftables.Chain, bs []netip.Addr) {
 	addr := f.Type
 	es := make([]nftables.SetElement, len(bs))
@@ -732,18 +715,15 @@ func delServers(ops []vip.DelServer) []error {
 				mine = append(mine, i)
 			}
 		}
-		for some := range slices.Chunk(mine, batch) {
-			del := make([]vip.DelServer, len(some))
-			for k, i := range some {
-				del[k] = ops[i]
+		for k, err := range vip.Chunks(mine, func(some []int) error {
+			var del []vip.DelServer
+			for _, i := range some {
+				del = append(del, ops[i])
 			}
-			if len(del) > 1 && delFamily(f, del) == nil {
-				continue
-			}
-			for k, i := range some {
-				if err := delFamily(f, del[k:k+1]); err != nil {
-					errs[i] = fmt.Errorf("%s: %w", ops[i].Object(), err)
-				}
+			return delFamily(f, del)
+		}) {
+			if i := mine[k]; err != nil {
+				errs[i] = fmt.Errorf("%s: %w", ops[i].Object(), err)
 			}
 		}
 	}

@@ -175,12 +175,12 @@ func AddAddrs(as []netip.Addr) []error {
 	if err != nil {
 		return all(fmt.Errorf("lo: %w", err))
 	}
-	labelled, err := Labelled(lo)
+	have, err := labelled(lo)
 	if err != nil {
 		return all(err)
 	}
 	for i, a := range as {
-		if labelled[a] {
+		if have[a] {
 			continue
 		}
 		switch err := netlink.AddrAdd(lo, loAddr(a)); {
@@ -193,8 +193,8 @@ func AddAddrs(as []netip.Addr) []error {
 	return errs
 }
 
-// Labelled lists the IPv4 addresses of lo that have our label.
-func Labelled(lo netlink.Link) (map[netip.Addr]bool, error) {
+// labelled lists the IPv4 addresses of lo that have our label.
+func labelled(lo netlink.Link) (map[netip.Addr]bool, error) {
 	list, err := nl.Dump(func() ([]netlink.Addr, error) { return netlink.AddrList(lo, netlink.FAMILY_V4) })
 	if err != nil {
 		return nil, fmt.Errorf("list addresses of lo: %w", err)

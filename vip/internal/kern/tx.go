@@ -129,8 +129,8 @@ func (t *Tx) Flush(s *nftables.Set) {
 
 // Chain adds a chain that is jumped to, or keeps it as it is, and empties it.
 func (t *Tx) Chain(name string) *nftables.Chain {
-	t.n += 2
-	c := t.c.AddChain(&nftables.Chain{Table: t.table, Name: name})
+	c := t.KeepChain(name)
+	t.n++
 	t.c.FlushChain(c)
 	return c
 }
