@@ -116,6 +116,16 @@ func (s site) awayFromAgents(task string) {
 
 func slowSecs(n int) string { return fmt.Sprint(int(slow(time.Duration(n) * time.Second).Seconds())) }
 
+// ovns is a network's namespace on a node.
+func (s site) ovns(node, network string) string {
+	s.Helper()
+	ns, err := nl.List("shoal-" + s.Name + "-" + node + "-net-" + network + "-")
+	if err != nil || len(ns) != 1 {
+		s.Fatalf("namespaces of network %s on %s: %v %v", network, node, ns, err)
+	}
+	return ns[0]
+}
+
 // testdata is the path of a script for tasks, which are elsewhere.
 func testdata(t *testing.T, name string) string {
 	t.Helper()
@@ -223,12 +233,9 @@ func TestNobodySaysWhatIsTooBig(t *testing.T) {
 			s.ok("node1", "shoal run -d --name %s --network %s -- sleep 10000", name, network)
 		}
 		to, from := s.task(victim).Attachments[0].Addrs[0], s.task(evil).Attachments[0].Addrs[0]
-		ns, err := nl.List("shoal-" + s.Name + "-node1-net-" + network + "-")
-		if err != nil || len(ns) != 1 {
-			t.Fatalf("namespaces of network %s: %v %v", network, ns, err)
-		}
+		ns := s.ovns("node1", network)
 		known := func() string {
-			out, err := exec.Command("ip", "-n", ns[0], "route", "get", to).CombinedOutput()
+			out, err := exec.Command("ip", "-n", ns, "route", "get", to).CombinedOutput()
 			if err != nil {
 				t.Fatalf("%v: %s", err, out)
 			}
@@ -320,11 +327,7 @@ func TestMadeUpNeighbours(t *testing.T) {
 	for _, a := range s.task("other").Attachments[0].Addrs {
 		s.ok("node1", "shoal exec evil ping -c 1 -W 5 %s", a)
 	}
-	ns, err := nl.List("shoal-" + s.Name + "-node1-net-six")
-	if err != nil || len(ns) != 1 {
-		t.Fatalf("namespaces of the network: %v %v", ns, err)
-	}
-	out, err := exec.Command("ip", "-n", ns[0], "neigh").Output()
+	out, err := exec.Command("ip", "-n", s.ovns("node1", "six"), "neigh").Output()
 	if err != nil {
 		t.Fatal(err)
 	}

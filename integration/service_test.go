@@ -408,11 +408,8 @@ func TestDeletedObjectsComeBack(t *testing.T) {
 	s.whoami("web", 3, "--network app --publish 8080:80")
 	s.ok("node1", "shoal run -d --name c1 --network app -- sleep 10000")
 	s.fair("before", s.inTask("c1", "-n 30 -timeout %s http://web/", slow(2*time.Second)), 3)
-	var ovns, taskns string
+	ovns, taskns := s.ovns("node1", "app"), ""
 	for _, n := range strings.Fields(lines(s.ok("node1", "ip netns list"))) {
-		if strings.HasPrefix(n, "shoal-"+s.Name+"-node1-net-app-") {
-			ovns = n
-		}
 		if strings.HasPrefix(n, "shoal-"+s.Name+"-node1-task-c1") {
 			taskns = n
 		}
