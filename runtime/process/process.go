@@ -181,17 +181,17 @@ func (r *Runtime) startShim(ctx context.Context, t runtime.Task) (rd ready, p *o
 // watch registers a task and follows its shim until that ends.
 func (r *Runtime) watch(e *entry) {
 	e.watched = make(chan struct{})
+	id := e.status.ID
 	r.mu.Lock()
-	r.tasks[e.status.ID] = e
+	r.tasks[id] = e
 	r.mu.Unlock()
 	r.wg.Go(func() {
 		defer close(e.watched)
-		r.follow(e)
+		r.follow(id, e)
 	})
 }
 
-func (r *Runtime) follow(e *entry) {
-	id := e.status.ID
+func (r *Runtime) follow(id string, e *entry) {
 	c, err := dialShim(r.socket(id))
 	if err == nil {
 		defer c.Close()
