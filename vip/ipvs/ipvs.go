@@ -579,7 +579,7 @@ func (d *Dataplane) setNetwork(n vip.Network) error {
 // ApplyAll implements reconcile.Batcher: servers of one network share nftables
 // transactions.
 func (d *Dataplane) ApplyAll(ctx context.Context, ops []reconcile.Op) []error {
-	return vip.Batch(ctx, ops, d.Apply, setServers, func(ops []vip.DelServer) []error {
+	return kern.Batch(ctx, ops, d.Apply, setServers, func(ops []vip.DelServer) []error {
 		errs := make([]error, len(ops))
 		for i, op := range ops {
 			errs[i] = delServer(op)
@@ -623,7 +623,7 @@ func ipvsDest(f kern.Family, a netip.Addr, weight int) *ipvs.Destination {
 }
 
 // setServers makes VIPs of one network as wanted, and returns an error for each.
-func setServers(ops []vip.SetServer) []error { return vip.Chunks(ops, setSome) }
+func setServers(ops []vip.SetServer) []error { return kern.Chunks(ops, setSome) }
 
 // setSome makes VIPs as wanted. The order lets no connection fail: what
 // closes goes out of the map first; address, service and backends are there

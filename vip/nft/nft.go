@@ -406,7 +406,7 @@ func (d *Dataplane) Apply(ctx context.Context, op reconcile.Op) error {
 // When a node dies, each of its services is to be changed: of 2,000, one by one
 // took over a minute.
 func (d *Dataplane) ApplyAll(ctx context.Context, ops []reconcile.Op) []error {
-	return vip.Batch(ctx, ops, d.Apply, setServers, delServers)
+	return kern.Batch(ctx, ops, d.Apply, setServers, delServers)
 }
 
 func (d *Dataplane) setNetwork(n vip.Network) error {
@@ -557,7 +557,7 @@ func setServers(ops []vip.SetServer) []error {
 			}
 		}
 		var past remains
-		for k, err := range vip.Chunks(mine, func(some []int) error {
+		for k, err := range kern.Chunks(mine, func(some []int) error {
 			p, t := remains{}, kern.Begin(f)
 			for _, i := range some {
 				if err := setServer(t, f, ops[i], &p); err != nil {
@@ -715,7 +715,7 @@ func delServers(ops []vip.DelServer) []error {
 				mine = append(mine, i)
 			}
 		}
-		for k, err := range vip.Chunks(mine, func(some []int) error {
+		for k, err := range kern.Chunks(mine, func(some []int) error {
 			var del []vip.DelServer
 			for _, i := range some {
 				del = append(del, ops[i])
