@@ -7,12 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"regexp"
 	"slices"
 	"strings"
-	"syscall"
 	"text/tabwriter"
 
 	"connectrpc.com/connect"
@@ -22,7 +20,7 @@ import (
 	"github.com/shoalnet/shoal/api"
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/api/shoal/v1/shoalv1connect"
-	"github.com/shoalnet/shoal/control"
+	"github.com/shoalnet/shoal/client"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -34,6 +32,7 @@ type cli struct {
 	out, err io.Writer
 	socket   string
 	output   string // "", json, wide
+	client   *client.Client
 }
 
 func (c *cli) root() *cobra.Command {
@@ -132,181 +131,46 @@ func (c *cli) outputFlag(cmd *cobra.Command, allowed ...string) {
 
 // ---- clients ----
 
-func (c *cli) control() shoalv1connect.ControlClient {
-	return shoalv1connect.NewControlClient(control.UnixClient(c.socket), "http://shoal", connect.WithInterceptors(explain{c.socket}))
-}
-
-func (c *cli) node() shoalv1connect.NodeClient {
-	return shoalv1connect.NewNodeClient(control.UnixClient(c.socket), "http://shoal", connect.WithInterceptors(explain{c.socket}))
-}
-
-func (c *cli) local() shoalv1connect.LocalClient {
-	return shoalv1connect.NewLocalClient(control.UnixClient(c.socket), "http://shoal", connect.WithInterceptors(explain{c.socket}))
-}
-
-// explain says what to do when no agent answers.
-type explain struct{ socket string }
-
-func (e explain) err(err error) error {
-	var op *net.OpError
-	if !errors.As(err, &op) || op.Op != "dial" {
-		return err
+// api is the client of the agent whose socket is named.
+func (c *cli) api() *client.Client {
+	if c.client == nil {
+		c.client = client.New(c.socket)
 	}
-	switch {
-	case errors.Is(err, syscall.EACCES):
-		return fmt.Errorf("no permission to use %s: run as root, or as a member of the socket's group", e.socket)
-	case errors.Is(err, syscall.ENOENT), errors.Is(err, syscall.ECONNREFUSED):
-		return fmt.Errorf("no agent answers at %s: start it with 'systemctl start shoal' or 'shoal agent', or name its socket with --socket or $SHOAL_SOCKET", e.socket)
-	}
-	return err
+	return c.client
 }
 
-func (e explain) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
-	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
-		resp, err := next(ctx, req)
-		return resp, e.err(err)
-	}
-}
-
-func (e explain) WrapStreamingClient(next connect.StreamingClientFunc) connect.StreamingClientFunc {
-	return next
-}
-
-func (e explain) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
-	return next
-}
-
-// ---- what commands look up ----
+func (c *cli) control() shoalv1connect.ControlClient { return c.api().Control }
+func (c *cli) node() shoalv1connect.NodeClient       { return c.api().Node }
+func (c *cli) local() shoalv1connect.LocalClient     { return c.api().Local }
 
 // names maps IDs to names, for tables.
-type names map[string]string
-
-func (n names) of(id string) string { return cmp.Or(n[id], id) }
+type names = client.Names
 
 func (c *cli) nodes(ctx context.Context, refs ...string) ([]*shoalv1.NodeInfo, names, error) {
-	resp, err := c.control().ListNodes(ctx, connect.NewRequest(&shoalv1.ListNodesRequest{Refs: refs}))
-	if err != nil {
-		return nil, nil, err
-	}
-	m := names{}
-	for _, n := range resp.Msg.Nodes {
-		m[n.Id] = n.Name
-	}
-	return resp.Msg.Nodes, m, nil
+	return c.api().Nodes(ctx, refs...)
 }
 
 func (c *cli) networks(ctx context.Context, refs ...string) ([]*shoalv1.Network, names, error) {
-	resp, err := c.control().ListNetworks(ctx, connect.NewRequest(&shoalv1.ListNetworksRequest{Refs: refs}))
-	if err != nil {
-		return nil, nil, err
-	}
-	m := names{}
-	for _, n := range resp.Msg.Networks {
-		m[n.Id] = n.Name
-	}
-	return resp.Msg.Networks, m, nil
+	return c.api().Networks(ctx, refs...)
 }
 
 func (c *cli) services(ctx context.Context, refs ...string) ([]*shoalv1.Service, error) {
-	resp, err := c.control().ListServices(ctx, connect.NewRequest(&shoalv1.ListServicesRequest{Refs: refs}))
-	if err != nil {
-		return nil, err
-	}
-	return resp.Msg.Services, nil
+	return c.api().Services(ctx, refs...)
 }
 
 func (c *cli) tasks(ctx context.Context, req *shoalv1.ListTasksRequest) ([]*shoalv1.Task, error) {
-	resp, err := c.control().ListTasks(ctx, connect.NewRequest(req))
-	if err != nil {
-		return nil, err
-	}
-	return resp.Msg.Tasks, nil
+	return c.api().Tasks(ctx, req)
 }
 
-// task finds one task as a person names it: its name, its ID or the beginning
-// of it, or SERVICE.SLOT for the newest task there. One that runs goes before
-// one that has ended.
 func (c *cli) task(ctx context.Context, ref string) (*shoalv1.Task, error) {
-	all, err := c.tasks(ctx, &shoalv1.ListTasksRequest{All: true})
-	if err != nil {
-		return nil, err
-	}
-	return pickTask(all, ref)
+	return c.api().Task(ctx, ref)
 }
 
-// runningTask is task for what its node can do without the managers: of a task
-// on this node they are not asked.
 func (c *cli) runningTask(ctx context.Context, ref string) (*shoalv1.Task, error) {
-	resp, err := c.node().Tasks(ctx, connect.NewRequest(&shoalv1.TasksRequest{}))
-	if err != nil {
-		return c.task(ctx, ref)
-	}
-	here := slices.DeleteFunc(resp.Msg.Tasks, ended)
-	if i := slices.IndexFunc(here, func(t *shoalv1.Task) bool { return t.Id == ref || t.Name == ref }); i >= 0 {
-		return here[i], nil
-	}
-	t, err := c.task(ctx, ref)
-	if connect.CodeOf(err) == connect.CodeUnavailable {
-		if t, herr := pickTask(here, ref); herr == nil {
-			return t, nil
-		}
-	}
-	return t, err
+	return c.api().RunningTask(ctx, ref)
 }
 
-// pickTask is task among some.
-func pickTask(all []*shoalv1.Task, ref string) (*shoalv1.Task, error) {
-	rank := func(t *shoalv1.Task) int {
-		switch {
-		case t.Id == ref, t.Name == ref:
-			return 4
-		case strings.HasPrefix(t.Name, ref+".") && strings.Count(ref, ".") > 0 && t.Service != "":
-			return 3
-		case len(ref) >= 3 && strings.HasPrefix(t.Id, ref):
-			return 2
-		}
-		return 0
-	}
-	var best *shoalv1.Task
-	ambiguous := false
-	for _, t := range all {
-		r := rank(t)
-		if r == 0 {
-			continue
-		}
-		if best == nil {
-			best = t
-			continue
-		}
-		live, bestLive := !ended(t), !ended(best)
-		switch b := rank(best); {
-		case r != b:
-			if r > b {
-				best, ambiguous = t, false
-			}
-		case live != bestLive:
-			if live {
-				best = t
-			}
-		case r == 2:
-			ambiguous = true
-		case t.CreatedMs > best.CreatedMs:
-			best = t
-		}
-	}
-	if best == nil {
-		return nil, &exitError{code: 1, err: fmt.Errorf("no such task: %s: 'shoal ps -a' lists all of them", ref)}
-	}
-	if ambiguous {
-		return nil, fmt.Errorf("%q is the beginning of several tasks' IDs: give more of it", ref)
-	}
-	return best, nil
-}
-
-func ended(t *shoalv1.Task) bool {
-	s, err := spec.ParseTaskState(t.GetStatus().GetState())
-	return err == nil && s.Ended()
-}
+func ended(t *shoalv1.Task) bool { return client.Ended(t) }
 
 // ---- output ----
 

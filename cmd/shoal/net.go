@@ -377,7 +377,7 @@ func (c *cli) netInspect() *cobra.Command {
 				for _, t := range tasks {
 					for _, a := range t.Attachments {
 						if a.Network == n.Id {
-							j.Tasks = append(j.Tasks, networkTask{ID: t.Id, Name: t.Name, Node: nodes.of(t.Node), State: t.GetStatus().GetState(), Iface: a.Iface, Addrs: a.Addrs, Aliases: a.Aliases})
+							j.Tasks = append(j.Tasks, networkTask{ID: t.Id, Name: t.Name, Node: nodes.Of(t.Node), State: t.GetStatus().GetState(), Iface: a.Iface, Addrs: a.Addrs, Aliases: a.Aliases})
 						}
 					}
 				}

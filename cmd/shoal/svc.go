@@ -18,6 +18,7 @@ import (
 	"github.com/shoalnet/shoal/agent"
 	"github.com/shoalnet/shoal/api"
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/client"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -193,7 +194,7 @@ func (c *cli) svcCreate() *cobra.Command {
 				return usageError(cmd, err)
 			}
 			req.RestartDelayMs = restartDelay.Milliseconds()
-			ports, err := parsePublishes(tf.publish, spec.PortIngress)
+			ports, err := client.ParsePublishes(tf.publish, spec.PortIngress)
 			if err != nil {
 				return usageError(cmd, err)
 			}
@@ -201,7 +202,7 @@ func (c *cli) svcCreate() *cobra.Command {
 			if req.Name == "" {
 				req.Name = "svc-" + spec.NewID()[:6]
 			}
-			if err := c.link(cmd.Context(), req.Task, req.Name, req.Networks); err != nil {
+			if err := c.api().Link(cmd.Context(), req.Task, req.Name, req.Networks); err != nil {
 				return err
 			}
 			resp, err := c.control().CreateService(cmd.Context(), connect.NewRequest(&shoalv1.CreateServiceRequest{Spec: req}))
@@ -377,7 +378,7 @@ func (c *cli) svcLs() *cobra.Command {
 			{"NAME", false, func(s service) string { return s.GetSpec().GetName() }},
 			{"REPLICAS", false, func(s service) string { return fmt.Sprintf("%d/%d", s.Running, s.GetSpec().GetReplicas()) }},
 			{"NETWORK", false, func(s service) string {
-				return strings.Join(each1(s.GetSpec().GetNetworks(), func(a *shoalv1.NetworkAttachment) string { return nets.of(a.Network) }), ",")
+				return strings.Join(each1(s.GetSpec().GetNetworks(), func(a *shoalv1.NetworkAttachment) string { return nets.Of(a.Network) }), ",")
 			}},
 			{"VIRTUAL IP", false, func(s service) string {
 				var vips []string
@@ -396,7 +397,7 @@ func (c *cli) svcLs() *cobra.Command {
 			// Docker's mode is of the replicas, of which there is one kind here.
 			"mode": func(s service, v string) bool { return v == replicated || s.GetSpec().GetEndpointMode() == v },
 			"network": func(s service, v string) bool {
-				return slices.ContainsFunc(s.GetSpec().GetNetworks(), func(a *shoalv1.NetworkAttachment) bool { return nets.of(a.Network) == v || a.Network == v })
+				return slices.ContainsFunc(s.GetSpec().GetNetworks(), func(a *shoalv1.NetworkAttachment) bool { return nets.Of(a.Network) == v || a.Network == v })
 			},
 		},
 		values: map[string][]string{"mode": {replicated, "global", spec.EndpointModeVIP, spec.EndpointModeDNSRR}},
@@ -552,7 +553,7 @@ func (c *cli) taskListing() *taskListing {
 			},
 			"Error": note,
 			"Networks": func(t task) string {
-				return strings.Join(each1(t.Attachments, func(a *shoalv1.Attachment) string { return l.nets.of(a.Network) }), ",")
+				return strings.Join(each1(t.Attachments, func(a *shoalv1.Attachment) string { return l.nets.Of(a.Network) }), ",")
 			},
 		},
 	}
@@ -745,7 +746,7 @@ func (c *cli) followLogs(ctx context.Context, tasks []*shoalv1.Task, lf logFlags
 			err := c.taskLogs(ctx, t, lf.follow, lf.tail, func(m *shoalv1.LogsResponse) {
 				var b strings.Builder
 				if lf.prefix {
-					fmt.Fprintf(&b, "%s@%s | ", t.Name, nodes.of(t.Node))
+					fmt.Fprintf(&b, "%s@%s | ", t.Name, nodes.Of(t.Node))
 				}
 				if lf.timestamps {
 					b.WriteString(time.UnixMilli(m.AtMs).UTC().Format("2006-01-02T15:04:05.000Z") + " ")

@@ -12,6 +12,7 @@ import (
 
 	"github.com/shoalnet/shoal/api"
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/client"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -105,7 +106,7 @@ running before the old one ends.`,
 			})
 			set("publish-rm", func() error { sp.Ports, err = withoutPorts(svc, publishRm); return err })
 			set("publish-add", func() error {
-				add, err := parsePublishes(publishAdd, spec.PortIngress)
+				add, err := client.ParsePublishes(publishAdd, spec.PortIngress)
 				sp.Ports = append(sp.Ports, api.Ports(add)...)
 				return err
 			})
@@ -183,7 +184,7 @@ func withoutPorts(svc *shoalv1.Service, rm []string) ([]*shoalv1.Port, error) {
 	}
 	left := slices.Clone(svc.Spec.Ports)
 	for _, r := range rm {
-		ps, err := parsePublish(r, spec.PortIngress)
+		ps, err := client.ParsePublish(r, spec.PortIngress)
 		if err != nil {
 			return nil, err
 		}

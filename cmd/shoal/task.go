@@ -21,6 +21,7 @@ import (
 	"github.com/shoalnet/shoal/agent"
 	"github.com/shoalnet/shoal/api"
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/client"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -60,7 +61,7 @@ found; with -d it prints the task's ID once it runs.`,
 			if req.Networks, err = tf.attachments(); err != nil {
 				return usageError(cmd, err)
 			}
-			ports, err := parsePublishes(tf.publish, spec.PortHost)
+			ports, err := client.ParsePublishes(tf.publish, spec.PortHost)
 			if err != nil {
 				return usageError(cmd, err)
 			}
@@ -68,7 +69,7 @@ found; with -d it prints the task's ID once it runs.`,
 			if req.Name == "" && len(tf.links) > 0 {
 				req.Name = "task-" + spec.NewID()[:6]
 			}
-			if err := c.link(cmd.Context(), req.Spec, req.Name, req.Networks); err != nil {
+			if err := c.api().Link(cmd.Context(), req.Spec, req.Name, req.Networks); err != nil {
 				return err
 			}
 			if req.Node == "" {
@@ -399,7 +400,7 @@ func (c *cli) exec(ctx context.Context, node string, start *shoalv1.ExecRequest_
 		return stream.Send(r)
 	}
 	if err := send(&shoalv1.ExecRequest{Msg: &shoalv1.ExecRequest_Start_{Start: start}}); err != nil && !errors.Is(err, io.EOF) {
-		return explain{c.socket}.err(err)
+		return c.api().Explain(err)
 	}
 	if start.Stdin {
 		go func() { // ends with the process: a read of standard input can't be cut short
@@ -449,13 +450,13 @@ func (c *cli) exec(ctx context.Context, node string, start *shoalv1.ExecRequest_
 				return fmt.Errorf("the node ended the command without an exit status")
 			}
 			if m := message(err); start.Attach {
-				return explain{c.socket}.err(err)
+				return c.api().Explain(err)
 			} else if strings.Contains(m, "executable file not found") || strings.Contains(m, "no such file") {
 				return &exitError{code: 127, err: err}
 			} else if strings.Contains(m, "permission denied") {
 				return &exitError{code: 126, err: err}
 			}
-			return explain{c.socket}.err(err)
+			return c.api().Explain(err)
 		}
 		switch v := msg.Msg.(type) {
 		case *shoalv1.ExecResponse_Stdout:

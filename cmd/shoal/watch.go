@@ -168,7 +168,7 @@ func (c *cli) events(ctx context.Context, last *time.Time, until time.Time, show
 			return err
 		}
 	}
-	return explain{c.socket}.err(stream.Err())
+	return c.api().Explain(stream.Err())
 }
 
 // statsRow is one task's counters with the node it runs on.
@@ -288,7 +288,7 @@ func (c *cli) stats(ctx context.Context, refs []string) ([]statsRow, error) {
 			return nil, err
 		}
 		for _, s := range resp.Msg.Tasks {
-			rows = append(rows, statsRow{Task: s.Id, Name: s.Name, Node: nodes.of(node), RxBytes: s.RxBytes, RxPackets: s.RxPackets,
+			rows = append(rows, statsRow{Task: s.Id, Name: s.Name, Node: nodes.Of(node), RxBytes: s.RxBytes, RxPackets: s.RxPackets,
 				TxBytes: s.TxBytes, TxPackets: s.TxPackets, Dropped: s.Dropped, Connections: s.Connections})
 		}
 	}

@@ -1,4 +1,4 @@
-package main
+package client
 
 import (
 	"cmp"
@@ -11,21 +11,21 @@ import (
 	"github.com/shoalnet/shoal/spec"
 )
 
-// publishHelp is the help of --publish of services.
-const publishHelp = "published port: TARGET, PUBLISHED:TARGET or ADDRESS:PUBLISHED:TARGET, with /PROTOCOL, ranges too; or target=PORT,published=PORT with protocol=tcp|udp|sctp, mode=ingress|host|local, nat=true after commas (repeatable)"
-
-// link gives a task, or a service's tasks, the variables that Docker's --link
+// Link gives a task, or a service's tasks, the variables that Docker's --link
 // sets, for each of its links. That the alias resolves is the name server's part.
 // Who is linked to must be on one of the networks of who links.
-func (c *cli) link(ctx context.Context, t *shoalv1.TaskSpec, name string, on []*shoalv1.NetworkAttachment) error {
+func (c *Client) Link(ctx context.Context, t *shoalv1.TaskSpec, name string, on []*shoalv1.NetworkAttachment) error {
 	if len(t.Links) == 0 {
 		return nil
 	}
-	refs := each1(on, func(a *shoalv1.NetworkAttachment) string { return a.Network })
+	var refs []string
+	for _, a := range on {
+		refs = append(refs, a.Network)
+	}
 	if len(refs) == 0 {
 		refs = []string{spec.DefaultNetwork}
 	}
-	nets, _, err := c.networks(ctx, refs...)
+	nets, _, err := c.Networks(ctx, refs...)
 	if err != nil {
 		return err
 	}
@@ -43,11 +43,11 @@ func (c *cli) link(ctx context.Context, t *shoalv1.TaskSpec, name string, on []*
 }
 
 // linkEnv finds what a link leads to, and is its environment.
-func (c *cli) linkEnv(ctx context.Context, target, name, alias string, on []*shoalv1.Network) ([]string, error) {
+func (c *Client) linkEnv(ctx context.Context, target, name, alias string, on []*shoalv1.Network) ([]string, error) {
 	var ts *shoalv1.TaskSpec
 	var ports []*shoalv1.Port
 	addrs := map[string][]string{} // by network
-	if svcs, err := c.services(ctx, target); err == nil {
+	if svcs, err := c.Services(ctx, target); err == nil {
 		ts, ports = svcs[0].GetSpec().GetTask(), svcs[0].Ports
 		for _, a := range svcs[0].GetSpec().GetNetworks() {
 			addrs[a.Network] = nil // of a service without a virtual IP
@@ -56,7 +56,7 @@ func (c *cli) linkEnv(ctx context.Context, target, name, alias string, on []*sho
 			addrs[v.Network] = v.Addrs
 		}
 	} else {
-		t, err := c.task(ctx, target)
+		t, err := c.Task(ctx, target)
 		if err != nil {
 			return nil, fmt.Errorf("no such task or service: %s", target)
 		}
@@ -80,8 +80,11 @@ func (c *cli) linkEnv(ctx context.Context, target, name, alias string, on []*sho
 		}
 		return linkVariables(name, alias, addr, expose, ts.GetEnv()), nil
 	}
-	return nil, fmt.Errorf("%s is on none of the networks %s: give --network one that it is on", target,
-		strings.Join(each1(on, func(n *shoalv1.Network) string { return n.Name }), ", "))
+	var names []string
+	for _, n := range on {
+		names = append(names, n.Name)
+	}
+	return nil, fmt.Errorf("%s is on none of the networks %s: give --network one that it is on", target, strings.Join(names, ", "))
 }
 
 // linkVariables are the variables that Docker sets for a link, as its manual
