@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shoalnet/shoal/control/state"
+	"github.com/shoalnet/shoal/internal/durable"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -74,30 +75,7 @@ func (id *identity) save(dataDir string) error {
 	if err != nil {
 		return err
 	}
-	return writeFile(identityPath(dataDir), append(b, '\n'))
-}
-
-// writeFile replaces a file atomically and durably.
-func writeFile(path string, data []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".tmp*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	_, err = f.Write(data)
-	if err == nil {
-		err = f.Sync()
-	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
-	}
-	return nil
+	return durable.WriteFile(identityPath(dataDir), append(b, '\n'))
 }
 
 // lockDir keeps a second agent away from a data directory. The lock goes with

@@ -37,7 +37,7 @@ func TestIdentitySurvives(t *testing.T) {
 			t.Errorf("read back: %+v, %v\nwant %+v", got, err, id)
 		}
 	}
-	if left, _ := filepath.Glob(filepath.Join(dir, "*.tmp*")); len(left) > 0 {
+	if left, _ := filepath.Glob(filepath.Join(dir, "*.new*")); len(left) > 0 {
 		t.Errorf("left behind: %v", left)
 	}
 }

@@ -30,6 +30,7 @@ import (
 	"github.com/shoalnet/shoal/dns"
 	"github.com/shoalnet/shoal/gossip"
 	"github.com/shoalnet/shoal/ingress"
+	"github.com/shoalnet/shoal/internal/durable"
 	"github.com/shoalnet/shoal/overlay"
 	"github.com/shoalnet/shoal/reconcile"
 	"github.com/shoalnet/shoal/spec"
@@ -539,7 +540,7 @@ func (m *member) loadAssignment() {
 func (m *member) saveAssignment(a *assignment) {
 	b, err := json.Marshal(a)
 	if err == nil {
-		err = writeFile(m.assignmentPath(), b)
+		err = durable.WriteFile(m.assignmentPath(), b)
 	}
 	if err != nil {
 		m.log.Error("the assignment can't be cached", "error", err)

@@ -11,35 +11,12 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+
+	"github.com/shoalnet/shoal/internal/durable"
 )
 
 // What has to outlive the process: DataDir/gossip/epoch, a decimal number, and
 // DataDir/gossip/peers.json.
-
-// writeFile replaces a file so that after a crash either the old or the new
-// content is there: fsync(2) of the file before rename(2), of the folder after.
-func writeFile(path string, data []byte) error {
-	tmp := path + ".new"
-	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(data)
-	err = errors.Join(err, f.Sync())
-	err = errors.Join(err, f.Close())
-	if err == nil {
-		err = os.Rename(tmp, path)
-	}
-	if err != nil {
-		os.Remove(tmp)
-		return err
-	}
-	d, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
-}
 
 // nextEpoch returns an epoch above the stored one and above atLeast, once it
 // is stored. A damaged file counts as 0: the first peer that knows better makes
@@ -55,7 +32,7 @@ func nextEpoch(dir string, atLeast uint64, log *slog.Logger) (uint64, error) {
 		log.Warn("boot epoch can't be read; beginning anew", "path", path, "error", err)
 	}
 	epoch := max(old, atLeast) + 1
-	if err := writeFile(path, []byte(strconv.FormatUint(epoch, 10)+"\n")); err != nil {
+	if err := durable.WriteFile(path, []byte(strconv.FormatUint(epoch, 10)+"\n")); err != nil {
 		return 0, fmt.Errorf("gossip: keep boot epoch: %w", err)
 	}
 	return epoch, nil
@@ -88,7 +65,7 @@ func loadPeers(dir string) ([]peerRecord, error) {
 func savePeers(dir string, peers []peerRecord) error {
 	b, err := json.MarshalIndent(peersFile{peers}, "", "  ")
 	if err == nil {
-		err = writeFile(filepath.Join(dir, "peers.json"), append(b, '\n'))
+		err = durable.WriteFile(filepath.Join(dir, "peers.json"), append(b, '\n'))
 	}
 	if err != nil {
 		return fmt.Errorf("gossip: keep peer list: %w", err)

@@ -15,6 +15,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/shoalnet/shoal/internal/durable"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -160,7 +161,7 @@ func TestDisk(t *testing.T) {
 	if got, _ := nextEpoch(dir, 10, log); got != 11 {
 		t.Errorf("epoch %d after 10", got)
 	}
-	if err := writeFile(dir+"/epoch", []byte("rubbish")); err != nil {
+	if err := durable.WriteFile(dir+"/epoch", []byte("rubbish")); err != nil {
 		t.Fatal(err)
 	}
 	if got, err := nextEpoch(dir, 0, log); err != nil || got != 1 {
@@ -173,7 +174,7 @@ func TestDisk(t *testing.T) {
 	if got, err := loadPeers(dir); err != nil || !slices.Equal(got, want) {
 		t.Errorf("%v, %v", got, err)
 	}
-	if err := writeFile(dir+"/peers.json", []byte("{")); err != nil {
+	if err := durable.WriteFile(dir+"/peers.json", []byte("{")); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := loadPeers(dir); err == nil {

@@ -32,6 +32,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/shoalnet/shoal/internal/durable"
 	"github.com/shoalnet/shoal/internal/nl"
 )
 
@@ -125,7 +126,7 @@ func (l *Lab) save() error {
 	if err != nil {
 		return err
 	}
-	return os.WriteFile(filepath.Join(l.Dir, "lab.json"), append(b, '\n'), 0o600)
+	return durable.WriteFile(filepath.Join(l.Dir, "lab.json"), append(b, '\n'))
 }
 
 // Open finds a lab by its name ("" is the default one).

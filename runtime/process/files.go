@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/shoalnet/shoal/internal/durable"
 	"github.com/shoalnet/shoal/runtime"
 )
 
@@ -47,20 +48,13 @@ func readLine(r io.Reader, v any) error {
 // by default 2 MiB in all).
 const maxLine = 8 << 20
 
-// writeJSON replaces a file whole or not at all.
+// writeJSON replaces a file whole or not at all, whatever crashes.
 func writeJSON(path string, v any) error {
 	b, err := json.Marshal(v)
 	if err != nil {
 		return err
 	}
-	tmp := path + ".tmp"
-	if err := os.WriteFile(tmp, b, 0o600); err != nil {
-		return err
-	}
-	if err := os.Rename(tmp, path); err != nil {
-		return errors.Join(err, os.Remove(tmp))
-	}
-	return nil
+	return durable.WriteFile(path, b)
 }
 
 // readAll reads at most n bytes, to the end.

@@ -1,0 +1,74 @@
+// Package durable writes the files that carry a promise: who a node is, what it
+// was told, what it runs. After a crash at any moment, of the process or of the
+// machine, such a file holds the old content or the new one, whole.
+package durable
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+)
+
+// Suffix is what the name of a file that is being written ends in. One that a
+// crash left is replaced by the next write; nobody reads it.
+const Suffix = ".new"
+
+// WriteFile replaces the file at path, or makes it, with mode 0600. It returns
+// once the content is on the disk: fsync(2) of the file comes before rename(2),
+// of the directory after. When it fails, the old file stands as it was. Of one
+// path there must be one writer at a time.
+func WriteFile(path string, data []byte) error {
+	tmp := path + Suffix
+	if err := writeNew(tmp, data); err != nil {
+		return errors.Join(fmt.Errorf("write %s: %w", path, err), remove(tmp))
+	}
+	if err := os.Rename(tmp, path); err != nil {
+		return errors.Join(fmt.Errorf("write %s: %w", path, err), remove(tmp))
+	}
+	if err := SyncDir(filepath.Dir(path)); err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	return nil
+}
+
+func writeNew(path string, data []byte) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return cause(err)
+	}
+	_, err = f.Write(data)
+	if err == nil {
+		err = f.Sync()
+	}
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	return cause(err)
+}
+
+// cause drops the name of the temporary file, which nobody knows.
+func cause(err error) error {
+	var pe *os.PathError
+	if errors.As(err, &pe) {
+		return pe.Err
+	}
+	return err
+}
+
+// remove takes a temporary file away, if it was made.
+func remove(path string) error {
+	if _, err := os.Lstat(path); err != nil {
+		return nil
+	}
+	return os.Remove(path)
+}
+
+// SyncDir makes what was made, renamed or removed in a directory last.
+func SyncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
