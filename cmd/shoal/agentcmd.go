@@ -89,6 +89,8 @@ agent's socket rules the cluster.`,
 	f.StringVar(&cfg.Instance, "instance", "shoal", "prefix of what this agent names on the machine, for several agents on one")
 	f.StringVar(&logLevel, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&logFormat, "log-format", "text", "text or json")
+	_ = cmd.RegisterFlagCompletionFunc("log-level", cobra.FixedCompletions([]string{"debug", "info", "warn", "error"}, cobra.ShellCompDirectiveNoFileComp))
+	_ = cmd.RegisterFlagCompletionFunc("log-format", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
 	_ = cmd.RegisterFlagCompletionFunc("data-path", cobra.FixedCompletions(dataPaths, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }

@@ -17,11 +17,9 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
-	"github.com/shoalnet/shoal/api"
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/api/shoal/v1/shoalv1connect"
 	"github.com/shoalnet/shoal/client"
-	"github.com/shoalnet/shoal/spec"
 )
 
 const defaultSocket = "/run/shoal/shoal.sock"
@@ -68,11 +66,7 @@ func unknownSubcommand(cmd *cobra.Command, args []string) error {
 	if len(args) == 0 {
 		return nil
 	}
-	msg := fmt.Errorf("unknown command %q", cmd.CommandPath()+" "+args[0])
-	if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
-		msg = fmt.Errorf("%w: did you mean %q?", msg, near[0])
-	}
-	return usageError(cmd, msg)
+	return unknownWord(cmd, args[0], args[1:]...)
 }
 
 // goErrorRE is what Go's own parsers say around the reason.
@@ -231,17 +225,6 @@ func clip(s string, n int) string {
 	return s
 }
 
-// The JSON forms: the project's own nouns, with what only the leader knows.
-type serviceJSON struct {
-	spec.Service
-	Running int `json:"running"`
-}
-
-func toServiceJSON(s *shoalv1.Service) (serviceJSON, error) {
-	v, err := api.ToService(s)
-	return serviceJSON{v, int(s.Running)}, err
-}
-
 // self is the ID of the node whose agent answers; "" while it is in no cluster.
 func (c *cli) self(ctx context.Context) (string, error) {
 	info, err := c.local().Info(ctx, connect.NewRequest(&shoalv1.InfoRequest{}))
@@ -259,16 +242,6 @@ type nodeFault struct {
 
 func nodeFaults(in []*shoalv1.NodeFault) []nodeFault {
 	return each1(in, func(f *shoalv1.NodeFault) nodeFault { return nodeFault{f.Node, f.Message} })
-}
-
-type nodeJSON struct {
-	spec.Node
-	Leader bool `json:"leader"`
-}
-
-func toNodeJSON(n *shoalv1.NodeInfo) (nodeJSON, error) {
-	v, err := api.ToNode(n)
-	return nodeJSON{v, n.Leader}, err
 }
 
 // ---- completion ----

@@ -176,7 +176,7 @@ finds an error.`,
 					return map[string]string{"name": ch.Name, "status": ch.Status, "message": ch.Message, "hint": ch.Hint}, nil
 				})
 				objects, _ := each(resp.Msg.Objects, func(o *shoalv1.DoctorResponse_Object) (map[string]any, error) {
-					return map[string]any{"reconciler": o.Reconciler, "object": o.Object, "phase": o.Phase, "op": o.Op, "since_ms": o.SinceMs, "error": o.Error, "tries": o.Tries}, nil
+					return map[string]any{"reconciler": o.Reconciler, "object": o.Object, "phase": o.Phase, "op": o.Op, "since": instant(o.SinceMs), "error": o.Error, "tries": o.Tries}, nil
 				})
 				if err := c.json(map[string]any{"checks": checks, "objects": objects}); err != nil {
 					return err

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"slices"
 	"strings"
 	"testing"
@@ -151,44 +152,76 @@ func TestCommandsHaveHelp(t *testing.T) {
 	walk((&cli{out: &out, err: &out}).root())
 }
 
-// TestFit: a table fits a terminal; for scripts only the free text gives way.
+// TestFit: a table fits a terminal, on which a note goes on in further lines; for
+// scripts nothing is shortened.
 func TestFit(t *testing.T) {
 	long := strings.Repeat("long-name-", 6)
 	note := "the task's shim is gone: the machine was restarted, or someone killed it"
 	make := func() [][]string {
 		return [][]string{{"NAME", "NODE", "STATE", "ADDRESS", "NOTE"}, {long, "node1", "running", "10.0.1.3", note}, {"web.1", "node2", "failed", "10.0.1.4", ""}}
 	}
-	total := func(rows [][]string) int {
-		n := -2
+	for _, width := range []int{80, 100, 150, 200} {
+		rows := fit(make(), width, true)
+		total := -2
+		var said []string
 		for i := range rows[0] {
 			w := 0
 			for _, r := range rows {
 				w = max(w, len([]rune(r[i])))
 			}
-			n += w + 2
+			total += w + 2
 		}
-		return n
-	}
-	for _, width := range []int{80, 100, 150} {
-		rows := make()
-		if fit(rows, width, true); total(rows) > width {
-			t.Errorf("%d columns on a terminal of %d: %q", total(rows), width, rows)
+		if total > width {
+			t.Errorf("%d columns on a terminal of %d: %q", total, width, rows)
+		}
+		for _, r := range rows[1:] {
+			said = append(said, strings.Fields(r[4])...)
+		}
+		if got := strings.Join(said, " "); got != note {
+			t.Errorf("the note on %d columns: %q", width, got)
+		}
+		if width == 200 && (rows[1][0] != long || len(rows) != 3) {
+			t.Errorf("on a wide terminal: %q", rows)
 		}
 	}
-	rows := make()
-	if fit(rows, 80, false); rows[1][0] != long || len([]rune(rows[1][4])) != minNote {
+	if rows := fit(make(), 80, false); rows[1][0] != long || rows[1][4] != note {
 		t.Errorf("for a script: %q", rows)
 	}
-	rows = make()
-	rows[1][0] = "web.2"
-	if fit(rows, 80, false); total(rows) != 80 {
-		t.Errorf("the text has %d of 80 columns: %q", total(rows), rows)
-	}
-	rows = make()
-	if fit(rows, 200, true); rows[1][0] != long || rows[1][4] != note {
-		t.Errorf("on a wide terminal: %q", rows)
-	}
 	fit(make(), 10, true) // as narrow as it can be
+	if got := wrap(strings.Repeat("x", 60)+" y", 26); len(got) != 3 || got[2] != strings.Repeat("x", 8)+" y" {
+		t.Errorf("%q", got)
+	}
+}
+
+// TestCompletion: values that are known are offered, also those of filters.
+func TestCompletion(t *testing.T) {
+	t.Setenv("SHOAL_SOCKET", t.TempDir()+"/none.sock")
+	for line, want := range map[string]string{
+		"node update --availability ":     "active pause drain",
+		"node update --role ":             "manager worker",
+		"join --role ":                    "manager worker",
+		"net create --driver ":            "overlay bridge",
+		"node ls -f ":                     "availability= id= name= role= status= label=",
+		"node ls --filter role=":          "role=manager role=worker",
+		"node ls -f availability=d":       "availability=active availability=pause availability=drain",
+		"net ls -f driver=":               "driver=overlay driver=bridge driver=host driver=null",
+		"events -f type=":                 "type=network type=service type=task type=node",
+		"svc ls -f mode=":                 "mode=replicated mode=global mode=vip mode=dnsrr",
+		"service update --endpoint-mode ": "vip dnsrr",
+	} {
+		words, last := strings.Fields(line), ""
+		if !strings.HasSuffix(line, " ") {
+			words, last = words[:len(words)-1], words[len(words)-1]
+		}
+		var out, errOut bytes.Buffer
+		if code := run(context.Background(), append(append([]string{"__complete"}, words...), last), strings.NewReader(""), &out, &errOut); code != 0 {
+			t.Errorf("%s: %s", line, errOut.String())
+		}
+		got := strings.Split(strings.TrimSpace(out.String()), "\n")
+		if s := strings.Join(got[:len(got)-1], " "); s != want {
+			t.Errorf("%s: %q, want %q", line, s, want)
+		}
+	}
 }
 
 // TestHelp: every command has an example, and help that fits a terminal.

@@ -61,6 +61,8 @@ func (c *cli) labUp(name *string) *cobra.Command {
 	f.IntVar(&o.MTU, "mtu", 1500, "MTU of the underlay in bytes")
 	f.BoolVar(&o.NoInit, "no-init", false, "start the agents, but make no cluster of them")
 	f.BoolVarP(&quiet, "quiet", "q", false, "say nothing")
+	_ = cmd.RegisterFlagCompletionFunc("data-path", cobra.FixedCompletions(dataPaths, cobra.ShellCompDirectiveNoFileComp))
+	_ = cmd.RegisterFlagCompletionFunc("log-level", cobra.FixedCompletions([]string{"debug", "info", "warn", "error"}, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }
 

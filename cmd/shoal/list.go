@@ -58,8 +58,35 @@ func (l *listing[T]) add(c *cli, cmd *cobra.Command) {
 	}
 	fields = append(fields, slices.Sorted(maps.Keys(l.fields))...)
 	cmd.Flags().StringVar(&l.format, "format", "", "Go template for each, with ."+strings.Join(fields, ", .")+"; or json")
-	_ = cmd.RegisterFlagCompletionFunc("filter", cobra.FixedCompletions(each1(keys, func(k string) string { return k + "=" }), cobra.ShellCompDirectiveNoFileComp|cobra.ShellCompDirectiveNoSpace))
+	completeFilter(cmd, keys, func(key string) ([]string, bool) {
+		if key == "node" {
+			m, err := c.nodeNames(cmd.Context())
+			return slices.Sorted(maps.Values(m)), err == nil
+		}
+		if key == "network" {
+			m, err := c.networkNames(cmd.Context())
+			return slices.Sorted(maps.Values(m)), err == nil
+		}
+		if key == "service" {
+			m, err := c.serviceNames(cmd.Context())
+			return slices.Sorted(maps.Values(m)), err == nil
+		}
+		v, ok := l.values[key]
+		return v, ok
+	})
 	c.outputFlag(cmd, "json", "wide")
+}
+
+// completeFilter completes --filter: a key with its =, then what it can be.
+func completeFilter(cmd *cobra.Command, keys []string, values func(key string) ([]string, bool)) {
+	_ = cmd.RegisterFlagCompletionFunc("filter", func(_ *cobra.Command, _ []string, begun string) ([]string, cobra.ShellCompDirective) {
+		key, _, ok := strings.Cut(begun, "=")
+		if !ok {
+			return each1(keys, func(k string) string { return k + "=" }), cobra.ShellCompDirectiveNoFileComp | cobra.ShellCompDirectiveNoSpace
+		}
+		vs, _ := values(key)
+		return each1(vs, func(v string) string { return key + "=" + v }), cobra.ShellCompDirectiveNoFileComp
+	})
 }
 
 func each1[A, B any](in []A, fn func(A) B) []B {
@@ -179,7 +206,7 @@ func (l *listing[T]) print(c *cli, cmd *cobra.Command, all []T) error {
 	}
 	if c.output != "wide" {
 		width, terminal := c.width()
-		fit(rows, width, terminal)
+		rows = fit(rows, width, terminal)
 	}
 	c.table(rows)
 	return nil
@@ -201,48 +228,86 @@ func (c *cli) width() (columns int, terminal bool) {
 }
 
 const (
-	minNote = 26 // of the free text in the last column
+	minNote = 26 // columns for the free text in the last one, before others give way
 	minCell = 12 // of others
 )
 
-// fit shortens a table, a heading and rows, to a width. The free text of a last
-// column NOTE gives way first, others only where people read: for scripts a name
-// must be whole.
-func fit(rows [][]string, width int, people bool) {
-	if len(rows) == 0 {
-		return
+// fit makes a table, a heading and rows, as wide as a terminal. The free text of a
+// last column NOTE goes on in further lines, since its end is where the reason
+// stands; other cells are shortened. For scripts all of it stays as it is.
+func fit(rows [][]string, width int, people bool) [][]string {
+	if len(rows) == 0 || !people {
+		return rows
 	}
+	last := len(rows[0]) - 1
+	note := rows[0][last] == "NOTE"
 	widths := make([]int, len(rows[0]))
 	total := -2
 	for i := range widths {
 		for _, r := range rows {
 			widths[i] = max(widths[i], utf8.RuneCountInString(r[i]))
 		}
+		if note && i == last {
+			widths[i] = min(widths[i], minNote)
+		}
 		total += widths[i] + 2
 	}
-	shrink := func(i, least int) {
-		if n := max(least, widths[i]-(total-width)); total > width && n < widths[i] {
-			for _, r := range rows {
-				r[i] = clip(r[i], n)
-			}
-			total -= widths[i] - n
-			widths[i] = n
-		}
-	}
-	if last := len(widths) - 1; rows[0][last] == "NOTE" {
-		shrink(last, minNote)
-	}
-	for people && total > width {
-		i, before := 0, total
+	for total > width {
+		widest, before := -1, total
 		for j := range widths {
-			if widths[j] > widths[i] {
-				i = j
+			if (!note || j != last) && widths[j] > minCell && (widest < 0 || widths[j] > widths[widest]) {
+				widest = j
 			}
 		}
-		if shrink(i, minCell); total == before {
-			return
+		if widest >= 0 {
+			n := max(minCell, widths[widest]-(total-width))
+			for _, r := range rows {
+				r[widest] = clip(r[widest], n)
+			}
+			total -= widths[widest] - n
+			widths[widest] = n
+		}
+		if total == before {
+			break
 		}
 	}
+	if !note {
+		return rows
+	}
+	room := max(minNote, width-total+widths[last])
+	var out [][]string
+	for _, r := range rows {
+		for i, line := range wrap(r[last], room) {
+			if i > 0 {
+				r = make([]string, len(r))
+			}
+			r = append(slices.Clone(r[:last]), line)
+			out = append(out, r)
+		}
+	}
+	return out
+}
+
+// wrap breaks text into lines of at most n characters, at spaces where it has any.
+// There is always a first line.
+func wrap(text string, n int) []string {
+	lines := []string{""}
+	for _, w := range strings.Fields(text) {
+		line := &lines[len(lines)-1]
+		switch length := utf8.RuneCountInString(*line); {
+		case length == 0:
+			*line = w
+		case length+1+utf8.RuneCountInString(w) <= n:
+			*line += " " + w
+		default:
+			lines = append(lines, w)
+		}
+		for r := []rune(lines[len(lines)-1]); len(r) > n; r = r[n:] {
+			lines[len(lines)-1] = string(r[:n])
+			lines = append(lines, string(r[n:]))
+		}
+	}
+	return lines
 }
 
 // template shows each by a template; one that begins with "table " gets a

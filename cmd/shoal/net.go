@@ -16,7 +16,6 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
-	"github.com/shoalnet/shoal/api"
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/spec"
 )
@@ -79,6 +78,8 @@ func (c *cli) netCreate() *cobra.Command {
 	f.StringArrayVar(&lbls, "label", nil, "label, key=value (repeatable)")
 	f.Bool("attachable", true, "accepted for Docker's sake: every network is")
 	_ = f.MarkHidden("attachable")
+	_ = cmd.RegisterFlagCompletionFunc("driver", cobra.FixedCompletions([]string{spec.DriverOverlay, spec.DriverBridge}, cobra.ShellCompDirectiveNoFileComp))
+	_ = cmd.RegisterFlagCompletionFunc("node", c.complete(c.nodeNames))
 	return cmd
 }
 
@@ -86,7 +87,7 @@ func (c *cli) netLs() *cobra.Command {
 	type network = *shoalv1.Network
 	l := &listing[network]{
 		id:     func(n network) string { return n.Id },
-		json:   func(n network) (any, error) { return api.ToNetwork(n) },
+		json:   func(n network) (any, error) { return toNetworkJSON(n) },
 		labels: func(n network) map[string]string { return n.Labels },
 		columns: []column[network]{
 			{"ID", false, func(n network) string { return n.Id }},
@@ -309,9 +310,9 @@ func (c *cli) confirm(question string) bool {
 	return strings.HasPrefix(strings.ToLower(strings.TrimSpace(line)), "y")
 }
 
-// networkJSON is a network with who is on it.
-type networkJSON struct {
-	spec.Network
+// usedNetworkJSON is a network with who is on it.
+type usedNetworkJSON struct {
+	networkJSON
 	Services []networkService `json:"services"`
 	Tasks    []networkTask    `json:"tasks"`
 }
@@ -354,13 +355,13 @@ func (c *cli) netInspect() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			out := []networkJSON{}
+			out := []usedNetworkJSON{}
 			for _, n := range nets {
-				v, err := api.ToNetwork(n)
+				v, err := toNetworkJSON(n)
 				if err != nil {
 					return err
 				}
-				j := networkJSON{Network: v, Services: []networkService{}, Tasks: []networkTask{}}
+				j := usedNetworkJSON{networkJSON: v, Services: []networkService{}, Tasks: []networkTask{}}
 				for _, s := range svcs {
 					i := slices.IndexFunc(s.GetSpec().GetNetworks(), func(a *shoalv1.NetworkAttachment) bool { return a.Network == n.Id })
 					if i < 0 {

@@ -133,6 +133,8 @@ func (c *cli) nodeUpdate() *cobra.Command {
 	f.StringVar(&availability, "availability", "", "active, pause (no new tasks) or drain (none at all)")
 	f.StringSliceVar(&add, "label-add", nil, "set a label, key=value")
 	f.StringSliceVar(&rm, "label-rm", nil, "remove a label, by key")
+	_ = cmd.RegisterFlagCompletionFunc("role", cobra.FixedCompletions([]string{spec.RoleManager, spec.RoleWorker}, cobra.ShellCompDirectiveNoFileComp))
+	_ = cmd.RegisterFlagCompletionFunc("availability", cobra.FixedCompletions([]string{spec.AvailabilityActive, spec.AvailabilityPause, spec.AvailabilityDrain}, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }
 

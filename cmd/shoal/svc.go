@@ -371,7 +371,7 @@ func (c *cli) svcLs() *cobra.Command {
 	var nets names
 	l := &listing[service]{
 		id:     func(s service) string { return s.Id },
-		json:   func(s service) (any, error) { return toServiceJSON(s) },
+		json:   func(s service) (any, error) { return toServiceJSON(s, nets) },
 		labels: func(s service) map[string]string { return s.GetSpec().GetLabels() },
 		columns: []column[service]{
 			{"ID", false, func(s service) string { return s.Id }},
@@ -485,19 +485,11 @@ type taskListing struct {
 
 func (c *cli) taskListing() *taskListing {
 	type task = *shoalv1.Task
-	type taskJSON struct {
-		spec.Task
-		NodeName string      `json:"node_name"`
-		Faults   []nodeFault `json:"faults,omitempty"`
-	}
 	l := &taskListing{c: c}
 	note := func(t task) string { return t.GetStatus().GetMessage() }
 	l.listing = listing[task]{
-		id: func(t task) string { return t.Id },
-		json: func(t task) (any, error) {
-			v, err := api.ToTask(t)
-			return taskJSON{v, l.nodes[t.Node], nodeFaults(t.Faults)}, err
-		},
+		id:     func(t task) string { return t.Id },
+		json:   func(t task) (any, error) { return toTaskJSON(t, l.nodes, l.nets) },
 		labels: func(t task) map[string]string { return t.GetSpec().GetLabels() },
 		columns: []column[task]{
 			{"ID", true, func(t task) string { return t.Id }},
@@ -512,7 +504,7 @@ func (c *cli) taskListing() *taskListing {
 				return cmp.Or(strings.Join(addrs, ","), "-")
 			}},
 			{"NOTE", false, func(t task) string {
-				if c.output == "wide" || l.whole {
+				if l.whole {
 					return note(t)
 				}
 				return strings.Join(strings.Fields(note(t)), " ")
@@ -613,12 +605,16 @@ func (c *cli) svcInspect() *cobra.Command {
 				Faults []nodeFault  `json:"faults,omitempty"` // what nodes can't do for it now
 				Kernel []nodeKernel `json:"kernel"`           // read from each live node now
 			}
+			_, nets, err := c.networks(cmd.Context())
+			if err != nil {
+				return err
+			}
 			js, err := each(svcs, func(s *shoalv1.Service) (full, error) {
-				v, err := toServiceJSON(s)
+				v, err := toServiceJSON(s, nets)
 				if err != nil {
 					return full{}, err
 				}
-				k, err := c.kernel(cmd.Context(), s.Id)
+				k, err := c.kernel(cmd.Context(), s.Id, nets)
 				return full{v, nodeFaults(s.Faults), k}, err
 			})
 			if err != nil {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -157,6 +158,35 @@ running before the old one ends.`,
 	health.add(f)
 	f.BoolVarP(&detach, "detach", "d", false, "don't wait until the replicas run")
 	f.BoolVarP(&quiet, "quiet", "q", false, "wait, but show no progress")
+	_ = cmd.RegisterFlagCompletionFunc("endpoint-mode", cobra.FixedCompletions([]string{"vip", "dnsrr"}, cobra.ShellCompDirectiveNoFileComp))
+	_ = cmd.RegisterFlagCompletionFunc("network-add", c.complete(c.networkNames))
+	of := func(list func(*shoalv1.Service) []string) cobra.CompletionFunc {
+		return func(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+			if len(args) == 0 {
+				return nil, cobra.ShellCompDirectiveNoFileComp
+			}
+			svcs, err := c.services(cmd.Context(), args[0])
+			if err != nil {
+				return nil, cobra.ShellCompDirectiveNoFileComp
+			}
+			return list(svcs[0]), cobra.ShellCompDirectiveNoFileComp
+		}
+	}
+	_ = cmd.RegisterFlagCompletionFunc("publish-rm", of(func(s *shoalv1.Service) []string {
+		return each1(s.Ports, func(p *shoalv1.Port) string {
+			if p.Protocol == spec.TCP {
+				return fmt.Sprint(p.Target)
+			}
+			return fmt.Sprintf("%d/%s", p.Target, p.Protocol)
+		})
+	}))
+	_ = cmd.RegisterFlagCompletionFunc("network-rm", of(func(s *shoalv1.Service) []string {
+		_, nets, _ := c.networks(cmd.Context())
+		return each1(s.GetSpec().GetNetworks(), func(a *shoalv1.NetworkAttachment) string { return nets.Of(a.Network) })
+	}))
+	_ = cmd.RegisterFlagCompletionFunc("env-rm", of(func(s *shoalv1.Service) []string { return each1(s.GetSpec().GetTask().GetEnv(), key) }))
+	_ = cmd.RegisterFlagCompletionFunc("label-rm", of(func(s *shoalv1.Service) []string { return slices.Sorted(maps.Keys(s.GetSpec().GetLabels())) }))
+	_ = cmd.RegisterFlagCompletionFunc("constraint-rm", of(func(s *shoalv1.Service) []string { return s.GetSpec().GetConstraints() }))
 	return cmd
 }
 

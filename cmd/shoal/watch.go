@@ -32,6 +32,9 @@ var eventFilters = map[string]func(*shoalv1.Event) string{
 	"node":    func(e *shoalv1.Event) string { return nameOf(e, "node") },
 }
 
+// eventTypes are the values of events' --filter type=.
+var eventTypes = []string{"network", "service", "task", "node"}
+
 // nameOf is the name of what of a kind an event is about.
 func nameOf(e *shoalv1.Event, kind string) string {
 	if e.Type == kind {
@@ -73,8 +76,8 @@ func (c *cli) eventsCmd() *cobra.Command {
 				if !ok || eventFilters[k] == nil {
 					return usageError(cmd, fmt.Errorf("filter %q: want KEY=VALUE, with one of the keys %s", f, strings.Join(keys, ", ")))
 				}
-				if types := []string{"network", "service", "task", "node"}; k == "type" && !slices.Contains(types, v) {
-					return usageError(cmd, fmt.Errorf("filter %q: type is one of %s", f, strings.Join(types, ", ")))
+				if k == "type" && !slices.Contains(eventTypes, v) {
+					return usageError(cmd, fmt.Errorf("filter %q: type is one of %s", f, strings.Join(eventTypes, ", ")))
 				}
 				want[k] = append(want[k], v)
 			}
@@ -139,6 +142,14 @@ func (c *cli) eventsCmd() *cobra.Command {
 	cmd.Flags().StringVar(&format, "format", "", "Go template for each, with .Time, .Type, .Action, .ID, .Name, .Attributes; or json")
 	cmd.Flags().StringArrayVarP(&filters, "filter", "f", nil, "only those with KEY=VALUE (repeatable); keys: "+strings.Join(keys, ", "))
 	c.outputFlag(cmd, "json")
+	completeFilter(cmd, keys, func(key string) ([]string, bool) {
+		lists := map[string]func(context.Context) (names, error){"network": c.networkNames, "service": c.serviceNames, "task": c.taskNames, "node": c.nodeNames}
+		if list := lists[key]; list != nil {
+			m, err := list(cmd.Context())
+			return slices.Sorted(maps.Values(m)), err == nil
+		}
+		return map[string][]string{"type": eventTypes}[key], key == "type"
+	})
 	return cmd
 }
 
@@ -312,7 +323,7 @@ func size(n float64) string {
 }
 
 // kernel asks every live node what its kernel holds of a service.
-func (c *cli) kernel(ctx context.Context, service string) ([]nodeKernel, error) {
+func (c *cli) kernel(ctx context.Context, service string, nets names) ([]nodeKernel, error) {
 	nodes, _, err := c.nodes(ctx)
 	if err != nil {
 		return nil, err
@@ -336,7 +347,7 @@ func (c *cli) kernel(ctx context.Context, service string) ([]nodeKernel, error) 
 		}
 		k := nodeKernel{Node: n.Name, DataPath: resp.Msg.DataPath, VIPs: []kernelVIP{}}
 		for _, s := range resp.Msg.Servers {
-			v := kernelVIP{Network: s.Network, VIP: s.Vip, Open: s.Open, Backends: []kernelBackend{}}
+			v := kernelVIP{Network: s.Network, NetworkName: nets.Of(s.Network), VIP: s.Vip, Open: s.Open, Backends: []kernelBackend{}}
 			for _, b := range s.Backends {
 				v.Backends = append(v.Backends, kernelBackend{b.Addr, int(b.Weight)})
 			}
@@ -356,10 +367,11 @@ type nodeKernel struct {
 }
 
 type kernelVIP struct {
-	Network  string          `json:"network"`
-	VIP      string          `json:"vip"`
-	Open     bool            `json:"open"` // false: refuses
-	Backends []kernelBackend `json:"backends"`
+	Network     string          `json:"network"`
+	NetworkName string          `json:"network_name"`
+	VIP         string          `json:"vip"`
+	Open        bool            `json:"open"` // false: refuses
+	Backends    []kernelBackend `json:"backends"`
 }
 
 type kernelBackend struct {

@@ -1,0 +1,202 @@
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+)
+
+// dockerWords are Docker's commands that Shoal has not, each with what there is
+// instead. A noun alone stands for those of its verbs that have no line. What
+// Shoal has is in quotes, beginning with shoal: a test looks that it is there, and
+// that what stands in front is not, so that a line goes when its feature comes.
+var dockerWords = []struct{ docker, instead string }{
+	{"swarm", "use 'shoal init', 'shoal join', 'shoal leave' and 'shoal node ls'"},
+	{"swarm init", "use 'shoal init'"},
+	{"swarm join", "use 'shoal join'"},
+	{"swarm leave", "use 'shoal leave'"},
+	{"swarm join-token", "there are no tokens yet: 'shoal join' needs the address of a manager only"},
+	{"swarm ca", "there are no certificates yet"},
+	{"swarm unlock", "there is no lock: a manager starts by itself"},
+	{"swarm unlock-key", "there is no lock: a manager starts by itself"},
+	{"swarm update", "what 'shoal init' sets stays; nodes change by 'shoal node update'"},
+
+	{"node promote", "use 'shoal node update --role manager NODE'"},
+	{"node demote", "use 'shoal node update --role worker NODE'"},
+	{"node ps", "use 'shoal ps --node NODE'"},
+
+	{"service rollback", "no earlier version is kept: give the old settings to 'shoal svc update'"},
+	{"svc rollback", "no earlier version is kept: give the old settings to 'shoal svc update'"},
+
+	{"stack", "there are no stacks: make each service with 'shoal svc create', each network with 'shoal net create'"},
+	{"stack ls", "there are no stacks: 'shoal svc ls' lists the services"},
+	{"stack ps", "there are no stacks: 'shoal svc ps SERVICE' lists a service's tasks"},
+	{"stack services", "there are no stacks: 'shoal svc ls' lists the services, with '--filter label=KEY=VALUE' those of one label"},
+	{"stack rm", "there are no stacks: 'shoal svc rm SERVICE...' removes services"},
+	{"compose", "there is no compose: make each service with 'shoal svc create', each network with 'shoal net create'"},
+
+	{"container", "what runs is a task: see 'shoal run', 'shoal exec', 'shoal ps', 'shoal logs', 'shoal stop' and 'shoal rm'"},
+	{"container ls", "use 'shoal ps'"},
+	{"container ps", "use 'shoal ps'"},
+	{"container run", "use 'shoal run'"},
+	{"container exec", "use 'shoal exec'"},
+	{"container logs", "use 'shoal logs'"},
+	{"container stop", "use 'shoal stop'"},
+	{"container rm", "use 'shoal rm'"},
+	{"container port", "use 'shoal port'"},
+	{"container stats", "use 'shoal stats'"},
+	{"container prune", "'shoal ps -a --filter status=exited -q' lists what has ended, 'shoal rm TASK...' removes it"},
+	{"prune", "'shoal ps -a --filter status=exited -q' lists what has ended, 'shoal rm TASK...' removes it"},
+	{"inspect", "use 'shoal svc inspect', 'shoal net inspect' or 'shoal node inspect'; of tasks 'shoal ps -a -o json' shows all"},
+	{"attach", "'shoal logs -f TASK' shows the output; only 'shoal run' is attached to input, by -i"},
+	{"create", "'shoal run -d' makes a task and starts it, 'shoal svc create' makes a service"},
+	{"start", "a task runs once: start another with 'shoal run', or keep one running with 'shoal svc create'"},
+	{"restart", "a task runs once: 'shoal rm -f TASK' and 'shoal run' make a new one; replicas of a service are replaced by 'shoal svc update'"},
+	{"kill", "use 'shoal stop TASK', or 'shoal rm -f TASK'; 'shoal exec TASK kill -SIGNAL PID' sends other signals"},
+	{"pause", "use 'shoal exec TASK kill -STOP PID'"},
+	{"unpause", "use 'shoal exec TASK kill -CONT PID'"},
+	{"top", "use 'shoal exec TASK ps aux'; 'shoal stats' shows the traffic"},
+	{"wait", "'shoal run' without -d waits, and exits with the task's status"},
+	{"rename", "a task keeps its name: 'shoal rm TASK' and 'shoal run --name NAME' make another"},
+	{"update", "'shoal svc update' changes a service; a task stays as it was made"},
+	{"cp", "a task sees the node's own files; between nodes use 'tar -c FILE | shoal exec -i TASK tar -x'"},
+	{"diff", "a task works on the node's own files: there is nothing to compare"},
+	{"commit", "there are no images: tasks are programs of the node's own file system"},
+	{"export", "there are no images: tasks are programs of the node's own file system"},
+
+	{"image", "there are no images: tasks are programs of the node's own file system"},
+	{"images", "there are no images: tasks are programs of the node's own file system"},
+	{"build", "there are no images: tasks are programs of the node's own file system"},
+	{"builder", "there are no images: tasks are programs of the node's own file system"},
+	{"buildx", "there are no images: tasks are programs of the node's own file system"},
+	{"pull", "there are no images: tasks are programs of the node's own file system"},
+	{"push", "there are no images: tasks are programs of the node's own file system"},
+	{"history", "there are no images: tasks are programs of the node's own file system"},
+	{"import", "there are no images: tasks are programs of the node's own file system"},
+	{"load", "there are no images: tasks are programs of the node's own file system"},
+	{"save", "there are no images: tasks are programs of the node's own file system"},
+	{"tag", "there are no images: tasks are programs of the node's own file system"},
+	{"rmi", "there are no images: tasks are programs of the node's own file system"},
+	{"manifest", "there are no images: tasks are programs of the node's own file system"},
+	{"trust", "there are no images: tasks are programs of the node's own file system"},
+	{"scout", "there are no images: tasks are programs of the node's own file system"},
+	{"search", "there are no images: tasks are programs of the node's own file system"},
+	{"login", "there are no images and so no registries"},
+	{"logout", "there are no images and so no registries"},
+
+	{"volume", "there are no volumes: a task sees the node's own files"},
+	{"secret", "there are no secrets: give a file of the node, or 'shoal svc create --env-file FILE'"},
+	{"config", "there are no configs: give a file of the node, or 'shoal svc create --env-file FILE'"},
+	{"plugin", "there are no plugins"},
+	{"checkpoint", "there are no checkpoints"},
+	{"context", "name another agent's socket with '--socket PATH' or $SHOAL_SOCKET"},
+
+	{"system", "use 'shoal info', 'shoal events' and 'shoal doctor'"},
+	{"system info", "use 'shoal info'"},
+	{"system events", "use 'shoal events'"},
+	{"system prune", "use 'shoal net prune' for networks, 'shoal rm TASK...' for tasks that have ended"},
+	{"system df", "there are no images and no volumes: 'shoal info' names the directory of data"},
+}
+
+// plainVerbs are other spellings of Docker's verbs.
+var plainVerbs = map[string]string{"list": "ls", "remove": "rm", "up": "deploy", "down": "rm"}
+
+// insteadOf is what there is instead of a command of Docker's, "" when it is none.
+// Verbs of tasks go with and without their noun.
+func insteadOf(words []string) string {
+	for i, w := range words {
+		if plain := plainVerbs[w]; i > 0 && plain != "" {
+			words = slices.Replace(slices.Clone(words), i, i+1, plain)
+		}
+	}
+	keys := []string{strings.Join(words, " "), words[0]}
+	if len(words) > 1 && words[0] == "container" {
+		keys = slices.Insert(keys, 1, words[1])
+	}
+	for _, k := range keys {
+		for _, d := range dockerWords {
+			if d.docker == k {
+				return d.instead
+			}
+		}
+	}
+	return ""
+}
+
+// unknownCommand tells of a word where a command should be. It is asked before
+// flags are looked at: those of a command that does not exist can't be wrong.
+func unknownCommand(root *cobra.Command, args []string) error {
+	cmd := root
+	for i := 0; i < len(args); i++ {
+		a := args[i]
+		switch {
+		case a == "--" || strings.HasPrefix(a, "__"): // the hidden commands of completion
+			return nil
+		case strings.HasPrefix(a, "-"):
+			f := cmd.Flags().Lookup(strings.TrimLeft(a, "-"))
+			if f == nil {
+				f = cmd.InheritedFlags().Lookup(strings.TrimLeft(a, "-"))
+			}
+			if f == nil {
+				f = root.PersistentFlags().Lookup(strings.TrimLeft(a, "-"))
+			}
+			switch {
+			case strings.Contains(a, "="), a == "-h", a == "--help":
+			case f == nil:
+				return nil // whether the next word is its value is not known
+			case f.NoOptDefVal == "":
+				i++
+			}
+			continue
+		case a == "help" && cmd == root:
+			continue
+		}
+		at := slices.IndexFunc(cmd.Commands(), func(s *cobra.Command) bool { return s.Name() == a || s.HasAlias(a) })
+		if at < 0 {
+			// Of Docker's command no more than noun and verb counts.
+			var verb []string
+			if i+1 < len(args) && !strings.HasPrefix(args[i+1], "-") {
+				verb = args[i+1 : i+2]
+			}
+			return unknownWord(cmd, a, verb...)
+		}
+		if cmd = cmd.Commands()[at]; !cmd.HasSubCommands() || cmd.Name() == "completion" {
+			return nil
+		}
+	}
+	return nil
+}
+
+// unknownWord is the mistake of a word behind a command that has none such.
+func unknownWord(cmd *cobra.Command, word string, more ...string) error {
+	words := append(strings.Fields(cmd.CommandPath())[1:], word)
+	if len(words) == 1 {
+		if s := insteadOf(append(words, more...)); s != "" {
+			if key := strings.Join(append(words, more...), " "); len(more) > 0 && slices.ContainsFunc(dockerWords, func(d struct{ docker, instead string }) bool { return d.docker == key }) {
+				word = key
+			}
+			return usageError(cmd, fmt.Errorf("unknown command %q: %s", cmd.CommandPath()+" "+word, s))
+		}
+	} else if s := insteadOf(words); s != "" {
+		return usageError(cmd, fmt.Errorf("unknown command %q: %s", cmd.CommandPath()+" "+word, s))
+	}
+	msg := fmt.Errorf("unknown command %q", cmd.CommandPath()+" "+word)
+	if near := cmd.SuggestionsFor(word); word != "" && len(near) > 0 {
+		far := func(s string) int {
+			n := len(s) - len(word)
+			n = 2 * max(n, -n)
+			if s[:1] != word[:1] {
+				n += 10
+			}
+			if strings.HasPrefix(word, s) || strings.HasPrefix(s, word) {
+				n--
+			}
+			return n
+		}
+		msg = fmt.Errorf("%w: did you mean %q?", msg, slices.MinFunc(near, func(a, b string) int { return cmp.Compare(far(a), far(b)) }))
+	}
+	return usageError(cmd, msg)
+}

@@ -1,0 +1,117 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/spf13/cobra"
+)
+
+// have finds the command that words name: how many of them it took.
+func have(root *cobra.Command, words []string) (n int) {
+	for _, w := range words {
+		found := false
+		for _, sub := range root.Commands() {
+			if sub.Name() == w || sub.HasAlias(w) {
+				root, found = sub, true
+				break
+			}
+		}
+		if !found {
+			return n
+		}
+		n++
+	}
+	return n
+}
+
+// TestDockerWords: what the table says is missing is missing, and what it names
+// instead is there, with its flags.
+func TestDockerWords(t *testing.T) {
+	var out bytes.Buffer
+	root := (&cli{out: &out, err: &out}).root()
+	quoted := regexp.MustCompile(`'([^']*)'`)
+	for _, d := range dockerWords {
+		words := strings.Fields(d.docker)
+		if have(root, words) == len(words) {
+			t.Errorf("%q is a command of Shoal's by now: its line can go", d.docker)
+		}
+		for _, q := range quoted.FindAllStringSubmatch(d.instead, -1) {
+			_, line, ok := strings.Cut(" "+q[1], " shoal ")
+			if !ok {
+				continue
+			}
+			words := strings.Fields(line)
+			cmd, rest, err := root.Find(words)
+			if err != nil || cmd == root || cmd.HasSubCommands() && len(rest) > 0 {
+				t.Errorf("%s: %q is no command: %v", d.docker, q[1], err)
+				continue
+			}
+			for _, w := range rest {
+				if name, long := strings.CutPrefix(w, "--"); long && cmd.Flags().Lookup(name) == nil {
+					t.Errorf("%s: %q has no flag %s", d.docker, q[1], w)
+				}
+			}
+		}
+	}
+}
+
+// TestDockerLines: a line that a Swarm user types says what Shoal has for it, and
+// never that a flag is wrong.
+func TestDockerLines(t *testing.T) {
+	for line, want := range map[string]string{
+		"swarm init --advertise-addr 192.0.2.1":        `unknown command "shoal swarm init": use 'shoal init'`,
+		"swarm join --token SWMTKN-1-x 192.0.2.1:2377": `'shoal join'`,
+		"--socket /tmp/x swarm leave --force":          `'shoal leave'`,
+		"stack deploy -c docker-compose.yml app":       `'shoal svc create'`,
+		"stack up -c x app":                            `'shoal svc create'`,
+		"container ls -a":                              `unknown command "shoal container ls": use 'shoal ps'`,
+		"container list -a":                            `use 'shoal ps'`,
+		"container top c1":                             `'shoal exec TASK ps aux'`,
+		"container inspect --size c1":                  "inspect",
+		"container":                                    "'shoal ps'",
+		"top c1":                                       `'shoal exec TASK ps aux'`,
+		"image ls --digests":                           "no images",
+		"images -a":                                    "no images",
+		"volume create --driver local x":               "no volumes",
+		"secret create x -":                            "no secrets",
+		"config ls":                                    "no configs",
+		"plugin install x":                             "no plugins",
+		"builder prune -a":                             "no images",
+		"context use x":                                "--socket",
+		"system prune --volumes":                       "'shoal net prune'",
+		"system df -v":                                 "'shoal info'",
+		"node promote --x n1":                          "'shoal node update --role manager NODE'",
+		"node ps self":                                 "'shoal ps --node NODE'",
+		"service rollback --detach web":                "'shoal svc update'",
+		"svc rollback web":                             "'shoal svc update'",
+		"compose up -d":                                "'shoal svc create'",
+		"kill -s HUP c1":                               "'shoal stop TASK'",
+		"restart -t 3 c1":                              "'shoal run'",
+		"inspect --type container c1":                  "inspect",
+		"frobnicate --x":                               `unknown command "shoal frobnicate"`,
+		"net frobnicate --x y":                         `unknown command "shoal net frobnicate"`,
+		"help swarm":                                   `unknown command "shoal swarm"`,
+		"lsit --x":                                     `unknown command "shoal lsit"`,
+		"svc lss --filter x":                           `did you mean "ls"?`,
+	} {
+		var out, errOut bytes.Buffer
+		code := run(context.Background(), strings.Fields(line), strings.NewReader(""), &out, &errOut)
+		if code != 2 || out.Len() > 0 {
+			t.Errorf("%s: exit status %d, %q on stdout", line, code, out.String())
+		}
+		checkLine(t, errOut.String(), 2, want)
+		if got := errOut.String(); strings.Contains(got, "flag") || strings.Contains(got, `did you mean "stop"`) {
+			t.Errorf("%s: %s", line, got)
+		}
+	}
+	for _, line := range []string{"service --help", "network --help", "service create --help", "network ls --help", "help net", "help"} {
+		var out, errOut bytes.Buffer
+		if code := run(context.Background(), strings.Fields(line), strings.NewReader(""), &out, &errOut); code != 0 {
+			t.Errorf("%s: %s", line, errOut.String())
+		}
+	}
+}
