@@ -375,7 +375,7 @@ func (r *reader) delta() *delta {
 		r.fail(fmt.Errorf("delta flags %#x are unknown", flags))
 	}
 	d.full, d.left = flags&1 != 0, flags&2 != 0
-	if d.epoch == 0 || d.seq <= d.prev || d.full && d.prev != 0 {
+	if d.epoch == 0 || d.epoch > maxEpoch || d.seq > maxSeq || d.seq <= d.prev || d.full && d.prev != 0 {
 		r.fail(fmt.Errorf("delta of epoch %d from %d to %d", d.epoch, d.prev, d.seq))
 	}
 	n := r.count(1<<32, 4)
@@ -397,7 +397,7 @@ func (r *reader) digest() []digestItem {
 	}
 	for i := 0; i < n && r.err == nil; i++ {
 		it := digestItem{node: r.id(), epoch: r.uvarint(), seq: r.uvarint(), hash: r.u64()}
-		if it.epoch == 0 || it.seq == 0 {
+		if it.epoch == 0 || it.epoch > maxEpoch || it.seq == 0 || it.seq > maxSeq {
 			r.fail(fmt.Errorf("digest of %s is at epoch %d, sequence %d", it.node, it.epoch, it.seq))
 		}
 		items = append(items, it)

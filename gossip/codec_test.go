@@ -32,7 +32,7 @@ func drawEndpoint(t *rapid.T) spec.Endpoint {
 }
 
 func drawDelta(t *rapid.T) *delta {
-	d := &delta{node: rapid.StringN(1, 12, 60).Draw(t, "node"), epoch: rapid.Uint64Min(1).Draw(t, "epoch"),
+	d := &delta{node: rapid.StringN(1, 12, 60).Draw(t, "node"), epoch: rapid.Uint64Range(1, maxEpoch).Draw(t, "epoch"),
 		prev: rapid.Uint64Max(1<<40).Draw(t, "prev"), left: rapid.Bool().Draw(t, "left"), full: rapid.Bool().Draw(t, "full")}
 	if d.full {
 		d.prev = 0
@@ -62,7 +62,7 @@ func drawMessage(t *rapid.T) *message {
 		m.deltas = []*delta{drawDelta(t)}
 	case msgDigest, msgDigestRep, msgState, msgHave:
 		for range rapid.IntRange(0, 4).Draw(t, "items") {
-			m.digest = append(m.digest, digestItem{node: "n", epoch: rapid.Uint64Min(1).Draw(t, "epoch"), seq: rapid.Uint64Min(1).Draw(t, "seq"), hash: rapid.Uint64().Draw(t, "hash")})
+			m.digest = append(m.digest, digestItem{node: "n", epoch: rapid.Uint64Range(1, maxEpoch).Draw(t, "epoch"), seq: rapid.Uint64Range(1, maxSeq).Draw(t, "seq"), hash: rapid.Uint64().Draw(t, "hash")})
 		}
 		m.unknown = m.typ == msgDigestRep && rapid.Bool().Draw(t, "unknown")
 	case msgDigestSum:

@@ -18,24 +18,45 @@ import (
 // What has to outlive the process: DataDir/gossip/epoch, a decimal number, and
 // DataDir/gossip/peers.json.
 
-// nextEpoch returns an epoch above the stored one and above atLeast, once it
-// is stored. A damaged file counts as 0: the first peer that knows better makes
+// maxEpoch and maxSeq bound what a node may say of its record. No node comes near
+// them by itself: a number beyond is damage or malice, and one that were taken
+// could not be exceeded by the record's owner any more.
+const (
+	maxEpoch = 1 << 62
+	maxSeq   = 1 << 62
+)
+
+// nextEpoch returns an epoch above the stored one and above atLeast. With an
+// error it could not be stored: it is good for now, and has to be stored later
+// (storeEpoch). A damaged file counts as 0: the first peer that knows better makes
 // us move on (see checkSelf).
 func nextEpoch(dir string, atLeast uint64, log *slog.Logger) (uint64, error) {
 	path := filepath.Join(dir, "epoch")
 	old := uint64(0)
 	b, err := os.ReadFile(path)
 	if err == nil {
-		old, err = strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64)
+		if old, err = strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64); err == nil && old >= maxEpoch {
+			err = fmt.Errorf("epoch %d is out of range", old)
+		}
 	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		log.Warn("boot epoch can't be read; beginning anew", "path", path, "error", err)
+	if err != nil {
+		old = 0
+		if !errors.Is(err, fs.ErrNotExist) {
+			log.Warn("boot epoch can't be read; beginning anew", "path", path, "error", err)
+		}
 	}
-	epoch := max(old, atLeast) + 1
-	if err := durable.WriteFile(path, []byte(strconv.FormatUint(epoch, 10)+"\n")); err != nil {
-		return 0, fmt.Errorf("gossip: keep boot epoch: %w", err)
+	epoch := min(max(old, atLeast)+1, maxEpoch)
+	return epoch, storeEpoch(dir, epoch)
+}
+
+func storeEpoch(dir string, epoch uint64) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("gossip: data directory: %w", err)
 	}
-	return epoch, nil
+	if err := durable.WriteFile(filepath.Join(dir, "epoch"), []byte(strconv.FormatUint(epoch, 10)+"\n")); err != nil {
+		return fmt.Errorf("gossip: keep boot epoch: %w", err)
+	}
+	return nil
 }
 
 type peersFile struct {
@@ -64,6 +85,9 @@ func loadPeers(dir string) ([]peerRecord, error) {
 
 func savePeers(dir string, peers []peerRecord) error {
 	b, err := json.MarshalIndent(peersFile{peers}, "", "  ")
+	if err == nil {
+		err = os.MkdirAll(dir, 0o700)
+	}
 	if err == nil {
 		err = durable.WriteFile(filepath.Join(dir, "peers.json"), append(b, '\n'))
 	}

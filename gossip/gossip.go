@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -102,6 +101,10 @@ type Gossip struct {
 	waiters map[waiterKey]*waiter
 	acks    map[uint64]*barrier
 	dirty   bool // peers differ from the file
+	// epochDue: the epoch differs from the file
+	epochDue bool
+
+	diskErr atomic.Pointer[error] // see DiskErr
 }
 
 // ban hides a node that was forgotten although it still talks.
@@ -147,9 +150,6 @@ func Open(cfg Config) (*Gossip, error) {
 	// message); see its net.go.
 	g.maxUDP = g.tune.UDPSize - (2 + len(cfg.Cluster)) - 5 - 2 - 3
 
-	if err := os.MkdirAll(g.dir, 0o700); err != nil {
-		return nil, fmt.Errorf("gossip: data directory: %w", err)
-	}
 	if cfg.Transport == nil {
 		socks, err := bind(cfg.Addr, cfg.Port)
 		if err != nil {
@@ -164,10 +164,11 @@ func Open(cfg Config) (*Gossip, error) {
 		addr, _ := netip.AddrFromSlice(ip)
 		g.addr = netip.AddrPortFrom(addr.Unmap(), uint16(port))
 	}
+	// A disk that takes nothing is no reason not to take part: with an epoch that a
+	// former process had, the first peer that knows its record makes us move on.
 	epoch, err := nextEpoch(g.dir, 0, g.log)
-	if err != nil {
-		g.Close()
-		return nil, err
+	if g.epochDue = err != nil; g.epochDue {
+		g.noteDisk(err)
 	}
 	self := newRecord(cfg.NodeID)
 	self.epoch = epoch
@@ -472,9 +473,8 @@ func (g *Gossip) checkSelf(epoch, seq, hash uint64, hashed bool) *delta {
 		return nil
 	}
 	next, err := nextEpoch(g.dir, epoch, g.log)
-	if err != nil {
-		g.log.Error("this node's records are older than what others hold", "error", err)
-		next = epoch + 1
+	if g.epochDue = err != nil; g.epochDue {
+		g.noteDisk(err)
 	}
 	g.log.Warn("another node holds a newer record of this one; moving past it", "epoch", self.epoch, "theirs", epoch, "now", next)
 	g.stats.epochBumps.Add(1)

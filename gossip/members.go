@@ -355,7 +355,7 @@ func (g *Gossip) janitorLoop(ctx context.Context) {
 	for sleep(ctx, jitter(time.Second)) {
 		g.mu.Lock()
 		g.tidy(time.Now())
-		dirty := g.dirty
+		dirty := g.dirty || g.epochDue
 		g.mu.Unlock()
 		if dirty {
 			g.savePeers()
@@ -439,27 +439,65 @@ func (g *Gossip) addPeer(a netip.AddrPort, node string) {
 	}
 }
 
+// savePeers keeps the peer list, and the epoch where that is due. The janitor
+// calls again while the disk takes neither.
 func (g *Gossip) savePeers() {
 	g.saveMu.Lock()
 	defer g.saveMu.Unlock()
 	g.mu.Lock()
-	if !g.dirty {
+	peers, epoch := g.dirty, uint64(0)
+	if g.epochDue {
+		epoch = g.recs[g.cfg.NodeID].epoch
+	}
+	if !peers && epoch == 0 {
 		g.mu.Unlock()
 		return
 	}
-	g.dirty = false
+	g.dirty, g.epochDue = false, false
 	list := make([]peerRecord, 0, len(g.peers))
 	for a, p := range g.peers {
 		list = append(list, peerRecord{Addr: a, Node: p.node})
 	}
 	g.mu.Unlock()
-	slices.SortFunc(list, func(a, b peerRecord) int { return a.Addr.Compare(b.Addr) })
-	if err := savePeers(g.dir, list); err != nil {
-		g.log.Error("peer list can't be kept", "error", err)
+	var epochErr, peersErr error
+	if epoch != 0 {
+		epochErr = storeEpoch(g.dir, epoch)
+	}
+	if peers {
+		slices.SortFunc(list, func(a, b peerRecord) int { return a.Addr.Compare(b.Addr) })
+		peersErr = savePeers(g.dir, list)
+	}
+	err := errors.Join(epochErr, peersErr)
+	g.noteDisk(err)
+	if err != nil {
 		g.mu.Lock()
-		g.dirty = true
+		g.dirty = g.dirty || peersErr != nil
+		g.epochDue = g.epochDue || epochErr != nil
 		g.mu.Unlock()
 	}
+}
+
+// noteDisk keeps what the disk last refused, and says so once.
+func (g *Gossip) noteDisk(err error) {
+	var p *error
+	if err != nil {
+		p = &err
+	}
+	switch was := g.diskErr.Swap(p); {
+	case p != nil && was == nil:
+		g.log.Warn("what gossip has to remember can't be kept; trying again", "error", err)
+	case p == nil && was != nil:
+		g.log.Info("what gossip has to remember is kept again")
+	}
+}
+
+// DiskErr is why the boot epoch or the peer list can't be kept now; nil when they
+// are.
+func (g *Gossip) DiskErr() error {
+	if p := g.diskErr.Load(); p != nil {
+		return *p
+	}
+	return nil
 }
 
 // rejoinParallel bounds attempts at a time.

@@ -180,8 +180,17 @@ func TestDisk(t *testing.T) {
 	if _, err := loadPeers(dir); err == nil {
 		t.Error("a damaged list was read")
 	}
-	if _, err := nextEpoch(dir+"/absent", 0, log); err == nil {
-		t.Error("an epoch that can't be kept was given")
+	if got, err := nextEpoch("/dev/null/absent", 6, log); err == nil || got != 7 {
+		t.Errorf("where nothing can be kept: %d, %v", got, err)
+	}
+	// Numbers that could not be exceeded any more are damage.
+	for _, bad := range []string{"18446744073709551615", "18446744073709551614", "9223372036854775807", "4611686018427387904", "-1", "", "\x00\x00"} {
+		if err := durable.WriteFile(dir+"/epoch", []byte(bad)); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := nextEpoch(dir, 0, log); err != nil || got != 1 {
+			t.Errorf("after epoch %q: %d, %v", bad, got, err)
+		}
 	}
 }
 
