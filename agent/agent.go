@@ -543,6 +543,10 @@ func port(hostport string) string {
 
 // newIdentity is this node's identity in a cluster it is about to enter.
 func (a *Agent) newIdentity(advertise, role string) (*identity, error) {
+	// Only now: a node that is in a cluster may be called so from before.
+	if err := spec.ValidateNewName("node", a.ident.Name); err != nil {
+		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("%w: start the agent with another --node-name", err))
+	}
 	if advertise == "" {
 		advertise = a.cfg.AdvertiseAddr
 	}

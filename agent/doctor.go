@@ -9,6 +9,7 @@ import (
 	"connectrpc.com/connect"
 
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/control/state"
 	"github.com/shoalnet/shoal/reconcile"
 	"github.com/shoalnet/shoal/spec"
 )
@@ -59,6 +60,31 @@ func (m *member) depart(ctx context.Context, force bool) error {
 	return err
 }
 
+// clashes are names that the cluster has from before they were refused.
+func (m *member) clashes(ctx context.Context) ([]string, error) {
+	nodes, err := m.client.ListNodes(ctx, connect.NewRequest(&shoalv1.ListNodesRequest{}))
+	if err != nil {
+		return nil, err
+	}
+	nets, err := m.client.ListNetworks(ctx, connect.NewRequest(&shoalv1.ListNetworksRequest{}))
+	if err != nil {
+		return nil, err
+	}
+	svcs, err := m.client.ListServices(ctx, connect.NewRequest(&shoalv1.ListServicesRequest{}))
+	if err != nil {
+		return nil, err
+	}
+	tasks, err := m.client.ListTasks(ctx, connect.NewRequest(&shoalv1.ListTasksRequest{All: true}))
+	if err != nil {
+		return nil, err
+	}
+	a, err := toAssignment(&shoalv1.AssignmentsResponse{Nodes: nodes.Msg.Nodes, Networks: nets.Msg.Networks, Services: svcs.Msg.Services, Tasks: tasks.Msg.Tasks})
+	if err != nil {
+		return nil, err
+	}
+	return state.Clashes(a.Nodes, a.Networks, a.Services, a.Tasks), nil
+}
+
 // doctor reports the health of this node: what it can see for itself.
 func (a *Agent) doctor(ctx context.Context) *shoalv1.DoctorResponse {
 	resp := &shoalv1.DoctorResponse{}
@@ -79,6 +105,14 @@ func (a *Agent) doctor(ctx context.Context) *shoalv1.DoctorResponse {
 		check("managers", "error", "no manager answers: "+err.Error(), "running tasks, VIPs and names go on; bring a majority of the managers back")
 	} else {
 		check("managers", "ok", "the leader answers", "")
+	}
+	if clashes, err := m.clashes(lctx); err == nil {
+		for _, c := range clashes {
+			check("names", "warn", c, "make it anew under another name")
+		}
+		if len(clashes) == 0 {
+			check("names", "ok", "no two things have one name", "")
+		}
 	}
 	snap := m.g.Snapshot()
 	var bad []string

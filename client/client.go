@@ -140,8 +140,11 @@ func (c *Client) RunningTask(ctx context.Context, ref string) (*shoalv1.Task, er
 		return c.Task(ctx, ref)
 	}
 	here := slices.DeleteFunc(resp.Msg.Tasks, Ended)
-	if i := slices.IndexFunc(here, func(t *shoalv1.Task) bool { return t.Id == ref || t.Name == ref }); i >= 0 {
+	if i := slices.IndexFunc(here, func(t *shoalv1.Task) bool { return t.Id == ref }); i >= 0 {
 		return here[i], nil
+	}
+	if i := slices.IndexFunc(here, func(t *shoalv1.Task) bool { return t.Name == ref }); i >= 0 && len(ref) != spec.IDLen {
+		return here[i], nil // and no other has it as its ID
 	}
 	t, err := c.Task(ctx, ref)
 	if connect.CodeOf(err) == connect.CodeUnavailable {
@@ -156,7 +159,9 @@ func (c *Client) RunningTask(ctx context.Context, ref string) (*shoalv1.Task, er
 func PickTask(all []*shoalv1.Task, ref string) (*shoalv1.Task, error) {
 	rank := func(t *shoalv1.Task) int {
 		switch {
-		case t.Id == ref, t.Name == ref:
+		case t.Id == ref:
+			return 5
+		case t.Name == ref:
 			return 4
 		case strings.HasPrefix(t.Name, ref+".") && strings.Count(ref, ".") > 0 && t.Service != "":
 			return 3

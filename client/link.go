@@ -3,6 +3,7 @@ package client
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -47,7 +48,14 @@ func (c *Client) linkEnv(ctx context.Context, target, name, alias string, on []*
 	var ts *shoalv1.TaskSpec
 	var ports []*shoalv1.Port
 	addrs := map[string][]string{} // by network
-	if svcs, err := c.Services(ctx, target); err == nil {
+	svcs, err := c.Services(ctx, target)
+	if err == nil && svcs[0].GetSpec().GetName() != target && svcs[0].Id != target {
+		// By the beginning of its ID: a task's ID or name goes before that.
+		if t, terr := c.Task(ctx, target); terr == nil && (t.Id == target || t.Name == target) {
+			err = errors.New("a task is meant")
+		}
+	}
+	if err == nil {
 		ts, ports = svcs[0].GetSpec().GetTask(), svcs[0].Ports
 		for _, a := range svcs[0].GetSpec().GetNetworks() {
 			addrs[a.Network] = nil // of a service without a virtual IP

@@ -282,7 +282,7 @@ func errNotLeader() error {
 
 // Propose puts a command through raft and returns what the state made of it.
 func (m *Manager) Propose(ctx context.Context, c state.Command) (state.Result, error) {
-	b, err := state.Encode(c)
+	b, err := state.Encode(c.Stamped())
 	if err != nil {
 		return state.Result{}, rpcError(err)
 	}

@@ -71,6 +71,48 @@ func (t TaskSpec) validateDNS() error {
 	return nil
 }
 
+// A NewName is a name that programs may ask for, and what it is of.
+type NewName struct{ Kind, Name string }
+
+// Validate is [ValidateNewName] for a name that is of the right form.
+func (n NewName) Validate() error { return checkNoAddress(n.Kind, n.Name) }
+
+// Names are those that the spec gives: to the task, or to others for the task.
+func (t TaskSpec) Names() []NewName {
+	var out []NewName
+	if t.Hostname != "" {
+		out = append(out, NewName{"host", t.Hostname})
+	}
+	for _, l := range t.Links {
+		_, alias := ParseLink(l)
+		out = append(out, NewName{"link alias", alias})
+	}
+	for _, h := range t.ExtraHosts {
+		if name, _, err := ParseExtraHost(h); err == nil {
+			out = append(out, NewName{"extra host", name})
+		}
+	}
+	return out
+}
+
+// Names are those that an attachment gives.
+func (a NetworkAttachment) Names() []NewName {
+	var out []NewName
+	for _, al := range a.Aliases {
+		out = append(out, NewName{"alias", al})
+	}
+	return out
+}
+
+// Names are those that the spec gives.
+func (s ServiceSpec) Names() []NewName {
+	out := append([]NewName{{"service", s.Name}}, s.Task.Names()...)
+	for _, a := range s.Networks {
+		out = append(out, a.Names()...)
+	}
+	return out
+}
+
 // ParseExtraHost parses NAME:ADDRESS or NAME=ADDRESS. The address is the zero
 // Addr for [HostGateway].
 func ParseExtraHost(s string) (name string, addr netip.Addr, err error) {

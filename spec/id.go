@@ -3,7 +3,9 @@ package spec
 import (
 	"crypto/rand"
 	"fmt"
+	"net/netip"
 	"regexp"
+	"strconv"
 	"strings"
 )
 
@@ -47,10 +49,59 @@ func ValidateName(kind, name string) error {
 	return nil
 }
 
-// ValidateServiceName is ValidateName for a service, whose name has no dot, as in
+// ValidateNewName is ValidateName for a name that nothing has yet: it may not read
+// as an address, either. A cluster may have such names from before.
+func ValidateNewName(kind, name string) error {
+	if err := ValidateName(kind, name); err != nil {
+		return err
+	}
+	return checkNoAddress(kind, name)
+}
+
+func checkNoAddress(kind, name string) error {
+	if a, ok := ReadsAsAddress(name); ok {
+		return fmt.Errorf("%s name %q is the address %s to programs, which never ask for it as a name: begin it with a letter", kind, name, a)
+	}
+	return nil
+}
+
+// ReadsAsAddress tells whether a C library takes a name for an IPv4 address, and
+// for which: one to four numbers, decimal, octal (0…) or hexadecimal (0x…), the
+// last of which fills what the others leave (inet_aton(3); glibc and musl agree).
+func ReadsAsAddress(name string) (netip.Addr, bool) {
+	parts := strings.Split(name, ".")
+	if len(parts) > 4 {
+		return netip.Addr{}, false
+	}
+	var out uint64
+	for i, p := range parts {
+		digits, base := p, 10
+		switch {
+		case len(p) > 2 && (p[:2] == "0x" || p[:2] == "0X"):
+			digits, base = p[2:], 16
+		case len(p) > 1 && p[0] == '0':
+			base = 8
+		}
+		if digits == "" || strings.ContainsAny(digits, "_+-") {
+			return netip.Addr{}, false
+		}
+		n, err := strconv.ParseUint(digits, base, 32)
+		bits := 8
+		if i == len(parts)-1 {
+			bits = 32 - 8*i
+		}
+		if err != nil || n>>bits != 0 {
+			return netip.Addr{}, false
+		}
+		out = out<<bits | n
+	}
+	return netip.AddrFrom4([4]byte{byte(out >> 24), byte(out >> 16), byte(out >> 8), byte(out)}), true
+}
+
+// ValidateServiceName is ValidateNewName for a service, whose name has no dot, as in
 // Swarm: NAME.NETWORK, tasks.NAME and NAME.SLOT belong to the service NAME.
 func ValidateServiceName(name string) error {
-	if err := ValidateName("service", name); err != nil {
+	if err := ValidateNewName("service", name); err != nil {
 		return err
 	}
 	if strings.Contains(name, ".") {

@@ -112,15 +112,14 @@ func (c *cli) portCmd() *cobra.Command {
 
 func (c *cli) publishedOf(ctx context.Context, ref string) ([]spec.Port, error) {
 	svcs, err := c.services(ctx, ref)
-	if err == nil && (svcs[0].GetSpec().GetName() == ref || svcs[0].Id == ref) {
-		return api.ToPorts(svcs[0].Ports)
-	}
 	if err != nil && connect.CodeOf(err) != connect.CodeNotFound {
 		return nil, err
 	}
 	t, terr := c.task(ctx, ref)
 	switch {
-	case err == nil && (terr != nil || t.Name != ref): // by the beginning of its ID, and no task has that name
+	case err == nil && (terr != nil || t.Id != ref) && (svcs[0].GetSpec().GetName() == ref || svcs[0].Id == ref):
+		return api.ToPorts(svcs[0].Ports)
+	case err == nil && (terr != nil || t.Name != ref && t.Id != ref): // by the beginning of its ID, and no task has that name
 		return api.ToPorts(svcs[0].Ports)
 	case terr != nil:
 		return nil, fmt.Errorf("no such service or task: %s", ref)

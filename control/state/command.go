@@ -16,10 +16,13 @@ const MaxCommand = 4 << 20
 // Command is one entry of the log: exactly one field is set. Whatever is random
 // or read from a clock is in it, put there by its proposer.
 //
-// A field called Ref takes an ID, a unique prefix of an ID, or an exact name;
+// A field called Ref takes an ID, an exact name, or a unique prefix of an ID;
 // it is resolved when the command is applied, so that a command means what the
 // cluster is then, not what its proposer last saw.
 type Command struct {
+	// Rules are those that the command is judged by, see [Command.Stamped].
+	Rules int `json:"rules,omitempty"`
+
 	InitCluster   *InitCluster   `json:"init_cluster,omitempty"`
 	CreateNetwork *CreateNetwork `json:"create_network,omitempty"`
 	RemoveNetwork *RemoveNetwork `json:"remove_network,omitempty"`
@@ -221,7 +224,7 @@ func Decode(b []byte) (Command, error) {
 func (c Command) Kind() string {
 	v, kind := reflect.ValueOf(c), ""
 	for i := range v.NumField() {
-		if !v.Field(i).IsNil() {
+		if f := v.Field(i); f.Kind() == reflect.Pointer && !f.IsNil() {
 			if kind != "" {
 				return ""
 			}

@@ -106,11 +106,14 @@ func (t *task) wants() []spec.NetworkAttachment {
 	return out
 }
 
-// target finds what a ref of connect or disconnect names. A task's name is worth
-// more than the beginning of a service's ID.
+// target finds what a ref of connect or disconnect names: by its ID, by its name,
+// of a service first, or by the beginning of its ID.
 func (s *State) target(ref string) (*service, *task, error) {
 	_, isName := s.svcNames[ref]
 	_, isTask := s.taskNames[ref]
+	if s.tasks[ref] != nil && s.idFirst(isName || isTask) {
+		isName, isTask = false, true
+	}
 	v, err := s.service(ref)
 	if err == nil && (isName || !isTask) {
 		return v, nil, nil
@@ -157,6 +160,12 @@ func (s *State) connectNetwork(c *ConnectNetwork) Result {
 		return Result{Err: failf(ErrExists, "task %s is on network %s already", t.Name, n.Name)}
 	}
 	want, err := s.resolve(append(t.wants(), add))
+	if err == nil {
+		err = s.checkNames(add.Names(), nil)
+	}
+	if err == nil {
+		err = s.checkTaskClash(t.Name, []spec.NetworkAttachment{add})
+	}
 	if err == nil {
 		err = s.onNode(t.Name, s.nodes[t.Node], want)
 	}

@@ -74,6 +74,9 @@ func (s *State) createNetwork(c *CreateNetwork) Result {
 	if _, ok := s.netNames[n.Name]; ok {
 		return Result{Err: failf(ErrExists, "network %s exists already", n.Name)}
 	}
+	if err := s.checkNetworkName(n.Name); err != nil {
+		return Result{Err: err}
+	}
 	if n.Driver == "" {
 		n.Driver = spec.DriverOverlay
 	}

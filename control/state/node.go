@@ -29,6 +29,11 @@ func (s *State) upsertNode(c *UpsertNode) Result {
 		}
 	}
 	n := s.nodes[in.ID]
+	if n == nil || n.Name != in.Name {
+		if err := s.checkNodeName(in.Name, in.ID); err != nil {
+			return Result{Err: err}
+		}
+	}
 	if n != nil {
 		was := n.Node
 		next := was

@@ -23,16 +23,18 @@ func (s *State) createService(c *CreateService) Result {
 	if err != nil {
 		return Result{Err: err}
 	}
-	// Only new ones: a cluster may have been made before this was refused.
-	if err := spec.ValidateServiceName(sp.Name); err != nil {
-		return Result{Err: failf(ErrInvalid, "%w", err)}
-	}
 	if _, ok := s.svcNames[sp.Name]; ok {
 		return Result{Err: failf(ErrExists, "service %s exists already", sp.Name)}
 	}
+	if err := s.checkServiceName(sp.Name); err != nil {
+		return Result{Err: err}
+	}
+	if err := s.checkServiceNames(sp, spec.ServiceSpec{}); err != nil {
+		return Result{Err: err}
+	}
 	ending := 0
 	for _, v := range s.removed {
-		if v.Spec.Name == sp.Name {
+		if s.sameName(v.Spec.Name, sp.Name) {
 			// A lost task may never report; it must not keep the name for ever.
 			for _, t := range v.tasks {
 				if t.holds() && t.Status.State != spec.TaskLost {
@@ -175,6 +177,9 @@ func (s *State) updateService(c *UpdateService) Result {
 	}
 	sp, err := s.serviceSpec(next)
 	if err != nil {
+		return Result{Err: err}
+	}
+	if err := s.checkServiceNames(sp, v.Spec); err != nil {
 		return Result{Err: err}
 	}
 	for _, as := range [][]spec.NetworkAttachment{v.Spec.Networks, sp.Networks} {

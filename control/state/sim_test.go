@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"reflect"
 	"slices"
+	"strings"
 
 	"github.com/shoalnet/shoal/spec"
 )
@@ -93,7 +94,7 @@ func (c *cluster) id(kind string) string {
 
 func (c *cluster) apply(cmd Command) Result {
 	c.Helper()
-	b, err := Encode(cmd)
+	b, err := Encode(cmd.Stamped())
 	if err != nil {
 		c.Fatalf("encode: %v", err)
 	}
@@ -516,7 +517,7 @@ func checkInvariants(t tb, s *State) {
 		}
 	}
 	for what, ok := range map[string]bool{
-		"task names": maps.Equal(names, s.taskNames), "removed": maps.Equal(removed, s.removed), "service names": maps.Equal(svcNames, s.svcNames),
+		"task names": maps.Equal(names, s.taskNames), "folded task names": maps.Equal(folds(names), s.taskFolds), "removed": maps.Equal(removed, s.removed), "service names": maps.Equal(svcNames, s.svcNames),
 		"network names": maps.Equal(netNames, s.netNames), "VNIs": maps.Equal(vnis, s.vnis), "numbers": maps.Equal(numbers, s.numbers),
 		"published ports": maps.Equal(published, s.published), "node names": maps.EqualFunc(nodeNames, s.nodeNames, slices.Equal[[]string]),
 	} {
@@ -560,4 +561,12 @@ func (c *cluster) checkReplay(cuts ...int) {
 			c.Fatalf("replay with restore at %d plans otherwise", cut)
 		}
 	}
+}
+
+func folds(names map[string]string) map[string]int {
+	out := map[string]int{}
+	for n := range names {
+		out[strings.ToLower(n)]++
+	}
+	return out
 }

@@ -15,6 +15,7 @@ import (
 
 // State is all that raft replicates. Make one with New or Restore.
 type State struct {
+	rules      int    // that the command at hand is judged by; else the newest
 	index      uint64 // of the last command
 	cluster    *Cluster
 	defaultNet string // ID
@@ -34,6 +35,7 @@ type State struct {
 	svcNames  map[string]string   // without removed services
 	removed   map[string]*service // those that wait for their last task
 	taskNames map[string]string   // without standalone tasks that are being removed
+	taskFolds map[string]int      // how many of taskNames are this one in lower case
 	nodeNames map[string][]string // a node that is down may share its name with its successor
 	vnis      map[uint32]string
 	numbers   map[int]string
@@ -86,9 +88,10 @@ type Result struct {
 // New returns the state before init.
 func New() *State {
 	return &State{
+		rules:    rulesNow,
 		networks: map[string]*network{}, services: map[string]*service{}, tasks: map[string]*task{}, nodes: map[string]*node{},
 		netNames: map[string]string{}, svcNames: map[string]string{}, removed: map[string]*service{},
-		taskNames: map[string]string{}, nodeNames: map[string][]string{}, vnis: map[uint32]string{}, numbers: map[int]string{},
+		taskNames: map[string]string{}, taskFolds: map[string]int{}, nodeNames: map[string][]string{}, vnis: map[uint32]string{}, numbers: map[int]string{},
 		published: map[string]*service{},
 	}
 }
@@ -124,10 +127,13 @@ func (s *State) Network(ref string) (spec.Network, error) {
 }
 
 func (s *State) network(ref string) (*network, error) {
+	if n := s.networks[ref]; n != nil && s.idFirst(s.netNames[ref] != "") {
+		return n, nil
+	}
 	if id, ok := s.netNames[ref]; ok {
 		return s.networks[id], nil
 	}
-	return byID("network", ref, s.networks, nil)
+	return byPrefix("network", ref, s.networks, nil)
 }
 
 // Services returns all services, by name. Removed ones are gone at once.
@@ -152,10 +158,13 @@ func (s *State) Service(ref string) (spec.Service, error) {
 }
 
 func (s *State) service(ref string) (*service, error) {
+	if v := s.services[ref]; v != nil && !v.removed && s.idFirst(s.svcNames[ref] != "") {
+		return v, nil
+	}
 	if id, ok := s.svcNames[ref]; ok {
 		return s.services[id], nil
 	}
-	return byID("service", ref, s.services, func(v *service) bool { return !v.removed })
+	return byPrefix("service", ref, s.services, func(v *service) bool { return !v.removed })
 }
 
 // Running counts the replicas of a service that run and are meant to.
@@ -257,10 +266,13 @@ func (s *State) Task(ref string) (spec.Task, error) {
 }
 
 func (s *State) task(ref string) (*task, error) {
+	if t := s.tasks[ref]; t != nil && s.idFirst(s.taskNames[ref] != "") {
+		return t, nil
+	}
 	if id, ok := s.taskNames[ref]; ok {
 		return s.tasks[id], nil
 	}
-	return byID("task", ref, s.tasks, nil)
+	return byPrefix("task", ref, s.tasks, nil)
 }
 
 // Nodes returns all nodes, by name, then ID.
@@ -285,8 +297,11 @@ func (s *State) Node(ref string) (spec.Node, error) {
 
 func (s *State) node(ref string) (*node, error) {
 	ids := s.nodeNames[ref]
+	if n := s.nodes[ref]; n != nil && s.idFirst(len(ids) > 0) {
+		return n, nil
+	}
 	if len(ids) == 0 {
-		return byID("node", ref, s.nodes, nil)
+		return byPrefix("node", ref, s.nodes, nil)
 	}
 	up := slices.DeleteFunc(slices.Clone(ids), func(id string) bool { return s.nodes[id].Status == spec.NodeDown })
 	if len(up) > 0 {
@@ -301,11 +316,8 @@ func (s *State) node(ref string) (*node, error) {
 // TasksOfNode returns every task assigned to a node, in the order of Tasks.
 func (s *State) TasksOfNode(id string) []spec.Task { return s.Tasks(TaskFilter{Node: id, All: true}) }
 
-// byID finds an object by its ID or a unique prefix of it.
-func byID[T any](kind, ref string, all map[string]*T, visible func(*T) bool) (*T, error) {
-	if v, ok := all[ref]; ok && (visible == nil || visible(v)) {
-		return v, nil
-	}
+// byPrefix finds an object by a unique prefix of its ID.
+func byPrefix[T any](kind, ref string, all map[string]*T, visible func(*T) bool) (*T, error) {
 	var hits []string
 	if ref != "" && len(ref) < spec.IDLen {
 		for id, v := range all {
@@ -411,7 +423,8 @@ func (v *service) holder() string { return "service " + v.Spec.Name }
 // Apply carries one command out. It never panics; a command that is refused
 // changes nothing but Index. The index must grow with each call.
 func (s *State) Apply(index uint64, c Command) Result {
-	s.index = index
+	s.index, s.rules = index, c.Rules
+	defer func() { s.rules = rulesNow }()
 	if err := c.check(); err != nil {
 		return Result{Err: err}
 	}

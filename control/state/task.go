@@ -17,7 +17,7 @@ const maxMessage = 1024
 func (s *State) put(t *task) {
 	s.tasks[t.ID] = t
 	if t.Service != "" || t.Desired != spec.DesiredRemove {
-		s.taskNames[t.Name] = t.ID
+		s.nameTask(t)
 	}
 	if v := s.services[t.Service]; v != nil {
 		i, _ := slices.BinarySearchFunc(v.tasks, t, func(a, b *task) int {
@@ -34,9 +34,7 @@ func (s *State) put(t *task) {
 // forget removes a task, which must not hold addresses, from state and indices.
 func (s *State) forget(t *task) {
 	delete(s.tasks, t.ID)
-	if s.taskNames[t.Name] == t.ID {
-		delete(s.taskNames, t.Name)
-	}
+	s.unnameTask(t)
 	if v := s.services[t.Service]; v != nil {
 		if i := slices.Index(v.tasks, t); i >= 0 {
 			v.tasks = slices.Delete(v.tasks, i, i+1)
@@ -71,8 +69,8 @@ func (s *State) end(t *task, desired string) {
 		return
 	}
 	t.Desired = desired
-	if t.Service == "" && desired == spec.DesiredRemove && s.taskNames[t.Name] == t.ID {
-		delete(s.taskNames, t.Name)
+	if t.Service == "" && desired == spec.DesiredRemove {
+		s.unnameTask(t)
 	}
 	s.touchTask(t)
 }
@@ -114,7 +112,16 @@ func (s *State) createTask(c *CreateTask) Result {
 		}
 		return Result{Err: failf(ErrExists, "name %s is taken by task %s%s: remove it with 'shoal rm %s'", c.Name, id, where, c.Name)}
 	}
+	if err := s.checkTaskName(c.Name); err != nil {
+		return Result{Err: err}
+	}
 	nets, err := s.resolve(c.Networks)
+	if err == nil {
+		err = s.checkNames(c.Spec.Names(), nil)
+	}
+	if err == nil {
+		err = s.checkTaskClash(c.Name, nets)
+	}
 	if err != nil {
 		return Result{Err: fmt.Errorf("task %s: %w", c.Name, err)}
 	}
