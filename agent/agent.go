@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/pprof"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -306,6 +307,10 @@ func (a *Agent) handler(local bool) http.Handler {
 	mux.Handle(nodePath, a.routeToNode(nodeHandler))
 	if local {
 		mux.Handle(shoalv1connect.NewLocalHandler(&localAPI{a}))
+		// Who may use the socket may look where the agent's time goes.
+		mux.HandleFunc("/debug/pprof/", pprof.Index)
+		mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
+		mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
 	}
 	return mux
 }
