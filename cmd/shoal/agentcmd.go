@@ -104,7 +104,13 @@ func runAgent(ctx context.Context, cfg agent.Config, runDir, dataPath string, hi
 	if cfg.VIP, cfg.VIPReason, err = pickDataPath(dataPath, cfg.Log); err != nil {
 		return err
 	}
-	dp := vxlan.New(vxlan.Config{Instance: cfg.Instance, Log: cfg.Log})
+	notices, err := nl.Listen("")
+	if err != nil {
+		// Then everything is read in every pass.
+		cfg.Log.Warn("the kernel's notices can't be had: the agent will use more of the processor", "error", err)
+	}
+	defer notices.Close()
+	dp := vxlan.New(vxlan.Config{Instance: cfg.Instance, Log: cfg.Log, Notices: notices})
 	cfg.Overlay = dp
 	cfg.WatchKernel = dp.Watch
 	if err := ingressnft.Probe(); err != nil {

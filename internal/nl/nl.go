@@ -219,6 +219,17 @@ func Sysctl(key string) (string, error) {
 	return strings.TrimSpace(string(b)), nil
 }
 
+// OpenSysctl opens a sysctl of the calling thread's namespace for reading; use it
+// within Do. What is read from the file is that namespace's, wherever it is read.
+// The file keeps neither the namespace nor a device alive.
+func OpenSysctl(key string) (*os.File, error) {
+	fd, err := unix.Open(sysctlPath(key), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open sysctl %s: %w", key, err)
+	}
+	return os.NewFile(uintptr(fd), key), nil
+}
+
 // SetSysctl sets a sysctl of the calling thread's namespace; use it within Do.
 // It writes only when the value differs.
 func SetSysctl(key, value string) error {

@@ -83,32 +83,19 @@ func readRouted(c *nftConn, name string) (*[]string, bool, error) {
 	return &names, true, nil
 }
 
-// observeForwarding reports the host's table and forwarding; within the host's
-// namespace.
-func (d *Dataplane) observeForwarding(have *overlay.State) error {
-	c, err := dialNFT()
-	if err != nil {
-		return err
-	}
-	defer c.close()
+// readForwarding reads the host's table, nil if it is absent; within the host's
+// namespace. Whether forwarding is on is not in it.
+func (d *Dataplane) readForwarding(c *nftConn) (*overlay.Forwarding, error) {
 	o := overlay.Forwarding{Table: overlay.HostTable(d.cfg.Instance)}
 	routed, present, err := readRouted(c, o.Table)
 	if err != nil || !present {
-		return err
+		return nil, err
 	}
 	d.routed = routed
 	if o.Fault, _, err = c.check(hostRules(o.Table, routed)); err != nil {
-		return err
+		return nil, err
 	}
-	v, err := nl.Sysctl(ipForward)
-	if err != nil {
-		return err
-	}
-	if v != "1" {
-		o.Fault = ipForward + " is " + v
-	}
-	have.Add(o)
-	return nil
+	return &o, nil
 }
 
 // putForwarding switches forwarding on, after the rules that bound it.

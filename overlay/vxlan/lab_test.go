@@ -129,7 +129,12 @@ func netnsLike(prefix string) []string {
 }
 
 func (m *machine) dataplane() *Dataplane {
-	return New(Config{Instance: m.instance, HostNetns: m.ns})
+	n, err := nl.Listen(m.ns)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	m.t.Cleanup(n.Close)
+	return New(Config{Instance: m.instance, HostNetns: m.ns, Notices: n})
 }
 
 // The World of the conformance suite.

@@ -587,29 +587,20 @@ func filterRules(o overlay.Filter) ruleset {
 	return rs
 }
 
-// observeFilter reads an ovns's table and the guards in it. Where the table is
-// wrong its guards still count: writing it anew keeps them.
-func observeFilter(c *nftConn, o overlay.Filter, wanted func(key any) bool) (*overlay.Filter, []overlay.Guard, error) {
+// readFilter reads an ovns's table and the guards in it; is is nil where it is
+// absent. Where the table is wrong its guards still count: writing it anew keeps
+// them.
+func readFilter(c *nftConn, o overlay.Filter) (is *overlay.Filter, whole, parts []guard, err error) {
 	fault, present, err := c.check(filterRules(o))
 	if err != nil || !present {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
 	o.Fault = fault
 	whole, parts, complete, err := readGuards(c)
 	if !complete && o.Fault == "" {
 		o.Fault = "sets are missing"
 	}
-	var guards []overlay.Guard
-	for _, g := range whole {
-		guards = append(guards, g.in(o.Netns))
-	}
-	for _, g := range parts {
-		// Wanted: to be put, so not there. Not wanted: to be deleted.
-		if !wanted(g.in(o.Netns).Key()) {
-			guards = append(guards, g.in(o.Netns))
-		}
-	}
-	return &o, guards, err
+	return &o, whole, parts, err
 }
 
 // readGuards reads the guards. One that is not in all the sets that it belongs in

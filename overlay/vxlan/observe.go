@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -18,7 +19,7 @@ import (
 	"github.com/shoalnet/shoal/spec"
 )
 
-// snap is what was read of one namespace.
+// snap is what was read of one namespace's devices and addresses.
 type snap struct {
 	links   map[string]netlink.Link
 	byIndex map[int]netlink.Link
@@ -56,7 +57,7 @@ func (w *wants) has(key any) bool {
 
 // Observe implements overlay.Dataplane.
 func (d *Dataplane) Observe(ctx context.Context, want overlay.State) (overlay.State, error) {
-	d.Close()
+	d.hangUp()
 	var have overlay.State
 	places := map[string]*wants{"": {}}
 	want.Each(func(o overlay.Object) {
@@ -79,71 +80,75 @@ func (d *Dataplane) Observe(ctx context.Context, want overlay.State) (overlay.St
 		}
 	})
 	snaps := map[string]*snap{}
+	now := time.Now()
 	for ns, w := range places {
 		if err := ctx.Err(); err != nil {
 			return have, err
 		}
-		s, err := d.observePlace(&have, w)
+		p, err := d.read(w, now)
 		switch {
 		case ns != "" && errors.Is(err, fs.ErrNotExist):
+			d.forgetPlace(ns)
 			continue // absent, and so is all that would be in it
 		case err != nil:
+			d.forgetPlace(ns)
 			return have, err
 		}
-		snaps[ns] = s
+		d.report(&have, w, p)
+		snaps[ns] = &p.snap
+	}
+	for ns := range d.places {
+		if places[ns] == nil {
+			d.forgetPlace(ns)
+		}
 	}
 	d.observeDevices(&have, want, snaps)
-	if err := d.observeHost(&have, want, snaps[""]); err != nil {
+	if err := d.observeHost(&have, want, d.places[""]); err != nil {
 		return have, err
 	}
 	return have, d.observeUnwanted(&have, places)
 }
 
-// observePlace reads one namespace, all but the devices.
-func (d *Dataplane) observePlace(have *overlay.State, w *wants) (*snap, error) {
-	s, err := d.dial(w.ns)
-	if err != nil {
-		return nil, err
-	}
-	defer s.h.Close()
-	where := w.ns
-	if where == "" {
-		where = "the host"
-	}
-	sn := &snap{links: map[string]netlink.Link{}, byIndex: map[int]netlink.Link{}}
-	links, err := nl.Dump(s.h.LinkList)
-	if err != nil {
-		return nil, fmt.Errorf("list devices of %s: %w", where, err)
-	}
-	for _, l := range links {
-		sn.links[l.Attrs().Name], sn.byIndex[l.Attrs().Index] = l, l
-	}
-	if sn.addrs, err = nl.Dump(func() ([]netlink.Addr, error) { return s.h.AddrList(nil, unix.AF_UNSPEC) }); err != nil {
-		return nil, fmt.Errorf("list addresses of %s: %w", where, err)
-	}
-	if err := d.observeAddrs(have, w, s, sn); err != nil {
-		return nil, fmt.Errorf("routes of %s: %w", where, err)
-	}
+// report adds what was read of one namespace, all but its devices.
+func (d *Dataplane) report(have *overlay.State, w *wants, p *place) {
+	reportAddrs(have, w, p)
 	if w.network != "" || w.task != "" {
 		if w.network != "" {
-			if lo := sn.link("lo"); lo != nil && lo.Attrs().Alias == d.namespaceMark(w.network) && lo.Attrs().Flags&net.FlagUp != 0 {
+			if lo := p.link("lo"); lo != nil && lo.Attrs().Alias == d.namespaceMark(w.network) && lo.Attrs().Flags&net.FlagUp != 0 {
 				have.Add(overlay.Namespace{Netns: w.ns, Network: w.network})
 			}
 		} else {
-			have.Add(observeSandbox(w, sn))
+			have.Add(observeSandbox(w, &p.snap))
 		}
-		if err := d.observeNeighs(have, w, s, sn); err != nil {
-			return nil, fmt.Errorf("list neighbours of %s: %w", where, err)
-		}
-		if err := observeRoutes(have, w, s, sn); err != nil {
-			return nil, fmt.Errorf("list routes of %s: %w", where, err)
+		reportNeighs(have, w, p)
+		reportRoutes(have, w, p)
+	}
+	for _, o := range w.objects {
+		switch o := o.(type) {
+		case overlay.Sysctl:
+			if p.holds[o] {
+				have.Add(o)
+			}
+		case overlay.Filter:
+			if p.filter.is == nil {
+				continue
+			}
+			have.Add(*p.filter.is)
+			for _, g := range p.filter.whole {
+				have.Add(g.in(w.ns))
+			}
+			for _, g := range p.filter.parts {
+				// Wanted: to be put, so not there. Not wanted: to be deleted.
+				if !w.has(g.in(w.ns).Key()) {
+					have.Add(g.in(w.ns))
+				}
+			}
+		case overlay.Redirect:
+			if p.redirect.is != nil {
+				have.Add(*p.redirect.is)
+			}
 		}
 	}
-	err = d.do(w.ns, func() error { return d.observeInside(have, w) })
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", where, err)
-	}
-	return sn, nil
 }
 
 // observeSandbox reports a task's namespace, and its loopback device.
@@ -165,32 +170,21 @@ func observeSandbox(w *wants, sn *snap) overlay.Sandbox {
 	return o
 }
 
-func (d *Dataplane) observeAddrs(have *overlay.State, w *wants, s *space, sn *snap) error {
+func reportAddrs(have *overlay.State, w *wants, p *place) {
 	there := map[overlay.Addr]bool{}
-	for _, a := range sn.addrs {
+	for _, a := range p.addrs {
 		bits, _ := a.Mask.Size()
-		o := overlay.Addr{Netns: w.ns, Dev: sn.name(a.LinkIndex), Prefix: netip.PrefixFrom(addrOf(a.IP), bits)}
+		o := overlay.Addr{Netns: w.ns, Dev: p.name(a.LinkIndex), Prefix: netip.PrefixFrom(addrOf(a.IP), bits)}
 		there[o] = true
 		if a.Label == overlay.Label && w.network != "" {
 			have.Add(o)
 		}
 	}
 	for _, o := range w.objects {
-		a, ok := o.(overlay.Addr)
-		if !ok || !there[a] {
-			continue
+		if a, ok := o.(overlay.Addr); ok && there[a] && (!hasLink(a) || p.linked[a]) {
+			have.Add(a)
 		}
-		if hasLink(a) {
-			l := sn.link(a.Dev)
-			if ok, err := s.connected(a, l); err != nil {
-				return err
-			} else if !ok {
-				continue
-			}
-		}
-		have.Add(a)
 	}
-	return nil
 }
 
 // connected tells whether the route to the link is there that the kernel adds
@@ -213,7 +207,7 @@ func (s *space) connected(o overlay.Addr, l netlink.Link) (bool, error) {
 	return slices.ContainsFunc(list, func(r netlink.Route) bool { return prefixOf(r) == o.Prefix.Masked() }), err
 }
 
-func (d *Dataplane) observeNeighs(have *overlay.State, w *wants, s *space, sn *snap) error {
+func reportNeighs(have *overlay.State, w *wants, p *place) {
 	wanted := map[any]bool{}
 	for _, o := range w.objects {
 		switch o := o.(type) {
@@ -221,17 +215,9 @@ func (d *Dataplane) observeNeighs(have *overlay.State, w *wants, s *space, sn *s
 			wanted[o.Key()] = true
 		}
 	}
-	families := []int{unix.AF_INET}
-	if w.v6 {
-		families = append(families, unix.AF_INET6)
-	}
-	for _, f := range families {
-		list, err := nl.Dump(func() ([]netlink.Neigh, error) { return s.h.NeighList(0, f) })
-		if err != nil {
-			return err
-		}
+	for _, list := range p.neighs {
 		for _, n := range list {
-			l := sn.byIndex[n.LinkIndex]
+			l := p.byIndex[n.LinkIndex]
 			if n.State != netlink.NUD_PERMANENT || l == nil || !oursLink(l) {
 				continue
 			}
@@ -246,15 +232,7 @@ func (d *Dataplane) observeNeighs(have *overlay.State, w *wants, s *space, sn *s
 			have.Add(o)
 		}
 	}
-	vx := sn.link(overlay.VXLANDev)
-	if w.network == "" || vx == nil || !oursLink(vx) {
-		return nil
-	}
-	list, err := nl.Dump(func() ([]netlink.Neigh, error) { return s.h.NeighList(vx.Attrs().Index, unix.AF_BRIDGE) })
-	if err != nil {
-		return err
-	}
-	for _, n := range list {
+	for _, n := range p.fdb {
 		o := overlay.FDB{Netns: w.ns, MAC: n.HardwareAddr.String(), Dst: addrOf(n.IP)}
 		if !wanted[o.Key()] && !overlay.IsVTEPMAC(n.HardwareAddr) {
 			continue
@@ -264,7 +242,6 @@ func (d *Dataplane) observeNeighs(have *overlay.State, w *wants, s *space, sn *s
 		}
 		have.Add(o)
 	}
-	return nil
 }
 
 // prefixOf is a route's destination. The kernel leaves it out of a default
@@ -284,23 +261,13 @@ func prefixOf(r netlink.Route) netip.Prefix {
 	return netip.PrefixFrom(a, bits)
 }
 
-func observeRoutes(have *overlay.State, w *wants, s *space, sn *snap) error {
-	families := []int{unix.AF_INET}
-	if w.v6 {
-		families = append(families, unix.AF_INET6)
-	}
-	for _, f := range families {
-		list, err := nl.Dump(func() ([]netlink.Route, error) {
-			return s.h.RouteListFiltered(f, &netlink.Route{Protocol: overlay.RouteProtocol}, netlink.RT_FILTER_PROTOCOL)
-		})
-		if err != nil {
-			return err
-		}
+func reportRoutes(have *overlay.State, w *wants, p *place) {
+	for _, list := range p.routes {
 		for _, r := range list {
 			o := overlay.Route{Netns: w.ns, Dst: prefixOf(r), Metric: r.Priority, Onlink: r.Flags&int(netlink.FLAG_ONLINK) != 0}
 			switch r.Type {
 			case unix.RTN_UNICAST:
-				o.Dev = sn.name(r.LinkIndex)
+				o.Dev = p.name(r.LinkIndex)
 			case unix.RTN_UNREACHABLE: // IPv6 says "dev lo" here
 				o.Type = "unreachable"
 			default:
@@ -318,66 +285,6 @@ func observeRoutes(have *overlay.State, w *wants, s *space, sn *snap) error {
 			have.Add(o)
 		}
 	}
-	return nil
-}
-
-// observeInside reads what takes being in the namespace: sysctls and nftables.
-func (d *Dataplane) observeInside(have *overlay.State, w *wants) error {
-	var conn *nftConn
-	nft := func() (*nftConn, error) {
-		if conn == nil {
-			var err error
-			if conn, err = dialNFT(); err != nil {
-				return nil, err
-			}
-		}
-		return conn, nil
-	}
-	defer func() {
-		if conn != nil {
-			conn.close()
-		}
-	}()
-	for _, o := range w.objects {
-		switch o := o.(type) {
-		case overlay.Sysctl:
-			ok, err := sysctlHolds(o)
-			if err != nil {
-				return err
-			}
-			if ok {
-				have.Add(o)
-			}
-		case overlay.Filter:
-			c, err := nft()
-			if err != nil {
-				return err
-			}
-			f, guards, err := observeFilter(c, o, w.has)
-			if err != nil {
-				return err
-			}
-			if f != nil {
-				have.Add(*f)
-			}
-			for _, g := range guards {
-				have.Add(g)
-			}
-		case overlay.Redirect:
-			c, err := nft()
-			if err != nil {
-				return err
-			}
-			r, err := observeRedirect(c, o)
-			if err != nil {
-				return err
-			}
-			if r != nil {
-				have.Add(*r)
-			}
-		}
-	}
-	return nil
 }
 
 // oursLink tells whether a device is marked as ours. lo, which marks a
@@ -497,7 +404,7 @@ func observeVXLAN(n overlay.Namespace, l netlink.Link) overlay.VXLAN {
 }
 
 // observeHost reports what is one for the whole node.
-func (d *Dataplane) observeHost(have *overlay.State, want overlay.State, host *snap) error {
+func (d *Dataplane) observeHost(have *overlay.State, want overlay.State, host *place) error {
 	for _, a := range host.addrs {
 		if want.Get(overlay.Underlay{}.Key()) == (overlay.Underlay{Addr: addrOf(a.IP)}) {
 			have.Add(overlay.Underlay{Addr: addrOf(a.IP)})
@@ -506,24 +413,20 @@ func (d *Dataplane) observeHost(have *overlay.State, want overlay.State, host *s
 			}
 		}
 	}
-	return d.do("", func() error {
-		if err := d.observeForwarding(have); err != nil {
-			return err
-		}
-		c, err := dialNFT()
-		if err != nil {
-			return err
-		}
-		defer c.close()
-		// One that is not wanted is looked for as well, to be removed.
-		o, _ := want.Get(overlay.Members{}.Key()).(overlay.Members)
-		o.Table = overlay.MembersTable(d.cfg.Instance)
-		m, err := observeMembers(c, o)
-		if m != nil {
-			have.Add(*m)
-		}
+	// One that is not wanted is looked for as well, to be removed.
+	o, _ := want.Get(overlay.Members{}.Key()).(overlay.Members)
+	o.Table = overlay.MembersTable(d.cfg.Instance)
+	forwarding, members, err := d.readHost(host, o)
+	if err != nil {
 		return err
-	})
+	}
+	if forwarding != nil {
+		have.Add(*forwarding)
+	}
+	if members != nil {
+		have.Add(*members)
+	}
+	return nil
 }
 
 // observeUnwanted reports the namespaces of this instance that are not wanted.
@@ -532,11 +435,12 @@ func (d *Dataplane) observeUnwanted(have *overlay.State, places map[string]*want
 	if err != nil {
 		return err
 	}
+	d.keepOwners(names)
 	for _, ns := range names {
 		if places[ns] != nil {
 			continue
 		}
-		id, ours, err := d.whoseNamespace(ns)
+		id, ours, err := d.ownerOf(ns)
 		if err != nil {
 			return err
 		}

@@ -18,12 +18,18 @@
 //
 // # Reading
 //
-// Each pass reads each namespace with one dump per table through one socket.
+// What was read of a namespace is kept, and each kind of thing in it (devices,
+// addresses, routes, neighbours, each nftables table) is read again, with one dump,
+// when the kernel sent a notice of it ([nl.Notices]), and after half a minute without
+// one. Settings, of which the kernel tells only some, are read in each pass, by
+// files that are kept open: a read is about a microsecond. So a pass costs what
+// changed, and little for what is there.
+//
 // nftables rules carry a digest of the whole rule set in their comments: a rule
 // can't be changed in place, so that reading the comments is reading the rules
 // (vip/internal/kern found this first).
 //
-// Sockets are opened anew for each pass, since a namespace may have been deleted
+// Sockets are opened anew for each reading, since a namespace may have been deleted
 // and made again under its name, and a socket keeps the old one alive. Those that
 // Apply opened are closed by the next Observe, or by Close.
 package vxlan
@@ -53,6 +59,9 @@ type Config struct {
 	// HostNetns is the name of the namespace that stands for the host's; ""
 	// is this process's own, which is what an agent uses.
 	HostNetns string
+	// Notices tell what changed since it was read. nil: everything is read in
+	// every Observe.
+	Notices *nl.Notices
 }
 
 // Dataplane implements overlay.Dataplane. Its methods may be called from one
@@ -61,6 +70,10 @@ type Dataplane struct {
 	cfg  Config
 	log  *slog.Logger
 	open map[string]*space // by namespace, those Apply has opened
+	// places is what was read of namespaces, unwanted what of those that nobody
+	// wants, by name.
+	places   map[string]*place
+	unwanted map[string]owner
 	// routed is what the host's table was last seen to say (see forwarding):
 	// only for the case that someone flushes all nftables rules.
 	routed *[]string
@@ -73,12 +86,21 @@ func New(cfg Config) *Dataplane {
 	if cfg.Log == nil {
 		cfg.Log = slog.Default()
 	}
-	return &Dataplane{cfg: cfg, log: cfg.Log, open: map[string]*space{}}
+	return &Dataplane{cfg: cfg, log: cfg.Log, open: map[string]*space{}, places: map[string]*place{}, unwanted: map[string]owner{}}
 }
 
-// Close closes the sockets that the last Apply calls left open. The Dataplane
-// can be used again.
+// Close closes the sockets that the last Apply calls left open, and forgets what
+// was read. The Dataplane can be used again.
 func (d *Dataplane) Close() {
+	d.hangUp()
+	for ns := range d.places {
+		d.forgetPlace(ns)
+	}
+	clear(d.unwanted)
+}
+
+// hangUp closes the sockets that the last Apply calls left open.
+func (d *Dataplane) hangUp() {
 	for _, s := range d.open {
 		s.h.Close()
 	}
@@ -212,6 +234,7 @@ func (d *Dataplane) Apply(ctx context.Context, rop reconcile.Op) error {
 	if !ok {
 		return fmt.Errorf("operation %s is not the overlay's", rop)
 	}
+	d.readAgain(op.Target)
 	if op.Verb == overlay.Delete {
 		err := d.del(op)
 		if absent(err) {

@@ -15,17 +15,23 @@ import (
 	"github.com/shoalnet/shoal/overlay"
 )
 
-// Watch calls wake when a device of ours in the host's namespace goes or
-// changes, until ctx ends. A network's way out goes with its namespace, so that
-// this notices most deletions by hand; what it doesn't, the next pass does.
-// Being a hint, it gives up with a log line where the kernel refuses it.
+// Watch calls wake when something may have changed in the namespaces that Observe
+// reads, until ctx ends. What it doesn't notice, the next pass does. Being a hint,
+// it gives up with a log line where the kernel refuses it.
+//
+// Without Notices it hears of devices in the host's namespace only: a network's
+// way out goes with its namespace, so that this tells of most deletions by hand.
 func (d *Dataplane) Watch(ctx context.Context, wake func()) {
+	watch := d.watch
+	if d.cfg.Notices != nil {
+		watch = d.cfg.Notices.Run
+	}
 	for ctx.Err() == nil {
-		err := d.watch(ctx, wake)
+		err := watch(ctx, wake)
 		if ctx.Err() != nil {
 			return
 		}
-		d.log.Warn("watching the kernel's devices failed: changes made by hand are noticed with the next pass only", "error", err)
+		d.log.Warn("watching the kernel failed: changes made by hand are noticed with the next pass only", "error", err)
 		select {
 		case <-ctx.Done():
 		case <-time.After(10 * time.Second):
