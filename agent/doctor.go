@@ -3,6 +3,8 @@ package agent
 import (
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 
@@ -148,6 +150,13 @@ func (a *Agent) doctor(ctx context.Context) *shoalv1.DoctorResponse {
 		} else {
 			check(l.name, "ok", fmt.Sprintf("as wanted; last pass took %s", l.last.Elapsed.Round(time.Microsecond)), "")
 		}
+	}
+	if faults := a.cfg.Runtime.Faults(); len(faults) > 0 {
+		for _, name := range slices.Sorted(maps.Keys(faults)) {
+			check("tasks", "error", "task "+name+": "+faults[name], "")
+		}
+	} else {
+		check("tasks", "ok", "those that run here have all that is theirs", "")
 	}
 	if a.cfg.Blocked != nil {
 		texts, err := a.cfg.Blocked(ctx)

@@ -119,6 +119,10 @@ type Runtime interface {
 	// listens, or a UDP socket that is bound, on more than loopback, and a
 	// program that is not stopped (SIGSTOP).
 	Listening(ctx context.Context, id string) (bool, error)
+	// Faults tells, by the names of running tasks, what is wrong with what a task
+	// sees of the machine, such as a file of its own that the node's took the
+	// place of. What can be mended is no fault.
+	Faults() map[string]string
 	// Close ends this process's part. Tasks go on.
 	Close() error
 }

@@ -114,14 +114,14 @@ func setUp(dir string, t record) error {
 	if err := mount("", "/", "", unix.MS_SLAVE|unix.MS_REC); err != nil {
 		return err
 	}
-	for _, f := range []struct {
-		target  string
-		content []byte
-	}{{"/etc/resolv.conf", t.ResolvConf}, {"/etc/hosts", t.Hosts}, {"/etc/hostname", []byte(t.Hostname + "\n")}} {
-		if t.Netns == "" && f.target != "/etc/hostname" {
-			continue // the node's own
-		}
-		if err := bindFile(dir, f.target, f.content); err != nil {
+	content := map[string][]byte{"resolv.conf": t.ResolvConf, "hosts": t.Hosts, "hostname": []byte(t.Hostname + "\n")}
+	if t.Netns != "" {
+		// Where that can't be had (no overlayfs in the kernel, or /etc is on two of
+		// them already) the agent looks after what is mounted below: keepMounts.
+		_ = ownEtc(dir, covered(t.Netns))
+	}
+	for _, name := range covered(t.Netns) {
+		if err := bindFile(dir, "/etc/"+name, content[name]); err != nil {
 			return err
 		}
 	}
@@ -157,9 +157,8 @@ func setUp(dir string, t record) error {
 		}
 	}
 	for _, d := range t.Hidden {
-		err := unix.Mount("tmpfs", d, "tmpfs", unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "size=0,mode=755")
-		if err != nil && !errors.Is(err, unix.ENOENT) {
-			return fmt.Errorf("hide %s: %w", d, err)
+		if err := hide(d); err != nil {
+			return err
 		}
 	}
 	if err := unix.Sethostname([]byte(t.Hostname)); err != nil {

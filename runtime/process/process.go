@@ -46,6 +46,8 @@ type Runtime struct {
 	tasks  map[string]*entry
 	queue  []runtime.Event
 	queued chan struct{} // size 1
+
+	mountsDue chan struct{} // size 1: tasks were adopted
 }
 
 // entry is what is known of a task.
@@ -54,6 +56,7 @@ type entry struct {
 	initPID int
 	shim    *os.Process   // when it is this process's child, to be waited for
 	watched chan struct{} // closed when the shim's end is known
+	fault   string        // what the task has lost, see mendMounts
 }
 
 const callTimeout = 10 * time.Second
@@ -79,7 +82,9 @@ func New(cfg Config) (*Runtime, error) {
 		return nil, fmt.Errorf("run directory %s is too long for a unix socket in it: use one shorter by %d characters", cfg.RunDir, n-107)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	return &Runtime{cfg: cfg, log: cfg.Log, ctx: ctx, cancel: cancel, tasks: map[string]*entry{}, queued: make(chan struct{}, 1)}, nil
+	r := &Runtime{cfg: cfg, log: cfg.Log, ctx: ctx, cancel: cancel, tasks: map[string]*entry{}, queued: make(chan struct{}, 1), mountsDue: make(chan struct{}, 1)}
+	r.wg.Go(r.keepMounts)
+	return r, nil
 }
 
 // Close implements runtime.Runtime.
@@ -332,6 +337,10 @@ func (r *Runtime) adopt(id string) error {
 		e.status, e.initPID = resp.Status, resp.InitPID
 		e.status.Data = t.Data
 		r.watch(e)
+		select {
+		case r.mountsDue <- struct{}{}:
+		default:
+		}
 		return nil
 	}
 	if !exists(filepath.Join(dir, exitFile)) && !exists(r.socket(id)) && !exists(filepath.Join(dir, logFile)) {
@@ -651,6 +660,7 @@ func (r *Runtime) Exec(ctx context.Context, id string, s runtime.ExecSpec) (runt
 	if len(s.Command) == 0 {
 		return nil, errors.New("no command")
 	}
+	refresh(initPID) // the command's user may be new on the node
 	args, err := json.Marshal(execArgs{Dir: r.taskDir(id), InitPID: initPID, Command: s.Command, Env: s.Env, WorkDir: s.Dir, User: s.User, TTY: s.TTY && !s.Detach, Detach: s.Detach})
 	if err != nil {
 		return nil, err

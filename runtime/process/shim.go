@@ -30,6 +30,7 @@ const (
 	initWord   = "task-init"
 	execWord   = "task-exec"
 	detachWord = "task-detach"
+	mendWord   = "task-mend"
 )
 
 // Dispatch runs a helper if the arguments name one. It is called first thing in
@@ -45,6 +46,8 @@ func Dispatch(args []string) (handled bool, exitCode int) {
 		return true, initMain(args[2:])
 	case execWord:
 		return true, execMain(args[2:])
+	case mendWord:
+		return true, mendMain(args[2:])
 	case detachWord:
 		return true, detachMain(args[2:])
 	}
