@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"sync"
@@ -203,13 +204,44 @@ func (t *tracked) relay() {
 			if err != nil {
 				continue
 			}
-			select {
-			case t.streams <- conn:
-			case <-t.done:
-				return
-			}
+			t.wg.Add(1)
+			go t.speaks(conn)
 		}
 	}
+}
+
+// speaks passes on a connection once it has said something, and drops one that
+// ends without a word: who looks whether something listens here (agents ask each
+// other so, see refuses; monitoring does, port scanners) is no peer that speaks
+// wrongly, which is what memberlist would log of it. Its end is the deadline
+// that add has set, or Shutdown, which closes the connection.
+func (t *tracked) speaks(conn net.Conn) {
+	defer t.wg.Done()
+	var first [1]byte
+	if _, err := io.ReadFull(conn, first[:]); err != nil {
+		conn.Close()
+		return
+	}
+	select {
+	case t.streams <- &spoken{Conn: conn, first: first[:]}:
+	case <-t.done:
+		conn.Close()
+	}
+}
+
+// spoken is a connection with its first byte put back.
+type spoken struct {
+	net.Conn
+	first []byte
+}
+
+func (s *spoken) Read(b []byte) (int, error) {
+	if len(s.first) > 0 && len(b) > 0 {
+		n := copy(b, s.first)
+		s.first = s.first[n:]
+		return n, nil
+	}
+	return s.Conn.Read(b)
 }
 
 type trackedConn struct {
