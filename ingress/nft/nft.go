@@ -305,7 +305,7 @@ func observeLocals(c *nftables.Conn, ns string, chains map[string]*nftables.Chai
 // backends has a rule that does nothing, to tell what is draining. pending says
 // that connections of removed backends are still to be reset.
 func localComments(o ingress.Local, pending bool) []string {
-	return []string{"local " + digest(formVersion, o.Backends, o.Draining, o.Target, pending)}
+	return []string{"local " + digest(version, o.Backends, o.Draining, o.Target, pending)}
 }
 
 // ---- writing ----

@@ -23,10 +23,13 @@ import (
 // another version, and what an older agent left is rewritten.
 const formVersion = 2
 
+// version is formVersion, but for tests.
+var version = formVersion
+
 var native = binary.NativeEndian
 
 // ruleset is a table of family ip, but for the elements of its sets, and for
-// chains without a hook. Writing it replaces the table.
+// chains without a hook. Writing it replaces the rules.
 //
 // Rules carry a digest of the whole rule set in their comments: a rule can't be
 // changed in place, so that reading the comments is reading the rules.
@@ -80,7 +83,7 @@ func digest(parts ...any) string {
 }
 
 func (r ruleset) digest() string {
-	parts := []any{formVersion, r.name}
+	parts := []any{version, r.name}
 	for _, s := range r.sets {
 		parts = append(parts, "set", s.name, s.key.Name)
 	}
@@ -225,66 +228,37 @@ func (r ruleset) check(c *nftables.Conn, chains map[string]*nftables.Chain) (fau
 	return "", nil
 }
 
-// write replaces the table.
+// write makes the table, or makes one that stands into it without a gap: sets keep
+// their elements, and balancers of local tasks their chains.
 func (r ruleset) write() error {
-	c, err := tx()
-	if err != nil {
-		return err
-	}
-	t := r.table()
-	c.AddTable(t) // so that deleting it succeeds
-	c.DelTable(t)
-	c.AddTable(t)
-	for i, s := range r.sets {
-		// IDs of our own: the library's come from an unguarded variable.
-		ks := &nftables.Set{Table: t, ID: uint32(i + 1), Name: s.name, KeyType: s.key, Concatenation: strings.Contains(s.key.Name, ".")}
+	t := nl.RuleTable{Family: nftables.TableFamilyIPv4, Name: r.name, Keep: func(name string) bool {
+		_, _, local := parseLocalChain(name)
+		return local
+	}}
+	for _, s := range r.sets {
+		ks := &nftables.Set{Name: s.name, KeyType: s.key, Concatenation: strings.Contains(s.key.Name, ".")}
 		if s.data != nil {
 			ks.IsMap, ks.DataType = true, *s.data
 		}
-		if err := c.AddSet(ks, nil); err != nil {
-			return fmt.Errorf("nftables table %s: set %s: %w", r.name, s.name, err)
-		}
+		t.Sets = append(t.Sets, ks)
 	}
 	d := r.digest()
-	var raw, first []nl.Rule
-	accept := nftables.ChainPolicyAccept
 	for _, ch := range r.chains {
-		kc := &nftables.Chain{Table: t, Name: ch.name}
-		if ch.hook != nil {
-			prio := nftables.ChainPriority(ch.prio)
-			kc.Type, kc.Hooknum, kc.Priority, kc.Policy = ch.typ, ch.hook, &prio, &accept
-		}
-		c.AddChain(kc)
-	}
-	for _, ch := range r.chains {
-		begins, later := true, false // what follows a raw rule has to come after it
+		c := nl.RuleChain{Name: ch.name, Type: ch.typ, Hook: ch.hook, Prio: ch.prio, Policy: nftables.ChainPolicyAccept}
 		for i, x := range ch.rules {
-			ud := userdata.AppendString(nil, userdata.TypeComment, comment(d, ch.name, i))
-			one := nl.Rule{Family: unix.NFPROTO_IPV4, Table: r.name, Chain: ch.name, Exprs: x.exprs, UserData: ud}
-			// Those at the beginning of a chain are put before the others, which can be
-			// there at once.
-			if begins = begins && nl.IsRaw(x.exprs); begins {
-				one.First = true
-				first = append(first, one)
-				continue
-			}
-			if later = later || nl.IsRaw(x.exprs); later {
-				raw = append(raw, one)
-				continue
-			}
-			c.AddRule(&nftables.Rule{Table: t, Chain: &nftables.Chain{Table: t, Name: ch.name}, Exprs: x.exprs, UserData: ud})
+			c.Rules = append(c.Rules, nl.TableRule{Exprs: x.exprs, UserData: userdata.AppendString(nil, userdata.TypeComment, comment(d, ch.name, i))})
 		}
+		t.Chains = append(t.Chains, c)
 	}
-	if err := c.Flush(); err != nil {
-		return fmt.Errorf("write nftables table %s: %w", r.name, err)
-	}
-	slices.Reverse(first)
-	for _, x := range append(first, raw...) {
-		if err := nl.AddRule(x); err != nil {
-			return fmt.Errorf("write nftables table %s: chain %s: %w", r.name, x.Chain, err)
+	err := t.Replace()
+	if err != nil && !errors.Is(err, unix.EPERM) {
+		// What stands is none of ours, in whatever form.
+		if derr := delTable(r.name); derr != nil {
+			return errors.Join(err, derr)
 		}
+		err = t.Replace()
 	}
-	return nil
+	return err
 }
 
 func be32(v uint32) []byte { return binary.BigEndian.AppendUint32(nil, v) }

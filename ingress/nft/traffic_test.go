@@ -5,11 +5,14 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/shoalnet/shoal/ingress"
 	"github.com/shoalnet/shoal/internal/nl"
+	"github.com/shoalnet/shoal/overlay"
 	"github.com/shoalnet/shoal/spec"
 	"github.com/shoalnet/shoal/vip/ipvs"
 	"github.com/shoalnet/shoal/vip/viptest"
@@ -234,6 +237,68 @@ func TestLocalHasNoGap(t *testing.T) {
 		t.Errorf("%d of %d flows were refused", refused, sent)
 	}
 	l.apply()
+}
+
+// TestAnotherVersion: while an agent with other rules replaces what stands, of
+// each table on the way, no packet to a published port finds none.
+func TestAnotherVersion(t *testing.T) {
+	each(t, func(t *testing.T, l *lab) {
+		l.replicas(1, 2)
+		n := l.nodes[0]
+		defer func() { version = formVersion }()
+		replace := func(changes int, tables ...[2]string) {
+			for i := range changes {
+				version = formVersion + 1 + i
+				for _, x := range tables {
+					run(t, "ip netns exec %s nft add rule %s counter", x[0], x[1])
+				}
+				n.apply()
+			}
+		}
+		host := [][2]string{{n.ns, "ip " + ingress.TableName(n.instance) + " prerouting"},
+			{n.ns, "inet " + overlay.MembersTable(n.instance) + " input"}, {n.ns, "inet " + overlay.HostTable(n.instance) + " forward"}}
+		// Dropped behind the host's rules, or each would be a connection to keep.
+		run(t, "ip netns exec %s nft add table ip nogap ; add chain ip nogap forward { type filter hook forward priority 0 ; } ; add rule ip nogap forward meta l4proto udp drop", n.ns)
+		sent, no := viptest.Flows(t, l.client, netip.AddrPortFrom(n.addr, published), func() { replace(10, host...) })
+		t.Logf("%d flows, %d refused", sent, no)
+		if no > 0 || sent < 100 {
+			t.Errorf("%d of %d flows were refused", no, sent)
+		}
+		run(t, "ip netns exec %s nft delete table ip nogap", n.ns)
+		stop := make(chan struct{})
+		var wg sync.WaitGroup
+		var tried, failed atomic.Int64
+		for range 2 {
+			wg.Go(func() {
+				for {
+					select {
+					case <-stop:
+						return
+					default:
+					}
+					tried.Add(1)
+					if c, err := open(l.client, 0, n.addr.String(), published); err != nil {
+						failed.Add(1)
+					} else {
+						c.Close()
+					}
+				}
+			})
+		}
+		replace(6, append(host, [2]string{n.ovns(), "ip shoal-ingress marks"}, [2]string{n.ovns(), "inet shoal-overlay forward"}, [2]string{n.ovns(), "ip shoal-vip postrouting"})...)
+		close(stop)
+		wg.Wait()
+		t.Logf("%d connections, %d failed", tried.Load(), failed.Load())
+		if failed.Load() > 0 || tried.Load() < 20 {
+			t.Errorf("%d of %d connections failed", failed.Load(), tried.Load())
+		}
+		version = formVersion
+		l.apply()
+		for _, n := range l.nodes {
+			expect(t, l.client, "tcp4", n.addr.String(), published, []string{"1", "2"}, client.String())
+			expect(t, l.client, "tcp4", n.addr.String(), publishedNAT, []string{"1", "2"}, n.addr.String())
+		}
+	})
 }
 
 // again exchanges a datagram, disregarding errors that earlier ones left.

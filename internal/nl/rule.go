@@ -80,24 +80,29 @@ type Rule struct {
 	First        bool // before the other rules of its chain, not after them
 }
 
-// AddRule adds a rule to a chain that exists, in a transaction of its own. Unlike
-// google/nftables it knows each [RawExpr].
-func AddRule(r Rule) error {
+// encodeExprs is the body of NFTA_RULE_EXPRESSIONS.
+func encodeExprs(family uint8, exprs []expr.Any) ([]byte, error) {
 	var list []netlink.Attribute
-	for _, e := range r.Exprs {
+	for _, e := range exprs {
 		var b []byte
 		var err error
 		if raw, ok := e.(RawExpr); ok {
 			b, err = raw.Raw()
 		} else {
-			b, err = expr.Marshal(r.Family, e)
+			b, err = expr.Marshal(family, e)
 		}
 		if err != nil {
-			return err
+			return nil, err
 		}
 		list = append(list, netlink.Attribute{Type: unix.NLA_F_NESTED | unix.NFTA_LIST_ELEM, Data: b})
 	}
-	exprs, err := netlink.MarshalAttributes(list)
+	return netlink.MarshalAttributes(list)
+}
+
+// AddRule adds a rule to a chain that exists, in a transaction of its own. Unlike
+// google/nftables it knows each [RawExpr].
+func AddRule(r Rule) error {
+	exprs, err := encodeExprs(r.Family, r.Exprs)
 	if err != nil {
 		return err
 	}

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -38,8 +39,8 @@ var (
 	redirectTable = table{nftables.TableFamilyIPv4, overlay.TaskTable}
 )
 
-// ruleset is the whole of a table. Writing it replaces the table in one
-// transaction; packets see the old one or the new.
+// ruleset is the whole of a table. Writing it replaces all rules in one
+// transaction; packets see the old ones or the new.
 type ruleset struct {
 	table
 	sets   []set
@@ -224,54 +225,31 @@ func tx() (*nftables.Conn, error) {
 	return c, nil
 }
 
-// write replaces the table, in one transaction.
+// write makes the table, or makes one that stands into it without a gap. The
+// elements of a set that the rule set has none for stay as they are.
 func (r ruleset) write() error {
-	c, err := tx()
-	if err != nil {
-		return err
-	}
-	t := &nftables.Table{Family: r.family, Name: r.name}
-	c.AddTable(t) // so that deleting it succeeds
-	c.DelTable(t)
-	c.AddTable(t)
-	for i, s := range r.sets {
-		ks := &nftables.Set{Table: t, ID: uint32(i + 1), Name: s.name, KeyType: s.key}
-		if err := c.AddSet(ks, nil); err != nil {
-			return fmt.Errorf("nftables table %s: set %s: %w", r.name, s.name, err)
-		}
-		if err := c.SetAddElements(ks, elements(s.elems)); err != nil {
-			return fmt.Errorf("nftables table %s: set %s: %w", r.name, s.name, err)
-		}
-	}
 	digest := r.digest()
+	t := nl.RuleTable{Family: r.family, Name: r.name, Elements: map[string][]nftables.SetElement{}}
+	for _, s := range r.sets {
+		t.Sets = append(t.Sets, &nftables.Set{Name: s.name, KeyType: s.key})
+		t.Elements[s.name] = elements(s.elems)
+	}
 	for _, ch := range r.chains {
-		prio := nftables.ChainPriority(ch.prio)
-		kc := c.AddChain(&nftables.Chain{Table: t, Name: ch.name, Type: ch.typ, Hooknum: ch.hook, Priority: &prio, Policy: &ch.policy})
+		c := nl.RuleChain{Name: ch.name, Type: ch.typ, Hook: ch.hook, Prio: ch.prio, Policy: ch.policy}
 		for i, x := range ch.rules {
-			if nl.IsRaw(x.exprs) {
-				continue
-			}
-			c.AddRule(&nftables.Rule{Table: t, Chain: kc, Exprs: x.exprs,
-				UserData: userdata.AppendString(nil, userdata.TypeComment, comment(digest, ch, i))})
+			c.Rules = append(c.Rules, nl.TableRule{Exprs: x.exprs, UserData: userdata.AppendString(nil, userdata.TypeComment, comment(digest, ch, i))})
 		}
+		t.Chains = append(t.Chains, c)
 	}
-	if err := c.Flush(); err != nil {
-		return fmt.Errorf("write nftables table %s: %w", r.name, err)
-	}
-	// Before the others of their chain, in a transaction of their own: until then
-	// what comes behind them does its part.
-	for _, ch := range r.chains {
-		for i, x := range slices.Backward(ch.rules) {
-			if !nl.IsRaw(x.exprs) {
-				continue
-			}
-			if err := nl.AddRule(nl.Rule{Family: uint8(r.family), Table: r.name, Chain: ch.name, Exprs: x.exprs, First: true,
-				UserData: userdata.AppendString(nil, userdata.TypeComment, comment(digest, ch, i))}); err != nil {
-				return fmt.Errorf("write nftables table %s: chain %s: %w", r.name, ch.name, err)
-			}
+	err := t.Replace()
+	if err != nil && !errors.Is(err, unix.EPERM) {
+		// What stands is none of ours, in whatever form.
+		if derr := delTable(r.table); derr != nil {
+			return errors.Join(err, derr)
 		}
+		err = t.Replace()
 	}
-	return nil
+	return err
 }
 
 func elements(keys [][]byte) []nftables.SetElement {
@@ -775,6 +753,11 @@ func delGuard(o overlay.Guard) error {
 
 // redirectRules sends what a task asks 127.0.0.11:53 to the port where its
 // resolver listens, so that the task itself can have port 53 on all addresses.
+//
+// To translate an address the kernel tracks connections, all that the namespace
+// has. Those that are not loopback's are translated by nobody in here: they are
+// spared it, which is an eighth of the cost of a short connection. (IPv6 is not
+// tracked, as nothing asks for it.)
 func redirectRules(port uint16) ruleset {
 	var rules []rule
 	for _, proto := range []struct {
@@ -798,6 +781,8 @@ func redirectRules(port uint16) ruleset {
 	}
 	return ruleset{table: redirectTable, chains: []chain{
 		{"output", nftables.ChainTypeNAT, nftables.ChainHookOutput, prioDstNAT, nftables.ChainPolicyAccept, rules},
+		{"untracked-in", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, prioRaw, nftables.ChainPolicyAccept, []rule{r(iifNot("lo"), notrack)}},
+		{"untracked-out", nftables.ChainTypeFilter, nftables.ChainHookOutput, prioRaw, nftables.ChainPolicyAccept, []rule{r(oifNot("lo"), notrack)}},
 	}}
 }
 

@@ -552,14 +552,7 @@ func (d *Dataplane) Apply(ctx context.Context, op reconcile.Op) error {
 
 func (d *Dataplane) setNetwork(n vip.Network) error {
 	for _, f := range kern.Families(n) {
-		err := setBase(n, f, false)
-		if err != nil && !errors.Is(err, unix.EPERM) {
-			// Something of our name is there in another form (an older agent's,
-			// or a stranger's doing). Replace the whole table; the servers
-			// follow in the next pass.
-			d.log.Warn("replacing nftables table", "network", n.Name, "table", kern.Table, "because", err)
-			err = setBase(n, f, true)
-		}
+		err := kern.WriteBase(d.log, n, func(over kern.Over) error { return setBase(n, f, over) })
 		if err != nil {
 			return fmt.Errorf("network %s: %w", n.Name, err)
 		}
@@ -822,7 +815,7 @@ func probe() error {
 	}
 	n := vip.Network{Name: "probe", Subnets: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/24")}}
 	a := netip.MustParseAddr("10.0.0.2")
-	if err := setBase(n, kern.V4, false); err != nil {
+	if err := setBase(n, kern.V4, kern.KeepChains); err != nil {
 		return fmt.Errorf("no nftables in this kernel, which the IPVS data path needs too: modprobe nf_tables: %w", err)
 	}
 	if err := settings(); err != nil {

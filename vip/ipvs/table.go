@@ -208,16 +208,10 @@ func flip(off uint32, csum bool, csumOff uint32) []expr.Any {
 }
 
 // setBase makes the table of one family with all but what servers need.
-func setBase(n vip.Network, f kern.Family, replace bool) error {
+func setBase(n vip.Network, f kern.Family, over kern.Over) error {
 	t := kern.Begin(f)
-	t.Table()
 	chains := form(n, f)
-	if replace {
-		t.DelTable()
-		t.Table()
-	} else {
-		t.DelOthers(f, ours(chains))
-	}
+	t.Clear(f, over, ours(chains))
 	addr, mark := f.Type, nftables.TypeMark
 	t.Set(mapMarks, addr, &mark)
 	t.Set(setServed, addr, nil)

@@ -411,14 +411,7 @@ func (d *Dataplane) ApplyAll(ctx context.Context, ops []reconcile.Op) []error {
 
 func (d *Dataplane) setNetwork(n vip.Network) error {
 	for _, f := range kern.Families(n) {
-		err := setBase(n, f, false)
-		if err != nil && !errors.Is(err, unix.EPERM) {
-			// Something of our name is there in another form (an older agent's,
-			// or a stranger's doing). Replace the whole table; the servers
-			// follow in the next pass.
-			d.log.Warn("replacing nftables table", "network", n.Name, "table", kern.Table, "because", err)
-			err = setBase(n, f, true)
-		}
+		err := kern.WriteBase(d.log, n, func(over kern.Over) error { return setBase(n, f, over) })
 		if err != nil {
 			return fmt.Errorf("network %s: %w", n.Name, err)
 		}
@@ -438,15 +431,9 @@ func (d *Dataplane) setNetwork(n vip.Network) error {
 	return errors.Join(setServers(ops)...)
 }
 
-func setBase(n vip.Network, f kern.Family, replace bool) error {
+func setBase(n vip.Network, f kern.Family, over kern.Over) error {
 	t := kern.Begin(f)
-	t.Table()
-	if replace {
-		t.DelTable()
-		t.Table()
-	} else {
-		t.DelOthers(f, ours(f))
-	}
+	t.Clear(f, over, ours(f))
 	addr := f.Type
 	two := nftables.MustConcatSetType(addr, addr)
 	verdict := nftables.TypeVerdict
@@ -771,7 +758,7 @@ func Probe() error { return nl.DoNew(probe) }
 
 func probe() error {
 	n := vip.Network{Name: "probe", Subnets: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/24")}}
-	if err := setBase(n, kern.V4, false); err != nil {
+	if err := setBase(n, kern.V4, kern.KeepChains); err != nil {
 		return fmt.Errorf("kernel lacks nftables NAT (nf_tables, nft_nat, nft_ct and nft_reject modules): %w", err)
 	}
 	if err := kern.SetIdle(); err != nil {

@@ -1,9 +1,12 @@
 package nft
 
 import (
+	"net/netip"
+	"os/exec"
 	"strings"
 	"testing"
 
+	"github.com/shoalnet/shoal/internal/nl"
 	"github.com/shoalnet/shoal/vip"
 	"github.com/shoalnet/shoal/vip/viptest"
 )
@@ -82,6 +85,45 @@ func TestProbe(t *testing.T) {
 		t.Logf("not here: %v", err)
 		if !strings.Contains(err.Error(), "kernel lacks") {
 			t.Errorf("the reason does not name what is missing: %v", err)
+		}
+	}
+}
+
+// TestChainsOfAnotherType: what another version's table has with another hook
+// priority is replaced without losing a VIP on the way.
+func TestChainsOfAnotherType(t *testing.T) {
+	if err := Probe(); err != nil {
+		t.Skip(err)
+	}
+	const ns = "shoalnft-other"
+	if err := nl.Create(ns); err != nil {
+		t.Fatal(err)
+	}
+	defer nl.Remove(ns)
+	n := vip.Network{ID: "n", Name: "n", Namespace: ns, Subnets: []netip.Prefix{netip.MustParsePrefix("10.213.7.0/24")},
+		Gateways: []netip.Addr{netip.MustParseAddr("10.213.7.1")},
+		Servers:  []vip.Server{{VIP: netip.MustParseAddr("10.213.7.2"), Name: "web", Backends: []vip.Backend{{Addr: netip.MustParseAddr("10.213.7.9"), Weight: 1}}}}}
+	d := New(Config{})
+	if err := d.Apply(t.Context(), vip.SetNetwork{Want: n}); err != nil {
+		t.Fatal(err)
+	}
+	sh := func(cmd string) string {
+		t.Helper()
+		out, err := exec.Command("ip", "netns", "exec", ns, "sh", "-c", cmd).CombinedOutput()
+		if err != nil {
+			t.Fatalf("%s: %v: %s", cmd, err, out)
+		}
+		return string(out)
+	}
+	sh("nft flush chain ip shoal-vip input; nft delete chain ip shoal-vip input; nft 'add chain ip shoal-vip input { type filter hook input priority -7; }'")
+	n.Servers = nil // as in the operation that mends what the servers share
+	if err := d.Apply(t.Context(), vip.SetNetwork{Want: n, Why: "another version"}); err != nil {
+		t.Fatal(err)
+	}
+	have := sh("nft list table ip shoal-vip")
+	for _, x := range []string{"10.213.7.2 : goto vip-10.213.7.2", "10.213.7.9", "hook input priority filter"} {
+		if !strings.Contains(have, x) {
+			t.Errorf("%q is missing in\n%s", x, have)
 		}
 	}
 }

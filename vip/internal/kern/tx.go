@@ -3,12 +3,17 @@ package kern
 import (
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
+	"log/slog"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/userdata"
 	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/shoalnet/shoal/vip"
 )
 
 // elemChunk is how many set elements go into one message: at up to 60 octets
@@ -177,6 +182,49 @@ func (t *Tx) DelOthers(f Family, ours func(name string) bool) {
 		if !ours(name) {
 			t.DelChain(name)
 		}
+	}
+}
+
+// Over is what of a table that stands is kept when its base is written.
+type Over int
+
+// From the one that no packet notices on.
+const (
+	KeepChains    Over = iota // all but chains that are not ours
+	ReplaceChains             // as well, but chains with a hook are made anew, which may be of another type
+	ReplaceTable              // nothing
+)
+
+// WriteBase writes the base of a network's table, over as much of what stands as
+// can be kept: another version's chains, or a stranger's, may be of another type,
+// and so may its sets.
+func WriteBase(log *slog.Logger, n vip.Network, write func(Over) error) error {
+	err := write(KeepChains)
+	if err != nil && !errors.Is(err, unix.EPERM) {
+		log.Info("replacing the chains of an nftables table", "network", n.Name, "table", Table, "because", err)
+		err = write(ReplaceChains)
+	}
+	if err != nil && !errors.Is(err, unix.EPERM) {
+		// The servers follow in the next pass.
+		log.Warn("replacing nftables table", "network", n.Name, "table", Table, "because", err)
+		err = write(ReplaceTable)
+	}
+	return err
+}
+
+// Clear begins a transaction that writes the base of the table.
+func (t *Tx) Clear(f Family, over Over, ours func(name string) bool) {
+	t.Table()
+	switch over {
+	case KeepChains:
+		t.DelOthers(f, ours)
+	case ReplaceChains:
+		chains, err := Chains(f)
+		t.keep(err)
+		t.DelOthers(f, func(name string) bool { return ours(name) && (chains[name] == nil || chains[name].Hook < 0) })
+	case ReplaceTable:
+		t.DelTable()
+		t.Table()
 	}
 }
 
