@@ -121,6 +121,36 @@ func (l *Lab) say(format string, args ...any) {
 	}
 }
 
+// change makes a change to a lab that others may be changing at the same time:
+// what is on disk counts, not what was read some time ago.
+func (l *Lab) change(fn func() error) error {
+	f, err := os.OpenFile(filepath.Join(l.Dir, "lab.lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return err
+	}
+	defer f.Close() // and with it the lock
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX); err != nil {
+		return fmt.Errorf("lock %s: %w", f.Name(), err)
+	}
+	b, err := os.ReadFile(filepath.Join(l.Dir, "lab.json"))
+	if err != nil {
+		return fmt.Errorf("lab %s: %w", l.Name, err)
+	}
+	var now Lab
+	if err := json.Unmarshal(b, &now); err != nil {
+		return fmt.Errorf("lab %s: %s is damaged: %w", l.Name, filepath.Join(l.Dir, "lab.json"), err)
+	}
+	for i := range l.NodeList {
+		if i < len(now.NodeList) {
+			l.NodeList[i].PID = now.NodeList[i].PID
+		}
+	}
+	if err := fn(); err != nil {
+		return err
+	}
+	return l.save()
+}
+
 func (l *Lab) save() error {
 	b, err := json.MarshalIndent(l, "", "  ")
 	if err != nil {
@@ -325,12 +355,17 @@ func (l *Lab) startAgent(n *Node) error {
 	cmd.Dir = "/"
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if err := nl.Do(n.Netns, cmd.Start); err != nil {
-		return fmt.Errorf("%s: start agent: %w", n.Name, err)
-	}
-	n.PID = cmd.Process.Pid
-	go func() { _ = cmd.Wait() }() // ends with the agent; a lab of another process has init do it
-	return l.save()
+	return l.change(func() error {
+		if n.Running() {
+			return fmt.Errorf("%s runs already", n.Name)
+		}
+		if err := nl.Do(n.Netns, cmd.Start); err != nil {
+			return fmt.Errorf("%s: start agent: %w", n.Name, err)
+		}
+		n.PID = cmd.Process.Pid
+		go func() { _ = cmd.Wait() }() // ends with the agent; a lab of another process has init do it
+		return nil
+	})
 }
 
 // awaitAgent waits until the agent answers on its socket.
@@ -366,9 +401,9 @@ func alive(pid int) bool {
 	return i < 0 || !strings.HasPrefix(string(b[i+1:]), " Z")
 }
 
-// running tells whether the node's agent runs. Once it has ended another process
+// Running tells whether the node's agent runs. Once it has ended another process
 // may get its ID, but not in the node's namespace.
-func (n *Node) running() bool {
+func (n *Node) Running() bool {
 	if !alive(n.PID) {
 		return false
 	}
@@ -492,11 +527,13 @@ func (l *Lab) Kill(ctx context.Context, node string) error {
 	if err := l.setLink(n, false); err != nil {
 		return err
 	}
-	if err := killAll(ctx, append(l.namespaces(n), n.Netns)); err != nil {
+	if err := l.killAll(ctx, n); err != nil {
 		return fmt.Errorf("%s: %w", n.Name, err)
 	}
-	n.PID = 0
-	return l.save()
+	return l.change(func() error {
+		n.PID = 0
+		return nil
+	})
 }
 
 // KillAgent kills a node's agent only.
@@ -505,7 +542,7 @@ func (l *Lab) KillAgent(node string) error {
 	if err != nil {
 		return err
 	}
-	if !n.running() {
+	if !n.Running() {
 		return fmt.Errorf("%s: its agent is not running", node)
 	}
 	if err := syscall.Kill(n.PID, syscall.SIGKILL); err != nil {
@@ -514,8 +551,10 @@ func (l *Lab) KillAgent(node string) error {
 	for alive(n.PID) {
 		time.Sleep(time.Millisecond)
 	}
-	n.PID = 0
-	return l.save()
+	return l.change(func() error {
+		n.PID = 0
+		return nil
+	})
 }
 
 // Start brings a node back: its link, and its agent.
@@ -524,7 +563,7 @@ func (l *Lab) Start(ctx context.Context, node string) error {
 	if err != nil {
 		return err
 	}
-	if n.running() {
+	if n.Running() {
 		return fmt.Errorf("%s runs already", node)
 	}
 	if err := l.setLink(n, true); err != nil {
@@ -555,14 +594,17 @@ func (l *Lab) namespaces(n *Node) []string {
 	return out
 }
 
-// killAll kills every process in the given namespaces.
-func killAll(ctx context.Context, namespaces []string) error {
+// killAll kills every process of some nodes: those in their namespaces, also ones
+// that an agent makes while it dies, and shims whose namespace has no name any more.
+func (l *Lab) killAll(ctx context.Context, nodes ...*Node) error {
 	for {
 		inodes := map[string]bool{}
-		for _, ns := range namespaces {
-			var st syscall.Stat_t
-			if err := syscall.Stat(nl.Path(ns), &st); err == nil {
-				inodes[fmt.Sprintf("net:[%d]", st.Ino)] = true
+		for _, n := range nodes {
+			for _, ns := range append(l.namespaces(n), n.Netns) {
+				var st syscall.Stat_t
+				if err := syscall.Stat(nl.Path(ns), &st); err == nil {
+					inodes[fmt.Sprintf("net:[%d]", st.Ino)] = true
+				}
 			}
 		}
 		var found []int
@@ -571,11 +613,14 @@ func killAll(ctx context.Context, namespaces []string) error {
 			return err
 		}
 		for _, p := range procs {
-			if link, err := os.Readlink(p); err == nil && inodes[link] {
-				if pid, err := strconv.Atoi(strings.Split(p, "/")[2]); err == nil && pid != os.Getpid() && alive(pid) {
-					found = append(found, pid)
-					_ = syscall.Kill(pid, syscall.SIGKILL)
-				}
+			pid, err := strconv.Atoi(strings.Split(p, "/")[2])
+			if err != nil || pid == os.Getpid() || !alive(pid) {
+				continue
+			}
+			link, err := os.Readlink(p)
+			if err == nil && inodes[link] || slices.ContainsFunc(nodes, func(n *Node) bool { return l.works(pid, n.Dir) }) {
+				found = append(found, pid)
+				_ = syscall.Kill(pid, syscall.SIGKILL)
 			}
 		}
 		if len(found) == 0 {
@@ -589,18 +634,30 @@ func killAll(ctx context.Context, namespaces []string) error {
 	}
 }
 
+// works tells whether a process is this program, at work in a node's directory.
+func (l *Lab) works(pid int, dir string) bool {
+	exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid))
+	if err != nil || strings.TrimSuffix(exe, " (deleted)") != l.Binary {
+		return false
+	}
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	return err == nil && slices.ContainsFunc(strings.Split(string(b), "\x00"), func(arg string) bool {
+		return arg == dir || strings.HasPrefix(arg, dir+"/")
+	})
+}
+
 // Down removes all of a lab, also of one that is only half there.
 func (l *Lab) Down(ctx context.Context) error {
 	var all []string
+	var nodes []*Node
 	for i := range l.NodeList {
-		n := &l.NodeList[i]
+		nodes = append(nodes, &l.NodeList[i])
+	}
+	errs := []error{l.killAll(ctx, nodes...)}
+	for _, n := range nodes { // whoever could make more is dead
 		all = append(append(all, n.Netns), l.namespaces(n)...)
 	}
 	all = append(all, l.underlay())
-	errs := []error{killAll(ctx, all)}
-	for i := range l.NodeList {
-		all = append(all, l.namespaces(&l.NodeList[i])...) // made while the agents were dying
-	}
 	for _, ns := range all {
 		errs = append(errs, nl.Remove(ns))
 	}

@@ -7,9 +7,12 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -274,4 +277,71 @@ func listenSocket(args []string) (net.Listener, error) {
 		}
 	}
 	return nil, errors.New("no --socket")
+}
+
+// TestStartTogether: nodes that several commands start at once are all known to
+// run, and one node is started once; what runs in a node's directory ends with the
+// lab, whatever namespace it is in.
+func TestStartTogether(t *testing.T) {
+	needRoot(t)
+	t.Setenv("LAB_TEST_AGENT", "1")
+	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+	defer cancel()
+	o := Options{Name: "wtog" + strconv.Itoa(os.Getpid()), Nodes: 3, Dir: filepath.Join(t.TempDir(), "lab"), NoInit: true}
+	l, err := Up(ctx, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := l.Down(context.Background()); err != nil {
+			t.Error(err)
+		}
+	}()
+	for _, n := range l.Nodes() {
+		if err := l.Kill(ctx, n.Name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var wg sync.WaitGroup
+	errs := make([]error, 6)
+	for i := range errs {
+		mine := *l // as another process has read it
+		mine.NodeList = l.Nodes()
+		wg.Go(func() { errs[i] = mine.Start(ctx, "node"+strconv.Itoa(i%3+1)) })
+	}
+	wg.Wait()
+	for i := range 3 {
+		if (errs[i] == nil) == (errs[i+3] == nil) {
+			t.Errorf("node%d, started twice at once: %v, %v", i+1, errs[i], errs[i+3])
+		}
+	}
+	if err := l.change(func() error { return nil }); err != nil { // reads
+		t.Fatal(err)
+	}
+	for _, n := range l.Nodes() {
+		if !n.Running() {
+			t.Errorf("%s is not known to run: %d", n.Name, n.PID)
+		}
+	}
+	shim := exec.Command(l.Binary, "task-shim", filepath.Join(l.NodeList[0].Dir, "data", "x"), "--socket", filepath.Join(l.NodeList[0].Dir, "x.sock"))
+	shim.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
+	if err := shim.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- shim.Wait() }()
+	for up := false; !up && ctx.Err() == nil; _, err = os.Stat(filepath.Join(l.NodeList[0].Dir, "x.sock")) {
+		up = err == nil
+		time.Sleep(time.Millisecond)
+	}
+	if err := l.Down(ctx); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-ended:
+	case <-time.After(5 * time.Second):
+		t.Error("a shim outlives the lab")
+		_ = shim.Process.Kill()
+		<-ended
+	}
 }

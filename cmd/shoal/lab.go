@@ -87,7 +87,7 @@ func (c *cli) labLs(name *string) *cobra.Command {
 			rows := [][]string{{"NODE", "ADDRESS", "NAMESPACE", "AGENT", "DIRECTORY"}}
 			for _, n := range l.Nodes() {
 				agent := "down"
-				if n.PID != 0 {
+				if n.Running() {
 					agent = fmt.Sprintf("pid %d", n.PID)
 				}
 				rows = append(rows, []string{n.Name, n.Addr.String(), n.Netns, agent, n.Dir})
