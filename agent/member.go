@@ -309,6 +309,20 @@ func (m *member) liveness() map[string]spec.Liveness {
 	return out
 }
 
+// templateContext implements plumbing.
+func (m *member) templateContext(t spec.Task) (spec.TemplateContext, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.assigned != nil {
+		for _, s := range m.assigned.Services {
+			if s.ID == t.Service {
+				return spec.NewTemplateContext(s, spec.Node{ID: m.ident.NodeID, Name: m.ident.Name}, t), nil
+			}
+		}
+	}
+	return spec.TemplateContext{}, fmt.Errorf("the templates of task %s can't be filled in: its service is not known here", t.Name)
+}
+
 // ---- composing ----
 
 func (m *member) composeLoop() {

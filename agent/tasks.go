@@ -41,6 +41,8 @@ type plumbing interface {
 	publish()
 	// wired waits until the task's interfaces and routes are as wanted.
 	wired(ctx context.Context, t spec.Task) error
+	// templateContext is what the templates of a service's task see.
+	templateContext(t spec.Task) (spec.TemplateContext, error)
 	// network is what the managers said of a network.
 	network(id string) (spec.Network, bool)
 	// settled waits until this node and every live one has applied what was
@@ -410,6 +412,18 @@ func (r *runner) live(ctx context.Context, found *runtime.Status) error {
 		return nil
 	}
 
+	if found == nil && t.Service != "" && t.Spec.HasTemplates() {
+		c, err := r.plumbing.templateContext(t)
+		if err != nil {
+			return err
+		}
+		if t.Spec, err = t.Spec.Expand(c); err != nil {
+			return err
+		}
+		r.mu.Lock()
+		r.task.Spec = t.Spec
+		r.mu.Unlock()
+	}
 	sb := spec.Sandbox{Task: t.ID, Name: t.Name}
 	if found != nil {
 		sb.Netns, sb.DNSPort = found.Sandbox.Netns, found.Sandbox.DNSPort

@@ -204,6 +204,10 @@ func (b *bench) wired(ctx context.Context, t spec.Task) error { return b.do(ctx,
 
 func (b *bench) settled(ctx context.Context) error { return b.do(ctx, "settled") }
 
+func (b *bench) templateContext(t spec.Task) (spec.TemplateContext, error) {
+	return spec.NewTemplateContext(spec.Service{ID: t.Service}, spec.Node{Name: "here"}, t), nil
+}
+
 func (b *bench) network(id string) (spec.Network, bool) {
 	if b.hosts[id] {
 		return spec.Network{ID: id, Driver: spec.DriverHost}, true

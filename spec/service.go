@@ -24,7 +24,7 @@ type TaskSpec struct {
 	Env        []string          `json:"env,omitempty"` // KEY=value
 	Dir        string            `json:"dir,omitempty"`
 	User       string            `json:"user,omitempty"`     // user[:group], names or numbers
-	Hostname   string            `json:"hostname,omitempty"` // template of services: {{.Task.Slot}} is not expanded; empty: the task's short name
+	Hostname   string            `json:"hostname,omitempty"` // of services a template, see Expand; empty: the task's short name
 	Labels     map[string]string `json:"labels,omitempty"`
 	StopSignal string            `json:"stop_signal,omitempty"` // name or number; empty: SIGTERM
 	StopGrace  time.Duration     `json:"stop_grace,omitempty"`  // 0: DefaultStopGrace
@@ -88,7 +88,7 @@ func (t TaskSpec) Validate() error {
 			return fmt.Errorf("command argument %q: holds a NUL byte", c)
 		}
 	}
-	if t.Hostname != "" {
+	if t.Hostname != "" && !strings.Contains(t.Hostname, "{{") {
 		if err := ValidateHostname(t.Hostname); err != nil {
 			return err
 		}
@@ -161,6 +161,9 @@ func (s ServiceSpec) Validate() error {
 		return fmt.Errorf("service %s: %w", s.Name, err)
 	}
 	if err := s.Task.Validate(); err != nil {
+		return fmt.Errorf("service %s: %w", s.Name, err)
+	}
+	if err := s.validateTemplates(); err != nil {
 		return fmt.Errorf("service %s: %w", s.Name, err)
 	}
 	if err := ValidatePorts(s.Ports); err != nil {

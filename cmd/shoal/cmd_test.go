@@ -2,12 +2,14 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/shoalnet/shoal/api"
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
@@ -245,4 +247,18 @@ func TestHelp(t *testing.T) {
 		}
 	}
 	walk(root)
+}
+
+// TestUpdateFlags: what svc create sets, svc update changes.
+func TestUpdateFlags(t *testing.T) {
+	c := &cli{}
+	create, update := c.svcCreate(), c.svcUpdate()
+	renamed := map[string]string{"add-host": "host"}
+	create.Flags().VisitAll(func(f *pflag.Flag) {
+		name := cmp.Or(renamed[f.Name], f.Name)
+		has := func(n string) bool { return update.Flags().Lookup(n) != nil }
+		if f.Name != "name" && !has(name) && (!has(name+"-add") || !has(name+"-rm")) {
+			t.Errorf("svc update can't change --%s", f.Name)
+		}
+	})
 }

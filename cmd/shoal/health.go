@@ -43,7 +43,7 @@ func (h *healthFlags) apply(have *shoalv1.HealthCheck) (*shoalv1.HealthCheck, er
 		was = *api.ToHealthCheck(have)
 	}
 	is := spec.HealthCheck{
-		Command: cmp.Or(h.Command, was.Command), Interval: cmp.Or(h.Interval, was.Interval), Timeout: cmp.Or(h.Timeout, was.Timeout),
+		Command: cmp.Or(spec.Text(h.Command), was.Command), Interval: cmp.Or(h.Interval, was.Interval), Timeout: cmp.Or(h.Timeout, was.Timeout),
 		StartPeriod: cmp.Or(h.StartPeriod, was.StartPeriod), StartInterval: cmp.Or(h.StartInterval, was.StartInterval), Retries: cmp.Or(h.Retries, was.Retries),
 	}
 	if err := is.Validate(); err != nil {

@@ -16,6 +16,8 @@ import (
 	"github.com/docker/go-units"
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
+
+	"github.com/shoalnet/shoal/spec"
 )
 
 // listing is what every ls shares: a table, -o json or wide, -q, --filter and
@@ -133,7 +135,7 @@ func (l *listing[T]) filtered(cmd *cobra.Command, all []T) ([]T, error) {
 		for k, values := range byKey {
 			if k == "label" {
 				for _, want := range values {
-					key, value, pair := strings.Cut(want, "=")
+					key, value, pair := strings.Cut(spec.Text(want), "=")
 					have, ok := l.labels(v)[key]
 					keep = keep && ok && (!pair || have == value)
 				}
@@ -375,7 +377,7 @@ const labelsOf = ""
 // Label is one label's value, as in Docker: {{.Label "tier"}}.
 func (r row) Label(key string) string {
 	m, _ := r[labelsOf].(map[string]string)
-	return m[key]
+	return spec.Raw(m[spec.Text(key)])
 }
 
 // newTemplate parses a --format, with Docker's functions.
@@ -461,7 +463,7 @@ func nameMatches(name, want string) bool {
 func labelText(m map[string]string) string {
 	var out []string
 	for _, k := range slices.Sorted(maps.Keys(m)) {
-		out = append(out, k+"="+m[k])
+		out = append(out, spec.Raw(k)+"="+spec.Raw(m[k]))
 	}
 	return strings.Join(out, ",")
 }

@@ -239,7 +239,7 @@ func (c *cli) netPrune() *cobra.Command {
 				if !ok {
 					return usageError(cmd, fmt.Errorf("filter %q: want label=KEY or label=KEY=VALUE", f))
 				}
-				k, v, _ := strings.Cut(l, "=")
+				k, v, _ := strings.Cut(spec.Text(l), "=")
 				want[k] = v
 			}
 			if !force {

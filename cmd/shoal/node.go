@@ -168,7 +168,7 @@ func labels(in []string) (map[string]string, error) {
 		if k == "" {
 			return nil, fmt.Errorf("label %q: want key=value", l)
 		}
-		m[k] = v
+		m[spec.Text(k)] = spec.Text(v)
 	}
 	return m, nil
 }

@@ -96,7 +96,7 @@ func (t *taskFlags) attachments() ([]*shoalv1.NetworkAttachment, error) {
 }
 
 func (t *taskFlags) spec(command []string) (*shoalv1.TaskSpec, error) {
-	s := &shoalv1.TaskSpec{Command: command, Dns: t.dns, DnsSearch: t.dnsSearch, DnsOptions: t.dnsOptions, ExtraHosts: t.hosts, Links: t.links, Expose: t.expose, Hostname: t.hostname, User: t.user, Dir: t.dir, StopSignal: t.stopSignal, StopGraceMs: t.stopGrace.Milliseconds()}
+	s := &shoalv1.TaskSpec{Command: spec.Texts(command), Dns: t.dns, DnsSearch: t.dnsSearch, DnsOptions: t.dnsOptions, ExtraHosts: t.hosts, Links: t.links, Expose: t.expose, Hostname: t.hostname, User: spec.Text(t.user), Dir: spec.Text(t.dir), StopSignal: t.stopSignal, StopGraceMs: t.stopGrace.Milliseconds()}
 	env, err := fileLines("--env-file", t.envFile)
 	if err != nil {
 		return nil, err
@@ -120,6 +120,7 @@ func (t *taskFlags) spec(command []string) (*shoalv1.TaskSpec, error) {
 		}
 		s.Env = append(s.Env, e)
 	}
+	s.Env = spec.Texts(s.Env)
 	lines, err := fileLines("--label-file", t.labelFile)
 	if err != nil {
 		return nil, err
@@ -361,10 +362,12 @@ const replicated = "replicated"
 // image is the program, which stands where Docker shows an image.
 func image(t *shoalv1.TaskSpec) string {
 	if c := t.GetCommand(); len(c) > 0 {
-		return c[0]
+		return spec.Raw(c[0])
 	}
 	return ""
 }
+
+func commandText(t *shoalv1.TaskSpec) string { return spec.Raw(strings.Join(t.GetCommand(), " ")) }
 
 func (c *cli) svcLs() *cobra.Command {
 	type service = *shoalv1.Service
@@ -389,7 +392,7 @@ func (c *cli) svcLs() *cobra.Command {
 			}},
 			{"PORTS", false, func(s service) string { return cmp.Or(portsText(s.Ports), "-") }},
 			{"ENDPOINT MODE", true, func(s service) string { return s.GetSpec().GetEndpointMode() }},
-			{"COMMAND", true, func(s service) string { return strings.Join(s.GetSpec().GetTask().GetCommand(), " ") }},
+			{"COMMAND", true, func(s service) string { return commandText(s.GetSpec().GetTask()) }},
 		},
 		filters: map[string]func(service, string) bool{
 			"id":   func(s service, v string) bool { return strings.HasPrefix(s.Id, v) },
@@ -510,7 +513,7 @@ func (c *cli) taskListing() *taskListing {
 				return strings.Join(strings.Fields(note(t)), " ")
 			}},
 			{"PORTS", true, func(t task) string { return cmp.Or(portsText(t.Ports), "-") }},
-			{"COMMAND", true, func(t task) string { return strings.Join(t.GetSpec().GetCommand(), " ") }},
+			{"COMMAND", true, func(t task) string { return commandText(t.GetSpec()) }},
 		},
 		filters: map[string]func(task, string) bool{
 			"id":      func(t task, v string) bool { return strings.HasPrefix(t.Id, v) },
@@ -627,7 +630,7 @@ func (c *cli) svcInspect() *cobra.Command {
 }
 
 func (c *cli) svcScale() *cobra.Command {
-	var detach bool
+	var detach, quiet bool
 	cmd := &cobra.Command{Use: "scale SERVICE=REPLICAS [SERVICE=REPLICAS...]", Short: "Change the number of replicas", Args: atLeast(1),
 		Example:           "  shoal svc scale web=5\n  shoal svc scale web=0 db=1",
 		ValidArgsFunction: c.complete(c.serviceNames),
@@ -658,13 +661,14 @@ func (c *cli) svcScale() *cobra.Command {
 				return nil
 			}
 			for _, s := range scaled {
-				if err := c.converge(cmd.Context(), s, false); err != nil {
+				if err := c.converge(cmd.Context(), s, quiet); err != nil {
 					return err
 				}
 			}
 			return nil
 		}}
 	cmd.Flags().BoolVarP(&detach, "detach", "d", false, "don't wait until the replicas run")
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "wait, but show no progress")
 	return cmd
 }
 

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	shellquote "github.com/kballard/go-shellquote"
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/proto"
 
@@ -21,8 +22,10 @@ func (c *cli) svcUpdate() *cobra.Command {
 	var replicas int32
 	var publishAdd, publishRm, networkAdd, networkRm, envAdd, envRm, labelAdd, labelRm, constraintAdd, constraintRm []string
 	var dnsAdd, dnsRm, hostAdd, hostRm []string
-	var command, hostname, mode string
-	var grace time.Duration
+	var taskLabelAdd, taskLabelRm, searchAdd, searchRm, optionAdd, optionRm, exposeAdd, exposeRm, linkAdd, linkRm, aliasAdd, aliasRm, envFile, labelFile []string
+	var command, hostname, mode, user, dir, stopSignal, vip string
+	var grace, restartDelay time.Duration
+	var restartMax int32
 	var health healthFlags
 	var detach, quiet bool
 	cmd := &cobra.Command{Use: "update SERVICE [-- COMMAND [ARG...]]", Short: "Change a service", Args: atLeast(1),
@@ -45,7 +48,7 @@ running before the old one ends.`,
 			sp := svc.Spec
 			changed := len(args) > 1
 			if changed {
-				sp.Task.Command = args[1:]
+				sp.Task.Command = spec.Texts(args[1:])
 			}
 			set := func(flag string, fn func() error) {
 				if f.Changed(flag) && err == nil {
@@ -54,29 +57,93 @@ running before the old one ends.`,
 				}
 			}
 			set("replicas", func() error { sp.Replicas = replicas; return nil })
-			set("args", func() error { sp.Task.Command = append(sp.Task.Command[:1:1], strings.Fields(command)...); return nil })
+			set("args", func() error {
+				words, err := shellquote.Split(command)
+				if err != nil {
+					return fmt.Errorf("--args %q: %w", command, err)
+				}
+				sp.Task.Command = append(sp.Task.Command[:1:1], spec.Texts(words)...)
+				return nil
+			})
+			set("user", func() error { sp.Task.User = spec.Text(user); return nil })
+			set("workdir", func() error { sp.Task.Dir = spec.Text(dir); return nil })
+			set("stop-signal", func() error { sp.Task.StopSignal = stopSignal; return nil })
+			set("restart-delay", func() error { sp.RestartDelayMs = restartDelay.Milliseconds(); return nil })
+			set("restart-max-attempts", func() error { sp.RestartMax = restartMax; return nil })
+			set("container-label-rm", func() error {
+				for _, k := range taskLabelRm {
+					delete(sp.Task.Labels, spec.Text(k))
+				}
+				return nil
+			})
+			set("container-label-add", func() error {
+				add, err := labels(taskLabelAdd)
+				sp.Task.Labels = merged(sp.Task.Labels, add)
+				return err
+			})
+			set("dns-search-rm", func() error { sp.Task.DnsSearch = drop(sp.Task.DnsSearch, searchRm); return nil })
+			set("dns-search-add", func() error { sp.Task.DnsSearch = more(sp.Task.DnsSearch, searchAdd); return nil })
+			set("dns-option-rm", func() error { sp.Task.DnsOptions = drop(sp.Task.DnsOptions, optionRm); return nil })
+			set("dns-option-add", func() error { sp.Task.DnsOptions = more(sp.Task.DnsOptions, optionAdd); return nil })
+			set("expose-rm", func() error { sp.Task.Expose = drop(sp.Task.Expose, exposeRm); return nil })
+			set("expose-add", func() error { sp.Task.Expose = more(sp.Task.Expose, exposeAdd); return nil })
+			set("link-rm", func() error {
+				sp.Task.Links = slices.DeleteFunc(slices.Clone(sp.Task.Links), func(l string) bool {
+					_, alias := spec.ParseLink(l)
+					return slices.Contains(linkRm, l) || slices.Contains(linkRm, alias)
+				})
+				return nil
+			})
+			set("link-add", func() error {
+				// Only the new ones bring variables.
+				t := &shoalv1.TaskSpec{Links: linkAdd}
+				if err := c.api().Link(ctx, t, sp.Name, sp.Networks); err != nil {
+					return err
+				}
+				sp.Task.Links = more(sp.Task.Links, t.Links)
+				sp.Task.Env = append(dropKeys(sp.Task.Env, each1(t.Env, key)), t.Env...)
+				return nil
+			})
+			set("network-alias-rm", func() error {
+				for _, a := range sp.Networks {
+					a.Aliases = drop(a.Aliases, aliasRm)
+				}
+				return nil
+			})
 			set("hostname", func() error { sp.Task.Hostname = hostname; return nil })
 			set("endpoint-mode", func() error { sp.EndpointMode = mode; return nil })
 			set("stop-grace-period", func() error { sp.Task.StopGraceMs = grace.Milliseconds(); return nil })
-			set("env-rm", func() error { sp.Task.Env = dropKeys(sp.Task.Env, envRm); return nil })
+			set("env-rm", func() error { sp.Task.Env = dropKeys(sp.Task.Env, spec.Texts(envRm)); return nil })
+			set("env-file", func() error {
+				tf := taskFlags{envFile: envFile}
+				t, err := tf.spec(nil)
+				sp.Task.Env = append(dropKeys(sp.Task.Env, each1(t.GetEnv(), key)), t.GetEnv()...)
+				return err
+			})
 			set("env-add", func() error {
-				sp.Task.Env = append(dropKeys(sp.Task.Env, each1(envAdd, key)), envAdd...)
-				return nil
+				tf := taskFlags{env: envAdd}
+				t, err := tf.spec(nil)
+				sp.Task.Env = append(dropKeys(sp.Task.Env, each1(t.GetEnv(), key)), t.GetEnv()...)
+				return err
 			})
 			set("label-rm", func() error {
 				for _, k := range labelRm {
-					delete(sp.Labels, k)
+					delete(sp.Labels, spec.Text(k))
 				}
 				return nil
 			})
 			set("label-add", func() error {
 				add, err := labels(labelAdd)
-				if sp.Labels == nil {
-					sp.Labels = map[string]string{}
+				sp.Labels = merged(sp.Labels, add)
+				return err
+			})
+			set("label-file", func() error {
+				lines, err := fileLines("--label-file", labelFile)
+				if err != nil {
+					return err
 				}
-				for k, v := range add {
-					sp.Labels[k] = v
-				}
+				add, err := labels(lines)
+				sp.Labels = merged(sp.Labels, add)
 				return err
 			})
 			set("constraint-rm", func() error { sp.Constraints = drop(sp.Constraints, constraintRm); return nil })
@@ -104,6 +171,18 @@ running before the old one ends.`,
 				add, err := tf.attachments()
 				sp.Networks = append(sp.Networks, add...)
 				return err
+			})
+			set("network-alias-add", func() error {
+				for _, a := range sp.Networks {
+					a.Aliases = more(a.Aliases, aliasAdd)
+				}
+				return nil
+			})
+			set("vip", func() error {
+				if len(sp.Networks) > 0 {
+					sp.Networks[0].Addrs = []string{vip}
+				}
+				return nil
 			})
 			set("publish-rm", func() error { sp.Ports, err = withoutPorts(svc, publishRm); return err })
 			set("publish-add", func() error {
@@ -137,7 +216,27 @@ running before the old one ends.`,
 		}}
 	f := cmd.Flags()
 	f.Int32Var(&replicas, "replicas", 0, "number of tasks")
-	f.StringVar(&command, "args", "", "arguments of the command")
+	f.StringVar(&command, "args", "", "arguments of the command, with quotes as a shell has them")
+	f.StringVarP(&user, "user", "u", "", "user or uid, and group: NAME[:GROUP]")
+	f.StringVarP(&dir, "workdir", "w", "", "working directory")
+	f.StringVar(&stopSignal, "stop-signal", "", "signal that asks the program to stop")
+	f.DurationVar(&restartDelay, "restart-delay", 0, "wait before the first restart; doubles up to 30s")
+	f.Int32Var(&restartMax, "restart-max-attempts", 0, "restarts of a replica before it is given up (0: no limit)")
+	f.StringVar(&vip, "vip", "", "virtual IP on the first network")
+	f.StringArrayVar(&envFile, "env-file", nil, "set the environment variables of a file")
+	f.StringArrayVar(&labelFile, "label-file", nil, "set the labels of a file")
+	f.StringArrayVar(&taskLabelAdd, "container-label-add", nil, "set a label of the tasks, key=value")
+	f.StringArrayVar(&taskLabelRm, "container-label-rm", nil, "remove a label of the tasks, by key")
+	f.StringSliceVar(&searchAdd, "dns-search-add", nil, "add a search domain")
+	f.StringSliceVar(&searchRm, "dns-search-rm", nil, "remove a search domain")
+	f.StringSliceVar(&optionAdd, "dns-option-add", nil, "add a resolv.conf option")
+	f.StringSliceVar(&optionRm, "dns-option-rm", nil, "remove a resolv.conf option")
+	f.StringSliceVar(&exposeAdd, "expose-add", nil, "add a port that is served, PORT[/PROTOCOL]")
+	f.StringSliceVar(&exposeRm, "expose-rm", nil, "remove such a port")
+	f.StringArrayVar(&linkAdd, "link-add", nil, "know a task or service by another name, NAME:ALIAS")
+	f.StringArrayVar(&linkRm, "link-rm", nil, "forget such a name, by alias")
+	f.StringSliceVar(&aliasAdd, "network-alias-add", nil, "add a name on every network of the service")
+	f.StringSliceVar(&aliasRm, "network-alias-rm", nil, "remove such a name")
 	f.StringVar(&hostname, "hostname", "", "host name inside the tasks")
 	f.StringVar(&mode, "endpoint-mode", "", "vip or dnsrr")
 	f.DurationVar(&grace, "stop-grace-period", 0, "time between the stop signal and the kill")
@@ -195,6 +294,18 @@ func key(kv string) string { k, _, _ := strings.Cut(kv, "="); return k }
 // dropKeys removes KEY=value items by key.
 func dropKeys(in, keys []string) []string {
 	return slices.DeleteFunc(slices.Clone(in), func(e string) bool { return slices.Contains(keys, key(e)) })
+}
+
+// more adds what is not there yet.
+func more(in, items []string) []string { return append(drop(in, items), items...) }
+
+// merged is m with what add has.
+func merged(m, add map[string]string) map[string]string {
+	if m == nil {
+		m = map[string]string{}
+	}
+	maps.Copy(m, add)
+	return m
 }
 
 func drop(in, items []string) []string {

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -40,12 +41,18 @@ found; with -d it prints the task's ID once it runs.`,
 		Example: `  shoal run -d --name c1 --network app -- sleep 3600
   shoal run --rm --network app -- curl -s http://web/
   shoal run -it --rm --network app -- bash`,
-		RunE: func(cmd *cobra.Command, args []string) error {
+		RunE: func(cmd *cobra.Command, args []string) (err error) {
+			// Docker's status for what is not the program's.
+			defer func() {
+				var exit *exitError
+				if err != nil && !errors.As(err, &exit) {
+					err = &exitError{code: 125, err: err}
+				}
+			}()
 			if len(args) == 0 {
 				return usageError(cmd, fmt.Errorf("no command: give it after --, like: shoal run --network app -- sleep 60"))
 			}
 			tf.stopGrace = time.Duration(stopTimeout) * time.Second
-			var err error
 			if req.Spec, err = tf.spec(args); err != nil {
 				return usageError(cmd, err)
 			}
@@ -236,9 +243,9 @@ func (c *cli) rmCmd() *cobra.Command {
 				for _, a := range args {
 					t, err := c.task(cmd.Context(), a)
 					if err != nil {
-						return err
+						return c.pointTo(cmd.Context(), a, err, "use 'shoal svc rm NAME'")
 					}
-					if !ended(t) {
+					if !ended(t) && t.Service == "" {
 						return fmt.Errorf("task %s is %s: run 'shoal stop %s' first, or 'shoal rm -f %s'", t.Name, t.GetStatus().GetState(), a, a)
 					}
 				}
@@ -254,7 +261,11 @@ func (c *cli) endTasks(ctx context.Context, refs []string, remove bool) error {
 	return c.forEach(refs, func(ref string) error {
 		t, err := c.task(ctx, ref)
 		if err != nil {
-			return err
+			how := "use 'shoal svc scale NAME=0', or 'shoal svc rm NAME'"
+			if remove {
+				how = "use 'shoal svc rm NAME'"
+			}
+			return c.pointTo(ctx, ref, err, how)
 		}
 		if t.Service != "" {
 			return fmt.Errorf("task %s is a replica of a service, which would replace it: use 'shoal svc scale' or 'shoal svc rm'", t.Name)
@@ -291,7 +302,7 @@ func (c *cli) logsCmd() *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			t, err := c.runningTask(cmd.Context(), args[0])
 			if err != nil {
-				return err
+				return c.pointTo(cmd.Context(), args[0], err, "use 'shoal svc logs NAME'")
 			}
 			return c.followLogs(cmd.Context(), []*shoalv1.Task{t}, lf)
 		}}
@@ -300,6 +311,26 @@ func (c *cli) logsCmd() *cobra.Command {
 	f.BoolVarP(&lf.timestamps, "timestamps", "t", false, "begin each line with its time")
 	f.Int32VarP(&lf.tail, "tail", "n", 0, "only the last lines (0: all)")
 	return cmd
+}
+
+// pointTo makes of the error that no task has a name what to do instead, if a
+// service has it: a text with its NAME and its REPLICAS.
+func (c *cli) pointTo(ctx context.Context, ref string, err error, how string) error {
+	svcs, serr := c.services(ctx, ref)
+	if serr != nil || len(svcs) != 1 {
+		return err
+	}
+	name, replicas := svcs[0].GetSpec().GetName(), "none is there, see 'shoal svc ps "+svcs[0].GetSpec().GetName()+"'"
+	if ts, terr := c.tasks(ctx, &shoalv1.ListTasksRequest{Service: svcs[0].Id}); terr == nil && len(ts) > 0 {
+		var slots []string
+		for _, t := range ts {
+			if s := fmt.Sprintf("%s.%d", name, t.Slot); !slices.Contains(slots, s) && len(slots) < 5 {
+				slots = append(slots, s)
+			}
+		}
+		replicas = strings.Join(slots, ", ")
+	}
+	return fmt.Errorf("%s is a service, not a task: %s", name, strings.NewReplacer("NAME", name, "REPLICAS", replicas).Replace(how))
 }
 
 func (c *cli) execCmd() *cobra.Command {
@@ -328,7 +359,7 @@ as the command is started, which runs on until it or the task ends.`,
 			}
 			t, err := c.runningTask(cmd.Context(), args[0])
 			if err != nil {
-				return err
+				return c.pointTo(cmd.Context(), args[0], err, "name one of its replicas: REPLICAS")
 			}
 			if ended(t) {
 				return fmt.Errorf("task %s is %s: exec needs one that runs", t.Name, t.GetStatus().GetState())
@@ -337,7 +368,7 @@ as the command is started, which runs on until it or the task ends.`,
 			if err != nil {
 				return usageError(cmd, err)
 			}
-			start.Task, start.Command, start.Env = t.Id, ts.Command, ts.Env
+			start.Task, start.Command, start.Env, start.Dir, start.User = t.Id, ts.Command, ts.Env, spec.Text(start.Dir), spec.Text(start.User)
 			return c.exec(cmd.Context(), t.Node, start)
 		},
 	}

@@ -219,7 +219,7 @@ func TestRandomCommands(t *testing.T) {
 			c.must(Command{UpdateService: &UpdateService{Ref: v.ID, Spec: &sp}})
 		}
 		for _, x := range c.s.Tasks(TaskFilter{All: true}) {
-			if x.Service == "" {
+			if x.Service == "" && x.Desired != spec.DesiredRemove {
 				c.must(Command{StopTask: &StopTask{Ref: x.ID, Remove: true}})
 			}
 		}

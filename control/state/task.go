@@ -105,6 +105,11 @@ func (s *State) createTask(c *CreateTask) Result {
 	if err := c.Spec.Validate(); err != nil {
 		return Result{Err: failf(ErrInvalid, "task %s: %w", c.Name, err)}
 	}
+	if h := c.Spec.Hostname; h != "" { // of services only it may be a template
+		if err := spec.ValidateHostname(h); err != nil {
+			return Result{Err: failf(ErrInvalid, "task %s: %w", c.Name, err)}
+		}
+	}
 	if id, ok := s.taskNames[c.Name]; ok {
 		t, where := s.tasks[id], ""
 		if n := s.nodes[t.Node]; n != nil {
@@ -165,6 +170,10 @@ func (s *State) stopTask(c *StopTask) Result {
 	}
 	desired := spec.DesiredShutdown
 	if c.Remove {
+		// Of two that remove it one has, and is waiting for its end.
+		if t.Desired == spec.DesiredRemove {
+			return Result{Err: fmt.Errorf("%w (task %s is being removed already)", &NotFoundError{"task", c.Ref}, t.Name)}
+		}
 		desired = spec.DesiredRemove
 	}
 	s.end(t, desired)

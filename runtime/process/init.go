@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shoalnet/shoal/runtime"
+	"github.com/shoalnet/shoal/spec"
 )
 
 // defaultPath is Docker's.
@@ -255,6 +256,7 @@ type program struct {
 // newProgram resolves user, directory and path as they are in this process's
 // view of the machine.
 func newProgram(command, env []string, dir, usr string) (*program, error) {
+	command, env, dir, usr = spec.Raws(command), spec.Raws(env), spec.Raw(dir), spec.Raw(usr)
 	if len(command) == 0 {
 		return nil, errors.New("no command")
 	}
