@@ -26,6 +26,7 @@ import (
 	"github.com/shoalnet/shoal/control/state"
 	"github.com/shoalnet/shoal/ingress"
 	"github.com/shoalnet/shoal/overlay"
+	"github.com/shoalnet/shoal/peer"
 	"github.com/shoalnet/shoal/runtime"
 	"github.com/shoalnet/shoal/spec"
 	"github.com/shoalnet/shoal/vip"
@@ -102,6 +103,7 @@ type Agent struct {
 	memberR sync.RWMutex // guards what follows, which only the holder of mu changes
 	member  *member      // nil: in no cluster
 	ident   *identity
+	unfit   error // why there is no member though ident names a cluster
 }
 
 // Validate reports the first thing that is wrong with what a user may set, in
@@ -174,8 +176,10 @@ func (a *Agent) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	srv := &http.Server{Handler: a.handler(true), Protocols: control.Protocols(), ReadHeaderTimeout: 10 * time.Second,
-		ErrorLog: slog.NewLogLogger(a.log.Handler(), slog.LevelDebug)}
+	srv := peer.New(peer.Config{Log: a.log}).Server(a.handler(true), a.log, func() peer.Caller {
+		id := a.identity()
+		return peer.Caller{Kind: peer.Local, ID: id.NodeID, Cluster: id.Cluster.ID}
+	})
 	id := a.identity()
 	resume := id.Cluster.ID != ""
 	if resume {
@@ -212,6 +216,10 @@ func (a *Agent) Run(ctx context.Context) error {
 			a.log.Info("agent stopped; tasks go on")
 			return nil
 		case why := <-a.evict:
+			if a.current() == nil || !a.mu.TryLock() {
+				continue // it leaves already, or has left
+			}
+			a.mu.Unlock()
 			a.log.Warn("the managers removed this node from the cluster: leaving", "reason", why)
 			if err := a.leave(ctx, true); err != nil {
 				a.log.Error("leaving failed", "error", err)
@@ -223,10 +231,18 @@ func (a *Agent) Run(ctx context.Context) error {
 // resume continues the life in the cluster of node.json. The addresses may
 // take a while to come up after a boot. a.mu is held.
 func (a *Agent) resume(ctx context.Context) error {
+	creds, err := loadCredentials(a.cfg.DataDir, a.ident)
+	if err != nil {
+		// It runs on, so that the node can leave.
+		a.log.Error("the node can't work", "error", err)
+		a.memberR.Lock()
+		a.unfit = err
+		a.memberR.Unlock()
+		return nil
+	}
 	var m *member
 	for try := 0; ; try++ {
-		var err error
-		if m, err = newMember(a.cfg, a.ident, a.log); err == nil {
+		if m, err = newMember(a.cfg, a.ident, creds, a.log); err == nil {
 			break
 		}
 		if try == 0 {
@@ -238,7 +254,7 @@ func (a *Agent) resume(ctx context.Context) error {
 	}
 	m.evicted = a.evicted
 	m.serve(a.handler(false))
-	err := func() error {
+	err = func() error {
 		if a.ident.Role == spec.RoleManager {
 			if _, err := m.startManager(); err != nil {
 				return err
@@ -281,13 +297,23 @@ func (a *Agent) identity() *identity {
 
 func (a *Agent) setIdentity(id *identity) {
 	a.memberR.Lock()
-	a.ident = id
+	a.ident, a.unfit = id, nil
 	a.memberR.Unlock()
 }
 
 // errNoCluster answers what needs a cluster.
 var errNoCluster = connect.NewError(connect.CodeFailedPrecondition,
-	errors.New("this node is in no cluster: run 'shoal init' to make one, or 'shoal join HOST' to join one"))
+	errors.New("this node is in no cluster: run 'shoal init' to make one, or 'shoal join' to join one"))
+
+// noMember says why there is no member.
+func (a *Agent) noMember() error {
+	a.memberR.RLock()
+	defer a.memberR.RUnlock()
+	if a.unfit != nil {
+		return connect.NewError(connect.CodeFailedPrecondition, a.unfit)
+	}
+	return errNoCluster
+}
 
 // handler serves the API: all of it on the unix socket, all but Local on the
 // network.
@@ -296,7 +322,7 @@ func (a *Agent) handler(local bool) http.Handler {
 	mux.HandleFunc("/shoal.v1.Control/", func(w http.ResponseWriter, r *http.Request) {
 		m := a.current()
 		if m == nil {
-			_ = connect.NewErrorWriter().Write(w, r, errNoCluster)
+			_ = connect.NewErrorWriter().Write(w, r, a.noMember())
 			return
 		}
 		m.fwd.ServeHTTP(w, r)
@@ -363,6 +389,7 @@ func (a *localAPI) Info(context.Context, *connect.Request[shoalv1.InfoRequest]) 
 		resp.Leader = m.leader()
 	} else {
 		id := a.identity()
+		resp.Cluster = id.Cluster.ID
 		resp.Node = &shoalv1.NodeInfo{Id: id.NodeID, Name: id.Name, DataPath: a.cfg.VIP.Name()}
 	}
 	return connect.NewResponse(resp), nil
@@ -407,7 +434,19 @@ func (a *localAPI) Init(ctx context.Context, req *connect.Request[shoalv1.InitRe
 	if err := a.checkPorts(ident); err != nil {
 		return nil, err
 	}
-	m, err := newMember(a.cfg, ident, a.log)
+	tr, root, err := control.NewTrust(cluster.ID)
+	if err != nil {
+		return nil, connect.NewError(connect.CodeInternal, err)
+	}
+	creds, err := peer.NewCredentials()
+	if err == nil {
+		err = certify(creds, root, ident)
+	}
+	if err != nil {
+		return nil, connect.NewError(connect.CodeInternal, err)
+	}
+	ident.CA = root.Digest()
+	m, err := newMember(a.cfg, ident, creds, a.log)
 	if err != nil {
 		return nil, connect.NewError(connect.CodeFailedPrecondition, err)
 	}
@@ -418,11 +457,15 @@ func (a *localAPI) Init(ctx context.Context, req *connect.Request[shoalv1.InitRe
 		if err != nil {
 			return err
 		}
-		n, err := mgr.Bootstrap(ctx, cluster)
+		n, err := mgr.Bootstrap(ctx, cluster, tr)
 		if err != nil {
 			return err
 		}
 		ident.Number = n.Number
+		m.assigned = &assignment{Trust: toTrust(control.TrustInfo(tr))}
+		if err := creds.Save(peer.Path(a.cfg.DataDir)); err != nil {
+			return err
+		}
 		if err := ident.save(a.cfg.DataDir); err != nil {
 			return err
 		}
@@ -434,7 +477,8 @@ func (a *localAPI) Init(ctx context.Context, req *connect.Request[shoalv1.InitRe
 	}
 	a.setIdentity(ident)
 	a.setMember(m)
-	return connect.NewResponse(&shoalv1.InitResponse{Cluster: cluster.ID, Node: api.Node(m.node(spec.RoleManager))}), nil
+	return connect.NewResponse(&shoalv1.InitResponse{Cluster: cluster.ID, Node: api.Node(m.node(spec.RoleManager)),
+		WorkerToken: control.Tokens(tr, spec.RoleWorker).String(), ManagerToken: control.Tokens(tr, spec.RoleManager).String()}), nil
 }
 
 // Join makes this node a member of the cluster that a manager names.
@@ -447,13 +491,10 @@ func (a *localAPI) Join(ctx context.Context, req *connect.Request[shoalv1.JoinRe
 		return nil, precondition("this node is already in cluster %s: run 'shoal leave' first", a.ident.Cluster.ID)
 	}
 	r := req.Msg
-	role := r.Role
-	switch role {
-	case "":
-		role = spec.RoleWorker
-	case spec.RoleManager, spec.RoleWorker:
+	switch r.Role {
+	case "", spec.RoleManager, spec.RoleWorker:
 	default:
-		return nil, invalid("role %q: use manager or worker", role)
+		return nil, invalid("role %q: use manager or worker", r.Role)
 	}
 	remote := r.Remote
 	if remote == "" {
@@ -462,7 +503,11 @@ func (a *localAPI) Join(ctx context.Context, req *connect.Request[shoalv1.JoinRe
 	if _, _, err := net.SplitHostPort(remote); err != nil {
 		remote = net.JoinHostPort(strings.Trim(remote, "[]"), strconv.Itoa(DefaultControlPort))
 	}
-	ident, err := a.newIdentity(r.AdvertiseAddr, role)
+	token, err := peer.ParseToken(r.Token)
+	if err != nil {
+		return nil, connect.NewError(connect.CodeInvalidArgument, err)
+	}
+	ident, err := a.newIdentity(r.AdvertiseAddr, r.Role)
 	if err != nil {
 		return nil, err
 	}
@@ -472,35 +517,55 @@ func (a *localAPI) Join(ctx context.Context, req *connect.Request[shoalv1.JoinRe
 	if err := a.checkPorts(ident); err != nil {
 		return nil, err
 	}
-	m, err := newMember(a.cfg, ident, a.log)
+	creds, err := peer.NewCredentials()
+	if err != nil {
+		return nil, connect.NewError(connect.CodeInternal, err)
+	}
+	csr, err := peer.Request(creds.Signer())
+	if err != nil {
+		return nil, connect.NewError(connect.CodeInternal, err)
+	}
+	m, err := newMember(a.cfg, ident, creds, a.log)
 	if err != nil {
 		return nil, connect.NewError(connect.CodeFailedPrecondition, err)
 	}
 	m.evicted = a.evicted
 	m.serve(a.handler(false))
-	client := shoalv1connect.NewControlClient(control.TCPClient(), "http://"+remote)
-	joined := false
+	joiner := peer.Joiner(remote, token.Digest)
+	defer joiner.CloseIdleConnections()
+	client := shoalv1connect.NewControlClient(joiner, "http://"+remote)
+	var managers []*shoalv1.NodeInfo // once they know this node
 	err = func() error {
-		if role == spec.RoleManager {
-			// Raft must answer before the leader counts on this voter.
-			if _, err := m.startManager(); err != nil {
-				return err
-			}
-		}
 		jctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 		defer cancel()
-		resp, err := client.JoinNode(jctx, connect.NewRequest(&shoalv1.JoinNodeRequest{Node: api.Node(m.node(role)), Token: r.Token}))
+		resp, err := client.JoinNode(jctx, connect.NewRequest(&shoalv1.JoinNodeRequest{Node: api.Node(m.node(r.Role)), Token: token.Secret, Csr: csr}))
 		if err != nil {
+			var wrong *peer.WrongClusterError
+			var handshake *peer.HandshakeError
+			switch {
+			case errors.As(err, &wrong):
+				return connect.NewError(connect.CodePermissionDenied, wrong)
+			case errors.As(err, &handshake):
+				return connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("%s answers, but not as a manager that can be joined: %w", remote, handshake.Err))
+			}
 			if connect.CodeOf(err) == connect.CodeUnavailable {
 				return connect.NewError(connect.CodeUnavailable, fmt.Errorf("no manager answers at %s: check the address, and that port %s/tcp is open: %w", remote, port(remote), err))
 			}
 			return err
 		}
-		joined = true
+		managers = resp.Msg.Managers
 		if ident.Cluster, err = clusterOf(resp.Msg.Cluster); err != nil {
 			return err
 		}
-		m.setCluster(ident.Cluster.ID)
+		if err := creds.Set(resp.Msg.Certificate.GetChain(), resp.Msg.Certificate.GetRoots()); err != nil {
+			return fmt.Errorf("the manager's answer: %w", err)
+		}
+		info, _ := creds.Info()
+		if info.ID != ident.NodeID || info.Cluster != ident.Cluster.ID {
+			return fmt.Errorf("the manager's answer has a certificate for node %s of cluster %s", info.ID, info.Cluster)
+		}
+		ident.Role, ident.CA = info.Role, token.Digest
+		m.assigned = &assignment{Trust: toTrust(resp.Msg.Trust)}
 		ident.Number = int(resp.Msg.Node.GetNumber())
 		if ident.Number == 0 {
 			return fmt.Errorf("the manager's answer has no node number")
@@ -509,8 +574,22 @@ func (a *localAPI) Join(ctx context.Context, req *connect.Request[shoalv1.JoinRe
 			return err
 		}
 		ident.Managers = []string{remote}
+		for _, n := range managers {
+			if at := controlAddrOf(n); at != remote {
+				ident.Managers = append(ident.Managers, at)
+			}
+		}
+		if err := creds.Save(peer.Path(a.cfg.DataDir)); err != nil {
+			return err
+		}
 		if err := ident.save(a.cfg.DataDir); err != nil {
 			return err
+		}
+		var mgr *control.Manager
+		if ident.Role == spec.RoleManager {
+			if mgr, err = m.startManager(); err != nil {
+				return err
+			}
 		}
 		if err := m.start(); err != nil {
 			return err
@@ -522,14 +601,18 @@ func (a *localAPI) Join(ctx context.Context, req *connect.Request[shoalv1.JoinRe
 			}
 		}
 		m.g.Join(peers)
-		return nil
+		if mgr == nil {
+			return nil
+		}
+		// Its own socket leads nowhere before it is a member: reports need that.
+		a.setIdentity(ident)
+		a.setMember(m)
+		return m.awaitManager(ctx, mgr)
 	}()
 	if err != nil {
-		if joined {
-			rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
-			_, rerr := client.RemoveNode(rctx, connect.NewRequest(&shoalv1.RemoveNodeRequest{Ref: ident.NodeID, Force: true}))
-			cancel()
-			if rerr != nil {
+		a.setMember(nil)
+		if managers != nil {
+			if rerr := m.unjoin(context.WithoutCancel(ctx), managers); rerr != nil {
 				err = fmt.Errorf("%w (and the managers still list this node: run 'shoal node rm --force %s' on one of them: %w)", err, ident.Name, rerr)
 			}
 		}
@@ -538,7 +621,7 @@ func (a *localAPI) Join(ctx context.Context, req *connect.Request[shoalv1.JoinRe
 	}
 	a.setIdentity(ident)
 	a.setMember(m)
-	return connect.NewResponse(&shoalv1.JoinResponse{Cluster: ident.Cluster.ID, Node: api.Node(m.node(role))}), nil
+	return connect.NewResponse(&shoalv1.JoinResponse{Cluster: ident.Cluster.ID, Node: api.Node(m.node(ident.Role))}), nil
 }
 
 func port(hostport string) string {
@@ -608,7 +691,7 @@ func (a *Agent) forget() error {
 // that was left, or of an init or join that was cut short by the agent's death.
 func (a *Agent) removeClusterFiles() error {
 	var errs []error
-	for _, p := range []string{control.RaftDir(a.cfg.DataDir), filepath.Join(a.cfg.DataDir, "assignment.json"), filepath.Join(a.cfg.DataDir, "gossip")} {
+	for _, p := range []string{control.RaftDir(a.cfg.DataDir), filepath.Join(a.cfg.DataDir, "assignment.json"), filepath.Join(a.cfg.DataDir, "gossip"), peer.Path(a.cfg.DataDir)} {
 		errs = append(errs, os.RemoveAll(p))
 	}
 	return errors.Join(errs...)
@@ -633,7 +716,14 @@ func (a *Agent) leave(ctx context.Context, force bool) error {
 		if a.ident.Cluster.ID == "" {
 			return errNoCluster
 		}
-		return a.forget()
+		sctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*spec.DefaultStopGrace)
+		defer cancel()
+		left, err := a.cfg.Runtime.List(sctx)
+		errs := []error{err}
+		for _, t := range left {
+			errs = append(errs, a.cfg.Runtime.Remove(sctx, t.ID))
+		}
+		return errors.Join(append(errs, a.forget())...)
 	}
 	// The managers first: they must agree, and then give this node nothing new.
 	if err := m.depart(ctx, force); err != nil && !force {

@@ -19,6 +19,7 @@ import (
 	"github.com/shoalnet/shoal/control"
 	"github.com/shoalnet/shoal/ingress/ingresstest"
 	"github.com/shoalnet/shoal/overlay/overlaytest"
+	"github.com/shoalnet/shoal/peer"
 	"github.com/shoalnet/shoal/spec"
 	"github.com/shoalnet/shoal/vip/viptest"
 )
@@ -62,7 +63,7 @@ func newAgent(t *testing.T, name string) *testAgent {
 	cfg.Upstreams = func() []netip.AddrPort { return nil }
 	cfg.SearchDomains = func() []string { return nil }
 	a.cfg = cfg
-	client := control.UnixClient(cfg.Socket)
+	client := peer.UnixClient(cfg.Socket)
 	a.local = shoalv1connect.NewLocalClient(client, "http://shoal")
 	a.ctl = shoalv1connect.NewControlClient(client, "http://shoal")
 	t.Cleanup(func() {
@@ -226,12 +227,17 @@ func TestAgentJoin(t *testing.T) {
 		}
 		return netip.AddrPortFrom(netip.MustParseAddr(i.Node.Addr), uint16(i.Node.ControlPort)).String()
 	}
+	tok, err := a.ctl.ShowToken(ctx, connect.NewRequest(&shoalv1.ShowTokenRequest{Role: spec.RoleWorker}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	token := tok.Msg.Token
 	free := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), uint16(freePort(t))).String()
-	_, err := b.local.Join(ctx, connect.NewRequest(&shoalv1.JoinRequest{Remote: free}))
+	_, err = b.local.Join(ctx, connect.NewRequest(&shoalv1.JoinRequest{Remote: free, Token: token}))
 	if connect.CodeOf(err) != connect.CodeUnavailable || !strings.Contains(err.Error(), "no manager answers at "+free) {
 		t.Errorf("join of nobody: %v", err)
 	}
-	if _, err := b.local.Join(ctx, connect.NewRequest(&shoalv1.JoinRequest{Remote: remote(a)})); err != nil {
+	if _, err := b.local.Join(ctx, connect.NewRequest(&shoalv1.JoinRequest{Remote: remote(a), Token: token})); err != nil {
 		t.Fatal(err)
 	}
 	was, err := b.info()
@@ -239,7 +245,7 @@ func TestAgentJoin(t *testing.T) {
 		t.Fatalf("info %v, %v", was, err)
 	}
 	for _, role := range []string{spec.RoleManager, spec.RoleWorker} {
-		if _, err := b.ctl.UpdateNode(ctx, connect.NewRequest(&shoalv1.UpdateNodeRequest{Ref: "n2", Role: &role})); err != nil {
+		if _, err := a.ctl.UpdateNode(ctx, connect.NewRequest(&shoalv1.UpdateNodeRequest{Ref: "n2", Role: &role})); err != nil {
 			t.Fatal(err)
 		}
 		b.await("is a "+role, func() error {

@@ -16,6 +16,7 @@ type assignment struct {
 	Networks []spec.Network `json:"networks"`
 	Services []spec.Service `json:"services"`
 	Nodes    []spec.Node    `json:"nodes"`
+	Trust    *trust         `json:"trust,omitempty"` // nil: as before
 }
 
 func (a *assignment) network(id string) (spec.Network, bool) {

@@ -58,7 +58,7 @@ func (m *member) depart(ctx context.Context, force bool) error {
 		}
 		return nil
 	}
-	_, err = m.client.RemoveNode(ctx, connect.NewRequest(&shoalv1.RemoveNodeRequest{Ref: m.ident.NodeID, Force: true}))
+	_, err = m.client.LeaveNode(ctx, connect.NewRequest(&shoalv1.LeaveNodeRequest{Node: m.ident.NodeID}))
 	return err
 }
 

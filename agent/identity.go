@@ -26,6 +26,7 @@ type identity struct {
 	Cluster     state.Cluster `json:"cluster"` // Cluster.ID is empty while in none
 	Number      int           `json:"number,omitempty"`
 	Role        string        `json:"role,omitempty"`
+	CA          string        `json:"ca,omitempty"` // digest of the root at the time of init or join; empty: the cluster had no certificates yet
 	Addr        netip.Addr    `json:"addr,omitzero"`
 	ControlPort int           `json:"control_port,omitempty"`
 	GossipPort  int           `json:"gossip_port,omitempty"`

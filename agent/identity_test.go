@@ -215,7 +215,7 @@ func TestTakenPorts(t *testing.T) {
 		want []string
 	}{
 		"control": {func() error {
-			_, err := newMember(Config{}, &identity{Addr: local, ControlPort: tcpPort}, a.log)
+			_, err := newMember(Config{}, &identity{Addr: local, ControlPort: tcpPort}, nil, a.log)
 			return err
 		}(), []string{fmt.Sprintf("control port %d/tcp is taken by", tcpPort), me, "--control-port PORT"}},
 		"gossip, TCP": {a.checkPorts(&identity{Addr: local, GossipPort: tcpPort}), []string{fmt.Sprintf("gossip port %d/tcp is taken by", tcpPort), me, "--gossip-port PORT"}},

@@ -32,6 +32,7 @@ import (
 	"github.com/shoalnet/shoal/ingress"
 	"github.com/shoalnet/shoal/internal/durable"
 	"github.com/shoalnet/shoal/overlay"
+	"github.com/shoalnet/shoal/peer"
 	"github.com/shoalnet/shoal/reconcile"
 	"github.com/shoalnet/shoal/spec"
 	"github.com/shoalnet/shoal/vip"
@@ -52,10 +53,15 @@ type member struct {
 	log   *slog.Logger
 
 	listener *net.TCPListener // control port
-	raft     *control.Conns   // raft's share of it
-	http     net.Listener     // HTTP's share of it
+	creds    *peer.Credentials
+	peer     *peer.Peer                      // this node among the others
+	nodes    atomic.Pointer[nodeList]        // who is in the cluster; nil: not known yet
+	fsm      atomic.Pointer[control.Manager] // manager, for those who must not wait for mu
+	raft     *peer.Conns                     // raft's share of the port
+	http     net.Listener                    // the API's share of it
 	fwd      *control.Forwarder
 	client   shoalv1connect.ControlClient // by way of fwd
+	byID     *http.Client                 // calls nodes by their IDs
 
 	g        *gossip.Gossip
 	tasks    *tasks
@@ -65,11 +71,11 @@ type member struct {
 	vip      *reconcile.Loop[vip.State, vip.State]
 	ingress  *reconcile.Loop[ingress.State, ingress.State]
 
-	cluster     atomic.Pointer[string]    // see clusterID
 	view        atomic.Pointer[spec.View] // the last that was composed
 	composeWake chan struct{}             // size 1
 	reportWake  chan struct{}             // size 1
 	assignWake  chan struct{}             // size 1
+	certWake    chan struct{}             // size 1
 	progress    *progress
 	evicted     func(reason string) // told once when the managers no longer know this node
 
@@ -84,39 +90,35 @@ type member struct {
 	stopMgr  context.CancelFunc
 	mgrDone  chan struct{}
 	assigned *assignment
-	fresh    bool // assigned came from the managers since the start
+	fresh    bool  // assigned came from the managers since the start
+	certErr  error // why the certificate or the role is not as it should be; nil: it is
 	acked    map[string]spec.TaskStatus
 	follows  uint64 // index of the newest assignment that the kernel follows
 }
 
 // newMember opens the control port. Nothing is started.
-func newMember(cfg Config, ident *identity, log *slog.Logger) (*member, error) {
+func newMember(cfg Config, ident *identity, creds *peer.Credentials, log *slog.Logger) (*member, error) {
 	addr := netip.AddrPortFrom(ident.Addr, uint16(ident.ControlPort))
 	ln, err := net.ListenTCP("tcp", net.TCPAddrFromAddrPort(addr))
 	if err != nil {
 		return nil, listenError("control", "tcp", addr, "--control-port", err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	m := &member{cfg: cfg, ident: ident, log: log, listener: ln, ctx: ctx, cancel: cancel,
-		composeWake: make(chan struct{}, 1), reportWake: make(chan struct{}, 1), assignWake: make(chan struct{}, 1), progress: newProgress(), acked: map[string]spec.TaskStatus{}}
-	m.setCluster(ident.Cluster.ID)
-	m.raft, m.http = control.Split(ln)
-	m.fwd = control.NewForwarder(control.ForwarderConfig{NodeID: ident.NodeID, Cluster: m.clusterID, Managers: m.managerAddrs, Log: log})
+	m := &member{cfg: cfg, ident: ident, creds: creds, log: log, listener: ln, ctx: ctx, cancel: cancel,
+		composeWake: make(chan struct{}, 1), reportWake: make(chan struct{}, 1), assignWake: make(chan struct{}, 1), certWake: make(chan struct{}, 1), progress: newProgress(), acked: map[string]spec.TaskStatus{}}
+	m.peer = peer.New(peer.Config{Credentials: creds, Standing: m.standing, Log: log})
+	m.http, m.raft = m.peer.Listen(ln)
+	m.fwd = control.NewForwarder(control.ForwarderConfig{NodeID: ident.NodeID, Peer: m.peer, Managers: m.managerAddrs, Log: log})
+	m.byID = m.peer.NodesBy(m.controlAddr)
 	// By way of the agent's own socket, as every other client: the forwarder
 	// behind it finds the leader.
-	m.client = shoalv1connect.NewControlClient(control.UnixClient(cfg.Socket), "http://shoal")
+	m.client = shoalv1connect.NewControlClient(peer.UnixClient(cfg.Socket), "http://shoal")
 	return m, nil
 }
 
-// clusterID is the cluster's ID, "" while this node is still joining one.
-func (m *member) clusterID() string { return *m.cluster.Load() }
-
-func (m *member) setCluster(id string) { m.cluster.Store(&id) }
-
 // serve starts HTTP on the control port.
 func (m *member) serve(h http.Handler) {
-	srv := &http.Server{Handler: h, Protocols: control.Protocols(), ReadHeaderTimeout: 10 * time.Second,
-		ErrorLog: slog.NewLogLogger(m.log.Handler(), slog.LevelDebug)}
+	srv := m.peer.Server(h, m.log, nil)
 	m.wg.Go(func() {
 		if err := srv.Serve(m.http); err != nil && m.ctx.Err() == nil {
 			m.log.Error("control port closed", "error", err)
@@ -138,7 +140,7 @@ func (m *member) startManager() (*control.Manager, error) {
 		return m.manager, nil
 	}
 	mgr, err := control.NewManager(control.ManagerConfig{
-		Node: m.node(spec.RoleManager), DataDir: m.cfg.DataDir, Cluster: m.clusterID, RaftListener: m.raft,
+		Node: m.node(spec.RoleManager), DataDir: m.cfg.DataDir, Peer: m.peer, RaftListener: m.raft,
 		Liveness: m.liveness, HostRoutes: m.cfg.HostRoutes, Log: m.log,
 	})
 	if err != nil {
@@ -153,6 +155,7 @@ func (m *member) startManager() (*control.Manager, error) {
 			m.log.Error("manager ended", "error", err)
 		}
 	})
+	m.fsm.Store(mgr)
 	m.fwd.SetManager(mgr)
 	return mgr, nil
 }
@@ -168,6 +171,7 @@ func (m *member) stopManager() error {
 		return nil
 	}
 	m.fwd.SetManager(nil)
+	m.fsm.Store(nil)
 	stop()
 	<-done
 	return os.RemoveAll(control.RaftDir(m.cfg.DataDir))
@@ -238,6 +242,7 @@ func (m *member) start() error {
 	m.wg.Go(m.assignLoop)
 	m.wg.Go(m.followLoop)
 	m.wg.Go(m.reportLoop)
+	m.wg.Go(m.certLoop)
 	return nil
 }
 
@@ -257,7 +262,9 @@ func refuses(ctx context.Context, addr netip.AddrPort) bool {
 func (m *member) stop() {
 	m.cancel()
 	m.listener.Close()
+	m.peer.Close()
 	m.wg.Wait()
+	m.peer.Close() // what was dialed meanwhile
 	if m.tasks != nil {
 		m.tasks.wg.Wait()
 		m.dns.Close()
@@ -549,6 +556,7 @@ func (m *member) loadAssignment() {
 	m.mu.Lock()
 	m.assigned = a
 	m.mu.Unlock()
+	m.nodes.Store(listOf(a))
 }
 
 func (m *member) saveAssignment(a *assignment) {
@@ -568,7 +576,7 @@ func (m *member) assignLoop() {
 			return
 		}
 		m.log.Debug("assignment stream ended", "error", err)
-		if connect.CodeOf(err) == connect.CodeNotFound {
+		if removed(err) {
 			m.evicted(err.Error())
 		}
 		sleep(m.ctx, 200*time.Millisecond)
@@ -640,6 +648,7 @@ func toAssignment(msg *shoalv1.AssignmentsResponse) (*assignment, error) {
 		}
 		a.Nodes = append(a.Nodes, v)
 	}
+	a.Trust = toTrust(msg.Trust)
 	return a, nil
 }
 
@@ -668,16 +677,17 @@ func (m *member) followLoop() {
 // assign takes a fresh assignment.
 func (m *member) assign(a *assignment) {
 	m.mu.Lock()
+	if a.Trust == nil && m.assigned != nil {
+		a.Trust = m.assigned.Trust
+	}
 	m.assigned, m.fresh = a, true
 	m.mu.Unlock()
+	m.takeNodes(a)
 	m.saveAssignment(a)
 	m.joinKnown()
 	known := map[string]bool{}
 	for _, n := range a.Nodes {
 		known[n.ID] = true
-		if n.ID == m.ident.NodeID {
-			m.follow(n)
-		}
 	}
 	for _, p := range m.g.Snapshot().Members {
 		if p.Liveness == spec.PeerDead && !known[p.Peer.ID] {
@@ -689,31 +699,6 @@ func (m *member) assign(a *assignment) {
 	}
 	wake(m.composeWake)
 	wake(m.assignWake)
-}
-
-// follow takes up what the managers decided of this node itself.
-func (m *member) follow(n spec.Node) {
-	if n.Role == m.ident.Role {
-		return
-	}
-	m.log.Info("role changed", "from", m.ident.Role, "to", n.Role)
-	var err error
-	if n.Role == spec.RoleManager {
-		_, err = m.startManager()
-	} else {
-		err = m.stopManager()
-	}
-	if err != nil {
-		m.log.Error("role can't be changed; trying again with the next assignment", "error", err)
-		return
-	}
-	m.mu.Lock()
-	m.ident.Role = n.Role
-	m.mu.Unlock()
-	if err := m.ident.save(m.cfg.DataDir); err != nil {
-		m.log.Error("node identity can't be kept", "error", err)
-	}
-	m.g.SetMeta(m.ident.Number, n.Role)
 }
 
 // joinKnown gives gossip the addresses of the cluster's nodes.
@@ -757,7 +742,7 @@ func (m *member) reportLoop() {
 		}
 		if err := m.report(); err != nil && m.ctx.Err() == nil {
 			m.log.Debug("report failed", "error", err)
-			if connect.CodeOf(err) == connect.CodeNotFound {
+			if removed(err) {
 				m.evicted(err.Error())
 			}
 			sleep(m.ctx, 100*time.Millisecond)
@@ -772,7 +757,10 @@ func (m *member) report() error {
 	sent := m.tasks.statuses()
 	failed := slices.Concat(m.vip.Failed(), m.ingress.Failed())
 	m.mu.Lock()
-	req.Applied = m.follows
+	req.Applied, req.ManagerReady = m.follows, m.manager != nil
+	if info, ok := m.creds.Info(); ok {
+		req.CertificateRoot = info.Root
+	}
 	req.Faults = faultsOf(m.assigned, failed)
 	for id := range m.acked {
 		if _, ok := sent[id]; !ok {

@@ -20,7 +20,7 @@ import (
 
 	"github.com/shoalnet/shoal/api"
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
-	"github.com/shoalnet/shoal/control"
+	"github.com/shoalnet/shoal/peer"
 	"github.com/shoalnet/shoal/runtime"
 	"github.com/shoalnet/shoal/spec"
 )
@@ -35,31 +35,34 @@ const ExitHeader = "Shoal-Exit-Status"
 
 // routeToNode passes calls for another node on to it.
 func (a *Agent) routeToNode(local http.Handler) http.Handler {
-	transport := control.TCPClient().Transport
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		target := r.Header.Get(NodeHeader)
 		m := a.current()
 		if m == nil {
-			_ = connect.NewErrorWriter().Write(w, r, errNoCluster)
+			_ = connect.NewErrorWriter().Write(w, r, a.noMember())
 			return
 		}
 		if target == "" || target == m.ident.NodeID {
 			local.ServeHTTP(w, r)
 			return
 		}
-		addr, err := m.controlAddr(target)
-		if err != nil {
+		if c := peer.CallerFrom(r.Context()); c.Kind != peer.Local {
+			// It would be made in this node's name.
+			_ = connect.NewErrorWriter().Write(w, r, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("this is node %s, not node %s, which is to be asked itself", m.ident.NodeID, target)))
+			return
+		}
+		if _, err := m.controlAddr(target); err != nil {
 			_ = connect.NewErrorWriter().Write(w, r, connect.NewError(connect.CodeUnavailable, err))
 			return
 		}
 		proxy := &httputil.ReverseProxy{
-			Transport:     transport,
+			Transport:     m.byID.Transport,
 			FlushInterval: -1, // streams
 			Rewrite: func(p *httputil.ProxyRequest) {
-				p.Out.URL.Scheme, p.Out.URL.Host = "http", addr
+				p.Out.URL.Scheme, p.Out.URL.Host = "http", target
 			},
 			ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
-				_ = connect.NewErrorWriter().Write(w, r, connect.NewError(connect.CodeUnavailable, fmt.Errorf("node %s at %s does not answer: %w", target, addr, err)))
+				_ = connect.NewErrorWriter().Write(w, r, connect.NewError(connect.CodeUnavailable, fmt.Errorf("node %s does not answer: %w", target, err)))
 			},
 		}
 		proxy.ServeHTTP(w, r)
@@ -94,7 +97,7 @@ type nodeAPI struct{ *Agent }
 func (a *nodeAPI) task(id string) (*member, spec.Task, error) {
 	m := a.current()
 	if m == nil {
-		return nil, spec.Task{}, errNoCluster
+		return nil, spec.Task{}, a.noMember()
 	}
 	t, _, ok := m.tasks.find(id)
 	if !ok {
@@ -260,7 +263,7 @@ func (a *nodeAPI) Logs(ctx context.Context, req *connect.Request[shoalv1.LogsReq
 func (a *nodeAPI) Stats(_ context.Context, req *connect.Request[shoalv1.StatsRequest]) (*connect.Response[shoalv1.StatsResponse], error) {
 	m := a.current()
 	if m == nil {
-		return nil, errNoCluster
+		return nil, a.noMember()
 	}
 	resp := &shoalv1.StatsResponse{Node: m.ident.Name}
 	for id, st := range m.tasks.statuses() {
@@ -283,7 +286,7 @@ func (a *nodeAPI) Stats(_ context.Context, req *connect.Request[shoalv1.StatsReq
 func (a *nodeAPI) Tasks(context.Context, *connect.Request[shoalv1.TasksRequest]) (*connect.Response[shoalv1.TasksResponse], error) {
 	m := a.current()
 	if m == nil {
-		return nil, errNoCluster
+		return nil, a.noMember()
 	}
 	resp := &shoalv1.TasksResponse{}
 	for id, st := range m.tasks.statuses() {
@@ -299,7 +302,7 @@ func (a *nodeAPI) Tasks(context.Context, *connect.Request[shoalv1.TasksRequest])
 func (a *nodeAPI) Kernel(ctx context.Context, req *connect.Request[shoalv1.KernelRequest]) (*connect.Response[shoalv1.KernelResponse], error) {
 	m := a.current()
 	if m == nil {
-		return nil, errNoCluster
+		return nil, a.noMember()
 	}
 	have, err := m.vip.Look(ctx)
 	if err != nil {

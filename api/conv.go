@@ -270,7 +270,7 @@ func ToTask(t *shoalv1.Task) (spec.Task, error) {
 func Node(n spec.Node) *shoalv1.NodeInfo {
 	out := &shoalv1.NodeInfo{Id: n.ID, Name: n.Name, Number: int32(n.Number), Role: n.Role, Availability: n.Availability, Labels: n.Labels,
 		ControlPort: int32(n.ControlPort), GossipPort: int32(n.GossipPort), Status: n.Status, Message: n.Message, Version: n.Version,
-		CreatedMs: n.Created, DataPath: n.DataPath}
+		CreatedMs: n.Created, DataPath: n.DataPath, PublicKey: n.PublicKey, CertificateEndMs: n.CertEnd, CertificateRoot: n.CertRoot}
 	if n.Addr.IsValid() {
 		out.Addr = n.Addr.String()
 	}
@@ -281,7 +281,7 @@ func Node(n spec.Node) *shoalv1.NodeInfo {
 func ToNode(n *shoalv1.NodeInfo) (spec.Node, error) {
 	out := spec.Node{ID: n.GetId(), Name: n.GetName(), Number: int(n.GetNumber()), Role: n.GetRole(), Availability: n.GetAvailability(), Labels: n.GetLabels(),
 		ControlPort: int(n.GetControlPort()), GossipPort: int(n.GetGossipPort()), Status: n.GetStatus(), Message: n.GetMessage(), Version: n.GetVersion(),
-		Created: n.GetCreatedMs(), DataPath: n.GetDataPath()}
+		Created: n.GetCreatedMs(), DataPath: n.GetDataPath(), PublicKey: n.GetPublicKey(), CertEnd: n.GetCertificateEndMs(), CertRoot: n.GetCertificateRoot()}
 	if n.GetAddr() != "" {
 		a, err := netip.ParseAddr(n.GetAddr())
 		if err != nil {

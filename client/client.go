@@ -17,7 +17,7 @@ import (
 
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/api/shoal/v1/shoalv1connect"
-	"github.com/shoalnet/shoal/control"
+	"github.com/shoalnet/shoal/peer"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -31,7 +31,7 @@ type Client struct {
 
 // New makes a client of the agent at a socket. It makes no connection yet.
 func New(socket string) *Client {
-	h, o := control.UnixClient(socket), connect.WithInterceptors(explain{socket})
+	h, o := peer.UnixClient(socket), connect.WithInterceptors(explain{socket})
 	return &Client{socket, shoalv1connect.NewControlClient(h, "http://shoal", o), shoalv1connect.NewNodeClient(h, "http://shoal", o), shoalv1connect.NewLocalClient(h, "http://shoal", o)}
 }
 

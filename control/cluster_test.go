@@ -2,6 +2,7 @@ package control
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -24,6 +26,7 @@ import (
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/api/shoal/v1/shoalv1connect"
 	"github.com/shoalnet/shoal/control/state"
+	"github.com/shoalnet/shoal/peer"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -58,7 +61,6 @@ type simNode struct {
 	dir  string
 	tune Tuning
 	log  *slog.Logger
-	in   string        // its cluster's ID; "": not known
 	sees []string      // control addresses that its forwarder knows
 	wait time.Duration // of its forwarder for a leader
 
@@ -68,13 +70,49 @@ type simNode struct {
 	mgr    *Manager
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
-	client *http.Client
+	root   *peer.Root // that certifies it
+	shows  string     // role in its certificate; empty: its role
+	peer   *peer.Peer
+	client *http.Client                 // of its own socket
 	ctl    shoalv1connect.ControlClient // through this node's own forwarder
+}
+
+// testTrust is the authority of testCluster.
+var testTrust, testRoot = func() (*state.Trust, *peer.Root) {
+	t, r, err := NewTrust(testCluster.ID)
+	if err != nil {
+		panic(err)
+	}
+	return t, r
+}()
+
+// credentials certifies a node, with a serial number that is newer than any list.
+func credentials(t *testing.T, root *peer.Root, id, role string) *peer.Credentials {
+	t.Helper()
+	c, err := peer.NewCredentials()
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := root.Sign(c.Signer().Public(), peer.Subject{ID: id, Role: role, Cluster: root.Cert.Subject.Organization[0], Serial: 1 << 40})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Set(append([][]byte{der}, root.Chain()...), [][]byte{root.Cert.Raw}); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// as calls this node with the certificate of another.
+func (n *simNode) as(id, role string) shoalv1connect.ControlClient {
+	p := peer.New(peer.Config{Credentials: credentials(n.t, n.root, id, role)})
+	n.t.Cleanup(p.Close)
+	return shoalv1connect.NewControlClient(p.Managers(), "http://"+n.addr())
 }
 
 // newNode makes a node that is not started.
 func newNode(t *testing.T, name, role string) *simNode {
-	n := &simNode{t: t, dir: t.TempDir(), tune: testTuning, log: slog.New(slog.DiscardHandler),
+	n := &simNode{t: t, dir: t.TempDir(), tune: testTuning, log: slog.New(slog.DiscardHandler), root: testRoot,
 		node: spec.Node{ID: spec.NewID(), Name: name, Role: role, Availability: spec.AvailabilityActive, Addr: netip.MustParseAddr("127.0.0.1"), GossipPort: 7946}}
 	t.Cleanup(n.stop)
 	return n
@@ -94,17 +132,29 @@ func (n *simNode) start() {
 		return err
 	})
 	n.node.ControlPort = n.ln.Addr().(*net.TCPAddr).Port
-	raftConns, httpConns := Split(n.ln)
-	n.fwd = NewForwarder(ForwarderConfig{NodeID: n.node.ID, Cluster: func() string { return n.in }, Managers: func() []string { return n.sees }, Wait: n.wait, Log: n.log})
-	n.srv = &http.Server{Handler: n.fwd, Protocols: Protocols(), ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug)}
+	n.peer = peer.New(peer.Config{Credentials: credentials(n.t, n.root, n.node.ID, cmp.Or(n.shows, n.node.Role))})
+	httpConns, raftConns := n.peer.Listen(n.ln)
+	n.fwd = NewForwarder(ForwarderConfig{NodeID: n.node.ID, Peer: n.peer, Managers: func() []string { return n.sees }, Wait: n.wait, Log: n.log})
+	n.srv = n.peer.Server(n.fwd, slog.New(slog.DiscardHandler), func() peer.Caller { return peer.Caller{Kind: peer.Local, ID: n.node.ID} })
 	srv := n.srv
 	n.wg.Go(func() { _ = srv.Serve(httpConns) })
-	n.client = TCPClient()
-	n.ctl = shoalv1connect.NewControlClient(n.client, "http://"+n.addr())
+	dir, err := os.MkdirTemp("", "s") // t.TempDir may be longer than a socket's path
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	n.t.Cleanup(func() { os.RemoveAll(dir) })
+	socket := filepath.Join(dir, "s.sock")
+	local, err := net.Listen("unix", socket)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	n.wg.Go(func() { _ = srv.Serve(local) })
+	n.client = peer.UnixClient(socket)
+	n.ctl = shoalv1connect.NewControlClient(n.client, "http://shoal")
 	if n.node.Role != spec.RoleManager {
 		return
 	}
-	n.mgr, err = NewManager(ManagerConfig{Node: n.node, DataDir: n.dir, Cluster: func() string { return n.in }, RaftListener: raftConns, Log: n.log, Tuning: n.tune})
+	n.mgr, err = NewManager(ManagerConfig{Node: n.node, DataDir: n.dir, Peer: n.peer, RaftListener: raftConns, Log: n.log, Tuning: n.tune})
 	if err != nil {
 		n.t.Fatal(err)
 	}
@@ -126,12 +176,14 @@ func (n *simNode) stop() {
 	}
 	n.ln.Close()
 	n.srv.Close()
+	n.peer.Close()
 	if n.cancel != nil {
 		n.cancel()
 	}
 	n.wg.Wait()
 	n.client.CloseIdleConnections()
 	n.fwd.client.CloseIdleConnections()
+	n.peer.Close()
 	n.ln, n.cancel, n.mgr = nil, nil, nil
 }
 
@@ -164,11 +216,17 @@ func newCluster(t *testing.T, managers int) []*simNode {
 		n.start()
 		all = append(all, n)
 	}
-	if _, err := all[0].mgr.Bootstrap(testCtx(t), testCluster); err != nil {
+	if _, err := all[0].mgr.Bootstrap(testCtx(t), testCluster, testTrust); err != nil {
 		t.Fatal(err)
 	}
 	for _, n := range all[1:] {
 		join(t, all[0], n)
+		eventually(t, n.node.Name+" is a voter", func() error {
+			if !n.mgr.IsVoter() {
+				return errors.New("no")
+			}
+			return nil
+		})
 	}
 	for _, n := range all {
 		for _, o := range all {
@@ -183,11 +241,39 @@ func newCluster(t *testing.T, managers int) []*simNode {
 // join asks via to take n in.
 func join(t *testing.T, via, n *simNode) *shoalv1.JoinNodeResponse {
 	t.Helper()
-	resp, err := via.ctl.JoinNode(testCtx(t), connect.NewRequest(&shoalv1.JoinNodeRequest{Node: n.info()}))
+	resp, err := n.joiner(via).JoinNode(testCtx(t), connect.NewRequest(n.joinRequest()))
 	if err != nil {
 		t.Fatalf("join %s: %v", n.node.Name, err)
 	}
+	if n.node.Role == spec.RoleManager { // whoever leads hears that it is ready
+		eventually(t, "report of "+n.node.Name, func() error {
+			var err error
+			for _, o := range append([]string{via.addr()}, via.sees...) {
+				c := shoalv1connect.NewControlClient(n.fwd.client, "http://"+o)
+				if _, err = c.Report(testCtx(t), connect.NewRequest(&shoalv1.ReportRequest{Node: n.node.ID, ManagerReady: true})); err == nil {
+					return nil
+				}
+			}
+			return err
+		})
+	}
 	return resp.Msg
+}
+
+// joiner calls via as a node that has a token and no certificate.
+func (n *simNode) joiner(via *simNode) shoalv1connect.ControlClient {
+	c := peer.Joiner(via.addr(), testRoot.Digest())
+	n.t.Cleanup(c.CloseIdleConnections)
+	return shoalv1connect.NewControlClient(c, "http://"+via.addr())
+}
+
+func (n *simNode) joinRequest() *shoalv1.JoinNodeRequest {
+	n.t.Helper()
+	csr, err := peer.Request(n.peer.Credentials().Signer())
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return &shoalv1.JoinNodeRequest{Node: n.info(), Token: testTrust.Tokens[n.node.Role].Secret, Csr: csr}
 }
 
 func (n *simNode) info() *shoalv1.NodeInfo {
@@ -266,7 +352,11 @@ func TestClusterElectsReplicatesAndForwards(t *testing.T) {
 	worker.start()
 	join(t, nodes[2], worker) // asked of a follower, too
 	worker.sees = []string{nodes[1].addr()}
-	all := append(slices.Clone(nodes), worker)
+	// A worker has the list of nodes, and takes no orders for the managers.
+	if err := createNetwork(worker, "none"); connect.CodeOf(err) != connect.CodeFailedPrecondition || !strings.Contains(err.Error(), nodes[1].addr()) {
+		t.Errorf("a user's command on a worker: %v", err)
+	}
+	all := nodes
 	for i, n := range all {
 		if err := createNetwork(n, fmt.Sprintf("net%d", i)); err != nil {
 			t.Fatalf("on %s: %v", n.node.Name, err)
@@ -479,8 +569,8 @@ func TestLeadershipBeginsOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer ln.Close()
-	r, _ := Split(ln)
-	m, err := NewManager(ManagerConfig{Node: n.node, DataDir: n.dir, RaftListener: r, Log: n.log, Tuning: n.tune})
+	_, r := n.peer.Listen(ln)
+	m, err := NewManager(ManagerConfig{Node: n.node, DataDir: n.dir, Peer: n.peer, RaftListener: r, Log: n.log, Tuning: n.tune})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -3,13 +3,12 @@
 // leader what control/state's Plan proposes, and carries calls from any node to
 // the leader.
 //
-//	caller ─► Forwarder ─(HTTP/2 without TLS)─► Forwarder of the leader ─► Manager
+//	caller ─► Forwarder ─(TLS, see package peer)─► Forwarder of the leader ─► Manager
 //	                                                                  │ propose
 //	          agents ◄── Assignments, Report ──► leader loops ◄─ FSM ◄┴─ raft
 //
-// One TCP listener per node carries raft and HTTP, told apart by the first byte
-// (Split). There is no authentication between nodes yet: mutual TLS goes around
-// this listener, and join tokens into JoinNode, which has a field for them.
+// One TCP listener per node carries raft and the API, told apart by ALPN: see
+// package peer, which also says who may call what.
 //
 // A node is down when it has sent no report for 3 s and the leader's own gossip
 // holds it dead, or when it has sent none for 15 s. One witness is not enough

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/netip"
 	"slices"
@@ -17,18 +18,13 @@ import (
 	"connectrpc.com/connect"
 
 	"github.com/shoalnet/shoal/control/state"
+	"github.com/shoalnet/shoal/peer"
+	"github.com/shoalnet/shoal/spec"
 )
 
 const (
-	// hopHeader marks a call that another node forwarded: it goes no further.
-	hopHeader = "Shoal-Forwarded"
-	// clusterHeader is the cluster of the node that forwards, or asks for the
-	// leader. An address it knows may have become one of another cluster's.
-	clusterHeader = "Shoal-Cluster"
 	// notLeaderHeader marks an answer that says "ask another": nothing was done.
 	notLeaderHeader = "Shoal-Not-Leader"
-	// LeaderPath answers with the leader's control address as this node knows it.
-	LeaderPath = "/shoal.v1.Control/leader"
 
 	leaderWait    = 10 * time.Second       // default of ForwarderConfig.Wait
 	majorityWait  = 3 * time.Second        // and while too few managers answer to elect one
@@ -39,8 +35,8 @@ const (
 // ForwarderConfig is what a Forwarder needs.
 type ForwarderConfig struct {
 	NodeID string
-	// Cluster is the ID of the node's cluster, "" while that is not known.
-	Cluster func() string
+	// Peer is this node among the others.
+	Peer *peer.Peer
 	// Managers are control addresses to ask, HOST:PORT.
 	Managers func() []string
 	// Wait is for how long a call waits for a leader to be found. 0: 10 s.
@@ -51,6 +47,9 @@ type ForwarderConfig struct {
 // Forwarder serves the Control service on any node: it answers where the leader
 // is here, and passes the call on where it is not. While there is no leader it
 // waits for one for a while.
+//
+// What another node calls goes no further: it would be made in this node's name
+// then. Only a stranger that wants to join is passed on to the leader.
 type Forwarder struct {
 	cfg    ForwarderConfig
 	client *http.Client
@@ -66,10 +65,7 @@ func NewForwarder(cfg ForwarderConfig) *Forwarder {
 	if cfg.Wait == 0 {
 		cfg.Wait = leaderWait
 	}
-	if cfg.Cluster == nil {
-		cfg.Cluster = func() string { return "" }
-	}
-	return &Forwarder{cfg: cfg, client: TCPClient()}
+	return &Forwarder{cfg: cfg, client: cfg.Peer.Managers()}
 }
 
 // SetManager tells that this node is a manager now, or (nil) no longer.
@@ -91,22 +87,38 @@ func (f *Forwarder) local() (*Manager, http.Handler) {
 // ServeHTTP implements http.Handler.
 func (f *Forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	m, h := f.local()
-	if theirs, ours := r.Header.Get(clusterHeader), f.cfg.Cluster(); theirs != "" && ours != "" && theirs != ours {
-		w.Header().Set(notLeaderHeader, "1")
-		_ = connect.NewErrorWriter().Write(w, r, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("this node is in cluster %s, not in %s", ours, theirs)))
-		return
-	}
-	if r.URL.Path == LeaderPath {
+	if r.URL.Path == peer.LeaderPath {
 		f.serveLeader(w, m)
 		return
 	}
-	if r.Header.Get(hopHeader) != "" {
+	caller := peer.CallerFrom(r.Context())
+	switch {
+	case caller.Kind == peer.Worker || caller.Kind == peer.Manager:
 		if m == nil || !m.IsLeader() {
 			w.Header().Set(notLeaderHeader, "1")
 			_ = connect.NewErrorWriter().Write(w, r, errNotLeader())
 			return
 		}
 		h.ServeHTTP(w, r)
+		return
+	case caller.Kind == peer.Stranger:
+		if !f.cfg.Peer.MayTry(caller.Addr) {
+			_ = connect.NewErrorWriter().Write(w, r, connect.NewError(connect.CodeResourceExhausted, fmt.Errorf("too many wrong join tokens came from %s: wait a few seconds, then try again with the right one", caller.Addr)))
+			return
+		}
+		if m == nil {
+			_ = connect.NewErrorWriter().Write(w, r, connect.NewError(connect.CodeFailedPrecondition, errors.New("this node is a worker: join by way of a manager")))
+			return
+		}
+		defer func() {
+			if answer(w.Header()).wrongToken() {
+				f.cfg.Peer.WrongToken(caller.Addr)
+			}
+		}()
+	case m == nil && f.worker() && !peer.Allowed(r.URL.Path, peer.Worker):
+		// The managers would say so, too.
+		managers := f.cfg.Managers()
+		_ = connect.NewErrorWriter().Write(w, r, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("this node is a worker, and only managers take this command: run it on one of them (%s)", strings.Join(managers, ", "))))
 		return
 	}
 	// The body of a call of this service is one small message: it is kept, to
@@ -160,6 +172,24 @@ func (f *Forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		msg = fmt.Errorf("%w (%w)", msg, last)
 	}
 	_ = connect.NewErrorWriter().Write(w, r, connect.NewError(connect.CodeUnavailable, msg))
+}
+
+// worker tells whether this node's certificate is a worker's.
+func (f *Forwarder) worker() bool {
+	info, ok := f.cfg.Peer.Credentials().Info()
+	return ok && info.Role == spec.RoleWorker
+}
+
+// answer is an answer's header, or its trailer.
+type answer http.Header
+
+func (a answer) wrongToken() bool {
+	for _, k := range []string{wrongTokenHeader, "Trailer-" + wrongTokenHeader, http.TrailerPrefix + wrongTokenHeader} {
+		if http.Header(a).Get(k) != "" {
+			return true
+		}
+	}
+	return false
 }
 
 // leaderWriter holds back an answer that says "ask another".
@@ -234,15 +264,15 @@ func (f *Forwarder) findLeader(ctx context.Context, m *Manager) (leader string, 
 	managers := f.cfg.Managers()
 	ctx, cancel := context.WithTimeout(ctx, leaderTimeout)
 	defer cancel()
-	type answer struct {
+	type said struct {
 		addr, leader string
 		err          error
 	}
-	answers := make(chan answer, len(managers))
+	answers := make(chan said, len(managers))
 	for _, a := range managers {
 		go func() {
 			l, err := f.askLeader(ctx, a)
-			answers <- answer{a, l, err}
+			answers <- said{a, l, err}
 		}()
 	}
 	for range managers {
@@ -267,18 +297,17 @@ func (f *Forwarder) findLeader(ctx context.Context, m *Manager) (leader string, 
 
 // askLeader asks a manager who leads; "" when it does not know.
 func (f *Forwarder) askLeader(ctx context.Context, addr string) (string, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+LeaderPath, nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+peer.LeaderPath, nil)
 	if err != nil {
 		return "", err
 	}
-	req.Header.Set(clusterHeader, f.cfg.Cluster())
 	resp, err := f.client.Do(req)
 	if err != nil {
 		return "", err
 	}
 	defer resp.Body.Close()
-	if resp.Header.Get(notLeaderHeader) != "" {
-		return "", fmt.Errorf("manager %s is of another cluster", addr)
+	if resp.StatusCode != http.StatusOK {
+		return "", fmt.Errorf("manager %s does not say who leads: %s", addr, resp.Status)
 	}
 	b, err := io.ReadAll(io.LimitReader(resp.Body, 256))
 	if err != nil {
@@ -311,13 +340,12 @@ func (f *Forwarder) forward(w http.ResponseWriter, r *http.Request, addr string,
 			req.Header[k] = v
 		}
 	}
-	req.Header.Set(hopHeader, f.cfg.NodeID)
-	req.Header.Set(clusterHeader, f.cfg.Cluster())
 	resp, err := f.client.Do(req)
 	if err != nil {
 		// A connection that was never made has carried nothing.
-		var de interface{ Timeout() bool }
-		notSent := strings.Contains(err.Error(), "dial ") || errors.As(err, &de) && strings.Contains(err.Error(), "connect:")
+		var handshake *peer.HandshakeError
+		var dial *net.OpError
+		notSent := errors.As(err, &handshake) || errors.As(err, &dial) && dial.Op == "dial"
 		if notSent || repeatable(r.URL.Path) {
 			return false, fmt.Errorf("manager %s: %w", addr, err)
 		}
@@ -333,6 +361,11 @@ func (f *Forwarder) forward(w http.ResponseWriter, r *http.Request, addr string,
 	for k, v := range resp.Header {
 		h[k] = v
 	}
+	defer func() {
+		for k, v := range resp.Trailer {
+			h[http.TrailerPrefix+k] = v
+		}
+	}()
 	w.WriteHeader(resp.StatusCode)
 	rc := http.NewResponseController(w)
 	_ = rc.Flush() // a stream's header is news by itself: see Events

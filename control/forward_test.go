@@ -4,10 +4,10 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"net"
+	"log/slog"
 	"net/http"
-	"net/http/httptest"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -15,6 +15,7 @@ import (
 	"connectrpc.com/connect"
 
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/peer"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -23,13 +24,29 @@ import (
 func fakeManager(t *testing.T, leader func() string, serve http.HandlerFunc) string {
 	t.Helper()
 	mux := http.NewServeMux()
-	mux.HandleFunc(LeaderPath, func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, leader()) })
+	mux.HandleFunc(peer.LeaderPath, func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, leader()) })
 	mux.HandleFunc("/", serve)
-	s := httptest.NewUnstartedServer(mux)
-	s.Config.Protocols = Protocols()
-	s.Start()
-	t.Cleanup(s.Close)
-	return s.Listener.Addr().String()
+	p := peer.New(peer.Config{Credentials: credentials(t, testRoot, spec.NewID(), spec.RoleManager)})
+	ln := listen(t)
+	api, _ := p.Listen(ln)
+	s := p.Server(mux, slog.New(slog.DiscardHandler), nil)
+	var wg sync.WaitGroup
+	wg.Go(func() { _ = s.Serve(api) })
+	t.Cleanup(func() {
+		ln.Close()
+		s.Close()
+		p.Close()
+		wg.Wait()
+	})
+	return ln.Addr().String()
+}
+
+// newAsker makes a node that has a manager's certificate, and whose part of the
+// managers does not run: it has to ask others for everything.
+func newAsker(t *testing.T) *simNode {
+	n := newNode(t, "asker", spec.RoleWorker)
+	n.shows = spec.RoleManager
+	return n
 }
 
 func notLeader(w http.ResponseWriter, r *http.Request) {
@@ -42,7 +59,7 @@ func notLeader(w http.ResponseWriter, r *http.Request) {
 // let go.
 func TestForwarderWithoutLeader(t *testing.T) {
 	t.Parallel()
-	n := newNode(t, "worker", spec.RoleWorker)
+	n := newAsker(t)
 	n.wait = time.Second
 	n.start()
 	dead := nobody(t)
@@ -69,7 +86,9 @@ func TestForwarderWithoutLeader(t *testing.T) {
 // waiting for one is in vain; the answer names who is missing.
 func TestForwarderWithoutMajority(t *testing.T) {
 	t.Parallel()
-	f := NewForwarder(ForwarderConfig{Managers: func() []string { return nil }})
+	p := peer.New(peer.Config{Credentials: credentials(t, testRoot, spec.NewID(), spec.RoleWorker)})
+	t.Cleanup(p.Close)
+	f := NewForwarder(ForwarderConfig{Peer: p, Managers: func() []string { return nil }})
 	dead := nobody(t)
 	deaf := fakeManager(t, func() string { return "" }, notLeader)
 	for _, c := range []struct {
@@ -96,18 +115,24 @@ func TestForwarderWithoutMajority(t *testing.T) {
 func TestForwarderOfAnotherCluster(t *testing.T) {
 	t.Parallel()
 	m := newNode(t, "manager", spec.RoleManager)
-	m.in = "b"
 	m.start()
-	if _, err := m.mgr.Bootstrap(testCtx(t), testCluster); err != nil {
+	if _, err := m.mgr.Bootstrap(testCtx(t), testCluster, testTrust); err != nil {
 		t.Fatal(err)
 	}
-	for _, c := range []struct{ in, want string }{{"b", ""}, {"", ""}, {"a", "no answer from " + m.addr()}} {
-		n := newNode(t, "worker", spec.RoleWorker)
-		n.in, n.sees, n.wait = c.in, []string{m.addr()}, time.Second
+	_, stranger, err := NewTrust("anothercluster")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for in, c := range map[string]struct {
+		root *peer.Root
+		want string
+	}{"the same": {testRoot, ""}, "another": {stranger, "no answer from " + m.addr()}} {
+		n := newAsker(t)
+		n.root, n.sees, n.wait = c.root, []string{m.addr()}, time.Second
 		n.start()
 		_, err := n.ctl.ListNetworks(testCtx(t), connect.NewRequest(&shoalv1.ListNetworksRequest{}))
 		if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
-			t.Errorf("a node of cluster %q asks a manager of cluster %q: %v, want %q", n.in, m.in, err, c.want)
+			t.Errorf("a node of %s cluster asks: %v, want %q", in, err, c.want)
 		}
 	}
 }
@@ -116,7 +141,7 @@ func TestForwarderOfAnotherCluster(t *testing.T) {
 // tried last.
 func TestForwarderNamesWhatFailed(t *testing.T) {
 	t.Parallel()
-	n := newNode(t, "worker", spec.RoleWorker)
+	n := newAsker(t)
 	n.wait = time.Second
 	n.start()
 	var self string
@@ -137,8 +162,8 @@ func TestForwarderFindsAnotherLeader(t *testing.T) {
 	leads.Store("")
 	lead := func() string { return leads.Load().(string) }
 	ok := func(w http.ResponseWriter, r *http.Request) {
-		if r.Header.Get(hopHeader) == "" {
-			t.Error("a forwarded call does not say so")
+		if c := peer.CallerFrom(r.Context()); c.Kind != peer.Manager {
+			t.Errorf("a forwarded call is of a %s, not of the node that forwards it", c)
 		}
 		b, _ := io.ReadAll(r.Body)
 		w.Header().Set("Content-Type", "text/plain")
@@ -147,7 +172,7 @@ func TestForwarderFindsAnotherLeader(t *testing.T) {
 	a := fakeManager(t, lead, func(w http.ResponseWriter, r *http.Request) { calls.Add(1); notLeader(w, r) })
 	b := fakeManager(t, lead, ok)
 	leads.Store(a)
-	n := newNode(t, "worker", spec.RoleWorker)
+	n := newAsker(t)
 	n.start()
 	n.sees = []string{b}
 	go func() { // once a has refused, b leads
@@ -157,7 +182,7 @@ func TestForwarderFindsAnotherLeader(t *testing.T) {
 		leads.Store(b)
 	}()
 	post := func() string {
-		resp, err := n.client.Post("http://"+n.addr()+"/shoal.v1.Control/Do?x=1", "text/plain", strings.NewReader("body"))
+		resp, err := n.client.Post("http://shoal/shoal.v1.Control/CreateNetwork?x=1", "text/plain", strings.NewReader("body"))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -165,7 +190,7 @@ func TestForwarderFindsAnotherLeader(t *testing.T) {
 		got, _ := io.ReadAll(resp.Body)
 		return string(got)
 	}
-	if got := post(); got != "/shoal.v1.Control/Do?x=1 body" {
+	if got := post(); got != "/shoal.v1.Control/CreateNetwork?x=1 body" {
 		t.Errorf("answer %q", got)
 	}
 	// An address where nobody listens any more carried nothing: another is asked.
@@ -173,7 +198,7 @@ func TestForwarderFindsAnotherLeader(t *testing.T) {
 	n.fwd.mu.Lock()
 	n.fwd.leader = gone
 	n.fwd.mu.Unlock()
-	if got := post(); got != "/shoal.v1.Control/Do?x=1 body" {
+	if got := post(); got != "/shoal.v1.Control/CreateNetwork?x=1 body" {
 		t.Errorf("answer %q", got)
 	}
 }
@@ -190,7 +215,7 @@ func TestForwarderLostWrite(t *testing.T) {
 		}
 		notLeader(w, r)
 	})
-	n := newNode(t, "worker", spec.RoleWorker)
+	n := newAsker(t)
 	n.start()
 	n.sees = []string{self}
 	err := createNetwork(n, "app")
@@ -202,32 +227,27 @@ func TestForwarderLostWrite(t *testing.T) {
 	}
 }
 
-// TestForwarderLoopProtection: a call that was forwarded goes no further, even
-// when two nodes each hold the other to be the leader.
+// TestForwarderLoopProtection: what another node calls goes no further, even when
+// two nodes each hold the other to be the leader: it would be made in this one's
+// name.
 func TestForwarderLoopProtection(t *testing.T) {
 	t.Parallel()
-	a, b := newNode(t, "a", spec.RoleWorker), newNode(t, "b", spec.RoleWorker)
+	a, b := newAsker(t), newAsker(t)
 	a.start()
 	b.start()
 	a.fwd.leader, b.fwd.leader = b.addr(), a.addr()
-	req, err := http.NewRequest(http.MethodPost, "http://"+a.addr()+"/shoal.v1.Control/ListNodes", strings.NewReader("{}"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	req.Header.Set("Content-Type", "application/json")
-	req.Header.Set(hopHeader, "someone")
-	resp, err := a.client.Do(req)
+	resp, err := b.fwd.client.Post("http://"+a.addr()+"/shoal.v1.Control/ListNodes", "application/json", strings.NewReader("{}"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer resp.Body.Close()
 	body, _ := io.ReadAll(resp.Body)
 	if resp.Header.Get(notLeaderHeader) == "" || resp.StatusCode != http.StatusServiceUnavailable {
-		t.Errorf("a forwarded call on a worker: %s %s", resp.Status, body)
+		t.Errorf("a call by another node: %s %s", resp.Status, body)
 	}
 	// Nor does it know the leader.
-	if got := get(t, a.client, "http://"+a.addr()+LeaderPath); got != "" {
-		t.Errorf("a worker says that %q leads", got)
+	if got := get(t, a.client, "http://shoal"+peer.LeaderPath); got != "" {
+		t.Errorf("a manager of no cluster says that %q leads", got)
 	}
 }
 
@@ -251,11 +271,11 @@ func TestForwarderStreams(t *testing.T) {
 			}
 		}
 	})
-	n := newNode(t, "worker", spec.RoleWorker)
+	n := newAsker(t)
 	n.start()
 	n.sees = []string{self}
 	ctx, cancel := context.WithCancel(testCtx(t))
-	req, _ := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+n.addr()+"/shoal.v1.Control/Events", http.NoBody)
+	req, _ := http.NewRequestWithContext(ctx, http.MethodPost, "http://shoal/shoal.v1.Control/Events", http.NoBody)
 	got := make(chan string, 1)
 	go func() {
 		resp, err := n.client.Do(req)
@@ -299,10 +319,10 @@ func TestForwarderCutStream(t *testing.T) {
 		_ = http.NewResponseController(w).Flush()
 		panic(http.ErrAbortHandler)
 	})
-	n := newNode(t, "worker", spec.RoleWorker)
+	n := newAsker(t)
 	n.start()
 	n.sees = []string{self}
-	resp, err := n.client.Post("http://"+n.addr()+"/shoal.v1.Control/ListNodes", "application/json", http.NoBody)
+	resp, err := n.client.Post("http://shoal/shoal.v1.Control/ListNodes", "application/json", http.NoBody)
 	if err != nil {
 		return // cut before the header: as good
 	}
@@ -315,7 +335,7 @@ func TestForwarderCutStream(t *testing.T) {
 // TestForwarderBigRequest: more than a command may hold is refused at once.
 func TestForwarderBigRequest(t *testing.T) {
 	t.Parallel()
-	n := newNode(t, "worker", spec.RoleWorker)
+	n := newAsker(t)
 	n.start()
 	_, err := n.ctl.CreateNetwork(testCtx(t), connect.NewRequest(&shoalv1.CreateNetworkRequest{Name: strings.Repeat("x", 5<<20)}))
 	if connect.CodeOf(err) != connect.CodeResourceExhausted {
@@ -354,5 +374,3 @@ func TestForwarderLeaderLosesItself(t *testing.T) {
 	close(stop)
 	<-done
 }
-
-var _ net.Listener = (*Conns)(nil)

@@ -191,7 +191,13 @@ const votersInterval = time.Second
 // role is what the state says, and raft follows.
 func (m *Manager) keepVoters(ctx context.Context) {
 	for {
-		pause(ctx, votersInterval)
+		t := time.NewTimer(votersInterval)
+		select {
+		case <-ctx.Done():
+		case <-t.C:
+		case <-m.wakeVoters:
+		}
+		t.Stop()
 		if ctx.Err() != nil {
 			return
 		}
@@ -215,6 +221,11 @@ func (m *Manager) fixVoters() error {
 			continue
 		}
 		i := slices.IndexFunc(servers, func(s raft.Server) bool { return string(s.ID) == n.ID })
+		if i < 0 && !m.isReady(n.ID) {
+			// It is on its way: counted on before it answers, it could leave the
+			// others without a majority.
+			continue
+		}
 		if i < 0 || servers[i].Address != raftAddress(n) {
 			m.log.Info("adding a manager to raft", "node", n.Name, "addr", raftAddress(n))
 			errs = append(errs, m.addVoter(n))
@@ -229,6 +240,36 @@ func (m *Manager) fixVoters() error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// isReady tells whether a node has said that its raft runs.
+func (m *Manager) isReady(id string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.ready[id]
+}
+
+// showing notes by which root the certificate is that a node shows.
+func (m *Manager) showing(id, root string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.shows != nil {
+		m.shows[id] = root
+	}
+}
+
+// managing notes whether a node's raft runs.
+func (m *Manager) managing(id string, ready bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.ready == nil || m.ready[id] == ready {
+		return
+	}
+	m.ready[id] = ready
+	select {
+	case m.wakeVoters <- struct{}{}:
+	default:
+	}
 }
 
 func (m *Manager) addVoter(n spec.Node) error {

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -21,6 +22,7 @@ import (
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/api/shoal/v1/shoalv1connect"
 	"github.com/shoalnet/shoal/control/state"
+	"github.com/shoalnet/shoal/peer"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -55,11 +57,9 @@ func (t *Tuning) defaults() {
 type ManagerConfig struct {
 	Node    spec.Node // this one: ID, name, address, control port
 	DataDir string    // raft's files are in RaftDir(DataDir)
-	// Cluster is the ID of the node's cluster, "" while that is not known. It may
-	// be called from any goroutine.
-	Cluster func() string
-	// RaftListener is raft's share of the control port.
-	RaftListener *Conns
+	// Peer is this node among the others, RaftListener raft's share of its port.
+	Peer         *peer.Peer
+	RaftListener *peer.Conns
 	// Liveness is what this node's gossip holds of the others, by ID.
 	Liveness func() map[string]spec.Liveness
 	// HostRoutes are prefixes that this machine reaches elsewhere: no new
@@ -79,7 +79,7 @@ type Manager struct {
 	fsm   *fsm
 	raft  *raft.Raft
 	store *raftboltdb.BoltStore
-	trans *raft.NetworkTransport
+	trans *transport
 
 	mu         sync.Mutex
 	leadership context.Context // of the current term as leader; nil: not leader, or not ready
@@ -87,7 +87,10 @@ type Manager struct {
 	lastSeen   map[string]time.Time
 	applied    map[string]uint64                         // by node: index of the newest assignment that it follows
 	faults     map[string][]*shoalv1.ReportRequest_Fault // by node: what it last said it can't do
+	shows      map[string]string                         // by node: digest of its certificate's root
+	ready      map[string]bool                           // by node: its raft runs, and may be counted on
 	wakeNodes  chan struct{}                             // size 1
+	wakeVoters chan struct{}                             // size 1
 }
 
 const (
@@ -102,9 +105,6 @@ func NewManager(cfg ManagerConfig) (*Manager, error) {
 	if cfg.Liveness == nil {
 		cfg.Liveness = func() map[string]spec.Liveness { return nil }
 	}
-	if cfg.Cluster == nil {
-		cfg.Cluster = func() string { return "" }
-	}
 	if cfg.HostRoutes == nil {
 		cfg.HostRoutes = func() []netip.Prefix { return nil }
 	}
@@ -112,7 +112,7 @@ func NewManager(cfg ManagerConfig) (*Manager, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("raft directory: %w", err)
 	}
-	m := &Manager{cfg: cfg, log: cfg.Log, fsm: newFSM(cfg.Log), lastSeen: map[string]time.Time{}, applied: map[string]uint64{}, wakeNodes: make(chan struct{}, 1)}
+	m := &Manager{cfg: cfg, log: cfg.Log, fsm: newFSM(cfg.Log), lastSeen: map[string]time.Time{}, applied: map[string]uint64{}, wakeNodes: make(chan struct{}, 1), wakeVoters: make(chan struct{}, 1)}
 	var err error
 	if m.store, err = openLog(filepath.Join(dir, "log.db")); err != nil {
 		return nil, err
@@ -123,13 +123,15 @@ func NewManager(cfg ManagerConfig) (*Manager, error) {
 		m.store.Close()
 		return nil, fmt.Errorf("raft snapshots: %w", err)
 	}
-	m.trans = raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
-		Stream: newLayer(cfg.RaftListener.Borrow(), cfg.Cluster), MaxPool: 3, Timeout: 2 * time.Second, Logger: logger,
-		// One at a time: pipelined, a follower's refusal can block the replication
-		// to it for good, while heartbeats go on and hide it, and then the shutdown
-		// (raft 1.8.0; hashicorp/raft issue 612, grafana/pyroscope pull request 5518).
-		MaxRPCsInFlight: 1,
-	})
+	ready := make(chan struct{})
+	m.trans = newTransport(cfg.RaftListener.Borrow(), cfg.Peer, m.address(), logger, m.admit, func() uint64 {
+		select {
+		case <-ready:
+			return m.raft.CurrentTerm()
+		default:
+			return maxIndex // not known yet: raft may call before it is made
+		}
+	}, ready)
 	rc := raft.DefaultConfig()
 	rc.LocalID = raft.ServerID(cfg.Node.ID)
 	rc.HeartbeatTimeout, rc.ElectionTimeout = cfg.Tuning.Heartbeat, cfg.Tuning.Election
@@ -143,7 +145,45 @@ func NewManager(cfg ManagerConfig) (*Manager, error) {
 		m.store.Close()
 		return nil, fmt.Errorf("start raft: %w", err)
 	}
+	close(ready)
 	return m, nil
+}
+
+// admit tells whether a caller may speak raft with this manager: with a
+// manager's certificate, while the node list has it as one, and while it is in
+// raft's configuration. A call without a command is the connection itself.
+//
+// A manager that was away may find that all others were replaced meanwhile, and
+// its configuration names none of them. So, while it hears of no leader, it lets
+// one that the node list does not rule out bring it up to date, which a vote or
+// a transfer of leadership does not.
+func (m *Manager) admit(c peer.Caller, cmd any) error {
+	c, err := m.cfg.Peer.Again(c)
+	if err != nil {
+		return err
+	}
+	if err := peer.IsManager(c); err != nil || cmd == nil {
+		return err
+	}
+	servers := m.raft.GetConfiguration().Configuration().Servers
+	if len(servers) == 0 || slices.ContainsFunc(servers, func(s raft.Server) bool { return string(s.ID) == c.ID }) {
+		return nil
+	}
+	alone := m.raft.State() != raft.Leader && time.Since(m.raft.LastContact()) > m.cfg.Tuning.Heartbeat
+	switch cmd.(type) {
+	case *raft.AppendEntriesRequest, *raft.InstallSnapshotRequest:
+		if alone {
+			return nil
+		}
+	}
+	return fmt.Errorf("%s is not in raft's configuration", c)
+}
+
+// Standing is what the managers' node list says, as far as this manager has it;
+// see [peer.Standing].
+func (m *Manager) Standing(id string) (role string, index uint64) {
+	m.fsm.read(func(st *state.State) { role, index = st.RoleOf(id), st.Index() })
+	return role, index
 }
 
 func (m *Manager) address() raft.ServerAddress {
@@ -155,7 +195,7 @@ func raftAddress(n spec.Node) raft.ServerAddress {
 }
 
 // Bootstrap makes this manager the first of a new cluster. Run must be running.
-func (m *Manager) Bootstrap(ctx context.Context, c state.Cluster) (spec.Node, error) {
+func (m *Manager) Bootstrap(ctx context.Context, c state.Cluster, trust *state.Trust) (spec.Node, error) {
 	err := m.raft.BootstrapCluster(raft.Configuration{Servers: []raft.Server{{ID: raft.ServerID(m.cfg.Node.ID), Address: m.address()}}}).Error()
 	if err != nil {
 		return spec.Node{}, fmt.Errorf("make the cluster: %w", err)
@@ -169,11 +209,14 @@ func (m *Manager) Bootstrap(ctx context.Context, c state.Cluster) (spec.Node, er
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
-	if _, err := m.Propose(ctx, state.Command{InitCluster: &state.InitCluster{Cluster: c, DefaultNetwork: spec.NewID(), HostRoutes: m.cfg.HostRoutes()}}); err != nil {
+	if _, err := m.Propose(ctx, state.Command{InitCluster: &state.InitCluster{Cluster: c, DefaultNetwork: spec.NewID(), HostRoutes: m.cfg.HostRoutes(), Trust: trust}}); err != nil {
 		return spec.Node{}, err
 	}
 	n := m.cfg.Node
 	n.Created = time.Now().UnixMilli()
+	if info, ok := m.cfg.Peer.Credentials().Info(); ok {
+		n.PublicKey, n.CertEnd, n.CertRoot = m.cfg.Peer.Credentials().PublicKey(), info.Until.UnixMilli(), info.Root
+	}
 	r, err := m.Propose(ctx, state.Command{UpsertNode: &state.UpsertNode{Node: n}})
 	if err != nil {
 		return spec.Node{}, err
@@ -237,7 +280,7 @@ func (m *Manager) lead(ctx context.Context) {
 	now := time.Now()
 	m.mu.Lock()
 	m.leadership, m.verified = ctx, now
-	m.lastSeen, m.applied, m.faults = map[string]time.Time{}, map[string]uint64{}, map[string][]*shoalv1.ReportRequest_Fault{}
+	m.lastSeen, m.applied, m.faults, m.ready, m.shows = map[string]time.Time{}, map[string]uint64{}, map[string][]*shoalv1.ReportRequest_Fault{}, map[string]bool{}, map[string]string{}
 	m.mu.Unlock()
 	m.log.Info("leading the managers")
 	defer func() {
@@ -250,7 +293,13 @@ func (m *Manager) lead(ctx context.Context) {
 	wg.Go(func() { m.schedule(ctx) })
 	wg.Go(func() { m.monitor(ctx, now) })
 	wg.Go(func() { m.keepVoters(ctx) })
+	wg.Go(func() { m.keepRoots(ctx) })
 	wg.Wait()
+}
+
+// IsVoter tells whether this manager is in raft's configuration.
+func (m *Manager) IsVoter() bool {
+	return slices.ContainsFunc(m.raft.GetConfiguration().Configuration().Servers, func(s raft.Server) bool { return string(s.ID) == m.cfg.Node.ID })
 }
 
 // Leader is the leader's node ID and control address; empty while unknown.
@@ -352,6 +401,6 @@ func rpcError(err error) error {
 // Handler serves the Control service. On a manager that does not lead every call
 // fails with CodeUnavailable.
 func (m *Manager) Handler() http.Handler {
-	_, h := shoalv1connect.NewControlHandler(&service{m}, connect.WithReadMaxBytes(state.MaxCommand))
+	_, h := shoalv1connect.NewControlHandler(&service{m}, connect.WithReadMaxBytes(state.MaxCommand), connect.WithInterceptors(peer.Owner{}))
 	return h
 }

@@ -3,13 +3,11 @@ package control
 import (
 	"bytes"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/hashicorp/raft"
 )
@@ -75,43 +73,5 @@ func TestDamagedLog(t *testing.T) {
 	}
 	if failed < len(damage)-1 {
 		t.Errorf("only %d of %d damaged logs are refused", failed, len(damage))
-	}
-}
-
-// TestRaftOfAnotherCluster: a connection from another cluster's manager carries
-// nothing; one of the same, or of a node that does not know its cluster, does.
-func TestRaftOfAnotherCluster(t *testing.T) {
-	t.Parallel()
-	is := func(c string) func() string { return func() string { return c } }
-	for _, c := range []struct {
-		ours, theirs string
-		ok           bool
-	}{{"a", "a", true}, {"", "a", true}, {"a", "", true}, {"a", "b", false}} {
-		ln := listen(t)
-		conns, _ := Split(ln)
-		in := newLayer(conns.Borrow(), is(c.ours))
-		out, err := newLayer(conns, is(c.theirs)).Dial(raft.ServerAddress(ln.Addr().String()), time.Second)
-		if err != nil {
-			t.Fatal(err)
-		}
-		_ = out.SetDeadline(time.Now().Add(10 * time.Second))
-		late := time.AfterFunc(10*time.Second, func() { ln.Close() })
-		if _, err := out.Write([]byte("vote")); err != nil {
-			t.Fatal(err)
-		}
-		conn, err := in.Accept()
-		if err != nil {
-			t.Fatal(err)
-		}
-		_ = conn.SetDeadline(time.Now().Add(10 * time.Second))
-		b := make([]byte, 4)
-		_, err = io.ReadFull(conn, b)
-		if got := err == nil && string(b) == "vote"; got != c.ok {
-			t.Errorf("a manager of cluster %q and one of %q: read %q, %v", c.ours, c.theirs, b, err)
-		}
-		out.Close()
-		conn.Close()
-		late.Stop()
-		ln.Close()
 	}
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"slices"
 	"time"
@@ -336,58 +335,6 @@ func (s *service) RemoveNode(ctx context.Context, req *connect.Request[shoalv1.R
 	return connect.NewResponse(&shoalv1.RemoveNodeResponse{}), nil
 }
 
-// dialBackTimeout bounds the look at whether a joining node can be reached.
-const dialBackTimeout = 3 * time.Second
-
-func (s *service) JoinNode(ctx context.Context, req *connect.Request[shoalv1.JoinNodeRequest]) (*connect.Response[shoalv1.JoinNodeResponse], error) {
-	n, err := api.ToNode(req.Msg.Node)
-	if err != nil {
-		return nil, invalid(err)
-	}
-	if !n.Addr.IsValid() || n.ControlPort < 1 || n.ControlPort > 65535 || n.GossipPort < 1 || n.GossipPort > 65535 {
-		return nil, invalid(fmt.Errorf("node %s: address %s, control port %d, gossip port %d: want an address and ports from 1 to 65535", n.Name, n.Addr, n.ControlPort, n.GossipPort))
-	}
-	var cluster state.Cluster
-	err = s.read(func(st *state.State) error {
-		cluster, _ = st.Cluster()
-		return nil
-	})
-	if err != nil {
-		return nil, err
-	}
-	if c := req.Msg.Cluster; c != "" && c != cluster.ID {
-		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("node %s belongs to cluster %s, this is cluster %s: run 'shoal leave --force' on it first", n.Name, c, cluster.ID))
-	}
-	addr := netip.AddrPortFrom(n.Addr, uint16(n.ControlPort)).String()
-	c, err := net.DialTimeout("tcp", addr, dialBackTimeout)
-	if err != nil {
-		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("the managers can't reach node %s at %s, which it advertises: %w: give another --advertise-addr, or open the port", n.Name, addr, err))
-	}
-	c.Close()
-	n.Created = time.Now().UnixMilli()
-	res, err := s.m.Propose(ctx, state.Command{UpsertNode: &state.UpsertNode{Node: n}})
-	if err != nil {
-		return nil, err
-	}
-	joined := *res.Node
-	s.m.seen(joined.ID)
-	if joined.Role == spec.RoleManager {
-		if err := s.m.addVoter(joined); err != nil {
-			return nil, connect.NewError(connect.CodeUnavailable, err)
-		}
-	}
-	resp := &shoalv1.JoinNodeResponse{Cluster: clusterInfo(cluster), Node: s.nodeInfo(joined)}
-	err = s.read(func(st *state.State) error {
-		for _, n := range st.Nodes() {
-			if n.Role == spec.RoleManager {
-				resp.Managers = append(resp.Managers, s.nodeInfo(n))
-			}
-		}
-		return nil
-	})
-	return connect.NewResponse(resp), err
-}
-
 func clusterInfo(c state.Cluster) *shoalv1.Cluster {
 	out := &shoalv1.Cluster{Id: c.ID, SubnetSize: int32(c.SubnetSize), DataPathPort: int32(c.DataPathPort)}
 	for _, p := range c.Pools {
@@ -460,6 +407,7 @@ func assignment(a state.Assignment) *shoalv1.AssignmentsResponse {
 	for _, n := range a.Nodes {
 		out.Nodes = append(out.Nodes, api.Node(n))
 	}
+	out.Trust = TrustInfo(a.Trust)
 	return out
 }
 
@@ -489,6 +437,8 @@ func (s *service) Report(ctx context.Context, req *connect.Request[shoalv1.Repor
 	s.m.seen(r.Node)
 	s.m.follows(r.Node, r.Applied)
 	s.m.failing(r.Node, r.Faults)
+	s.m.managing(r.Node, r.ManagerReady)
+	s.m.showing(r.Node, r.CertificateRoot)
 	now := known
 	if r.Addr != "" {
 		if now.Addr, err = netip.ParseAddr(r.Addr); err != nil {

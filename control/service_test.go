@@ -51,7 +51,7 @@ func (n *simNode) report(node string, change func(t *shoalv1.Task) *shoalv1.Task
 			req.Tasks[t.Id] = st
 		}
 	}
-	if _, err := n.ctl.Report(ctx, connect.NewRequest(req)); err != nil {
+	if _, err := n.as(node, spec.RoleWorker).Report(ctx, connect.NewRequest(req)); err != nil {
 		n.t.Fatal(err)
 	}
 }
@@ -128,9 +128,10 @@ func TestBadInput(t *testing.T) {
 	}
 	joins := func(change func(*shoalv1.NodeInfo), cluster string) func() error {
 		return func() error {
-			i := other.info()
-			change(i)
-			_, err := n.ctl.JoinNode(ctx, connect.NewRequest(&shoalv1.JoinNodeRequest{Node: i, Cluster: cluster}))
+			r := other.joinRequest()
+			change(r.Node)
+			r.Cluster = cluster
+			_, err := other.joiner(n).JoinNode(ctx, connect.NewRequest(r))
 			return err
 		}
 	}
@@ -275,7 +276,7 @@ func TestBadInput(t *testing.T) {
 		"join of another cluster": {joins(func(*shoalv1.NodeInfo) {}, "another"), precond, "another"},
 		"join out of reach":       {joins(func(i *shoalv1.NodeInfo) { i.ControlPort = int32(portOf(gone.Addr())) }, ""), precond, "--advertise-addr"},
 		"report of a stranger": {func() error {
-			_, err := n.ctl.Report(ctx, connect.NewRequest(&shoalv1.ReportRequest{Node: "nix"}))
+			_, err := n.as("nix", spec.RoleWorker).Report(ctx, connect.NewRequest(&shoalv1.ReportRequest{Node: "nix"}))
 			return err
 		}, absent, "no such node: nix"},
 		"report of a bad address": {func() error {
@@ -291,7 +292,7 @@ func TestBadInput(t *testing.T) {
 			return err
 		}, invalid, "bored"},
 		"assignments of a stranger": {func() error {
-			s, err := n.ctl.Assignments(ctx, connect.NewRequest(&shoalv1.AssignmentsRequest{Node: "nix"}))
+			s, err := n.as("nix", spec.RoleWorker).Assignments(ctx, connect.NewRequest(&shoalv1.AssignmentsRequest{Node: "nix"}))
 			if err != nil {
 				return err
 			}
@@ -674,7 +675,7 @@ func TestReportsKeepNodesReady(t *testing.T) {
 	}
 	is(spec.NodeDown)
 	// With another address, as a laptop comes back.
-	_, err := n.ctl.Report(testCtx(t), connect.NewRequest(&shoalv1.ReportRequest{Node: w.node.ID, Addr: "127.0.0.9", ControlPort: 1, GossipPort: 2, DataPath: "nft"}))
+	_, err := n.as(w.node.ID, spec.RoleWorker).Report(testCtx(t), connect.NewRequest(&shoalv1.ReportRequest{Node: w.node.ID, Addr: "127.0.0.9", ControlPort: 1, GossipPort: 2, DataPath: "nft"}))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -709,7 +710,7 @@ func TestServiceIsBehindUntilNodesFollow(t *testing.T) {
 	}
 	says := func(id string, index uint64) {
 		t.Helper()
-		if _, err := n.ctl.Report(testCtx(t), connect.NewRequest(&shoalv1.ReportRequest{Node: id, Applied: index})); err != nil {
+		if _, err := n.as(id, spec.RoleWorker).Report(testCtx(t), connect.NewRequest(&shoalv1.ReportRequest{Node: id, Applied: index})); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -745,7 +746,7 @@ func TestFaults(t *testing.T) {
 	id := n.createService(svc("web", 0)).Id
 	says := func(fs ...*shoalv1.ReportRequest_Fault) {
 		t.Helper()
-		if _, err := n.ctl.Report(testCtx(t), connect.NewRequest(&shoalv1.ReportRequest{Node: w.node.ID, Faults: fs})); err != nil {
+		if _, err := n.as(w.node.ID, spec.RoleWorker).Report(testCtx(t), connect.NewRequest(&shoalv1.ReportRequest{Node: w.node.ID, Faults: fs})); err != nil {
 			t.Fatal(err)
 		}
 	}

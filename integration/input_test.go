@@ -143,10 +143,14 @@ func TestAgentRefuses(t *testing.T) {
 	s.fails("node1", "10.0.0.0/33", "shoal init --default-addr-pool 10.0.0.0/33")
 	s.ok("node1", "shoal init --advertise-addr 172.30.0.1")
 	s.fails("node1", "already", "shoal init --advertise-addr 172.30.0.1")
-	s.fails("node2", "172.30.0.77", "shoal join 172.30.0.77")
-	s.fails("node2", "172.30.0.2", "shoal join 172.30.0.2")
+	s.fails("node2", "shoal token show", "shoal join 172.30.0.1")
+	s.fails("node2", "Docker Swarm", "shoal join --token SWMTKN-1-a-b 172.30.0.1")
+	token := s.ok("node1", "shoal token show -q worker")
+	s.fails("node2", "cut or changed", "shoal join --token %s 172.30.0.1", token[:len(token)-1])
+	s.fails("node2", "172.30.0.77", "shoal join --token %s 172.30.0.77", token)
+	s.fails("node2", "172.30.0.2", "shoal join --token %s 172.30.0.2", token)
 	s.ok("node2", "shoal init --advertise-addr 172.30.0.2") // a cluster of its own
-	s.fails("node2", "already", "shoal join 172.30.0.1")
+	s.fails("node2", "already", "shoal join --token %s 172.30.0.1", token)
 
 	// An interface that has the name of one of ours is left alone, and named.
 	s.ok("node1", "shoal net create app")

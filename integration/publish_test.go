@@ -127,11 +127,11 @@ func TestPublishModes(t *testing.T) {
 		}
 	}
 	for n, want := range map[string]string{"node1": "503", "node2": "200", "node3": "503"} {
-		if got, _ := s.client("curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "http://"+s.addrOf(n)+":2377/health/8090"); got != want {
+		if got, _ := s.client("curl", "-sk", "-o", "/dev/null", "-w", "%{http_code}", "https://"+s.addrOf(n)+":2377/health/8090"); got != want {
 			t.Errorf("health of port 8090 on %s: %s, want %s", n, got, want)
 		}
 	}
-	if got, _ := s.client("curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "http://"+s.addrOf("node1")+":2377/health/1"); got != "404" {
+	if got, _ := s.client("curl", "-sk", "-o", "/dev/null", "-w", "%{http_code}", "https://"+s.addrOf("node1")+":2377/health/1"); got != "404" {
 		t.Errorf("health of a port that is not published: %s", got)
 	}
 	if l := s.outsideLoad("-n", "2", "http://"+s.addrOf("node1")+":8093/"); l.OK > 0 {

@@ -624,7 +624,8 @@ func TestLeave(t *testing.T) {
 		}
 		return nil
 	})
-	s.ok("node3", "shoal join 172.30.0.1") // and may come back
+	token := s.ok("node1", "shoal token show -q worker")
+	s.ok("node3", "shoal join --token %s 172.30.0.1", token) // and may come back
 	s.ok("node1", "shoal svc scale web=6")
 	s.awaitRunning("web", 6)
 }

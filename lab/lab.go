@@ -288,20 +288,27 @@ func Up(ctx context.Context, o Options) (_ *Lab, err error) {
 		return nil, err
 	}
 	for i := range l.NodeList[1:] {
-		if err := l.join(ctx, &l.NodeList[i+1], i+1 < o.Managers); err != nil {
+		if err := l.Join(ctx, &l.NodeList[i+1], i+1 < o.Managers); err != nil {
 			return nil, err
 		}
 	}
 	return l, l.awaitReady(ctx)
 }
 
-func (l *Lab) join(ctx context.Context, n *Node, manager bool) error {
+// Join joins a node that is in no cluster by way of node1, as people do it: with
+// the token that node1 shows.
+func (l *Lab) Join(ctx context.Context, n *Node, manager bool) error {
 	role := "worker"
 	if manager {
 		role = "manager"
 	}
-	l.say("%s: shoal join --role %s --advertise-addr %s %s", n.Name, role, n.Addr, l.NodeList[0].Addr)
-	_, err := l.Run(ctx, n.Name, l.Binary, "join", "--role", role, "--advertise-addr", n.Addr.String(), l.NodeList[0].Addr.String())
+	token, err := l.Run(ctx, l.NodeList[0].Name, l.Binary, "token", "show", "-q", role)
+	if err != nil {
+		return err
+	}
+	token = strings.TrimSpace(token)
+	l.say("%s: shoal join --token %s… --advertise-addr %s %s    (a %s's)", n.Name, token[:min(14, len(token))], n.Addr, l.NodeList[0].Addr, role)
+	_, err = l.Run(ctx, n.Name, l.Binary, "join", "--token", token, "--advertise-addr", n.Addr.String(), l.NodeList[0].Addr.String())
 	return err
 }
 

@@ -176,10 +176,18 @@ type Node struct {
 	Created      int64             `json:"created"` // Unix milliseconds
 	// DataPath is the VIP data path the node chose: "ipvs" or "nft".
 	DataPath string `json:"data_path,omitempty"`
+	// PublicKey is of the node's certificate (PKIX, DER), the same for its whole
+	// life in the cluster: what it signs can be checked by it.
+	PublicKey []byte `json:"public_key,omitempty"`
+	// CertEnd is when the certificate that the managers signed last for the node
+	// ends, Unix milliseconds; CertRoot the digest of the root that signed it.
+	CertEnd  int64  `json:"cert_end,omitempty"`
+	CertRoot string `json:"cert_root,omitempty"`
 }
 
 // Clone returns a deep copy.
 func (n Node) Clone() Node {
 	n.Labels = maps.Clone(n.Labels)
+	n.PublicKey = slices.Clone(n.PublicKey)
 	return n
 }

@@ -40,7 +40,7 @@ func (c *cli) root() *cobra.Command {
 		Long: `Shoal gives services on many Linux machines a network of their own: a name and a
 virtual IP for each, balanced over its healthy replicas on any node.`,
 		Example: `  shoal init --advertise-addr 192.0.2.1      # on the first machine
-  shoal join 192.0.2.1                       # on the others
+  shoal join --token SHOAL-1-… 192.0.2.1     # on the others: the command that init printed
   shoal net create app
   shoal svc create --name web --replicas 3 --network app -- nginx -g 'daemon off;'
   shoal run --network app -- curl http://web/`,
@@ -56,7 +56,7 @@ virtual IP for each, balanced over its healthy replicas on any node.`,
 	root.PersistentFlags().StringVar(&c.socket, "socket", cmp.Or(os.Getenv("SHOAL_SOCKET"), defaultSocket), "the agent's unix socket (also $SHOAL_SOCKET)")
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usageError(cmd, flagError(err)) })
 	root.AddCommand(c.agentCmd(), c.initCmd(), c.joinCmd(), c.leaveCmd(), c.infoCmd(), c.doctorCmd(),
-		c.nodeCmd(), c.netCmd(), c.svcCmd(), c.runCmd(), c.execCmd(), c.psCmd(), c.stopCmd(), c.rmCmd(), c.logsCmd(), c.portCmd(), c.statsCmd(), c.eventsCmd(), c.labCmd(), c.versionCmd())
+		c.nodeCmd(), c.tokenCmd(), c.caCmd(), c.netCmd(), c.svcCmd(), c.runCmd(), c.execCmd(), c.psCmd(), c.stopCmd(), c.rmCmd(), c.logsCmd(), c.portCmd(), c.statsCmd(), c.eventsCmd(), c.labCmd(), c.versionCmd())
 	finish(root)
 	return root
 }

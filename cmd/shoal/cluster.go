@@ -56,8 +56,8 @@ func (c *cli) initCmd() *cobra.Command {
 				return err
 			}
 			n := resp.Msg.Node
-			fmt.Fprintf(c.out, "Cluster %s is made; this node (%s) is its manager.\n\nTo add a node, start its agent and run on it:\n\n    shoal join %s\n\nor 'shoal join --role manager %s' for a further manager: three bear the loss of one.\n",
-				resp.Msg.Cluster, n.Name, hostPort(n), hostPort(n))
+			fmt.Fprintf(c.out, "Cluster %s is made; this node (%s) is its manager.\n\nTo add a node, start its agent and run on it:\n\n    %s\n\nFor a further manager (three bear the loss of one) take the command that\n'shoal token show manager' prints.\n",
+				resp.Msg.Cluster, n.Name, joinCommand(resp.Msg.WorkerToken, n))
 			return nil
 		},
 	}
@@ -83,10 +83,14 @@ func hostPort(n *shoalv1.NodeInfo) string {
 func (c *cli) joinCmd() *cobra.Command {
 	req := &shoalv1.JoinRequest{}
 	cmd := &cobra.Command{
-		Use:   "join HOST[:PORT]",
+		Use:   "join --token TOKEN HOST[:PORT]",
 		Short: "Join this node to the cluster of a manager",
-		Example: `  shoal join 192.0.2.1
-  shoal join --role manager --advertise-addr 192.0.2.2 192.0.2.1:2377`,
+		Long: `Join makes this node a member of the cluster that the manager at HOST is in. The
+token says that it may, and whether as a worker or as a manager; 'shoal token show
+worker' (or manager) on a manager prints the whole command. The token also names
+the cluster's root certificate: it is not sent to anyone else.`,
+		Example: `  shoal join --token SHOAL-1-… 192.0.2.1
+  shoal join --token SHOAL-1-… --advertise-addr 192.0.2.2 192.0.2.1:2377`,
 		Args: exactly(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			req.Remote = args[0]
@@ -99,8 +103,8 @@ func (c *cli) joinCmd() *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&req.AdvertiseAddr, "advertise-addr", "", "address or interface that other nodes reach this one by (default: that of the default route)")
-	cmd.Flags().StringVar(&req.Role, "role", "worker", "manager or worker")
-	cmd.Flags().StringVar(&req.Token, "token", "", "join token (not asked for yet)")
+	cmd.Flags().StringVar(&req.Token, "token", "", "join token, as 'shoal token show' prints it on a manager")
+	cmd.Flags().StringVar(&req.Role, "role", "", "refuse a token that is for another role: manager or worker (default: whichever it is for)")
 	_ = cmd.RegisterFlagCompletionFunc("role", cobra.FixedCompletions([]string{"manager", "worker"}, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }

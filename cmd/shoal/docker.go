@@ -14,18 +14,16 @@ import (
 // Shoal has is in quotes, beginning with shoal: a test looks that it is there, and
 // that what stands in front is not, so that a line goes when its feature comes.
 var dockerWords = []struct{ docker, instead string }{
-	{"swarm", "use 'shoal init', 'shoal join', 'shoal leave' and 'shoal node ls'"},
+	{"swarm", "use 'shoal init', 'shoal join', 'shoal leave', 'shoal token', 'shoal ca' and 'shoal node ls'"},
 	{"swarm init", "use 'shoal init'"},
 	{"swarm join", "use 'shoal join'"},
 	{"swarm leave", "use 'shoal leave'"},
-	{"swarm join-token", "there are no tokens yet: 'shoal join' needs the address of a manager only"},
-	{"swarm ca", "there are no certificates yet"},
+	{"swarm join-token", "use 'shoal token show worker' (or manager), and 'shoal token rotate'"},
+	{"swarm ca", "use 'shoal ca show' and 'shoal ca rotate'"},
 	{"swarm unlock", "there is no lock: a manager starts by itself"},
 	{"swarm unlock-key", "there is no lock: a manager starts by itself"},
 	{"swarm update", "what 'shoal init' sets stays; nodes change by 'shoal node update'"},
 
-	{"node promote", "use 'shoal node update --role manager NODE'"},
-	{"node demote", "use 'shoal node update --role worker NODE'"},
 	{"node ps", "use 'shoal ps --node NODE'"},
 
 	{"service rollback", "no earlier version is kept: give the old settings to 'shoal svc update'"},

@@ -12,7 +12,7 @@ import (
 )
 
 func (c *cli) nodeCmd() *cobra.Command {
-	return group("node", "Manage the cluster's nodes", nil, c.nodeLs(), c.nodeInspect(), c.nodeUpdate(), c.nodeRm())
+	return group("node", "Manage the cluster's nodes", nil, c.nodeLs(), c.nodeInspect(), c.nodeUpdate(), c.nodeRole("promote", spec.RoleManager), c.nodeRole("demote", spec.RoleWorker), c.nodeRm())
 }
 
 func (c *cli) nodeLs() *cobra.Command {

@@ -41,6 +41,12 @@ type Command struct {
 	RemoveNode    *RemoveNode    `json:"remove_node,omitempty"`
 	ReportTasks   *ReportTasks   `json:"report_tasks,omitempty"`
 	Schedule      *Schedule      `json:"schedule,omitempty"`
+
+	RotateToken   *RotateToken   `json:"rotate_token,omitempty"`
+	RotateRoot    *RotateRoot    `json:"rotate_root,omitempty"`
+	DropRoot      *DropRoot      `json:"drop_root,omitempty"`
+	Certify       *Certify       `json:"certify,omitempty"`
+	SetGossipKeys *SetGossipKeys `json:"set_gossip_keys,omitempty"`
 }
 
 // Cluster is what is fixed at init.
@@ -58,6 +64,7 @@ type InitCluster struct {
 	Cluster        Cluster        `json:"cluster"`
 	DefaultNetwork string         `json:"default_network"`       // ID for it
 	HostRoutes     []netip.Prefix `json:"host_routes,omitempty"` // see CreateNetwork
+	Trust          *Trust         `json:"trust,omitempty"`
 }
 
 // CreateNetwork makes a network. Of Network, ID, Name and Created must be set;
@@ -134,8 +141,9 @@ type StopTask struct {
 // UpsertNode makes a node known, or takes up the address, ports and data path
 // with which a known one came back. A new node's Number is allocated
 // (Node.Number is ignored), its Role and Labels are taken, Availability is
-// active unless set; a known node keeps these four, as managers own them.
-// Either way its Status becomes ready.
+// active unless set; a known node keeps these four, as managers own them. Its
+// PublicKey is its own for ever: another node of the same ID is refused. Either
+// way its Status becomes ready.
 type UpsertNode struct {
 	Node spec.Node `json:"node"`
 }

@@ -47,11 +47,14 @@ func (s *State) initCluster(c *InitCluster) Result {
 	if err := ipam.ValidatePools(cl.Pools, cl.SubnetSize); err != nil {
 		return Result{Err: failf(ErrInvalid, "%w", err)}
 	}
-	s.cluster = &cl
+	if err := c.Trust.check(); err != nil {
+		return Result{Err: err}
+	}
+	s.cluster, s.trust = &cl, c.Trust.clone()
 	r := s.createNetwork(&CreateNetwork{HostRoutes: c.HostRoutes,
 		Network: spec.Network{ID: c.DefaultNetwork, Name: spec.DefaultNetwork, Created: cl.Created}})
 	if r.Err != nil {
-		s.cluster = nil
+		s.cluster, s.trust = nil, nil
 		return Result{Err: r.Err}
 	}
 	s.defaultNet = r.Network.ID

@@ -1,6 +1,7 @@
 package state
 
 import (
+	"bytes"
 	"fmt"
 	"maps"
 	"slices"
@@ -35,6 +36,9 @@ func (s *State) upsertNode(c *UpsertNode) Result {
 		}
 	}
 	if n != nil {
+		if len(in.PublicKey) > 0 && !bytes.Equal(in.PublicKey, n.PublicKey) {
+			return Result{Err: failf(ErrExists, "node %s is in the cluster with another key", n.ID)}
+		}
 		was := n.Node
 		next := was
 		next.Name, next.Addr, next.ControlPort, next.GossipPort = in.Name, in.Addr, in.ControlPort, in.GossipPort

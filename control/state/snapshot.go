@@ -32,6 +32,7 @@ type snapshot struct {
 	Services   []serviceSnapshot `json:"services"`
 	Nodes      []spec.Node       `json:"nodes"`
 	Tasks      []taskSnapshot    `json:"tasks"`
+	Trust      *Trust            `json:"trust,omitempty"`
 }
 
 type networkSnapshot struct {
@@ -58,7 +59,7 @@ type taskSnapshot struct {
 // same bytes.
 func (s *State) Snapshot() ([]byte, error) {
 	out := snapshot{Version: snapshotVersion, Index: s.index, Cluster: s.cluster, Default: s.defaultNet, LastSubnet: s.lastSubnet,
-		LastVNI: s.lastVNI, LastNumber: s.lastNumber, Seq: s.seq}
+		LastVNI: s.lastVNI, LastNumber: s.lastNumber, Seq: s.seq, Trust: s.trust}
 	for _, id := range slices.Sorted(maps.Keys(s.networks)) {
 		n := s.networks[id]
 		ns := networkSnapshot{Network: n.Network}
@@ -113,6 +114,10 @@ func restore(b []byte) (*State, error) {
 	s.index, s.cluster, s.defaultNet, s.lastSubnet = in.Index, in.Cluster, in.Default, in.LastSubnet
 	s.lastVNI, s.lastNumber, s.seq = in.LastVNI, in.LastNumber, in.Seq
 	s.changed = s.index
+	if err := in.Trust.check(); err != nil {
+		return nil, err
+	}
+	s.trust = in.Trust
 	for _, ns := range in.Networks {
 		n := ns.Network
 		if err := n.Validate(); err != nil {

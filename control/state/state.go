@@ -18,6 +18,7 @@ type State struct {
 	rules      int    // that the command at hand is judged by; else the newest
 	index      uint64 // of the last command
 	cluster    *Cluster
+	trust      *Trust
 	defaultNet string // ID
 	networks   map[string]*network
 	services   map[string]*service // also those that wait for their last task
@@ -350,6 +351,15 @@ type Assignment struct {
 	Networks []spec.Network // of the tasks that are not released, and those that published ports lead to, by ID
 	Services []spec.Service // on Networks, by ID
 	Nodes    []spec.Node    // all, by ID
+	Trust    *Trust         // nil: none
+}
+
+// RoleOf is a node's role by its ID; "" of one that is not in the cluster.
+func (s *State) RoleOf(id string) string {
+	if n := s.nodes[id]; n != nil {
+		return n.Role
+	}
+	return ""
 }
 
 // AssignmentIndex is the raft index of the last change to what AssignmentFor
@@ -384,7 +394,7 @@ func (s *State) AssignmentFor(nodeID string) (Assignment, error) {
 	if n == nil || s.cluster == nil {
 		return Assignment{}, &NotFoundError{"node", nodeID}
 	}
-	a := Assignment{Index: s.AssignmentIndex(nodeID), Cluster: *s.cluster}
+	a := Assignment{Index: s.AssignmentIndex(nodeID), Cluster: *s.cluster, Trust: s.trust.clone()}
 	nets := map[string]bool{}
 	for _, id := range slices.Sorted(maps.Keys(n.tasks)) {
 		t := n.tasks[id]
@@ -462,6 +472,16 @@ func (s *State) Apply(index uint64, c Command) Result {
 		return s.removeNode(c.RemoveNode)
 	case c.ReportTasks != nil:
 		return s.reportTasks(c.ReportTasks)
+	case c.RotateToken != nil:
+		return s.rotateToken(c.RotateToken)
+	case c.RotateRoot != nil:
+		return s.rotateRoot(c.RotateRoot)
+	case c.DropRoot != nil:
+		return s.dropRoot(c.DropRoot)
+	case c.Certify != nil:
+		return s.certify(c.Certify)
+	case c.SetGossipKeys != nil:
+		return s.setGossipKeys(c.SetGossipKeys)
 	default:
 		return s.schedule(c.Schedule)
 	}

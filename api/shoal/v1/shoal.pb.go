@@ -1276,24 +1276,27 @@ func (x *Task) GetFaults() []*NodeFault {
 }
 
 type NodeInfo struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
-	Number        int32                  `protobuf:"varint,3,opt,name=number,proto3" json:"number,omitempty"`
-	Role          string                 `protobuf:"bytes,4,opt,name=role,proto3" json:"role,omitempty"`
-	Availability  string                 `protobuf:"bytes,5,opt,name=availability,proto3" json:"availability,omitempty"`
-	Labels        map[string]string      `protobuf:"bytes,6,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	Addr          string                 `protobuf:"bytes,7,opt,name=addr,proto3" json:"addr,omitempty"`
-	ControlPort   int32                  `protobuf:"varint,8,opt,name=control_port,json=controlPort,proto3" json:"control_port,omitempty"`
-	GossipPort    int32                  `protobuf:"varint,9,opt,name=gossip_port,json=gossipPort,proto3" json:"gossip_port,omitempty"`
-	Status        string                 `protobuf:"bytes,10,opt,name=status,proto3" json:"status,omitempty"`
-	Message       string                 `protobuf:"bytes,11,opt,name=message,proto3" json:"message,omitempty"`
-	Version       uint64                 `protobuf:"varint,12,opt,name=version,proto3" json:"version,omitempty"`
-	CreatedMs     int64                  `protobuf:"varint,13,opt,name=created_ms,json=createdMs,proto3" json:"created_ms,omitempty"`
-	Leader        bool                   `protobuf:"varint,14,opt,name=leader,proto3" json:"leader,omitempty"`
-	DataPath      string                 `protobuf:"bytes,15,opt,name=data_path,json=dataPath,proto3" json:"data_path,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state            protoimpl.MessageState `protogen:"open.v1"`
+	Id               string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Name             string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Number           int32                  `protobuf:"varint,3,opt,name=number,proto3" json:"number,omitempty"`
+	Role             string                 `protobuf:"bytes,4,opt,name=role,proto3" json:"role,omitempty"`
+	Availability     string                 `protobuf:"bytes,5,opt,name=availability,proto3" json:"availability,omitempty"`
+	Labels           map[string]string      `protobuf:"bytes,6,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Addr             string                 `protobuf:"bytes,7,opt,name=addr,proto3" json:"addr,omitempty"`
+	ControlPort      int32                  `protobuf:"varint,8,opt,name=control_port,json=controlPort,proto3" json:"control_port,omitempty"`
+	GossipPort       int32                  `protobuf:"varint,9,opt,name=gossip_port,json=gossipPort,proto3" json:"gossip_port,omitempty"`
+	Status           string                 `protobuf:"bytes,10,opt,name=status,proto3" json:"status,omitempty"`
+	Message          string                 `protobuf:"bytes,11,opt,name=message,proto3" json:"message,omitempty"`
+	Version          uint64                 `protobuf:"varint,12,opt,name=version,proto3" json:"version,omitempty"`
+	CreatedMs        int64                  `protobuf:"varint,13,opt,name=created_ms,json=createdMs,proto3" json:"created_ms,omitempty"`
+	Leader           bool                   `protobuf:"varint,14,opt,name=leader,proto3" json:"leader,omitempty"`
+	DataPath         string                 `protobuf:"bytes,15,opt,name=data_path,json=dataPath,proto3" json:"data_path,omitempty"`
+	PublicKey        []byte                 `protobuf:"bytes,16,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"`                         // of its certificate; PKIX, DER
+	CertificateEndMs int64                  `protobuf:"varint,17,opt,name=certificate_end_ms,json=certificateEndMs,proto3" json:"certificate_end_ms,omitempty"` // when its certificate ends, as the managers signed it last; 0: not known
+	CertificateRoot  string                 `protobuf:"bytes,18,opt,name=certificate_root,json=certificateRoot,proto3" json:"certificate_root,omitempty"`       // digest of the root that signed it
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *NodeInfo) Reset() {
@@ -1427,6 +1430,27 @@ func (x *NodeInfo) GetLeader() bool {
 func (x *NodeInfo) GetDataPath() string {
 	if x != nil {
 		return x.DataPath
+	}
+	return ""
+}
+
+func (x *NodeInfo) GetPublicKey() []byte {
+	if x != nil {
+		return x.PublicKey
+	}
+	return nil
+}
+
+func (x *NodeInfo) GetCertificateEndMs() int64 {
+	if x != nil {
+		return x.CertificateEndMs
+	}
+	return 0
+}
+
+func (x *NodeInfo) GetCertificateRoot() string {
+	if x != nil {
+		return x.CertificateRoot
 	}
 	return ""
 }
@@ -3161,9 +3185,10 @@ func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
 
 type JoinNodeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Node          *NodeInfo              `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`       // id, name, role, addr, ports, labels, data_path
-	Token         string                 `protobuf:"bytes,2,opt,name=token,proto3" json:"token,omitempty"`     // place for join tokens
+	Node          *NodeInfo              `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`       // id, name, addr, ports, labels, data_path; the role is the token's
+	Token         string                 `protobuf:"bytes,2,opt,name=token,proto3" json:"token,omitempty"`     // the secret of a join token
 	Cluster       string                 `protobuf:"bytes,3,opt,name=cluster,proto3" json:"cluster,omitempty"` // empty: any; else must be this cluster's ID
+	Csr           []byte                 `protobuf:"bytes,4,opt,name=csr,proto3" json:"csr,omitempty"`         // request for a certificate, PKCS #10
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3219,11 +3244,20 @@ func (x *JoinNodeRequest) GetCluster() string {
 	return ""
 }
 
+func (x *JoinNodeRequest) GetCsr() []byte {
+	if x != nil {
+		return x.Csr
+	}
+	return nil
+}
+
 type JoinNodeResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Cluster       *Cluster               `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
-	Node          *NodeInfo              `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"` // with its number
+	Node          *NodeInfo              `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"` // with its number and role
 	Managers      []*NodeInfo            `protobuf:"bytes,3,rep,name=managers,proto3" json:"managers,omitempty"`
+	Certificate   *Certificate           `protobuf:"bytes,4,opt,name=certificate,proto3" json:"certificate,omitempty"`
+	Trust         *Trust                 `protobuf:"bytes,5,opt,name=trust,proto3" json:"trust,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3279,6 +3313,628 @@ func (x *JoinNodeResponse) GetManagers() []*NodeInfo {
 	return nil
 }
 
+func (x *JoinNodeResponse) GetCertificate() *Certificate {
+	if x != nil {
+		return x.Certificate
+	}
+	return nil
+}
+
+func (x *JoinNodeResponse) GetTrust() *Trust {
+	if x != nil {
+		return x.Trust
+	}
+	return nil
+}
+
+// Certificate is a node's, and what it is to trust.
+type Certificate struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Chain         [][]byte               `protobuf:"bytes,1,rep,name=chain,proto3" json:"chain,omitempty"` // DER, the node's own first
+	Roots         [][]byte               `protobuf:"bytes,2,rep,name=roots,proto3" json:"roots,omitempty"` // DER
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Certificate) Reset() {
+	*x = Certificate{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Certificate) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Certificate) ProtoMessage() {}
+
+func (x *Certificate) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Certificate.ProtoReflect.Descriptor instead.
+func (*Certificate) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{48}
+}
+
+func (x *Certificate) GetChain() [][]byte {
+	if x != nil {
+		return x.Chain
+	}
+	return nil
+}
+
+func (x *Certificate) GetRoots() [][]byte {
+	if x != nil {
+		return x.Roots
+	}
+	return nil
+}
+
+// RenewCertificate gives a node another certificate for its key, with the role
+// that it has now.
+type RenewCertificateRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"` // ID, the caller's own
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RenewCertificateRequest) Reset() {
+	*x = RenewCertificateRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RenewCertificateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RenewCertificateRequest) ProtoMessage() {}
+
+func (x *RenewCertificateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RenewCertificateRequest.ProtoReflect.Descriptor instead.
+func (*RenewCertificateRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{49}
+}
+
+func (x *RenewCertificateRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+type RenewCertificateResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Certificate   *Certificate           `protobuf:"bytes,1,opt,name=certificate,proto3" json:"certificate,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RenewCertificateResponse) Reset() {
+	*x = RenewCertificateResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RenewCertificateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RenewCertificateResponse) ProtoMessage() {}
+
+func (x *RenewCertificateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RenewCertificateResponse.ProtoReflect.Descriptor instead.
+func (*RenewCertificateResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *RenewCertificateResponse) GetCertificate() *Certificate {
+	if x != nil {
+		return x.Certificate
+	}
+	return nil
+}
+
+// LeaveNode forgets the node that calls.
+type LeaveNodeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LeaveNodeRequest) Reset() {
+	*x = LeaveNodeRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LeaveNodeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LeaveNodeRequest) ProtoMessage() {}
+
+func (x *LeaveNodeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LeaveNodeRequest.ProtoReflect.Descriptor instead.
+func (*LeaveNodeRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *LeaveNodeRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+type LeaveNodeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LeaveNodeResponse) Reset() {
+	*x = LeaveNodeResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LeaveNodeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LeaveNodeResponse) ProtoMessage() {}
+
+func (x *LeaveNodeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LeaveNodeResponse.ProtoReflect.Descriptor instead.
+func (*LeaveNodeResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{52}
+}
+
+type ShowTokenRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Role          string                 `protobuf:"bytes,1,opt,name=role,proto3" json:"role,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShowTokenRequest) Reset() {
+	*x = ShowTokenRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShowTokenRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShowTokenRequest) ProtoMessage() {}
+
+func (x *ShowTokenRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShowTokenRequest.ProtoReflect.Descriptor instead.
+func (*ShowTokenRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{53}
+}
+
+func (x *ShowTokenRequest) GetRole() string {
+	if x != nil {
+		return x.Role
+	}
+	return ""
+}
+
+type ShowTokenResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Token         string                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
+	SinceMs       int64                  `protobuf:"varint,2,opt,name=since_ms,json=sinceMs,proto3" json:"since_ms,omitempty"`
+	Managers      []*NodeInfo            `protobuf:"bytes,3,rep,name=managers,proto3" json:"managers,omitempty"` // that may be joined, this one first
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShowTokenResponse) Reset() {
+	*x = ShowTokenResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShowTokenResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShowTokenResponse) ProtoMessage() {}
+
+func (x *ShowTokenResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShowTokenResponse.ProtoReflect.Descriptor instead.
+func (*ShowTokenResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{54}
+}
+
+func (x *ShowTokenResponse) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+func (x *ShowTokenResponse) GetSinceMs() int64 {
+	if x != nil {
+		return x.SinceMs
+	}
+	return 0
+}
+
+func (x *ShowTokenResponse) GetManagers() []*NodeInfo {
+	if x != nil {
+		return x.Managers
+	}
+	return nil
+}
+
+type RotateTokenRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Role          string                 `protobuf:"bytes,1,opt,name=role,proto3" json:"role,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotateTokenRequest) Reset() {
+	*x = RotateTokenRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotateTokenRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotateTokenRequest) ProtoMessage() {}
+
+func (x *RotateTokenRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotateTokenRequest.ProtoReflect.Descriptor instead.
+func (*RotateTokenRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *RotateTokenRequest) GetRole() string {
+	if x != nil {
+		return x.Role
+	}
+	return ""
+}
+
+type RotateTokenResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Token         string                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotateTokenResponse) Reset() {
+	*x = RotateTokenResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotateTokenResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotateTokenResponse) ProtoMessage() {}
+
+func (x *RotateTokenResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotateTokenResponse.ProtoReflect.Descriptor instead.
+func (*RotateTokenResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{56}
+}
+
+func (x *RotateTokenResponse) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+type ShowCARequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShowCARequest) Reset() {
+	*x = ShowCARequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShowCARequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShowCARequest) ProtoMessage() {}
+
+func (x *ShowCARequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShowCARequest.ProtoReflect.Descriptor instead.
+func (*ShowCARequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{57}
+}
+
+type ShowCAResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Root          *ShowCAResponse_Root   `protobuf:"bytes,1,opt,name=root,proto3" json:"root,omitempty"`       // that signs now
+	Old           *ShowCAResponse_Root   `protobuf:"bytes,2,opt,name=old,proto3" json:"old,omitempty"`         // that still counts, while nodes move from it to the other
+	Waiting       []string               `protobuf:"bytes,3,rep,name=waiting,proto3" json:"waiting,omitempty"` // names of nodes that live and have no certificate by root yet
+	Lost          []string               `protobuf:"bytes,4,rep,name=lost,proto3" json:"lost,omitempty"`       // names of nodes that are down and have none: they must join again
+	Cluster       string                 `protobuf:"bytes,5,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShowCAResponse) Reset() {
+	*x = ShowCAResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShowCAResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShowCAResponse) ProtoMessage() {}
+
+func (x *ShowCAResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShowCAResponse.ProtoReflect.Descriptor instead.
+func (*ShowCAResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{58}
+}
+
+func (x *ShowCAResponse) GetRoot() *ShowCAResponse_Root {
+	if x != nil {
+		return x.Root
+	}
+	return nil
+}
+
+func (x *ShowCAResponse) GetOld() *ShowCAResponse_Root {
+	if x != nil {
+		return x.Old
+	}
+	return nil
+}
+
+func (x *ShowCAResponse) GetWaiting() []string {
+	if x != nil {
+		return x.Waiting
+	}
+	return nil
+}
+
+func (x *ShowCAResponse) GetLost() []string {
+	if x != nil {
+		return x.Lost
+	}
+	return nil
+}
+
+func (x *ShowCAResponse) GetCluster() string {
+	if x != nil {
+		return x.Cluster
+	}
+	return ""
+}
+
+type RotateCARequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotateCARequest) Reset() {
+	*x = RotateCARequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotateCARequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotateCARequest) ProtoMessage() {}
+
+func (x *RotateCARequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotateCARequest.ProtoReflect.Descriptor instead.
+func (*RotateCARequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{59}
+}
+
+type RotateCAResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotateCAResponse) Reset() {
+	*x = RotateCAResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotateCAResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotateCAResponse) ProtoMessage() {}
+
+func (x *RotateCAResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotateCAResponse.ProtoReflect.Descriptor instead.
+func (*RotateCAResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{60}
+}
+
+func (x *RotateCAResponse) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
 type AssignmentsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
@@ -3288,7 +3944,7 @@ type AssignmentsRequest struct {
 
 func (x *AssignmentsRequest) Reset() {
 	*x = AssignmentsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3300,7 +3956,7 @@ func (x *AssignmentsRequest) String() string {
 func (*AssignmentsRequest) ProtoMessage() {}
 
 func (x *AssignmentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3313,7 +3969,7 @@ func (x *AssignmentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignmentsRequest.ProtoReflect.Descriptor instead.
 func (*AssignmentsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{48}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *AssignmentsRequest) GetNode() string {
@@ -3335,13 +3991,14 @@ type AssignmentsResponse struct {
 	Services      []*Service             `protobuf:"bytes,5,rep,name=services,proto3" json:"services,omitempty"` // on those networks
 	Nodes         []*NodeInfo            `protobuf:"bytes,6,rep,name=nodes,proto3" json:"nodes,omitempty"`       // all
 	Cluster       *Cluster               `protobuf:"bytes,7,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	Trust         *Trust                 `protobuf:"bytes,8,opt,name=trust,proto3" json:"trust,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *AssignmentsResponse) Reset() {
 	*x = AssignmentsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3353,7 +4010,7 @@ func (x *AssignmentsResponse) String() string {
 func (*AssignmentsResponse) ProtoMessage() {}
 
 func (x *AssignmentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3366,7 +4023,7 @@ func (x *AssignmentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignmentsResponse.ProtoReflect.Descriptor instead.
 func (*AssignmentsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{49}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *AssignmentsResponse) GetIndex() uint64 {
@@ -3418,6 +4075,134 @@ func (x *AssignmentsResponse) GetCluster() *Cluster {
 	return nil
 }
 
+func (x *AssignmentsResponse) GetTrust() *Trust {
+	if x != nil {
+		return x.Trust
+	}
+	return nil
+}
+
+// Trust is what every node must know to tell its own from others.
+type Trust struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Roots         [][]byte               `protobuf:"bytes,1,rep,name=roots,proto3" json:"roots,omitempty"`                             // that certificates count by, DER
+	Signs         string                 `protobuf:"bytes,2,opt,name=signs,proto3" json:"signs,omitempty"`                             // digest of the root that signs: who has another's certificate renews it
+	GossipKeys    []*GossipKey           `protobuf:"bytes,3,rep,name=gossip_keys,json=gossipKeys,proto3" json:"gossip_keys,omitempty"` // old, current, next; by generation
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Trust) Reset() {
+	*x = Trust{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Trust) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Trust) ProtoMessage() {}
+
+func (x *Trust) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Trust.ProtoReflect.Descriptor instead.
+func (*Trust) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{63}
+}
+
+func (x *Trust) GetRoots() [][]byte {
+	if x != nil {
+		return x.Roots
+	}
+	return nil
+}
+
+func (x *Trust) GetSigns() string {
+	if x != nil {
+		return x.Signs
+	}
+	return ""
+}
+
+func (x *Trust) GetGossipKeys() []*GossipKey {
+	if x != nil {
+		return x.GossipKeys
+	}
+	return nil
+}
+
+type GossipKey struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Generation    uint64                 `protobuf:"varint,1,opt,name=generation,proto3" json:"generation,omitempty"`
+	Key           []byte                 `protobuf:"bytes,2,opt,name=key,proto3" json:"key,omitempty"`          // 32 bytes
+	Primary       bool                   `protobuf:"varint,3,opt,name=primary,proto3" json:"primary,omitempty"` // what is sent is encrypted with it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GossipKey) Reset() {
+	*x = GossipKey{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GossipKey) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GossipKey) ProtoMessage() {}
+
+func (x *GossipKey) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GossipKey.ProtoReflect.Descriptor instead.
+func (*GossipKey) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{64}
+}
+
+func (x *GossipKey) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *GossipKey) GetKey() []byte {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
+func (x *GossipKey) GetPrimary() bool {
+	if x != nil {
+		return x.Primary
+	}
+	return false
+}
+
 // Report tells the leader how the node's tasks are. It is also the node's sign
 // of life: the leader takes a node as down that sends none for 3 s while
 // gossip, too, holds it dead.
@@ -3433,14 +4218,17 @@ type ReportRequest struct {
 	DataPath    string   `protobuf:"bytes,7,opt,name=data_path,json=dataPath,proto3" json:"data_path,omitempty"`
 	Applied     uint64   `protobuf:"varint,8,opt,name=applied,proto3" json:"applied,omitempty"` // index of the newest assignment that the node's kernel follows
 	// What the node can't do for services and tasks; of what is too much the first.
-	Faults        []*ReportRequest_Fault `protobuf:"bytes,9,rep,name=faults,proto3" json:"faults,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Faults          []*ReportRequest_Fault `protobuf:"bytes,9,rep,name=faults,proto3" json:"faults,omitempty"`
+	ManagerReady    bool                   `protobuf:"varint,10,opt,name=manager_ready,json=managerReady,proto3" json:"manager_ready,omitempty"`         // its part of the managers runs: it may be counted on as one
+	GossipKey       uint64                 `protobuf:"varint,11,opt,name=gossip_key,json=gossipKey,proto3" json:"gossip_key,omitempty"`                  // generation of the newest gossip key that it has installed
+	CertificateRoot string                 `protobuf:"bytes,12,opt,name=certificate_root,json=certificateRoot,proto3" json:"certificate_root,omitempty"` // digest of the root of the certificate that it shows
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3452,7 +4240,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3465,7 +4253,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{50}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *ReportRequest) GetNode() string {
@@ -3531,6 +4319,27 @@ func (x *ReportRequest) GetFaults() []*ReportRequest_Fault {
 	return nil
 }
 
+func (x *ReportRequest) GetManagerReady() bool {
+	if x != nil {
+		return x.ManagerReady
+	}
+	return false
+}
+
+func (x *ReportRequest) GetGossipKey() uint64 {
+	if x != nil {
+		return x.GossipKey
+	}
+	return 0
+}
+
+func (x *ReportRequest) GetCertificateRoot() string {
+	if x != nil {
+		return x.CertificateRoot
+	}
+	return ""
+}
+
 type ReportResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -3539,7 +4348,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3551,7 +4360,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3564,7 +4373,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{51}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{66}
 }
 
 type TasksRequest struct {
@@ -3575,7 +4384,7 @@ type TasksRequest struct {
 
 func (x *TasksRequest) Reset() {
 	*x = TasksRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3587,7 +4396,7 @@ func (x *TasksRequest) String() string {
 func (*TasksRequest) ProtoMessage() {}
 
 func (x *TasksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3600,7 +4409,7 @@ func (x *TasksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TasksRequest.ProtoReflect.Descriptor instead.
 func (*TasksRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{52}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{67}
 }
 
 type TasksResponse struct {
@@ -3612,7 +4421,7 @@ type TasksResponse struct {
 
 func (x *TasksResponse) Reset() {
 	*x = TasksResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3624,7 +4433,7 @@ func (x *TasksResponse) String() string {
 func (*TasksResponse) ProtoMessage() {}
 
 func (x *TasksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3637,7 +4446,7 @@ func (x *TasksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TasksResponse.ProtoReflect.Descriptor instead.
 func (*TasksResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{53}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *TasksResponse) GetTasks() []*Task {
@@ -3656,7 +4465,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3668,7 +4477,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3681,7 +4490,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{54}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *StatsRequest) GetTasks() []string {
@@ -3701,7 +4510,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3713,7 +4522,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3726,7 +4535,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{55}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *StatsResponse) GetNode() string {
@@ -3752,7 +4561,7 @@ type KernelRequest struct {
 
 func (x *KernelRequest) Reset() {
 	*x = KernelRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3764,7 +4573,7 @@ func (x *KernelRequest) String() string {
 func (*KernelRequest) ProtoMessage() {}
 
 func (x *KernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3777,7 +4586,7 @@ func (x *KernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelRequest.ProtoReflect.Descriptor instead.
 func (*KernelRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{56}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *KernelRequest) GetService() string {
@@ -3798,7 +4607,7 @@ type KernelResponse struct {
 
 func (x *KernelResponse) Reset() {
 	*x = KernelResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3810,7 +4619,7 @@ func (x *KernelResponse) String() string {
 func (*KernelResponse) ProtoMessage() {}
 
 func (x *KernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3823,7 +4632,7 @@ func (x *KernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse.ProtoReflect.Descriptor instead.
 func (*KernelResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{57}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *KernelResponse) GetNode() string {
@@ -3863,7 +4672,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3875,7 +4684,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3888,7 +4697,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{58}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *ExecRequest) GetMsg() isExecRequest_Msg {
@@ -3991,7 +4800,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4003,7 +4812,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4016,7 +4825,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{59}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *ExecResponse) GetMsg() isExecResponse_Msg {
@@ -4086,7 +4895,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4098,7 +4907,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4111,7 +4920,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{60}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *LogsRequest) GetTask() string {
@@ -4146,7 +4955,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4158,7 +4967,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4171,7 +4980,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{61}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *LogsResponse) GetStderr() bool {
@@ -4204,7 +5013,7 @@ type WaitRequest struct {
 
 func (x *WaitRequest) Reset() {
 	*x = WaitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4216,7 +5025,7 @@ func (x *WaitRequest) String() string {
 func (*WaitRequest) ProtoMessage() {}
 
 func (x *WaitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4229,7 +5038,7 @@ func (x *WaitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitRequest.ProtoReflect.Descriptor instead.
 func (*WaitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{62}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *WaitRequest) GetTask() string {
@@ -4248,7 +5057,7 @@ type WaitResponse struct {
 
 func (x *WaitResponse) Reset() {
 	*x = WaitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4260,7 +5069,7 @@ func (x *WaitResponse) String() string {
 func (*WaitResponse) ProtoMessage() {}
 
 func (x *WaitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4273,7 +5082,7 @@ func (x *WaitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitResponse.ProtoReflect.Descriptor instead.
 func (*WaitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{63}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *WaitResponse) GetStatus() *TaskStatus {
@@ -4291,7 +5100,7 @@ type InfoRequest struct {
 
 func (x *InfoRequest) Reset() {
 	*x = InfoRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4303,7 +5112,7 @@ func (x *InfoRequest) String() string {
 func (*InfoRequest) ProtoMessage() {}
 
 func (x *InfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4316,7 +5125,7 @@ func (x *InfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoRequest.ProtoReflect.Descriptor instead.
 func (*InfoRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{64}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{79}
 }
 
 type InfoResponse struct {
@@ -4328,13 +5137,19 @@ type InfoResponse struct {
 	DataPath       string                 `protobuf:"bytes,5,opt,name=data_path,json=dataPath,proto3" json:"data_path,omitempty"`
 	DataPathReason string                 `protobuf:"bytes,6,opt,name=data_path_reason,json=dataPathReason,proto3" json:"data_path_reason,omitempty"`
 	DataDir        string                 `protobuf:"bytes,7,opt,name=data_dir,json=dataDir,proto3" json:"data_dir,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Of the node's certificate; absent without one.
+	CertificateFromMs int64    `protobuf:"varint,8,opt,name=certificate_from_ms,json=certificateFromMs,proto3" json:"certificate_from_ms,omitempty"`
+	CertificateEndMs  int64    `protobuf:"varint,9,opt,name=certificate_end_ms,json=certificateEndMs,proto3" json:"certificate_end_ms,omitempty"`
+	CertificateRole   string   `protobuf:"bytes,10,opt,name=certificate_role,json=certificateRole,proto3" json:"certificate_role,omitempty"`
+	Ca                string   `protobuf:"bytes,11,opt,name=ca,proto3" json:"ca,omitempty"`       // digest of the root that signed it
+	Roots             []string `protobuf:"bytes,12,rep,name=roots,proto3" json:"roots,omitempty"` // digests of all that it trusts
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *InfoResponse) Reset() {
 	*x = InfoResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4346,7 +5161,7 @@ func (x *InfoResponse) String() string {
 func (*InfoResponse) ProtoMessage() {}
 
 func (x *InfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4359,7 +5174,7 @@ func (x *InfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoResponse.ProtoReflect.Descriptor instead.
 func (*InfoResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{65}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *InfoResponse) GetVersion() string {
@@ -4411,6 +5226,41 @@ func (x *InfoResponse) GetDataDir() string {
 	return ""
 }
 
+func (x *InfoResponse) GetCertificateFromMs() int64 {
+	if x != nil {
+		return x.CertificateFromMs
+	}
+	return 0
+}
+
+func (x *InfoResponse) GetCertificateEndMs() int64 {
+	if x != nil {
+		return x.CertificateEndMs
+	}
+	return 0
+}
+
+func (x *InfoResponse) GetCertificateRole() string {
+	if x != nil {
+		return x.CertificateRole
+	}
+	return ""
+}
+
+func (x *InfoResponse) GetCa() string {
+	if x != nil {
+		return x.Ca
+	}
+	return ""
+}
+
+func (x *InfoResponse) GetRoots() []string {
+	if x != nil {
+		return x.Roots
+	}
+	return nil
+}
+
 type InitRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	AdvertiseAddr string                 `protobuf:"bytes,1,opt,name=advertise_addr,json=advertiseAddr,proto3" json:"advertise_addr,omitempty"` // address or interface, optionally with :port
@@ -4423,7 +5273,7 @@ type InitRequest struct {
 
 func (x *InitRequest) Reset() {
 	*x = InitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4435,7 +5285,7 @@ func (x *InitRequest) String() string {
 func (*InitRequest) ProtoMessage() {}
 
 func (x *InitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4448,7 +5298,7 @@ func (x *InitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitRequest.ProtoReflect.Descriptor instead.
 func (*InitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{66}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *InitRequest) GetAdvertiseAddr() string {
@@ -4483,13 +5333,15 @@ type InitResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Cluster       string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
 	Node          *NodeInfo              `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
+	WorkerToken   string                 `protobuf:"bytes,3,opt,name=worker_token,json=workerToken,proto3" json:"worker_token,omitempty"`
+	ManagerToken  string                 `protobuf:"bytes,4,opt,name=manager_token,json=managerToken,proto3" json:"manager_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *InitResponse) Reset() {
 	*x = InitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4501,7 +5353,7 @@ func (x *InitResponse) String() string {
 func (*InitResponse) ProtoMessage() {}
 
 func (x *InitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4514,7 +5366,7 @@ func (x *InitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitResponse.ProtoReflect.Descriptor instead.
 func (*InitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{67}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *InitResponse) GetCluster() string {
@@ -4531,11 +5383,25 @@ func (x *InitResponse) GetNode() *NodeInfo {
 	return nil
 }
 
+func (x *InitResponse) GetWorkerToken() string {
+	if x != nil {
+		return x.WorkerToken
+	}
+	return ""
+}
+
+func (x *InitResponse) GetManagerToken() string {
+	if x != nil {
+		return x.ManagerToken
+	}
+	return ""
+}
+
 type JoinRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Remote        string                 `protobuf:"bytes,1,opt,name=remote,proto3" json:"remote,omitempty"` // HOST[:PORT] of a manager
 	AdvertiseAddr string                 `protobuf:"bytes,2,opt,name=advertise_addr,json=advertiseAddr,proto3" json:"advertise_addr,omitempty"`
-	Role          string                 `protobuf:"bytes,3,opt,name=role,proto3" json:"role,omitempty"` // manager or worker; empty: worker
+	Role          string                 `protobuf:"bytes,3,opt,name=role,proto3" json:"role,omitempty"` // manager or worker, if the token must be for that; empty: whichever it is for
 	Token         string                 `protobuf:"bytes,4,opt,name=token,proto3" json:"token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -4543,7 +5409,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4555,7 +5421,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4568,7 +5434,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{68}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *JoinRequest) GetRemote() string {
@@ -4609,7 +5475,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4621,7 +5487,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4634,7 +5500,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{69}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *JoinResponse) GetCluster() string {
@@ -4660,7 +5526,7 @@ type LeaveRequest struct {
 
 func (x *LeaveRequest) Reset() {
 	*x = LeaveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4672,7 +5538,7 @@ func (x *LeaveRequest) String() string {
 func (*LeaveRequest) ProtoMessage() {}
 
 func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4685,7 +5551,7 @@ func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
 func (*LeaveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{70}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *LeaveRequest) GetForce() bool {
@@ -4703,7 +5569,7 @@ type LeaveResponse struct {
 
 func (x *LeaveResponse) Reset() {
 	*x = LeaveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4715,7 +5581,7 @@ func (x *LeaveResponse) String() string {
 func (*LeaveResponse) ProtoMessage() {}
 
 func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4728,7 +5594,7 @@ func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveResponse.ProtoReflect.Descriptor instead.
 func (*LeaveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{71}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{86}
 }
 
 type DoctorRequest struct {
@@ -4739,7 +5605,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4751,7 +5617,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4764,7 +5630,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{87}
 }
 
 type DoctorResponse struct {
@@ -4777,7 +5643,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4789,7 +5655,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4802,7 +5668,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{73}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *DoctorResponse) GetChecks() []*DoctorResponse_Check {
@@ -4819,6 +5685,74 @@ func (x *DoctorResponse) GetObjects() []*DoctorResponse_Object {
 	return nil
 }
 
+type ShowCAResponse_Root struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Certificate   []byte                 `protobuf:"bytes,1,opt,name=certificate,proto3" json:"certificate,omitempty"` // DER
+	Digest        string                 `protobuf:"bytes,2,opt,name=digest,proto3" json:"digest,omitempty"`
+	CreatedMs     int64                  `protobuf:"varint,3,opt,name=created_ms,json=createdMs,proto3" json:"created_ms,omitempty"`
+	EndMs         int64                  `protobuf:"varint,4,opt,name=end_ms,json=endMs,proto3" json:"end_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShowCAResponse_Root) Reset() {
+	*x = ShowCAResponse_Root{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[98]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShowCAResponse_Root) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShowCAResponse_Root) ProtoMessage() {}
+
+func (x *ShowCAResponse_Root) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[98]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShowCAResponse_Root.ProtoReflect.Descriptor instead.
+func (*ShowCAResponse_Root) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{58, 0}
+}
+
+func (x *ShowCAResponse_Root) GetCertificate() []byte {
+	if x != nil {
+		return x.Certificate
+	}
+	return nil
+}
+
+func (x *ShowCAResponse_Root) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *ShowCAResponse_Root) GetCreatedMs() int64 {
+	if x != nil {
+		return x.CreatedMs
+	}
+	return 0
+}
+
+func (x *ShowCAResponse_Root) GetEndMs() int64 {
+	if x != nil {
+		return x.EndMs
+	}
+	return 0
+}
+
 type ReportRequest_Fault struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Object        string                 `protobuf:"bytes,1,opt,name=object,proto3" json:"object,omitempty"` // ID of a service or a task
@@ -4829,7 +5763,7 @@ type ReportRequest_Fault struct {
 
 func (x *ReportRequest_Fault) Reset() {
 	*x = ReportRequest_Fault{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4841,7 +5775,7 @@ func (x *ReportRequest_Fault) String() string {
 func (*ReportRequest_Fault) ProtoMessage() {}
 
 func (x *ReportRequest_Fault) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4854,7 +5788,7 @@ func (x *ReportRequest_Fault) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest_Fault.ProtoReflect.Descriptor instead.
 func (*ReportRequest_Fault) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{50, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{65, 1}
 }
 
 func (x *ReportRequest_Fault) GetObject() string {
@@ -4887,7 +5821,7 @@ type StatsResponse_Task struct {
 
 func (x *StatsResponse_Task) Reset() {
 	*x = StatsResponse_Task{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4899,7 +5833,7 @@ func (x *StatsResponse_Task) String() string {
 func (*StatsResponse_Task) ProtoMessage() {}
 
 func (x *StatsResponse_Task) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4912,7 +5846,7 @@ func (x *StatsResponse_Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse_Task.ProtoReflect.Descriptor instead.
 func (*StatsResponse_Task) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{55, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{70, 0}
 }
 
 func (x *StatsResponse_Task) GetId() string {
@@ -4982,7 +5916,7 @@ type KernelResponse_Backend struct {
 
 func (x *KernelResponse_Backend) Reset() {
 	*x = KernelResponse_Backend{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4994,7 +5928,7 @@ func (x *KernelResponse_Backend) String() string {
 func (*KernelResponse_Backend) ProtoMessage() {}
 
 func (x *KernelResponse_Backend) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5007,7 +5941,7 @@ func (x *KernelResponse_Backend) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse_Backend.ProtoReflect.Descriptor instead.
 func (*KernelResponse_Backend) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{57, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72, 0}
 }
 
 func (x *KernelResponse_Backend) GetAddr() string {
@@ -5044,7 +5978,7 @@ type KernelResponse_Server struct {
 
 func (x *KernelResponse_Server) Reset() {
 	*x = KernelResponse_Server{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5056,7 +5990,7 @@ func (x *KernelResponse_Server) String() string {
 func (*KernelResponse_Server) ProtoMessage() {}
 
 func (x *KernelResponse_Server) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5069,7 +6003,7 @@ func (x *KernelResponse_Server) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse_Server.ProtoReflect.Descriptor instead.
 func (*KernelResponse_Server) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{57, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72, 1}
 }
 
 func (x *KernelResponse_Server) GetService() string {
@@ -5126,7 +6060,7 @@ type ExecRequest_Start struct {
 
 func (x *ExecRequest_Start) Reset() {
 	*x = ExecRequest_Start{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5138,7 +6072,7 @@ func (x *ExecRequest_Start) String() string {
 func (*ExecRequest_Start) ProtoMessage() {}
 
 func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5151,7 +6085,7 @@ func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Start.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Start) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{58, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{73, 0}
 }
 
 func (x *ExecRequest_Start) GetTask() string {
@@ -5241,7 +6175,7 @@ type ExecRequest_Resize struct {
 
 func (x *ExecRequest_Resize) Reset() {
 	*x = ExecRequest_Resize{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5253,7 +6187,7 @@ func (x *ExecRequest_Resize) String() string {
 func (*ExecRequest_Resize) ProtoMessage() {}
 
 func (x *ExecRequest_Resize) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5266,7 +6200,7 @@ func (x *ExecRequest_Resize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Resize.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Resize) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{58, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{73, 1}
 }
 
 func (x *ExecRequest_Resize) GetRows() int32 {
@@ -5295,7 +6229,7 @@ type DoctorResponse_Check struct {
 
 func (x *DoctorResponse_Check) Reset() {
 	*x = DoctorResponse_Check{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5307,7 +6241,7 @@ func (x *DoctorResponse_Check) String() string {
 func (*DoctorResponse_Check) ProtoMessage() {}
 
 func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5320,7 +6254,7 @@ func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Check.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Check) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{73, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{88, 0}
 }
 
 func (x *DoctorResponse_Check) GetName() string {
@@ -5366,7 +6300,7 @@ type DoctorResponse_Object struct {
 
 func (x *DoctorResponse_Object) Reset() {
 	*x = DoctorResponse_Object{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5378,7 +6312,7 @@ func (x *DoctorResponse_Object) String() string {
 func (*DoctorResponse_Object) ProtoMessage() {}
 
 func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5391,7 +6325,7 @@ func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Object.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Object) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{73, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{88, 1}
 }
 
 func (x *DoctorResponse_Object) GetReconciler() string {
@@ -5590,7 +6524,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\rnot_before_ms\x18\f \x01(\x03R\vnotBeforeMs\x12\x18\n" +
 	"\aattempt\x18\r \x01(\x05R\aattempt\x12$\n" +
 	"\x05ports\x18\x0e \x03(\v2\x0e.shoal.v1.PortR\x05ports\x12+\n" +
-	"\x06faults\x18\x0f \x03(\v2\x13.shoal.v1.NodeFaultR\x06faults\"\xe9\x03\n" +
+	"\x06faults\x18\x0f \x03(\v2\x13.shoal.v1.NodeFaultR\x06faults\"\xe1\x04\n" +
 	"\bNodeInfo\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +
@@ -5609,7 +6543,11 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\n" +
 	"created_ms\x18\r \x01(\x03R\tcreatedMs\x12\x16\n" +
 	"\x06leader\x18\x0e \x01(\bR\x06leader\x12\x1b\n" +
-	"\tdata_path\x18\x0f \x01(\tR\bdataPath\x1a9\n" +
+	"\tdata_path\x18\x0f \x01(\tR\bdataPath\x12\x1d\n" +
+	"\n" +
+	"public_key\x18\x10 \x01(\fR\tpublicKey\x12,\n" +
+	"\x12certificate_end_ms\x18\x11 \x01(\x03R\x10certificateEndMs\x12)\n" +
+	"\x10certificate_root\x18\x12 \x01(\tR\x0fcertificateRoot\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x85\x01\n" +
@@ -5732,17 +6670,56 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x11RemoveNodeRequest\x12\x10\n" +
 	"\x03ref\x18\x01 \x01(\tR\x03ref\x12\x14\n" +
 	"\x05force\x18\x02 \x01(\bR\x05force\"\x14\n" +
-	"\x12RemoveNodeResponse\"i\n" +
+	"\x12RemoveNodeResponse\"{\n" +
 	"\x0fJoinNodeRequest\x12&\n" +
 	"\x04node\x18\x01 \x01(\v2\x12.shoal.v1.NodeInfoR\x04node\x12\x14\n" +
 	"\x05token\x18\x02 \x01(\tR\x05token\x12\x18\n" +
-	"\acluster\x18\x03 \x01(\tR\acluster\"\x97\x01\n" +
+	"\acluster\x18\x03 \x01(\tR\acluster\x12\x10\n" +
+	"\x03csr\x18\x04 \x01(\fR\x03csr\"\xf7\x01\n" +
 	"\x10JoinNodeResponse\x12+\n" +
 	"\acluster\x18\x01 \x01(\v2\x11.shoal.v1.ClusterR\acluster\x12&\n" +
 	"\x04node\x18\x02 \x01(\v2\x12.shoal.v1.NodeInfoR\x04node\x12.\n" +
+	"\bmanagers\x18\x03 \x03(\v2\x12.shoal.v1.NodeInfoR\bmanagers\x127\n" +
+	"\vcertificate\x18\x04 \x01(\v2\x15.shoal.v1.CertificateR\vcertificate\x12%\n" +
+	"\x05trust\x18\x05 \x01(\v2\x0f.shoal.v1.TrustR\x05trust\"9\n" +
+	"\vCertificate\x12\x14\n" +
+	"\x05chain\x18\x01 \x03(\fR\x05chain\x12\x14\n" +
+	"\x05roots\x18\x02 \x03(\fR\x05roots\"-\n" +
+	"\x17RenewCertificateRequest\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\"S\n" +
+	"\x18RenewCertificateResponse\x127\n" +
+	"\vcertificate\x18\x01 \x01(\v2\x15.shoal.v1.CertificateR\vcertificate\"&\n" +
+	"\x10LeaveNodeRequest\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\"\x13\n" +
+	"\x11LeaveNodeResponse\"&\n" +
+	"\x10ShowTokenRequest\x12\x12\n" +
+	"\x04role\x18\x01 \x01(\tR\x04role\"t\n" +
+	"\x11ShowTokenResponse\x12\x14\n" +
+	"\x05token\x18\x01 \x01(\tR\x05token\x12\x19\n" +
+	"\bsince_ms\x18\x02 \x01(\x03R\asinceMs\x12.\n" +
 	"\bmanagers\x18\x03 \x03(\v2\x12.shoal.v1.NodeInfoR\bmanagers\"(\n" +
+	"\x12RotateTokenRequest\x12\x12\n" +
+	"\x04role\x18\x01 \x01(\tR\x04role\"+\n" +
+	"\x13RotateTokenResponse\x12\x14\n" +
+	"\x05token\x18\x01 \x01(\tR\x05token\"\x0f\n" +
+	"\rShowCARequest\"\xb4\x02\n" +
+	"\x0eShowCAResponse\x121\n" +
+	"\x04root\x18\x01 \x01(\v2\x1d.shoal.v1.ShowCAResponse.RootR\x04root\x12/\n" +
+	"\x03old\x18\x02 \x01(\v2\x1d.shoal.v1.ShowCAResponse.RootR\x03old\x12\x18\n" +
+	"\awaiting\x18\x03 \x03(\tR\awaiting\x12\x12\n" +
+	"\x04lost\x18\x04 \x03(\tR\x04lost\x12\x18\n" +
+	"\acluster\x18\x05 \x01(\tR\acluster\x1av\n" +
+	"\x04Root\x12 \n" +
+	"\vcertificate\x18\x01 \x01(\fR\vcertificate\x12\x16\n" +
+	"\x06digest\x18\x02 \x01(\tR\x06digest\x12\x1d\n" +
+	"\n" +
+	"created_ms\x18\x03 \x01(\x03R\tcreatedMs\x12\x15\n" +
+	"\x06end_ms\x18\x04 \x01(\x03R\x05endMs\"\x11\n" +
+	"\x0fRotateCARequest\"*\n" +
+	"\x10RotateCAResponse\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\"(\n" +
 	"\x12AssignmentsRequest\x12\x12\n" +
-	"\x04node\x18\x01 \x01(\tR\x04node\"\xa4\x02\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\"\xcb\x02\n" +
 	"\x13AssignmentsResponse\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x1c\n" +
 	"\tunchanged\x18\x02 \x01(\bR\tunchanged\x12$\n" +
@@ -5750,7 +6727,19 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\bnetworks\x18\x04 \x03(\v2\x11.shoal.v1.NetworkR\bnetworks\x12-\n" +
 	"\bservices\x18\x05 \x03(\v2\x11.shoal.v1.ServiceR\bservices\x12(\n" +
 	"\x05nodes\x18\x06 \x03(\v2\x12.shoal.v1.NodeInfoR\x05nodes\x12+\n" +
-	"\acluster\x18\a \x01(\v2\x11.shoal.v1.ClusterR\acluster\"\xcd\x03\n" +
+	"\acluster\x18\a \x01(\v2\x11.shoal.v1.ClusterR\acluster\x12%\n" +
+	"\x05trust\x18\b \x01(\v2\x0f.shoal.v1.TrustR\x05trust\"i\n" +
+	"\x05Trust\x12\x14\n" +
+	"\x05roots\x18\x01 \x03(\fR\x05roots\x12\x14\n" +
+	"\x05signs\x18\x02 \x01(\tR\x05signs\x124\n" +
+	"\vgossip_keys\x18\x03 \x03(\v2\x13.shoal.v1.GossipKeyR\n" +
+	"gossipKeys\"W\n" +
+	"\tGossipKey\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x01 \x01(\x04R\n" +
+	"generation\x12\x10\n" +
+	"\x03key\x18\x02 \x01(\fR\x03key\x12\x18\n" +
+	"\aprimary\x18\x03 \x01(\bR\aprimary\"\xbc\x04\n" +
 	"\rReportRequest\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x128\n" +
 	"\x05tasks\x18\x02 \x03(\v2\".shoal.v1.ReportRequest.TasksEntryR\x05tasks\x12\x1d\n" +
@@ -5762,7 +6751,12 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"gossipPort\x12\x1b\n" +
 	"\tdata_path\x18\a \x01(\tR\bdataPath\x12\x18\n" +
 	"\aapplied\x18\b \x01(\x04R\aapplied\x125\n" +
-	"\x06faults\x18\t \x03(\v2\x1d.shoal.v1.ReportRequest.FaultR\x06faults\x1aN\n" +
+	"\x06faults\x18\t \x03(\v2\x1d.shoal.v1.ReportRequest.FaultR\x06faults\x12#\n" +
+	"\rmanager_ready\x18\n" +
+	" \x01(\bR\fmanagerReady\x12\x1d\n" +
+	"\n" +
+	"gossip_key\x18\v \x01(\x04R\tgossipKey\x12)\n" +
+	"\x10certificate_root\x18\f \x01(\tR\x0fcertificateRoot\x1aN\n" +
 	"\n" +
 	"TasksEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12*\n" +
@@ -5846,7 +6840,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x04task\x18\x01 \x01(\tR\x04task\"<\n" +
 	"\fWaitResponse\x12,\n" +
 	"\x06status\x18\x01 \x01(\v2\x14.shoal.v1.TaskStatusR\x06status\"\r\n" +
-	"\vInfoRequest\"\xe4\x01\n" +
+	"\vInfoRequest\"\x93\x03\n" +
 	"\fInfoResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x18\n" +
 	"\acluster\x18\x02 \x01(\tR\acluster\x12&\n" +
@@ -5854,16 +6848,24 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x06leader\x18\x04 \x01(\tR\x06leader\x12\x1b\n" +
 	"\tdata_path\x18\x05 \x01(\tR\bdataPath\x12(\n" +
 	"\x10data_path_reason\x18\x06 \x01(\tR\x0edataPathReason\x12\x19\n" +
-	"\bdata_dir\x18\a \x01(\tR\adataDir\"\xa0\x01\n" +
+	"\bdata_dir\x18\a \x01(\tR\adataDir\x12.\n" +
+	"\x13certificate_from_ms\x18\b \x01(\x03R\x11certificateFromMs\x12,\n" +
+	"\x12certificate_end_ms\x18\t \x01(\x03R\x10certificateEndMs\x12)\n" +
+	"\x10certificate_role\x18\n" +
+	" \x01(\tR\x0fcertificateRole\x12\x0e\n" +
+	"\x02ca\x18\v \x01(\tR\x02ca\x12\x14\n" +
+	"\x05roots\x18\f \x03(\tR\x05roots\"\xa0\x01\n" +
 	"\vInitRequest\x12%\n" +
 	"\x0eadvertise_addr\x18\x01 \x01(\tR\radvertiseAddr\x12#\n" +
 	"\raddress_pools\x18\x02 \x03(\tR\faddressPools\x12\x1f\n" +
 	"\vsubnet_size\x18\x03 \x01(\x05R\n" +
 	"subnetSize\x12$\n" +
-	"\x0edata_path_port\x18\x04 \x01(\x05R\fdataPathPort\"P\n" +
+	"\x0edata_path_port\x18\x04 \x01(\x05R\fdataPathPort\"\x98\x01\n" +
 	"\fInitResponse\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12&\n" +
-	"\x04node\x18\x02 \x01(\v2\x12.shoal.v1.NodeInfoR\x04node\"v\n" +
+	"\x04node\x18\x02 \x01(\v2\x12.shoal.v1.NodeInfoR\x04node\x12!\n" +
+	"\fworker_token\x18\x03 \x01(\tR\vworkerToken\x12#\n" +
+	"\rmanager_token\x18\x04 \x01(\tR\fmanagerToken\"v\n" +
 	"\vJoinRequest\x12\x16\n" +
 	"\x06remote\x18\x01 \x01(\tR\x06remote\x12%\n" +
 	"\x0eadvertise_addr\x18\x02 \x01(\tR\radvertiseAddr\x12\x12\n" +
@@ -5893,7 +6895,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x02op\x18\x04 \x01(\tR\x02op\x12\x19\n" +
 	"\bsince_ms\x18\x05 \x01(\x03R\asinceMs\x12\x14\n" +
 	"\x05error\x18\x06 \x01(\tR\x05error\x12\x14\n" +
-	"\x05tries\x18\a \x01(\x05R\x05tries2\xa2\v\n" +
+	"\x05tries\x18\a \x01(\x05R\x05tries2\xd5\x0e\n" +
 	"\aControl\x12P\n" +
 	"\rCreateNetwork\x12\x1e.shoal.v1.CreateNetworkRequest\x1a\x1f.shoal.v1.CreateNetworkResponse\x12M\n" +
 	"\fListNetworks\x12\x1d.shoal.v1.ListNetworksRequest\x1a\x1e.shoal.v1.ListNetworksResponse\x12P\n" +
@@ -5913,7 +6915,13 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"UpdateNode\x12\x1b.shoal.v1.UpdateNodeRequest\x1a\x1c.shoal.v1.UpdateNodeResponse\x12G\n" +
 	"\n" +
 	"RemoveNode\x12\x1b.shoal.v1.RemoveNodeRequest\x1a\x1c.shoal.v1.RemoveNodeResponse\x124\n" +
-	"\x06Events\x12\x17.shoal.v1.EventsRequest\x1a\x0f.shoal.v1.Event0\x01\x12A\n" +
+	"\x06Events\x12\x17.shoal.v1.EventsRequest\x1a\x0f.shoal.v1.Event0\x01\x12D\n" +
+	"\tShowToken\x12\x1a.shoal.v1.ShowTokenRequest\x1a\x1b.shoal.v1.ShowTokenResponse\x12J\n" +
+	"\vRotateToken\x12\x1c.shoal.v1.RotateTokenRequest\x1a\x1d.shoal.v1.RotateTokenResponse\x12;\n" +
+	"\x06ShowCA\x12\x17.shoal.v1.ShowCARequest\x1a\x18.shoal.v1.ShowCAResponse\x12A\n" +
+	"\bRotateCA\x12\x19.shoal.v1.RotateCARequest\x1a\x1a.shoal.v1.RotateCAResponse\x12Y\n" +
+	"\x10RenewCertificate\x12!.shoal.v1.RenewCertificateRequest\x1a\".shoal.v1.RenewCertificateResponse\x12D\n" +
+	"\tLeaveNode\x12\x1a.shoal.v1.LeaveNodeRequest\x1a\x1b.shoal.v1.LeaveNodeResponse\x12A\n" +
 	"\bJoinNode\x12\x19.shoal.v1.JoinNodeRequest\x1a\x1a.shoal.v1.JoinNodeResponse\x12L\n" +
 	"\vAssignments\x12\x1c.shoal.v1.AssignmentsRequest\x1a\x1d.shoal.v1.AssignmentsResponse0\x01\x12;\n" +
 	"\x06Report\x12\x17.shoal.v1.ReportRequest\x1a\x18.shoal.v1.ReportResponse2\xe2\x02\n" +
@@ -5943,7 +6951,7 @@ func file_shoal_v1_shoal_proto_rawDescGZIP() []byte {
 	return file_shoal_v1_shoal_proto_rawDescData
 }
 
-var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 92)
+var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 108)
 var file_shoal_v1_shoal_proto_goTypes = []any{
 	(*Network)(nil),                   // 0: shoal.v1.Network
 	(*NetworkAttachment)(nil),         // 1: shoal.v1.NetworkAttachment
@@ -5993,179 +7001,215 @@ var file_shoal_v1_shoal_proto_goTypes = []any{
 	(*RemoveNodeResponse)(nil),        // 45: shoal.v1.RemoveNodeResponse
 	(*JoinNodeRequest)(nil),           // 46: shoal.v1.JoinNodeRequest
 	(*JoinNodeResponse)(nil),          // 47: shoal.v1.JoinNodeResponse
-	(*AssignmentsRequest)(nil),        // 48: shoal.v1.AssignmentsRequest
-	(*AssignmentsResponse)(nil),       // 49: shoal.v1.AssignmentsResponse
-	(*ReportRequest)(nil),             // 50: shoal.v1.ReportRequest
-	(*ReportResponse)(nil),            // 51: shoal.v1.ReportResponse
-	(*TasksRequest)(nil),              // 52: shoal.v1.TasksRequest
-	(*TasksResponse)(nil),             // 53: shoal.v1.TasksResponse
-	(*StatsRequest)(nil),              // 54: shoal.v1.StatsRequest
-	(*StatsResponse)(nil),             // 55: shoal.v1.StatsResponse
-	(*KernelRequest)(nil),             // 56: shoal.v1.KernelRequest
-	(*KernelResponse)(nil),            // 57: shoal.v1.KernelResponse
-	(*ExecRequest)(nil),               // 58: shoal.v1.ExecRequest
-	(*ExecResponse)(nil),              // 59: shoal.v1.ExecResponse
-	(*LogsRequest)(nil),               // 60: shoal.v1.LogsRequest
-	(*LogsResponse)(nil),              // 61: shoal.v1.LogsResponse
-	(*WaitRequest)(nil),               // 62: shoal.v1.WaitRequest
-	(*WaitResponse)(nil),              // 63: shoal.v1.WaitResponse
-	(*InfoRequest)(nil),               // 64: shoal.v1.InfoRequest
-	(*InfoResponse)(nil),              // 65: shoal.v1.InfoResponse
-	(*InitRequest)(nil),               // 66: shoal.v1.InitRequest
-	(*InitResponse)(nil),              // 67: shoal.v1.InitResponse
-	(*JoinRequest)(nil),               // 68: shoal.v1.JoinRequest
-	(*JoinResponse)(nil),              // 69: shoal.v1.JoinResponse
-	(*LeaveRequest)(nil),              // 70: shoal.v1.LeaveRequest
-	(*LeaveResponse)(nil),             // 71: shoal.v1.LeaveResponse
-	(*DoctorRequest)(nil),             // 72: shoal.v1.DoctorRequest
-	(*DoctorResponse)(nil),            // 73: shoal.v1.DoctorResponse
-	nil,                               // 74: shoal.v1.Network.LabelsEntry
-	nil,                               // 75: shoal.v1.Network.OptionsEntry
-	nil,                               // 76: shoal.v1.TaskSpec.LabelsEntry
-	nil,                               // 77: shoal.v1.ServiceSpec.LabelsEntry
-	nil,                               // 78: shoal.v1.NodeInfo.LabelsEntry
-	nil,                               // 79: shoal.v1.CreateNetworkRequest.LabelsEntry
-	nil,                               // 80: shoal.v1.CreateNetworkRequest.OptionsEntry
-	nil,                               // 81: shoal.v1.Event.AttributesEntry
-	nil,                               // 82: shoal.v1.UpdateNodeRequest.SetLabelsEntry
-	nil,                               // 83: shoal.v1.ReportRequest.TasksEntry
-	(*ReportRequest_Fault)(nil),       // 84: shoal.v1.ReportRequest.Fault
-	(*StatsResponse_Task)(nil),        // 85: shoal.v1.StatsResponse.Task
-	(*KernelResponse_Backend)(nil),    // 86: shoal.v1.KernelResponse.Backend
-	(*KernelResponse_Server)(nil),     // 87: shoal.v1.KernelResponse.Server
-	(*ExecRequest_Start)(nil),         // 88: shoal.v1.ExecRequest.Start
-	(*ExecRequest_Resize)(nil),        // 89: shoal.v1.ExecRequest.Resize
-	(*DoctorResponse_Check)(nil),      // 90: shoal.v1.DoctorResponse.Check
-	(*DoctorResponse_Object)(nil),     // 91: shoal.v1.DoctorResponse.Object
+	(*Certificate)(nil),               // 48: shoal.v1.Certificate
+	(*RenewCertificateRequest)(nil),   // 49: shoal.v1.RenewCertificateRequest
+	(*RenewCertificateResponse)(nil),  // 50: shoal.v1.RenewCertificateResponse
+	(*LeaveNodeRequest)(nil),          // 51: shoal.v1.LeaveNodeRequest
+	(*LeaveNodeResponse)(nil),         // 52: shoal.v1.LeaveNodeResponse
+	(*ShowTokenRequest)(nil),          // 53: shoal.v1.ShowTokenRequest
+	(*ShowTokenResponse)(nil),         // 54: shoal.v1.ShowTokenResponse
+	(*RotateTokenRequest)(nil),        // 55: shoal.v1.RotateTokenRequest
+	(*RotateTokenResponse)(nil),       // 56: shoal.v1.RotateTokenResponse
+	(*ShowCARequest)(nil),             // 57: shoal.v1.ShowCARequest
+	(*ShowCAResponse)(nil),            // 58: shoal.v1.ShowCAResponse
+	(*RotateCARequest)(nil),           // 59: shoal.v1.RotateCARequest
+	(*RotateCAResponse)(nil),          // 60: shoal.v1.RotateCAResponse
+	(*AssignmentsRequest)(nil),        // 61: shoal.v1.AssignmentsRequest
+	(*AssignmentsResponse)(nil),       // 62: shoal.v1.AssignmentsResponse
+	(*Trust)(nil),                     // 63: shoal.v1.Trust
+	(*GossipKey)(nil),                 // 64: shoal.v1.GossipKey
+	(*ReportRequest)(nil),             // 65: shoal.v1.ReportRequest
+	(*ReportResponse)(nil),            // 66: shoal.v1.ReportResponse
+	(*TasksRequest)(nil),              // 67: shoal.v1.TasksRequest
+	(*TasksResponse)(nil),             // 68: shoal.v1.TasksResponse
+	(*StatsRequest)(nil),              // 69: shoal.v1.StatsRequest
+	(*StatsResponse)(nil),             // 70: shoal.v1.StatsResponse
+	(*KernelRequest)(nil),             // 71: shoal.v1.KernelRequest
+	(*KernelResponse)(nil),            // 72: shoal.v1.KernelResponse
+	(*ExecRequest)(nil),               // 73: shoal.v1.ExecRequest
+	(*ExecResponse)(nil),              // 74: shoal.v1.ExecResponse
+	(*LogsRequest)(nil),               // 75: shoal.v1.LogsRequest
+	(*LogsResponse)(nil),              // 76: shoal.v1.LogsResponse
+	(*WaitRequest)(nil),               // 77: shoal.v1.WaitRequest
+	(*WaitResponse)(nil),              // 78: shoal.v1.WaitResponse
+	(*InfoRequest)(nil),               // 79: shoal.v1.InfoRequest
+	(*InfoResponse)(nil),              // 80: shoal.v1.InfoResponse
+	(*InitRequest)(nil),               // 81: shoal.v1.InitRequest
+	(*InitResponse)(nil),              // 82: shoal.v1.InitResponse
+	(*JoinRequest)(nil),               // 83: shoal.v1.JoinRequest
+	(*JoinResponse)(nil),              // 84: shoal.v1.JoinResponse
+	(*LeaveRequest)(nil),              // 85: shoal.v1.LeaveRequest
+	(*LeaveResponse)(nil),             // 86: shoal.v1.LeaveResponse
+	(*DoctorRequest)(nil),             // 87: shoal.v1.DoctorRequest
+	(*DoctorResponse)(nil),            // 88: shoal.v1.DoctorResponse
+	nil,                               // 89: shoal.v1.Network.LabelsEntry
+	nil,                               // 90: shoal.v1.Network.OptionsEntry
+	nil,                               // 91: shoal.v1.TaskSpec.LabelsEntry
+	nil,                               // 92: shoal.v1.ServiceSpec.LabelsEntry
+	nil,                               // 93: shoal.v1.NodeInfo.LabelsEntry
+	nil,                               // 94: shoal.v1.CreateNetworkRequest.LabelsEntry
+	nil,                               // 95: shoal.v1.CreateNetworkRequest.OptionsEntry
+	nil,                               // 96: shoal.v1.Event.AttributesEntry
+	nil,                               // 97: shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	(*ShowCAResponse_Root)(nil),       // 98: shoal.v1.ShowCAResponse.Root
+	nil,                               // 99: shoal.v1.ReportRequest.TasksEntry
+	(*ReportRequest_Fault)(nil),       // 100: shoal.v1.ReportRequest.Fault
+	(*StatsResponse_Task)(nil),        // 101: shoal.v1.StatsResponse.Task
+	(*KernelResponse_Backend)(nil),    // 102: shoal.v1.KernelResponse.Backend
+	(*KernelResponse_Server)(nil),     // 103: shoal.v1.KernelResponse.Server
+	(*ExecRequest_Start)(nil),         // 104: shoal.v1.ExecRequest.Start
+	(*ExecRequest_Resize)(nil),        // 105: shoal.v1.ExecRequest.Resize
+	(*DoctorResponse_Check)(nil),      // 106: shoal.v1.DoctorResponse.Check
+	(*DoctorResponse_Object)(nil),     // 107: shoal.v1.DoctorResponse.Object
 }
 var file_shoal_v1_shoal_proto_depIdxs = []int32{
-	74, // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
-	75, // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
-	76, // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
-	3,  // 3: shoal.v1.TaskSpec.health:type_name -> shoal.v1.HealthCheck
-	77, // 4: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
-	1,  // 5: shoal.v1.ServiceSpec.networks:type_name -> shoal.v1.NetworkAttachment
-	2,  // 6: shoal.v1.ServiceSpec.task:type_name -> shoal.v1.TaskSpec
-	4,  // 7: shoal.v1.ServiceSpec.ports:type_name -> shoal.v1.Port
-	5,  // 8: shoal.v1.Service.spec:type_name -> shoal.v1.ServiceSpec
-	6,  // 9: shoal.v1.Service.vips:type_name -> shoal.v1.VIPs
-	4,  // 10: shoal.v1.Service.ports:type_name -> shoal.v1.Port
-	8,  // 11: shoal.v1.Service.faults:type_name -> shoal.v1.NodeFault
-	2,  // 12: shoal.v1.Task.spec:type_name -> shoal.v1.TaskSpec
-	9,  // 13: shoal.v1.Task.attachments:type_name -> shoal.v1.Attachment
-	10, // 14: shoal.v1.Task.status:type_name -> shoal.v1.TaskStatus
-	4,  // 15: shoal.v1.Task.ports:type_name -> shoal.v1.Port
-	8,  // 16: shoal.v1.Task.faults:type_name -> shoal.v1.NodeFault
-	78, // 17: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
-	79, // 18: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
-	80, // 19: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
-	0,  // 20: shoal.v1.CreateNetworkResponse.network:type_name -> shoal.v1.Network
-	0,  // 21: shoal.v1.ListNetworksResponse.networks:type_name -> shoal.v1.Network
-	11, // 22: shoal.v1.ConnectNetworkResponse.task:type_name -> shoal.v1.Task
-	7,  // 23: shoal.v1.ConnectNetworkResponse.service:type_name -> shoal.v1.Service
-	81, // 24: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
-	5,  // 25: shoal.v1.CreateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
-	7,  // 26: shoal.v1.CreateServiceResponse.service:type_name -> shoal.v1.Service
-	5,  // 27: shoal.v1.UpdateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
-	7,  // 28: shoal.v1.UpdateServiceResponse.service:type_name -> shoal.v1.Service
-	7,  // 29: shoal.v1.ListServicesResponse.services:type_name -> shoal.v1.Service
-	2,  // 30: shoal.v1.CreateTaskRequest.spec:type_name -> shoal.v1.TaskSpec
-	1,  // 31: shoal.v1.CreateTaskRequest.networks:type_name -> shoal.v1.NetworkAttachment
-	4,  // 32: shoal.v1.CreateTaskRequest.ports:type_name -> shoal.v1.Port
-	11, // 33: shoal.v1.CreateTaskResponse.task:type_name -> shoal.v1.Task
-	11, // 34: shoal.v1.ListTasksResponse.tasks:type_name -> shoal.v1.Task
-	12, // 35: shoal.v1.ListNodesResponse.nodes:type_name -> shoal.v1.NodeInfo
-	82, // 36: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
-	12, // 37: shoal.v1.UpdateNodeResponse.node:type_name -> shoal.v1.NodeInfo
-	12, // 38: shoal.v1.JoinNodeRequest.node:type_name -> shoal.v1.NodeInfo
-	13, // 39: shoal.v1.JoinNodeResponse.cluster:type_name -> shoal.v1.Cluster
-	12, // 40: shoal.v1.JoinNodeResponse.node:type_name -> shoal.v1.NodeInfo
-	12, // 41: shoal.v1.JoinNodeResponse.managers:type_name -> shoal.v1.NodeInfo
-	11, // 42: shoal.v1.AssignmentsResponse.tasks:type_name -> shoal.v1.Task
-	0,  // 43: shoal.v1.AssignmentsResponse.networks:type_name -> shoal.v1.Network
-	7,  // 44: shoal.v1.AssignmentsResponse.services:type_name -> shoal.v1.Service
-	12, // 45: shoal.v1.AssignmentsResponse.nodes:type_name -> shoal.v1.NodeInfo
-	13, // 46: shoal.v1.AssignmentsResponse.cluster:type_name -> shoal.v1.Cluster
-	83, // 47: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
-	84, // 48: shoal.v1.ReportRequest.faults:type_name -> shoal.v1.ReportRequest.Fault
-	11, // 49: shoal.v1.TasksResponse.tasks:type_name -> shoal.v1.Task
-	85, // 50: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
-	87, // 51: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
-	88, // 52: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
-	89, // 53: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
-	10, // 54: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
-	12, // 55: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
-	12, // 56: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
-	12, // 57: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
-	90, // 58: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
-	91, // 59: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
-	10, // 60: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
-	86, // 61: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
-	14, // 62: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
-	16, // 63: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
-	18, // 64: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
-	20, // 65: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
-	22, // 66: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
-	26, // 67: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
-	28, // 68: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
-	30, // 69: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
-	32, // 70: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
-	34, // 71: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
-	36, // 72: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
-	38, // 73: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
-	40, // 74: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
-	42, // 75: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
-	44, // 76: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
-	24, // 77: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
-	46, // 78: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
-	48, // 79: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
-	50, // 80: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
-	58, // 81: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
-	60, // 82: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
-	62, // 83: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
-	52, // 84: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
-	54, // 85: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
-	56, // 86: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
-	64, // 87: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
-	66, // 88: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
-	68, // 89: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
-	70, // 90: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
-	72, // 91: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
-	15, // 92: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
-	17, // 93: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
-	19, // 94: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
-	21, // 95: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
-	23, // 96: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
-	27, // 97: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
-	29, // 98: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
-	31, // 99: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
-	33, // 100: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
-	35, // 101: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
-	37, // 102: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
-	39, // 103: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
-	41, // 104: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
-	43, // 105: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
-	45, // 106: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
-	25, // 107: shoal.v1.Control.Events:output_type -> shoal.v1.Event
-	47, // 108: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
-	49, // 109: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
-	51, // 110: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
-	59, // 111: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
-	61, // 112: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
-	63, // 113: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
-	53, // 114: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
-	55, // 115: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
-	57, // 116: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
-	65, // 117: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
-	67, // 118: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
-	69, // 119: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
-	71, // 120: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
-	73, // 121: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
-	92, // [92:122] is the sub-list for method output_type
-	62, // [62:92] is the sub-list for method input_type
-	62, // [62:62] is the sub-list for extension type_name
-	62, // [62:62] is the sub-list for extension extendee
-	0,  // [0:62] is the sub-list for field type_name
+	89,  // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
+	90,  // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
+	91,  // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
+	3,   // 3: shoal.v1.TaskSpec.health:type_name -> shoal.v1.HealthCheck
+	92,  // 4: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
+	1,   // 5: shoal.v1.ServiceSpec.networks:type_name -> shoal.v1.NetworkAttachment
+	2,   // 6: shoal.v1.ServiceSpec.task:type_name -> shoal.v1.TaskSpec
+	4,   // 7: shoal.v1.ServiceSpec.ports:type_name -> shoal.v1.Port
+	5,   // 8: shoal.v1.Service.spec:type_name -> shoal.v1.ServiceSpec
+	6,   // 9: shoal.v1.Service.vips:type_name -> shoal.v1.VIPs
+	4,   // 10: shoal.v1.Service.ports:type_name -> shoal.v1.Port
+	8,   // 11: shoal.v1.Service.faults:type_name -> shoal.v1.NodeFault
+	2,   // 12: shoal.v1.Task.spec:type_name -> shoal.v1.TaskSpec
+	9,   // 13: shoal.v1.Task.attachments:type_name -> shoal.v1.Attachment
+	10,  // 14: shoal.v1.Task.status:type_name -> shoal.v1.TaskStatus
+	4,   // 15: shoal.v1.Task.ports:type_name -> shoal.v1.Port
+	8,   // 16: shoal.v1.Task.faults:type_name -> shoal.v1.NodeFault
+	93,  // 17: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
+	94,  // 18: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
+	95,  // 19: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
+	0,   // 20: shoal.v1.CreateNetworkResponse.network:type_name -> shoal.v1.Network
+	0,   // 21: shoal.v1.ListNetworksResponse.networks:type_name -> shoal.v1.Network
+	11,  // 22: shoal.v1.ConnectNetworkResponse.task:type_name -> shoal.v1.Task
+	7,   // 23: shoal.v1.ConnectNetworkResponse.service:type_name -> shoal.v1.Service
+	96,  // 24: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
+	5,   // 25: shoal.v1.CreateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
+	7,   // 26: shoal.v1.CreateServiceResponse.service:type_name -> shoal.v1.Service
+	5,   // 27: shoal.v1.UpdateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
+	7,   // 28: shoal.v1.UpdateServiceResponse.service:type_name -> shoal.v1.Service
+	7,   // 29: shoal.v1.ListServicesResponse.services:type_name -> shoal.v1.Service
+	2,   // 30: shoal.v1.CreateTaskRequest.spec:type_name -> shoal.v1.TaskSpec
+	1,   // 31: shoal.v1.CreateTaskRequest.networks:type_name -> shoal.v1.NetworkAttachment
+	4,   // 32: shoal.v1.CreateTaskRequest.ports:type_name -> shoal.v1.Port
+	11,  // 33: shoal.v1.CreateTaskResponse.task:type_name -> shoal.v1.Task
+	11,  // 34: shoal.v1.ListTasksResponse.tasks:type_name -> shoal.v1.Task
+	12,  // 35: shoal.v1.ListNodesResponse.nodes:type_name -> shoal.v1.NodeInfo
+	97,  // 36: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	12,  // 37: shoal.v1.UpdateNodeResponse.node:type_name -> shoal.v1.NodeInfo
+	12,  // 38: shoal.v1.JoinNodeRequest.node:type_name -> shoal.v1.NodeInfo
+	13,  // 39: shoal.v1.JoinNodeResponse.cluster:type_name -> shoal.v1.Cluster
+	12,  // 40: shoal.v1.JoinNodeResponse.node:type_name -> shoal.v1.NodeInfo
+	12,  // 41: shoal.v1.JoinNodeResponse.managers:type_name -> shoal.v1.NodeInfo
+	48,  // 42: shoal.v1.JoinNodeResponse.certificate:type_name -> shoal.v1.Certificate
+	63,  // 43: shoal.v1.JoinNodeResponse.trust:type_name -> shoal.v1.Trust
+	48,  // 44: shoal.v1.RenewCertificateResponse.certificate:type_name -> shoal.v1.Certificate
+	12,  // 45: shoal.v1.ShowTokenResponse.managers:type_name -> shoal.v1.NodeInfo
+	98,  // 46: shoal.v1.ShowCAResponse.root:type_name -> shoal.v1.ShowCAResponse.Root
+	98,  // 47: shoal.v1.ShowCAResponse.old:type_name -> shoal.v1.ShowCAResponse.Root
+	11,  // 48: shoal.v1.AssignmentsResponse.tasks:type_name -> shoal.v1.Task
+	0,   // 49: shoal.v1.AssignmentsResponse.networks:type_name -> shoal.v1.Network
+	7,   // 50: shoal.v1.AssignmentsResponse.services:type_name -> shoal.v1.Service
+	12,  // 51: shoal.v1.AssignmentsResponse.nodes:type_name -> shoal.v1.NodeInfo
+	13,  // 52: shoal.v1.AssignmentsResponse.cluster:type_name -> shoal.v1.Cluster
+	63,  // 53: shoal.v1.AssignmentsResponse.trust:type_name -> shoal.v1.Trust
+	64,  // 54: shoal.v1.Trust.gossip_keys:type_name -> shoal.v1.GossipKey
+	99,  // 55: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
+	100, // 56: shoal.v1.ReportRequest.faults:type_name -> shoal.v1.ReportRequest.Fault
+	11,  // 57: shoal.v1.TasksResponse.tasks:type_name -> shoal.v1.Task
+	101, // 58: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
+	103, // 59: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
+	104, // 60: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
+	105, // 61: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
+	10,  // 62: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
+	12,  // 63: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
+	12,  // 64: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
+	12,  // 65: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
+	106, // 66: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
+	107, // 67: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
+	10,  // 68: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
+	102, // 69: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
+	14,  // 70: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
+	16,  // 71: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
+	18,  // 72: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
+	20,  // 73: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
+	22,  // 74: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
+	26,  // 75: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
+	28,  // 76: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
+	30,  // 77: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
+	32,  // 78: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
+	34,  // 79: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
+	36,  // 80: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
+	38,  // 81: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
+	40,  // 82: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
+	42,  // 83: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
+	44,  // 84: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
+	24,  // 85: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
+	53,  // 86: shoal.v1.Control.ShowToken:input_type -> shoal.v1.ShowTokenRequest
+	55,  // 87: shoal.v1.Control.RotateToken:input_type -> shoal.v1.RotateTokenRequest
+	57,  // 88: shoal.v1.Control.ShowCA:input_type -> shoal.v1.ShowCARequest
+	59,  // 89: shoal.v1.Control.RotateCA:input_type -> shoal.v1.RotateCARequest
+	49,  // 90: shoal.v1.Control.RenewCertificate:input_type -> shoal.v1.RenewCertificateRequest
+	51,  // 91: shoal.v1.Control.LeaveNode:input_type -> shoal.v1.LeaveNodeRequest
+	46,  // 92: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
+	61,  // 93: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
+	65,  // 94: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
+	73,  // 95: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
+	75,  // 96: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
+	77,  // 97: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
+	67,  // 98: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
+	69,  // 99: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
+	71,  // 100: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
+	79,  // 101: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
+	81,  // 102: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
+	83,  // 103: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
+	85,  // 104: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
+	87,  // 105: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
+	15,  // 106: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
+	17,  // 107: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
+	19,  // 108: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
+	21,  // 109: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
+	23,  // 110: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
+	27,  // 111: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
+	29,  // 112: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
+	31,  // 113: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
+	33,  // 114: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
+	35,  // 115: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
+	37,  // 116: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
+	39,  // 117: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
+	41,  // 118: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
+	43,  // 119: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
+	45,  // 120: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
+	25,  // 121: shoal.v1.Control.Events:output_type -> shoal.v1.Event
+	54,  // 122: shoal.v1.Control.ShowToken:output_type -> shoal.v1.ShowTokenResponse
+	56,  // 123: shoal.v1.Control.RotateToken:output_type -> shoal.v1.RotateTokenResponse
+	58,  // 124: shoal.v1.Control.ShowCA:output_type -> shoal.v1.ShowCAResponse
+	60,  // 125: shoal.v1.Control.RotateCA:output_type -> shoal.v1.RotateCAResponse
+	50,  // 126: shoal.v1.Control.RenewCertificate:output_type -> shoal.v1.RenewCertificateResponse
+	52,  // 127: shoal.v1.Control.LeaveNode:output_type -> shoal.v1.LeaveNodeResponse
+	47,  // 128: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
+	62,  // 129: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
+	66,  // 130: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
+	74,  // 131: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
+	76,  // 132: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
+	78,  // 133: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
+	68,  // 134: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
+	70,  // 135: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
+	72,  // 136: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
+	80,  // 137: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
+	82,  // 138: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
+	84,  // 139: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
+	86,  // 140: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
+	88,  // 141: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
+	106, // [106:142] is the sub-list for method output_type
+	70,  // [70:106] is the sub-list for method input_type
+	70,  // [70:70] is the sub-list for extension type_name
+	70,  // [70:70] is the sub-list for extension extendee
+	0,   // [0:70] is the sub-list for field type_name
 }
 
 func init() { file_shoal_v1_shoal_proto_init() }
@@ -6175,14 +7219,14 @@ func file_shoal_v1_shoal_proto_init() {
 	}
 	file_shoal_v1_shoal_proto_msgTypes[28].OneofWrappers = []any{}
 	file_shoal_v1_shoal_proto_msgTypes[42].OneofWrappers = []any{}
-	file_shoal_v1_shoal_proto_msgTypes[58].OneofWrappers = []any{
+	file_shoal_v1_shoal_proto_msgTypes[73].OneofWrappers = []any{
 		(*ExecRequest_Start_)(nil),
 		(*ExecRequest_Stdin)(nil),
 		(*ExecRequest_StdinEof)(nil),
 		(*ExecRequest_Resize_)(nil),
 		(*ExecRequest_Signal)(nil),
 	}
-	file_shoal_v1_shoal_proto_msgTypes[59].OneofWrappers = []any{
+	file_shoal_v1_shoal_proto_msgTypes[74].OneofWrappers = []any{
 		(*ExecResponse_Stdout)(nil),
 		(*ExecResponse_Stderr)(nil),
 		(*ExecResponse_ExitCode)(nil),
@@ -6193,7 +7237,7 @@ func file_shoal_v1_shoal_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_shoal_v1_shoal_proto_rawDesc), len(file_shoal_v1_shoal_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   92,
+			NumMessages:   108,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

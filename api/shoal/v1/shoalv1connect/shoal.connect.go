@@ -82,6 +82,19 @@ const (
 	ControlRemoveNodeProcedure = "/shoal.v1.Control/RemoveNode"
 	// ControlEventsProcedure is the fully-qualified name of the Control's Events RPC.
 	ControlEventsProcedure = "/shoal.v1.Control/Events"
+	// ControlShowTokenProcedure is the fully-qualified name of the Control's ShowToken RPC.
+	ControlShowTokenProcedure = "/shoal.v1.Control/ShowToken"
+	// ControlRotateTokenProcedure is the fully-qualified name of the Control's RotateToken RPC.
+	ControlRotateTokenProcedure = "/shoal.v1.Control/RotateToken"
+	// ControlShowCAProcedure is the fully-qualified name of the Control's ShowCA RPC.
+	ControlShowCAProcedure = "/shoal.v1.Control/ShowCA"
+	// ControlRotateCAProcedure is the fully-qualified name of the Control's RotateCA RPC.
+	ControlRotateCAProcedure = "/shoal.v1.Control/RotateCA"
+	// ControlRenewCertificateProcedure is the fully-qualified name of the Control's RenewCertificate
+	// RPC.
+	ControlRenewCertificateProcedure = "/shoal.v1.Control/RenewCertificate"
+	// ControlLeaveNodeProcedure is the fully-qualified name of the Control's LeaveNode RPC.
+	ControlLeaveNodeProcedure = "/shoal.v1.Control/LeaveNode"
 	// ControlJoinNodeProcedure is the fully-qualified name of the Control's JoinNode RPC.
 	ControlJoinNodeProcedure = "/shoal.v1.Control/JoinNode"
 	// ControlAssignmentsProcedure is the fully-qualified name of the Control's Assignments RPC.
@@ -131,7 +144,14 @@ type ControlClient interface {
 	RemoveNode(context.Context, *connect.Request[v1.RemoveNodeRequest]) (*connect.Response[v1.RemoveNodeResponse], error)
 	// Events streams what happens in the cluster, as the leader sees it.
 	Events(context.Context, *connect.Request[v1.EventsRequest]) (*connect.ServerStreamForClient[v1.Event], error)
+	// Join tokens and the cluster's authority.
+	ShowToken(context.Context, *connect.Request[v1.ShowTokenRequest]) (*connect.Response[v1.ShowTokenResponse], error)
+	RotateToken(context.Context, *connect.Request[v1.RotateTokenRequest]) (*connect.Response[v1.RotateTokenResponse], error)
+	ShowCA(context.Context, *connect.Request[v1.ShowCARequest]) (*connect.Response[v1.ShowCAResponse], error)
+	RotateCA(context.Context, *connect.Request[v1.RotateCARequest]) (*connect.Response[v1.RotateCAResponse], error)
 	// Agents only.
+	RenewCertificate(context.Context, *connect.Request[v1.RenewCertificateRequest]) (*connect.Response[v1.RenewCertificateResponse], error)
+	LeaveNode(context.Context, *connect.Request[v1.LeaveNodeRequest]) (*connect.Response[v1.LeaveNodeResponse], error)
 	JoinNode(context.Context, *connect.Request[v1.JoinNodeRequest]) (*connect.Response[v1.JoinNodeResponse], error)
 	Assignments(context.Context, *connect.Request[v1.AssignmentsRequest]) (*connect.ServerStreamForClient[v1.AssignmentsResponse], error)
 	Report(context.Context, *connect.Request[v1.ReportRequest]) (*connect.Response[v1.ReportResponse], error)
@@ -244,6 +264,42 @@ func NewControlClient(httpClient connect.HTTPClient, baseURL string, opts ...con
 			connect.WithSchema(controlMethods.ByName("Events")),
 			connect.WithClientOptions(opts...),
 		),
+		showToken: connect.NewClient[v1.ShowTokenRequest, v1.ShowTokenResponse](
+			httpClient,
+			baseURL+ControlShowTokenProcedure,
+			connect.WithSchema(controlMethods.ByName("ShowToken")),
+			connect.WithClientOptions(opts...),
+		),
+		rotateToken: connect.NewClient[v1.RotateTokenRequest, v1.RotateTokenResponse](
+			httpClient,
+			baseURL+ControlRotateTokenProcedure,
+			connect.WithSchema(controlMethods.ByName("RotateToken")),
+			connect.WithClientOptions(opts...),
+		),
+		showCA: connect.NewClient[v1.ShowCARequest, v1.ShowCAResponse](
+			httpClient,
+			baseURL+ControlShowCAProcedure,
+			connect.WithSchema(controlMethods.ByName("ShowCA")),
+			connect.WithClientOptions(opts...),
+		),
+		rotateCA: connect.NewClient[v1.RotateCARequest, v1.RotateCAResponse](
+			httpClient,
+			baseURL+ControlRotateCAProcedure,
+			connect.WithSchema(controlMethods.ByName("RotateCA")),
+			connect.WithClientOptions(opts...),
+		),
+		renewCertificate: connect.NewClient[v1.RenewCertificateRequest, v1.RenewCertificateResponse](
+			httpClient,
+			baseURL+ControlRenewCertificateProcedure,
+			connect.WithSchema(controlMethods.ByName("RenewCertificate")),
+			connect.WithClientOptions(opts...),
+		),
+		leaveNode: connect.NewClient[v1.LeaveNodeRequest, v1.LeaveNodeResponse](
+			httpClient,
+			baseURL+ControlLeaveNodeProcedure,
+			connect.WithSchema(controlMethods.ByName("LeaveNode")),
+			connect.WithClientOptions(opts...),
+		),
 		joinNode: connect.NewClient[v1.JoinNodeRequest, v1.JoinNodeResponse](
 			httpClient,
 			baseURL+ControlJoinNodeProcedure,
@@ -283,6 +339,12 @@ type controlClient struct {
 	updateNode        *connect.Client[v1.UpdateNodeRequest, v1.UpdateNodeResponse]
 	removeNode        *connect.Client[v1.RemoveNodeRequest, v1.RemoveNodeResponse]
 	events            *connect.Client[v1.EventsRequest, v1.Event]
+	showToken         *connect.Client[v1.ShowTokenRequest, v1.ShowTokenResponse]
+	rotateToken       *connect.Client[v1.RotateTokenRequest, v1.RotateTokenResponse]
+	showCA            *connect.Client[v1.ShowCARequest, v1.ShowCAResponse]
+	rotateCA          *connect.Client[v1.RotateCARequest, v1.RotateCAResponse]
+	renewCertificate  *connect.Client[v1.RenewCertificateRequest, v1.RenewCertificateResponse]
+	leaveNode         *connect.Client[v1.LeaveNodeRequest, v1.LeaveNodeResponse]
 	joinNode          *connect.Client[v1.JoinNodeRequest, v1.JoinNodeResponse]
 	assignments       *connect.Client[v1.AssignmentsRequest, v1.AssignmentsResponse]
 	report            *connect.Client[v1.ReportRequest, v1.ReportResponse]
@@ -368,6 +430,36 @@ func (c *controlClient) Events(ctx context.Context, req *connect.Request[v1.Even
 	return c.events.CallServerStream(ctx, req)
 }
 
+// ShowToken calls shoal.v1.Control.ShowToken.
+func (c *controlClient) ShowToken(ctx context.Context, req *connect.Request[v1.ShowTokenRequest]) (*connect.Response[v1.ShowTokenResponse], error) {
+	return c.showToken.CallUnary(ctx, req)
+}
+
+// RotateToken calls shoal.v1.Control.RotateToken.
+func (c *controlClient) RotateToken(ctx context.Context, req *connect.Request[v1.RotateTokenRequest]) (*connect.Response[v1.RotateTokenResponse], error) {
+	return c.rotateToken.CallUnary(ctx, req)
+}
+
+// ShowCA calls shoal.v1.Control.ShowCA.
+func (c *controlClient) ShowCA(ctx context.Context, req *connect.Request[v1.ShowCARequest]) (*connect.Response[v1.ShowCAResponse], error) {
+	return c.showCA.CallUnary(ctx, req)
+}
+
+// RotateCA calls shoal.v1.Control.RotateCA.
+func (c *controlClient) RotateCA(ctx context.Context, req *connect.Request[v1.RotateCARequest]) (*connect.Response[v1.RotateCAResponse], error) {
+	return c.rotateCA.CallUnary(ctx, req)
+}
+
+// RenewCertificate calls shoal.v1.Control.RenewCertificate.
+func (c *controlClient) RenewCertificate(ctx context.Context, req *connect.Request[v1.RenewCertificateRequest]) (*connect.Response[v1.RenewCertificateResponse], error) {
+	return c.renewCertificate.CallUnary(ctx, req)
+}
+
+// LeaveNode calls shoal.v1.Control.LeaveNode.
+func (c *controlClient) LeaveNode(ctx context.Context, req *connect.Request[v1.LeaveNodeRequest]) (*connect.Response[v1.LeaveNodeResponse], error) {
+	return c.leaveNode.CallUnary(ctx, req)
+}
+
 // JoinNode calls shoal.v1.Control.JoinNode.
 func (c *controlClient) JoinNode(ctx context.Context, req *connect.Request[v1.JoinNodeRequest]) (*connect.Response[v1.JoinNodeResponse], error) {
 	return c.joinNode.CallUnary(ctx, req)
@@ -402,7 +494,14 @@ type ControlHandler interface {
 	RemoveNode(context.Context, *connect.Request[v1.RemoveNodeRequest]) (*connect.Response[v1.RemoveNodeResponse], error)
 	// Events streams what happens in the cluster, as the leader sees it.
 	Events(context.Context, *connect.Request[v1.EventsRequest], *connect.ServerStream[v1.Event]) error
+	// Join tokens and the cluster's authority.
+	ShowToken(context.Context, *connect.Request[v1.ShowTokenRequest]) (*connect.Response[v1.ShowTokenResponse], error)
+	RotateToken(context.Context, *connect.Request[v1.RotateTokenRequest]) (*connect.Response[v1.RotateTokenResponse], error)
+	ShowCA(context.Context, *connect.Request[v1.ShowCARequest]) (*connect.Response[v1.ShowCAResponse], error)
+	RotateCA(context.Context, *connect.Request[v1.RotateCARequest]) (*connect.Response[v1.RotateCAResponse], error)
 	// Agents only.
+	RenewCertificate(context.Context, *connect.Request[v1.RenewCertificateRequest]) (*connect.Response[v1.RenewCertificateResponse], error)
+	LeaveNode(context.Context, *connect.Request[v1.LeaveNodeRequest]) (*connect.Response[v1.LeaveNodeResponse], error)
 	JoinNode(context.Context, *connect.Request[v1.JoinNodeRequest]) (*connect.Response[v1.JoinNodeResponse], error)
 	Assignments(context.Context, *connect.Request[v1.AssignmentsRequest], *connect.ServerStream[v1.AssignmentsResponse]) error
 	Report(context.Context, *connect.Request[v1.ReportRequest]) (*connect.Response[v1.ReportResponse], error)
@@ -511,6 +610,42 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 		connect.WithSchema(controlMethods.ByName("Events")),
 		connect.WithHandlerOptions(opts...),
 	)
+	controlShowTokenHandler := connect.NewUnaryHandler(
+		ControlShowTokenProcedure,
+		svc.ShowToken,
+		connect.WithSchema(controlMethods.ByName("ShowToken")),
+		connect.WithHandlerOptions(opts...),
+	)
+	controlRotateTokenHandler := connect.NewUnaryHandler(
+		ControlRotateTokenProcedure,
+		svc.RotateToken,
+		connect.WithSchema(controlMethods.ByName("RotateToken")),
+		connect.WithHandlerOptions(opts...),
+	)
+	controlShowCAHandler := connect.NewUnaryHandler(
+		ControlShowCAProcedure,
+		svc.ShowCA,
+		connect.WithSchema(controlMethods.ByName("ShowCA")),
+		connect.WithHandlerOptions(opts...),
+	)
+	controlRotateCAHandler := connect.NewUnaryHandler(
+		ControlRotateCAProcedure,
+		svc.RotateCA,
+		connect.WithSchema(controlMethods.ByName("RotateCA")),
+		connect.WithHandlerOptions(opts...),
+	)
+	controlRenewCertificateHandler := connect.NewUnaryHandler(
+		ControlRenewCertificateProcedure,
+		svc.RenewCertificate,
+		connect.WithSchema(controlMethods.ByName("RenewCertificate")),
+		connect.WithHandlerOptions(opts...),
+	)
+	controlLeaveNodeHandler := connect.NewUnaryHandler(
+		ControlLeaveNodeProcedure,
+		svc.LeaveNode,
+		connect.WithSchema(controlMethods.ByName("LeaveNode")),
+		connect.WithHandlerOptions(opts...),
+	)
 	controlJoinNodeHandler := connect.NewUnaryHandler(
 		ControlJoinNodeProcedure,
 		svc.JoinNode,
@@ -563,6 +698,18 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 			controlRemoveNodeHandler.ServeHTTP(w, r)
 		case ControlEventsProcedure:
 			controlEventsHandler.ServeHTTP(w, r)
+		case ControlShowTokenProcedure:
+			controlShowTokenHandler.ServeHTTP(w, r)
+		case ControlRotateTokenProcedure:
+			controlRotateTokenHandler.ServeHTTP(w, r)
+		case ControlShowCAProcedure:
+			controlShowCAHandler.ServeHTTP(w, r)
+		case ControlRotateCAProcedure:
+			controlRotateCAHandler.ServeHTTP(w, r)
+		case ControlRenewCertificateProcedure:
+			controlRenewCertificateHandler.ServeHTTP(w, r)
+		case ControlLeaveNodeProcedure:
+			controlLeaveNodeHandler.ServeHTTP(w, r)
 		case ControlJoinNodeProcedure:
 			controlJoinNodeHandler.ServeHTTP(w, r)
 		case ControlAssignmentsProcedure:
@@ -640,6 +787,30 @@ func (UnimplementedControlHandler) RemoveNode(context.Context, *connect.Request[
 
 func (UnimplementedControlHandler) Events(context.Context, *connect.Request[v1.EventsRequest], *connect.ServerStream[v1.Event]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.Events is not implemented"))
+}
+
+func (UnimplementedControlHandler) ShowToken(context.Context, *connect.Request[v1.ShowTokenRequest]) (*connect.Response[v1.ShowTokenResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.ShowToken is not implemented"))
+}
+
+func (UnimplementedControlHandler) RotateToken(context.Context, *connect.Request[v1.RotateTokenRequest]) (*connect.Response[v1.RotateTokenResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.RotateToken is not implemented"))
+}
+
+func (UnimplementedControlHandler) ShowCA(context.Context, *connect.Request[v1.ShowCARequest]) (*connect.Response[v1.ShowCAResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.ShowCA is not implemented"))
+}
+
+func (UnimplementedControlHandler) RotateCA(context.Context, *connect.Request[v1.RotateCARequest]) (*connect.Response[v1.RotateCAResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.RotateCA is not implemented"))
+}
+
+func (UnimplementedControlHandler) RenewCertificate(context.Context, *connect.Request[v1.RenewCertificateRequest]) (*connect.Response[v1.RenewCertificateResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.RenewCertificate is not implemented"))
+}
+
+func (UnimplementedControlHandler) LeaveNode(context.Context, *connect.Request[v1.LeaveNodeRequest]) (*connect.Response[v1.LeaveNodeResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.LeaveNode is not implemented"))
 }
 
 func (UnimplementedControlHandler) JoinNode(context.Context, *connect.Request[v1.JoinNodeRequest]) (*connect.Response[v1.JoinNodeResponse], error) {

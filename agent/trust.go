@@ -1,0 +1,288 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"slices"
+	"strconv"
+	"time"
+
+	"connectrpc.com/connect"
+
+	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/api/shoal/v1/shoalv1connect"
+	"github.com/shoalnet/shoal/control"
+	"github.com/shoalnet/shoal/control/state"
+	"github.com/shoalnet/shoal/peer"
+	"github.com/shoalnet/shoal/spec"
+)
+
+// trust is what the managers told this node of the cluster's authority. It is
+// part of the cached assignment.
+type trust struct {
+	Signs  string            `json:"signs"` // digest of the root that signs
+	Roots  [][]byte          `json:"roots"`
+	Gossip []state.GossipKey `json:"gossip,omitempty"`
+}
+
+func toTrust(t *shoalv1.Trust) *trust {
+	if t == nil {
+		return nil
+	}
+	out := &trust{Signs: t.Signs, Roots: t.Roots}
+	for _, k := range t.GossipKeys {
+		out.Gossip = append(out.Gossip, state.GossipKey{Generation: k.Generation, Key: k.Key, Primary: k.Primary})
+	}
+	return out
+}
+
+// errOldData is what an agent says of a data directory whose cluster had no
+// certificates yet. Nothing in it is changed: the version that wrote it can go on.
+type errOldData struct{ dir, cluster string }
+
+func (e *errOldData) Error() string {
+	return fmt.Sprintf("data directory %s is of cluster %s, which was made before nodes had certificates, and this version can't take part in it: "+
+		"run 'shoal leave --force' on every node, then 'shoal init' on one and 'shoal join' on the others", e.dir, e.cluster)
+}
+
+// loadCredentials reads what a node of a cluster shows to the others.
+func loadCredentials(dataDir string, id *identity) (*peer.Credentials, error) {
+	path := peer.Path(dataDir)
+	c, err := peer.Load(path)
+	if errors.Is(err, os.ErrNotExist) {
+		if id.CA == "" {
+			return nil, &errOldData{dataDir, id.Cluster.ID}
+		}
+		return nil, fmt.Errorf("the node's certificate %s is gone: restore it from a copy, or run 'shoal leave --force' and join again", path)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if info, ok := c.Info(); !ok || info.ID != id.NodeID || info.Cluster != id.Cluster.ID {
+		return nil, fmt.Errorf("the certificate in %s is of node %s in cluster %s, and this is node %s in cluster %s: restore the right one from a copy, or run 'shoal leave --force' and join again",
+			path, info.ID, info.Cluster, id.NodeID, id.Cluster.ID)
+	}
+	return c, nil
+}
+
+// nodeList is who is in the cluster, and as what.
+type nodeList struct {
+	index uint64
+	roles map[string]string
+}
+
+func listOf(a *assignment) *nodeList {
+	l := &nodeList{index: a.Index, roles: make(map[string]string, len(a.Nodes))}
+	for _, n := range a.Nodes {
+		l.roles[n.ID] = n.Role
+	}
+	return l
+}
+
+// standing implements peer.Standing: by the assignment, or by this node's own
+// copy of the managers' state, whichever is newer.
+func (m *member) standing(id string) (role string, index uint64) {
+	if l := m.nodes.Load(); l != nil {
+		role, index = l.roles[id], l.index
+	}
+	if mgr := m.fsm.Load(); mgr != nil {
+		if r, i := mgr.Standing(id); i > index {
+			return r, i
+		}
+	}
+	return role, index
+}
+
+// takeNodes takes up the node list and the authority of an assignment.
+func (m *member) takeNodes(a *assignment) {
+	m.nodes.Store(listOf(a))
+	if a.Trust != nil && len(a.Trust.Roots) > 0 {
+		changed, err := m.creds.SetRoots(a.Trust.Roots)
+		if err == nil && changed {
+			err = m.creds.Save(peer.Path(m.cfg.DataDir))
+		}
+		if err != nil {
+			m.log.Error("the cluster's roots can't be kept", "error", err)
+		}
+	}
+	m.peer.Recheck()
+	wake(m.certWake)
+}
+
+// Timers of the node's own certificate.
+const (
+	certInterval = 30 * time.Second // between looks without a reason
+	certTimeout  = 5 * time.Second  // for the managers' answer
+	certRetry    = time.Second      // after a failure, doubled up to certInterval
+)
+
+// certLoop keeps the node's certificate and role as the managers have it.
+func (m *member) certLoop() {
+	wait := certInterval
+	for {
+		t := time.NewTimer(wait)
+		select {
+		case <-m.ctx.Done():
+			t.Stop()
+			return
+		case <-m.certWake:
+		case <-t.C:
+		}
+		t.Stop()
+		err := m.mindCertificate()
+		m.mu.Lock()
+		m.certErr = err
+		m.mu.Unlock()
+		switch {
+		case err == nil:
+			wait = certInterval
+		case m.ctx.Err() != nil:
+			return
+		default:
+			if wait == certInterval {
+				wait = certRetry / 2
+			}
+			wait = min(2*wait, certInterval)
+			m.log.Warn("this node's certificate or role can't be brought up to date; trying again", "error", err)
+		}
+	}
+}
+
+// mindCertificate renews the certificate when it is due, or is not what it should
+// be, and takes up the role that the managers gave this node: as a manager only
+// once it can show a certificate for that.
+func (m *member) mindCertificate() error {
+	m.mu.Lock()
+	a, fresh := m.assigned, m.fresh
+	role := m.ident.Role
+	m.mu.Unlock()
+	want, signs := role, ""
+	if a != nil && fresh {
+		if i := slices.IndexFunc(a.Nodes, func(n spec.Node) bool { return n.ID == m.ident.NodeID }); i >= 0 {
+			want = a.Nodes[i].Role
+		}
+		if a.Trust != nil {
+			signs = a.Trust.Signs
+		}
+	}
+	if want == spec.RoleWorker && role == spec.RoleManager {
+		if err := m.setRole(want); err != nil {
+			return err
+		}
+	}
+	info, _ := m.creds.Info()
+	if info.Role != want || signs != "" && info.Root != signs || m.creds.Due() {
+		if err := m.renew(info.Role != want); err != nil {
+			return err
+		}
+	}
+	if want != role && want == spec.RoleManager {
+		return m.setRole(want)
+	}
+	return nil
+}
+
+// renew asks the managers for another certificate.
+func (m *member) renew(otherRole bool) error {
+	ctx, cancel := context.WithTimeout(m.ctx, certTimeout)
+	defer cancel()
+	resp, err := m.client.RenewCertificate(ctx, connect.NewRequest(&shoalv1.RenewCertificateRequest{Node: m.ident.NodeID}))
+	if err != nil {
+		return fmt.Errorf("renew this node's certificate: %w", err)
+	}
+	if err := m.creds.Set(resp.Msg.Certificate.GetChain(), resp.Msg.Certificate.GetRoots()); err != nil {
+		return fmt.Errorf("renew this node's certificate: the managers' answer: %w", err)
+	}
+	if err := m.creds.Save(peer.Path(m.cfg.DataDir)); err != nil {
+		return err
+	}
+	wake(m.reportWake)
+	info, _ := m.creds.Info()
+	m.log.Info("this node has another certificate", "role", info.Role, "until", info.Until.UTC().Format(time.RFC3339), "ca", info.Root)
+	if otherRole {
+		// Others know this node by the old one on the connections that it made.
+		m.peer.Redial()
+	}
+	return nil
+}
+
+// setRole takes up the role that the managers gave this node.
+func (m *member) setRole(role string) error {
+	m.log.Info("role changed", "from", m.role(), "to", role)
+	var err error
+	if role == spec.RoleManager {
+		_, err = m.startManager()
+	} else {
+		err = m.stopManager()
+	}
+	if err != nil {
+		return fmt.Errorf("become a %s: %w", role, err)
+	}
+	m.mu.Lock()
+	m.ident.Role = role
+	m.mu.Unlock()
+	if err := m.ident.save(m.cfg.DataDir); err != nil {
+		m.log.Error("node identity can't be kept", "error", err)
+	}
+	m.g.SetMeta(m.ident.Number, role)
+	wake(m.reportWake)
+	return nil
+}
+
+// certify signs the first node's own certificate.
+func certify(creds *peer.Credentials, root *peer.Root, id *identity) error {
+	der, err := root.Sign(creds.Signer().Public(), peer.Subject{ID: id.NodeID, Role: spec.RoleManager, Cluster: id.Cluster.ID, Serial: 1})
+	if err != nil {
+		return err
+	}
+	return creds.Set(append([][]byte{der}, root.Chain()...), [][]byte{root.Cert.Raw})
+}
+
+// awaitManager waits until the managers count on this node as one of them.
+func (m *member) awaitManager(ctx context.Context, mgr *control.Manager) error {
+	ctx, cancel := context.WithTimeout(ctx, managerWait)
+	defer cancel()
+	for {
+		if id, _ := mgr.Leader(); id != "" && mgr.IsVoter() {
+			return nil
+		}
+		if !sleep(ctx, 10*time.Millisecond) {
+			return connect.NewError(connect.CodeUnavailable, fmt.Errorf("the managers did not make this node one of them in %s: see their logs, and whether they reach it at %s", managerWait, m.listener.Addr()))
+		}
+	}
+}
+
+// managerWait bounds the time that a joining manager waits for the others.
+const managerWait = 20 * time.Second
+
+func controlAddrOf(n *shoalv1.NodeInfo) string {
+	return net.JoinHostPort(n.Addr, strconv.Itoa(int(n.ControlPort)))
+}
+
+// unjoin tells the managers that a node which they have taken in did not come to
+// work.
+func (m *member) unjoin(ctx context.Context, managers []*shoalv1.NodeInfo) error {
+	ctx, cancel := context.WithTimeout(ctx, certTimeout)
+	defer cancel()
+	client := m.peer.Managers()
+	defer client.CloseIdleConnections()
+	var errs []error
+	for _, n := range managers { // one of them leads
+		c := shoalv1connect.NewControlClient(client, "http://"+controlAddrOf(n))
+		_, err := c.LeaveNode(ctx, connect.NewRequest(&shoalv1.LeaveNodeRequest{Node: m.ident.NodeID}))
+		if err == nil {
+			return nil
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// removed tells whether the managers say that they don't know this node.
+func removed(err error) bool {
+	var ce *connect.Error
+	return connect.CodeOf(err) == connect.CodeNotFound || errors.As(err, &ce) && ce.Meta().Get(peer.RemovedHeader) != ""
+}

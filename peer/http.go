@@ -1,0 +1,212 @@
+package peer
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+)
+
+// Bounds of HTTP connections.
+const (
+	headerTimeout = 10 * time.Second
+	idleTimeout   = 2 * time.Minute
+	maxHeader     = 64 << 10 // bytes
+)
+
+// Server serves the API on one kind of listener. On connections of a Peer the
+// caller is who the certificate says; on others, which are the node's own unix
+// socket, local says who it is.
+func (p *Peer) Server(h http.Handler, log *slog.Logger, local func() Caller) *http.Server {
+	return &http.Server{
+		Handler: p.guard(h), Protocols: protocols(), ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader,
+		HTTP2:    &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 15 * time.Second},
+		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			if pc, ok := c.(*Conn); ok {
+				return WithCaller(ctx, pc.Caller())
+			}
+			if local != nil {
+				return context.WithValue(ctx, localKey{}, local)
+			}
+			return ctx
+		},
+	}
+}
+
+// localKey carries who a local caller is: its node may enter a cluster while the
+// connection is open.
+type localKey struct{}
+
+func protocols() *http.Protocols {
+	p := new(http.Protocols)
+	p.SetHTTP1(true)
+	p.SetUnencryptedHTTP2(true) // it sees what is inside of TLS
+	return p
+}
+
+// RemovedHeader, of an answer, says that the caller is no longer in the cluster.
+const RemovedHeader = "Shoal-Removed"
+
+// guard is the one place where calls are let in: by [Table].
+func (p *Peer) guard(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		ctx := r.Context()
+		var err error
+		c := CallerFrom(ctx)
+		if local, ok := ctx.Value(localKey{}).(func() Caller); ok {
+			c = local()
+		} else if c, err = p.Again(c); err != nil {
+			w.Header().Set(RemovedHeader, "1")
+			p.deny(w, r, connect.CodeUnauthenticated, err)
+			return
+		}
+		rule, ok := ruleOf(r.URL.Path)
+		switch {
+		case !ok:
+			p.deny(w, r, connect.CodeUnimplemented, fmt.Errorf("there is nothing at %q", r.URL.Path))
+		case rule.Who&c.Kind == 0 && c.Kind == Stranger:
+			p.deny(w, r, connect.CodeUnauthenticated, errors.New("this needs a certificate of the cluster: nodes get one by 'shoal join'"))
+		case rule.Who&c.Kind == 0:
+			p.deny(w, r, connect.CodePermissionDenied, fmt.Errorf("%s may not call %s: run this on a manager", c, verb(r.URL.Path)))
+		default:
+			if rule.Body > 0 {
+				r.Body = http.MaxBytesReader(w, r.Body, rule.Body)
+			}
+			next.ServeHTTP(w, r.WithContext(WithCaller(ctx, c)))
+		}
+	})
+}
+
+func verb(path string) string { return path[strings.LastIndexByte(path, '/')+1:] }
+
+func (p *Peer) deny(w http.ResponseWriter, r *http.Request, code connect.Code, err error) {
+	p.counters.denied.Add(1)
+	if ew := connect.NewErrorWriter(); ew.IsSupported(r) {
+		_ = ew.Write(w, r, connect.NewError(code, err))
+		return
+	}
+	status := http.StatusForbidden
+	switch code {
+	case connect.CodeUnimplemented:
+		status = http.StatusNotFound
+	case connect.CodeUnauthenticated:
+		status = http.StatusUnauthorized
+	}
+	http.Error(w, err.Error(), status)
+}
+
+func client(dial func(ctx context.Context, network, addr string) (net.Conn, error)) *http.Client {
+	p := new(http.Protocols)
+	p.SetUnencryptedHTTP2(true)
+	return &http.Client{Transport: &http.Transport{
+		Protocols:   p,
+		DialContext: dial,
+		// A peer that vanished without a word is found out even while a
+		// stream is silent.
+		HTTP2:           &http.HTTP2Config{SendPingTimeout: 3 * time.Second, PingTimeout: 3 * time.Second},
+		IdleConnTimeout: 30 * time.Second,
+	}}
+}
+
+// UnixClient calls an agent by its unix socket, whatever the URL's host.
+func UnixClient(socket string) *http.Client {
+	return client(func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", socket)
+	})
+}
+
+// Managers calls managers by the address in the URL: nothing is sent to anyone
+// who does not show a manager's certificate. URLs begin with "http:", as all that
+// there is of TLS is below HTTP.
+func (p *Peer) Managers() *http.Client {
+	return client(func(ctx context.Context, _, addr string) (net.Conn, error) {
+		c, err := p.Dial(ctx, addr, ProtoAPI, IsManager)
+		if err != nil {
+			return nil, err // not a *Conn that is nil
+		}
+		return c, nil
+	})
+}
+
+// NodesBy calls nodes by their ID, which is the host in the URL; find tells where
+// a node listens. Only that node gets to see the call.
+func (p *Peer) NodesBy(find func(id string) (addr string, err error)) *http.Client {
+	return client(func(ctx context.Context, _, hostport string) (net.Conn, error) {
+		id, _, err := net.SplitHostPort(hostport)
+		if err != nil {
+			return nil, err
+		}
+		addr, err := find(id)
+		if err != nil {
+			return nil, err
+		}
+		c, err := p.Dial(ctx, addr, ProtoAPI, IsNode(id))
+		if err != nil {
+			return nil, err
+		}
+		return c, nil
+	})
+}
+
+// A WrongClusterError says that who answers a joining node is not of the cluster
+// that its token is for.
+type WrongClusterError struct{ Addr, Cluster string }
+
+func (e *WrongClusterError) Error() string {
+	return fmt.Sprintf("the join token is of another cluster than %s, which is of cluster %s: run 'shoal token show' on a manager there", e.Addr, e.Cluster)
+}
+
+// Joiner calls the manager at addr on behalf of a node without a certificate. It
+// sends nothing to anyone who does not show a manager's certificate by the root
+// of that digest.
+func Joiner(addr, digest string) *http.Client {
+	cfg := &tls.Config{
+		MinVersion: tls.VersionTLS13, NextProtos: []string{ProtoAPI}, SessionTicketsDisabled: true,
+		InsecureSkipVerify: true, // not by name: by the digest
+		VerifyConnection: func(cs tls.ConnectionState) error {
+			s, err := verifyDigest(cs, digest)
+			var wrong *WrongClusterError
+			if errors.As(err, &wrong) {
+				wrong.Addr = addr
+			}
+			if err != nil {
+				return err
+			}
+			return IsManager(Caller{Kind: kindOf(s.Role), ID: s.ID})
+		},
+	}
+	return client(func(ctx context.Context, _, _ string) (net.Conn, error) {
+		c, err := dialTLS(ctx, addr, cfg)
+		if err != nil {
+			return nil, err
+		}
+		return c, nil
+	})
+}
+
+func verifyDigest(cs tls.ConnectionState, digest string) (Subject, error) {
+	certs := cs.PeerCertificates
+	if len(certs) == 0 {
+		return Subject{}, errors.New("no certificate is shown")
+	}
+	s, err := subject(certs[0])
+	if err != nil {
+		return s, err
+	}
+	for _, r := range certs[1:] {
+		if Digest(r.Raw) == digest {
+			return verifyChain(certs, []*x509.Certificate{r})
+		}
+	}
+	return s, &WrongClusterError{Cluster: s.Cluster}
+}
