@@ -151,6 +151,9 @@ func (a *Agent) doctor(ctx context.Context) *shoalv1.DoctorResponse {
 			check(l.name, "ok", fmt.Sprintf("as wanted; last pass took %s", l.last.Elapsed.Round(time.Microsecond)), "")
 		}
 	}
+	for _, r := range m.overlay.Remarks() {
+		check("kernel", "error", r, "")
+	}
 	if faults := a.cfg.Runtime.Faults(); len(faults) > 0 {
 		for _, name := range slices.Sorted(maps.Keys(faults)) {
 			check("tasks", "error", "task "+name+": "+faults[name], "")

@@ -183,6 +183,8 @@ func (s *State) network(v *spec.View, self spec.Peer, sn spec.Network) *network 
 func (s *State) devSysctls(ns, dev string) {
 	s.Add(Sysctl{ns, dev, "net.ipv4.conf." + dev + ".send_redirects", "0"})
 	s.Add(Sysctl{ns, dev, "net.ipv4.conf." + dev + ".rp_filter", "0"})
+	// Not shown by ip_forward, which sets them all once.
+	s.Add(Sysctl{ns, dev, "net.ipv4.conf." + dev + ".forwarding", "1"})
 }
 
 // sandbox adds the wires of one task.
@@ -226,6 +228,9 @@ func (s *State) sandbox(b spec.Sandbox, nets map[string]*network) {
 			s.Add(Neigh{n.ns, dev, x, mac})
 			s.Add(Route{Netns: n.ns, Dst: host(x), Metric: ovMetric, Dev: dev, Src: n.gateway(x.Is6())})
 
+			if x.Is6() {
+				s.Add(Sysctl{b.Netns, eth, "net.ipv6.conf." + eth + ".disable_ipv6", "0"})
+			}
 			s.Add(Addr{b.Netns, eth, host(x)})
 			s.Add(Neigh{b.Netns, eth, gw, LinkMAC})
 			if x.Is4() {

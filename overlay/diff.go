@@ -15,6 +15,7 @@ type Verb string
 const (
 	Put    Verb = "put"    // make Object, or mend it
 	Delete Verb = "delete" // remove Object, as it was observed
+	Report Verb = "report" // tell of Object: nothing is to be done
 )
 
 // Op is one operation. It implements reconcile.Op.
@@ -34,6 +35,18 @@ var _ reconcile.Op = Op{}
 // Object implements reconcile.Op: "network NAME: …", "task NAME: …" or
 // "node: …".
 func (o Op) Object() string { return o.name + ": " + o.Target.label() }
+
+// Remark implements reconcile.Remarker.
+func (o Op) Remark() string {
+	if o.Verb != Report {
+		return ""
+	}
+	where := "this node"
+	if ns := o.Target.place(); ns != "" {
+		where = "namespace " + ns
+	}
+	return where + ": " + o.Target.String()
+}
 
 // String implements reconcile.Op.
 func (o Op) String() string {
@@ -141,7 +154,12 @@ func Diff(want, have State, _ time.Time) ([]reconcile.Op, time.Time) {
 		}
 	}
 
-	var put, del []Object
+	var put, del, tell []Object
+	for _, h := range have.objects {
+		if _, ok := h.(Remark); ok {
+			tell = append(tell, h)
+		}
+	}
 	for k, w := range want.objects {
 		if _, ok := w.(Sandbox); !ok && absent[w.place()] {
 			continue
@@ -165,8 +183,11 @@ func Diff(want, have State, _ time.Time) ([]reconcile.Op, time.Time) {
 		}
 		for k, h := range have.objects {
 			if want.objects[k] == nil && !gone[[2]string{h.place(), h.device()}] {
-				if _, ok := h.(Sandbox); ok {
-					continue // the runtime's
+				switch h.(type) {
+				case Sandbox: // the runtime's
+					continue
+				case Remark:
+					continue
 				}
 				del = append(del, h)
 			}
@@ -174,6 +195,7 @@ func Diff(want, have State, _ time.Time) ([]reconcile.Op, time.Time) {
 	}
 	sortObjects(put)
 	sortObjects(del)
+	sortObjects(tell)
 	slices.Reverse(del)
 
 	ops := make([]reconcile.Op, 0, len(put)+len(del))
@@ -187,6 +209,9 @@ func Diff(want, have State, _ time.Time) ([]reconcile.Op, time.Time) {
 	}
 	for _, o := range del {
 		ops = append(ops, Op{Verb: Delete, Target: o, Have: o, name: want.owner(o)})
+	}
+	for _, o := range tell {
+		ops = append(ops, Op{Verb: Report, Target: o, Have: o, name: want.owner(o)})
 	}
 	return ops, time.Time{}
 }

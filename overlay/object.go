@@ -26,6 +26,7 @@ const (
 	PortPrefix  = "shp"           // and the task's ID: the ovns's end of a task's veth
 	HostPrefix  = "sho"           // and the network's ID: the host's end of the way out
 	TempPrefix  = "sht"           // a device being made; left behind by a crash
+	VIPLabel    = "lo:vip"        // label of package vip's IPv4 addresses there
 	Label       = "lo:shoal"      // label of our IPv4 addresses on lo (ip-address(8))
 	FilterTable = "shoal-overlay" // nftables table, family inet, in the ovns
 	TaskTable   = "shoal"         // nftables table, family ip, in the task's namespace
@@ -215,7 +216,18 @@ type Redirect struct {
 // only).
 type Stray struct{ Netns, Dev string }
 
+// Oddity (observed only) is something in one of our namespaces that is none of the
+// other objects and not as the kernel leaves it: a rule, a route, an address, an
+// nftables table that nobody wants, or one of the kernel's own that is missing. To
+// delete it is to put it right.
+type Oddity struct{ Netns, Kind, What string }
+
+// Remark (observed only) is something in the way that is not ours to change.
+type Remark struct{ Netns, What string }
+
 type (
+	oddityKey     struct{ o Oddity }
+	remarkKey     struct{ o Remark }
 	underlayKey   struct{}
 	forwardingKey struct{}
 	membersKey    struct{}
@@ -297,6 +309,26 @@ func (o Redirect) Key() any { return redirectKey{o.Netns} }
 
 // Key implements Object.
 func (o Stray) Key() any { return strayKey{o.Netns, o.Dev} }
+
+// Key implements Object.
+func (o Oddity) Key() any { return oddityKey{o} }
+
+// Key implements Object.
+func (o Remark) Key() any { return remarkKey{o} }
+
+func (Oddity) rank() int        { return rankStray }
+func (o Oddity) place() string  { return o.Netns }
+func (Oddity) device() string   { return "" }
+func (o Oddity) label() string  { return "stray " + o.Kind + " " + o.What }
+func (o Oddity) order() string  { return o.Kind + " " + o.What }
+func (o Oddity) String() string { return o.Kind + " " + o.What }
+
+func (Remark) rank() int        { return rankStray }
+func (o Remark) place() string  { return o.Netns }
+func (Remark) device() string   { return "" }
+func (o Remark) label() string  { return "remark " + o.What }
+func (o Remark) order() string  { return o.What }
+func (o Remark) String() string { return o.What }
 
 func (Underlay) rank() int   { return rankNode }
 func (Forwarding) rank() int { return rankNode }

@@ -42,6 +42,14 @@ type Op interface {
 	String() string
 }
 
+// Remarker is an Op that may be no change but a remark on its object: something
+// that is in the way and not ours to change. It is not applied, keeps nothing
+// waiting, and is in [Loop.Remarks] as long as passes bring it.
+type Remarker interface {
+	// Remark is the text for a person, "" of an operation to be applied.
+	Remark() string
+}
+
 // Target is what a data plane package brings. W is the wanted state, H the
 // state read from the kernel. Its methods are called from one goroutine.
 type Target[W, H any] interface {
@@ -133,6 +141,7 @@ type Loop[W, H any] struct {
 	applied uint64 // newest generation that a clean pass worked on
 	last    Pass
 	objects map[string]*object
+	remarks []string
 }
 
 // New makes a loop; name is for the log.
@@ -216,6 +225,36 @@ func (l *Loop[W, H]) Failed() []ObjectStatus {
 	return out
 }
 
+// Remarks lists what the newest pass found in the way, see [Remarker].
+func (l *Loop[W, H]) Remarks() []string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.Clone(l.remarks)
+}
+
+// heed takes the remarks out of ops.
+func (l *Loop[W, H]) heed(ops []Op) []Op {
+	var out []Op
+	var said []string
+	for _, op := range ops {
+		if r, ok := op.(Remarker); ok && r.Remark() != "" {
+			said = append(said, r.Remark())
+		} else {
+			out = append(out, op)
+		}
+	}
+	l.mu.Lock()
+	old := l.remarks
+	l.remarks = said
+	l.mu.Unlock()
+	for _, s := range said {
+		if !slices.Contains(old, s) {
+			l.log.Warn("something is in the way", "what", s)
+		}
+	}
+	return out
+}
+
 // Run works until ctx ends, and returns when no pass is under way. The first
 // pass waits for the first Set.
 func (l *Loop[W, H]) Run(ctx context.Context) {
@@ -278,6 +317,7 @@ func (l *Loop[W, H]) pass(ctx context.Context) time.Duration {
 	} else {
 		l.clear(l.name + ": observe")
 		ops, next := l.target.Diff(want, have, start)
+		ops = l.heed(ops)
 		if !next.IsZero() {
 			wait = min(wait, max(0, time.Until(next)))
 		}

@@ -168,6 +168,7 @@ type Stamp struct {
 	table       uint64
 	form        uint64
 	parts       map[string]uint64
+	others      uint64
 }
 
 // At takes a stamp of a namespace by its name ("" the host's), and of an
@@ -188,6 +189,11 @@ func (n *Notices) At(netns, table string) (s Stamp, ok bool) {
 	}
 	n.drain()
 	s = Stamp{file: sp.file, lost: n.lost, epoch: sp.epoch, kinds: sp.kinds}
+	for name, t := range sp.tables {
+		if name != table {
+			s.others += t.form
+		}
+	}
 	if table != "" {
 		if t := sp.tables[table]; t != nil {
 			s.table, s.form, s.parts = t.all, t.form, maps.Clone(t.parts)
@@ -212,6 +218,10 @@ func (s Stamp) Since(before Stamp) Kind {
 
 // Table tells whether anything of the stamps' table changed.
 func (s Stamp) Table(before Stamp) bool { return !s.comparable(before) || s.table != before.table }
+
+// Others tells whether a table other than the stamps' came, went, or got other
+// chains or sets.
+func (s Stamp) Others(before Stamp) bool { return !s.comparable(before) || s.others != before.others }
 
 // TableForm tells whether the stamps' table itself changed, or any chain or set came
 // or went, or nothing more exact is known.

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"net"
 	"net/netip"
+	"strings"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -32,9 +33,10 @@ func (d *Dataplane) putNamespace(o overlay.Namespace) error {
 	if err != nil {
 		return fmt.Errorf("lo of namespace %s: %w", o.Netns, err)
 	}
-	switch mark := d.namespaceMark(o.Network); lo.Attrs().Alias {
-	case mark:
-	case "":
+	switch mark, alias := d.namespaceMark(o.Network), lo.Attrs().Alias; {
+	case alias == mark:
+	case !strings.HasPrefix(alias, "shoal ") || !strings.Contains(alias, " network "):
+		// New, or somebody has written over the mark.
 		if err := s.h.LinkSetAlias(lo, mark); err != nil {
 			return fmt.Errorf("mark namespace %s: %w", o.Netns, err)
 		}
@@ -156,7 +158,14 @@ func (s *space) clearWay(name, temp, mark string, replace bool) (netlink.Link, e
 		return nil, err
 	}
 	if a := l.Attrs().Alias; a != mark && !(replace && oursLink(l)) {
-		return nil, s.foreign(name)
+		if !s.own || oursLink(l) || l.Type() != "veth" && l.Type() != "vxlan" {
+			return nil, s.foreign(name)
+		}
+		// In a namespace of ours, of the kind that we make there: somebody has
+		// written over the mark.
+		if err := s.h.LinkSetAlias(l, mark); err != nil {
+			return nil, fmt.Errorf("set alias of device %s: %w", name, err)
+		}
 	}
 	if !replace {
 		return l, nil
@@ -427,6 +436,14 @@ func (d *Dataplane) putPair(p pair, replace bool) error {
 	}
 	if other == nil {
 		return fmt.Errorf("%s, the other end of %s, is missing", p.peer, p.dev)
+	}
+	if other.Attrs().Alias != p.mark {
+		if !paired(l, other) {
+			return far.foreign(p.peer)
+		}
+		if err := far.h.LinkSetAlias(other, p.mark); err != nil {
+			return fmt.Errorf("set alias of device %s: %w", p.peer, err)
+		}
 	}
 	if err := far.mend(other, p.mtu, p.peerMAC); err != nil {
 		return err

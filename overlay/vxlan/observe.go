@@ -45,9 +45,10 @@ func (s *snap) link(name string) netlink.Link {
 type wants struct {
 	ns      string
 	objects []overlay.Object
-	network string // ID; empty: not an ovns
-	task    string // ID; empty: not a task's
-	v6      bool   // some of it is IPv6
+	network string          // ID; empty: not an ovns
+	task    string          // ID; empty: not a task's
+	v6      bool            // some of it is IPv6
+	devs    map[string]bool // see names
 }
 
 // has tells whether something with a key is wanted.
@@ -123,6 +124,7 @@ func (d *Dataplane) report(have *overlay.State, w *wants, p *place) {
 		reportNeighs(have, w, p)
 		reportRoutes(have, w, p)
 	}
+	d.reportStrays(have, w, p)
 	for _, o := range w.objects {
 		switch o := o.(type) {
 		case overlay.Sysctl:
@@ -226,8 +228,6 @@ func reportNeighs(have *overlay.State, w *wants, p *place) {
 			case wanted[o.Key()]:
 			case w.network == "": // in the task's namespace: its own affair
 				continue
-			case o.Dev == overlay.VXLANDev && !overlay.IsRouter(o.Addr):
-				continue
 			}
 			have.Add(o)
 		}
@@ -322,6 +322,19 @@ func (d *Dataplane) observeDevices(have *overlay.State, want overlay.State, snap
 			continue
 		}
 		for name, l := range sn.links {
+			if w, ok := ports[[2]string{n.Netns, name}]; ok && !oursLink(l) {
+				if far := snaps[w.TaskNetns].link(w.Eth); far != nil && far.Attrs().Alias == portMark(w.Task, w.Network) && paired(l, far) {
+					w.MTU, w.Fault = l.Attrs().MTU, "device "+name+" has lost its alias"
+					have.Add(w)
+					continue
+				}
+			}
+			if name == overlay.VXLANDev && l.Type() == "vxlan" && !oursLink(l) {
+				o := observeVXLAN(n, l)
+				o.Network, o.Fault = n.Network, "has lost its alias"
+				have.Add(o)
+				continue
+			}
 			if !oursLink(l) {
 				continue
 			}
@@ -337,9 +350,12 @@ func (d *Dataplane) observeDevices(have *overlay.State, want overlay.State, snap
 				p := overlay.Port{Netns: n.Netns, Dev: name, Network: network, Task: task, MTU: l.Attrs().MTU, Broken: true}
 				if w, ok := ports[[2]string{n.Netns, name}]; ok {
 					p.TaskNetns, p.Eth = w.TaskNetns, w.Eth
-					if far := snaps[w.TaskNetns].link(w.Eth); far != nil && far.Attrs().Alias == l.Attrs().Alias && paired(l, far) {
+					if far := snaps[w.TaskNetns].link(w.Eth); far != nil && paired(l, far) {
 						p.MAC, p.Broken = far.Attrs().HardwareAddr.String(), false
 						p.MTU, p.Fault = pairState(l, far, overlay.LinkMAC)
+						if far.Attrs().Alias != l.Attrs().Alias {
+							p.Fault = "device " + w.Eth + " has lost its alias"
+						}
 					}
 				}
 				have.Add(p)
@@ -347,15 +363,25 @@ func (d *Dataplane) observeDevices(have *overlay.State, want overlay.State, snap
 		}
 	}
 	for name, l := range host.links {
+		if w, ok := byHostDev[name]; ok && !strings.HasPrefix(l.Attrs().Alias, networkMarkPrefix) {
+			if near := snaps[w.Netns].link(overlay.OutDev); near != nil && near.Attrs().Alias == networkMark(w.Network) && paired(near, l) {
+				w.MTU, w.Fault = l.Attrs().MTU, "device "+name+" has lost its alias"
+				have.Add(w)
+			}
+			continue
+		}
 		if !strings.HasPrefix(name, overlay.HostPrefix) || !strings.HasPrefix(l.Attrs().Alias, networkMarkPrefix) {
 			continue
 		}
 		e := overlay.Egress{Network: strings.TrimPrefix(l.Attrs().Alias, networkMarkPrefix), Dev: name, MTU: l.Attrs().MTU, Broken: true}
 		if w, ok := byHostDev[name]; ok {
 			e.Netns = w.Netns
-			if near := snaps[w.Netns].link(overlay.OutDev); near != nil && near.Attrs().Alias == l.Attrs().Alias && paired(near, l) {
+			if near := snaps[w.Netns].link(overlay.OutDev); near != nil && paired(near, l) {
 				e.Broken = false
 				e.MTU, e.Fault = pairState(near, l, "")
+				if near.Attrs().Alias != l.Attrs().Alias {
+					e.Fault = "device " + overlay.OutDev + " has lost its alias"
+				}
 			}
 		}
 		have.Add(e)
@@ -396,7 +422,7 @@ func observeVXLAN(n overlay.Namespace, l netlink.Link) overlay.VXLAN {
 	}
 	o.VNI, o.Port, o.Local = uint32(v.VxlanId), v.Port, addrOf(v.SrcAddr)
 	// Learning would let any packet from the underlay move a node's MAC.
-	o.Broken = v.Learning || v.FlowBased || v.Proxy
+	o.Broken = v.Learning || v.FlowBased || v.Proxy || v.RSC || v.L2miss || v.L3miss || v.TTL != 0 || v.TOS != 0 || len(v.Group) > 0 || v.VtepDevIndex != 0
 	if a.Flags&net.FlagUp == 0 {
 		o.Fault = "down"
 	}

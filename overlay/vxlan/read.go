@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"math/rand/v2"
+	"net/netip"
 	"os"
 	"slices"
 	"strings"
@@ -44,9 +45,19 @@ type place struct {
 		of overlay.Redirect
 		is *overlay.Redirect
 	}
+	// See stray.go.
+	rules   []netlink.Rule
+	lacking map[netip.Addr]time.Time // IPv6 addresses without their entry there, since when
+	ruled   []int                    // families that have rules
+	qdiscs  []netlink.Qdisc
+	others  []netlink.Route             // but ours of the main table
+	local   map[netip.Addr]map[int]bool // entries of table local, by device
+	alien   []table                     // nftables tables that are not Shoal's
+	odd     oddities
 	// Of the host's namespace only.
-	forwarding *overlay.Forwarding
-	members    struct {
+	unforwarded []string
+	forwarding  *overlay.Forwarding
+	members     struct {
 		of overlay.Members
 		is *overlay.Members
 	}
@@ -107,10 +118,11 @@ func (d *Dataplane) read(w *wants, now time.Time) (*place, error) {
 		d.places[w.ns] = p
 	}
 	changed, nft := nl.AllKinds, map[string]bool{}
-	stamps, valid := map[string]nl.Stamp{}, true
+	stamps, valid, alien := map[string]nl.Stamp{}, true, false
 	for _, t := range d.tables(w) {
 		s, ok := d.cfg.Notices.At(d.real(w.ns), t)
 		stamps[t], valid = s, valid && ok
+		alien = alien || !ok || !p.valid || !now.Before(p.due) || s.Others(p.stamps[t])
 		nft[t] = true
 		if ok && p.valid && now.Before(p.due) {
 			changed = s.Since(p.stamps[t])
@@ -126,12 +138,12 @@ func (d *Dataplane) read(w *wants, now time.Time) (*place, error) {
 	p.again = 0
 	ours := w.network != "" || w.task != ""
 	if ours && !p.ours || w.v6 && !p.v6 {
-		changed |= nl.Routes | nl.Neighs
+		changed |= nl.Routes | nl.Neighs | nl.Policies
 	}
 	if err := d.readRoute(w, p, changed, ours); err != nil {
 		return nil, err
 	}
-	if err := d.readInside(w, p, nft); err != nil {
+	if err := d.readInside(w, p, nft, alien && ours, changed); err != nil {
 		return nil, err
 	}
 	p.stamps, p.valid = stamps, valid
@@ -162,7 +174,7 @@ func (d *Dataplane) readRoute(w *wants, p *place, changed nl.Kind, ours bool) er
 			}
 		}
 	}
-	if changed&(nl.Links|nl.Addrs|nl.Routes|nl.Neighs) == 0 && len(links) == 0 {
+	if changed&(nl.Links|nl.Addrs|nl.Routes|nl.Neighs|nl.Policies|nl.Qdiscs) == 0 && len(links) == 0 {
 		return nil
 	}
 	s, err := d.dial(w.ns)
@@ -189,6 +201,9 @@ func (d *Dataplane) readRoute(w *wants, p *place, changed nl.Kind, ours bool) er
 		if p.linked[a], err = s.connected(a, p.link(a.Dev)); err != nil {
 			return fmt.Errorf("routes of %s: %w", where, err)
 		}
+	}
+	if err := d.readStrays(w, p, s, changed); err != nil {
+		return fmt.Errorf("%s: %w", where, err)
 	}
 	p.ours = ours
 	if !ours {
@@ -231,7 +246,7 @@ func (d *Dataplane) readRoute(w *wants, p *place, changed nl.Kind, ours bool) er
 
 // readInside reads what takes being in the namespace: sysctls that are not open
 // yet, and nftables. Where all of it is known nobody goes there.
-func (d *Dataplane) readInside(w *wants, p *place, nft map[string]bool) error {
+func (d *Dataplane) readInside(w *wants, p *place, nft map[string]bool, alien bool, changed nl.Kind) error {
 	var work []func(*nftConn) error
 	var shut []overlay.Sysctl
 	clear(p.holds)
@@ -280,10 +295,20 @@ func (d *Dataplane) readInside(w *wants, p *place, nft map[string]bool) error {
 			p.members.of = overlay.Members{} // to be read by readHost
 		}
 	}
-	if len(work) == 0 && len(shut) == 0 {
+	if alien {
+		work = append(work, func(c *nftConn) (err error) {
+			p.alien, err = readTables(c, w)
+			return err
+		})
+	}
+	unforwarded := w.ns == "" && changed&(nl.Netconf|nl.Links|nl.Addrs) != 0
+	if len(work) == 0 && len(shut) == 0 && !unforwarded {
 		return nil
 	}
 	err := d.do(w.ns, func() error {
+		if unforwarded {
+			p.unforwarded = readUnforwarded(p)
+		}
 		for _, o := range shut {
 			var err error
 			if p.holds[o], err = p.openSysctl(o); err != nil {

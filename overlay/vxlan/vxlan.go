@@ -112,6 +112,7 @@ type space struct {
 	name  string // as in overlay objects: "" the host's
 	h     *netlink.Handle
 	index map[string]int // of devices, as far as asked for
+	own   bool           // an ovns
 }
 
 // real is the name, under spec.NetnsDir, of an object's namespace.
@@ -147,6 +148,7 @@ func (d *Dataplane) in(netns string) (*space, error) {
 	if err != nil {
 		return nil, err
 	}
+	s.own = strings.HasPrefix(netns, d.netnsPrefix())
 	d.open[netns] = s
 	return s, nil
 }
@@ -305,6 +307,8 @@ func (d *Dataplane) del(op overlay.Op) error {
 		return d.delLink("", o.Dev)
 	case overlay.Port:
 		return d.delLink(o.Netns, o.Dev)
+	case overlay.Oddity:
+		return d.mendOddity(o)
 	case overlay.Stray:
 		return d.delLink(o.Netns, o.Dev)
 	case overlay.Addr:
