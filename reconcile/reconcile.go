@@ -86,7 +86,10 @@ const DefaultPeriod = time.Second
 const (
 	backoffMin = 100 * time.Millisecond
 	backoffMax = 10 * time.Second
-	costShare  = 20 // observing takes at most 1/costShare of the time
+	// cryAfter is for how long an object fails before the log calls it an error:
+	// some seven tries.
+	cryAfter  = 10 * time.Second
+	costShare = 20 // observing takes at most 1/costShare of the time
 )
 
 // Pass tells what one pass did.
@@ -124,6 +127,7 @@ type object struct {
 	ObjectStatus
 	retryAt time.Time
 	delay   time.Duration
+	cried   bool // that it keeps failing was said
 }
 
 // Loop runs one Target. Make it with New, start it with Run.
@@ -445,13 +449,18 @@ func (l *Loop[W, H]) note(name, op string, err error, now time.Time) time.Durati
 		changed = changed || o.Err != err.Error()
 		o.Err = err.Error()
 	}
+	// What mends itself in the next tries is nothing for a person to act on.
+	cry := err != nil && !o.cried && now.Sub(o.Since) >= cryAfter
+	o.cried = err != nil && (o.cried || cry)
 	delay, tries := o.delay, o.Tries
 	l.mu.Unlock()
 	switch {
 	case err == nil:
 		l.log.Debug("applied", "op", op)
+	case cry:
+		l.log.Error("operation keeps failing", "op", op, "error", err, "retry_in", delay, "tries", tries)
 	case changed:
-		l.log.Error("operation failed", "op", op, "error", err, "retry_in", delay)
+		l.log.Warn("operation failed", "op", op, "error", err, "retry_in", delay)
 	default:
 		l.log.Debug("operation failed again", "op", op, "error", err, "retry_in", delay, "tries", tries)
 	}

@@ -17,6 +17,7 @@ import (
 	"github.com/shoalnet/shoal/dns"
 	ingressnft "github.com/shoalnet/shoal/ingress/nft"
 	"github.com/shoalnet/shoal/internal/nl"
+	"github.com/shoalnet/shoal/internal/quiet"
 	"github.com/shoalnet/shoal/overlay/vxlan"
 	"github.com/shoalnet/shoal/runtime/process"
 	"github.com/shoalnet/shoal/vip"
@@ -53,9 +54,9 @@ agent's socket rules the cluster.`,
 			opt := &slog.HandlerOptions{Level: level}
 			switch logFormat {
 			case "text":
-				cfg.Log = slog.New(slog.NewTextHandler(c.err, opt))
+				cfg.Log = slog.New(quiet.New(slog.NewTextHandler(c.err, opt)))
 			case "json":
-				cfg.Log = slog.New(slog.NewJSONHandler(c.err, opt))
+				cfg.Log = slog.New(quiet.New(slog.NewJSONHandler(c.err, opt)))
 			default:
 				return usageError(cmd, fmt.Errorf("--log-format %q: use text or json", logFormat))
 			}
