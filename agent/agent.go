@@ -165,6 +165,9 @@ func New(cfg Config) (*Agent, error) {
 		lock.Close()
 		return nil, err
 	}
+	if cfg.NodeName != "" && ident.Name != cfg.NodeName {
+		cfg.Log.Warn("the node keeps its name in the cluster: 'shoal node update --name' changes it", "name", ident.Name, "node_name_flag", cfg.NodeName)
+	}
 	return &Agent{cfg: cfg, log: cfg.Log.With("node", ident.Name), lock: lock, ident: ident, evict: make(chan string, 1)}, nil
 }
 
@@ -254,15 +257,11 @@ func (a *Agent) resume(ctx context.Context) error {
 	}
 	m.evicted = a.evicted
 	m.serve(a.handler(false))
-	err = func() error {
-		if a.ident.Role == spec.RoleManager {
-			if _, err := m.startManager(); err != nil {
-				return err
-			}
-		}
-		return m.start()
-	}()
-	if err != nil {
+	if a.ident.Role == spec.RoleManager {
+		m.voted = true
+		m.keepManager()
+	}
+	if err := m.start(); err != nil {
 		m.stop()
 		return err
 	}
@@ -387,6 +386,9 @@ func (a *localAPI) Info(context.Context, *connect.Request[shoalv1.InfoRequest]) 
 		resp.Cluster = m.ident.Cluster.ID
 		resp.Node = api.Node(m.node(m.role()))
 		resp.Leader = m.leader()
+		for _, f := range m.diskFaults() {
+			resp.Problems = append(resp.Problems, f.message)
+		}
 	} else {
 		id := a.identity()
 		resp.Cluster = id.Cluster.ID
@@ -453,7 +455,7 @@ func (a *localAPI) Init(ctx context.Context, req *connect.Request[shoalv1.InitRe
 	m.evicted = a.evicted
 	m.serve(a.handler(false))
 	err = func() error {
-		mgr, err := m.startManager()
+		mgr, err := m.startManager(true)
 		if err != nil {
 			return err
 		}
@@ -587,7 +589,7 @@ func (a *localAPI) Join(ctx context.Context, req *connect.Request[shoalv1.JoinRe
 		}
 		var mgr *control.Manager
 		if ident.Role == spec.RoleManager {
-			if mgr, err = m.startManager(); err != nil {
+			if mgr, err = m.startManager(true); err != nil {
 				return err
 			}
 		}
@@ -691,7 +693,7 @@ func (a *Agent) forget() error {
 // that was left, or of an init or join that was cut short by the agent's death.
 func (a *Agent) removeClusterFiles() error {
 	var errs []error
-	for _, p := range []string{control.RaftDir(a.cfg.DataDir), filepath.Join(a.cfg.DataDir, "assignment.json"), filepath.Join(a.cfg.DataDir, "gossip"), peer.Path(a.cfg.DataDir)} {
+	for _, p := range []string{control.MarkPath(a.cfg.DataDir), control.RaftDir(a.cfg.DataDir), control.LostPath(a.cfg.DataDir), filepath.Join(a.cfg.DataDir, "assignment.json"), filepath.Join(a.cfg.DataDir, "gossip"), peer.Path(a.cfg.DataDir)} {
 		errs = append(errs, os.RemoveAll(p))
 	}
 	return errors.Join(errs...)

@@ -116,6 +116,13 @@ func (a *Agent) doctor(ctx context.Context) *shoalv1.DoctorResponse {
 			check("names", "ok", "no two things have one name", "")
 		}
 	}
+	faults := m.diskFaults()
+	for _, f := range faults {
+		check(f.name, "error", f.message, f.hint)
+	}
+	if len(faults) == 0 {
+		check("disk", "ok", "what this node has to remember is kept in "+a.cfg.DataDir, "")
+	}
 	snap := m.g.Snapshot()
 	var bad []string
 	for _, p := range snap.Members {

@@ -60,10 +60,9 @@ func loadIdentity(dataDir, name string) (*identity, error) {
 	if id.NodeID == "" || id.Name == "" {
 		return nil, fmt.Errorf("%s is damaged: it names no node: restore it, or remove the data directory to start as a new node", path)
 	}
-	if name != "" && id.Name != name {
-		if id.Cluster.ID != "" {
-			return nil, fmt.Errorf("data directory %s belongs to node %q of cluster %s, not to %q: give --node-name %s or another --data-dir", dataDir, id.Name, id.Cluster.ID, name, id.Name)
-		}
+	// In a cluster a node keeps its name, whatever the host's or a flag's is by now:
+	// 'shoal node update --name' changes it.
+	if name != "" && id.Name != name && id.Cluster.ID == "" {
 		id.Name = name
 		return id, id.save(dataDir)
 	}

@@ -47,7 +47,6 @@ func TestIdentitySurvives(t *testing.T) {
 func TestIdentityRefusals(t *testing.T) {
 	member := `{"format":1,"node_id":"abcdefghijkl","name":"n1","cluster":{"id":"c1"}}`
 	for name, k := range map[string]struct{ file, node, want string }{
-		"another node's":       {member, "n2", `belongs to node "n1" of cluster c1, not to "n2": give --node-name n1 or another --data-dir`},
 		"damaged":              {`{"format":1,`, "n1", "is damaged"},
 		"empty":                {``, "n1", "is damaged"},
 		"of a newer version":   {`{"format":2,"node_id":"abcdefghijkl","name":"n1"}`, "n1", "has format 2, this version of shoal reads 1"},
@@ -70,6 +69,16 @@ func TestIdentityRefusals(t *testing.T) {
 			}
 		})
 	}
+	t.Run("keeps its name in a cluster", func(t *testing.T) {
+		dir := t.TempDir()
+		if err := os.WriteFile(identityPath(dir), []byte(member), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		id, err := loadIdentity(dir, "n2")
+		if b, _ := os.ReadFile(identityPath(dir)); err != nil || id.Name != "n1" || string(b) != member {
+			t.Errorf("got %+v, %v; the file is %s", id, err, b)
+		}
+	})
 	t.Run("renamed while in no cluster", func(t *testing.T) {
 		dir := t.TempDir()
 		a, err := loadIdentity(dir, "n1")

@@ -85,15 +85,20 @@ type member struct {
 
 	publishMu sync.Mutex // orders SetEndpoints
 
-	mu       sync.Mutex
-	manager  *control.Manager
-	stopMgr  context.CancelFunc
-	mgrDone  chan struct{}
-	assigned *assignment
-	fresh    bool  // assigned came from the managers since the start
-	certErr  error // why the certificate or the role is not as it should be; nil: it is
-	acked    map[string]spec.TaskStatus
-	follows  uint64 // index of the newest assignment that the kernel follows
+	saveMu sync.Mutex // one writer of each file at a time
+	kept   kept
+
+	mu         sync.Mutex
+	manager    *control.Manager
+	managerErr error // see managerFault
+	voted      bool  // it was a manager before this start
+	stopMgr    context.CancelFunc
+	mgrDone    chan struct{}
+	assigned   *assignment
+	fresh      bool  // assigned came from the managers since the start
+	certErr    error // why the certificate or the role is not as it should be; nil: it is
+	acked      map[string]spec.TaskStatus
+	follows    uint64 // index of the newest assignment that the kernel follows
 }
 
 // newMember opens the control port. Nothing is started.
@@ -110,6 +115,7 @@ func newMember(cfg Config, ident *identity, creds *peer.Credentials, log *slog.L
 	m.http, m.raft = m.peer.Listen(ln)
 	m.fwd = control.NewForwarder(control.ForwarderConfig{NodeID: ident.NodeID, Peer: m.peer, Managers: m.managerAddrs, Log: log})
 	m.byID = m.peer.NodesBy(m.controlAddr)
+	m.kept.log = log
 	// By way of the agent's own socket, as every other client: the forwarder
 	// behind it finds the leader.
 	m.client = shoalv1connect.NewControlClient(peer.UnixClient(cfg.Socket), "http://shoal")
@@ -133,14 +139,18 @@ func (m *member) serve(h http.Handler) {
 
 // startManager makes this node a manager. It is not one yet if the cluster has
 // not added it.
-func (m *member) startManager() (*control.Manager, error) {
+// With fresh, it never was one; else a store that is not there is one that is lost.
+func (m *member) startManager(fresh bool) (*control.Manager, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.manager != nil {
 		return m.manager, nil
 	}
+	if !fresh && m.ident.Role != spec.RoleManager {
+		return nil, errors.New("this node is no manager any more")
+	}
 	mgr, err := control.NewManager(control.ManagerConfig{
-		Node: m.node(spec.RoleManager), DataDir: m.cfg.DataDir, Peer: m.peer, RaftListener: m.raft,
+		Node: m.node(spec.RoleManager), DataDir: m.cfg.DataDir, Fresh: fresh, Voted: m.voted, Peer: m.peer, RaftListener: m.raft,
 		Liveness: m.liveness, HostRoutes: m.cfg.HostRoutes, Log: m.log,
 	})
 	if err != nil {
@@ -161,19 +171,18 @@ func (m *member) startManager() (*control.Manager, error) {
 }
 
 // stopManager makes this node a worker; its raft data go, as it may never vote
-// from them again.
+// from them again. The mark that it has voted stays: the leader may count on it still.
 func (m *member) stopManager() error {
 	m.mu.Lock()
 	mgr, stop, done := m.manager, m.stopMgr, m.mgrDone
 	m.manager = nil
 	m.mu.Unlock()
-	if mgr == nil {
-		return nil
+	if mgr != nil {
+		m.fwd.SetManager(nil)
+		m.fsm.Store(nil)
+		stop()
+		<-done
 	}
-	m.fwd.SetManager(nil)
-	m.fsm.Store(nil)
-	stop()
-	<-done
 	return os.RemoveAll(control.RaftDir(m.cfg.DataDir))
 }
 
@@ -243,6 +252,7 @@ func (m *member) start() error {
 	m.wg.Go(m.followLoop)
 	m.wg.Go(m.reportLoop)
 	m.wg.Go(m.certLoop)
+	m.wg.Go(m.keepFiles)
 	return nil
 }
 
@@ -560,13 +570,13 @@ func (m *member) loadAssignment() {
 }
 
 func (m *member) saveAssignment(a *assignment) {
+	m.saveMu.Lock()
+	defer m.saveMu.Unlock()
 	b, err := json.Marshal(a)
 	if err == nil {
 		err = durable.WriteFile(m.assignmentPath(), b)
 	}
-	if err != nil {
-		m.log.Error("the assignment can't be cached", "error", err)
-	}
+	m.kept.note("assignment", err)
 }
 
 func (m *member) assignLoop() {
@@ -688,6 +698,9 @@ func (m *member) assign(a *assignment) {
 	known := map[string]bool{}
 	for _, n := range a.Nodes {
 		known[n.ID] = true
+		if n.ID == m.ident.NodeID {
+			m.follow(n)
+		}
 	}
 	for _, p := range m.g.Snapshot().Members {
 		if p.Liveness == spec.PeerDead && !known[p.Peer.ID] {
@@ -701,8 +714,32 @@ func (m *member) assign(a *assignment) {
 	wake(m.assignWake)
 }
 
+// follow takes up what the managers decided of this node itself: its name, and its
+// number, which a node.json from elsewhere may have wrong. The role is setRole's.
+func (m *member) follow(n spec.Node) {
+	m.mu.Lock()
+	was := *m.ident
+	if m.ident.Name = n.Name; n.Number != 0 {
+		m.ident.Number = n.Number
+	}
+	now := *m.ident
+	m.mu.Unlock()
+	if now.Name == was.Name && now.Number == was.Number {
+		return
+	}
+	m.log.Info("the managers changed this node", "name", now.Name, "number", now.Number)
+	m.saveIdentity()
+	m.g.SetMeta(now.Name, now.Number, now.Role)
+}
+
 // joinKnown gives gossip the addresses of the cluster's nodes.
 func (m *member) joinKnown() {
+	save := false
+	defer func() {
+		if save {
+			m.saveIdentity()
+		}
+	}()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.assigned == nil {
@@ -722,9 +759,7 @@ func (m *member) joinKnown() {
 	m.g.Join(addrs)
 	if len(managers) > 0 && !slices.Equal(managers, m.ident.Managers) {
 		m.ident.Managers = managers
-		if err := m.ident.save(m.cfg.DataDir); err != nil {
-			m.log.Error("node identity can't be kept", "error", err)
-		}
+		save = true
 	}
 }
 

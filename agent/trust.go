@@ -212,22 +212,17 @@ func (m *member) renew(otherRole bool) error {
 // setRole takes up the role that the managers gave this node.
 func (m *member) setRole(role string) error {
 	m.log.Info("role changed", "from", m.role(), "to", role)
-	var err error
-	if role == spec.RoleManager {
-		_, err = m.startManager()
-	} else {
-		err = m.stopManager()
-	}
-	if err != nil {
-		return fmt.Errorf("become a %s: %w", role, err)
-	}
 	m.mu.Lock()
 	m.ident.Role = role
+	name, number := m.ident.Name, m.ident.Number
 	m.mu.Unlock()
-	if err := m.ident.save(m.cfg.DataDir); err != nil {
-		m.log.Error("node identity can't be kept", "error", err)
+	m.saveIdentity()
+	if role == spec.RoleManager {
+		m.keepManager()
+	} else if err := m.stopManager(); err != nil {
+		m.log.Error("the managers' log of before can't be removed", "error", err)
 	}
-	m.g.SetMeta(m.ident.Number, role)
+	m.g.SetMeta(name, number, role)
 	wake(m.reportWake)
 	return nil
 }

@@ -63,6 +63,8 @@ type simNode struct {
 	log  *slog.Logger
 	sees []string      // control addresses that its forwarder knows
 	wait time.Duration // of its forwarder for a leader
+	ran  bool          // it was a manager before
+	lost error         // why it does not vote
 
 	ln     net.Listener
 	srv    *http.Server
@@ -154,10 +156,16 @@ func (n *simNode) start() {
 	if n.node.Role != spec.RoleManager {
 		return
 	}
-	n.mgr, err = NewManager(ManagerConfig{Node: n.node, DataDir: n.dir, Peer: n.peer, RaftListener: raftConns, Log: n.log, Tuning: n.tune})
+	n.mgr, err = NewManager(ManagerConfig{Node: n.node, DataDir: n.dir, Fresh: !n.ran, Voted: n.ran, Peer: n.peer, RaftListener: raftConns, Log: n.log, Tuning: n.tune})
+	var lost *StoreLostError
+	if errors.As(err, &lost) {
+		n.mgr, n.lost = nil, err
+		return
+	}
 	if err != nil {
 		n.t.Fatal(err)
 	}
+	n.ran, n.lost = true, nil
 	ctx, cancel := context.WithCancel(context.Background())
 	n.cancel = cancel
 	m := n.mgr

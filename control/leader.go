@@ -272,6 +272,34 @@ func (m *Manager) managing(id string, ready bool) {
 	}
 }
 
+// readmit takes a manager that has lost its store out of raft, and tells it from
+// where on it may begin anew; see store.go.
+func (m *Manager) readmit(id string) (Admission, error) {
+	if id == m.cfg.Node.ID {
+		return Admission{}, fmt.Errorf("node %s leads the managers: it has its store", id)
+	}
+	term := m.raft.CurrentTerm()
+	if !m.IsLeader() {
+		return Admission{}, errNotLeader()
+	}
+	m.managing(id, false)
+	f := m.raft.GetConfiguration()
+	if err := f.Error(); err != nil {
+		return Admission{}, err
+	}
+	if slices.ContainsFunc(f.Configuration().Servers, func(s raft.Server) bool { return string(s.ID) == id }) {
+		m.log.Warn("a manager has lost its store: taking it out of raft, to be added anew", "id", id)
+		if err := m.raft.RemoveServer(raft.ServerID(id), 0, proposeTimeout).Error(); err != nil {
+			return Admission{}, fmt.Errorf("take the manager out of raft: %w", err)
+		}
+	}
+	// Confirmed by a majority, in which that one is not.
+	if err := m.raft.VerifyLeader().Error(); err != nil || m.raft.CurrentTerm() != term {
+		return Admission{}, errNotLeader()
+	}
+	return Admission{Term: term, Leader: string(m.address())}, nil
+}
+
 func (m *Manager) addVoter(n spec.Node) error {
 	if err := m.raft.AddVoter(raft.ServerID(n.ID), raftAddress(n), 0, proposeTimeout).Error(); err != nil {
 		return fmt.Errorf("add manager %s at %s: %w", n.Name, raftAddress(n), err)

@@ -8,7 +8,6 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -17,7 +16,6 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/hashicorp/raft"
-	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
 
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/api/shoal/v1/shoalv1connect"
@@ -57,6 +55,11 @@ func (t *Tuning) defaults() {
 type ManagerConfig struct {
 	Node    spec.Node // this one: ID, name, address, control port
 	DataDir string    // raft's files are in RaftDir(DataDir)
+	// Fresh: this node never was a voter, so that a new store is no lost one. It has
+	// a new ID, and the directory none of an earlier life.
+	Fresh bool
+	// Voted: it is known to have been a manager, whatever the directory shows.
+	Voted bool
 	// Peer is this node among the others, RaftListener raft's share of its port.
 	Peer         *peer.Peer
 	RaftListener *peer.Conns
@@ -78,7 +81,7 @@ type Manager struct {
 	log   *slog.Logger
 	fsm   *fsm
 	raft  *raft.Raft
-	store *raftboltdb.BoltStore
+	store *store
 	trans *transport
 
 	mu         sync.Mutex
@@ -98,8 +101,9 @@ const (
 	proposeTimeout = 5 * time.Second
 )
 
-// NewManager opens raft. Without files of an earlier life it waits to be added
-// by a leader, or for Bootstrap.
+// NewManager opens raft, which waits to be added by a leader, or for Bootstrap, when
+// it has no configuration yet. Its error is a *StoreLostError when this node may not
+// vote from what it has; see store.go.
 func NewManager(cfg ManagerConfig) (*Manager, error) {
 	cfg.Tuning.defaults()
 	if cfg.Liveness == nil {
@@ -108,21 +112,12 @@ func NewManager(cfg ManagerConfig) (*Manager, error) {
 	if cfg.HostRoutes == nil {
 		cfg.HostRoutes = func() []netip.Prefix { return nil }
 	}
-	dir := RaftDir(cfg.DataDir)
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, fmt.Errorf("raft directory: %w", err)
-	}
 	m := &Manager{cfg: cfg, log: cfg.Log, fsm: newFSM(cfg.Log), lastSeen: map[string]time.Time{}, applied: map[string]uint64{}, wakeNodes: make(chan struct{}, 1), wakeVoters: make(chan struct{}, 1)}
 	var err error
-	if m.store, err = openLog(filepath.Join(dir, "log.db")); err != nil {
+	if m.store, err = openStore(cfg); err != nil {
 		return nil, err
 	}
 	logger := raftLogger(cfg.Log)
-	snaps, err := raft.NewFileSnapshotStoreWithLogger(dir, snapshotsKept, logger)
-	if err != nil {
-		m.store.Close()
-		return nil, fmt.Errorf("raft snapshots: %w", err)
-	}
 	ready := make(chan struct{})
 	m.trans = newTransport(cfg.RaftListener.Borrow(), cfg.Peer, m.address(), logger, m.admit, func() uint64 {
 		select {
@@ -139,7 +134,7 @@ func NewManager(cfg ManagerConfig) (*Manager, error) {
 	rc.CommitTimeout = 20 * time.Millisecond
 	rc.SnapshotThreshold, rc.SnapshotInterval = 8192, 2*time.Minute
 	rc.Logger = logger
-	m.raft, err = raft.NewRaft(rc, m.fsm, m.store, m.store, snaps, m.trans)
+	m.raft, err = raft.NewRaft(rc, m.fsm, m.store, m.store, m.store.snaps, m.trans)
 	if err != nil {
 		m.trans.Close()
 		m.store.Close()
@@ -236,16 +231,23 @@ func (m *Manager) Run(ctx context.Context) error {
 	defer func() {
 		stop()
 		wg.Wait()
+		m.store.end()
 		if err := m.raft.Shutdown().Error(); err != nil {
 			m.log.Error("raft did not shut down in order", "error", err)
 		}
 		m.trans.Close()
 		m.store.Close()
 	}()
+	var marked mark
+	tick := time.NewTicker(markInterval)
+	defer tick.Stop()
+	defer func() { m.keepMark(marked) }()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-tick.C:
+			marked = m.keepMark(marked)
 		case leader, ok := <-m.raft.LeaderCh(): // keeps the latest notice for whoever comes late
 			if !ok {
 				return nil

@@ -7,10 +7,12 @@ import (
 	"log/slog"
 	"runtime/debug"
 	"strings"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
 	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
+	"go.etcd.io/bbolt"
 )
 
 // openLog opens raft's log and reads all of it. The library panics over a damaged
@@ -23,11 +25,11 @@ func openLog(path string) (store *raftboltdb.BoltStore, err error) {
 			err = fmt.Errorf("%v", p)
 		}
 		if err != nil {
-			err = fmt.Errorf("the managers' log %s can't be read: %w: restore it from a copy; or, while most of the other managers run, "+
-				"remove this node there with 'shoal node rm --force', empty its data directory and join again", path, err)
+			err = fmt.Errorf("managers' log %s: %w", path, err)
 		}
 	}()
-	if store, err = raftboltdb.NewBoltStore(path); err != nil {
+	// The time-out: this process may have it open still, from a try that panicked.
+	if store, err = raftboltdb.New(raftboltdb.Options{Path: path, BoltOptions: &bbolt.Options{Timeout: time.Second}}); err != nil {
 		return nil, err
 	}
 	first, err := store.FirstIndex()

@@ -280,12 +280,39 @@ func (s *service) UpdateNode(ctx context.Context, req *connect.Request[shoalv1.U
 		if err := s.read(func(st *state.State) error { return lastManager(st, r.Ref, "made a worker") }); err != nil {
 			return nil, err
 		}
+		if err := s.retire(r.Ref); err != nil {
+			return nil, err
+		}
 	}
-	res, err := s.m.Propose(ctx, state.Command{UpdateNode: &state.UpdateNode{Ref: r.Ref, Role: r.Role, Availability: r.Availability, SetLabels: r.SetLabels, RemoveLabels: r.RemoveLabels}})
+	res, err := s.m.Propose(ctx, state.Command{UpdateNode: &state.UpdateNode{Ref: r.Ref, Name: r.Name, Role: r.Role, Availability: r.Availability, SetLabels: r.SetLabels, RemoveLabels: r.RemoveLabels}})
 	if err != nil {
 		return nil, err
 	}
 	return connect.NewResponse(&shoalv1.UpdateNodeResponse{Node: s.nodeInfo(*res.Node)}), nil
+}
+
+// retire takes a manager that is to be a worker out of raft. It comes first: the node
+// stops its raft as soon as it hears of its new role, and a majority must not count
+// on it then. The leader hands over, and the next one does it.
+func (s *service) retire(ref string) error {
+	var n spec.Node
+	if err := s.read(func(st *state.State) (err error) { n, err = st.Node(ref); return err }); err != nil {
+		return err
+	}
+	if n.Role != spec.RoleManager {
+		return nil
+	}
+	if n.ID == s.m.cfg.Node.ID {
+		if err := s.m.raft.LeadershipTransfer().Error(); err != nil {
+			return connect.NewError(connect.CodeUnavailable, fmt.Errorf("node %s leads the managers, and no other can take over now: %w", n.Name, err))
+		}
+		return errNotLeader()
+	}
+	s.m.managing(n.ID, false) // not to be added again meanwhile
+	if err := s.m.raft.RemoveServer(raft.ServerID(n.ID), 0, proposeTimeout).Error(); err != nil {
+		return connect.NewError(connect.CodeUnavailable, fmt.Errorf("take node %s out of the managers: %w", n.Name, err))
+	}
+	return nil
 }
 
 // errLastManager refuses what would leave nobody to decide anything.
@@ -333,6 +360,33 @@ func (s *service) RemoveNode(ctx context.Context, req *connect.Request[shoalv1.R
 		}
 	}
 	return connect.NewResponse(&shoalv1.RemoveNodeResponse{}), nil
+}
+
+// AdmitManager lets a manager that has no store, or has lost it, begin anew.
+func (s *service) AdmitManager(_ context.Context, req *connect.Request[shoalv1.AdmitManagerRequest]) (*connect.Response[shoalv1.AdmitManagerResponse], error) {
+	err := s.read(func(st *state.State) error {
+		ns := st.Nodes()
+		i := slices.IndexFunc(ns, func(n spec.Node) bool { return n.ID == req.Msg.Node })
+		if i < 0 {
+			return &state.NotFoundError{Kind: "node", Ref: req.Msg.Node}
+		}
+		if ns[i].Role != spec.RoleManager {
+			return connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("node %s is no manager", ns[i].Name))
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	a, err := s.m.readmit(req.Msg.Node)
+	if err != nil {
+		var ce *connect.Error
+		if errors.As(err, &ce) {
+			return nil, err
+		}
+		return nil, connect.NewError(connect.CodeUnavailable, err)
+	}
+	return connect.NewResponse(&shoalv1.AdmitManagerResponse{Term: a.Term, Leader: a.Leader}), nil
 }
 
 func clusterInfo(c state.Cluster) *shoalv1.Cluster {

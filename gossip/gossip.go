@@ -499,11 +499,11 @@ func (g *Gossip) Join(addrs []netip.AddrPort) {
 }
 
 // SetMeta changes what the others know of this node.
-func (g *Gossip) SetMeta(number int, role string) {
+func (g *Gossip) SetMeta(name string, number int, role string) {
 	g.mu.Lock()
-	same := g.meta.number == number && g.meta.role == role
+	same := g.meta.name == name && g.meta.number == number && g.meta.role == role
 	if !same {
-		g.meta.number, g.meta.role = number, role
+		g.meta.name, g.meta.number, g.meta.role = name, number, role
 		g.bump()
 	}
 	g.mu.Unlock()

@@ -620,7 +620,7 @@ func TestOtherClusterIsNotHeard(t *testing.T) {
 func TestSetMeta(t *testing.T) {
 	c := newCluster(t, Tuning{})
 	c.grow(3)
-	c.node(2).SetMeta(42, spec.RoleManager)
+	c.node(2).SetMeta("n2", 42, spec.RoleManager)
 	d := c.eventually(5*time.Second, "metadata", func() string {
 		for _, n := range c.all() {
 			m := n.Snapshot().Members[1]
@@ -850,7 +850,7 @@ func TestMethodsWithoutRun(t *testing.T) {
 	defer g.Close()
 	g.Join(addrs(1, 2))
 	g.SetEndpoints([]spec.Endpoint{endpoint(1, 1, spec.EndpointActive)})
-	g.SetMeta(3, spec.RoleManager)
+	g.SetMeta("n3", 3, spec.RoleManager)
 	g.Forget("y")
 	g.Applied(99)
 	if m, err := g.Barrier(t.Context()); m != nil || err != nil {

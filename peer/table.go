@@ -53,6 +53,7 @@ var Table = map[string]Rule{
 	"/shoal.v1.Control/JoinNode": {Who: Stranger | Manager, Body: 64 << 10},
 
 	"/shoal.v1.Control/RenewCertificate": own(),
+	"/shoal.v1.Control/AdmitManager":     {Who: Manager | Local, Body: maxBody}, // of itself
 	"/shoal.v1.Control/LeaveNode":        own(),
 	"/shoal.v1.Control/Assignments":      own(),
 	"/shoal.v1.Control/Report":           own(),

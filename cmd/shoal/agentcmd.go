@@ -81,7 +81,7 @@ agent's socket rules the cluster.`,
 	f.StringVar(&cfg.DataDir, "data-dir", "/var/lib/shoal", "what survives a reboot: identity, raft, task output")
 	f.StringVar(&runDir, "run-dir", "/run/shoal", "what does not")
 	f.StringArrayVar(&hidden, "hide", nil, "directory of the node that its tasks find empty (repeatable)")
-	f.StringVar(&cfg.NodeName, "node-name", "", "name of this node (default: the host name)")
+	f.StringVar(&cfg.NodeName, "node-name", "", "name of a node that is in no cluster yet (default: the host name); later 'node update --name' changes it")
 	f.StringVar(&cfg.AdvertiseAddr, "advertise-addr", "", "address or interface for init and join that name none")
 	f.IntVar(&cfg.ControlPort, "control-port", agent.DefaultControlPort, "TCP port of the managers' and nodes' API")
 	f.IntVar(&cfg.GossipPort, "gossip-port", agent.DefaultGossipPort, "TCP and UDP port of gossip")

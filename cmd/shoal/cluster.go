@@ -143,14 +143,18 @@ func (c *cli) infoCmd() *cobra.Command {
 			m := resp.Msg
 			if c.output == "json" {
 				return c.json(map[string]any{"version": m.Version, "cluster": m.Cluster, "node_id": m.Node.GetId(), "node": m.Node.GetName(), "number": m.Node.GetNumber(),
-					"role": m.Node.GetRole(), "addr": m.Node.GetAddr(), "data_path": m.DataPath, "data_path_reason": m.DataPathReason, "data_dir": m.DataDir, "leader": m.Leader})
+					"role": m.Node.GetRole(), "addr": m.Node.GetAddr(), "data_path": m.DataPath, "data_path_reason": m.DataPathReason, "data_dir": m.DataDir, "leader": m.Leader, "problems": m.Problems})
 			}
 			cluster := m.Cluster
 			if cluster == "" {
 				cluster = "none: run 'shoal init' or 'shoal join HOST'"
 			}
-			c.table([][]string{{"Node:", m.Node.GetName()}, {"Node ID:", m.Node.GetId()}, {"Cluster:", cluster}, {"Role:", m.Node.GetRole()}, {"Address:", m.Node.GetAddr()},
-				{"Data path:", m.DataPath + " (" + m.DataPathReason + ")"}, {"Data directory:", m.DataDir}, {"Agent version:", m.Version}})
+			rows := [][]string{{"Node:", m.Node.GetName()}, {"Node ID:", m.Node.GetId()}, {"Cluster:", cluster}, {"Role:", m.Node.GetRole()}, {"Address:", m.Node.GetAddr()},
+				{"Data path:", m.DataPath + " (" + m.DataPathReason + ")"}, {"Data directory:", m.DataDir}, {"Agent version:", m.Version}}
+			for _, p := range m.Problems {
+				rows = append(rows, []string{"Problem:", p})
+			}
+			c.table(rows)
 			return nil
 		},
 	}

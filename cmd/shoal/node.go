@@ -102,15 +102,19 @@ func (c *cli) nodeInspect() *cobra.Command {
 }
 
 func (c *cli) nodeUpdate() *cobra.Command {
-	var role, availability string
+	var name, role, availability string
 	var add, rm []string
-	cmd := &cobra.Command{Use: "update NODE", Short: "Change a node's role, availability or labels", Args: exactly(1),
+	cmd := &cobra.Command{Use: "update NODE", Short: "Change a node's name, role, availability or labels", Args: exactly(1),
 		Example: `  shoal node update --availability drain node2     # move its replicas elsewhere
   shoal node update --role manager node3
-  shoal node update --label-add disk=ssd node1`,
+  shoal node update --label-add disk=ssd node1
+  shoal node update --name web-1 node1`,
 		ValidArgsFunction: c.complete(c.nodeNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			req := &shoalv1.UpdateNodeRequest{Ref: args[0], RemoveLabels: rm}
+			if cmd.Flags().Changed("name") {
+				req.Name = &name
+			}
 			if cmd.Flags().Changed("role") {
 				req.Role = &role
 			}
@@ -129,6 +133,7 @@ func (c *cli) nodeUpdate() *cobra.Command {
 			return nil
 		}}
 	f := cmd.Flags()
+	f.StringVar(&name, "name", "", "rename the node; the host keeps its name")
 	f.StringVar(&role, "role", "", "manager or worker")
 	f.StringVar(&availability, "availability", "", "active, pause (no new tasks) or drain (none at all)")
 	f.StringSliceVar(&add, "label-add", nil, "set a label, key=value")

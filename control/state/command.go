@@ -151,6 +151,7 @@ type UpsertNode struct {
 // UpdateNode changes what managers own of a node; nil leaves a field.
 type UpdateNode struct {
 	Ref          string            `json:"ref"`
+	Name         *string           `json:"name,omitempty"`
 	Role         *string           `json:"role,omitempty"`
 	Availability *string           `json:"availability,omitempty"`
 	SetLabels    map[string]string `json:"set_labels,omitempty"`

@@ -177,6 +177,12 @@ func (s *State) updateNode(c *UpdateNode) Result {
 		return Result{Err: err}
 	}
 	next := n.Node.Clone()
+	if c.Name != nil && *c.Name != n.Name {
+		if err := s.nodeNameFree(n, *c.Name); err != nil {
+			return Result{Err: err}
+		}
+		next.Name = *c.Name
+	}
 	if c.Role != nil {
 		next.Role = *c.Role
 	}
@@ -198,9 +204,27 @@ func (s *State) updateNode(c *UpdateNode) Result {
 			return Result{Err: err}
 		}
 	}
+	s.renameNode(n, next.Name)
 	s.setNode(n, next)
 	out := n.Node
 	return Result{Node: &out}
+}
+
+// nodeNameFree tells why a node can't take a name: nothing else that a reference to a
+// node may mean has it, down or not.
+func (s *State) nodeNameFree(n *node, name string) error {
+	if err := spec.ValidateName("node", name); err != nil {
+		return failf(ErrInvalid, "%w", err)
+	}
+	for _, o := range s.nodes {
+		if o != n && strings.EqualFold(o.Name, name) {
+			return failf(ErrExists, "node name %s is taken by node %s at %s: choose another, or remove that node", name, o.ID, o.Addr)
+		}
+		if o != n && o.ID == name {
+			return failf(ErrExists, "node name %s is the ID of node %s: choose another", name, o.Name)
+		}
+	}
+	return nil
 }
 
 func (s *State) notLastManager(n *node, what string) error {

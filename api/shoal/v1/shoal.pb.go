@@ -2982,6 +2982,7 @@ type UpdateNodeRequest struct {
 	Availability  *string                `protobuf:"bytes,3,opt,name=availability,proto3,oneof" json:"availability,omitempty"`
 	SetLabels     map[string]string      `protobuf:"bytes,4,rep,name=set_labels,json=setLabels,proto3" json:"set_labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	RemoveLabels  []string               `protobuf:"bytes,5,rep,name=remove_labels,json=removeLabels,proto3" json:"remove_labels,omitempty"`
+	Name          *string                `protobuf:"bytes,6,opt,name=name,proto3,oneof" json:"name,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3049,6 +3050,13 @@ func (x *UpdateNodeRequest) GetRemoveLabels() []string {
 		return x.RemoveLabels
 	}
 	return nil
+}
+
+func (x *UpdateNodeRequest) GetName() string {
+	if x != nil && x.Name != nil {
+		return *x.Name
+	}
+	return ""
 }
 
 type UpdateNodeResponse struct {
@@ -3935,6 +3943,102 @@ func (x *RotateCAResponse) GetDigest() string {
 	return ""
 }
 
+type AdmitManagerRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AdmitManagerRequest) Reset() {
+	*x = AdmitManagerRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AdmitManagerRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AdmitManagerRequest) ProtoMessage() {}
+
+func (x *AdmitManagerRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AdmitManagerRequest.ProtoReflect.Descriptor instead.
+func (*AdmitManagerRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{61}
+}
+
+func (x *AdmitManagerRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+type AdmitManagerResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Term          uint64                 `protobuf:"varint,1,opt,name=term,proto3" json:"term,omitempty"`    // raft's
+	Leader        string                 `protobuf:"bytes,2,opt,name=leader,proto3" json:"leader,omitempty"` // control address
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AdmitManagerResponse) Reset() {
+	*x = AdmitManagerResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AdmitManagerResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AdmitManagerResponse) ProtoMessage() {}
+
+func (x *AdmitManagerResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AdmitManagerResponse.ProtoReflect.Descriptor instead.
+func (*AdmitManagerResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{62}
+}
+
+func (x *AdmitManagerResponse) GetTerm() uint64 {
+	if x != nil {
+		return x.Term
+	}
+	return 0
+}
+
+func (x *AdmitManagerResponse) GetLeader() string {
+	if x != nil {
+		return x.Leader
+	}
+	return ""
+}
+
 type AssignmentsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
@@ -3944,7 +4048,7 @@ type AssignmentsRequest struct {
 
 func (x *AssignmentsRequest) Reset() {
 	*x = AssignmentsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3956,7 +4060,7 @@ func (x *AssignmentsRequest) String() string {
 func (*AssignmentsRequest) ProtoMessage() {}
 
 func (x *AssignmentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3969,7 +4073,7 @@ func (x *AssignmentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignmentsRequest.ProtoReflect.Descriptor instead.
 func (*AssignmentsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{61}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *AssignmentsRequest) GetNode() string {
@@ -3998,7 +4102,7 @@ type AssignmentsResponse struct {
 
 func (x *AssignmentsResponse) Reset() {
 	*x = AssignmentsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4010,7 +4114,7 @@ func (x *AssignmentsResponse) String() string {
 func (*AssignmentsResponse) ProtoMessage() {}
 
 func (x *AssignmentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4023,7 +4127,7 @@ func (x *AssignmentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignmentsResponse.ProtoReflect.Descriptor instead.
 func (*AssignmentsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{62}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *AssignmentsResponse) GetIndex() uint64 {
@@ -4094,7 +4198,7 @@ type Trust struct {
 
 func (x *Trust) Reset() {
 	*x = Trust{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4106,7 +4210,7 @@ func (x *Trust) String() string {
 func (*Trust) ProtoMessage() {}
 
 func (x *Trust) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4119,7 +4223,7 @@ func (x *Trust) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Trust.ProtoReflect.Descriptor instead.
 func (*Trust) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{63}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *Trust) GetRoots() [][]byte {
@@ -4154,7 +4258,7 @@ type GossipKey struct {
 
 func (x *GossipKey) Reset() {
 	*x = GossipKey{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4166,7 +4270,7 @@ func (x *GossipKey) String() string {
 func (*GossipKey) ProtoMessage() {}
 
 func (x *GossipKey) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4179,7 +4283,7 @@ func (x *GossipKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GossipKey.ProtoReflect.Descriptor instead.
 func (*GossipKey) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{64}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *GossipKey) GetGeneration() uint64 {
@@ -4228,7 +4332,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4240,7 +4344,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4253,7 +4357,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{65}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *ReportRequest) GetNode() string {
@@ -4348,7 +4452,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4360,7 +4464,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4373,7 +4477,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{66}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{68}
 }
 
 type TasksRequest struct {
@@ -4384,7 +4488,7 @@ type TasksRequest struct {
 
 func (x *TasksRequest) Reset() {
 	*x = TasksRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4396,7 +4500,7 @@ func (x *TasksRequest) String() string {
 func (*TasksRequest) ProtoMessage() {}
 
 func (x *TasksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4409,7 +4513,7 @@ func (x *TasksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TasksRequest.ProtoReflect.Descriptor instead.
 func (*TasksRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{67}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{69}
 }
 
 type TasksResponse struct {
@@ -4421,7 +4525,7 @@ type TasksResponse struct {
 
 func (x *TasksResponse) Reset() {
 	*x = TasksResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4433,7 +4537,7 @@ func (x *TasksResponse) String() string {
 func (*TasksResponse) ProtoMessage() {}
 
 func (x *TasksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4446,7 +4550,7 @@ func (x *TasksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TasksResponse.ProtoReflect.Descriptor instead.
 func (*TasksResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{68}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *TasksResponse) GetTasks() []*Task {
@@ -4465,7 +4569,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4477,7 +4581,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4490,7 +4594,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{69}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *StatsRequest) GetTasks() []string {
@@ -4510,7 +4614,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4522,7 +4626,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4535,7 +4639,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{70}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *StatsResponse) GetNode() string {
@@ -4561,7 +4665,7 @@ type KernelRequest struct {
 
 func (x *KernelRequest) Reset() {
 	*x = KernelRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4573,7 +4677,7 @@ func (x *KernelRequest) String() string {
 func (*KernelRequest) ProtoMessage() {}
 
 func (x *KernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4586,7 +4690,7 @@ func (x *KernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelRequest.ProtoReflect.Descriptor instead.
 func (*KernelRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{71}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *KernelRequest) GetService() string {
@@ -4607,7 +4711,7 @@ type KernelResponse struct {
 
 func (x *KernelResponse) Reset() {
 	*x = KernelResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4619,7 +4723,7 @@ func (x *KernelResponse) String() string {
 func (*KernelResponse) ProtoMessage() {}
 
 func (x *KernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4632,7 +4736,7 @@ func (x *KernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse.ProtoReflect.Descriptor instead.
 func (*KernelResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *KernelResponse) GetNode() string {
@@ -4672,7 +4776,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4684,7 +4788,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4697,7 +4801,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{73}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *ExecRequest) GetMsg() isExecRequest_Msg {
@@ -4800,7 +4904,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[74]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4812,7 +4916,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[74]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4825,7 +4929,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{74}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *ExecResponse) GetMsg() isExecResponse_Msg {
@@ -4895,7 +4999,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[75]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4907,7 +5011,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[75]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4920,7 +5024,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{75}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *LogsRequest) GetTask() string {
@@ -4955,7 +5059,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[76]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4967,7 +5071,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[76]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4980,7 +5084,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{76}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *LogsResponse) GetStderr() bool {
@@ -5013,7 +5117,7 @@ type WaitRequest struct {
 
 func (x *WaitRequest) Reset() {
 	*x = WaitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[77]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5025,7 +5129,7 @@ func (x *WaitRequest) String() string {
 func (*WaitRequest) ProtoMessage() {}
 
 func (x *WaitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[77]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5038,7 +5142,7 @@ func (x *WaitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitRequest.ProtoReflect.Descriptor instead.
 func (*WaitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{77}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *WaitRequest) GetTask() string {
@@ -5057,7 +5161,7 @@ type WaitResponse struct {
 
 func (x *WaitResponse) Reset() {
 	*x = WaitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[78]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5069,7 +5173,7 @@ func (x *WaitResponse) String() string {
 func (*WaitResponse) ProtoMessage() {}
 
 func (x *WaitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[78]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5082,7 +5186,7 @@ func (x *WaitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitResponse.ProtoReflect.Descriptor instead.
 func (*WaitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{78}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *WaitResponse) GetStatus() *TaskStatus {
@@ -5100,7 +5204,7 @@ type InfoRequest struct {
 
 func (x *InfoRequest) Reset() {
 	*x = InfoRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[79]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5112,7 +5216,7 @@ func (x *InfoRequest) String() string {
 func (*InfoRequest) ProtoMessage() {}
 
 func (x *InfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[79]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5125,7 +5229,7 @@ func (x *InfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoRequest.ProtoReflect.Descriptor instead.
 func (*InfoRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{79}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{81}
 }
 
 type InfoResponse struct {
@@ -5141,15 +5245,16 @@ type InfoResponse struct {
 	CertificateFromMs int64    `protobuf:"varint,8,opt,name=certificate_from_ms,json=certificateFromMs,proto3" json:"certificate_from_ms,omitempty"`
 	CertificateEndMs  int64    `protobuf:"varint,9,opt,name=certificate_end_ms,json=certificateEndMs,proto3" json:"certificate_end_ms,omitempty"`
 	CertificateRole   string   `protobuf:"bytes,10,opt,name=certificate_role,json=certificateRole,proto3" json:"certificate_role,omitempty"`
-	Ca                string   `protobuf:"bytes,11,opt,name=ca,proto3" json:"ca,omitempty"`       // digest of the root that signed it
-	Roots             []string `protobuf:"bytes,12,rep,name=roots,proto3" json:"roots,omitempty"` // digests of all that it trusts
+	Ca                string   `protobuf:"bytes,11,opt,name=ca,proto3" json:"ca,omitempty"`             // digest of the root that signed it
+	Roots             []string `protobuf:"bytes,12,rep,name=roots,proto3" json:"roots,omitempty"`       // digests of all that it trusts
+	Problems          []string `protobuf:"bytes,13,rep,name=problems,proto3" json:"problems,omitempty"` // what a person should know of this node at once
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
 
 func (x *InfoResponse) Reset() {
 	*x = InfoResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5161,7 +5266,7 @@ func (x *InfoResponse) String() string {
 func (*InfoResponse) ProtoMessage() {}
 
 func (x *InfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5174,7 +5279,7 @@ func (x *InfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoResponse.ProtoReflect.Descriptor instead.
 func (*InfoResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{80}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *InfoResponse) GetVersion() string {
@@ -5261,6 +5366,13 @@ func (x *InfoResponse) GetRoots() []string {
 	return nil
 }
 
+func (x *InfoResponse) GetProblems() []string {
+	if x != nil {
+		return x.Problems
+	}
+	return nil
+}
+
 type InitRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	AdvertiseAddr string                 `protobuf:"bytes,1,opt,name=advertise_addr,json=advertiseAddr,proto3" json:"advertise_addr,omitempty"` // address or interface, optionally with :port
@@ -5273,7 +5385,7 @@ type InitRequest struct {
 
 func (x *InitRequest) Reset() {
 	*x = InitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5285,7 +5397,7 @@ func (x *InitRequest) String() string {
 func (*InitRequest) ProtoMessage() {}
 
 func (x *InitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5298,7 +5410,7 @@ func (x *InitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitRequest.ProtoReflect.Descriptor instead.
 func (*InitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{81}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *InitRequest) GetAdvertiseAddr() string {
@@ -5341,7 +5453,7 @@ type InitResponse struct {
 
 func (x *InitResponse) Reset() {
 	*x = InitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5353,7 +5465,7 @@ func (x *InitResponse) String() string {
 func (*InitResponse) ProtoMessage() {}
 
 func (x *InitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5366,7 +5478,7 @@ func (x *InitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitResponse.ProtoReflect.Descriptor instead.
 func (*InitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{82}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *InitResponse) GetCluster() string {
@@ -5409,7 +5521,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5421,7 +5533,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5434,7 +5546,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{83}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *JoinRequest) GetRemote() string {
@@ -5475,7 +5587,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5487,7 +5599,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5500,7 +5612,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{84}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *JoinResponse) GetCluster() string {
@@ -5526,7 +5638,7 @@ type LeaveRequest struct {
 
 func (x *LeaveRequest) Reset() {
 	*x = LeaveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5538,7 +5650,7 @@ func (x *LeaveRequest) String() string {
 func (*LeaveRequest) ProtoMessage() {}
 
 func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5551,7 +5663,7 @@ func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
 func (*LeaveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{85}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *LeaveRequest) GetForce() bool {
@@ -5569,7 +5681,7 @@ type LeaveResponse struct {
 
 func (x *LeaveResponse) Reset() {
 	*x = LeaveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5581,7 +5693,7 @@ func (x *LeaveResponse) String() string {
 func (*LeaveResponse) ProtoMessage() {}
 
 func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5594,7 +5706,7 @@ func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveResponse.ProtoReflect.Descriptor instead.
 func (*LeaveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{86}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{88}
 }
 
 type DoctorRequest struct {
@@ -5605,7 +5717,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5617,7 +5729,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5630,7 +5742,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{87}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{89}
 }
 
 type DoctorResponse struct {
@@ -5643,7 +5755,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5655,7 +5767,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5668,7 +5780,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{88}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *DoctorResponse) GetChecks() []*DoctorResponse_Check {
@@ -5697,7 +5809,7 @@ type ShowCAResponse_Root struct {
 
 func (x *ShowCAResponse_Root) Reset() {
 	*x = ShowCAResponse_Root{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[98]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5709,7 +5821,7 @@ func (x *ShowCAResponse_Root) String() string {
 func (*ShowCAResponse_Root) ProtoMessage() {}
 
 func (x *ShowCAResponse_Root) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[98]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5763,7 +5875,7 @@ type ReportRequest_Fault struct {
 
 func (x *ReportRequest_Fault) Reset() {
 	*x = ReportRequest_Fault{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5775,7 +5887,7 @@ func (x *ReportRequest_Fault) String() string {
 func (*ReportRequest_Fault) ProtoMessage() {}
 
 func (x *ReportRequest_Fault) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5788,7 +5900,7 @@ func (x *ReportRequest_Fault) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest_Fault.ProtoReflect.Descriptor instead.
 func (*ReportRequest_Fault) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{65, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{67, 1}
 }
 
 func (x *ReportRequest_Fault) GetObject() string {
@@ -5821,7 +5933,7 @@ type StatsResponse_Task struct {
 
 func (x *StatsResponse_Task) Reset() {
 	*x = StatsResponse_Task{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[101]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5833,7 +5945,7 @@ func (x *StatsResponse_Task) String() string {
 func (*StatsResponse_Task) ProtoMessage() {}
 
 func (x *StatsResponse_Task) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[101]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5846,7 +5958,7 @@ func (x *StatsResponse_Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse_Task.ProtoReflect.Descriptor instead.
 func (*StatsResponse_Task) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{70, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72, 0}
 }
 
 func (x *StatsResponse_Task) GetId() string {
@@ -5916,7 +6028,7 @@ type KernelResponse_Backend struct {
 
 func (x *KernelResponse_Backend) Reset() {
 	*x = KernelResponse_Backend{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5928,7 +6040,7 @@ func (x *KernelResponse_Backend) String() string {
 func (*KernelResponse_Backend) ProtoMessage() {}
 
 func (x *KernelResponse_Backend) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5941,7 +6053,7 @@ func (x *KernelResponse_Backend) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse_Backend.ProtoReflect.Descriptor instead.
 func (*KernelResponse_Backend) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{74, 0}
 }
 
 func (x *KernelResponse_Backend) GetAddr() string {
@@ -5978,7 +6090,7 @@ type KernelResponse_Server struct {
 
 func (x *KernelResponse_Server) Reset() {
 	*x = KernelResponse_Server{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5990,7 +6102,7 @@ func (x *KernelResponse_Server) String() string {
 func (*KernelResponse_Server) ProtoMessage() {}
 
 func (x *KernelResponse_Server) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6003,7 +6115,7 @@ func (x *KernelResponse_Server) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse_Server.ProtoReflect.Descriptor instead.
 func (*KernelResponse_Server) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{74, 1}
 }
 
 func (x *KernelResponse_Server) GetService() string {
@@ -6060,7 +6172,7 @@ type ExecRequest_Start struct {
 
 func (x *ExecRequest_Start) Reset() {
 	*x = ExecRequest_Start{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6072,7 +6184,7 @@ func (x *ExecRequest_Start) String() string {
 func (*ExecRequest_Start) ProtoMessage() {}
 
 func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6085,7 +6197,7 @@ func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Start.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Start) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{73, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{75, 0}
 }
 
 func (x *ExecRequest_Start) GetTask() string {
@@ -6175,7 +6287,7 @@ type ExecRequest_Resize struct {
 
 func (x *ExecRequest_Resize) Reset() {
 	*x = ExecRequest_Resize{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6187,7 +6299,7 @@ func (x *ExecRequest_Resize) String() string {
 func (*ExecRequest_Resize) ProtoMessage() {}
 
 func (x *ExecRequest_Resize) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6200,7 +6312,7 @@ func (x *ExecRequest_Resize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Resize.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Resize) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{73, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{75, 1}
 }
 
 func (x *ExecRequest_Resize) GetRows() int32 {
@@ -6229,7 +6341,7 @@ type DoctorResponse_Check struct {
 
 func (x *DoctorResponse_Check) Reset() {
 	*x = DoctorResponse_Check{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6241,7 +6353,7 @@ func (x *DoctorResponse_Check) String() string {
 func (*DoctorResponse_Check) ProtoMessage() {}
 
 func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6254,7 +6366,7 @@ func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Check.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Check) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{88, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{90, 0}
 }
 
 func (x *DoctorResponse_Check) GetName() string {
@@ -6300,7 +6412,7 @@ type DoctorResponse_Object struct {
 
 func (x *DoctorResponse_Object) Reset() {
 	*x = DoctorResponse_Object{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6312,7 +6424,7 @@ func (x *DoctorResponse_Object) String() string {
 func (*DoctorResponse_Object) ProtoMessage() {}
 
 func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6325,7 +6437,7 @@ func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Object.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Object) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{88, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{90, 1}
 }
 
 func (x *DoctorResponse_Object) GetReconciler() string {
@@ -6652,19 +6764,21 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x10ListNodesRequest\x12\x12\n" +
 	"\x04refs\x18\x01 \x03(\tR\x04refs\"=\n" +
 	"\x11ListNodesResponse\x12(\n" +
-	"\x05nodes\x18\x01 \x03(\v2\x12.shoal.v1.NodeInfoR\x05nodes\"\xaf\x02\n" +
+	"\x05nodes\x18\x01 \x03(\v2\x12.shoal.v1.NodeInfoR\x05nodes\"\xd1\x02\n" +
 	"\x11UpdateNodeRequest\x12\x10\n" +
 	"\x03ref\x18\x01 \x01(\tR\x03ref\x12\x17\n" +
 	"\x04role\x18\x02 \x01(\tH\x00R\x04role\x88\x01\x01\x12'\n" +
 	"\favailability\x18\x03 \x01(\tH\x01R\favailability\x88\x01\x01\x12I\n" +
 	"\n" +
 	"set_labels\x18\x04 \x03(\v2*.shoal.v1.UpdateNodeRequest.SetLabelsEntryR\tsetLabels\x12#\n" +
-	"\rremove_labels\x18\x05 \x03(\tR\fremoveLabels\x1a<\n" +
+	"\rremove_labels\x18\x05 \x03(\tR\fremoveLabels\x12\x17\n" +
+	"\x04name\x18\x06 \x01(\tH\x02R\x04name\x88\x01\x01\x1a<\n" +
 	"\x0eSetLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\a\n" +
 	"\x05_roleB\x0f\n" +
-	"\r_availability\"<\n" +
+	"\r_availabilityB\a\n" +
+	"\x05_name\"<\n" +
 	"\x12UpdateNodeResponse\x12&\n" +
 	"\x04node\x18\x01 \x01(\v2\x12.shoal.v1.NodeInfoR\x04node\";\n" +
 	"\x11RemoveNodeRequest\x12\x10\n" +
@@ -6717,7 +6831,12 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x06end_ms\x18\x04 \x01(\x03R\x05endMs\"\x11\n" +
 	"\x0fRotateCARequest\"*\n" +
 	"\x10RotateCAResponse\x12\x16\n" +
-	"\x06digest\x18\x01 \x01(\tR\x06digest\"(\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\")\n" +
+	"\x13AdmitManagerRequest\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\"B\n" +
+	"\x14AdmitManagerResponse\x12\x12\n" +
+	"\x04term\x18\x01 \x01(\x04R\x04term\x12\x16\n" +
+	"\x06leader\x18\x02 \x01(\tR\x06leader\"(\n" +
 	"\x12AssignmentsRequest\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\"\xcb\x02\n" +
 	"\x13AssignmentsResponse\x12\x14\n" +
@@ -6840,7 +6959,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x04task\x18\x01 \x01(\tR\x04task\"<\n" +
 	"\fWaitResponse\x12,\n" +
 	"\x06status\x18\x01 \x01(\v2\x14.shoal.v1.TaskStatusR\x06status\"\r\n" +
-	"\vInfoRequest\"\x93\x03\n" +
+	"\vInfoRequest\"\xaf\x03\n" +
 	"\fInfoResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x18\n" +
 	"\acluster\x18\x02 \x01(\tR\acluster\x12&\n" +
@@ -6854,7 +6973,8 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x10certificate_role\x18\n" +
 	" \x01(\tR\x0fcertificateRole\x12\x0e\n" +
 	"\x02ca\x18\v \x01(\tR\x02ca\x12\x14\n" +
-	"\x05roots\x18\f \x03(\tR\x05roots\"\xa0\x01\n" +
+	"\x05roots\x18\f \x03(\tR\x05roots\x12\x1a\n" +
+	"\bproblems\x18\r \x03(\tR\bproblems\"\xa0\x01\n" +
 	"\vInitRequest\x12%\n" +
 	"\x0eadvertise_addr\x18\x01 \x01(\tR\radvertiseAddr\x12#\n" +
 	"\raddress_pools\x18\x02 \x03(\tR\faddressPools\x12\x1f\n" +
@@ -6895,7 +7015,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x02op\x18\x04 \x01(\tR\x02op\x12\x19\n" +
 	"\bsince_ms\x18\x05 \x01(\x03R\asinceMs\x12\x14\n" +
 	"\x05error\x18\x06 \x01(\tR\x05error\x12\x14\n" +
-	"\x05tries\x18\a \x01(\x05R\x05tries2\xd5\x0e\n" +
+	"\x05tries\x18\a \x01(\x05R\x05tries2\xa4\x0f\n" +
 	"\aControl\x12P\n" +
 	"\rCreateNetwork\x12\x1e.shoal.v1.CreateNetworkRequest\x1a\x1f.shoal.v1.CreateNetworkResponse\x12M\n" +
 	"\fListNetworks\x12\x1d.shoal.v1.ListNetworksRequest\x1a\x1e.shoal.v1.ListNetworksResponse\x12P\n" +
@@ -6922,7 +7042,8 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\bRotateCA\x12\x19.shoal.v1.RotateCARequest\x1a\x1a.shoal.v1.RotateCAResponse\x12Y\n" +
 	"\x10RenewCertificate\x12!.shoal.v1.RenewCertificateRequest\x1a\".shoal.v1.RenewCertificateResponse\x12D\n" +
 	"\tLeaveNode\x12\x1a.shoal.v1.LeaveNodeRequest\x1a\x1b.shoal.v1.LeaveNodeResponse\x12A\n" +
-	"\bJoinNode\x12\x19.shoal.v1.JoinNodeRequest\x1a\x1a.shoal.v1.JoinNodeResponse\x12L\n" +
+	"\bJoinNode\x12\x19.shoal.v1.JoinNodeRequest\x1a\x1a.shoal.v1.JoinNodeResponse\x12M\n" +
+	"\fAdmitManager\x12\x1d.shoal.v1.AdmitManagerRequest\x1a\x1e.shoal.v1.AdmitManagerResponse\x12L\n" +
 	"\vAssignments\x12\x1c.shoal.v1.AssignmentsRequest\x1a\x1d.shoal.v1.AssignmentsResponse0\x01\x12;\n" +
 	"\x06Report\x12\x17.shoal.v1.ReportRequest\x1a\x18.shoal.v1.ReportResponse2\xe2\x02\n" +
 	"\x04Node\x129\n" +
@@ -6951,7 +7072,7 @@ func file_shoal_v1_shoal_proto_rawDescGZIP() []byte {
 	return file_shoal_v1_shoal_proto_rawDescData
 }
 
-var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 108)
+var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 110)
 var file_shoal_v1_shoal_proto_goTypes = []any{
 	(*Network)(nil),                   // 0: shoal.v1.Network
 	(*NetworkAttachment)(nil),         // 1: shoal.v1.NetworkAttachment
@@ -7014,60 +7135,62 @@ var file_shoal_v1_shoal_proto_goTypes = []any{
 	(*ShowCAResponse)(nil),            // 58: shoal.v1.ShowCAResponse
 	(*RotateCARequest)(nil),           // 59: shoal.v1.RotateCARequest
 	(*RotateCAResponse)(nil),          // 60: shoal.v1.RotateCAResponse
-	(*AssignmentsRequest)(nil),        // 61: shoal.v1.AssignmentsRequest
-	(*AssignmentsResponse)(nil),       // 62: shoal.v1.AssignmentsResponse
-	(*Trust)(nil),                     // 63: shoal.v1.Trust
-	(*GossipKey)(nil),                 // 64: shoal.v1.GossipKey
-	(*ReportRequest)(nil),             // 65: shoal.v1.ReportRequest
-	(*ReportResponse)(nil),            // 66: shoal.v1.ReportResponse
-	(*TasksRequest)(nil),              // 67: shoal.v1.TasksRequest
-	(*TasksResponse)(nil),             // 68: shoal.v1.TasksResponse
-	(*StatsRequest)(nil),              // 69: shoal.v1.StatsRequest
-	(*StatsResponse)(nil),             // 70: shoal.v1.StatsResponse
-	(*KernelRequest)(nil),             // 71: shoal.v1.KernelRequest
-	(*KernelResponse)(nil),            // 72: shoal.v1.KernelResponse
-	(*ExecRequest)(nil),               // 73: shoal.v1.ExecRequest
-	(*ExecResponse)(nil),              // 74: shoal.v1.ExecResponse
-	(*LogsRequest)(nil),               // 75: shoal.v1.LogsRequest
-	(*LogsResponse)(nil),              // 76: shoal.v1.LogsResponse
-	(*WaitRequest)(nil),               // 77: shoal.v1.WaitRequest
-	(*WaitResponse)(nil),              // 78: shoal.v1.WaitResponse
-	(*InfoRequest)(nil),               // 79: shoal.v1.InfoRequest
-	(*InfoResponse)(nil),              // 80: shoal.v1.InfoResponse
-	(*InitRequest)(nil),               // 81: shoal.v1.InitRequest
-	(*InitResponse)(nil),              // 82: shoal.v1.InitResponse
-	(*JoinRequest)(nil),               // 83: shoal.v1.JoinRequest
-	(*JoinResponse)(nil),              // 84: shoal.v1.JoinResponse
-	(*LeaveRequest)(nil),              // 85: shoal.v1.LeaveRequest
-	(*LeaveResponse)(nil),             // 86: shoal.v1.LeaveResponse
-	(*DoctorRequest)(nil),             // 87: shoal.v1.DoctorRequest
-	(*DoctorResponse)(nil),            // 88: shoal.v1.DoctorResponse
-	nil,                               // 89: shoal.v1.Network.LabelsEntry
-	nil,                               // 90: shoal.v1.Network.OptionsEntry
-	nil,                               // 91: shoal.v1.TaskSpec.LabelsEntry
-	nil,                               // 92: shoal.v1.ServiceSpec.LabelsEntry
-	nil,                               // 93: shoal.v1.NodeInfo.LabelsEntry
-	nil,                               // 94: shoal.v1.CreateNetworkRequest.LabelsEntry
-	nil,                               // 95: shoal.v1.CreateNetworkRequest.OptionsEntry
-	nil,                               // 96: shoal.v1.Event.AttributesEntry
-	nil,                               // 97: shoal.v1.UpdateNodeRequest.SetLabelsEntry
-	(*ShowCAResponse_Root)(nil),       // 98: shoal.v1.ShowCAResponse.Root
-	nil,                               // 99: shoal.v1.ReportRequest.TasksEntry
-	(*ReportRequest_Fault)(nil),       // 100: shoal.v1.ReportRequest.Fault
-	(*StatsResponse_Task)(nil),        // 101: shoal.v1.StatsResponse.Task
-	(*KernelResponse_Backend)(nil),    // 102: shoal.v1.KernelResponse.Backend
-	(*KernelResponse_Server)(nil),     // 103: shoal.v1.KernelResponse.Server
-	(*ExecRequest_Start)(nil),         // 104: shoal.v1.ExecRequest.Start
-	(*ExecRequest_Resize)(nil),        // 105: shoal.v1.ExecRequest.Resize
-	(*DoctorResponse_Check)(nil),      // 106: shoal.v1.DoctorResponse.Check
-	(*DoctorResponse_Object)(nil),     // 107: shoal.v1.DoctorResponse.Object
+	(*AdmitManagerRequest)(nil),       // 61: shoal.v1.AdmitManagerRequest
+	(*AdmitManagerResponse)(nil),      // 62: shoal.v1.AdmitManagerResponse
+	(*AssignmentsRequest)(nil),        // 63: shoal.v1.AssignmentsRequest
+	(*AssignmentsResponse)(nil),       // 64: shoal.v1.AssignmentsResponse
+	(*Trust)(nil),                     // 65: shoal.v1.Trust
+	(*GossipKey)(nil),                 // 66: shoal.v1.GossipKey
+	(*ReportRequest)(nil),             // 67: shoal.v1.ReportRequest
+	(*ReportResponse)(nil),            // 68: shoal.v1.ReportResponse
+	(*TasksRequest)(nil),              // 69: shoal.v1.TasksRequest
+	(*TasksResponse)(nil),             // 70: shoal.v1.TasksResponse
+	(*StatsRequest)(nil),              // 71: shoal.v1.StatsRequest
+	(*StatsResponse)(nil),             // 72: shoal.v1.StatsResponse
+	(*KernelRequest)(nil),             // 73: shoal.v1.KernelRequest
+	(*KernelResponse)(nil),            // 74: shoal.v1.KernelResponse
+	(*ExecRequest)(nil),               // 75: shoal.v1.ExecRequest
+	(*ExecResponse)(nil),              // 76: shoal.v1.ExecResponse
+	(*LogsRequest)(nil),               // 77: shoal.v1.LogsRequest
+	(*LogsResponse)(nil),              // 78: shoal.v1.LogsResponse
+	(*WaitRequest)(nil),               // 79: shoal.v1.WaitRequest
+	(*WaitResponse)(nil),              // 80: shoal.v1.WaitResponse
+	(*InfoRequest)(nil),               // 81: shoal.v1.InfoRequest
+	(*InfoResponse)(nil),              // 82: shoal.v1.InfoResponse
+	(*InitRequest)(nil),               // 83: shoal.v1.InitRequest
+	(*InitResponse)(nil),              // 84: shoal.v1.InitResponse
+	(*JoinRequest)(nil),               // 85: shoal.v1.JoinRequest
+	(*JoinResponse)(nil),              // 86: shoal.v1.JoinResponse
+	(*LeaveRequest)(nil),              // 87: shoal.v1.LeaveRequest
+	(*LeaveResponse)(nil),             // 88: shoal.v1.LeaveResponse
+	(*DoctorRequest)(nil),             // 89: shoal.v1.DoctorRequest
+	(*DoctorResponse)(nil),            // 90: shoal.v1.DoctorResponse
+	nil,                               // 91: shoal.v1.Network.LabelsEntry
+	nil,                               // 92: shoal.v1.Network.OptionsEntry
+	nil,                               // 93: shoal.v1.TaskSpec.LabelsEntry
+	nil,                               // 94: shoal.v1.ServiceSpec.LabelsEntry
+	nil,                               // 95: shoal.v1.NodeInfo.LabelsEntry
+	nil,                               // 96: shoal.v1.CreateNetworkRequest.LabelsEntry
+	nil,                               // 97: shoal.v1.CreateNetworkRequest.OptionsEntry
+	nil,                               // 98: shoal.v1.Event.AttributesEntry
+	nil,                               // 99: shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	(*ShowCAResponse_Root)(nil),       // 100: shoal.v1.ShowCAResponse.Root
+	nil,                               // 101: shoal.v1.ReportRequest.TasksEntry
+	(*ReportRequest_Fault)(nil),       // 102: shoal.v1.ReportRequest.Fault
+	(*StatsResponse_Task)(nil),        // 103: shoal.v1.StatsResponse.Task
+	(*KernelResponse_Backend)(nil),    // 104: shoal.v1.KernelResponse.Backend
+	(*KernelResponse_Server)(nil),     // 105: shoal.v1.KernelResponse.Server
+	(*ExecRequest_Start)(nil),         // 106: shoal.v1.ExecRequest.Start
+	(*ExecRequest_Resize)(nil),        // 107: shoal.v1.ExecRequest.Resize
+	(*DoctorResponse_Check)(nil),      // 108: shoal.v1.DoctorResponse.Check
+	(*DoctorResponse_Object)(nil),     // 109: shoal.v1.DoctorResponse.Object
 }
 var file_shoal_v1_shoal_proto_depIdxs = []int32{
-	89,  // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
-	90,  // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
-	91,  // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
+	91,  // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
+	92,  // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
+	93,  // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
 	3,   // 3: shoal.v1.TaskSpec.health:type_name -> shoal.v1.HealthCheck
-	92,  // 4: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
+	94,  // 4: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
 	1,   // 5: shoal.v1.ServiceSpec.networks:type_name -> shoal.v1.NetworkAttachment
 	2,   // 6: shoal.v1.ServiceSpec.task:type_name -> shoal.v1.TaskSpec
 	4,   // 7: shoal.v1.ServiceSpec.ports:type_name -> shoal.v1.Port
@@ -7080,14 +7203,14 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	10,  // 14: shoal.v1.Task.status:type_name -> shoal.v1.TaskStatus
 	4,   // 15: shoal.v1.Task.ports:type_name -> shoal.v1.Port
 	8,   // 16: shoal.v1.Task.faults:type_name -> shoal.v1.NodeFault
-	93,  // 17: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
-	94,  // 18: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
-	95,  // 19: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
+	95,  // 17: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
+	96,  // 18: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
+	97,  // 19: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
 	0,   // 20: shoal.v1.CreateNetworkResponse.network:type_name -> shoal.v1.Network
 	0,   // 21: shoal.v1.ListNetworksResponse.networks:type_name -> shoal.v1.Network
 	11,  // 22: shoal.v1.ConnectNetworkResponse.task:type_name -> shoal.v1.Task
 	7,   // 23: shoal.v1.ConnectNetworkResponse.service:type_name -> shoal.v1.Service
-	96,  // 24: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
+	98,  // 24: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
 	5,   // 25: shoal.v1.CreateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
 	7,   // 26: shoal.v1.CreateServiceResponse.service:type_name -> shoal.v1.Service
 	5,   // 27: shoal.v1.UpdateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
@@ -7099,40 +7222,40 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	11,  // 33: shoal.v1.CreateTaskResponse.task:type_name -> shoal.v1.Task
 	11,  // 34: shoal.v1.ListTasksResponse.tasks:type_name -> shoal.v1.Task
 	12,  // 35: shoal.v1.ListNodesResponse.nodes:type_name -> shoal.v1.NodeInfo
-	97,  // 36: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	99,  // 36: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
 	12,  // 37: shoal.v1.UpdateNodeResponse.node:type_name -> shoal.v1.NodeInfo
 	12,  // 38: shoal.v1.JoinNodeRequest.node:type_name -> shoal.v1.NodeInfo
 	13,  // 39: shoal.v1.JoinNodeResponse.cluster:type_name -> shoal.v1.Cluster
 	12,  // 40: shoal.v1.JoinNodeResponse.node:type_name -> shoal.v1.NodeInfo
 	12,  // 41: shoal.v1.JoinNodeResponse.managers:type_name -> shoal.v1.NodeInfo
 	48,  // 42: shoal.v1.JoinNodeResponse.certificate:type_name -> shoal.v1.Certificate
-	63,  // 43: shoal.v1.JoinNodeResponse.trust:type_name -> shoal.v1.Trust
+	65,  // 43: shoal.v1.JoinNodeResponse.trust:type_name -> shoal.v1.Trust
 	48,  // 44: shoal.v1.RenewCertificateResponse.certificate:type_name -> shoal.v1.Certificate
 	12,  // 45: shoal.v1.ShowTokenResponse.managers:type_name -> shoal.v1.NodeInfo
-	98,  // 46: shoal.v1.ShowCAResponse.root:type_name -> shoal.v1.ShowCAResponse.Root
-	98,  // 47: shoal.v1.ShowCAResponse.old:type_name -> shoal.v1.ShowCAResponse.Root
+	100, // 46: shoal.v1.ShowCAResponse.root:type_name -> shoal.v1.ShowCAResponse.Root
+	100, // 47: shoal.v1.ShowCAResponse.old:type_name -> shoal.v1.ShowCAResponse.Root
 	11,  // 48: shoal.v1.AssignmentsResponse.tasks:type_name -> shoal.v1.Task
 	0,   // 49: shoal.v1.AssignmentsResponse.networks:type_name -> shoal.v1.Network
 	7,   // 50: shoal.v1.AssignmentsResponse.services:type_name -> shoal.v1.Service
 	12,  // 51: shoal.v1.AssignmentsResponse.nodes:type_name -> shoal.v1.NodeInfo
 	13,  // 52: shoal.v1.AssignmentsResponse.cluster:type_name -> shoal.v1.Cluster
-	63,  // 53: shoal.v1.AssignmentsResponse.trust:type_name -> shoal.v1.Trust
-	64,  // 54: shoal.v1.Trust.gossip_keys:type_name -> shoal.v1.GossipKey
-	99,  // 55: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
-	100, // 56: shoal.v1.ReportRequest.faults:type_name -> shoal.v1.ReportRequest.Fault
+	65,  // 53: shoal.v1.AssignmentsResponse.trust:type_name -> shoal.v1.Trust
+	66,  // 54: shoal.v1.Trust.gossip_keys:type_name -> shoal.v1.GossipKey
+	101, // 55: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
+	102, // 56: shoal.v1.ReportRequest.faults:type_name -> shoal.v1.ReportRequest.Fault
 	11,  // 57: shoal.v1.TasksResponse.tasks:type_name -> shoal.v1.Task
-	101, // 58: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
-	103, // 59: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
-	104, // 60: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
-	105, // 61: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
+	103, // 58: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
+	105, // 59: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
+	106, // 60: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
+	107, // 61: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
 	10,  // 62: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
 	12,  // 63: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
 	12,  // 64: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
 	12,  // 65: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
-	106, // 66: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
-	107, // 67: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
+	108, // 66: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
+	109, // 67: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
 	10,  // 68: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
-	102, // 69: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
+	104, // 69: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
 	14,  // 70: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
 	16,  // 71: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
 	18,  // 72: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
@@ -7156,57 +7279,59 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	49,  // 90: shoal.v1.Control.RenewCertificate:input_type -> shoal.v1.RenewCertificateRequest
 	51,  // 91: shoal.v1.Control.LeaveNode:input_type -> shoal.v1.LeaveNodeRequest
 	46,  // 92: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
-	61,  // 93: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
-	65,  // 94: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
-	73,  // 95: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
-	75,  // 96: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
-	77,  // 97: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
-	67,  // 98: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
-	69,  // 99: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
-	71,  // 100: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
-	79,  // 101: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
-	81,  // 102: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
-	83,  // 103: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
-	85,  // 104: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
-	87,  // 105: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
-	15,  // 106: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
-	17,  // 107: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
-	19,  // 108: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
-	21,  // 109: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
-	23,  // 110: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
-	27,  // 111: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
-	29,  // 112: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
-	31,  // 113: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
-	33,  // 114: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
-	35,  // 115: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
-	37,  // 116: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
-	39,  // 117: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
-	41,  // 118: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
-	43,  // 119: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
-	45,  // 120: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
-	25,  // 121: shoal.v1.Control.Events:output_type -> shoal.v1.Event
-	54,  // 122: shoal.v1.Control.ShowToken:output_type -> shoal.v1.ShowTokenResponse
-	56,  // 123: shoal.v1.Control.RotateToken:output_type -> shoal.v1.RotateTokenResponse
-	58,  // 124: shoal.v1.Control.ShowCA:output_type -> shoal.v1.ShowCAResponse
-	60,  // 125: shoal.v1.Control.RotateCA:output_type -> shoal.v1.RotateCAResponse
-	50,  // 126: shoal.v1.Control.RenewCertificate:output_type -> shoal.v1.RenewCertificateResponse
-	52,  // 127: shoal.v1.Control.LeaveNode:output_type -> shoal.v1.LeaveNodeResponse
-	47,  // 128: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
-	62,  // 129: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
-	66,  // 130: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
-	74,  // 131: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
-	76,  // 132: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
-	78,  // 133: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
-	68,  // 134: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
-	70,  // 135: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
-	72,  // 136: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
-	80,  // 137: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
-	82,  // 138: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
-	84,  // 139: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
-	86,  // 140: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
-	88,  // 141: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
-	106, // [106:142] is the sub-list for method output_type
-	70,  // [70:106] is the sub-list for method input_type
+	61,  // 93: shoal.v1.Control.AdmitManager:input_type -> shoal.v1.AdmitManagerRequest
+	63,  // 94: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
+	67,  // 95: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
+	75,  // 96: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
+	77,  // 97: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
+	79,  // 98: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
+	69,  // 99: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
+	71,  // 100: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
+	73,  // 101: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
+	81,  // 102: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
+	83,  // 103: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
+	85,  // 104: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
+	87,  // 105: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
+	89,  // 106: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
+	15,  // 107: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
+	17,  // 108: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
+	19,  // 109: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
+	21,  // 110: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
+	23,  // 111: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
+	27,  // 112: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
+	29,  // 113: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
+	31,  // 114: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
+	33,  // 115: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
+	35,  // 116: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
+	37,  // 117: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
+	39,  // 118: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
+	41,  // 119: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
+	43,  // 120: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
+	45,  // 121: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
+	25,  // 122: shoal.v1.Control.Events:output_type -> shoal.v1.Event
+	54,  // 123: shoal.v1.Control.ShowToken:output_type -> shoal.v1.ShowTokenResponse
+	56,  // 124: shoal.v1.Control.RotateToken:output_type -> shoal.v1.RotateTokenResponse
+	58,  // 125: shoal.v1.Control.ShowCA:output_type -> shoal.v1.ShowCAResponse
+	60,  // 126: shoal.v1.Control.RotateCA:output_type -> shoal.v1.RotateCAResponse
+	50,  // 127: shoal.v1.Control.RenewCertificate:output_type -> shoal.v1.RenewCertificateResponse
+	52,  // 128: shoal.v1.Control.LeaveNode:output_type -> shoal.v1.LeaveNodeResponse
+	47,  // 129: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
+	62,  // 130: shoal.v1.Control.AdmitManager:output_type -> shoal.v1.AdmitManagerResponse
+	64,  // 131: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
+	68,  // 132: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
+	76,  // 133: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
+	78,  // 134: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
+	80,  // 135: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
+	70,  // 136: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
+	72,  // 137: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
+	74,  // 138: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
+	82,  // 139: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
+	84,  // 140: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
+	86,  // 141: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
+	88,  // 142: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
+	90,  // 143: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
+	107, // [107:144] is the sub-list for method output_type
+	70,  // [70:107] is the sub-list for method input_type
 	70,  // [70:70] is the sub-list for extension type_name
 	70,  // [70:70] is the sub-list for extension extendee
 	0,   // [0:70] is the sub-list for field type_name
@@ -7219,14 +7344,14 @@ func file_shoal_v1_shoal_proto_init() {
 	}
 	file_shoal_v1_shoal_proto_msgTypes[28].OneofWrappers = []any{}
 	file_shoal_v1_shoal_proto_msgTypes[42].OneofWrappers = []any{}
-	file_shoal_v1_shoal_proto_msgTypes[73].OneofWrappers = []any{
+	file_shoal_v1_shoal_proto_msgTypes[75].OneofWrappers = []any{
 		(*ExecRequest_Start_)(nil),
 		(*ExecRequest_Stdin)(nil),
 		(*ExecRequest_StdinEof)(nil),
 		(*ExecRequest_Resize_)(nil),
 		(*ExecRequest_Signal)(nil),
 	}
-	file_shoal_v1_shoal_proto_msgTypes[74].OneofWrappers = []any{
+	file_shoal_v1_shoal_proto_msgTypes[76].OneofWrappers = []any{
 		(*ExecResponse_Stdout)(nil),
 		(*ExecResponse_Stderr)(nil),
 		(*ExecResponse_ExitCode)(nil),
@@ -7237,7 +7362,7 @@ func file_shoal_v1_shoal_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_shoal_v1_shoal_proto_rawDesc), len(file_shoal_v1_shoal_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   108,
+			NumMessages:   110,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

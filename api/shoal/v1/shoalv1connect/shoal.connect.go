@@ -97,6 +97,8 @@ const (
 	ControlLeaveNodeProcedure = "/shoal.v1.Control/LeaveNode"
 	// ControlJoinNodeProcedure is the fully-qualified name of the Control's JoinNode RPC.
 	ControlJoinNodeProcedure = "/shoal.v1.Control/JoinNode"
+	// ControlAdmitManagerProcedure is the fully-qualified name of the Control's AdmitManager RPC.
+	ControlAdmitManagerProcedure = "/shoal.v1.Control/AdmitManager"
 	// ControlAssignmentsProcedure is the fully-qualified name of the Control's Assignments RPC.
 	ControlAssignmentsProcedure = "/shoal.v1.Control/Assignments"
 	// ControlReportProcedure is the fully-qualified name of the Control's Report RPC.
@@ -153,6 +155,8 @@ type ControlClient interface {
 	RenewCertificate(context.Context, *connect.Request[v1.RenewCertificateRequest]) (*connect.Response[v1.RenewCertificateResponse], error)
 	LeaveNode(context.Context, *connect.Request[v1.LeaveNodeRequest]) (*connect.Response[v1.LeaveNodeResponse], error)
 	JoinNode(context.Context, *connect.Request[v1.JoinNodeRequest]) (*connect.Response[v1.JoinNodeResponse], error)
+	// AdmitManager lets a manager without a store begin anew, as a new voter.
+	AdmitManager(context.Context, *connect.Request[v1.AdmitManagerRequest]) (*connect.Response[v1.AdmitManagerResponse], error)
 	Assignments(context.Context, *connect.Request[v1.AssignmentsRequest]) (*connect.ServerStreamForClient[v1.AssignmentsResponse], error)
 	Report(context.Context, *connect.Request[v1.ReportRequest]) (*connect.Response[v1.ReportResponse], error)
 }
@@ -306,6 +310,12 @@ func NewControlClient(httpClient connect.HTTPClient, baseURL string, opts ...con
 			connect.WithSchema(controlMethods.ByName("JoinNode")),
 			connect.WithClientOptions(opts...),
 		),
+		admitManager: connect.NewClient[v1.AdmitManagerRequest, v1.AdmitManagerResponse](
+			httpClient,
+			baseURL+ControlAdmitManagerProcedure,
+			connect.WithSchema(controlMethods.ByName("AdmitManager")),
+			connect.WithClientOptions(opts...),
+		),
 		assignments: connect.NewClient[v1.AssignmentsRequest, v1.AssignmentsResponse](
 			httpClient,
 			baseURL+ControlAssignmentsProcedure,
@@ -346,6 +356,7 @@ type controlClient struct {
 	renewCertificate  *connect.Client[v1.RenewCertificateRequest, v1.RenewCertificateResponse]
 	leaveNode         *connect.Client[v1.LeaveNodeRequest, v1.LeaveNodeResponse]
 	joinNode          *connect.Client[v1.JoinNodeRequest, v1.JoinNodeResponse]
+	admitManager      *connect.Client[v1.AdmitManagerRequest, v1.AdmitManagerResponse]
 	assignments       *connect.Client[v1.AssignmentsRequest, v1.AssignmentsResponse]
 	report            *connect.Client[v1.ReportRequest, v1.ReportResponse]
 }
@@ -465,6 +476,11 @@ func (c *controlClient) JoinNode(ctx context.Context, req *connect.Request[v1.Jo
 	return c.joinNode.CallUnary(ctx, req)
 }
 
+// AdmitManager calls shoal.v1.Control.AdmitManager.
+func (c *controlClient) AdmitManager(ctx context.Context, req *connect.Request[v1.AdmitManagerRequest]) (*connect.Response[v1.AdmitManagerResponse], error) {
+	return c.admitManager.CallUnary(ctx, req)
+}
+
 // Assignments calls shoal.v1.Control.Assignments.
 func (c *controlClient) Assignments(ctx context.Context, req *connect.Request[v1.AssignmentsRequest]) (*connect.ServerStreamForClient[v1.AssignmentsResponse], error) {
 	return c.assignments.CallServerStream(ctx, req)
@@ -503,6 +519,8 @@ type ControlHandler interface {
 	RenewCertificate(context.Context, *connect.Request[v1.RenewCertificateRequest]) (*connect.Response[v1.RenewCertificateResponse], error)
 	LeaveNode(context.Context, *connect.Request[v1.LeaveNodeRequest]) (*connect.Response[v1.LeaveNodeResponse], error)
 	JoinNode(context.Context, *connect.Request[v1.JoinNodeRequest]) (*connect.Response[v1.JoinNodeResponse], error)
+	// AdmitManager lets a manager without a store begin anew, as a new voter.
+	AdmitManager(context.Context, *connect.Request[v1.AdmitManagerRequest]) (*connect.Response[v1.AdmitManagerResponse], error)
 	Assignments(context.Context, *connect.Request[v1.AssignmentsRequest], *connect.ServerStream[v1.AssignmentsResponse]) error
 	Report(context.Context, *connect.Request[v1.ReportRequest]) (*connect.Response[v1.ReportResponse], error)
 }
@@ -652,6 +670,12 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 		connect.WithSchema(controlMethods.ByName("JoinNode")),
 		connect.WithHandlerOptions(opts...),
 	)
+	controlAdmitManagerHandler := connect.NewUnaryHandler(
+		ControlAdmitManagerProcedure,
+		svc.AdmitManager,
+		connect.WithSchema(controlMethods.ByName("AdmitManager")),
+		connect.WithHandlerOptions(opts...),
+	)
 	controlAssignmentsHandler := connect.NewServerStreamHandler(
 		ControlAssignmentsProcedure,
 		svc.Assignments,
@@ -712,6 +736,8 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 			controlLeaveNodeHandler.ServeHTTP(w, r)
 		case ControlJoinNodeProcedure:
 			controlJoinNodeHandler.ServeHTTP(w, r)
+		case ControlAdmitManagerProcedure:
+			controlAdmitManagerHandler.ServeHTTP(w, r)
 		case ControlAssignmentsProcedure:
 			controlAssignmentsHandler.ServeHTTP(w, r)
 		case ControlReportProcedure:
@@ -815,6 +841,10 @@ func (UnimplementedControlHandler) LeaveNode(context.Context, *connect.Request[v
 
 func (UnimplementedControlHandler) JoinNode(context.Context, *connect.Request[v1.JoinNodeRequest]) (*connect.Response[v1.JoinNodeResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.JoinNode is not implemented"))
+}
+
+func (UnimplementedControlHandler) AdmitManager(context.Context, *connect.Request[v1.AdmitManagerRequest]) (*connect.Response[v1.AdmitManagerResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.AdmitManager is not implemented"))
 }
 
 func (UnimplementedControlHandler) Assignments(context.Context, *connect.Request[v1.AssignmentsRequest], *connect.ServerStream[v1.AssignmentsResponse]) error {

@@ -1,0 +1,118 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/shoalnet/shoal/control"
+)
+
+// fault is something that a person should know of this node at once.
+type fault struct{ name, message, hint string }
+
+// diskFaults tells of what this node should remember and can't.
+func (m *member) diskFaults() []fault {
+	var out []fault
+	add := func(name string, err error, hint string) {
+		if err != nil {
+			out = append(out, fault{name, strings.ReplaceAll(err.Error(), "\n", "; "), hint})
+		}
+	}
+	err := m.managerFault()
+	var lost *control.StoreLostError
+	if errors.As(err, &lost) {
+		add("managers' log", err, lostHint)
+	} else {
+		add("managers' log", err, "it is tried again each second; tasks, VIPs and names go on")
+	}
+	hint := fmt.Sprintf("make room in %s, or mend its disk: it is tried again by itself", m.cfg.DataDir)
+	m.mu.Lock()
+	mgr, g := m.manager, m.g
+	m.mu.Unlock()
+	if mgr != nil {
+		add("managers' log", mgr.DiskErr(), hint)
+	}
+	if g != nil {
+		add("disk", g.DiskErr(), hint)
+	}
+	add("disk", m.kept.err(), hint)
+	return out
+}
+
+// kept remembers which of the agent's files the disk refuses, so that each refusal is
+// told once, and is known as long as it lasts.
+type kept struct {
+	log *slog.Logger
+	mu  sync.Mutex
+	bad map[string]error
+}
+
+// note takes what became of writing a file, which is named for people.
+func (k *kept) note(what string, err error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	_, was := k.bad[what]
+	switch {
+	case err != nil:
+		if k.bad == nil {
+			k.bad = map[string]error{}
+		}
+		k.bad[what] = err
+		if !was {
+			k.log.Warn(what+" can't be kept; trying again", "error", err)
+		}
+	case was:
+		delete(k.bad, what)
+		k.log.Info(what + " is kept again")
+	}
+}
+
+func (k *kept) err() error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	var errs []error
+	for _, what := range slices.Sorted(maps.Keys(k.bad)) {
+		errs = append(errs, fmt.Errorf("%s can't be kept: %w", what, k.bad[what]))
+	}
+	if len(errs) == 0 {
+		return nil
+	}
+	return errors.Join(errs...)
+}
+
+// keepFiles writes again what the disk refused, until ctx of the member ends.
+func (m *member) keepFiles() {
+	for sleep(m.ctx, keepRetry) {
+		m.kept.mu.Lock()
+		n := len(m.kept.bad)
+		m.kept.mu.Unlock()
+		if n == 0 {
+			continue
+		}
+		m.saveIdentity()
+		m.mu.Lock()
+		a := m.assigned
+		m.mu.Unlock()
+		if a != nil {
+			m.saveAssignment(a)
+		}
+	}
+}
+
+const keepRetry = time.Second
+
+// saveIdentity keeps node.json.
+func (m *member) saveIdentity() {
+	m.saveMu.Lock()
+	defer m.saveMu.Unlock()
+	m.mu.Lock()
+	id := *m.ident
+	m.mu.Unlock()
+	m.kept.note("node identity", id.save(m.cfg.DataDir))
+}
