@@ -189,7 +189,7 @@ func running(t *task) bool { return t != nil && t.Status.State == spec.TaskRunni
 // hold up the others for ever.
 func (p *planner) underway(v *service, sp *slotPlan) bool {
 	if sp.best != nil {
-		return !running(sp.best) && (sp.stale != nil || sp.ending || sp.best.Node != "" || sp.best.NotBefore > p.now)
+		return !running(sp.best) && (sp.stale != nil || sp.ending || sp.best.Node != "" || p.waits(v, sp.best))
 	}
 	return sp.last != nil && sp.last.rev == v.rev && sp.last.Status.State != spec.TaskLost && !p.lost[sp.last]
 }
@@ -258,6 +258,18 @@ func (p *planner) restart(v *service, last *task) (attempt int, at int64, ok boo
 	if v.Spec.RestartMax > 0 && attempt > v.Spec.RestartMax {
 		return 0, 0, false
 	}
+	delay := restartDelay(v, attempt)
+	// The end was noted by the clock of a leader, perhaps another one's, that may have
+	// been hours ahead: nobody waits longer than the delay itself.
+	return attempt, min(last.ended+delay, p.now+delay), true
+}
+
+// recent tells whether a failure counts against its node. One that lies ahead was noted
+// by a clock that was wrong.
+func recent(now, ended int64) bool { return ended <= now && now-ended < failWindow }
+
+// restartDelay is the wait before a restart, in milliseconds.
+func restartDelay(v *service, attempt int) int64 {
 	delay := v.Spec.RestartDelay.Milliseconds()
 	if delay <= 0 {
 		delay = restartFirst
@@ -265,7 +277,13 @@ func (p *planner) restart(v *service, last *task) (attempt int, at int64, ok boo
 	for i := 1; i < attempt && delay < restartMost; i++ {
 		delay = min(2*delay, restartMost)
 	}
-	return attempt, last.ended + delay, true
+	return delay
+}
+
+// waits tells whether a pending task has to wait for its time. A time that is further
+// away than its delay is of a clock that was ahead, and no reason to wait.
+func (p *planner) waits(v *service, t *task) bool {
+	return t.NotBefore > p.now && t.NotBefore-p.now <= restartDelay(v, t.Attempt)
 }
 
 // create makes a task for a slot, with a node if it may start now and one fits.
@@ -291,7 +309,7 @@ func (p *planner) create(sv *servicePlan, slot, attempt int, at int64, last *tas
 // that must go still runs, that one is stopped first.
 func (p *planner) place(sv *servicePlan, sp *slotPlan) {
 	t := sp.best
-	if t.NotBefore > p.now {
+	if p.waits(sv.v, t) {
 		p.again(t.NotBefore)
 		return
 	}
@@ -419,7 +437,7 @@ func (p *planner) prepare(sv *servicePlan) {
 		case !ok || t.rev != sv.v.rev:
 		case t.Live() && !p.lost[t] && p.stays(sv, t):
 			sv.counts[i]++
-		case (t.Status.State == spec.TaskFailed || t.Status.State == spec.TaskRejected) && p.now-t.ended < failWindow:
+		case (t.Status.State == spec.TaskFailed || t.Status.State == spec.TaskRejected) && recent(p.now, t.ended):
 			sv.fails[i]++
 		}
 	}
