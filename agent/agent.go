@@ -76,6 +76,9 @@ type Config struct {
 	// Blocked tells of firewalls of the machine that probably drop what Shoal
 	// needs; nil: not known.
 	Blocked func(ctx context.Context) ([]string, error)
+	// Drops reads what the rules of the data path have dropped, for doctor and for
+	// metrics; nil: not known.
+	Drops func(ctx context.Context) ([]overlay.Drop, error)
 	// Cleanup removes every kernel object of this instance.
 	Cleanup func() error
 	// HostRoutes are prefixes the machine reaches elsewhere.

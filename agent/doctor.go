@@ -12,6 +12,7 @@ import (
 
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/control/state"
+	"github.com/shoalnet/shoal/overlay"
 	"github.com/shoalnet/shoal/reconcile"
 	"github.com/shoalnet/shoal/spec"
 )
@@ -158,6 +159,13 @@ func (a *Agent) doctor(ctx context.Context) *shoalv1.DoctorResponse {
 			check(l.name, "ok", fmt.Sprintf("as wanted; last pass took %s", l.last.Elapsed.Round(time.Microsecond)), "")
 		}
 	}
+	if a.cfg.Drops != nil {
+		if drops, err := a.cfg.Drops(ctx); err != nil {
+			check("drops", "warn", "the rules' counters can't be read: "+err.Error(), "")
+		} else {
+			check("drops", "ok", dropsText(drops), "")
+		}
+	}
 	for _, r := range m.overlay.Remarks() {
 		check("kernel", "error", r, "")
 	}
@@ -181,4 +189,22 @@ func (a *Agent) doctor(ctx context.Context) *shoalv1.DoctorResponse {
 		}
 	}
 	return resp
+}
+
+// dropsText lists how many packets were dropped, by reason.
+func dropsText(drops []overlay.Drop) string {
+	by := map[string]uint64{}
+	for _, d := range drops {
+		if d.Packets > 0 {
+			by[d.Reason] += d.Packets
+		}
+	}
+	if len(by) == 0 {
+		return "no packet was against the rules"
+	}
+	var out []string
+	for _, why := range slices.Sorted(maps.Keys(by)) {
+		out = append(out, fmt.Sprintf("%s %d", why, by[why]))
+	}
+	return "packets against the rules: " + strings.Join(out, ", ")
 }

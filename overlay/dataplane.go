@@ -25,6 +25,14 @@ type Dataplane interface {
 	Apply(ctx context.Context, op reconcile.Op) error
 }
 
+// Drop is how much the rules of one namespace have dropped or refused for one
+// reason, since they were last written.
+type Drop struct {
+	Netns          string // "" the host's
+	Reason         string // a word such as "spoofed-source"
+	Packets, Bytes uint64
+}
+
 // Target is a Dataplane with [Diff] as a reconcile.Target.
 type Target struct{ Dataplane }
 

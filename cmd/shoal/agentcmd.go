@@ -113,7 +113,7 @@ func runAgent(ctx context.Context, cfg agent.Config, runDir, dataPath string, hi
 	defer notices.Close()
 	dp := vxlan.New(vxlan.Config{Instance: cfg.Instance, Log: cfg.Log, Notices: notices})
 	cfg.Overlay = dp
-	cfg.WatchKernel = dp.Watch
+	cfg.WatchKernel, cfg.Drops = dp.Watch, dp.Drops
 	if err := ingressnft.Probe(); err != nil {
 		return err
 	}

@@ -41,11 +41,11 @@ func hostRules(name string, routed *[]string) ruleset {
 		}
 	}
 	forward := []rule{
-		r(oif(way), ctDNAT(), accept), // published ports, also for tasks of this node
-		r(iif(way), oif(way), drop),   // networks don't meet here
+		r(oif(way), ctDNAT(), accept),                     // published ports, also for tasks of this node
+		r(iif(way), oif(way), because(whyNetworks, drop)), // networks don't meet here
 		r(iif(way), accept),
 		r(oif(way), ctEstablished(), accept),
-		r(oif(way), drop),
+		r(oif(way), because(whyNoReply, drop)),
 	}
 	rs := ruleset{table: table{nftables.TableFamilyINet, name}}
 	if routed != nil {
@@ -54,7 +54,7 @@ func hostRules(name string, routed *[]string) ruleset {
 			s.elems = append(s.elems, ifKey(n))
 		}
 		rs.sets = append(rs.sets, s)
-		forward = append(forward, r(ifIn(true, setRouted), ifIn(false, setRouted), drop))
+		forward = append(forward, r(ifIn(true, setRouted), ifIn(false, setRouted), because(whyNoRouter, drop)))
 	}
 	rs.chains = []chain{
 		{"forward", nftables.ChainTypeFilter, nftables.ChainHookForward, prioFilter, nftables.ChainPolicyAccept, forward},

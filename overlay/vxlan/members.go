@@ -89,15 +89,15 @@ func membersRules(o overlay.Members) ruleset {
 	}
 	rs.sets = []set{peers, vnis, agents}
 	port := udpTo(o.Port)
-	tcp, udp := r(iif(way), toAgent(unix.IPPROTO_TCP, v6), reject), r(iif(way), toAgent(unix.IPPROTO_UDP, v6), reject)
+	tcp, udp := r(iif(way), toAgent(unix.IPPROTO_TCP, v6), because(whyAgent, reject)), r(iif(way), toAgent(unix.IPPROTO_UDP, v6), because(whyAgent, reject))
 	rs.chains = []chain{
 		{"input", nftables.ChainTypeFilter, nftables.ChainHookInput, prioFilter, nftables.ChainPolicyAccept, []rule{
-			r(port, iif(way), drop),
-			r(port, vniIn(setVNIs), notFrom(setPeers, v6), drop),
+			r(port, iif(way), because(whyTaskVXLAN, drop)),
+			r(port, vniIn(setVNIs), notFrom(setPeers, v6), because(whyNoMember, drop)),
 			tcp, udp,
 		}},
 		{"forward", nftables.ChainTypeFilter, nftables.ChainHookForward, prioFilter, nftables.ChainPolicyAccept, []rule{
-			r(port, iif(way), drop),
+			r(port, iif(way), because(whyTaskVXLAN, drop)),
 			tcp, udp,
 		}},
 		{"untracked-in", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, prioRaw, nftables.ChainPolicyAccept, []rule{
@@ -118,7 +118,7 @@ func toAgent(proto byte, v6 bool) rule {
 		port = 8 + 4
 	}
 	x := nfproto(v6)
-	return rule{fmt.Sprintf("%s l4proto %d daddr . dport @%s", x.text, proto, setAgents), append(x.exprs,
+	return rule{text: fmt.Sprintf("%s l4proto %d daddr . dport @%s", x.text, proto, setAgents), exprs: append(x.exprs,
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{proto}},
 		loadDst(v6, 8),
@@ -129,7 +129,7 @@ func toAgent(proto byte, v6 bool) rule {
 
 // udpTo matches a UDP destination port.
 func udpTo(port int) rule {
-	return rule{fmt.Sprintf("udp dport %d", port), []expr.Any{
+	return rule{text: fmt.Sprintf("udp dport %d", port), exprs: []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_UDP}},
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
@@ -141,7 +141,7 @@ func udpTo(port int) rule {
 // VNI and a reserved octet, which is masked (RFC 7348 section 5). 8 octets of
 // UDP and 4 of VXLAN are before it.
 func vniIn(setName string) rule {
-	return rule{"vxlan vni @" + setName, []expr.Any{
+	return rule{text: "vxlan vni @" + setName, exprs: []expr.Any{
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 12, Len: 4},
 		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: []byte{0xff, 0xff, 0xff, 0}, Xor: make([]byte, 4)},
 		&expr.Lookup{SourceRegister: 1, SetName: setName},
@@ -151,7 +151,7 @@ func vniIn(setName string) rule {
 // notFrom matches sources that are not in a set. The underlay has one family:
 // what comes by the other is from no member.
 func notFrom(setName string, v6 bool) rule {
-	return rule{"saddr != @" + setName, []expr.Any{
+	return rule{text: "saddr != @" + setName, exprs: []expr.Any{
 		loadSrc(v6, 1),
 		&expr.Lookup{SourceRegister: 1, SetName: setName, Invert: true},
 	}}

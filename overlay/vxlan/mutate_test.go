@@ -81,7 +81,7 @@ var etherAddr = regexp.MustCompile(`link/ether \S+`)
 
 var connected128 = regexp.MustCompile(`^[0-9a-f:]+ dev \S+ (table \S+ )?proto kernel metric 256`)
 
-var volatile = regexp.MustCompile(`(?m)^\d+: |@if\d+|@\S+:|link-netnsid \d+|link-netns \S+|\bqlen \d+|numtxqueues.*|valid_lft.*|noprefixroute|nodad|metric (0|1024)\b|scope (host|link) src \S+|\bpref medium\b|elements = .*|qdisc noqueue|\bqdisc .* 0: |LOWER_UP|parentbus.*|addrgenmode \S+|inet6_addr_gen_mode \S+|mode DEFAULT group default|promiscuity.*maxmtu \d+|\\`)
+var volatile = regexp.MustCompile(`(?m)^\d+: |@if\d+|@\S+:|link-netnsid \d+|link-netns \S+|\bqlen \d+|numtxqueues.*|valid_lft.*|noprefixroute|packets \d+ bytes \d+|nodad|metric (0|1024)\b|scope (host|link) src \S+|\bpref medium\b|elements = .*|qdisc noqueue|\bqdisc .* 0: |LOWER_UP|parentbus.*|addrgenmode \S+|inet6_addr_gen_mode \S+|mode DEFAULT group default|promiscuity.*maxmtu \d+|\\`)
 
 // Whatever is changed in a namespace of ours is as it was two passes later, or the
 // loop has failures or remarks to tell of, which doctor shows. SHOAL_MUTATE_SEED

@@ -66,6 +66,7 @@ type chain struct {
 type rule struct {
 	text  string
 	exprs []expr.Any
+	why   string // it drops or refuses, and counts: see because
 }
 
 // digest is what all comments of the rule set carry.
@@ -85,7 +86,11 @@ func (r ruleset) digest() string {
 }
 
 func comment(digest string, c chain, i int) string {
-	return "shoal " + digest + " " + c.name + " " + strconv.Itoa(i)
+	says := "shoal " + digest + " " + c.name + " " + strconv.Itoa(i)
+	if why := c.rules[i].why; why != "" {
+		says += reasonMark + why
+	}
+	return says
 }
 
 // nftConn reads nftables in the calling thread's namespace, through one socket.
@@ -283,6 +288,7 @@ func r(parts ...rule) rule {
 	for _, p := range parts {
 		out.text += p.text + " "
 		out.exprs = append(out.exprs, p.exprs...)
+		out.why += p.why
 	}
 	return out
 }
@@ -301,7 +307,7 @@ func ifname(in bool, name string, eq bool) rule {
 	if p, ok := strings.CutSuffix(name, "*"); ok {
 		data = []byte(p) // nft(8): a wildcard compares only so much
 	}
-	return rule{fmt.Sprintf("%s %s%q", word, text, name), []expr.Any{
+	return rule{text: fmt.Sprintf("%s %s%q", word, text, name), exprs: []expr.Any{
 		&expr.Meta{Key: key, Register: 1},
 		&expr.Cmp{Op: op, Register: 1, Data: data},
 	}}
@@ -324,7 +330,7 @@ func nfproto(v6 bool) rule {
 	if v6 {
 		p, name = unix.NFPROTO_IPV6, "ipv6"
 	}
-	return rule{"meta nfproto " + name, []expr.Any{
+	return rule{text: "meta nfproto " + name, exprs: []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{p}},
 	}}
@@ -356,7 +362,7 @@ func addrIn(what string, load expr.Any, p netip.Prefix) rule {
 	v6 := p.Addr().Is6()
 	length := uint32(p.Addr().BitLen() / 8)
 	x := nfproto(v6)
-	return rule{x.text + " " + what + " " + p.String(), append(x.exprs,
+	return rule{text: x.text + " " + what + " " + p.String(), exprs: append(x.exprs,
 		load,
 		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: length, Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen()), Xor: make([]byte, length)},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: p.Masked().Addr().AsSlice()},
@@ -366,7 +372,7 @@ func addrIn(what string, load expr.Any, p netip.Prefix) rule {
 // saddrIn matches sources that are in a set.
 func saddrIn(setName string) rule {
 	x := nfproto(false)
-	return rule{x.text + " saddr @" + setName, append(x.exprs,
+	return rule{text: x.text + " saddr @" + setName, exprs: append(x.exprs,
 		loadSrc(false, 1),
 		&expr.Lookup{SourceRegister: 1, SetName: setName},
 	)}
@@ -376,7 +382,7 @@ func saddrIn(setName string) rule {
 // has the name's 16 octets, the address follows it in register 2.
 func unguarded(v6 bool, setName string) rule {
 	x := nfproto(v6)
-	return rule{x.text + " iifname . saddr != @" + setName, append(x.exprs,
+	return rule{text: x.text + " iifname . saddr != @" + setName, exprs: append(x.exprs,
 		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1},
 		loadSrc(v6, 2),
 		&expr.Lookup{SourceRegister: 1, SetName: setName, Invert: true},
@@ -389,7 +395,7 @@ func ifIn(in bool, setName string) rule {
 	if in {
 		key, word = expr.MetaKeyIIFNAME, "iifname"
 	}
-	return rule{word + " @" + setName, []expr.Any{
+	return rule{text: word + " @" + setName, exprs: []expr.Any{
 		&expr.Meta{Key: key, Register: 1},
 		&expr.Lookup{SourceRegister: 1, SetName: setName},
 	}}
@@ -399,7 +405,7 @@ func ifIn(in bool, setName string) rule {
 func ct(text string, key expr.CtKey, bits uint32) rule {
 	b := make([]byte, 4)
 	native.PutUint32(b, bits)
-	return rule{text, []expr.Any{
+	return rule{text: text, exprs: []expr.Any{
 		&expr.Ct{Key: key, Register: 1},
 		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: b, Xor: make([]byte, 4)},
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)},
@@ -410,7 +416,7 @@ func ct(text string, key expr.CtKey, bits uint32) rule {
 // ports, which have foreign addresses.
 func published() rule {
 	u32 := func(v uint32) []byte { return native.AppendUint32(nil, v) }
-	return rule{"meta mark of a node", []expr.Any{
+	return rule{text: "meta mark of a node", exprs: []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyMARK, Register: 1},
 		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: u32(spec.MarkKindMask), Xor: u32(0)},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: u32(spec.NodeMarkBase)},
@@ -426,17 +432,17 @@ func ctEstablished() rule {
 func ctDNAT() rule { return ct("ct status dnat", expr.CtKeySTATUS, ipsDstNAT) }
 
 var (
-	accept = rule{"accept", []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}}
-	drop   = rule{"drop", []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}}}
+	accept = rule{text: "accept", exprs: []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}}
+	drop   = rule{text: "drop", exprs: []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}}}
 	// reject says "administratively prohibited" by ICMP, of either family.
-	reject  = rule{"reject with icmpx admin-prohibited", []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED}}}
-	notrack = rule{"notrack", []expr.Any{&expr.Notrack{}}}
-	masq    = rule{"masquerade", []expr.Any{&expr.Masq{}}}
+	reject  = rule{text: "reject with icmpx admin-prohibited", exprs: []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED}}}
+	notrack = rule{text: "notrack", exprs: []expr.Any{&expr.Notrack{}}}
+	masq    = rule{text: "masquerade", exprs: []expr.Any{&expr.Masq{}}}
 	// masqPorts leaves a task none of the ports below the ephemeral ones. A task chooses the port that it sends from,
 	// and a plain masquerade keeps it: one that sends from the port of an agent,
 	// or from a published port, to where a client's next connection will come
 	// from, would have what that client sends translated to itself, as the answer.
-	masqPorts = rule{"masquerade to :32768-65535", nl.MasqHigh(1, false)}
+	masqPorts = rule{text: "masquerade to :32768-65535", exprs: nl.MasqHigh(1, false)}
 )
 
 // tooBig matches what says that a packet was too big: ICMP's destination
@@ -446,7 +452,7 @@ func tooBig(v6 bool) rule {
 	if v6 {
 		proto, head = unix.IPPROTO_ICMPV6, []byte{2}
 	}
-	return rule{fmt.Sprint(x.text, " icmp ", head), append(x.exprs,
+	return rule{text: fmt.Sprint(x.text, " icmp ", head), exprs: append(x.exprs,
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{proto}},
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Len: uint32(len(head))},
@@ -477,6 +483,8 @@ var (
 	guardType  = nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeIPAddr)
 	guard6Type = nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeIP6Addr)
 )
+
+var unspecified6 = netip.PrefixFrom(netip.IPv6Unspecified(), 128)
 
 // linkLocal6 is RFC 4291's. Each such address is a neighbour on the task's device.
 var linkLocal6 = netip.MustParsePrefix("fe80::/10")
@@ -512,7 +520,7 @@ func filterRules(o overlay.Filter) ruleset {
 	if o.Out {
 		entry = append(entry, r(published(), accept), r(ctEstablished(), accept))
 	}
-	entry = append(entry, drop)
+	entry = append(entry, r(because(whyForeign, drop)))
 	forward := []rule{
 		r(iif(task), oif(task), accept),
 		r(iif(task), oif(vx), accept),
@@ -528,10 +536,14 @@ func filterRules(o overlay.Filter) ruleset {
 			r(published(), accept),
 		)
 	}
+	forward = append(forward, r(because(whyForward, drop))) // as the policy, but counted
 	source := []rule{
-		r(iif(task), unguarded(false, setGuard), drop),
-		r(iif(task), unguarded(true, setGuard6), drop),
-		r(iif(task), daddr(linkLocal6), drop),
+		r(iif(task), unguarded(false, setGuard), because(whySpoofed, drop)),
+		// The task's kernel says such things by itself, as it does to each link.
+		r(iif(task), saddr(linkLocal6), because(whyNeighbour, drop)),
+		r(iif(task), saddr(unspecified6), because(whyNeighbour, drop)),
+		r(iif(task), unguarded(true, setGuard6), because(whySpoofed, drop)),
+		r(iif(task), daddr(linkLocal6), because(whyNeighbour, drop)),
 	}
 	if o.Alone != "" {
 		// Each node stops its own tasks, before a VIP can see them. What a
@@ -540,7 +552,7 @@ func filterRules(o overlay.Filter) ruleset {
 			source = append(source, r(iif(task), daddr(p), accept))
 		}
 		for _, p := range overlay.ParsePrefixes(o.Subnets) {
-			source = append(source, r(iif(task), daddr(p), drop))
+			source = append(source, r(iif(task), daddr(p), because(whyAlone, drop)))
 		}
 	}
 	rs.chains = []chain{
@@ -548,8 +560,8 @@ func filterRules(o overlay.Filter) ruleset {
 		{"entry", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, prioMangle - 1, nftables.ChainPolicyAccept, entry},
 		{"forward", nftables.ChainTypeFilter, nftables.ChainHookForward, prioFilter, nftables.ChainPolicyDrop, forward},
 		{"self", nftables.ChainTypeFilter, nftables.ChainHookInput, prioSelf, nftables.ChainPolicyAccept, []rule{
-			r(tooBig(false), drop),
-			r(tooBig(true), drop),
+			r(tooBig(false), because(whyTooBig, drop)),
+			r(tooBig(true), because(whyTooBig, drop)),
 		}},
 	}
 	if o.Out {
@@ -559,7 +571,7 @@ func filterRules(o overlay.Filter) ruleset {
 				r(oif(out), nfproto(false), masq),
 			}},
 			chain{"leak", nftables.ChainTypeFilter, nftables.ChainHookPostrouting, prioAfterNAT, nftables.ChainPolicyAccept, []rule{
-				r(oif(out), saddrIn(setLocals), drop),
+				r(oif(out), saddrIn(setLocals), because(whyLeak, drop)),
 			}})
 	}
 	return rs
@@ -765,8 +777,8 @@ func redirectRules(port uint16) ruleset {
 		num  byte
 	}{{"udp", unix.IPPROTO_UDP}, {"tcp", unix.IPPROTO_TCP}} {
 		rules = append(rules, rule{
-			fmt.Sprintf("ip daddr %s %s dport 53 dnat to %s:%d", overlay.DNSAddr, proto.name, overlay.DNSAddr, port),
-			[]expr.Any{
+			text: fmt.Sprintf("ip daddr %s %s dport 53 dnat to %s:%d", overlay.DNSAddr, proto.name, overlay.DNSAddr, port),
+			exprs: []expr.Any{
 				&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 16, Len: 4},
 				&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: overlay.DNSAddr.AsSlice()},
 				&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
