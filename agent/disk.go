@@ -10,6 +10,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/shoalnet/shoal/control"
 )
 
@@ -42,7 +44,27 @@ func (m *member) diskFaults() []fault {
 		add("disk", g.DiskErr(), hint)
 	}
 	add("disk", m.kept.err(), hint)
+	add("disk", room(m.cfg.DataDir), "make room: output of tasks is lost meanwhile, and what has to be remembered waits")
 	return out
+}
+
+// minRoom is what the data directory's disk must have free, bytes: less than one page of
+// output for each of some hundred tasks is as good as nothing.
+const minRoom = 512 << 10
+
+// room tells when the disk of a directory is full, or takes nothing.
+func room(dir string) error {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return fmt.Errorf("the data directory %s can't be looked at: %w", dir, err)
+	}
+	if st.Flags&unix.ST_RDONLY != 0 {
+		return fmt.Errorf("the disk of %s is read-only", dir)
+	}
+	if free := st.Bavail * uint64(st.Bsize); st.Blocks > 0 && free < minRoom {
+		return fmt.Errorf("the disk of %s is full: %d KiB are free", dir, free>>10)
+	}
+	return nil
 }
 
 // kept remembers which of the agent's files the disk refuses, so that each refusal is

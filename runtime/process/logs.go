@@ -10,7 +10,6 @@ import (
 	"iter"
 	"os"
 	"strconv"
-	"sync"
 	"syscall"
 	"time"
 
@@ -26,34 +25,6 @@ const (
 	logPollTime = 50 * time.Millisecond
 )
 
-// logWriter keeps a task's output. It is the shim's.
-type logWriter struct {
-	path string
-	mu   sync.Mutex
-	f    *os.File
-	w    *bufio.Writer
-	size int64
-}
-
-func newLogWriter(path string) (*logWriter, error) {
-	l := &logWriter{path: path}
-	return l, l.open()
-}
-
-func (l *logWriter) open() error {
-	f, err := os.OpenFile(l.path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
-	if err != nil {
-		return err
-	}
-	st, err := f.Stat()
-	if err != nil {
-		f.Close()
-		return err
-	}
-	l.f, l.w, l.size = f, bufio.NewWriter(f), st.Size()
-	return nil
-}
-
 // copy keeps a stream until it ends. Output that can't be kept is dropped: the
 // program must not block for it.
 func (l *logWriter) copy(f *os.File, r io.Reader, stderr bool) {
@@ -68,45 +39,6 @@ func (l *logWriter) copy(f *os.File, r io.Reader, stderr bool) {
 			return
 		}
 	}
-}
-
-func (l *logWriter) write(stderr bool, line []byte, flush bool) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	kind := byte('o')
-	if stderr {
-		kind = 'e'
-	}
-	head := append(strconv.AppendInt(nil, time.Now().UnixNano(), 10), ' ', kind, ' ')
-	n := int64(len(head) + len(line) + 1)
-	if l.size+n > maxLogSize && l.size > 0 {
-		l.rotate()
-	}
-	_, _ = l.w.Write(head)
-	_, _ = l.w.Write(line)
-	_ = l.w.WriteByte('\n')
-	l.size += n
-	if flush {
-		_ = l.w.Flush()
-	}
-}
-
-func (l *logWriter) rotate() {
-	_ = l.w.Flush()
-	l.f.Close()
-	for i := logFiles - 1; i > 0; i-- {
-		_ = os.Rename(rotated(l.path, i-1), rotated(l.path, i))
-	}
-	if err := l.open(); err != nil {
-		l.w = bufio.NewWriter(io.Discard)
-		l.size = 0
-	}
-}
-
-func (l *logWriter) flush() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	_ = l.w.Flush()
 }
 
 func rotated(path string, i int) string {

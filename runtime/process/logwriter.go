@@ -1,0 +1,141 @@
+package process
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"sync"
+	"time"
+)
+
+// maxPending bounds the output that waits to be written while more is coming, bytes.
+const maxPending = 64 << 10
+
+// logWriter keeps a task's output. It is the shim's. A disk that refuses it ends
+// nothing: lines that can't be kept are counted, and as soon as the disk takes one
+// again the count is told in their place.
+type logWriter struct {
+	path string
+	mu   sync.Mutex
+	f    *os.File // nil: it can't be opened now
+	buf  []byte   // whole lines, not written yet
+	size int64    // of the file, up to its last whole line
+	torn bool     // the file has a part of a line behind size, which could not be cut off
+	// lines in buf, and lost since the disk last took one, with why.
+	lines, lost int
+	why         error
+}
+
+func newLogWriter(path string) (*logWriter, error) {
+	l := &logWriter{path: path}
+	return l, l.open()
+}
+
+func (l *logWriter) open() error {
+	f, err := os.OpenFile(l.path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		return err
+	}
+	st, err := f.Stat()
+	if err != nil {
+		f.Close()
+		return err
+	}
+	l.f, l.size, l.torn = f, st.Size(), false
+	return nil
+}
+
+// appendLine adds a line in the form of the file.
+func appendLine(b []byte, kind byte, line []byte) []byte {
+	b = append(strconv.AppendInt(b, time.Now().UnixNano(), 10), ' ', kind, ' ')
+	return append(append(b, line...), '\n')
+}
+
+func (l *logWriter) write(stderr bool, line []byte, flush bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	kind := byte('o')
+	if stderr {
+		kind = 'e'
+	}
+	if at := l.size + int64(len(l.buf)); at > 0 && at+int64(len(line)) > maxLogSize {
+		l.rotate()
+	}
+	l.buf = appendLine(l.buf, kind, line)
+	l.lines++
+	if flush || len(l.buf) >= maxPending {
+		l.put()
+	}
+}
+
+// put writes what waits. l.mu is held.
+func (l *logWriter) put() {
+	if len(l.buf) == 0 {
+		return
+	}
+	err := l.try()
+	if err != nil {
+		l.lost += l.lines
+		l.why = err
+	}
+	l.buf, l.lines = l.buf[:0], 0
+}
+
+func (l *logWriter) try() error {
+	if l.f == nil {
+		if err := l.open(); err != nil {
+			return err
+		}
+	}
+	if l.torn {
+		if err := l.f.Truncate(l.size); err != nil {
+			return err
+		}
+		l.torn = false
+	}
+	out := l.buf
+	if l.lost > 0 {
+		out = append(appendLine(nil, 'e', fmt.Appendf(nil, "[shoal: %d lines of output could not be kept: %v]", l.lost, cause(l.why))), l.buf...)
+	}
+	n, err := l.f.Write(out)
+	if err == nil {
+		l.size += int64(n)
+		l.lost, l.why = 0, nil
+		return nil
+	}
+	// Part of it is no use: the reader takes whole lines.
+	if n > 0 {
+		l.torn = l.f.Truncate(l.size) != nil
+	}
+	return err
+}
+
+// cause is the error without the path, which says nothing to who reads the output.
+func cause(err error) error {
+	var pe *os.PathError
+	if errors.As(err, &pe) {
+		return pe.Err
+	}
+	return err
+}
+
+func (l *logWriter) rotate() {
+	l.put()
+	if l.f != nil {
+		l.f.Close()
+		l.f = nil
+	}
+	for i := logFiles - 1; i > 0; i-- {
+		_ = os.Rename(rotated(l.path, i-1), rotated(l.path, i))
+	}
+	if err := l.open(); err != nil {
+		l.size = 0 // the next write tries again
+	}
+}
+
+func (l *logWriter) flush() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.put()
+}

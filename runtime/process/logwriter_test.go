@@ -1,0 +1,79 @@
+package process
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// TestOutputOutlivesAFullDisk: what is written while the disk is full is lost, and
+// that is said; before and after, all lines are there, whole.
+func TestOutputOutlivesAFullDisk(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, to mount a small file system")
+	}
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=128k"); err != nil {
+		t.Skip("no mounts here: ", err)
+	}
+	defer func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	}()
+	path := filepath.Join(dir, logFile)
+	l, err := newLogWriter(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fill := filepath.Join(dir, "fill")
+	want := 0
+	for round := range 3 {
+		l.write(false, fmt.Appendf(nil, "before %d", round), true)
+		for n := 128 << 10; n > 0; n /= 2 { // to the last page
+			f, err := os.OpenFile(fill, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, _ = f.Write(make([]byte, n))
+			f.Close()
+		}
+		for i := range 50 {
+			l.write(i%2 == 0, bytes.Repeat([]byte("x"), 5000), i%3 == 0)
+		}
+		l.flush()
+		if l.lost == 0 {
+			t.Fatal("the disk was not full")
+		}
+		if err := os.Remove(fill); err != nil {
+			t.Fatal(err)
+		}
+		l.write(false, fmt.Appendf(nil, "after %d", round), true)
+		want++
+	}
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := string(b)
+	for line := range strings.Lines(text) {
+		if _, err := parseLog([]byte(strings.TrimSuffix(line, "\n"))); err != nil {
+			t.Errorf("%q: %v", line[:min(len(line), 80)], err)
+		}
+	}
+	for round := range 3 {
+		for _, w := range []string{"before", "after"} {
+			if !strings.Contains(text, fmt.Sprintf(" o %s %d\n", w, round)) {
+				t.Errorf("line %s %d is gone", w, round)
+			}
+		}
+	}
+	if n := strings.Count(text, "lines of output could not be kept: no space left on device]"); n != want {
+		t.Errorf("the loss is told %d times, want %d:\n%.500s", n, want, text)
+	}
+}
