@@ -252,9 +252,19 @@ func Digest(cert []byte) string {
 	return text.EncodeToString(d[:])
 }
 
+// secretLen is a secret's, in bytes.
+const secretLen = 20
+
+// decodes tells whether s is so many bytes, and written in the one way that
+// EncodeToString does: the decoder takes a letter too many.
+func decodes(s string, n int) bool {
+	b, err := text.DecodeString(s)
+	return err == nil && len(b) == n && text.EncodeToString(b) == s
+}
+
 // NewSecret makes a token's secret, of 160 bits.
 func NewSecret() string {
-	b := make([]byte, 20)
+	b := make([]byte, secretLen)
 	_, _ = rand.Read(b) // never fails
 	return text.EncodeToString(b)
 }
@@ -283,10 +293,10 @@ func ParseToken(s string) (Token, error) {
 	if !ok || !ok2 {
 		return bad("it does not have that form")
 	}
-	if b, err := text.DecodeString(d); err != nil || len(b) != sha256.Size {
+	if !decodes(d, sha256.Size) {
 		return bad("its digest is cut or changed")
 	}
-	if b, err := text.DecodeString(secret); err != nil || len(b) != 20 {
+	if !decodes(secret, secretLen) {
 		return bad("its secret is cut or changed")
 	}
 	return Token{d, secret}, nil
