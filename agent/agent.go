@@ -392,6 +392,10 @@ func (a *localAPI) Info(context.Context, *connect.Request[shoalv1.InfoRequest]) 
 		for _, f := range m.diskFaults() {
 			resp.Problems = append(resp.Problems, f.message)
 		}
+		if info, ok := m.creds.Info(); ok {
+			resp.CertificateFromMs, resp.CertificateEndMs, resp.CertificateRole = info.From.UnixMilli(), info.Until.UnixMilli(), info.Role
+			resp.Ca, resp.Roots = info.Root, info.Roots
+		}
 	} else {
 		id := a.identity()
 		resp.Cluster = id.Cluster.ID

@@ -97,11 +97,21 @@ func (a *Agent) doctor(ctx context.Context) *shoalv1.DoctorResponse {
 	check("data path", "ok", fmt.Sprintf("%s: %s", a.cfg.VIP.Name(), a.cfg.VIPReason), "")
 	m := a.current()
 	if m == nil {
-		check("cluster", "warn", "this node is in no cluster", "shoal init, or shoal join HOST")
+		a.memberR.RLock()
+		unfit := a.unfit
+		a.memberR.RUnlock()
+		if unfit != nil {
+			check("certificate", "error", unfit.Error(), "shoal leave --force, then shoal init or shoal join")
+		} else {
+			check("cluster", "warn", "this node is in no cluster", "shoal init, or shoal join")
+		}
 		return resp
 	}
 	check("cluster", "ok", fmt.Sprintf("%s, as %s", m.ident.Cluster.ID, m.role()), "")
 
+	for _, c := range m.certificateChecks(time.Now()) {
+		check("certificate", c.status, c.message, c.hint)
+	}
 	lctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
 	if _, err := m.client.ListNodes(lctx, connect.NewRequest(&shoalv1.ListNodesRequest{Refs: []string{m.ident.NodeID}})); err != nil {

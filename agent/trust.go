@@ -281,3 +281,61 @@ func removed(err error) bool {
 	var ce *connect.Error
 	return connect.CodeOf(err) == connect.CodeNotFound || errors.As(err, &ce) && ce.Meta().Get(peer.RemovedHeader) != ""
 }
+
+// finding is a check of doctor's.
+type finding struct{ status, message, hint string }
+
+// certificateChecks looks at the node's certificate. Renewal begins at 80 % of
+// its life at the latest: one that has less than a tenth left was not renewed
+// for long.
+func (m *member) certificateChecks(now time.Time) []finding {
+	m.mu.Lock()
+	failed := m.certErr
+	m.mu.Unlock()
+	info, ok := m.creds.Info()
+	if !ok {
+		return []finding{{"error", "this node has no certificate", "shoal leave --force, then join again"}}
+	}
+	out := certificateFindings(info, m.role(), failed, now)
+	if out == nil {
+		out = []finding{{"ok", fmt.Sprintf("%s, until %s", info.Role, info.Until.UTC().Format(time.RFC3339)), ""}}
+	}
+	return out
+}
+
+// certificateFindings is what is wrong with a certificate; it is pure.
+func certificateFindings(info peer.Info, role string, failed error, now time.Time) []finding {
+	var out []finding
+	until := info.Until.UTC().Format(time.RFC3339)
+	left := info.Until.Sub(now)
+	retry := "it is renewed by itself once a manager that leads is reached: see whether one answers"
+	switch {
+	case now.Before(info.From.Add(-clockSlack)):
+		out = append(out, finding{"error", fmt.Sprintf("the clock here says %s, and the certificate was made at %s: other nodes may refuse what this one shows, and it what they show",
+			now.UTC().Format(time.RFC3339), info.From.UTC().Format(time.RFC3339)), "set the clock right"})
+	case left <= 0:
+		out = append(out, finding{"error", "the certificate ended at " + until + ": no other node talks with this one", "if the clock is right: shoal leave --force, then join again"})
+	case left < info.Until.Sub(info.From)/10:
+		out = append(out, finding{"warn", fmt.Sprintf("the certificate ends soon, at %s", until), retry})
+	}
+	if failed != nil {
+		out = append(out, finding{"warn", "the certificate or the role can't be brought up to date: " + failed.Error(), retry})
+	} else if info.Role != role {
+		out = append(out, finding{"warn", fmt.Sprintf("the certificate is a %s's, and this node is a %s", info.Role, role), retry})
+	}
+	return out
+}
+
+// clockSlack is how much a clock may be behind without a word.
+const clockSlack = 5 * time.Minute
+
+// PeerStats tell how connections between nodes are; false while the node is in
+// no cluster. For metrics.
+func (a *Agent) PeerStats() (peer.Stats, peer.Info, bool) {
+	m := a.current()
+	if m == nil {
+		return peer.Stats{}, peer.Info{}, false
+	}
+	info, ok := m.creds.Info()
+	return m.peer.Stats(), info, ok
+}

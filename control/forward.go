@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
@@ -51,8 +52,9 @@ type ForwarderConfig struct {
 // What another node calls goes no further: it would be made in this node's name
 // then. Only a stranger that wants to join is passed on to the leader.
 type Forwarder struct {
-	cfg    ForwarderConfig
-	client *http.Client
+	cfg     ForwarderConfig
+	client  *http.Client
+	removed atomic.Bool // a manager said last that this node is no longer in the cluster
 
 	mu      sync.Mutex
 	manager *Manager
@@ -147,6 +149,11 @@ func (f *Forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		addr, quiet, quorum := f.findLeader(r.Context(), m)
 		if silent = quiet; quorum {
 			elected = time.Now()
+		}
+		if addr == "" && f.removed.Load() {
+			w.Header().Set(peer.RemovedHeader, "1")
+			_ = connect.NewErrorWriter().Write(w, r, connect.NewError(connect.CodeUnauthenticated, errRemoved))
+			return
 		}
 		if addr != "" {
 			sent, err := f.forward(w, r, addr, body)
@@ -277,7 +284,11 @@ func (f *Forwarder) findLeader(ctx context.Context, m *Manager) (leader string, 
 	}
 	for range managers {
 		a := <-answers
+		if errors.Is(a.err, errRemoved) {
+			f.removed.Store(true)
+		}
 		if a.leader != "" {
+			f.removed.Store(false)
 			f.mu.Lock()
 			f.leader = a.leader
 			f.mu.Unlock()
@@ -295,6 +306,9 @@ func (f *Forwarder) findLeader(ctx context.Context, m *Manager) (leader string, 
 	return "", silent, all-len(silent) > all/2
 }
 
+// errRemoved is what a manager says to a node that is no longer in the cluster.
+var errRemoved = errors.New("this node was removed from the cluster")
+
 // askLeader asks a manager who leads; "" when it does not know.
 func (f *Forwarder) askLeader(ctx context.Context, addr string) (string, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+peer.LeaderPath, nil)
@@ -306,6 +320,9 @@ func (f *Forwarder) askLeader(ctx context.Context, addr string) (string, error) 
 		return "", err
 	}
 	defer resp.Body.Close()
+	if resp.Header.Get(peer.RemovedHeader) != "" {
+		return "", errRemoved
+	}
 	if resp.StatusCode != http.StatusOK {
 		return "", fmt.Errorf("manager %s does not say who leads: %s", addr, resp.Status)
 	}

@@ -143,16 +143,21 @@ func (c *cli) infoCmd() *cobra.Command {
 			m := resp.Msg
 			if c.output == "json" {
 				return c.json(map[string]any{"version": m.Version, "cluster": m.Cluster, "node_id": m.Node.GetId(), "node": m.Node.GetName(), "number": m.Node.GetNumber(),
-					"role": m.Node.GetRole(), "addr": m.Node.GetAddr(), "data_path": m.DataPath, "data_path_reason": m.DataPathReason, "data_dir": m.DataDir, "leader": m.Leader, "problems": m.Problems})
+					"role": m.Node.GetRole(), "addr": m.Node.GetAddr(), "data_path": m.DataPath, "data_path_reason": m.DataPathReason, "data_dir": m.DataDir, "leader": m.Leader, "problems": m.Problems,
+					"certificate_role": m.CertificateRole, "certificate_from_ms": m.CertificateFromMs, "certificate_end_ms": m.CertificateEndMs, "ca": m.Ca, "roots": m.Roots})
 			}
 			cluster := m.Cluster
 			if cluster == "" {
-				cluster = "none: run 'shoal init' or 'shoal join HOST'"
+				cluster = "none: run 'shoal init' or 'shoal join'"
 			}
 			rows := [][]string{{"Node:", m.Node.GetName()}, {"Node ID:", m.Node.GetId()}, {"Cluster:", cluster}, {"Role:", m.Node.GetRole()}, {"Address:", m.Node.GetAddr()},
 				{"Data path:", m.DataPath + " (" + m.DataPathReason + ")"}, {"Data directory:", m.DataDir}, {"Agent version:", m.Version}}
 			for _, p := range m.Problems {
 				rows = append(rows, []string{"Problem:", p})
+			}
+			if m.CertificateEndMs != 0 {
+				rows = append(rows, []string{"Certificate:", fmt.Sprintf("%s, until %s", m.CertificateRole, time.UnixMilli(m.CertificateEndMs).UTC().Format("2006-01-02 15:04"))},
+					[]string{"CA:", m.Ca})
 			}
 			c.table(rows)
 			return nil
@@ -191,9 +196,9 @@ finds an error.`,
 				}
 			} else {
 				for _, ch := range resp.Msg.Checks {
-					fmt.Fprintf(c.out, "%-6s%-11s%s\n", ch.Status, ch.Name, ch.Message)
+					fmt.Fprintf(c.out, "%-6s%-12s%s\n", ch.Status, ch.Name, ch.Message)
 					if ch.Hint != "" {
-						fmt.Fprintf(c.out, "%17s%s\n", "", ch.Hint)
+						fmt.Fprintf(c.out, "%18s%s\n", "", ch.Hint)
 					}
 				}
 				for _, o := range resp.Msg.Objects {

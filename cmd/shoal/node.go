@@ -3,11 +3,13 @@ package main
 import (
 	"fmt"
 	"strings"
+	"time"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/peer"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -23,7 +25,7 @@ func (c *cli) nodeLs() *cobra.Command {
 		columns: []column[*shoalv1.NodeInfo]{
 			{"ID", false, func(n *shoalv1.NodeInfo) string { return n.Id }},
 			{"NAME", false, func(n *shoalv1.NodeInfo) string { return n.Name }},
-			{"STATUS", false, func(n *shoalv1.NodeInfo) string { return n.Status }},
+			{"STATUS", false, func(n *shoalv1.NodeInfo) string { return n.Status + certNote(n, time.Now()) }},
 			{"AVAILABILITY", false, func(n *shoalv1.NodeInfo) string { return n.Availability }},
 			{"ROLE", false, func(n *shoalv1.NodeInfo) string {
 				if n.Leader {
@@ -33,6 +35,12 @@ func (c *cli) nodeLs() *cobra.Command {
 			}},
 			{"ADDRESS", false, func(n *shoalv1.NodeInfo) string { return n.Addr }},
 			{"NUMBER", true, func(n *shoalv1.NodeInfo) string { return fmt.Sprint(n.Number) }},
+			{"CERTIFICATE", true, func(n *shoalv1.NodeInfo) string {
+				if n.CertificateEndMs == 0 {
+					return "-"
+				}
+				return "until " + time.UnixMilli(n.CertificateEndMs).UTC().Format("2006-01-02")
+			}},
 			{"DATA PATH", true, func(n *shoalv1.NodeInfo) string { return n.DataPath }},
 			{"MESSAGE", true, func(n *shoalv1.NodeInfo) string { return n.Message }},
 		},
@@ -47,6 +55,12 @@ func (c *cli) nodeLs() *cobra.Command {
 			"availability": {spec.AvailabilityActive, spec.AvailabilityPause, spec.AvailabilityDrain}},
 		fields: map[string]func(*shoalv1.NodeInfo) string{
 			"Hostname": func(n *shoalv1.NodeInfo) string { return n.Name },
+			"TLSStatus": func(n *shoalv1.NodeInfo) string {
+				if certNote(n, time.Now()) != "" {
+					return "Needs Rotation"
+				}
+				return "Ready"
+			},
 			"ManagerStatus": func(n *shoalv1.NodeInfo) string {
 				switch {
 				case n.Leader:
@@ -71,6 +85,21 @@ func (c *cli) nodeLs() *cobra.Command {
 		}}
 	l.add(c, cmd)
 	return cmd
+}
+
+// certNote tells of a certificate that ends soon: renewal has a fifth of its life
+// for it, so one with a tenth left was not renewed for long.
+func certNote(n *shoalv1.NodeInfo, now time.Time) string {
+	left := time.UnixMilli(n.CertificateEndMs).Sub(now)
+	switch {
+	case n.CertificateEndMs == 0 || left > peer.CertificateLife/10:
+		return ""
+	case left <= 0:
+		return " (certificate ended)"
+	case left < 24*time.Hour:
+		return fmt.Sprintf(" (certificate ends in %d h)", int(left.Hours()))
+	}
+	return fmt.Sprintf(" (certificate ends in %d days)", int(left.Hours()/24))
 }
 
 func (c *cli) nodeInspect() *cobra.Command {
