@@ -328,8 +328,13 @@ func (r *Runtime) adopt(id string) error {
 	dir := r.taskDir(id)
 	var t runtime.Task
 	if err := readJSON(filepath.Join(dir, taskFile), &t); err != nil {
-		r.log.Warn("clearing away a task that was never made", "task", id, "error", err)
-		return r.sweep(id, "")
+		// Its shim, if it has one, still knows the namespace that the file named.
+		netns := ""
+		if resp, err := r.peek(id); err == nil {
+			netns = resp.Status.Sandbox.Netns
+		}
+		r.log.Warn("clearing away a task whose record is damaged, or was never written", "task", id, "netns", netns, "error", err)
+		return r.sweep(id, netns)
 	}
 	e := &entry{status: runtime.Status{ID: id, Name: t.Name, State: runtime.Created, Sandbox: runtime.Sandbox{Netns: t.Netns}, Data: t.Data}}
 	resp, err := r.peek(id)
