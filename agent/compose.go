@@ -30,27 +30,27 @@ func (a *assignment) network(id string) (spec.Network, bool) {
 	return spec.Network{}, false
 }
 
-// hostPorts are the ports that a task publishes on its own node: its own, and
-// those of its service.
-func (a *assignment) hostPorts(task string) []spec.Port {
+// hostPorts are the ports that tasks publish on their own node, by task: a task's
+// own, and those of its service.
+func (a *assignment) hostPorts() map[string][]spec.Port {
 	if a == nil {
 		return nil
 	}
-	i := slices.IndexFunc(a.Tasks, func(t spec.Task) bool { return t.ID == task })
-	if i < 0 {
-		return nil
-	}
-	ports := slices.Clone(a.Tasks[i].Ports)
+	services := map[string][]spec.Port{}
 	for _, s := range a.Services {
-		if s.ID == a.Tasks[i].Service {
-			for _, p := range s.Ports {
-				if p.Mode == spec.PortHost {
-					ports = append(ports, p)
-				}
+		for _, p := range s.Ports {
+			if p.Mode == spec.PortHost {
+				services[s.ID] = append(services[s.ID], p)
 			}
 		}
 	}
-	return ports
+	out := map[string][]spec.Port{}
+	for _, t := range a.Tasks {
+		if ports := slices.Concat(t.Ports, services[t.Service]); len(ports) > 0 {
+			out[t.ID] = ports
+		}
+	}
+	return out
 }
 
 // inputs of a View: one field per source.
@@ -137,13 +137,14 @@ func compose(in inputs) *spec.View {
 		}
 	}
 	// A sandbox is wired only to networks that are known; the rest of it waits.
+	hostPorts := in.assigned.hostPorts()
 	for _, s := range in.sandboxes {
 		known := !slices.ContainsFunc(s.Attachments, func(a spec.Attachment) bool {
 			_, ok := in.assigned.network(a.Network)
 			return !ok
 		})
 		if known {
-			s.Ports = in.assigned.hostPorts(s.Task)
+			s.Ports = hostPorts[s.Task]
 			v.Sandboxes = append(v.Sandboxes, s)
 		}
 	}

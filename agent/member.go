@@ -76,6 +76,7 @@ type member struct {
 	reportWake  chan struct{}             // size 1
 	assignWake  chan struct{}             // size 1
 	certWake    chan struct{}             // size 1
+	saveWake    chan struct{}             // size 1
 	progress    *progress
 	evicted     func(reason string) // told once when the managers no longer know this node
 
@@ -110,7 +111,7 @@ func newMember(cfg Config, ident *identity, creds *peer.Credentials, log *slog.L
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	m := &member{cfg: cfg, ident: ident, creds: creds, log: log, listener: ln, ctx: ctx, cancel: cancel,
-		composeWake: make(chan struct{}, 1), reportWake: make(chan struct{}, 1), assignWake: make(chan struct{}, 1), certWake: make(chan struct{}, 1), progress: newProgress(), acked: map[string]spec.TaskStatus{}}
+		composeWake: make(chan struct{}, 1), reportWake: make(chan struct{}, 1), assignWake: make(chan struct{}, 1), certWake: make(chan struct{}, 1), saveWake: make(chan struct{}, 1), progress: newProgress(), acked: map[string]spec.TaskStatus{}}
 	m.peer = peer.New(peer.Config{Credentials: creds, Standing: m.standing, Log: log})
 	m.http, m.raft = m.peer.Listen(ln)
 	m.fwd = control.NewForwarder(control.ForwarderConfig{NodeID: ident.NodeID, Peer: m.peer, Managers: m.managerAddrs, Log: log})
@@ -249,6 +250,7 @@ func (m *member) start() error {
 	m.wg.Go(m.runtimeLoop)
 	m.wg.Go(m.composeLoop)
 	m.wg.Go(m.assignLoop)
+	m.wg.Go(m.saveLoop)
 	m.wg.Go(m.followLoop)
 	m.wg.Go(m.reportLoop)
 	m.wg.Go(m.certLoop)
@@ -579,6 +581,44 @@ func (m *member) saveAssignment(a *assignment) {
 	m.kept.note("assignment", err)
 }
 
+// saveEvery bounds how often the assignment is written: the file is whole each
+// time, and so its cost grows with what is there. It is only for the case that the
+// agent starts while no manager answers, and what is a moment old is as good then
+// as what is new, which the managers tell as soon as they are there.
+const saveEvery = 500 * time.Millisecond
+
+// saveLoop keeps what the managers said last, soon after they said it; at the end,
+// what they said last of all.
+func (m *member) saveLoop() {
+	var saved *assignment
+	save := func() {
+		m.mu.Lock()
+		a := m.assigned
+		m.mu.Unlock()
+		if a != saved {
+			m.saveAssignment(a)
+			saved = a
+		}
+	}
+	defer save()
+	m.mu.Lock()
+	if !m.fresh {
+		saved = m.assigned
+	}
+	m.mu.Unlock()
+	for {
+		select {
+		case <-m.ctx.Done():
+			return
+		case <-m.saveWake:
+		}
+		save()
+		if !sleep(m.ctx, saveEvery) {
+			return
+		}
+	}
+}
+
 func (m *member) assignLoop() {
 	for m.ctx.Err() == nil {
 		err := m.followAssignments()
@@ -693,7 +733,7 @@ func (m *member) assign(a *assignment) {
 	m.assigned, m.fresh = a, true
 	m.mu.Unlock()
 	m.takeNodes(a)
-	m.saveAssignment(a)
+	wake(m.saveWake)
 	m.joinKnown()
 	known := map[string]bool{}
 	for _, n := range a.Nodes {

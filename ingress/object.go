@@ -3,6 +3,7 @@ package ingress
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -320,6 +321,9 @@ func (s *State) Add(o Object) {
 	s.objects[o.Key()] = o
 }
 
+// Equal tells whether two States have the same objects.
+func (s State) Equal(o State) bool { return maps.Equal(s.objects, o.objects) }
+
 // Remove takes an object out.
 func (s *State) Remove(key any) { delete(s.objects, key) }
 
@@ -339,10 +343,31 @@ func (s State) Objects() []Object {
 	return out
 }
 
+// sortObjects sorts in the order of making. The texts that decide within a rank
+// are made once: there may be thousands of ports.
 func sortObjects(os []Object) {
-	slices.SortFunc(os, func(a, b Object) int {
-		return cmp.Or(cmp.Compare(a.rank(), b.rank()), strings.Compare(a.place(), b.place()), strings.Compare(a.String(), b.String()))
+	type item struct {
+		o           Object
+		rank        int
+		place, text string
+	}
+	items := make([]item, len(os))
+	for i, o := range os {
+		items[i] = item{o, o.rank(), o.place(), o.String()}
+	}
+	slices.SortFunc(items, func(a, b item) int {
+		return cmp.Or(cmp.Compare(a.rank, b.rank), strings.Compare(a.place, b.place), strings.Compare(a.text, b.text))
 	})
+	for i := range items {
+		os[i] = items[i].o
+	}
+}
+
+// Each calls fn for each object, in no particular order.
+func (s State) Each(fn func(Object)) {
+	for _, o := range s.objects {
+		fn(o)
+	}
 }
 
 // owner names whose object o is.

@@ -101,23 +101,22 @@ func runAgent(ctx context.Context, cfg agent.Config, runDir, dataPath string, hi
 	if err := vxlan.Probe(); err != nil {
 		return err
 	}
-	var err error
-	if cfg.VIP, cfg.VIPReason, err = pickDataPath(dataPath, cfg.Log); err != nil {
-		return err
-	}
 	notices, err := nl.Listen("")
 	if err != nil {
 		// Then everything is read in every pass.
 		cfg.Log.Warn("the kernel's notices can't be had: the agent will use more of the processor", "error", err)
 	}
 	defer notices.Close()
+	if cfg.VIP, cfg.VIPReason, err = pickDataPath(dataPath, notices, cfg.Log); err != nil {
+		return err
+	}
 	dp := vxlan.New(vxlan.Config{Instance: cfg.Instance, Log: cfg.Log, Notices: notices})
 	cfg.Overlay = dp
 	cfg.WatchKernel, cfg.Drops = dp.Watch, dp.Drops
 	if err := ingressnft.Probe(); err != nil {
 		return err
 	}
-	ports := ingressnft.New(ingressnft.Config{Instance: cfg.Instance, Log: cfg.Log})
+	ports := ingressnft.New(ingressnft.Config{Instance: cfg.Instance, Log: cfg.Log, Notices: notices})
 	defer ports.Close()
 	cfg.Ingress, cfg.Blocked = ports, ports.Blocked
 	cfg.Cleanup = func() error { return errors.Join(ports.Cleanup(), vxlan.Cleanup(cfg.Instance)) }
@@ -159,7 +158,7 @@ func within(path, dir string) bool {
 }
 
 // pickDataPath chooses the VIP data path, and says why.
-func pickDataPath(want string, log *slog.Logger) (vip.Dataplane, string, error) {
+func pickDataPath(want string, notices *nl.Notices, log *slog.Logger) (vip.Dataplane, string, error) {
 	switch want {
 	case "ipvs":
 		if err := ipvs.Probe(); err != nil {
@@ -170,7 +169,7 @@ func pickDataPath(want string, log *slog.Logger) (vip.Dataplane, string, error) 
 		if err := nft.Probe(); err != nil {
 			return nil, "", fmt.Errorf("data path nft: %w", err)
 		}
-		return nft.New(nft.Config{Log: log}), "as asked for with --data-path", nil
+		return nft.New(nft.Config{Log: log, Notices: notices}), "as asked for with --data-path", nil
 	case "auto":
 		ipvsErr := ipvs.Probe()
 		if ipvsErr == nil {
@@ -180,7 +179,7 @@ func pickDataPath(want string, log *slog.Logger) (vip.Dataplane, string, error) 
 			return nil, "", fmt.Errorf("no VIP data path works here: ipvs: %w; nft: %w", ipvsErr, err)
 		}
 		log.Warn("virtual IPs use nftables, because IPVS can't be used here", "reason", ipvsErr)
-		return nft.New(nft.Config{Log: log}), "IPVS can't be used: " + ipvsErr.Error(), nil
+		return nft.New(nft.Config{Log: log, Notices: notices}), "IPVS can't be used: " + ipvsErr.Error(), nil
 	}
 	return nil, "", fmt.Errorf("data path %q is unknown", want)
 }

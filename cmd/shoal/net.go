@@ -10,6 +10,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
@@ -405,9 +406,28 @@ func (c *cli) netRm() *cobra.Command {
 // forEach does something to every argument, as Docker does: those that work are
 // printed, those that don't are reported, and any of them is a failure.
 func (c *cli) forEach(args []string, do func(string) error) error {
+	// Some at a time: what one call waits for (the managers' disks, mostly) the
+	// others wait for as well. What is said keeps the order of the arguments.
+	results := make([]chan error, len(args))
+	for i := range args {
+		results[i] = make(chan error, 1)
+	}
+	c.api() // made once, before it is shared
+	var next atomic.Int64
+	for range min(len(args), callsAtOnce) {
+		go func() {
+			for {
+				i := int(next.Add(1)) - 1
+				if i >= len(args) {
+					return
+				}
+				results[i] <- do(args[i])
+			}
+		}()
+	}
 	var errs []error
-	for _, a := range args {
-		if err := do(a); err != nil {
+	for i, a := range args {
+		if err := <-results[i]; err != nil {
 			errs = append(errs, errors.New(message(err)))
 			continue
 		}
@@ -415,3 +435,6 @@ func (c *cli) forEach(args []string, do func(string) error) error {
 	}
 	return errors.Join(errs...)
 }
+
+// callsAtOnce is how many calls of one command are under way together.
+const callsAtOnce = 16

@@ -19,7 +19,7 @@ type world struct {
 }
 
 func (w world) Dataplane() ingress.Dataplane {
-	d := New(Config{Instance: w.n.instance, HostNetns: w.n.ns})
+	d := New(Config{Instance: w.n.instance, HostNetns: w.n.ns, Notices: notices(w.t, w.n.ns)})
 	w.t.Cleanup(d.Close)
 	return d
 }

@@ -144,9 +144,9 @@ func (d *Dataplane) observeHolders(want ingress.State, have *ingress.State) erro
 			mine[inode] = true
 		}
 	}
-	all := map[string][]listener{}
 	wanted := map[reservation]bool{}
-	held := map[string]bool{} // inodes
+	held := map[string]bool{}                 // inodes
+	all := map[string]map[uint16][]listener{} // by protocol and port
 	for _, o := range want.Objects() {
 		p, ok := o.(ingress.Port)
 		if !ok {
@@ -154,15 +154,19 @@ func (d *Dataplane) observeHolders(want ingress.State, have *ingress.State) erro
 		}
 		k := reservation{p.Addr, p.Published, p.Protocol}
 		wanted[k] = true
-		ls, ok := all[p.Protocol]
-		if !ok {
-			var err error
-			if ls, err = listeners(p.Protocol); err != nil {
+		if all[p.Protocol] == nil {
+			found, err := listeners(p.Protocol)
+			if err != nil {
 				return err
 			}
-			all[p.Protocol] = ls
+			by := map[uint16][]listener{}
+			for _, l := range found {
+				by[l.port] = append(by[l.port], l)
+			}
+			all[p.Protocol] = by
 		}
-		i := slices.IndexFunc(ls, func(l listener) bool { return l.port == p.Published && !mine[l.inode] && l.takes(p) })
+		ls := all[p.Protocol][p.Published]
+		i := slices.IndexFunc(ls, func(l listener) bool { return !mine[l.inode] && l.takes(p) })
 		if i < 0 {
 			d.reserve(k)
 			continue

@@ -160,7 +160,7 @@ func newLab(t *testing.T, datapath string) *lab {
 		// A host that drops what comes by a way it would not answer by.
 		run(t, "ip netns exec %s sysctl -qw net.ipv4.conf.all.rp_filter=1 net.ipv4.conf.u0.rp_filter=1 net.ipv4.conf.default.rp_filter=1", n.ns)
 		n.overlay = vxlan.New(vxlan.Config{Instance: n.instance, HostNetns: n.ns})
-		n.ingress = New(Config{Instance: n.instance, HostNetns: n.ns})
+		n.ingress = New(Config{Instance: n.instance, HostNetns: n.ns, Notices: notices(t, n.ns)})
 		switch datapath {
 		case "nft":
 			n.vip = vipnft.New(vipnft.Config{})
@@ -539,4 +539,15 @@ func refusedSCTP(t testing.TB, ns string, to netip.Addr, port int) {
 	if _, err := c.Read(make([]byte, 100)); !errors.Is(err, unix.ENOPROTOOPT) {
 		t.Errorf("SCTP %s:%d: not refused: %v", to, port, err)
 	}
+}
+
+// notices are the kernel's, as an agent in a namespace hears them.
+func notices(t testing.TB, host string) *nl.Notices {
+	t.Helper()
+	n, err := nl.Listen(host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(n.Close)
+	return n
 }

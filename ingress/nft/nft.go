@@ -23,9 +23,12 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
+	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"strconv"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -45,6 +48,9 @@ type Config struct {
 	// HostNetns is the name of the namespace that stands for the host's; ""
 	// is this process's own, which is what an agent uses.
 	HostNetns string
+	// Notices tell what changed since it was read. nil: everything is read in
+	// every Observe.
+	Notices *nl.Notices
 }
 
 // Dataplane implements ingress.Dataplane. Its methods may be called from one
@@ -55,6 +61,41 @@ type Dataplane struct {
 	table    string                         // in the host's namespace
 	reserved map[reservation]map[int]string // sockets with their inodes
 	names    map[string]string              // of programs by their socket's inode
+	read     map[string]*reading            // of namespaces, "" the host's table
+}
+
+// reading is what was last read of a namespace's table and routes, and of what.
+type reading struct {
+	stamp nl.Stamp
+	due   time.Time // when it is read again, noticed or not
+	want  ingress.State
+	have  ingress.State
+}
+
+// sweepPeriod is how long what was read counts without a notice.
+const sweepPeriod = 20 * time.Second
+
+// reread calls read, or gives what it gave last while no notice of a kind came,
+// nor of the table, and want is the same. have gets what is there.
+func (d *Dataplane) reread(netns, table string, kinds nl.Kind, want ingress.State, have *ingress.State, read func(have *ingress.State) error) error {
+	name := netns
+	if name == "" {
+		name = d.cfg.HostNetns
+	}
+	stamp, ok := d.cfg.Notices.At(name, table)
+	r, now := d.read[netns], time.Now()
+	if !ok || r == nil || now.After(r.due) || stamp.Since(r.stamp)&kinds != 0 || stamp.Table(r.stamp) || !r.want.Equal(want) {
+		delete(d.read, netns)
+		r = &reading{stamp: stamp, due: now.Add(sweepPeriod + rand.N(sweepPeriod/2)), want: want}
+		if err := read(&r.have); err != nil {
+			return err
+		}
+		if ok {
+			d.read[netns] = r
+		}
+	}
+	r.have.Each(have.Add)
+	return nil
 }
 
 var _ ingress.Dataplane = (*Dataplane)(nil)
@@ -65,7 +106,7 @@ func New(cfg Config) *Dataplane {
 		cfg.Log = slog.Default()
 	}
 	return &Dataplane{cfg: cfg, log: cfg.Log, table: ingress.TableName(cfg.Instance),
-		reserved: map[reservation]map[int]string{}, names: map[string]string{}}
+		reserved: map[reservation]map[int]string{}, names: map[string]string{}, read: map[string]*reading{}}
 }
 
 // Close releases the reserved ports. The Dataplane can be used again.
@@ -88,15 +129,27 @@ func (d *Dataplane) do(netns string, fn func() error) error {
 // Observe implements ingress.Dataplane.
 func (d *Dataplane) Observe(ctx context.Context, want ingress.State) (ingress.State, error) {
 	var have ingress.State
-	err := d.do("", func() error { return d.observeHost(want, &have) })
+	places := map[string]*ingress.State{"": {}}
+	for _, w := range want.Ways {
+		places[w.Netns] = &ingress.State{}
+	}
+	want.Each(func(o ingress.Object) {
+		if p := places[ingress.NetnsOf(o)]; p != nil {
+			p.Add(o)
+		}
+	})
+	err := d.do("", func() error { return d.observeHost(want, *places[""], &have) })
 	if err != nil {
 		return have, fmt.Errorf("the host's namespace: %w", err)
 	}
+	maps.DeleteFunc(d.read, func(ns string, _ *reading) bool { return places[ns] == nil })
 	for _, w := range want.Ways {
 		if err := ctx.Err(); err != nil {
 			return have, err
 		}
-		err := d.do(w.Netns, func() error { return observeNetns(w.Netns, want, &have) })
+		err := d.reread(w.Netns, ingress.NetnsTable, nl.Links|nl.Addrs|nl.Routes|nl.Policies, *places[w.Netns], &have, func(have *ingress.State) error {
+			return d.do(w.Netns, func() error { return observeNetns(w.Netns, want, have) })
+		})
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // and so is all that would be in it
 		}
@@ -107,7 +160,8 @@ func (d *Dataplane) Observe(ctx context.Context, want ingress.State) (ingress.St
 	return have, nil
 }
 
-func (d *Dataplane) observeHost(want ingress.State, have *ingress.State) error {
+// observeHost reads the host's namespace; here are the objects wanted in it.
+func (d *Dataplane) observeHost(want, here ingress.State, have *ingress.State) error {
 	if err := d.observeHolders(want, have); err != nil {
 		return err
 	}
@@ -120,6 +174,20 @@ func (d *Dataplane) observeHost(want ingress.State, have *ingress.State) error {
 			have.Add(ingress.Localnet{Dev: w.Dev})
 		}
 	}
+	err := d.reread("", d.table, 0, here, have, func(have *ingress.State) error { return d.observeTable(here, have) })
+	if err != nil {
+		return err
+	}
+	// Of this one the kernel sends no notice.
+	if o, ok := have.Get(ingress.HostTable{}.Key()).(ingress.HostTable); ok && o.Fault == "" {
+		o.Fault = timeoutFault()
+		have.Add(o)
+	}
+	return nil
+}
+
+// observeTable reads the host's table.
+func (d *Dataplane) observeTable(want ingress.State, have *ingress.State) error {
 	c, err := reader()
 	if err != nil {
 		return err
@@ -130,16 +198,11 @@ func (d *Dataplane) observeHost(want ingress.State, have *ingress.State) error {
 		return err
 	}
 	o := ingress.HostTable{Name: d.table}
-	for _, x := range want.Objects() {
-		if w, ok := x.(ingress.HostTable); ok {
-			o = w
-		}
+	if w, ok := want.Get(o.Key()).(ingress.HostTable); ok {
+		o = w
 	}
 	if o.Fault, err = hostRules(o).check(c, chains); err != nil {
 		return err
-	}
-	if o.Fault == "" {
-		o.Fault = timeoutFault()
 	}
 	have.Add(o)
 	private, err := elems(c, d.table, setPrivate)
@@ -191,11 +254,11 @@ func observeNetns(ns string, want ingress.State, have *ingress.State) error {
 		return err
 	}
 	nodes := map[int]int{} // how many of a node's parts there are, 4 being all
-	for _, o := range have.Objects() {
+	have.Each(func(o ingress.Object) {
 		if n, ok := o.(ingress.Node); ok && n.Netns == ns {
 			nodes[n.Number] = routeParts(n)
 		}
-	}
+	})
 	if len(chains) > 0 {
 		o := ingress.Table{Netns: ns}
 		if w, ok := want.Get(o.Key()).(ingress.Table); ok {

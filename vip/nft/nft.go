@@ -84,18 +84,22 @@
 package nft
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -126,13 +130,29 @@ var (
 // Config of a Dataplane. The zero value is ready.
 type Config struct {
 	Log *slog.Logger // nil: slog.Default
+	// Notices tell what changed since it was read. nil: everything is read in
+	// every Observe.
+	Notices *nl.Notices
 }
 
-// Dataplane implements vip.Dataplane. It holds no state and no sockets, so
-// that a namespace can go at any time.
+// Dataplane implements vip.Dataplane. It holds no sockets, so that a namespace can
+// go at any time. Its methods may be called from one goroutine at a time.
 type Dataplane struct {
-	log *slog.Logger
+	log     *slog.Logger
+	notices *nl.Notices
+	read    map[string]*reading // by namespace
 }
+
+// reading is what was last read of a namespace, and of what.
+type reading struct {
+	stamp nl.Stamp
+	due   time.Time // when it is read again, noticed or not
+	want  vip.Network
+	have  vip.Network // without what its sysctls say
+}
+
+// sweepPeriod is how long what was read counts without a notice.
+const sweepPeriod = 20 * time.Second
 
 var _ vip.Dataplane = (*Dataplane)(nil)
 
@@ -141,7 +161,7 @@ func New(cfg Config) *Dataplane {
 	if cfg.Log == nil {
 		cfg.Log = slog.Default()
 	}
-	return &Dataplane{log: cfg.Log}
+	return &Dataplane{log: cfg.Log, notices: cfg.Notices, read: map[string]*reading{}}
 }
 
 // Name implements vip.Dataplane.
@@ -150,12 +170,14 @@ func (*Dataplane) Name() string { return "nft" }
 // Observe implements vip.Dataplane.
 func (d *Dataplane) Observe(ctx context.Context, want vip.State) (vip.State, error) {
 	var out vip.State
+	known := map[string]bool{}
+	now := time.Now()
 	for _, w := range want.Networks {
+		known[w.Namespace] = true
 		if err := ctx.Err(); err != nil {
 			return out, err
 		}
-		h := vip.Network{ID: w.ID, Name: w.Name, Namespace: w.Namespace, Subnets: w.Subnets, Gateways: w.Gateways}
-		err := nl.Do(w.Namespace, func() error { return observe(w, &h) })
+		h, err := d.observe(w, now)
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
 			h = vip.Network{ID: w.ID, Name: w.Name, Namespace: w.Namespace, Absent: true}
@@ -164,7 +186,43 @@ func (d *Dataplane) Observe(ctx context.Context, want vip.State) (vip.State, err
 		}
 		out.Networks = append(out.Networks, h)
 	}
+	maps.DeleteFunc(d.read, func(ns string, _ *reading) bool { return !known[ns] })
 	return out, nil
+}
+
+// observe reads a network's namespace, or what was read of it while no notice came
+// and no other was wanted.
+func (d *Dataplane) observe(w vip.Network, now time.Time) (vip.Network, error) {
+	stamp, ok := d.notices.At(w.Namespace, kern.Table)
+	r := d.read[w.Namespace]
+	delete(d.read, w.Namespace)
+	fault := ""
+	sysctls := func() {
+		// Of these the kernel sends no notice.
+		if fault = kern.ICMPFault(w); fault == "" {
+			fault = kern.IdleFault()
+		}
+	}
+	fresh := ok && r != nil && now.Before(r.due) && stamp.Since(r.stamp)&(nl.Links|nl.Addrs) == 0 && !stamp.Table(r.stamp) && reflect.DeepEqual(r.want, w)
+	err := nl.Do(w.Namespace, func() error {
+		sysctls()
+		if fresh {
+			return nil
+		}
+		r = &reading{stamp: stamp, due: now.Add(sweepPeriod + rand.N(sweepPeriod/2)), want: w,
+			have: vip.Network{ID: w.ID, Name: w.Name, Namespace: w.Namespace, Subnets: w.Subnets, Gateways: w.Gateways}}
+		return observe(w, &r.have)
+	})
+	if err != nil {
+		return vip.Network{}, err
+	}
+	if ok {
+		d.read[w.Namespace] = r
+	}
+	h := r.have
+	h.Servers, h.Locals = slices.Clone(h.Servers), slices.Clone(h.Locals)
+	h.Fault = cmp.Or(h.Fault, fault)
+	return h, nil
 }
 
 // server gathers what is found of one VIP.
@@ -189,12 +247,6 @@ func observe(w vip.Network, h *vip.Network) error {
 	}
 	for a := range as {
 		get(a).addressed = true
-	}
-	if f := kern.ICMPFault(w); f != "" {
-		h.Fault = f
-	}
-	if f := kern.IdleFault(); f != "" {
-		h.Fault = f
 	}
 	for _, f := range kern.Families(w) {
 		if err := observeFamily(w, f, h, get); err != nil {

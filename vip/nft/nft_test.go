@@ -25,7 +25,14 @@ func TestConformance(t *testing.T) {
 		scale = 100
 	}
 	viptest.Run(t, viptest.Harness{
-		New:             func(testing.TB) vip.Dataplane { return New(Config{}) },
+		New: func(t testing.TB) vip.Dataplane {
+			n, err := nl.Listen("")
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(n.Close)
+			return New(Config{Notices: n})
+		},
 		AddNamespace:    viptest.AddNamespace,
 		RemoveNamespace: viptest.RemoveNamespace,
 		Kernel:          true,
