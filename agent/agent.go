@@ -317,14 +317,37 @@ func (a *Agent) noMember() error {
 	return errNoCluster
 }
 
+// startWait is how long a call waits for an agent that is in a cluster, and starts.
+const startWait = 30 * time.Second
+
+// need is the member, once it has started: an agent that was only just started is
+// in its cluster all the same.
+func (a *Agent) need(ctx context.Context) (*member, error) {
+	for limit := time.Now().Add(startWait); ; {
+		if m := a.current(); m != nil {
+			return m, nil
+		}
+		id := a.identity()
+		a.memberR.RLock()
+		unfit := a.unfit != nil
+		a.memberR.RUnlock()
+		if id.Cluster.ID == "" || unfit {
+			return nil, a.noMember()
+		}
+		if time.Now().After(limit) || !sleep(ctx, 10*time.Millisecond) {
+			return nil, connect.NewError(connect.CodeUnavailable, fmt.Errorf("node %s is in cluster %s, but its agent is still starting: see the agent's log", id.Name, id.Cluster.ID))
+		}
+	}
+}
+
 // handler serves the API: all of it on the unix socket, all but Local on the
 // network.
 func (a *Agent) handler(local bool) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/shoal.v1.Control/", func(w http.ResponseWriter, r *http.Request) {
-		m := a.current()
-		if m == nil {
-			_ = connect.NewErrorWriter().Write(w, r, a.noMember())
+		m, err := a.need(r.Context())
+		if err != nil {
+			_ = connect.NewErrorWriter().Write(w, r, err)
 			return
 		}
 		m.fwd.ServeHTTP(w, r)
@@ -398,8 +421,8 @@ func (a *localAPI) Info(context.Context, *connect.Request[shoalv1.InfoRequest]) 
 		}
 	} else {
 		id := a.identity()
-		resp.Cluster = id.Cluster.ID
-		resp.Node = &shoalv1.NodeInfo{Id: id.NodeID, Name: id.Name, DataPath: a.cfg.VIP.Name()}
+		resp.Cluster = id.Cluster.ID // it starts
+		resp.Node = &shoalv1.NodeInfo{Id: id.NodeID, Name: id.Name, Role: id.Role, DataPath: a.cfg.VIP.Name()}
 	}
 	return connect.NewResponse(resp), nil
 }

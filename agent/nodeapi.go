@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"net/netip"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -37,9 +38,9 @@ const ExitHeader = "Shoal-Exit-Status"
 func (a *Agent) routeToNode(local http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		target := r.Header.Get(NodeHeader)
-		m := a.current()
-		if m == nil {
-			_ = connect.NewErrorWriter().Write(w, r, a.noMember())
+		m, err := a.need(r.Context())
+		if err != nil {
+			_ = connect.NewErrorWriter().Write(w, r, err)
 			return
 		}
 		if target == "" || target == m.ident.NodeID {
@@ -95,9 +96,9 @@ func (m *member) controlAddr(id string) (string, error) {
 type nodeAPI struct{ *Agent }
 
 func (a *nodeAPI) task(id string) (*member, spec.Task, error) {
-	m := a.current()
-	if m == nil {
-		return nil, spec.Task{}, a.noMember()
+	m, err := a.need(context.Background())
+	if err != nil {
+		return nil, spec.Task{}, err
 	}
 	t, _, ok := m.tasks.find(id)
 	if !ok {
@@ -188,6 +189,9 @@ func (a *nodeAPI) Exec(ctx context.Context, stream *connect.BidiStream[shoalv1.E
 		}
 	}()
 	code, err := proc.Wait()
+	if errors.Is(err, runtime.ErrClosing) {
+		return connect.NewError(connect.CodeUnavailable, fmt.Errorf("task %s: %w", t.Name, err))
+	}
 	if err != nil && start.Attach {
 		if _, st, ok := m.tasks.find(t.ID); ok && st.Message != "" {
 			err = errors.New(st.Message) // why it did not come to run
@@ -245,25 +249,48 @@ func (a *nodeAPI) Logs(ctx context.Context, req *connect.Request[shoalv1.LogsReq
 	if err != nil {
 		return err
 	}
-	for line, err := range m.cfg.Runtime.Logs(ctx, t.ID, runtime.LogOptions{Follow: req.Msg.Follow, Tail: int(req.Msg.Tail)}) {
-		if err != nil {
-			if ctx.Err() != nil {
-				return nil
+	r := req.Msg
+	o := runtime.LogOptions{Follow: r.Follow, Tail: int(r.Tail), Since: unixNano(r.SinceNs), Until: unixNano(r.UntilNs)}
+	for {
+		made := true
+		for line, err := range m.cfg.Runtime.Logs(ctx, t.ID, o) {
+			if err == nil {
+				err = stream.Send(&shoalv1.LogsResponse{Stderr: line.Stderr, AtMs: line.Time.UnixMilli(), AtNs: line.Time.UnixNano(), Line: line.Line, Note: line.Note})
+				if err != nil {
+					return err
+				}
+				continue
 			}
-			return connect.NewError(connect.CodeInternal, fmt.Errorf("output of task %s: %w", t.Name, err))
+			if ctx.Err() != nil || errors.Is(err, runtime.ErrClosing) {
+				return connect.NewError(connect.CodeUnavailable, fmt.Errorf("output of task %s: %w", t.Name, runtime.ErrClosing))
+			}
+			if made = !errors.Is(err, runtime.ErrNotFound) && !errors.Is(err, os.ErrNotExist); made {
+				return connect.NewError(connect.CodeInternal, fmt.Errorf("output of task %s: %w", t.Name, err))
+			}
 		}
-		if err := stream.Send(&shoalv1.LogsResponse{Stderr: line.Stderr, AtMs: line.Time.UnixMilli(), Line: line.Line}); err != nil {
-			return err
+		// A task that is about to be made has no output yet.
+		_, st, ok := m.tasks.find(t.ID)
+		if made || !r.Follow || !ok || st.State.Ended() {
+			return stream.Send(&shoalv1.LogsResponse{Ended: true})
+		}
+		if !sleep(ctx, readyInterval) || m.ctx.Err() != nil {
+			return connect.NewError(connect.CodeUnavailable, fmt.Errorf("output of task %s: %w", t.Name, runtime.ErrClosing))
 		}
 	}
-	return nil
+}
+
+func unixNano(ns int64) time.Time {
+	if ns == 0 {
+		return time.Time{}
+	}
+	return time.Unix(0, ns)
 }
 
 // Stats counts what the node's tasks have sent and received.
-func (a *nodeAPI) Stats(_ context.Context, req *connect.Request[shoalv1.StatsRequest]) (*connect.Response[shoalv1.StatsResponse], error) {
-	m := a.current()
-	if m == nil {
-		return nil, a.noMember()
+func (a *nodeAPI) Stats(ctx context.Context, req *connect.Request[shoalv1.StatsRequest]) (*connect.Response[shoalv1.StatsResponse], error) {
+	m, err := a.need(ctx)
+	if err != nil {
+		return nil, err
 	}
 	resp := &shoalv1.StatsResponse{Node: m.ident.Name}
 	for id, st := range m.tasks.statuses() {
@@ -283,10 +310,10 @@ func (a *nodeAPI) Stats(_ context.Context, req *connect.Request[shoalv1.StatsReq
 }
 
 // Tasks are those of this node.
-func (a *nodeAPI) Tasks(context.Context, *connect.Request[shoalv1.TasksRequest]) (*connect.Response[shoalv1.TasksResponse], error) {
-	m := a.current()
-	if m == nil {
-		return nil, a.noMember()
+func (a *nodeAPI) Tasks(ctx context.Context, _ *connect.Request[shoalv1.TasksRequest]) (*connect.Response[shoalv1.TasksResponse], error) {
+	m, err := a.need(ctx)
+	if err != nil {
+		return nil, err
 	}
 	resp := &shoalv1.TasksResponse{}
 	for id, st := range m.tasks.statuses() {
@@ -300,9 +327,9 @@ func (a *nodeAPI) Tasks(context.Context, *connect.Request[shoalv1.TasksRequest])
 
 // Kernel tells what the kernel holds of virtual IPs, read now.
 func (a *nodeAPI) Kernel(ctx context.Context, req *connect.Request[shoalv1.KernelRequest]) (*connect.Response[shoalv1.KernelResponse], error) {
-	m := a.current()
-	if m == nil {
-		return nil, a.noMember()
+	m, err := a.need(ctx)
+	if err != nil {
+		return nil, err
 	}
 	have, err := m.vip.Look(ctx)
 	if err != nil {

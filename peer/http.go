@@ -119,10 +119,14 @@ func client(dial func(ctx context.Context, network, addr string) (net.Conn, erro
 
 // UnixClient calls an agent by its unix socket, whatever the URL's host.
 func UnixClient(socket string) *http.Client {
-	return client(func(ctx context.Context, _, _ string) (net.Conn, error) {
+	c := client(func(ctx context.Context, _, _ string) (net.Conn, error) {
 		var d net.Dialer
 		return d.DialContext(ctx, "unix", socket)
 	})
+	// No pings: the kernel tells of an agent's end, and one that only stalls must
+	// not lose its sessions.
+	c.Transport.(*http.Transport).HTTP2 = nil
+	return c
 }
 
 // Managers calls managers by the address in the URL: nothing is sent to anyone

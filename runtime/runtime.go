@@ -27,6 +27,9 @@ import (
 // ErrNotFound answers a call for a task that the runtime does not have.
 var ErrNotFound = errors.New("no such task")
 
+// ErrClosing ends what waits for a task when the process that waits for it ends.
+var ErrClosing = errors.New("the node's agent ends; the task goes on")
+
 // Task is what is to be run.
 type Task struct {
 	ID   string `json:"id"`
@@ -163,7 +166,10 @@ type Process interface {
 // LogOptions choose what Logs yields.
 type LogOptions struct {
 	Follow bool
-	Tail   int // only the last lines; 0: all
+	Tail   int // only the last lines; 0: all, -1: none
+	// Since and Until are the moments of the first line and, with Follow, of the
+	// end; zero: any.
+	Since, Until time.Time
 }
 
 // LogLine is one line of output, without its newline. Lines beyond 16 KiB come
@@ -172,4 +178,7 @@ type LogLine struct {
 	Time   time.Time
 	Stderr bool
 	Line   []byte
+	// Note is no line, but what is to be said of the output: that part of it is
+	// damaged, or gone.
+	Note string
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -780,15 +781,40 @@ func (c *cli) followLogs(ctx context.Context, tasks []*shoalv1.Task, lf logFlags
 }
 
 func (c *cli) taskLogs(ctx context.Context, t *shoalv1.Task, follow bool, tail int32, each func(*shoalv1.LogsResponse)) error {
-	req := connect.NewRequest(&shoalv1.LogsRequest{Task: t.Id, Follow: follow, Tail: tail})
-	req.Header().Set(agent.NodeHeader, t.Node)
-	stream, err := c.node().Logs(ctx, req)
-	if err != nil {
-		return err
+	msg := &shoalv1.LogsRequest{Task: t.Id, Follow: follow, Tail: tail}
+	var lost time.Time
+	for {
+		req := connect.NewRequest(msg)
+		req.Header().Set(agent.NodeHeader, t.Node)
+		stream, err := c.node().Logs(ctx, req)
+		for err == nil && stream.Receive() {
+			lost = time.Time{}
+			switch m := stream.Msg(); {
+			case m.Ended:
+				return stream.Close()
+			case m.Note != "":
+				fmt.Fprintf(c.err, "shoal: task %s: %s\n", t.Name, m.Note)
+			default:
+				msg.SinceNs, msg.Tail = m.AtNs+1, 0
+				each(m)
+			}
+		}
+		if err == nil {
+			err = cmp.Or(stream.Err(), error(connect.NewError(connect.CodeUnavailable, errors.New("the agent ended the output"))))
+			stream.Close()
+		}
+		if !follow || ctx.Err() != nil || connect.CodeOf(err) == connect.CodeNotFound {
+			return err
+		}
+		// The agent, or the way to it, is gone for a while: the task goes on.
+		if lost.IsZero() {
+			lost = time.Now()
+		}
+		if time.Since(lost) > logsPatience || !sleep(ctx, 200*time.Millisecond) {
+			return fmt.Errorf("%w: task %s may go on: see 'shoal ps', and 'shoal logs -f %s' when the agent is back", c.api().Explain(err), t.Name, t.Name)
+		}
 	}
-	defer stream.Close()
-	for stream.Receive() {
-		each(stream.Msg())
-	}
-	return stream.Err()
 }
+
+// logsPatience is how long logs -f waits for an agent that is gone.
+const logsPatience = time.Minute

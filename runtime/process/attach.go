@@ -255,7 +255,7 @@ func (r *Runtime) outcome(ctx context.Context, e *entry) (int, error) {
 		case <-ctx.Done():
 			return 0, ctx.Err()
 		case <-r.ctx.Done():
-			return 0, errors.New("the node's agent ends; the task goes on")
+			return 0, runtime.ErrClosing
 		case <-time.After(5 * time.Millisecond):
 		}
 	}

@@ -1,6 +1,7 @@
 package process
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -11,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -485,9 +487,16 @@ func execMain([]string) int {
 	}
 	p.attr.Files = []uintptr{0, 1, 2}
 	p.attr.Sys.Setsid = true
-	p.attr.Sys.Setctty = a.TTY
 	if a.Detach {
 		p.path, p.argv = "/proc/self/exe", append([]string{"shoal", detachWord, p.path}, p.argv...)
+	} else {
+		k, err := json.Marshal(keep{Credential: p.attr.Sys.Credential, TTY: a.TTY})
+		if err != nil {
+			return fail(err)
+		}
+		p.path, p.argv = "/proc/self/exe", append([]string{"shoal", keepWord, string(k), p.path}, p.argv...)
+		p.attr.Files = append(p.attr.Files, in.Fd())
+		p.attr.Sys.Credential = nil
 	}
 	pid, err := syscall.ForkExec(p.path, p.argv, p.attr)
 	if err != nil {
@@ -498,6 +507,9 @@ func execMain([]string) int {
 	// check for a parent that died meanwhile takes its parent's pid 0 for that.)
 	go func() {
 		_, _ = in.Read(make([]byte, 1))
+		if !a.Detach {
+			time.Sleep(2 * keepPatience) // the keeper's part; unless somebody has stopped it
+		}
 		_ = syscall.Kill(pid, syscall.SIGKILL)
 	}()
 	done := make(chan syscall.WaitStatus, 1)

@@ -62,7 +62,9 @@ type logReader struct {
 	path string
 	f    *os.File
 	br   *bufio.Reader
+	at   int64  // of what is read
 	part []byte // a line whose end is not written yet
+	long bool   // it is too long to be one
 }
 
 // openOldest starts at the oldest file there is.
@@ -86,31 +88,51 @@ func (r *logReader) use(i int) error {
 	if r.f != nil {
 		r.f.Close()
 	}
-	r.f, r.br = f, bufio.NewReaderSize(f, 64<<10)
+	r.f, r.br, r.at = f, bufio.NewReaderSize(f, 64<<10), 0
 	return nil
 }
 
-// next returns a line, or false when there is none yet.
-func (r *logReader) next() ([]byte, bool, error) {
+// next returns a line, or false when there is none yet; a note tells of what is
+// lost before it. A line that is longer than any that is written is skipped.
+func (r *logReader) next() (line []byte, note string, ok bool, err error) {
 	for {
-		b, err := r.br.ReadBytes('\n')
+		b, err := r.br.ReadSlice('\n')
+		r.at += int64(len(b))
+		if len(r.part)+len(b) > maxLogLine+64 {
+			r.part, r.long = nil, true
+		} else if !r.long {
+			r.part = append(r.part, b...)
+		}
 		if err == nil {
-			b = append(r.part, b[:len(b)-1]...)
-			r.part = nil
-			return b, true, nil
+			line, long := r.part, r.long
+			if r.part, r.long = nil, false; long {
+				return nil, "a damaged line is left out", true, nil
+			}
+			return line[:len(line)-1], "", true, nil
+		}
+		if errors.Is(err, bufio.ErrBufferFull) {
+			continue
 		}
 		if !errors.Is(err, io.EOF) {
-			return nil, false, err
+			return nil, "", false, err
 		}
-		r.part = append(r.part, b...)
 		// At the end of the file that is still written to, wait; after a
 		// rotation go on with the one that followed this.
 		i, err := r.index()
 		if err != nil {
-			return nil, false, err
+			return nil, "", false, err
 		}
 		if i == 0 {
-			return nil, false, nil
+			if st, err := r.f.Stat(); err == nil && st.Size() < r.at {
+				// What is written from now on comes behind what is left.
+				if _, err := r.f.Seek(st.Size(), io.SeekStart); err != nil {
+					return nil, "", false, err
+				}
+				r.br.Reset(r.f)
+				r.at, r.part, r.long = st.Size(), nil, false
+				return nil, "the output was cut: some of it may be missing", true, nil
+			}
+			return nil, "", false, nil
 		}
 		if i < 0 {
 			i = logFiles // this one is gone: so are all before the oldest
@@ -118,7 +140,7 @@ func (r *logReader) next() ([]byte, bool, error) {
 		for i--; i > 0 && !exists(rotated(r.path, i)); i-- {
 		}
 		if err := r.use(i); err != nil {
-			return nil, false, err
+			return nil, "", false, err
 		}
 	}
 }
@@ -159,51 +181,68 @@ func (r *Runtime) Logs(ctx context.Context, id string, o runtime.LogOptions) ite
 			return
 		}
 		defer lr.close()
-		var tail [][]byte
-		tailing := o.Tail > 0
-		ended := false
+		var tail []runtime.LogLine
+		tailing := o.Tail != 0
+		ended, damaged := false, false
 		for {
-			b, ok, err := lr.next()
+			b, note, ok, err := lr.next()
 			if err != nil {
 				yield(runtime.LogLine{}, err)
 				return
 			}
-			if ok && tailing {
-				if tail = append(tail, b); len(tail) > o.Tail {
-					tail = tail[1:]
-				}
-				continue
-			}
 			if ok {
-				l, err := parseLog(b)
-				if !yield(l, err) {
+				var l runtime.LogLine
+				if note == "" {
+					if l, err = parseLog(b); err != nil {
+						note = "a damaged line is left out"
+					}
+				}
+				if l.Note = note; note != "" {
+					if damaged { // once for a row of them
+						continue
+					}
+					damaged, l.Time = true, time.Now()
+				} else if damaged = false; !o.Since.IsZero() && l.Time.Before(o.Since) {
+					continue
+				} else if !o.Until.IsZero() && l.Time.After(o.Until) {
+					if o.Follow && !tailing {
+						return
+					}
+					continue
+				}
+				if tailing {
+					if tail = append(tail, l); len(tail) > max(o.Tail, 0) {
+						tail = tail[1:]
+					}
+				} else if !yield(l, nil) {
 					return
 				}
 				continue
 			}
-			if tailing {
-				tailing = false
-				for _, b := range tail {
-					l, err := parseLog(b)
-					if !yield(l, err) {
-						return
-					}
+			tailing = false
+			for _, l := range tail {
+				if !yield(l, nil) {
+					return
 				}
 			}
-			if !o.Follow || ended {
+			tail = nil
+			if !o.Follow || ended || !o.Until.IsZero() && time.Now().After(o.Until) {
 				return
 			}
 			st, err := r.Status(ctx, id)
 			// Once more after the end is known: the shim writes all of the
 			// output before it tells of the end.
-			ended = err != nil || st.State == runtime.Exited
-			if !ended {
-				select {
-				case <-ctx.Done():
-					yield(runtime.LogLine{}, ctx.Err())
-					return
-				case <-time.After(logPollTime):
-				}
+			if ended = err != nil || st.State == runtime.Exited; ended {
+				continue
+			}
+			select {
+			case <-ctx.Done():
+				yield(runtime.LogLine{}, ctx.Err())
+				return
+			case <-r.ctx.Done():
+				yield(runtime.LogLine{}, runtime.ErrClosing)
+				return
+			case <-time.After(logPollTime):
 			}
 		}
 	}

@@ -30,6 +30,7 @@ const (
 	initWord   = "task-init"
 	execWord   = "task-exec"
 	detachWord = "task-detach"
+	keepWord   = "task-keep"
 	mendWord   = "task-mend"
 )
 
@@ -50,6 +51,8 @@ func Dispatch(args []string) (handled bool, exitCode int) {
 		return true, mendMain(args[2:])
 	case detachWord:
 		return true, detachMain(args[2:])
+	case keepWord:
+		return true, keepMain(args[2:])
 	}
 	return false, 0
 }
