@@ -482,6 +482,13 @@ func (a *localAPI) Init(ctx context.Context, req *connect.Request[shoalv1.InitRe
 	if err != nil {
 		return nil, connect.NewError(connect.CodeFailedPrecondition, err)
 	}
+	if r.Autolock {
+		tr.Unlock, tr.UnlockGeneration = control.NewUnlockKey(), 1
+		if err := m.takeLock(&shoalv1.Lock{Key: tr.Unlock, Generation: tr.UnlockGeneration}); err != nil {
+			a.abandon(m)
+			return nil, connect.NewError(connect.CodeInternal, err)
+		}
+	}
 	m.evicted = a.evicted
 	m.serve(a.handler(false))
 	err = func() error {
@@ -510,7 +517,7 @@ func (a *localAPI) Init(ctx context.Context, req *connect.Request[shoalv1.InitRe
 	a.setIdentity(ident)
 	a.setMember(m)
 	return connect.NewResponse(&shoalv1.InitResponse{Cluster: cluster.ID, Node: api.Node(m.node(spec.RoleManager)),
-		WorkerToken: control.Tokens(tr, spec.RoleWorker).String(), ManagerToken: control.Tokens(tr, spec.RoleManager).String()}), nil
+		WorkerToken: control.Tokens(tr, spec.RoleWorker).String(), ManagerToken: control.Tokens(tr, spec.RoleManager).String(), UnlockKey: tr.Unlock}), nil
 }
 
 // Join makes this node a member of the cluster that a manager names.
@@ -619,6 +626,9 @@ func (a *localAPI) Join(ctx context.Context, req *connect.Request[shoalv1.JoinRe
 		}
 		var mgr *control.Manager
 		if ident.Role == spec.RoleManager {
+			if err := m.takeLock(resp.Msg.Lock); err != nil {
+				return err
+			}
 			if mgr, err = m.startManager(true); err != nil {
 				return err
 			}
@@ -723,7 +733,7 @@ func (a *Agent) forget() error {
 // that was left, or of an init or join that was cut short by the agent's death.
 func (a *Agent) removeClusterFiles() error {
 	var errs []error
-	for _, p := range []string{control.MarkPath(a.cfg.DataDir), control.RaftDir(a.cfg.DataDir), control.LostPath(a.cfg.DataDir), filepath.Join(a.cfg.DataDir, "assignment.json"), filepath.Join(a.cfg.DataDir, "gossip"), peer.Path(a.cfg.DataDir)} {
+	for _, p := range []string{control.MarkPath(a.cfg.DataDir), control.RaftDir(a.cfg.DataDir), control.LostPath(a.cfg.DataDir), filepath.Join(a.cfg.DataDir, "assignment.json"), filepath.Join(a.cfg.DataDir, "gossip"), peer.Path(a.cfg.DataDir), control.LockPath(a.cfg.DataDir)} {
 		errs = append(errs, os.RemoveAll(p))
 	}
 	return errors.Join(errs...)

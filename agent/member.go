@@ -91,8 +91,9 @@ type member struct {
 
 	mu         sync.Mutex
 	manager    *control.Manager
-	managerErr error // see managerFault
-	voted      bool  // it was a manager before this start
+	managerErr error  // see managerFault
+	sealKey    []byte // of the managers' log; empty: not sealed, or not unlocked yet
+	voted      bool   // it was a manager before this start
 	stopMgr    context.CancelFunc
 	mgrDone    chan struct{}
 	assigned   *assignment
@@ -150,8 +151,13 @@ func (m *member) startManager(fresh bool) (*control.Manager, error) {
 	if !fresh && m.ident.Role != spec.RoleManager {
 		return nil, errors.New("this node is no manager any more")
 	}
+	if g, err := control.LockGeneration(m.cfg.DataDir); err != nil {
+		return nil, err
+	} else if g > 0 && len(m.sealKey) == 0 {
+		return nil, control.LockedError{}
+	}
 	mgr, err := control.NewManager(control.ManagerConfig{
-		Node: m.node(spec.RoleManager), DataDir: m.cfg.DataDir, Fresh: fresh, Voted: m.voted, Peer: m.peer, RaftListener: m.raft,
+		Node: m.node(spec.RoleManager), DataDir: m.cfg.DataDir, Seal: m.sealKey, Fresh: fresh, Voted: m.voted, Peer: m.peer, RaftListener: m.raft,
 		Liveness: m.liveness, HostRoutes: m.cfg.HostRoutes, Log: m.log,
 	})
 	if err != nil {
@@ -184,7 +190,10 @@ func (m *member) stopManager() error {
 		stop()
 		<-done
 	}
-	return os.RemoveAll(control.RaftDir(m.cfg.DataDir))
+	m.mu.Lock()
+	m.sealKey = nil
+	m.mu.Unlock()
+	return errors.Join(os.RemoveAll(control.RaftDir(m.cfg.DataDir)), os.RemoveAll(control.LockPath(m.cfg.DataDir)))
 }
 
 // role is this node's, which the managers may change.

@@ -179,6 +179,9 @@ func (m *member) mindCertificate() error {
 			return err
 		}
 	}
+	if err := m.keepLock(); err != nil {
+		return err
+	}
 	if want != role && want == spec.RoleManager {
 		return m.setRole(want)
 	}
@@ -197,6 +200,9 @@ func (m *member) renew(otherRole bool) error {
 		return fmt.Errorf("renew this node's certificate: the managers' answer: %w", err)
 	}
 	if err := m.creds.Save(peer.Path(m.cfg.DataDir)); err != nil {
+		return err
+	}
+	if err := m.takeLock(resp.Msg.Lock); err != nil {
 		return err
 	}
 	wake(m.reportWake)
@@ -338,4 +344,81 @@ func (a *Agent) PeerStats() (peer.Stats, peer.Info, bool) {
 	}
 	info, ok := m.creds.Info()
 	return m.peer.Stats(), info, ok
+}
+
+// takeLock makes a lock for the store that this node is about to have as a
+// manager, if the cluster's managers are locked.
+func (m *member) takeLock(l *shoalv1.Lock) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if l.GetKey() == "" || m.manager != nil {
+		return nil
+	}
+	if g, err := control.LockGeneration(m.cfg.DataDir); err != nil || g > 0 {
+		return err // it has one
+	}
+	key := control.NewSealKey()
+	if err := control.WriteLock(m.cfg.DataDir, l.Key, l.Generation, key); err != nil {
+		return err
+	}
+	m.sealKey = key
+	return nil
+}
+
+// keepLock seals the key of the store anew when the unlock key was rotated.
+func (m *member) keepLock() error {
+	m.mu.Lock()
+	key := m.sealKey
+	m.mu.Unlock()
+	mgr := m.fsm.Load()
+	if mgr == nil || len(key) == 0 {
+		return nil
+	}
+	unlock, now := mgr.UnlockKey()
+	have, err := control.LockGeneration(m.cfg.DataDir)
+	if err != nil || unlock == "" || now <= have {
+		return err
+	}
+	if err := control.WriteLock(m.cfg.DataDir, unlock, now, key); err != nil {
+		return err
+	}
+	m.log.Info("the managers' log of this node opens with another unlock key", "generation", now)
+	return nil
+}
+
+// Unlock opens the managers' log of this node.
+func (a *localAPI) Unlock(ctx context.Context, req *connect.Request[shoalv1.UnlockRequest]) (*connect.Response[shoalv1.UnlockResponse], error) {
+	for !a.mu.TryLock() { // it may be starting
+		if !sleep(ctx, 20*time.Millisecond) {
+			return nil, ctx.Err()
+		}
+	}
+	m := a.current()
+	a.mu.Unlock()
+	if m == nil {
+		return nil, a.noMember()
+	}
+	m.mu.Lock()
+	open := m.manager != nil || len(m.sealKey) > 0
+	m.mu.Unlock()
+	if open {
+		return nil, precondition("this node is not locked")
+	}
+	key, err := control.OpenLock(m.cfg.DataDir, req.Msg.Key)
+	if err != nil {
+		return nil, connect.NewError(connect.CodeInvalidArgument, err)
+	}
+	m.mu.Lock()
+	m.sealKey = key
+	m.mu.Unlock()
+	// keepManager tries again by itself.
+	ctx, cancel := context.WithTimeout(ctx, managerWait)
+	defer cancel()
+	for m.fsm.Load() == nil {
+		if !sleep(ctx, 20*time.Millisecond) {
+			return nil, connect.NewError(connect.CodeUnavailable, fmt.Errorf("this node is unlocked, and does not work as a manager after %s: %w", managerWait, m.managerFault()))
+		}
+	}
+	wake(m.certWake)
+	return connect.NewResponse(&shoalv1.UnlockResponse{}), nil
 }

@@ -73,6 +73,7 @@ type simNode struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 	root   *peer.Root // that certifies it
+	seal   []byte     // of its store
 	shows  string     // role in its certificate; empty: its role
 	peer   *peer.Peer
 	client *http.Client                 // of its own socket
@@ -156,7 +157,7 @@ func (n *simNode) start() {
 	if n.node.Role != spec.RoleManager {
 		return
 	}
-	n.mgr, err = NewManager(ManagerConfig{Node: n.node, DataDir: n.dir, Fresh: !n.ran, Voted: n.ran, Peer: n.peer, RaftListener: raftConns, Log: n.log, Tuning: n.tune})
+	n.mgr, err = NewManager(ManagerConfig{Node: n.node, DataDir: n.dir, Seal: n.seal, Fresh: !n.ran, Voted: n.ran, Peer: n.peer, RaftListener: raftConns, Log: n.log, Tuning: n.tune})
 	var lost *StoreLostError
 	if errors.As(err, &lost) {
 		n.mgr, n.lost = nil, err

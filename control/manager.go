@@ -60,6 +60,9 @@ type ManagerConfig struct {
 	Fresh bool
 	// Voted: it is known to have been a manager, whatever the directory shows.
 	Voted bool
+	// Seal is the key that raft's files are sealed with; empty: they are not. See
+	// lock.go.
+	Seal []byte
 	// Peer is this node among the others, RaftListener raft's share of its port.
 	Peer         *peer.Peer
 	RaftListener *peer.Conns
@@ -146,7 +149,11 @@ func NewManager(cfg ManagerConfig) (*Manager, error) {
 		m.store.Close()
 		return nil, fmt.Errorf("start raft: %w", err)
 	}
-	m.raft, err = raft.NewRaft(rc, m.fsm, cached, m.store, m.store.snaps, m.trans)
+	var snaps raft.SnapshotStore = m.store.snaps
+	if m.store.seal != nil {
+		snaps = &sealedSnaps{snaps, m.store.seal}
+	}
+	m.raft, err = raft.NewRaft(rc, m.fsm, cached, m.store, snaps, m.trans)
 	if err != nil {
 		m.trans.Close()
 		m.store.Close()
@@ -184,6 +191,12 @@ func (m *Manager) admit(c peer.Caller, cmd any) error {
 		}
 	}
 	return fmt.Errorf("%s is not in raft's configuration", c)
+}
+
+// UnlockKey is the cluster's, as far as this manager has it; "" without one.
+func (m *Manager) UnlockKey() (key string, generation uint64) {
+	m.fsm.read(func(st *state.State) { key, generation = st.UnlockKey() })
+	return key, generation
 }
 
 // Standing is what the managers' node list says, as far as this manager has it;

@@ -1,6 +1,7 @@
 package control
 
 import (
+	"crypto/cipher"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -107,6 +108,7 @@ type store struct {
 	*raftboltdb.BoltStore
 	id     string
 	snaps  *raft.FileSnapshotStore
+	seal   cipher.AEAD // nil: entries are as they are; see lock.go
 	closed chan struct{}
 	once   sync.Once
 	err    atomic.Pointer[error] // why the last write failed; nil: it did not
@@ -152,6 +154,12 @@ func openStore(cfg ManagerConfig) (*store, error) {
 		return nil, lost("it can't be read: %v", err)
 	}
 	s := &store{BoltStore: db, closed: make(chan struct{})}
+	if len(cfg.Seal) > 0 {
+		if s.seal, err = gcm(cfg.Seal, "store"); err != nil {
+			db.Close()
+			return nil, err
+		}
+	}
 	if err := s.check(cfg, dir, k, lost); err != nil {
 		db.Close()
 		return nil, err
@@ -169,6 +177,21 @@ func (s *store) check(cfg ManagerConfig, dir string, k *mark, lost func(string, 
 	term, err := s.GetUint64(keyTerm)
 	if err != nil && !errors.Is(err, raftboltdb.ErrKeyNotFound) {
 		return fmt.Errorf("managers' log: %w", err)
+	}
+	sealed, err := s.GetUint64(keySealed)
+	if err != nil && !errors.Is(err, raftboltdb.ErrKeyNotFound) {
+		return fmt.Errorf("managers' log: %w", err)
+	}
+	switch {
+	case sealed == 1 && s.seal == nil:
+		return lost("it is sealed, and %s with its key is gone", LockPath(cfg.DataDir))
+	case sealed == 0 && s.seal != nil:
+		if i, err := s.LastIndex(); err != nil || i > 0 {
+			return lost("it is not sealed, and %s has a key for it", LockPath(cfg.DataDir))
+		}
+		if err := s.SetUint64(keySealed, 1); err != nil {
+			return fmt.Errorf("managers' log: %w", err)
+		}
 	}
 	first, ferr := s.FirstIndex()
 	last, lerr := s.LastIndex()
@@ -323,10 +346,18 @@ func (s *store) note(err error) error {
 }
 
 // StoreLog implements raft.LogStore.
-func (s *store) StoreLog(l *raft.Log) error { return s.note(s.BoltStore.StoreLog(l)) }
+func (s *store) StoreLog(l *raft.Log) error { return s.note(s.BoltStore.StoreLog(s.sealLog(l))) }
 
 // StoreLogs implements raft.LogStore.
-func (s *store) StoreLogs(ls []*raft.Log) error { return s.note(s.BoltStore.StoreLogs(ls)) }
+func (s *store) StoreLogs(ls []*raft.Log) error {
+	if s.seal != nil {
+		ls = slices.Clone(ls)
+		for i, l := range ls {
+			ls[i] = s.sealLog(l)
+		}
+	}
+	return s.note(s.BoltStore.StoreLogs(ls))
+}
 
 // Set implements raft.StableStore.
 func (s *store) Set(k, v []byte) error { return s.note(s.BoltStore.Set(k, v)) }

@@ -185,7 +185,7 @@ func (s *service) JoinNode(ctx context.Context, req *connect.Request[shoalv1.Joi
 	if err != nil {
 		return nil, err
 	}
-	resp := &shoalv1.JoinNodeResponse{Cluster: clusterInfo(cluster), Node: s.nodeInfo(joined), Certificate: cert, Trust: TrustInfo(t)}
+	resp := &shoalv1.JoinNodeResponse{Cluster: clusterInfo(cluster), Node: s.nodeInfo(joined), Certificate: cert, Trust: TrustInfo(t), Lock: lockFor(t, joined)}
 	err = s.read(func(st *state.State) error {
 		resp.Managers = s.managers(st)
 		return nil
@@ -243,11 +243,39 @@ func (s *service) RenewCertificate(ctx context.Context, req *connect.Request[sho
 	if err != nil {
 		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("node %s: %w", n.Name, err))
 	}
+	t, _, err := s.trust()
+	if err != nil {
+		return nil, err
+	}
 	_, cert, err := s.certify(ctx, n, pub.Key())
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&shoalv1.RenewCertificateResponse{Certificate: cert}), nil
+	return connect.NewResponse(&shoalv1.RenewCertificateResponse{Certificate: cert, Lock: lockFor(t, n)}), nil
+}
+
+// lockFor is the unlock key for a manager; workers never see it.
+func lockFor(t *state.Trust, n spec.Node) *shoalv1.Lock {
+	if n.Role != spec.RoleManager || t.Unlock == "" {
+		return nil
+	}
+	return &shoalv1.Lock{Key: t.Unlock, Generation: t.UnlockGeneration}
+}
+
+// UnlockKey tells the key that managers ask for after a start, or replaces it.
+func (s *service) UnlockKey(ctx context.Context, req *connect.Request[shoalv1.UnlockKeyRequest]) (*connect.Response[shoalv1.UnlockKeyResponse], error) {
+	t, _, err := s.trust()
+	if err != nil {
+		return nil, err
+	}
+	if !req.Msg.Rotate {
+		return connect.NewResponse(&shoalv1.UnlockKeyResponse{Key: t.Unlock}), nil
+	}
+	key := NewUnlockKey()
+	if _, err := s.m.Propose(ctx, state.Command{RotateUnlock: &state.RotateUnlock{Key: key, Was: t.UnlockGeneration}}); err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&shoalv1.UnlockKeyResponse{Key: key}), nil
 }
 
 // nodeByID finds a node by its whole ID.

@@ -331,3 +331,90 @@ func (s site) nodeIDs() (out [][2]string) {
 	}
 	return out
 }
+
+// TestAutolock: what managers keep on their disks can't be read without the
+// unlock key, which a manager asks for after a start.
+func TestAutolock(t *testing.T) {
+	onlyNative(t)
+	s := own(t, "itlock", lab.Options{Nodes: 3, NoInit: true})
+	out := s.ok("node1", "shoal init --autolock --advertise-addr 172.30.0.1")
+	key := strings.TrimSpace(out[strings.Index(out, "SHOALKEY-1-"):])
+	token := s.ok("node1", "shoal token show -q manager")
+	for _, n := range []string{"node2", "node3"} {
+		s.ok(n, "shoal join --token %s --advertise-addr %s 172.30.0.1", token, s.addrOf(n))
+	}
+	s.ok("node1", "shoal net create readable-network")
+	if got := s.ok("node2", "shoal unlock-key -q"); got != key {
+		t.Errorf("the unlock key is %s, not %s", got, key)
+	}
+	s.eventually(slow(10*time.Second), func() error { // that a manager has it is no secret
+		if out := s.ok("node3", "shoal net ls"); !strings.Contains(out, "readable-network") {
+			return fmt.Errorf("%s", out)
+		}
+		return nil
+	})
+	for _, n := range s.Nodes() {
+		err := filepath.Walk(filepath.Join(n.Dir, "data", "raft"), func(path string, fi os.FileInfo, err error) error {
+			if err != nil || fi.IsDir() {
+				return err
+			}
+			b, err := os.ReadFile(path)
+			for _, word := range []string{"readable-network", strings.Split(token, "-")[3], "create_network", key} {
+				if strings.Contains(string(b), word) {
+					t.Errorf("%s has %q in it", path, word)
+				}
+			}
+			return err
+		})
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	restart := func(n string) {
+		t.Helper()
+		if err := s.KillAgent(n); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Start(t.Context(), n); err != nil {
+			t.Fatal(err)
+		}
+	}
+	unlock := func(n, key, want string) {
+		t.Helper()
+		if r := s.in(key, n, "shoal", "unlock"); (r.code == 0) != (want == "") || !strings.Contains(r.err, want) {
+			t.Errorf("%s: unlock: %d %s, want %q", n, r.code, r.err, want)
+		}
+	}
+	unlock("node1", key, "not locked")
+	restart("node3")
+	s.eventually(slow(20*time.Second), func() error {
+		if r := s.on("node3", "shoal", "doctor"); !strings.Contains(r.out, "shoal unlock") {
+			return fmt.Errorf("%s", r.out)
+		}
+		return nil
+	})
+	s.ok("node3", "shoal net ls") // the others answer
+	unlock("node3", "SHOALKEY-1-short", "no unlock key")
+	unlock("node3", out[strings.Index(out, "SHOALKEY-1-"):len(out)-3], "no unlock key") // cut
+	rotated := s.ok("node1", "shoal unlock-key -q --rotate")
+	unlock("node3", rotated, "wrong")
+	unlock("node3", key+"\n", "") // the one from before its start
+	s.eventually(slow(20*time.Second), func() error {
+		if out := s.ok("node3", "shoal doctor"); strings.Contains(out, "unlock") {
+			return fmt.Errorf("%s", out)
+		}
+		return nil
+	})
+	// From now on it is the new one.
+	s.eventually(slow(30*time.Second), func() error {
+		b, err := os.ReadFile(filepath.Join(s.dataDir("node3"), "lock.json"))
+		if err != nil || !strings.Contains(string(b), `"generation":2`) {
+			return fmt.Errorf("%s, %v", b, err)
+		}
+		return nil
+	})
+	restart("node3")
+	unlock("node3", key, "wrong")
+	unlock("node3", rotated, "")
+	s.ok("node3", "shoal net ls")
+}

@@ -46,6 +46,7 @@ var Table = map[string]Rule{
 	"/shoal.v1.Control/RotateToken":       users(),
 	"/shoal.v1.Control/ShowCA":            users(),
 	"/shoal.v1.Control/RotateCA":          users(),
+	"/shoal.v1.Control/UnlockKey":         users(),
 	// Every node has the list of nodes in its assignment.
 	"/shoal.v1.Control/ListNodes": {Who: Nodes, Body: maxBody},
 
@@ -71,6 +72,7 @@ var Table = map[string]Rule{
 	"/shoal.v1.Local/Join":   {Who: Local, Body: maxBody},
 	"/shoal.v1.Local/Leave":  {Who: Local, Body: maxBody},
 	"/shoal.v1.Local/Doctor": {Who: Local, Body: maxBody},
+	"/shoal.v1.Local/Unlock": {Who: Local, Body: maxBody},
 }
 
 // LeaderPath answers with the leader's control address as a node knows it.

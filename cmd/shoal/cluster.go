@@ -58,10 +58,14 @@ func (c *cli) initCmd() *cobra.Command {
 			n := resp.Msg.Node
 			fmt.Fprintf(c.out, "Cluster %s is made; this node (%s) is its manager.\n\nTo add a node, start its agent and run on it:\n\n    %s\n\nFor a further manager (three bear the loss of one) take the command that\n'shoal token show manager' prints.\n",
 				resp.Msg.Cluster, n.Name, joinCommand(resp.Msg.WorkerToken, n))
+			if k := resp.Msg.UnlockKey; k != "" {
+				fmt.Fprintf(c.out, "\nThe managers' disks are sealed. After a start of its agent a manager asks for this\nkey ('shoal unlock'); keep it elsewhere than on their disks:\n\n    %s\n", k)
+			}
 			return nil
 		},
 	}
 	f := cmd.Flags()
+	f.BoolVar(&req.Autolock, "autolock", false, "seal the managers' disks with a key that 'shoal unlock' asks for after a start")
 	f.StringVar(&req.AdvertiseAddr, "advertise-addr", "", "address or interface that other nodes reach this one by (default: that of the default route)")
 	f.StringSliceVar(&req.AddressPools, "default-addr-pool", nil, "pool that networks' subnets are cut from (default "+agent.DefaultPool+"; repeatable)")
 	f.Int32Var(&req.SubnetSize, "default-addr-pool-mask-length", agent.DefaultSubnetSize, "prefix length of those subnets")
@@ -196,9 +200,9 @@ finds an error.`,
 				}
 			} else {
 				for _, ch := range resp.Msg.Checks {
-					fmt.Fprintf(c.out, "%-6s%-12s%s\n", ch.Status, ch.Name, ch.Message)
+					fmt.Fprintf(c.out, "%-6s%-14s%s\n", ch.Status, ch.Name, ch.Message)
 					if ch.Hint != "" {
-						fmt.Fprintf(c.out, "%18s%s\n", "", ch.Hint)
+						fmt.Fprintf(c.out, "%20s%s\n", "", ch.Hint)
 					}
 				}
 				for _, o := range resp.Msg.Objects {

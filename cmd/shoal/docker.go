@@ -20,8 +20,8 @@ var dockerWords = []struct{ docker, instead string }{
 	{"swarm leave", "use 'shoal leave'"},
 	{"swarm join-token", "use 'shoal token show worker' (or manager), and 'shoal token rotate'"},
 	{"swarm ca", "use 'shoal ca show' and 'shoal ca rotate'"},
-	{"swarm unlock", "there is no lock: a manager starts by itself"},
-	{"swarm unlock-key", "there is no lock: a manager starts by itself"},
+	{"swarm unlock", "use 'shoal unlock'"},
+	{"swarm unlock-key", "use 'shoal unlock-key', with --rotate for another"},
 	{"swarm update", "what 'shoal init' sets stays; nodes change by 'shoal node update'"},
 
 	{"node ps", "use 'shoal ps --node NODE'"},

@@ -2,12 +2,16 @@ package main
 
 import (
 	"encoding/pem"
+	"errors"
 	"fmt"
+	"io"
+	"os"
 	"strings"
 	"time"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
+	"golang.org/x/term"
 
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/spec"
@@ -211,4 +215,55 @@ func (c *cli) nodeRole(verb, role string) *cobra.Command {
 			}
 			return nil
 		}}
+}
+
+func (c *cli) unlockCmd() *cobra.Command {
+	return &cobra.Command{Use: "unlock", Short: "Give a locked manager the unlock key", Args: exactly(0),
+		Long: `Unlock reads the unlock key from the terminal, or from standard input, and gives it
+to this node's agent, whose part of the managers can't be read without it. Tasks,
+networks and names of the node work meanwhile.`,
+		Example: "  shoal unlock\n  shoal unlock < key",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var key []byte
+			var err error
+			if f, ok := c.in.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
+				fmt.Fprint(c.err, "Unlock key: ")
+				key, err = term.ReadPassword(int(f.Fd()))
+				fmt.Fprintln(c.err)
+			} else {
+				key, err = io.ReadAll(io.LimitReader(c.in, 1024))
+			}
+			if err != nil {
+				return fmt.Errorf("read the unlock key: %w", err)
+			}
+			_, err = c.local().Unlock(cmd.Context(), connect.NewRequest(&shoalv1.UnlockRequest{Key: string(key)}))
+			return err
+		}}
+}
+
+func (c *cli) unlockKeyCmd() *cobra.Command {
+	var rotate, quiet bool
+	cmd := &cobra.Command{Use: "unlock-key", Short: "Show or replace the key that locked managers ask for", Args: exactly(0),
+		Long: `Unlock-key shows the key that managers ask for after a start, if the cluster was
+made with 'shoal init --autolock'. A manager that is not up when the key is
+rotated needs the one before to start, and the new one from then on.`,
+		Example: "  shoal unlock-key\n  shoal unlock-key --rotate",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			resp, err := c.control().UnlockKey(cmd.Context(), connect.NewRequest(&shoalv1.UnlockKeyRequest{Rotate: rotate}))
+			if err != nil {
+				return err
+			}
+			if resp.Msg.Key == "" {
+				return errors.New("the managers of this cluster are not locked: that is decided when it is made, by 'shoal init --autolock'")
+			}
+			if quiet {
+				fmt.Fprintln(c.out, resp.Msg.Key)
+				return nil
+			}
+			fmt.Fprintf(c.out, "After a start of its agent a manager asks for this key ('shoal unlock'); keep it\nelsewhere than on the managers' disks:\n\n    %s\n", resp.Msg.Key)
+			return nil
+		}}
+	cmd.Flags().BoolVar(&rotate, "rotate", false, "replace it")
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "only the key")
+	return cmd
 }

@@ -47,6 +47,7 @@ type Command struct {
 	DropRoot      *DropRoot      `json:"drop_root,omitempty"`
 	Certify       *Certify       `json:"certify,omitempty"`
 	SetGossipKeys *SetGossipKeys `json:"set_gossip_keys,omitempty"`
+	RotateUnlock  *RotateUnlock  `json:"rotate_unlock,omitempty"`
 }
 
 // Cluster is what is fixed at init.

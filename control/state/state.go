@@ -480,6 +480,8 @@ func (s *State) Apply(index uint64, c Command) Result {
 		return s.dropRoot(c.DropRoot)
 	case c.Certify != nil:
 		return s.certify(c.Certify)
+	case c.RotateUnlock != nil:
+		return s.rotateUnlock(c.RotateUnlock)
 	case c.SetGossipKeys != nil:
 		return s.setGossipKeys(c.SetGossipKeys)
 	default:

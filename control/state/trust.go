@@ -18,6 +18,10 @@ type Trust struct {
 	Tokens map[string]JoinToken `json:"tokens"`
 	// Gossip are the keys of gossip, oldest first. See package gossip.
 	Gossip []GossipKey `json:"gossip,omitempty"`
+	// Unlock is the key that managers' disks are sealed with, by way of a key of
+	// their own; empty: they are not.
+	Unlock           string `json:"unlock,omitempty"`
+	UnlockGeneration uint64 `json:"unlock_generation,omitempty"`
 }
 
 // Root is one root, in DER.
@@ -54,7 +58,7 @@ func (t *Trust) clone() *Trust {
 	if t == nil {
 		return nil
 	}
-	out := &Trust{Roots: slices.Clone(t.Roots), Tokens: map[string]JoinToken{}, Gossip: slices.Clone(t.Gossip)}
+	out := &Trust{Roots: slices.Clone(t.Roots), Tokens: map[string]JoinToken{}, Gossip: slices.Clone(t.Gossip), Unlock: t.Unlock, UnlockGeneration: t.UnlockGeneration}
 	for k, v := range t.Tokens {
 		v.Old = slices.Clone(v.Old)
 		out.Tokens[k] = v
@@ -117,6 +121,34 @@ type SetGossipKeys struct {
 	// it is another.
 	Was  uint64      `json:"was"`
 	Keys []GossipKey `json:"keys"`
+}
+
+// RotateUnlock replaces the unlock key.
+type RotateUnlock struct {
+	Key string `json:"key"`
+	Was uint64 `json:"was"` // generation of the one before: refused with ErrConflict if it is another
+}
+
+func (s *State) rotateUnlock(c *RotateUnlock) Result {
+	t := s.trust.clone()
+	if t == nil || t.Unlock == "" || c.Key == "" {
+		return Result{Err: failf(ErrInvalid, "the managers of this cluster are not locked: that is decided when it is made, by 'shoal init --autolock'")}
+	}
+	if t.UnlockGeneration != c.Was {
+		return Result{Err: failf(ErrConflict, "the unlock key was rotated meanwhile")}
+	}
+	t.Unlock, t.UnlockGeneration = c.Key, c.Was+1
+	s.trust, s.changed = t, s.index // managers look at their locks
+	s.event("cluster", "unlock-rotate", s.cluster.ID, s.cluster.ID)
+	return Result{}
+}
+
+// UnlockKey is the cluster's; "" without one.
+func (s *State) UnlockKey() (key string, generation uint64) {
+	if s.trust == nil {
+		return "", 0
+	}
+	return s.trust.Unlock, s.trust.UnlockGeneration
 }
 
 // Trust returns a copy of the cluster's authority; nil when there is none.

@@ -3266,6 +3266,7 @@ type JoinNodeResponse struct {
 	Managers      []*NodeInfo            `protobuf:"bytes,3,rep,name=managers,proto3" json:"managers,omitempty"`
 	Certificate   *Certificate           `protobuf:"bytes,4,opt,name=certificate,proto3" json:"certificate,omitempty"`
 	Trust         *Trust                 `protobuf:"bytes,5,opt,name=trust,proto3" json:"trust,omitempty"`
+	Lock          *Lock                  `protobuf:"bytes,6,opt,name=lock,proto3" json:"lock,omitempty"` // of a manager
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3331,6 +3332,13 @@ func (x *JoinNodeResponse) GetCertificate() *Certificate {
 func (x *JoinNodeResponse) GetTrust() *Trust {
 	if x != nil {
 		return x.Trust
+	}
+	return nil
+}
+
+func (x *JoinNodeResponse) GetLock() *Lock {
+	if x != nil {
+		return x.Lock
 	}
 	return nil
 }
@@ -3437,6 +3445,7 @@ func (x *RenewCertificateRequest) GetNode() string {
 type RenewCertificateResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Certificate   *Certificate           `protobuf:"bytes,1,opt,name=certificate,proto3" json:"certificate,omitempty"`
+	Lock          *Lock                  `protobuf:"bytes,2,opt,name=lock,proto3" json:"lock,omitempty"` // of a manager
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3478,6 +3487,66 @@ func (x *RenewCertificateResponse) GetCertificate() *Certificate {
 	return nil
 }
 
+func (x *RenewCertificateResponse) GetLock() *Lock {
+	if x != nil {
+		return x.Lock
+	}
+	return nil
+}
+
+// Lock is what a manager seals its disk with, by way of a key of its own.
+type Lock struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Key           string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"` // empty: it does not
+	Generation    uint64                 `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Lock) Reset() {
+	*x = Lock{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Lock) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Lock) ProtoMessage() {}
+
+func (x *Lock) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Lock.ProtoReflect.Descriptor instead.
+func (*Lock) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *Lock) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *Lock) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
 // LeaveNode forgets the node that calls.
 type LeaveNodeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -3488,7 +3557,7 @@ type LeaveNodeRequest struct {
 
 func (x *LeaveNodeRequest) Reset() {
 	*x = LeaveNodeRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3500,7 +3569,7 @@ func (x *LeaveNodeRequest) String() string {
 func (*LeaveNodeRequest) ProtoMessage() {}
 
 func (x *LeaveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3513,7 +3582,7 @@ func (x *LeaveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveNodeRequest.ProtoReflect.Descriptor instead.
 func (*LeaveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{51}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *LeaveNodeRequest) GetNode() string {
@@ -3531,7 +3600,7 @@ type LeaveNodeResponse struct {
 
 func (x *LeaveNodeResponse) Reset() {
 	*x = LeaveNodeResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3543,7 +3612,7 @@ func (x *LeaveNodeResponse) String() string {
 func (*LeaveNodeResponse) ProtoMessage() {}
 
 func (x *LeaveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3556,7 +3625,7 @@ func (x *LeaveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveNodeResponse.ProtoReflect.Descriptor instead.
 func (*LeaveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{52}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{53}
 }
 
 type ShowTokenRequest struct {
@@ -3568,7 +3637,7 @@ type ShowTokenRequest struct {
 
 func (x *ShowTokenRequest) Reset() {
 	*x = ShowTokenRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3580,7 +3649,7 @@ func (x *ShowTokenRequest) String() string {
 func (*ShowTokenRequest) ProtoMessage() {}
 
 func (x *ShowTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3593,7 +3662,7 @@ func (x *ShowTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowTokenRequest.ProtoReflect.Descriptor instead.
 func (*ShowTokenRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{53}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ShowTokenRequest) GetRole() string {
@@ -3614,7 +3683,7 @@ type ShowTokenResponse struct {
 
 func (x *ShowTokenResponse) Reset() {
 	*x = ShowTokenResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3626,7 +3695,7 @@ func (x *ShowTokenResponse) String() string {
 func (*ShowTokenResponse) ProtoMessage() {}
 
 func (x *ShowTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3639,7 +3708,7 @@ func (x *ShowTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowTokenResponse.ProtoReflect.Descriptor instead.
 func (*ShowTokenResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{54}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ShowTokenResponse) GetToken() string {
@@ -3672,7 +3741,7 @@ type RotateTokenRequest struct {
 
 func (x *RotateTokenRequest) Reset() {
 	*x = RotateTokenRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3684,7 +3753,7 @@ func (x *RotateTokenRequest) String() string {
 func (*RotateTokenRequest) ProtoMessage() {}
 
 func (x *RotateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3697,7 +3766,7 @@ func (x *RotateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateTokenRequest.ProtoReflect.Descriptor instead.
 func (*RotateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{55}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *RotateTokenRequest) GetRole() string {
@@ -3716,7 +3785,7 @@ type RotateTokenResponse struct {
 
 func (x *RotateTokenResponse) Reset() {
 	*x = RotateTokenResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3728,7 +3797,7 @@ func (x *RotateTokenResponse) String() string {
 func (*RotateTokenResponse) ProtoMessage() {}
 
 func (x *RotateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3741,7 +3810,7 @@ func (x *RotateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateTokenResponse.ProtoReflect.Descriptor instead.
 func (*RotateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{56}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *RotateTokenResponse) GetToken() string {
@@ -3759,7 +3828,7 @@ type ShowCARequest struct {
 
 func (x *ShowCARequest) Reset() {
 	*x = ShowCARequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3771,7 +3840,7 @@ func (x *ShowCARequest) String() string {
 func (*ShowCARequest) ProtoMessage() {}
 
 func (x *ShowCARequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3784,7 +3853,7 @@ func (x *ShowCARequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowCARequest.ProtoReflect.Descriptor instead.
 func (*ShowCARequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{57}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{58}
 }
 
 type ShowCAResponse struct {
@@ -3800,7 +3869,7 @@ type ShowCAResponse struct {
 
 func (x *ShowCAResponse) Reset() {
 	*x = ShowCAResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3812,7 +3881,7 @@ func (x *ShowCAResponse) String() string {
 func (*ShowCAResponse) ProtoMessage() {}
 
 func (x *ShowCAResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3825,7 +3894,7 @@ func (x *ShowCAResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowCAResponse.ProtoReflect.Descriptor instead.
 func (*ShowCAResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{58}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *ShowCAResponse) GetRoot() *ShowCAResponse_Root {
@@ -3863,6 +3932,94 @@ func (x *ShowCAResponse) GetCluster() string {
 	return ""
 }
 
+type UnlockKeyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Rotate        bool                   `protobuf:"varint,1,opt,name=rotate,proto3" json:"rotate,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnlockKeyRequest) Reset() {
+	*x = UnlockKeyRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnlockKeyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnlockKeyRequest) ProtoMessage() {}
+
+func (x *UnlockKeyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnlockKeyRequest.ProtoReflect.Descriptor instead.
+func (*UnlockKeyRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{60}
+}
+
+func (x *UnlockKeyRequest) GetRotate() bool {
+	if x != nil {
+		return x.Rotate
+	}
+	return false
+}
+
+type UnlockKeyResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Key           string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnlockKeyResponse) Reset() {
+	*x = UnlockKeyResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnlockKeyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnlockKeyResponse) ProtoMessage() {}
+
+func (x *UnlockKeyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnlockKeyResponse.ProtoReflect.Descriptor instead.
+func (*UnlockKeyResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{61}
+}
+
+func (x *UnlockKeyResponse) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
 type RotateCARequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -3871,7 +4028,7 @@ type RotateCARequest struct {
 
 func (x *RotateCARequest) Reset() {
 	*x = RotateCARequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3883,7 +4040,7 @@ func (x *RotateCARequest) String() string {
 func (*RotateCARequest) ProtoMessage() {}
 
 func (x *RotateCARequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3896,7 +4053,7 @@ func (x *RotateCARequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateCARequest.ProtoReflect.Descriptor instead.
 func (*RotateCARequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{59}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{62}
 }
 
 type RotateCAResponse struct {
@@ -3908,7 +4065,7 @@ type RotateCAResponse struct {
 
 func (x *RotateCAResponse) Reset() {
 	*x = RotateCAResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3920,7 +4077,7 @@ func (x *RotateCAResponse) String() string {
 func (*RotateCAResponse) ProtoMessage() {}
 
 func (x *RotateCAResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3933,7 +4090,7 @@ func (x *RotateCAResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateCAResponse.ProtoReflect.Descriptor instead.
 func (*RotateCAResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{60}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *RotateCAResponse) GetDigest() string {
@@ -3952,7 +4109,7 @@ type AdmitManagerRequest struct {
 
 func (x *AdmitManagerRequest) Reset() {
 	*x = AdmitManagerRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3964,7 +4121,7 @@ func (x *AdmitManagerRequest) String() string {
 func (*AdmitManagerRequest) ProtoMessage() {}
 
 func (x *AdmitManagerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3977,7 +4134,7 @@ func (x *AdmitManagerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AdmitManagerRequest.ProtoReflect.Descriptor instead.
 func (*AdmitManagerRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{61}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *AdmitManagerRequest) GetNode() string {
@@ -3997,7 +4154,7 @@ type AdmitManagerResponse struct {
 
 func (x *AdmitManagerResponse) Reset() {
 	*x = AdmitManagerResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4009,7 +4166,7 @@ func (x *AdmitManagerResponse) String() string {
 func (*AdmitManagerResponse) ProtoMessage() {}
 
 func (x *AdmitManagerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4022,7 +4179,7 @@ func (x *AdmitManagerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AdmitManagerResponse.ProtoReflect.Descriptor instead.
 func (*AdmitManagerResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{62}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *AdmitManagerResponse) GetTerm() uint64 {
@@ -4048,7 +4205,7 @@ type AssignmentsRequest struct {
 
 func (x *AssignmentsRequest) Reset() {
 	*x = AssignmentsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4060,7 +4217,7 @@ func (x *AssignmentsRequest) String() string {
 func (*AssignmentsRequest) ProtoMessage() {}
 
 func (x *AssignmentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4073,7 +4230,7 @@ func (x *AssignmentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignmentsRequest.ProtoReflect.Descriptor instead.
 func (*AssignmentsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{63}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *AssignmentsRequest) GetNode() string {
@@ -4102,7 +4259,7 @@ type AssignmentsResponse struct {
 
 func (x *AssignmentsResponse) Reset() {
 	*x = AssignmentsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4114,7 +4271,7 @@ func (x *AssignmentsResponse) String() string {
 func (*AssignmentsResponse) ProtoMessage() {}
 
 func (x *AssignmentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4127,7 +4284,7 @@ func (x *AssignmentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignmentsResponse.ProtoReflect.Descriptor instead.
 func (*AssignmentsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{64}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *AssignmentsResponse) GetIndex() uint64 {
@@ -4198,7 +4355,7 @@ type Trust struct {
 
 func (x *Trust) Reset() {
 	*x = Trust{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4210,7 +4367,7 @@ func (x *Trust) String() string {
 func (*Trust) ProtoMessage() {}
 
 func (x *Trust) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4223,7 +4380,7 @@ func (x *Trust) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Trust.ProtoReflect.Descriptor instead.
 func (*Trust) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{65}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *Trust) GetRoots() [][]byte {
@@ -4258,7 +4415,7 @@ type GossipKey struct {
 
 func (x *GossipKey) Reset() {
 	*x = GossipKey{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4270,7 +4427,7 @@ func (x *GossipKey) String() string {
 func (*GossipKey) ProtoMessage() {}
 
 func (x *GossipKey) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4283,7 +4440,7 @@ func (x *GossipKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GossipKey.ProtoReflect.Descriptor instead.
 func (*GossipKey) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{66}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *GossipKey) GetGeneration() uint64 {
@@ -4332,7 +4489,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4344,7 +4501,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4357,7 +4514,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{67}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *ReportRequest) GetNode() string {
@@ -4452,7 +4609,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4464,7 +4621,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4477,7 +4634,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{68}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{71}
 }
 
 type TasksRequest struct {
@@ -4488,7 +4645,7 @@ type TasksRequest struct {
 
 func (x *TasksRequest) Reset() {
 	*x = TasksRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4500,7 +4657,7 @@ func (x *TasksRequest) String() string {
 func (*TasksRequest) ProtoMessage() {}
 
 func (x *TasksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4513,7 +4670,7 @@ func (x *TasksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TasksRequest.ProtoReflect.Descriptor instead.
 func (*TasksRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{69}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72}
 }
 
 type TasksResponse struct {
@@ -4525,7 +4682,7 @@ type TasksResponse struct {
 
 func (x *TasksResponse) Reset() {
 	*x = TasksResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4537,7 +4694,7 @@ func (x *TasksResponse) String() string {
 func (*TasksResponse) ProtoMessage() {}
 
 func (x *TasksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4550,7 +4707,7 @@ func (x *TasksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TasksResponse.ProtoReflect.Descriptor instead.
 func (*TasksResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{70}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *TasksResponse) GetTasks() []*Task {
@@ -4569,7 +4726,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4581,7 +4738,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4594,7 +4751,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{71}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *StatsRequest) GetTasks() []string {
@@ -4614,7 +4771,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4626,7 +4783,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4639,7 +4796,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *StatsResponse) GetNode() string {
@@ -4665,7 +4822,7 @@ type KernelRequest struct {
 
 func (x *KernelRequest) Reset() {
 	*x = KernelRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4677,7 +4834,7 @@ func (x *KernelRequest) String() string {
 func (*KernelRequest) ProtoMessage() {}
 
 func (x *KernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4690,7 +4847,7 @@ func (x *KernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelRequest.ProtoReflect.Descriptor instead.
 func (*KernelRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{73}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *KernelRequest) GetService() string {
@@ -4711,7 +4868,7 @@ type KernelResponse struct {
 
 func (x *KernelResponse) Reset() {
 	*x = KernelResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[74]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4723,7 +4880,7 @@ func (x *KernelResponse) String() string {
 func (*KernelResponse) ProtoMessage() {}
 
 func (x *KernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[74]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4736,7 +4893,7 @@ func (x *KernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse.ProtoReflect.Descriptor instead.
 func (*KernelResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{74}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *KernelResponse) GetNode() string {
@@ -4776,7 +4933,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[75]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4788,7 +4945,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[75]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4801,7 +4958,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{75}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *ExecRequest) GetMsg() isExecRequest_Msg {
@@ -4904,7 +5061,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[76]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4916,7 +5073,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[76]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4929,7 +5086,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{76}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *ExecResponse) GetMsg() isExecResponse_Msg {
@@ -5001,7 +5158,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[77]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5013,7 +5170,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[77]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5026,7 +5183,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{77}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *LogsRequest) GetTask() string {
@@ -5078,7 +5235,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[78]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5090,7 +5247,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[78]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5103,7 +5260,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{78}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *LogsResponse) GetStderr() bool {
@@ -5157,7 +5314,7 @@ type WaitRequest struct {
 
 func (x *WaitRequest) Reset() {
 	*x = WaitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[79]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5169,7 +5326,7 @@ func (x *WaitRequest) String() string {
 func (*WaitRequest) ProtoMessage() {}
 
 func (x *WaitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[79]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5182,7 +5339,7 @@ func (x *WaitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitRequest.ProtoReflect.Descriptor instead.
 func (*WaitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{79}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *WaitRequest) GetTask() string {
@@ -5201,7 +5358,7 @@ type WaitResponse struct {
 
 func (x *WaitResponse) Reset() {
 	*x = WaitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5213,7 +5370,7 @@ func (x *WaitResponse) String() string {
 func (*WaitResponse) ProtoMessage() {}
 
 func (x *WaitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5226,7 +5383,7 @@ func (x *WaitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitResponse.ProtoReflect.Descriptor instead.
 func (*WaitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{80}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *WaitResponse) GetStatus() *TaskStatus {
@@ -5234,6 +5391,87 @@ func (x *WaitResponse) GetStatus() *TaskStatus {
 		return x.Status
 	}
 	return nil
+}
+
+// Unlock opens the managers' log of this node.
+type UnlockRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Key           string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnlockRequest) Reset() {
+	*x = UnlockRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnlockRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnlockRequest) ProtoMessage() {}
+
+func (x *UnlockRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnlockRequest.ProtoReflect.Descriptor instead.
+func (*UnlockRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{84}
+}
+
+func (x *UnlockRequest) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+type UnlockResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnlockResponse) Reset() {
+	*x = UnlockResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnlockResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnlockResponse) ProtoMessage() {}
+
+func (x *UnlockResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnlockResponse.ProtoReflect.Descriptor instead.
+func (*UnlockResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{85}
 }
 
 type InfoRequest struct {
@@ -5244,7 +5482,7 @@ type InfoRequest struct {
 
 func (x *InfoRequest) Reset() {
 	*x = InfoRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5256,7 +5494,7 @@ func (x *InfoRequest) String() string {
 func (*InfoRequest) ProtoMessage() {}
 
 func (x *InfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5269,7 +5507,7 @@ func (x *InfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoRequest.ProtoReflect.Descriptor instead.
 func (*InfoRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{81}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{86}
 }
 
 type InfoResponse struct {
@@ -5294,7 +5532,7 @@ type InfoResponse struct {
 
 func (x *InfoResponse) Reset() {
 	*x = InfoResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5306,7 +5544,7 @@ func (x *InfoResponse) String() string {
 func (*InfoResponse) ProtoMessage() {}
 
 func (x *InfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5319,7 +5557,7 @@ func (x *InfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoResponse.ProtoReflect.Descriptor instead.
 func (*InfoResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{82}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *InfoResponse) GetVersion() string {
@@ -5419,13 +5657,14 @@ type InitRequest struct {
 	AddressPools  []string               `protobuf:"bytes,2,rep,name=address_pools,json=addressPools,proto3" json:"address_pools,omitempty"`    // empty: 10.0.0.0/8
 	SubnetSize    int32                  `protobuf:"varint,3,opt,name=subnet_size,json=subnetSize,proto3" json:"subnet_size,omitempty"`         // prefix length; 0: 24
 	DataPathPort  int32                  `protobuf:"varint,4,opt,name=data_path_port,json=dataPathPort,proto3" json:"data_path_port,omitempty"` // UDP; 0: 4789
+	Autolock      bool                   `protobuf:"varint,5,opt,name=autolock,proto3" json:"autolock,omitempty"`                               // managers' disks are sealed
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *InitRequest) Reset() {
 	*x = InitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5437,7 +5676,7 @@ func (x *InitRequest) String() string {
 func (*InitRequest) ProtoMessage() {}
 
 func (x *InitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5450,7 +5689,7 @@ func (x *InitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitRequest.ProtoReflect.Descriptor instead.
 func (*InitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{83}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *InitRequest) GetAdvertiseAddr() string {
@@ -5481,19 +5720,27 @@ func (x *InitRequest) GetDataPathPort() int32 {
 	return 0
 }
 
+func (x *InitRequest) GetAutolock() bool {
+	if x != nil {
+		return x.Autolock
+	}
+	return false
+}
+
 type InitResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Cluster       string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
 	Node          *NodeInfo              `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
 	WorkerToken   string                 `protobuf:"bytes,3,opt,name=worker_token,json=workerToken,proto3" json:"worker_token,omitempty"`
 	ManagerToken  string                 `protobuf:"bytes,4,opt,name=manager_token,json=managerToken,proto3" json:"manager_token,omitempty"`
+	UnlockKey     string                 `protobuf:"bytes,5,opt,name=unlock_key,json=unlockKey,proto3" json:"unlock_key,omitempty"` // with autolock
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *InitResponse) Reset() {
 	*x = InitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5505,7 +5752,7 @@ func (x *InitResponse) String() string {
 func (*InitResponse) ProtoMessage() {}
 
 func (x *InitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5518,7 +5765,7 @@ func (x *InitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitResponse.ProtoReflect.Descriptor instead.
 func (*InitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{84}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *InitResponse) GetCluster() string {
@@ -5549,6 +5796,13 @@ func (x *InitResponse) GetManagerToken() string {
 	return ""
 }
 
+func (x *InitResponse) GetUnlockKey() string {
+	if x != nil {
+		return x.UnlockKey
+	}
+	return ""
+}
+
 type JoinRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Remote        string                 `protobuf:"bytes,1,opt,name=remote,proto3" json:"remote,omitempty"` // HOST[:PORT] of a manager
@@ -5561,7 +5815,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5573,7 +5827,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5586,7 +5840,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{85}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *JoinRequest) GetRemote() string {
@@ -5627,7 +5881,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5639,7 +5893,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5652,7 +5906,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{86}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *JoinResponse) GetCluster() string {
@@ -5678,7 +5932,7 @@ type LeaveRequest struct {
 
 func (x *LeaveRequest) Reset() {
 	*x = LeaveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5690,7 +5944,7 @@ func (x *LeaveRequest) String() string {
 func (*LeaveRequest) ProtoMessage() {}
 
 func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5703,7 +5957,7 @@ func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
 func (*LeaveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{87}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *LeaveRequest) GetForce() bool {
@@ -5721,7 +5975,7 @@ type LeaveResponse struct {
 
 func (x *LeaveResponse) Reset() {
 	*x = LeaveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5733,7 +5987,7 @@ func (x *LeaveResponse) String() string {
 func (*LeaveResponse) ProtoMessage() {}
 
 func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5746,7 +6000,7 @@ func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveResponse.ProtoReflect.Descriptor instead.
 func (*LeaveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{88}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{93}
 }
 
 type DoctorRequest struct {
@@ -5757,7 +6011,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5769,7 +6023,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5782,7 +6036,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{89}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{94}
 }
 
 type DoctorResponse struct {
@@ -5795,7 +6049,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5807,7 +6061,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5820,7 +6074,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{90}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *DoctorResponse) GetChecks() []*DoctorResponse_Check {
@@ -5849,7 +6103,7 @@ type ShowCAResponse_Root struct {
 
 func (x *ShowCAResponse_Root) Reset() {
 	*x = ShowCAResponse_Root{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5861,7 +6115,7 @@ func (x *ShowCAResponse_Root) String() string {
 func (*ShowCAResponse_Root) ProtoMessage() {}
 
 func (x *ShowCAResponse_Root) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5874,7 +6128,7 @@ func (x *ShowCAResponse_Root) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowCAResponse_Root.ProtoReflect.Descriptor instead.
 func (*ShowCAResponse_Root) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{58, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{59, 0}
 }
 
 func (x *ShowCAResponse_Root) GetCertificate() []byte {
@@ -5915,7 +6169,7 @@ type ReportRequest_Fault struct {
 
 func (x *ReportRequest_Fault) Reset() {
 	*x = ReportRequest_Fault{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5927,7 +6181,7 @@ func (x *ReportRequest_Fault) String() string {
 func (*ReportRequest_Fault) ProtoMessage() {}
 
 func (x *ReportRequest_Fault) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5940,7 +6194,7 @@ func (x *ReportRequest_Fault) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest_Fault.ProtoReflect.Descriptor instead.
 func (*ReportRequest_Fault) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{67, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{70, 1}
 }
 
 func (x *ReportRequest_Fault) GetObject() string {
@@ -5973,7 +6227,7 @@ type StatsResponse_Task struct {
 
 func (x *StatsResponse_Task) Reset() {
 	*x = StatsResponse_Task{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5985,7 +6239,7 @@ func (x *StatsResponse_Task) String() string {
 func (*StatsResponse_Task) ProtoMessage() {}
 
 func (x *StatsResponse_Task) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5998,7 +6252,7 @@ func (x *StatsResponse_Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse_Task.ProtoReflect.Descriptor instead.
 func (*StatsResponse_Task) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{75, 0}
 }
 
 func (x *StatsResponse_Task) GetId() string {
@@ -6068,7 +6322,7 @@ type KernelResponse_Backend struct {
 
 func (x *KernelResponse_Backend) Reset() {
 	*x = KernelResponse_Backend{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6080,7 +6334,7 @@ func (x *KernelResponse_Backend) String() string {
 func (*KernelResponse_Backend) ProtoMessage() {}
 
 func (x *KernelResponse_Backend) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6093,7 +6347,7 @@ func (x *KernelResponse_Backend) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse_Backend.ProtoReflect.Descriptor instead.
 func (*KernelResponse_Backend) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{74, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{77, 0}
 }
 
 func (x *KernelResponse_Backend) GetAddr() string {
@@ -6130,7 +6384,7 @@ type KernelResponse_Server struct {
 
 func (x *KernelResponse_Server) Reset() {
 	*x = KernelResponse_Server{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6142,7 +6396,7 @@ func (x *KernelResponse_Server) String() string {
 func (*KernelResponse_Server) ProtoMessage() {}
 
 func (x *KernelResponse_Server) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6155,7 +6409,7 @@ func (x *KernelResponse_Server) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse_Server.ProtoReflect.Descriptor instead.
 func (*KernelResponse_Server) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{74, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{77, 1}
 }
 
 func (x *KernelResponse_Server) GetService() string {
@@ -6212,7 +6466,7 @@ type ExecRequest_Start struct {
 
 func (x *ExecRequest_Start) Reset() {
 	*x = ExecRequest_Start{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6224,7 +6478,7 @@ func (x *ExecRequest_Start) String() string {
 func (*ExecRequest_Start) ProtoMessage() {}
 
 func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6237,7 +6491,7 @@ func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Start.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Start) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{75, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{78, 0}
 }
 
 func (x *ExecRequest_Start) GetTask() string {
@@ -6327,7 +6581,7 @@ type ExecRequest_Resize struct {
 
 func (x *ExecRequest_Resize) Reset() {
 	*x = ExecRequest_Resize{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6339,7 +6593,7 @@ func (x *ExecRequest_Resize) String() string {
 func (*ExecRequest_Resize) ProtoMessage() {}
 
 func (x *ExecRequest_Resize) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6352,7 +6606,7 @@ func (x *ExecRequest_Resize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Resize.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Resize) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{75, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{78, 1}
 }
 
 func (x *ExecRequest_Resize) GetRows() int32 {
@@ -6381,7 +6635,7 @@ type DoctorResponse_Check struct {
 
 func (x *DoctorResponse_Check) Reset() {
 	*x = DoctorResponse_Check{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6393,7 +6647,7 @@ func (x *DoctorResponse_Check) String() string {
 func (*DoctorResponse_Check) ProtoMessage() {}
 
 func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6406,7 +6660,7 @@ func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Check.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Check) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{90, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{95, 0}
 }
 
 func (x *DoctorResponse_Check) GetName() string {
@@ -6452,7 +6706,7 @@ type DoctorResponse_Object struct {
 
 func (x *DoctorResponse_Object) Reset() {
 	*x = DoctorResponse_Object{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6464,7 +6718,7 @@ func (x *DoctorResponse_Object) String() string {
 func (*DoctorResponse_Object) ProtoMessage() {}
 
 func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6477,7 +6731,7 @@ func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Object.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Object) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{90, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{95, 1}
 }
 
 func (x *DoctorResponse_Object) GetReconciler() string {
@@ -6829,20 +7083,27 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x04node\x18\x01 \x01(\v2\x12.shoal.v1.NodeInfoR\x04node\x12\x14\n" +
 	"\x05token\x18\x02 \x01(\tR\x05token\x12\x18\n" +
 	"\acluster\x18\x03 \x01(\tR\acluster\x12\x10\n" +
-	"\x03csr\x18\x04 \x01(\fR\x03csr\"\xf7\x01\n" +
+	"\x03csr\x18\x04 \x01(\fR\x03csr\"\x9b\x02\n" +
 	"\x10JoinNodeResponse\x12+\n" +
 	"\acluster\x18\x01 \x01(\v2\x11.shoal.v1.ClusterR\acluster\x12&\n" +
 	"\x04node\x18\x02 \x01(\v2\x12.shoal.v1.NodeInfoR\x04node\x12.\n" +
 	"\bmanagers\x18\x03 \x03(\v2\x12.shoal.v1.NodeInfoR\bmanagers\x127\n" +
 	"\vcertificate\x18\x04 \x01(\v2\x15.shoal.v1.CertificateR\vcertificate\x12%\n" +
-	"\x05trust\x18\x05 \x01(\v2\x0f.shoal.v1.TrustR\x05trust\"9\n" +
+	"\x05trust\x18\x05 \x01(\v2\x0f.shoal.v1.TrustR\x05trust\x12\"\n" +
+	"\x04lock\x18\x06 \x01(\v2\x0e.shoal.v1.LockR\x04lock\"9\n" +
 	"\vCertificate\x12\x14\n" +
 	"\x05chain\x18\x01 \x03(\fR\x05chain\x12\x14\n" +
 	"\x05roots\x18\x02 \x03(\fR\x05roots\"-\n" +
 	"\x17RenewCertificateRequest\x12\x12\n" +
-	"\x04node\x18\x01 \x01(\tR\x04node\"S\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\"w\n" +
 	"\x18RenewCertificateResponse\x127\n" +
-	"\vcertificate\x18\x01 \x01(\v2\x15.shoal.v1.CertificateR\vcertificate\"&\n" +
+	"\vcertificate\x18\x01 \x01(\v2\x15.shoal.v1.CertificateR\vcertificate\x12\"\n" +
+	"\x04lock\x18\x02 \x01(\v2\x0e.shoal.v1.LockR\x04lock\"8\n" +
+	"\x04Lock\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x02 \x01(\x04R\n" +
+	"generation\"&\n" +
 	"\x10LeaveNodeRequest\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\"\x13\n" +
 	"\x11LeaveNodeResponse\"&\n" +
@@ -6868,7 +7129,11 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x06digest\x18\x02 \x01(\tR\x06digest\x12\x1d\n" +
 	"\n" +
 	"created_ms\x18\x03 \x01(\x03R\tcreatedMs\x12\x15\n" +
-	"\x06end_ms\x18\x04 \x01(\x03R\x05endMs\"\x11\n" +
+	"\x06end_ms\x18\x04 \x01(\x03R\x05endMs\"*\n" +
+	"\x10UnlockKeyRequest\x12\x16\n" +
+	"\x06rotate\x18\x01 \x01(\bR\x06rotate\"%\n" +
+	"\x11UnlockKeyResponse\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\"\x11\n" +
 	"\x0fRotateCARequest\"*\n" +
 	"\x10RotateCAResponse\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\")\n" +
@@ -7003,7 +7268,10 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\vWaitRequest\x12\x12\n" +
 	"\x04task\x18\x01 \x01(\tR\x04task\"<\n" +
 	"\fWaitResponse\x12,\n" +
-	"\x06status\x18\x01 \x01(\v2\x14.shoal.v1.TaskStatusR\x06status\"\r\n" +
+	"\x06status\x18\x01 \x01(\v2\x14.shoal.v1.TaskStatusR\x06status\"!\n" +
+	"\rUnlockRequest\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\"\x10\n" +
+	"\x0eUnlockResponse\"\r\n" +
 	"\vInfoRequest\"\xaf\x03\n" +
 	"\fInfoResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x18\n" +
@@ -7019,18 +7287,21 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	" \x01(\tR\x0fcertificateRole\x12\x0e\n" +
 	"\x02ca\x18\v \x01(\tR\x02ca\x12\x14\n" +
 	"\x05roots\x18\f \x03(\tR\x05roots\x12\x1a\n" +
-	"\bproblems\x18\r \x03(\tR\bproblems\"\xa0\x01\n" +
+	"\bproblems\x18\r \x03(\tR\bproblems\"\xbc\x01\n" +
 	"\vInitRequest\x12%\n" +
 	"\x0eadvertise_addr\x18\x01 \x01(\tR\radvertiseAddr\x12#\n" +
 	"\raddress_pools\x18\x02 \x03(\tR\faddressPools\x12\x1f\n" +
 	"\vsubnet_size\x18\x03 \x01(\x05R\n" +
 	"subnetSize\x12$\n" +
-	"\x0edata_path_port\x18\x04 \x01(\x05R\fdataPathPort\"\x98\x01\n" +
+	"\x0edata_path_port\x18\x04 \x01(\x05R\fdataPathPort\x12\x1a\n" +
+	"\bautolock\x18\x05 \x01(\bR\bautolock\"\xb7\x01\n" +
 	"\fInitResponse\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12&\n" +
 	"\x04node\x18\x02 \x01(\v2\x12.shoal.v1.NodeInfoR\x04node\x12!\n" +
 	"\fworker_token\x18\x03 \x01(\tR\vworkerToken\x12#\n" +
-	"\rmanager_token\x18\x04 \x01(\tR\fmanagerToken\"v\n" +
+	"\rmanager_token\x18\x04 \x01(\tR\fmanagerToken\x12\x1d\n" +
+	"\n" +
+	"unlock_key\x18\x05 \x01(\tR\tunlockKey\"v\n" +
 	"\vJoinRequest\x12\x16\n" +
 	"\x06remote\x18\x01 \x01(\tR\x06remote\x12%\n" +
 	"\x0eadvertise_addr\x18\x02 \x01(\tR\radvertiseAddr\x12\x12\n" +
@@ -7060,7 +7331,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x02op\x18\x04 \x01(\tR\x02op\x12\x19\n" +
 	"\bsince_ms\x18\x05 \x01(\x03R\asinceMs\x12\x14\n" +
 	"\x05error\x18\x06 \x01(\tR\x05error\x12\x14\n" +
-	"\x05tries\x18\a \x01(\x05R\x05tries2\xa4\x0f\n" +
+	"\x05tries\x18\a \x01(\x05R\x05tries2\xea\x0f\n" +
 	"\aControl\x12P\n" +
 	"\rCreateNetwork\x12\x1e.shoal.v1.CreateNetworkRequest\x1a\x1f.shoal.v1.CreateNetworkResponse\x12M\n" +
 	"\fListNetworks\x12\x1d.shoal.v1.ListNetworksRequest\x1a\x1e.shoal.v1.ListNetworksResponse\x12P\n" +
@@ -7084,7 +7355,8 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\tShowToken\x12\x1a.shoal.v1.ShowTokenRequest\x1a\x1b.shoal.v1.ShowTokenResponse\x12J\n" +
 	"\vRotateToken\x12\x1c.shoal.v1.RotateTokenRequest\x1a\x1d.shoal.v1.RotateTokenResponse\x12;\n" +
 	"\x06ShowCA\x12\x17.shoal.v1.ShowCARequest\x1a\x18.shoal.v1.ShowCAResponse\x12A\n" +
-	"\bRotateCA\x12\x19.shoal.v1.RotateCARequest\x1a\x1a.shoal.v1.RotateCAResponse\x12Y\n" +
+	"\bRotateCA\x12\x19.shoal.v1.RotateCARequest\x1a\x1a.shoal.v1.RotateCAResponse\x12D\n" +
+	"\tUnlockKey\x12\x1a.shoal.v1.UnlockKeyRequest\x1a\x1b.shoal.v1.UnlockKeyResponse\x12Y\n" +
 	"\x10RenewCertificate\x12!.shoal.v1.RenewCertificateRequest\x1a\".shoal.v1.RenewCertificateResponse\x12D\n" +
 	"\tLeaveNode\x12\x1a.shoal.v1.LeaveNodeRequest\x1a\x1b.shoal.v1.LeaveNodeResponse\x12A\n" +
 	"\bJoinNode\x12\x19.shoal.v1.JoinNodeRequest\x1a\x1a.shoal.v1.JoinNodeResponse\x12M\n" +
@@ -7097,13 +7369,14 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x04Wait\x12\x15.shoal.v1.WaitRequest\x1a\x16.shoal.v1.WaitResponse\x128\n" +
 	"\x05Tasks\x12\x16.shoal.v1.TasksRequest\x1a\x17.shoal.v1.TasksResponse\x128\n" +
 	"\x05Stats\x12\x16.shoal.v1.StatsRequest\x1a\x17.shoal.v1.StatsResponse\x12;\n" +
-	"\x06Kernel\x12\x17.shoal.v1.KernelRequest\x1a\x18.shoal.v1.KernelResponse2\xa3\x02\n" +
+	"\x06Kernel\x12\x17.shoal.v1.KernelRequest\x1a\x18.shoal.v1.KernelResponse2\xe0\x02\n" +
 	"\x05Local\x125\n" +
 	"\x04Info\x12\x15.shoal.v1.InfoRequest\x1a\x16.shoal.v1.InfoResponse\x125\n" +
 	"\x04Init\x12\x15.shoal.v1.InitRequest\x1a\x16.shoal.v1.InitResponse\x125\n" +
 	"\x04Join\x12\x15.shoal.v1.JoinRequest\x1a\x16.shoal.v1.JoinResponse\x128\n" +
 	"\x05Leave\x12\x16.shoal.v1.LeaveRequest\x1a\x17.shoal.v1.LeaveResponse\x12;\n" +
-	"\x06Doctor\x12\x17.shoal.v1.DoctorRequest\x1a\x18.shoal.v1.DoctorResponseB0Z.github.com/shoalnet/shoal/api/shoal/v1;shoalv1b\x06proto3"
+	"\x06Doctor\x12\x17.shoal.v1.DoctorRequest\x1a\x18.shoal.v1.DoctorResponse\x12;\n" +
+	"\x06Unlock\x12\x17.shoal.v1.UnlockRequest\x1a\x18.shoal.v1.UnlockResponseB0Z.github.com/shoalnet/shoal/api/shoal/v1;shoalv1b\x06proto3"
 
 var (
 	file_shoal_v1_shoal_proto_rawDescOnce sync.Once
@@ -7117,7 +7390,7 @@ func file_shoal_v1_shoal_proto_rawDescGZIP() []byte {
 	return file_shoal_v1_shoal_proto_rawDescData
 }
 
-var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 110)
+var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 115)
 var file_shoal_v1_shoal_proto_goTypes = []any{
 	(*Network)(nil),                   // 0: shoal.v1.Network
 	(*NetworkAttachment)(nil),         // 1: shoal.v1.NetworkAttachment
@@ -7170,72 +7443,77 @@ var file_shoal_v1_shoal_proto_goTypes = []any{
 	(*Certificate)(nil),               // 48: shoal.v1.Certificate
 	(*RenewCertificateRequest)(nil),   // 49: shoal.v1.RenewCertificateRequest
 	(*RenewCertificateResponse)(nil),  // 50: shoal.v1.RenewCertificateResponse
-	(*LeaveNodeRequest)(nil),          // 51: shoal.v1.LeaveNodeRequest
-	(*LeaveNodeResponse)(nil),         // 52: shoal.v1.LeaveNodeResponse
-	(*ShowTokenRequest)(nil),          // 53: shoal.v1.ShowTokenRequest
-	(*ShowTokenResponse)(nil),         // 54: shoal.v1.ShowTokenResponse
-	(*RotateTokenRequest)(nil),        // 55: shoal.v1.RotateTokenRequest
-	(*RotateTokenResponse)(nil),       // 56: shoal.v1.RotateTokenResponse
-	(*ShowCARequest)(nil),             // 57: shoal.v1.ShowCARequest
-	(*ShowCAResponse)(nil),            // 58: shoal.v1.ShowCAResponse
-	(*RotateCARequest)(nil),           // 59: shoal.v1.RotateCARequest
-	(*RotateCAResponse)(nil),          // 60: shoal.v1.RotateCAResponse
-	(*AdmitManagerRequest)(nil),       // 61: shoal.v1.AdmitManagerRequest
-	(*AdmitManagerResponse)(nil),      // 62: shoal.v1.AdmitManagerResponse
-	(*AssignmentsRequest)(nil),        // 63: shoal.v1.AssignmentsRequest
-	(*AssignmentsResponse)(nil),       // 64: shoal.v1.AssignmentsResponse
-	(*Trust)(nil),                     // 65: shoal.v1.Trust
-	(*GossipKey)(nil),                 // 66: shoal.v1.GossipKey
-	(*ReportRequest)(nil),             // 67: shoal.v1.ReportRequest
-	(*ReportResponse)(nil),            // 68: shoal.v1.ReportResponse
-	(*TasksRequest)(nil),              // 69: shoal.v1.TasksRequest
-	(*TasksResponse)(nil),             // 70: shoal.v1.TasksResponse
-	(*StatsRequest)(nil),              // 71: shoal.v1.StatsRequest
-	(*StatsResponse)(nil),             // 72: shoal.v1.StatsResponse
-	(*KernelRequest)(nil),             // 73: shoal.v1.KernelRequest
-	(*KernelResponse)(nil),            // 74: shoal.v1.KernelResponse
-	(*ExecRequest)(nil),               // 75: shoal.v1.ExecRequest
-	(*ExecResponse)(nil),              // 76: shoal.v1.ExecResponse
-	(*LogsRequest)(nil),               // 77: shoal.v1.LogsRequest
-	(*LogsResponse)(nil),              // 78: shoal.v1.LogsResponse
-	(*WaitRequest)(nil),               // 79: shoal.v1.WaitRequest
-	(*WaitResponse)(nil),              // 80: shoal.v1.WaitResponse
-	(*InfoRequest)(nil),               // 81: shoal.v1.InfoRequest
-	(*InfoResponse)(nil),              // 82: shoal.v1.InfoResponse
-	(*InitRequest)(nil),               // 83: shoal.v1.InitRequest
-	(*InitResponse)(nil),              // 84: shoal.v1.InitResponse
-	(*JoinRequest)(nil),               // 85: shoal.v1.JoinRequest
-	(*JoinResponse)(nil),              // 86: shoal.v1.JoinResponse
-	(*LeaveRequest)(nil),              // 87: shoal.v1.LeaveRequest
-	(*LeaveResponse)(nil),             // 88: shoal.v1.LeaveResponse
-	(*DoctorRequest)(nil),             // 89: shoal.v1.DoctorRequest
-	(*DoctorResponse)(nil),            // 90: shoal.v1.DoctorResponse
-	nil,                               // 91: shoal.v1.Network.LabelsEntry
-	nil,                               // 92: shoal.v1.Network.OptionsEntry
-	nil,                               // 93: shoal.v1.TaskSpec.LabelsEntry
-	nil,                               // 94: shoal.v1.ServiceSpec.LabelsEntry
-	nil,                               // 95: shoal.v1.NodeInfo.LabelsEntry
-	nil,                               // 96: shoal.v1.CreateNetworkRequest.LabelsEntry
-	nil,                               // 97: shoal.v1.CreateNetworkRequest.OptionsEntry
-	nil,                               // 98: shoal.v1.Event.AttributesEntry
-	nil,                               // 99: shoal.v1.UpdateNodeRequest.SetLabelsEntry
-	(*ShowCAResponse_Root)(nil),       // 100: shoal.v1.ShowCAResponse.Root
-	nil,                               // 101: shoal.v1.ReportRequest.TasksEntry
-	(*ReportRequest_Fault)(nil),       // 102: shoal.v1.ReportRequest.Fault
-	(*StatsResponse_Task)(nil),        // 103: shoal.v1.StatsResponse.Task
-	(*KernelResponse_Backend)(nil),    // 104: shoal.v1.KernelResponse.Backend
-	(*KernelResponse_Server)(nil),     // 105: shoal.v1.KernelResponse.Server
-	(*ExecRequest_Start)(nil),         // 106: shoal.v1.ExecRequest.Start
-	(*ExecRequest_Resize)(nil),        // 107: shoal.v1.ExecRequest.Resize
-	(*DoctorResponse_Check)(nil),      // 108: shoal.v1.DoctorResponse.Check
-	(*DoctorResponse_Object)(nil),     // 109: shoal.v1.DoctorResponse.Object
+	(*Lock)(nil),                      // 51: shoal.v1.Lock
+	(*LeaveNodeRequest)(nil),          // 52: shoal.v1.LeaveNodeRequest
+	(*LeaveNodeResponse)(nil),         // 53: shoal.v1.LeaveNodeResponse
+	(*ShowTokenRequest)(nil),          // 54: shoal.v1.ShowTokenRequest
+	(*ShowTokenResponse)(nil),         // 55: shoal.v1.ShowTokenResponse
+	(*RotateTokenRequest)(nil),        // 56: shoal.v1.RotateTokenRequest
+	(*RotateTokenResponse)(nil),       // 57: shoal.v1.RotateTokenResponse
+	(*ShowCARequest)(nil),             // 58: shoal.v1.ShowCARequest
+	(*ShowCAResponse)(nil),            // 59: shoal.v1.ShowCAResponse
+	(*UnlockKeyRequest)(nil),          // 60: shoal.v1.UnlockKeyRequest
+	(*UnlockKeyResponse)(nil),         // 61: shoal.v1.UnlockKeyResponse
+	(*RotateCARequest)(nil),           // 62: shoal.v1.RotateCARequest
+	(*RotateCAResponse)(nil),          // 63: shoal.v1.RotateCAResponse
+	(*AdmitManagerRequest)(nil),       // 64: shoal.v1.AdmitManagerRequest
+	(*AdmitManagerResponse)(nil),      // 65: shoal.v1.AdmitManagerResponse
+	(*AssignmentsRequest)(nil),        // 66: shoal.v1.AssignmentsRequest
+	(*AssignmentsResponse)(nil),       // 67: shoal.v1.AssignmentsResponse
+	(*Trust)(nil),                     // 68: shoal.v1.Trust
+	(*GossipKey)(nil),                 // 69: shoal.v1.GossipKey
+	(*ReportRequest)(nil),             // 70: shoal.v1.ReportRequest
+	(*ReportResponse)(nil),            // 71: shoal.v1.ReportResponse
+	(*TasksRequest)(nil),              // 72: shoal.v1.TasksRequest
+	(*TasksResponse)(nil),             // 73: shoal.v1.TasksResponse
+	(*StatsRequest)(nil),              // 74: shoal.v1.StatsRequest
+	(*StatsResponse)(nil),             // 75: shoal.v1.StatsResponse
+	(*KernelRequest)(nil),             // 76: shoal.v1.KernelRequest
+	(*KernelResponse)(nil),            // 77: shoal.v1.KernelResponse
+	(*ExecRequest)(nil),               // 78: shoal.v1.ExecRequest
+	(*ExecResponse)(nil),              // 79: shoal.v1.ExecResponse
+	(*LogsRequest)(nil),               // 80: shoal.v1.LogsRequest
+	(*LogsResponse)(nil),              // 81: shoal.v1.LogsResponse
+	(*WaitRequest)(nil),               // 82: shoal.v1.WaitRequest
+	(*WaitResponse)(nil),              // 83: shoal.v1.WaitResponse
+	(*UnlockRequest)(nil),             // 84: shoal.v1.UnlockRequest
+	(*UnlockResponse)(nil),            // 85: shoal.v1.UnlockResponse
+	(*InfoRequest)(nil),               // 86: shoal.v1.InfoRequest
+	(*InfoResponse)(nil),              // 87: shoal.v1.InfoResponse
+	(*InitRequest)(nil),               // 88: shoal.v1.InitRequest
+	(*InitResponse)(nil),              // 89: shoal.v1.InitResponse
+	(*JoinRequest)(nil),               // 90: shoal.v1.JoinRequest
+	(*JoinResponse)(nil),              // 91: shoal.v1.JoinResponse
+	(*LeaveRequest)(nil),              // 92: shoal.v1.LeaveRequest
+	(*LeaveResponse)(nil),             // 93: shoal.v1.LeaveResponse
+	(*DoctorRequest)(nil),             // 94: shoal.v1.DoctorRequest
+	(*DoctorResponse)(nil),            // 95: shoal.v1.DoctorResponse
+	nil,                               // 96: shoal.v1.Network.LabelsEntry
+	nil,                               // 97: shoal.v1.Network.OptionsEntry
+	nil,                               // 98: shoal.v1.TaskSpec.LabelsEntry
+	nil,                               // 99: shoal.v1.ServiceSpec.LabelsEntry
+	nil,                               // 100: shoal.v1.NodeInfo.LabelsEntry
+	nil,                               // 101: shoal.v1.CreateNetworkRequest.LabelsEntry
+	nil,                               // 102: shoal.v1.CreateNetworkRequest.OptionsEntry
+	nil,                               // 103: shoal.v1.Event.AttributesEntry
+	nil,                               // 104: shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	(*ShowCAResponse_Root)(nil),       // 105: shoal.v1.ShowCAResponse.Root
+	nil,                               // 106: shoal.v1.ReportRequest.TasksEntry
+	(*ReportRequest_Fault)(nil),       // 107: shoal.v1.ReportRequest.Fault
+	(*StatsResponse_Task)(nil),        // 108: shoal.v1.StatsResponse.Task
+	(*KernelResponse_Backend)(nil),    // 109: shoal.v1.KernelResponse.Backend
+	(*KernelResponse_Server)(nil),     // 110: shoal.v1.KernelResponse.Server
+	(*ExecRequest_Start)(nil),         // 111: shoal.v1.ExecRequest.Start
+	(*ExecRequest_Resize)(nil),        // 112: shoal.v1.ExecRequest.Resize
+	(*DoctorResponse_Check)(nil),      // 113: shoal.v1.DoctorResponse.Check
+	(*DoctorResponse_Object)(nil),     // 114: shoal.v1.DoctorResponse.Object
 }
 var file_shoal_v1_shoal_proto_depIdxs = []int32{
-	91,  // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
-	92,  // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
-	93,  // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
+	96,  // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
+	97,  // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
+	98,  // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
 	3,   // 3: shoal.v1.TaskSpec.health:type_name -> shoal.v1.HealthCheck
-	94,  // 4: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
+	99,  // 4: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
 	1,   // 5: shoal.v1.ServiceSpec.networks:type_name -> shoal.v1.NetworkAttachment
 	2,   // 6: shoal.v1.ServiceSpec.task:type_name -> shoal.v1.TaskSpec
 	4,   // 7: shoal.v1.ServiceSpec.ports:type_name -> shoal.v1.Port
@@ -7248,14 +7526,14 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	10,  // 14: shoal.v1.Task.status:type_name -> shoal.v1.TaskStatus
 	4,   // 15: shoal.v1.Task.ports:type_name -> shoal.v1.Port
 	8,   // 16: shoal.v1.Task.faults:type_name -> shoal.v1.NodeFault
-	95,  // 17: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
-	96,  // 18: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
-	97,  // 19: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
+	100, // 17: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
+	101, // 18: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
+	102, // 19: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
 	0,   // 20: shoal.v1.CreateNetworkResponse.network:type_name -> shoal.v1.Network
 	0,   // 21: shoal.v1.ListNetworksResponse.networks:type_name -> shoal.v1.Network
 	11,  // 22: shoal.v1.ConnectNetworkResponse.task:type_name -> shoal.v1.Task
 	7,   // 23: shoal.v1.ConnectNetworkResponse.service:type_name -> shoal.v1.Service
-	98,  // 24: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
+	103, // 24: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
 	5,   // 25: shoal.v1.CreateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
 	7,   // 26: shoal.v1.CreateServiceResponse.service:type_name -> shoal.v1.Service
 	5,   // 27: shoal.v1.UpdateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
@@ -7267,119 +7545,125 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	11,  // 33: shoal.v1.CreateTaskResponse.task:type_name -> shoal.v1.Task
 	11,  // 34: shoal.v1.ListTasksResponse.tasks:type_name -> shoal.v1.Task
 	12,  // 35: shoal.v1.ListNodesResponse.nodes:type_name -> shoal.v1.NodeInfo
-	99,  // 36: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	104, // 36: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
 	12,  // 37: shoal.v1.UpdateNodeResponse.node:type_name -> shoal.v1.NodeInfo
 	12,  // 38: shoal.v1.JoinNodeRequest.node:type_name -> shoal.v1.NodeInfo
 	13,  // 39: shoal.v1.JoinNodeResponse.cluster:type_name -> shoal.v1.Cluster
 	12,  // 40: shoal.v1.JoinNodeResponse.node:type_name -> shoal.v1.NodeInfo
 	12,  // 41: shoal.v1.JoinNodeResponse.managers:type_name -> shoal.v1.NodeInfo
 	48,  // 42: shoal.v1.JoinNodeResponse.certificate:type_name -> shoal.v1.Certificate
-	65,  // 43: shoal.v1.JoinNodeResponse.trust:type_name -> shoal.v1.Trust
-	48,  // 44: shoal.v1.RenewCertificateResponse.certificate:type_name -> shoal.v1.Certificate
-	12,  // 45: shoal.v1.ShowTokenResponse.managers:type_name -> shoal.v1.NodeInfo
-	100, // 46: shoal.v1.ShowCAResponse.root:type_name -> shoal.v1.ShowCAResponse.Root
-	100, // 47: shoal.v1.ShowCAResponse.old:type_name -> shoal.v1.ShowCAResponse.Root
-	11,  // 48: shoal.v1.AssignmentsResponse.tasks:type_name -> shoal.v1.Task
-	0,   // 49: shoal.v1.AssignmentsResponse.networks:type_name -> shoal.v1.Network
-	7,   // 50: shoal.v1.AssignmentsResponse.services:type_name -> shoal.v1.Service
-	12,  // 51: shoal.v1.AssignmentsResponse.nodes:type_name -> shoal.v1.NodeInfo
-	13,  // 52: shoal.v1.AssignmentsResponse.cluster:type_name -> shoal.v1.Cluster
-	65,  // 53: shoal.v1.AssignmentsResponse.trust:type_name -> shoal.v1.Trust
-	66,  // 54: shoal.v1.Trust.gossip_keys:type_name -> shoal.v1.GossipKey
-	101, // 55: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
-	102, // 56: shoal.v1.ReportRequest.faults:type_name -> shoal.v1.ReportRequest.Fault
-	11,  // 57: shoal.v1.TasksResponse.tasks:type_name -> shoal.v1.Task
-	103, // 58: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
-	105, // 59: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
-	106, // 60: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
-	107, // 61: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
-	10,  // 62: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
-	12,  // 63: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
-	12,  // 64: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
-	12,  // 65: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
-	108, // 66: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
-	109, // 67: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
-	10,  // 68: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
-	104, // 69: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
-	14,  // 70: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
-	16,  // 71: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
-	18,  // 72: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
-	20,  // 73: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
-	22,  // 74: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
-	26,  // 75: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
-	28,  // 76: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
-	30,  // 77: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
-	32,  // 78: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
-	34,  // 79: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
-	36,  // 80: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
-	38,  // 81: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
-	40,  // 82: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
-	42,  // 83: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
-	44,  // 84: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
-	24,  // 85: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
-	53,  // 86: shoal.v1.Control.ShowToken:input_type -> shoal.v1.ShowTokenRequest
-	55,  // 87: shoal.v1.Control.RotateToken:input_type -> shoal.v1.RotateTokenRequest
-	57,  // 88: shoal.v1.Control.ShowCA:input_type -> shoal.v1.ShowCARequest
-	59,  // 89: shoal.v1.Control.RotateCA:input_type -> shoal.v1.RotateCARequest
-	49,  // 90: shoal.v1.Control.RenewCertificate:input_type -> shoal.v1.RenewCertificateRequest
-	51,  // 91: shoal.v1.Control.LeaveNode:input_type -> shoal.v1.LeaveNodeRequest
-	46,  // 92: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
-	61,  // 93: shoal.v1.Control.AdmitManager:input_type -> shoal.v1.AdmitManagerRequest
-	63,  // 94: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
-	67,  // 95: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
-	75,  // 96: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
-	77,  // 97: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
-	79,  // 98: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
-	69,  // 99: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
-	71,  // 100: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
-	73,  // 101: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
-	81,  // 102: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
-	83,  // 103: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
-	85,  // 104: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
-	87,  // 105: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
-	89,  // 106: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
-	15,  // 107: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
-	17,  // 108: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
-	19,  // 109: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
-	21,  // 110: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
-	23,  // 111: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
-	27,  // 112: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
-	29,  // 113: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
-	31,  // 114: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
-	33,  // 115: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
-	35,  // 116: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
-	37,  // 117: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
-	39,  // 118: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
-	41,  // 119: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
-	43,  // 120: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
-	45,  // 121: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
-	25,  // 122: shoal.v1.Control.Events:output_type -> shoal.v1.Event
-	54,  // 123: shoal.v1.Control.ShowToken:output_type -> shoal.v1.ShowTokenResponse
-	56,  // 124: shoal.v1.Control.RotateToken:output_type -> shoal.v1.RotateTokenResponse
-	58,  // 125: shoal.v1.Control.ShowCA:output_type -> shoal.v1.ShowCAResponse
-	60,  // 126: shoal.v1.Control.RotateCA:output_type -> shoal.v1.RotateCAResponse
-	50,  // 127: shoal.v1.Control.RenewCertificate:output_type -> shoal.v1.RenewCertificateResponse
-	52,  // 128: shoal.v1.Control.LeaveNode:output_type -> shoal.v1.LeaveNodeResponse
-	47,  // 129: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
-	62,  // 130: shoal.v1.Control.AdmitManager:output_type -> shoal.v1.AdmitManagerResponse
-	64,  // 131: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
-	68,  // 132: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
-	76,  // 133: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
-	78,  // 134: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
-	80,  // 135: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
-	70,  // 136: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
-	72,  // 137: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
-	74,  // 138: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
-	82,  // 139: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
-	84,  // 140: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
-	86,  // 141: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
-	88,  // 142: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
-	90,  // 143: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
-	107, // [107:144] is the sub-list for method output_type
-	70,  // [70:107] is the sub-list for method input_type
-	70,  // [70:70] is the sub-list for extension type_name
-	70,  // [70:70] is the sub-list for extension extendee
-	0,   // [0:70] is the sub-list for field type_name
+	68,  // 43: shoal.v1.JoinNodeResponse.trust:type_name -> shoal.v1.Trust
+	51,  // 44: shoal.v1.JoinNodeResponse.lock:type_name -> shoal.v1.Lock
+	48,  // 45: shoal.v1.RenewCertificateResponse.certificate:type_name -> shoal.v1.Certificate
+	51,  // 46: shoal.v1.RenewCertificateResponse.lock:type_name -> shoal.v1.Lock
+	12,  // 47: shoal.v1.ShowTokenResponse.managers:type_name -> shoal.v1.NodeInfo
+	105, // 48: shoal.v1.ShowCAResponse.root:type_name -> shoal.v1.ShowCAResponse.Root
+	105, // 49: shoal.v1.ShowCAResponse.old:type_name -> shoal.v1.ShowCAResponse.Root
+	11,  // 50: shoal.v1.AssignmentsResponse.tasks:type_name -> shoal.v1.Task
+	0,   // 51: shoal.v1.AssignmentsResponse.networks:type_name -> shoal.v1.Network
+	7,   // 52: shoal.v1.AssignmentsResponse.services:type_name -> shoal.v1.Service
+	12,  // 53: shoal.v1.AssignmentsResponse.nodes:type_name -> shoal.v1.NodeInfo
+	13,  // 54: shoal.v1.AssignmentsResponse.cluster:type_name -> shoal.v1.Cluster
+	68,  // 55: shoal.v1.AssignmentsResponse.trust:type_name -> shoal.v1.Trust
+	69,  // 56: shoal.v1.Trust.gossip_keys:type_name -> shoal.v1.GossipKey
+	106, // 57: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
+	107, // 58: shoal.v1.ReportRequest.faults:type_name -> shoal.v1.ReportRequest.Fault
+	11,  // 59: shoal.v1.TasksResponse.tasks:type_name -> shoal.v1.Task
+	108, // 60: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
+	110, // 61: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
+	111, // 62: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
+	112, // 63: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
+	10,  // 64: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
+	12,  // 65: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
+	12,  // 66: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
+	12,  // 67: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
+	113, // 68: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
+	114, // 69: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
+	10,  // 70: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
+	109, // 71: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
+	14,  // 72: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
+	16,  // 73: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
+	18,  // 74: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
+	20,  // 75: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
+	22,  // 76: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
+	26,  // 77: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
+	28,  // 78: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
+	30,  // 79: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
+	32,  // 80: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
+	34,  // 81: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
+	36,  // 82: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
+	38,  // 83: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
+	40,  // 84: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
+	42,  // 85: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
+	44,  // 86: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
+	24,  // 87: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
+	54,  // 88: shoal.v1.Control.ShowToken:input_type -> shoal.v1.ShowTokenRequest
+	56,  // 89: shoal.v1.Control.RotateToken:input_type -> shoal.v1.RotateTokenRequest
+	58,  // 90: shoal.v1.Control.ShowCA:input_type -> shoal.v1.ShowCARequest
+	62,  // 91: shoal.v1.Control.RotateCA:input_type -> shoal.v1.RotateCARequest
+	60,  // 92: shoal.v1.Control.UnlockKey:input_type -> shoal.v1.UnlockKeyRequest
+	49,  // 93: shoal.v1.Control.RenewCertificate:input_type -> shoal.v1.RenewCertificateRequest
+	52,  // 94: shoal.v1.Control.LeaveNode:input_type -> shoal.v1.LeaveNodeRequest
+	46,  // 95: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
+	64,  // 96: shoal.v1.Control.AdmitManager:input_type -> shoal.v1.AdmitManagerRequest
+	66,  // 97: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
+	70,  // 98: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
+	78,  // 99: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
+	80,  // 100: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
+	82,  // 101: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
+	72,  // 102: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
+	74,  // 103: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
+	76,  // 104: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
+	86,  // 105: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
+	88,  // 106: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
+	90,  // 107: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
+	92,  // 108: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
+	94,  // 109: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
+	84,  // 110: shoal.v1.Local.Unlock:input_type -> shoal.v1.UnlockRequest
+	15,  // 111: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
+	17,  // 112: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
+	19,  // 113: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
+	21,  // 114: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
+	23,  // 115: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
+	27,  // 116: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
+	29,  // 117: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
+	31,  // 118: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
+	33,  // 119: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
+	35,  // 120: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
+	37,  // 121: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
+	39,  // 122: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
+	41,  // 123: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
+	43,  // 124: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
+	45,  // 125: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
+	25,  // 126: shoal.v1.Control.Events:output_type -> shoal.v1.Event
+	55,  // 127: shoal.v1.Control.ShowToken:output_type -> shoal.v1.ShowTokenResponse
+	57,  // 128: shoal.v1.Control.RotateToken:output_type -> shoal.v1.RotateTokenResponse
+	59,  // 129: shoal.v1.Control.ShowCA:output_type -> shoal.v1.ShowCAResponse
+	63,  // 130: shoal.v1.Control.RotateCA:output_type -> shoal.v1.RotateCAResponse
+	61,  // 131: shoal.v1.Control.UnlockKey:output_type -> shoal.v1.UnlockKeyResponse
+	50,  // 132: shoal.v1.Control.RenewCertificate:output_type -> shoal.v1.RenewCertificateResponse
+	53,  // 133: shoal.v1.Control.LeaveNode:output_type -> shoal.v1.LeaveNodeResponse
+	47,  // 134: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
+	65,  // 135: shoal.v1.Control.AdmitManager:output_type -> shoal.v1.AdmitManagerResponse
+	67,  // 136: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
+	71,  // 137: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
+	79,  // 138: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
+	81,  // 139: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
+	83,  // 140: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
+	73,  // 141: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
+	75,  // 142: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
+	77,  // 143: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
+	87,  // 144: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
+	89,  // 145: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
+	91,  // 146: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
+	93,  // 147: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
+	95,  // 148: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
+	85,  // 149: shoal.v1.Local.Unlock:output_type -> shoal.v1.UnlockResponse
+	111, // [111:150] is the sub-list for method output_type
+	72,  // [72:111] is the sub-list for method input_type
+	72,  // [72:72] is the sub-list for extension type_name
+	72,  // [72:72] is the sub-list for extension extendee
+	0,   // [0:72] is the sub-list for field type_name
 }
 
 func init() { file_shoal_v1_shoal_proto_init() }
@@ -7389,14 +7673,14 @@ func file_shoal_v1_shoal_proto_init() {
 	}
 	file_shoal_v1_shoal_proto_msgTypes[28].OneofWrappers = []any{}
 	file_shoal_v1_shoal_proto_msgTypes[42].OneofWrappers = []any{}
-	file_shoal_v1_shoal_proto_msgTypes[75].OneofWrappers = []any{
+	file_shoal_v1_shoal_proto_msgTypes[78].OneofWrappers = []any{
 		(*ExecRequest_Start_)(nil),
 		(*ExecRequest_Stdin)(nil),
 		(*ExecRequest_StdinEof)(nil),
 		(*ExecRequest_Resize_)(nil),
 		(*ExecRequest_Signal)(nil),
 	}
-	file_shoal_v1_shoal_proto_msgTypes[76].OneofWrappers = []any{
+	file_shoal_v1_shoal_proto_msgTypes[79].OneofWrappers = []any{
 		(*ExecResponse_Stdout)(nil),
 		(*ExecResponse_Stderr)(nil),
 		(*ExecResponse_ExitCode)(nil),
@@ -7407,7 +7691,7 @@ func file_shoal_v1_shoal_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_shoal_v1_shoal_proto_rawDesc), len(file_shoal_v1_shoal_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   110,
+			NumMessages:   115,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

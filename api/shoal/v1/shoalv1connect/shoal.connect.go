@@ -90,6 +90,8 @@ const (
 	ControlShowCAProcedure = "/shoal.v1.Control/ShowCA"
 	// ControlRotateCAProcedure is the fully-qualified name of the Control's RotateCA RPC.
 	ControlRotateCAProcedure = "/shoal.v1.Control/RotateCA"
+	// ControlUnlockKeyProcedure is the fully-qualified name of the Control's UnlockKey RPC.
+	ControlUnlockKeyProcedure = "/shoal.v1.Control/UnlockKey"
 	// ControlRenewCertificateProcedure is the fully-qualified name of the Control's RenewCertificate
 	// RPC.
 	ControlRenewCertificateProcedure = "/shoal.v1.Control/RenewCertificate"
@@ -125,6 +127,8 @@ const (
 	LocalLeaveProcedure = "/shoal.v1.Local/Leave"
 	// LocalDoctorProcedure is the fully-qualified name of the Local's Doctor RPC.
 	LocalDoctorProcedure = "/shoal.v1.Local/Doctor"
+	// LocalUnlockProcedure is the fully-qualified name of the Local's Unlock RPC.
+	LocalUnlockProcedure = "/shoal.v1.Local/Unlock"
 )
 
 // ControlClient is a client for the shoal.v1.Control service.
@@ -151,6 +155,7 @@ type ControlClient interface {
 	RotateToken(context.Context, *connect.Request[v1.RotateTokenRequest]) (*connect.Response[v1.RotateTokenResponse], error)
 	ShowCA(context.Context, *connect.Request[v1.ShowCARequest]) (*connect.Response[v1.ShowCAResponse], error)
 	RotateCA(context.Context, *connect.Request[v1.RotateCARequest]) (*connect.Response[v1.RotateCAResponse], error)
+	UnlockKey(context.Context, *connect.Request[v1.UnlockKeyRequest]) (*connect.Response[v1.UnlockKeyResponse], error)
 	// Agents only.
 	RenewCertificate(context.Context, *connect.Request[v1.RenewCertificateRequest]) (*connect.Response[v1.RenewCertificateResponse], error)
 	LeaveNode(context.Context, *connect.Request[v1.LeaveNodeRequest]) (*connect.Response[v1.LeaveNodeResponse], error)
@@ -292,6 +297,12 @@ func NewControlClient(httpClient connect.HTTPClient, baseURL string, opts ...con
 			connect.WithSchema(controlMethods.ByName("RotateCA")),
 			connect.WithClientOptions(opts...),
 		),
+		unlockKey: connect.NewClient[v1.UnlockKeyRequest, v1.UnlockKeyResponse](
+			httpClient,
+			baseURL+ControlUnlockKeyProcedure,
+			connect.WithSchema(controlMethods.ByName("UnlockKey")),
+			connect.WithClientOptions(opts...),
+		),
 		renewCertificate: connect.NewClient[v1.RenewCertificateRequest, v1.RenewCertificateResponse](
 			httpClient,
 			baseURL+ControlRenewCertificateProcedure,
@@ -353,6 +364,7 @@ type controlClient struct {
 	rotateToken       *connect.Client[v1.RotateTokenRequest, v1.RotateTokenResponse]
 	showCA            *connect.Client[v1.ShowCARequest, v1.ShowCAResponse]
 	rotateCA          *connect.Client[v1.RotateCARequest, v1.RotateCAResponse]
+	unlockKey         *connect.Client[v1.UnlockKeyRequest, v1.UnlockKeyResponse]
 	renewCertificate  *connect.Client[v1.RenewCertificateRequest, v1.RenewCertificateResponse]
 	leaveNode         *connect.Client[v1.LeaveNodeRequest, v1.LeaveNodeResponse]
 	joinNode          *connect.Client[v1.JoinNodeRequest, v1.JoinNodeResponse]
@@ -461,6 +473,11 @@ func (c *controlClient) RotateCA(ctx context.Context, req *connect.Request[v1.Ro
 	return c.rotateCA.CallUnary(ctx, req)
 }
 
+// UnlockKey calls shoal.v1.Control.UnlockKey.
+func (c *controlClient) UnlockKey(ctx context.Context, req *connect.Request[v1.UnlockKeyRequest]) (*connect.Response[v1.UnlockKeyResponse], error) {
+	return c.unlockKey.CallUnary(ctx, req)
+}
+
 // RenewCertificate calls shoal.v1.Control.RenewCertificate.
 func (c *controlClient) RenewCertificate(ctx context.Context, req *connect.Request[v1.RenewCertificateRequest]) (*connect.Response[v1.RenewCertificateResponse], error) {
 	return c.renewCertificate.CallUnary(ctx, req)
@@ -515,6 +532,7 @@ type ControlHandler interface {
 	RotateToken(context.Context, *connect.Request[v1.RotateTokenRequest]) (*connect.Response[v1.RotateTokenResponse], error)
 	ShowCA(context.Context, *connect.Request[v1.ShowCARequest]) (*connect.Response[v1.ShowCAResponse], error)
 	RotateCA(context.Context, *connect.Request[v1.RotateCARequest]) (*connect.Response[v1.RotateCAResponse], error)
+	UnlockKey(context.Context, *connect.Request[v1.UnlockKeyRequest]) (*connect.Response[v1.UnlockKeyResponse], error)
 	// Agents only.
 	RenewCertificate(context.Context, *connect.Request[v1.RenewCertificateRequest]) (*connect.Response[v1.RenewCertificateResponse], error)
 	LeaveNode(context.Context, *connect.Request[v1.LeaveNodeRequest]) (*connect.Response[v1.LeaveNodeResponse], error)
@@ -652,6 +670,12 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 		connect.WithSchema(controlMethods.ByName("RotateCA")),
 		connect.WithHandlerOptions(opts...),
 	)
+	controlUnlockKeyHandler := connect.NewUnaryHandler(
+		ControlUnlockKeyProcedure,
+		svc.UnlockKey,
+		connect.WithSchema(controlMethods.ByName("UnlockKey")),
+		connect.WithHandlerOptions(opts...),
+	)
 	controlRenewCertificateHandler := connect.NewUnaryHandler(
 		ControlRenewCertificateProcedure,
 		svc.RenewCertificate,
@@ -730,6 +754,8 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 			controlShowCAHandler.ServeHTTP(w, r)
 		case ControlRotateCAProcedure:
 			controlRotateCAHandler.ServeHTTP(w, r)
+		case ControlUnlockKeyProcedure:
+			controlUnlockKeyHandler.ServeHTTP(w, r)
 		case ControlRenewCertificateProcedure:
 			controlRenewCertificateHandler.ServeHTTP(w, r)
 		case ControlLeaveNodeProcedure:
@@ -829,6 +855,10 @@ func (UnimplementedControlHandler) ShowCA(context.Context, *connect.Request[v1.S
 
 func (UnimplementedControlHandler) RotateCA(context.Context, *connect.Request[v1.RotateCARequest]) (*connect.Response[v1.RotateCAResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.RotateCA is not implemented"))
+}
+
+func (UnimplementedControlHandler) UnlockKey(context.Context, *connect.Request[v1.UnlockKeyRequest]) (*connect.Response[v1.UnlockKeyResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.UnlockKey is not implemented"))
 }
 
 func (UnimplementedControlHandler) RenewCertificate(context.Context, *connect.Request[v1.RenewCertificateRequest]) (*connect.Response[v1.RenewCertificateResponse], error) {
@@ -1070,6 +1100,7 @@ type LocalClient interface {
 	Join(context.Context, *connect.Request[v1.JoinRequest]) (*connect.Response[v1.JoinResponse], error)
 	Leave(context.Context, *connect.Request[v1.LeaveRequest]) (*connect.Response[v1.LeaveResponse], error)
 	Doctor(context.Context, *connect.Request[v1.DoctorRequest]) (*connect.Response[v1.DoctorResponse], error)
+	Unlock(context.Context, *connect.Request[v1.UnlockRequest]) (*connect.Response[v1.UnlockResponse], error)
 }
 
 // NewLocalClient constructs a client for the shoal.v1.Local service. By default, it uses the
@@ -1113,6 +1144,12 @@ func NewLocalClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 			connect.WithSchema(localMethods.ByName("Doctor")),
 			connect.WithClientOptions(opts...),
 		),
+		unlock: connect.NewClient[v1.UnlockRequest, v1.UnlockResponse](
+			httpClient,
+			baseURL+LocalUnlockProcedure,
+			connect.WithSchema(localMethods.ByName("Unlock")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -1123,6 +1160,7 @@ type localClient struct {
 	join   *connect.Client[v1.JoinRequest, v1.JoinResponse]
 	leave  *connect.Client[v1.LeaveRequest, v1.LeaveResponse]
 	doctor *connect.Client[v1.DoctorRequest, v1.DoctorResponse]
+	unlock *connect.Client[v1.UnlockRequest, v1.UnlockResponse]
 }
 
 // Info calls shoal.v1.Local.Info.
@@ -1150,6 +1188,11 @@ func (c *localClient) Doctor(ctx context.Context, req *connect.Request[v1.Doctor
 	return c.doctor.CallUnary(ctx, req)
 }
 
+// Unlock calls shoal.v1.Local.Unlock.
+func (c *localClient) Unlock(ctx context.Context, req *connect.Request[v1.UnlockRequest]) (*connect.Response[v1.UnlockResponse], error) {
+	return c.unlock.CallUnary(ctx, req)
+}
+
 // LocalHandler is an implementation of the shoal.v1.Local service.
 type LocalHandler interface {
 	Info(context.Context, *connect.Request[v1.InfoRequest]) (*connect.Response[v1.InfoResponse], error)
@@ -1157,6 +1200,7 @@ type LocalHandler interface {
 	Join(context.Context, *connect.Request[v1.JoinRequest]) (*connect.Response[v1.JoinResponse], error)
 	Leave(context.Context, *connect.Request[v1.LeaveRequest]) (*connect.Response[v1.LeaveResponse], error)
 	Doctor(context.Context, *connect.Request[v1.DoctorRequest]) (*connect.Response[v1.DoctorResponse], error)
+	Unlock(context.Context, *connect.Request[v1.UnlockRequest]) (*connect.Response[v1.UnlockResponse], error)
 }
 
 // NewLocalHandler builds an HTTP handler from the service implementation. It returns the path on
@@ -1196,6 +1240,12 @@ func NewLocalHandler(svc LocalHandler, opts ...connect.HandlerOption) (string, h
 		connect.WithSchema(localMethods.ByName("Doctor")),
 		connect.WithHandlerOptions(opts...),
 	)
+	localUnlockHandler := connect.NewUnaryHandler(
+		LocalUnlockProcedure,
+		svc.Unlock,
+		connect.WithSchema(localMethods.ByName("Unlock")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/shoal.v1.Local/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case LocalInfoProcedure:
@@ -1208,6 +1258,8 @@ func NewLocalHandler(svc LocalHandler, opts ...connect.HandlerOption) (string, h
 			localLeaveHandler.ServeHTTP(w, r)
 		case LocalDoctorProcedure:
 			localDoctorHandler.ServeHTTP(w, r)
+		case LocalUnlockProcedure:
+			localUnlockHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -1235,4 +1287,8 @@ func (UnimplementedLocalHandler) Leave(context.Context, *connect.Request[v1.Leav
 
 func (UnimplementedLocalHandler) Doctor(context.Context, *connect.Request[v1.DoctorRequest]) (*connect.Response[v1.DoctorResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Local.Doctor is not implemented"))
+}
+
+func (UnimplementedLocalHandler) Unlock(context.Context, *connect.Request[v1.UnlockRequest]) (*connect.Response[v1.UnlockResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Local.Unlock is not implemented"))
 }
