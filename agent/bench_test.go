@@ -23,6 +23,8 @@ func BenchmarkView(b *testing.B) {
 	for i := range dnstest.Replicas {
 		in.gossip.Members = append(in.gossip.Members, gossip.Member{Peer: spec.Peer{ID: fmt.Sprintf("n%d", i), Name: fmt.Sprintf("node%d", i), Number: i + 1,
 			Addr: netip.AddrFrom4([4]byte{192, 0, 2, byte(i)})}})
+		m := in.gossip.Members[i]
+		in.assigned.Nodes = append(in.assigned.Nodes, spec.Node{ID: m.Peer.ID, Name: m.Peer.Name, Number: m.Number, Addr: m.Addr})
 	}
 	for i := range large.Networks {
 		large.Networks[i].VNI = uint32(4097 + i)

@@ -119,9 +119,7 @@ func compose(in inputs) *spec.View {
 		}
 	}
 	if in.gossip != nil {
-		for _, m := range in.gossip.Members {
-			v.Peers = append(v.Peers, m.Peer)
-		}
+		v.Peers = peers(in)
 		// Counted first: there may be 100,000, all of them ours or next to none.
 		n := 0
 		for i := range in.gossip.Endpoints {
@@ -150,6 +148,30 @@ func compose(in inputs) *spec.View {
 	}
 	v.Sort()
 	return v
+}
+
+// peers are the nodes that the managers have, each as alive as gossip says; one
+// that gossip has not heard of is as good as dead. A member that the managers
+// don't have is none: nobody gets a place among the nodes by saying so.
+func peers(in inputs) []spec.Peer {
+	heard := make(map[string]spec.Peer, len(in.gossip.Members))
+	for _, m := range in.gossip.Members {
+		heard[m.Peer.ID] = m.Peer
+	}
+	var out []spec.Peer
+	if in.assigned != nil {
+		for _, n := range in.assigned.Nodes {
+			p := spec.Peer{ID: n.ID, Name: n.Name, Number: n.Number, Addr: n.Addr, Liveness: spec.PeerDead, ControlPort: n.ControlPort, GossipPort: n.GossipPort}
+			if h, ok := heard[n.ID]; ok {
+				p.Liveness = h.Liveness
+			}
+			out = append(out, p)
+		}
+	}
+	if h, ok := heard[in.self]; ok && !slices.ContainsFunc(out, func(p spec.Peer) bool { return p.ID == in.self }) {
+		out = append(out, h)
+	}
+	return out
 }
 
 // hold returns v with the active endpoints that have no routes yet as if they

@@ -17,6 +17,7 @@ func sources() inputs {
 	return inputs{
 		self: "n1", instance: "shoal", adopted: true,
 		assigned: &assignment{
+			Nodes:    []spec.Node{{ID: "n1"}, {ID: "n2"}, {ID: "n3"}},
 			Networks: []spec.Network{{ID: "app", Name: "app"}, {ID: "db", Name: "db"}},
 			Services: []spec.Service{
 				{ID: "s1", Spec: spec.ServiceSpec{Name: "web", Networks: []spec.NetworkAttachment{{Network: "app"}}}},
@@ -25,15 +26,19 @@ func sources() inputs {
 			Tasks: []spec.Task{{ID: "t1", Node: "n1", Desired: spec.DesiredRunning, Attachments: []spec.Attachment{{Network: "app"}}}},
 		},
 		gossip: &gossip.Snapshot{Synced: true,
-			Members:   []gossip.Member{{Peer: spec.Peer{ID: "n1"}}, {Peer: spec.Peer{ID: "n2"}}},
+			Members:   []gossip.Member{{Peer: spec.Peer{ID: "n1"}}, {Peer: spec.Peer{ID: "n2"}}, {Peer: spec.Peer{ID: "invented"}}},
 			Endpoints: []spec.Endpoint{ep("t1", "app", "n1", spec.EndpointActive), ep("t2", "app", "n2", spec.EndpointDraining), ep("t3", "db", "n2", spec.EndpointActive)}},
 	}
 }
 
 func TestComposeKeepsToTheNodesNetworks(t *testing.T) {
 	v := compose(sources())
-	if !v.Complete || len(v.Networks) != 1 || v.Networks[0].ID != "app" || len(v.Services) != 1 || v.Services[0].ID != "s1" || len(v.Endpoints) != 2 || len(v.Peers) != 2 {
+	if !v.Complete || len(v.Networks) != 1 || v.Networks[0].ID != "app" || len(v.Services) != 1 || v.Services[0].ID != "s1" || len(v.Endpoints) != 2 {
 		t.Fatalf("view = %+v", v)
+	}
+	// Who is a node, the managers say; whether it lives, gossip.
+	if len(v.Peers) != 3 || v.Peers[1].ID != "n2" || v.Peers[1].Liveness != spec.PeerAlive || v.Peers[2].ID != "n3" || v.Peers[2].Liveness != spec.PeerDead {
+		t.Errorf("peers = %+v", v.Peers)
 	}
 }
 

@@ -211,10 +211,11 @@ func (m *member) node(role string) spec.Node {
 
 // start begins the node's work, once ident is complete.
 func (m *member) start() error {
+	m.loadAssignment()
 	g, err := gossip.Open(gossip.Config{
 		NodeID: m.ident.NodeID, Name: m.ident.Name, Number: m.ident.Number, Role: m.ident.Role, Cluster: m.ident.Cluster.ID,
 		Addr: m.ident.Addr, Port: m.ident.GossipPort, ControlPort: m.ident.ControlPort, DataDir: m.cfg.DataDir, Log: m.log,
-		Refuses: refuses,
+		Refuses: refuses, Keys: m.gossipKeys(), Signer: m.creds.Signer(),
 	})
 	if err != nil {
 		return err
@@ -234,13 +235,13 @@ func (m *member) start() error {
 	m.overlay = reconcile.New("overlay", overlay.NewTarget(m.cfg.Overlay), reconcile.Options{Log: m.log, OnPass: m.overlayPass})
 	m.vip = reconcile.New("vip", vip.Target{Dataplane: m.cfg.VIP}, reconcile.Options{Log: m.log, OnPass: m.vipPass})
 	m.ingress = reconcile.New("ingress", ingress.Target{Dataplane: m.cfg.Ingress}, reconcile.Options{Log: m.log, OnPass: m.ingressPass})
-	m.loadAssignment()
 
 	m.wg.Go(func() {
 		if err := g.Run(m.ctx); err != nil && m.ctx.Err() == nil {
 			m.log.Error("gossip ended", "error", err)
 		}
 	})
+	m.trustGossip()
 	m.joinKnown()
 	m.wg.Go(func() { m.overlay.Run(m.ctx) })
 	m.wg.Go(func() { m.vip.Run(m.ctx) })
@@ -743,17 +744,11 @@ func (m *member) assign(a *assignment) {
 	m.mu.Unlock()
 	m.takeNodes(a)
 	wake(m.saveWake)
+	m.trustGossip()
 	m.joinKnown()
-	known := map[string]bool{}
 	for _, n := range a.Nodes {
-		known[n.ID] = true
 		if n.ID == m.ident.NodeID {
 			m.follow(n)
-		}
-	}
-	for _, p := range m.g.Snapshot().Members {
-		if p.Liveness == spec.PeerDead && !known[p.Peer.ID] {
-			m.g.Forget(p.Peer.ID)
 		}
 	}
 	if m.tasks.hasAdopted() {
@@ -844,6 +839,9 @@ func (m *member) report() error {
 	req.Applied, req.ManagerReady = m.follows, m.manager != nil
 	if info, ok := m.creds.Info(); ok {
 		req.CertificateRoot = info.Root
+	}
+	if ids := m.g.KeyIDs(); len(ids) > 0 {
+		req.GossipKeyUsed, req.GossipKey = uint64(ids[0]), uint64(slices.Max(ids))
 	}
 	req.Faults = faultsOf(m.assigned, failed)
 	for id := range m.acked {

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"net"
@@ -16,6 +17,7 @@ import (
 	"github.com/shoalnet/shoal/api/shoal/v1/shoalv1connect"
 	"github.com/shoalnet/shoal/control"
 	"github.com/shoalnet/shoal/control/state"
+	"github.com/shoalnet/shoal/gossip"
 	"github.com/shoalnet/shoal/peer"
 	"github.com/shoalnet/shoal/spec"
 )
@@ -421,4 +423,51 @@ func (a *localAPI) Unlock(ctx context.Context, req *connect.Request[shoalv1.Unlo
 	}
 	wake(m.certWake)
 	return connect.NewResponse(&shoalv1.UnlockResponse{}), nil
+}
+
+// gossipKeys is the keyring that the managers told of last. A node that has none
+// (its cached assignment is gone) takes part with one that nobody else has, which
+// is to say in silence, until they tell it again.
+func (m *member) gossipKeys() gossip.Keyring {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.assigned != nil && m.assigned.Trust != nil && len(m.assigned.Trust.Gossip) > 0 {
+		var ring gossip.Keyring
+		for _, k := range m.assigned.Trust.Gossip {
+			ring.Keys = append(ring.Keys, gossip.Key{ID: uint32(k.Generation), Secret: k.Key})
+			if k.Primary {
+				ring.Use = uint32(k.Generation)
+			}
+		}
+		return ring
+	}
+	secret := make([]byte, gossip.KeySize)
+	_, _ = rand.Read(secret) // never fails
+	return gossip.Keyring{Keys: []gossip.Key{{Secret: secret}}}
+}
+
+// trustGossip tells gossip which keys to use, who the nodes are, and what they
+// sign with, as the managers have it.
+func (m *member) trustGossip() {
+	if err := m.g.SetKeys(m.gossipKeys()); err != nil {
+		m.log.Error("the keys of gossip that the managers told can't be used", "error", err)
+	}
+	wake(m.reportWake)
+	m.mu.Lock()
+	a := m.assigned
+	m.mu.Unlock()
+	if a == nil || len(a.Nodes) == 0 {
+		return // after init or join: the first assignment is to come
+	}
+	d := gossip.Directory{Nodes: make(map[string]gossip.NodeInfo, len(a.Nodes))}
+	for _, n := range a.Nodes {
+		info := gossip.NodeInfo{Name: n.Name, Role: n.Role, Number: n.Number, Addr: n.Addr, ControlPort: n.ControlPort, GossipPort: n.GossipPort}
+		if pub, err := peer.ParsePublic(n.PublicKey); err == nil {
+			info.Keys = append(info.Keys, pub.Key())
+		} else {
+			m.log.Warn("the managers' key of a node can't be read: what it says is not heard", "node", n.Name, "error", err)
+		}
+		d.Nodes[n.ID] = info
+	}
+	m.g.SetDirectory(d)
 }

@@ -93,6 +93,7 @@ type Manager struct {
 	lastSeen   map[string]time.Time
 	applied    map[string]uint64                         // by node: index of the newest assignment that it follows
 	faults     map[string][]*shoalv1.ReportRequest_Fault // by node: what it last said it can't do
+	gossipSeen map[string]gossipSeen                     // by node: which keys of gossip it has
 	shows      map[string]string                         // by node: digest of its certificate's root
 	ready      map[string]bool                           // by node: its raft runs, and may be counted on
 	wakeNodes  chan struct{}                             // size 1
@@ -308,6 +309,7 @@ func (m *Manager) lead(ctx context.Context) {
 	m.mu.Lock()
 	m.leadership, m.verified = ctx, now
 	m.lastSeen, m.applied, m.faults, m.ready, m.shows = map[string]time.Time{}, map[string]uint64{}, map[string][]*shoalv1.ReportRequest_Fault{}, map[string]bool{}, map[string]string{}
+	m.gossipSeen = map[string]gossipSeen{}
 	m.mu.Unlock()
 	m.log.Info("leading the managers")
 	defer func() {
@@ -320,6 +322,7 @@ func (m *Manager) lead(ctx context.Context) {
 	wg.Go(func() { m.schedule(ctx) })
 	wg.Go(func() { m.monitor(ctx, now) })
 	wg.Go(func() { m.keepVoters(ctx) })
+	wg.Go(func() { m.keepGossipKeys(ctx) })
 	wg.Go(func() { m.keepRoots(ctx) })
 	wg.Wait()
 }

@@ -493,6 +493,7 @@ func (s *service) Report(ctx context.Context, req *connect.Request[shoalv1.Repor
 	s.m.failing(r.Node, r.Faults)
 	s.m.managing(r.Node, r.ManagerReady)
 	s.m.showing(r.Node, r.CertificateRoot)
+	s.m.sees(r.Node, gossipSeen{newest: r.GossipKey, used: r.GossipKeyUsed})
 	now := known
 	if r.Addr != "" {
 		if now.Addr, err = netip.ParseAddr(r.Addr); err != nil {

@@ -37,7 +37,7 @@ func NewTrust(cluster string) (*state.Trust, *peer.Root, error) {
 	for i := range 2 { // current and next: there is none before
 		k := make([]byte, 32)
 		_, _ = rand.Read(k) // never fails
-		t.Gossip = append(t.Gossip, state.GossipKey{Generation: uint64(i + 1), Key: k, Primary: i == 0})
+		t.Gossip = append(t.Gossip, state.GossipKey{Generation: uint64(i + 1), Key: k, Primary: i == 0, Since: r.Created})
 	}
 	return t, root, nil
 }

@@ -43,17 +43,23 @@ func BenchmarkChangeToAllSnapshots(b *testing.B) {
 
 // BenchmarkSnapshot makes one of 10,000 endpoints on 100 nodes.
 func BenchmarkSnapshot(b *testing.B) {
-	g, err := Open(Config{NodeID: "self", Cluster: "c", Addr: nodeAddr(1).Addr(), DataDir: b.TempDir(), Transport: nowhere{}})
+	g, err := Open(Config{NodeID: "self", Cluster: "c", Addr: nodeAddr(1).Addr(), DataDir: b.TempDir(), Transport: nowhere{}, Keys: testRing, Signer: newSigner()})
 	if err != nil {
 		b.Fatal(err)
 	}
+	dir := Directory{Nodes: map[string]NodeInfo{}}
+	for i := range 100 {
+		dir.Nodes[nodeID(i)] = NodeInfo{Addr: nodeAddr(i).Addr(), GossipPort: 7946}
+	}
+	g.SetDirectory(dir)
 	for i := range 100 {
 		id := nodeID(i)
-		g.members[id] = &member{up: true, metaOK: true}
+		g.members[id] = &member{up: true, assigned: true}
 		d := &delta{node: id, epoch: 1, seq: 100, full: true}
 		for k := range 100 {
-			d.changes = append(d.changes, change{seq: uint64(k + 1), ep: endpoint(i, k, spec.EndpointActive)})
+			d.changes = append(d.changes, newChange(uint64(k+1), endpoint(i, k, spec.EndpointActive), false))
 		}
+		d.state = newRecord(id).stateAfter(d)
 		g.accept(d, time.Now(), false)
 	}
 	for b.Loop() {

@@ -1,9 +1,14 @@
 package gossip
 
 import (
+	"bytes"
 	"context"
+	"crypto"
+	"crypto/ed25519"
+	"crypto/rand"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -55,6 +60,9 @@ type cluster struct {
 	mu    sync.Mutex
 	nodes map[int]*node
 	log   *slog.Logger
+	ring  Keyring
+	keys  map[int]crypto.Signer
+	says  map[string]NodeInfo // what the managers say
 	// refuses, if set, is Config.Refuses of every node.
 	refuses func(context.Context, netip.AddrPort) bool
 }
@@ -77,6 +85,57 @@ type node struct {
 
 func nodeID(i int) string { return fmt.Sprintf("node%02d", i) }
 
+// testRing is a keyring of one key.
+var testRing = Keyring{Use: 1, Keys: []Key{{ID: 1, Secret: bytes.Repeat([]byte{7}, KeySize)}}}
+
+func newSigner() crypto.Signer {
+	_, k, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		panic(err)
+	}
+	return k
+}
+
+// signer is node i's key.
+func (c *cluster) signer(i int) crypto.Signer {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.keys[i] == nil {
+		c.keys[i] = newSigner()
+	}
+	return c.keys[i]
+}
+
+// assign has the managers tell all nodes that node i is at an address, with
+// these keys.
+func (c *cluster) assign(i int, at netip.AddrPort, keys ...crypto.PublicKey) {
+	c.mu.Lock()
+	c.says[nodeID(i)] = NodeInfo{Name: "n" + fmt.Sprint(i), Role: spec.RoleWorker, Number: i, Addr: at.Addr(), ControlPort: 7947, GossipPort: int(at.Port()), Keys: keys}
+	c.mu.Unlock()
+	c.tell()
+}
+
+// unassign has the managers remove node i.
+func (c *cluster) unassign(i int) {
+	c.mu.Lock()
+	delete(c.says, nodeID(i))
+	c.mu.Unlock()
+	c.tell()
+}
+
+func (c *cluster) directory() Directory {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return Directory{Nodes: maps.Clone(c.says)}
+}
+
+func (c *cluster) tell() {
+	d := c.directory()
+	for _, n := range c.all() {
+		n.SetDirectory(d)
+	}
+}
+
 func nodeAddr(i int) netip.AddrPort {
 	return netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}), 7946)
 }
@@ -90,7 +149,7 @@ func addrs(is ...int) (out []netip.AddrPort) {
 
 // newCluster makes a cluster without nodes. It is closed by t's cleanup.
 func newCluster(t testing.TB, tune Tuning) *cluster {
-	c := &cluster{tb: t, net: gossiptest.NewNetwork(1), dir: t.TempDir(), tune: tune, nodes: map[int]*node{}}
+	c := &cluster{tb: t, net: gossiptest.NewNetwork(1), dir: t.TempDir(), tune: tune, nodes: map[int]*node{}, ring: testRing, keys: map[int]crypto.Signer{}, says: map[string]NodeInfo{}}
 	c.log = slog.New(slog.DiscardHandler)
 	if os.Getenv("GOSSIP_LOG") != "" {
 		c.log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelInfo}))
@@ -138,6 +197,7 @@ func (c *cluster) startAt(i int, at netip.AddrPort, join ...netip.AddrPort) *nod
 	}
 	g, err := Open(Config{
 		NodeID: nodeID(i), Name: "n" + fmt.Sprint(i), Number: i, Role: spec.RoleWorker, Cluster: "testcluster", Addr: at.Addr(), Port: int(at.Port()),
+		Keys: c.ring, Signer: c.signer(i),
 		ControlPort: 7947, DataDir: filepath.Join(c.dir, nodeID(i)), Log: c.log.With("on", nodeID(i)), Transport: tr, Tuning: c.tune, Refuses: c.refuses,
 	})
 	if err != nil {
@@ -155,6 +215,7 @@ func (c *cluster) startAt(i int, at netip.AddrPort, join ...netip.AddrPort) *nod
 	c.mu.Lock()
 	c.nodes[i] = n
 	c.mu.Unlock()
+	c.assign(i, at, c.signer(i).Public())
 	if len(join) > 0 {
 		g.Join(join)
 	}

@@ -1,20 +1,41 @@
 package gossip
 
 import (
+	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"net/netip"
+	"time"
 
 	"github.com/shoalnet/shoal/spec"
 )
 
 // The wire format: a version byte, a type byte, the sender (ID, address, port),
 // and a body of unsigned varints and length-prefixed strings. Everything that
-// is decoded is bounded before it is allocated. A byte that is not understood
-// makes a message malformed: it is counted and dropped, never guessed at.
+// is decoded is bounded before it is allocated.
+//
+// How it grows without a day on which all nodes change at once:
+//
+//   - a field is added at the end of a message, of an endpoint, of an item of a
+//     list or of a node's metadata, each of which is preceded by its length (a
+//     message by its packet's). Who does not know it skips it;
+//   - what is signed (the content of an endpoint, a node's metadata) is kept and
+//     passed on as it came, with the fields that are not understood, so that a
+//     node of an older version in between takes nothing away;
+//   - a state of endpoints that is not known counts as "starting": routed and
+//     named, without a share of any service's traffic;
+//   - a message of a type that is not known is dropped. The upper half of a
+//     delta's flags is for what may be overlooked, an unknown flag of the lower
+//     half has the delta dropped;
+//   - only a change that none of this can bear takes another version, which the
+//     managers' feature level must allow before anybody speaks it.
+//
+// What is known and does not make sense makes a message malformed: it is counted
+// and dropped, never guessed at.
 
-const wireVersion = 1
+const wireVersion = 2
 
 type msgType byte
 
@@ -47,8 +68,16 @@ const (
 	// chunkSize is where a fetch reply is cut; a chunk exceeds it by at most
 	// one entry.
 	chunkSize = 256 << 10
-	// maxChunks bounds one fetch reply.
-	maxChunks = 1024
+	// maxChunks bounds one fetch reply; a table of 100,000 endpoints takes some
+	// 160.
+	maxChunks = 256
+	// maxContent bounds the encoding of one endpoint, maxItem of any other item.
+	maxContent = 64 << 10
+	maxItem    = 1 << 10
+	// maxEntries bounds the endpoints of one node.
+	maxEntries = 16 << 10
+	// maxMeta is the most that memberlist takes as metadata (MetaMaxSize).
+	maxMeta = 512
 )
 
 type header struct {
@@ -108,43 +137,73 @@ func appendHeader(b []byte, h header) []byte {
 	return binary.AppendUvarint(b, uint64(h.addr.Port()))
 }
 
-func appendChange(b []byte, c change) []byte {
-	b = binary.AppendUvarint(b, c.seq)
-	b = appendBool(b, c.gone)
-	b = appendString(b, c.ep.Task)
-	b = appendString(b, c.ep.Network)
-	if c.gone {
+// appendBlob appends what may grow, preceded by its length.
+func appendBlob(b, blob []byte) []byte {
+	b = binary.AppendUvarint(b, uint64(len(blob)))
+	return append(b, blob...)
+}
+
+// appendContent encodes an endpoint; of one that is gone only its key.
+func appendContent(b []byte, ep spec.Endpoint, gone bool) []byte {
+	b = appendString(b, ep.Task)
+	b = appendString(b, ep.Network)
+	if gone {
 		return b
 	}
-	b = appendString(b, c.ep.TaskName)
-	b = appendString(b, c.ep.Hostname)
-	b = appendString(b, c.ep.Service)
-	b = binary.AppendVarint(b, int64(c.ep.Slot))
-	b = append(b, byte(c.ep.State))
-	b = binary.AppendUvarint(b, uint64(len(c.ep.Addrs)))
-	for _, a := range c.ep.Addrs {
+	b = appendString(b, ep.TaskName)
+	b = appendString(b, ep.Hostname)
+	b = appendString(b, ep.Service)
+	b = binary.AppendVarint(b, int64(ep.Slot))
+	b = append(b, byte(ep.State))
+	b = binary.AppendUvarint(b, uint64(len(ep.Addrs)))
+	for _, a := range ep.Addrs {
 		b = appendAddr(b, a)
 	}
-	b = binary.AppendUvarint(b, uint64(len(c.ep.Aliases)))
-	for _, a := range c.ep.Aliases {
+	b = binary.AppendUvarint(b, uint64(len(ep.Aliases)))
+	for _, a := range ep.Aliases {
 		b = appendString(b, a)
 	}
 	return b
 }
 
+// newChange is an endpoint as it is to travel.
+func newChange(seq uint64, ep spec.Endpoint, gone bool) change {
+	c := change{seq: seq, gone: gone, ep: ep, raw: appendContent(nil, ep, gone)}
+	c.sum = sha256.Sum256(c.raw)
+	return c
+}
+
+func appendChange(b []byte, c change) []byte {
+	in := binary.AppendUvarint(make([]byte, 0, len(c.raw)+16), c.seq)
+	in = appendBool(in, c.gone)
+	in = appendBlob(in, c.raw)
+	return appendBlob(b, in)
+}
+
+// Flags of a delta.
+const (
+	flagFull = 1 << iota
+	flagLeft
+	// flagsCritical are those that must be understood.
+	flagsCritical = 0x0f
+)
+
 func appendDeltaHead(b []byte, d *delta, changes int) []byte {
-	b = appendString(b, d.node)
-	b = binary.AppendUvarint(b, d.epoch)
-	b = binary.AppendUvarint(b, d.prev)
-	b = binary.AppendUvarint(b, d.seq)
+	in := appendString(make([]byte, 0, 192), d.node)
+	in = binary.AppendUvarint(in, d.epoch)
+	in = binary.AppendUvarint(in, d.prev)
+	in = binary.AppendUvarint(in, d.seq)
 	var flags byte
 	if d.full {
-		flags |= 1
+		flags |= flagFull
 	}
 	if d.left {
-		flags |= 2
+		flags |= flagLeft
 	}
-	b = append(b, flags)
+	in = append(in, flags)
+	in = append(in, d.state[:]...)
+	in = appendBlob(in, d.sig)
+	b = appendBlob(b, in)
 	return binary.AppendUvarint(b, uint64(changes))
 }
 
@@ -157,10 +216,11 @@ func appendDelta(b []byte, d *delta) []byte {
 }
 
 func appendDigestItem(b []byte, it digestItem) []byte {
-	b = appendString(b, it.node)
-	b = binary.AppendUvarint(b, it.epoch)
-	b = binary.AppendUvarint(b, it.seq)
-	return binary.BigEndian.AppendUint64(b, it.hash)
+	in := appendString(make([]byte, 0, 64), it.node)
+	in = binary.AppendUvarint(in, it.epoch)
+	in = binary.AppendUvarint(in, it.seq)
+	in = binary.BigEndian.AppendUint64(in, it.hash)
+	return appendBlob(b, in)
 }
 
 func appendDigest(b []byte, items []digestItem) []byte {
@@ -174,10 +234,10 @@ func appendDigest(b []byte, items []digestItem) []byte {
 func appendWants(b []byte, ws []want) []byte {
 	b = binary.AppendUvarint(b, uint64(len(ws)))
 	for _, w := range ws {
-		b = appendString(b, w.node)
-		b = binary.AppendUvarint(b, w.epoch)
-		b = binary.AppendUvarint(b, w.seq)
-		b = appendBool(b, w.full)
+		in := appendString(make([]byte, 0, 64), w.node)
+		in = binary.AppendUvarint(in, w.epoch)
+		in = binary.AppendUvarint(in, w.seq)
+		b = appendBlob(b, appendBool(in, w.full))
 	}
 	return b
 }
@@ -332,53 +392,106 @@ func (r *reader) addr() netip.Addr {
 	return a
 }
 
-func (r *reader) change() (c change) {
-	c.seq = r.uvarint()
-	c.gone = r.bool()
-	c.ep.Task = r.string(maxString)
-	c.ep.Network = r.string(maxString)
-	if c.gone || r.err != nil {
-		return c
+// bytes takes n bytes, without a copy.
+func (r *reader) bytes(n int) []byte {
+	if n > len(r.b) {
+		r.fail(errShort)
+		return nil
 	}
-	c.ep.TaskName = r.string(maxString)
-	c.ep.Hostname = r.string(maxString)
-	c.ep.Service = r.string(maxString)
+	v := r.b[:n:n]
+	r.b = r.b[n:]
+	return v
+}
+
+// blob takes what is preceded by its length, of at most max bytes, without a
+// copy.
+func (r *reader) blob(max int) []byte {
+	n := r.uvarint()
+	if n > uint64(max) {
+		r.fail(fmt.Errorf("item of %d bytes: at most %d are allowed", n, max))
+		return nil
+	}
+	return r.bytes(int(n))
+}
+
+// item reads what is preceded by its length with fn, which may leave some.
+func (r *reader) item(max int, fn func(*reader)) {
+	in := &reader{b: r.blob(max)}
+	if r.err != nil {
+		return
+	}
+	if fn(in); in.err != nil {
+		r.fail(in.err)
+	}
+}
+
+func (r *reader) content(gone bool) (ep spec.Endpoint) {
+	ep.Task = r.string(maxString)
+	ep.Network = r.string(maxString)
+	if gone || r.err != nil {
+		return ep
+	}
+	ep.TaskName = r.string(maxString)
+	ep.Hostname = r.string(maxString)
+	ep.Service = r.string(maxString)
 	slot := r.varint()
 	if slot != int64(int(slot)) {
 		r.fail(fmt.Errorf("slot %d is out of range", slot))
 	}
-	c.ep.Slot = int(slot)
-	st := r.byte()
-	if st > byte(spec.EndpointDraining) {
-		r.fail(fmt.Errorf("endpoint state %d is unknown", st))
+	ep.Slot = int(slot)
+	if ep.State = spec.EndpointState(r.byte()); ep.State > spec.EndpointDraining {
+		ep.State = spec.EndpointStarting
 	}
-	c.ep.State = spec.EndpointState(st)
 	if n := r.count(maxAddrs, 5); n > 0 {
-		c.ep.Addrs = make([]netip.Addr, n)
-		for i := range c.ep.Addrs {
-			c.ep.Addrs[i] = r.addr()
+		ep.Addrs = make([]netip.Addr, n)
+		for i := range ep.Addrs {
+			ep.Addrs[i] = r.addr()
 		}
 	}
 	if n := r.count(maxAliases, 1); n > 0 {
-		c.ep.Aliases = make([]string, n)
-		for i := range c.ep.Aliases {
-			c.ep.Aliases[i] = r.string(maxString)
+		ep.Aliases = make([]string, n)
+		for i := range ep.Aliases {
+			ep.Aliases[i] = r.string(maxString)
 		}
 	}
+	return ep
+}
+
+func (r *reader) change() (c change) {
+	r.item(maxContent+maxItem, func(r *reader) {
+		c.seq = r.uvarint()
+		c.gone = r.bool()
+		raw := r.blob(maxContent)
+		if r.err != nil {
+			return
+		}
+		c.raw = append([]byte(nil), raw...)
+		c.sum = sha256.Sum256(c.raw)
+		in := &reader{b: c.raw}
+		if c.ep = in.content(c.gone); in.err != nil {
+			r.fail(in.err)
+		}
+	})
 	return c
 }
 
 func (r *reader) delta() *delta {
-	d := &delta{node: r.id(), epoch: r.uvarint(), prev: r.uvarint(), seq: r.uvarint()}
-	flags := r.byte()
-	if flags > 3 {
+	d := &delta{}
+	var flags byte
+	r.item(maxItem, func(r *reader) {
+		d.node, d.epoch, d.prev, d.seq = r.id(), r.uvarint(), r.uvarint(), r.uvarint()
+		flags = r.byte()
+		copy(d.state[:], r.bytes(len(d.state)))
+		d.sig = append([]byte(nil), r.blob(maxSig)...)
+	})
+	if flags&flagsCritical > flagFull|flagLeft {
 		r.fail(fmt.Errorf("delta flags %#x are unknown", flags))
 	}
-	d.full, d.left = flags&1 != 0, flags&2 != 0
+	d.full, d.left = flags&flagFull != 0, flags&flagLeft != 0
 	if d.epoch == 0 || d.epoch > maxEpoch || d.seq > maxSeq || d.seq <= d.prev || d.full && d.prev != 0 {
 		r.fail(fmt.Errorf("delta of epoch %d from %d to %d", d.epoch, d.prev, d.seq))
 	}
-	n := r.count(1<<32, 4)
+	n := r.count(maxEntries+1<<10, 6)
 	for i := 0; i < n && r.err == nil; i++ {
 		c := r.change()
 		if r.err == nil && (c.seq <= d.prev || c.seq > d.seq || d.full && c.gone) {
@@ -389,15 +502,21 @@ func (r *reader) delta() *delta {
 	return d
 }
 
+// maxNodes bounds lists of nodes.
+const maxNodes = spec.MaxNodes + strangersMax
+
 func (r *reader) digest() []digestItem {
-	n := r.count(1<<32, 12)
+	n := r.count(maxNodes, 13)
 	var items []digestItem
 	if n > 0 {
 		items = make([]digestItem, 0, n)
 	}
 	for i := 0; i < n && r.err == nil; i++ {
-		it := digestItem{node: r.id(), epoch: r.uvarint(), seq: r.uvarint(), hash: r.u64()}
-		if it.epoch == 0 || it.epoch > maxEpoch || it.seq == 0 || it.seq > maxSeq {
+		var it digestItem
+		r.item(maxItem, func(r *reader) {
+			it = digestItem{node: r.id(), epoch: r.uvarint(), seq: r.uvarint(), hash: r.u64()}
+		})
+		if r.err == nil && (it.epoch == 0 || it.epoch > maxEpoch || it.seq == 0 || it.seq > maxSeq) {
 			r.fail(fmt.Errorf("digest of %s is at epoch %d, sequence %d", it.node, it.epoch, it.seq))
 		}
 		items = append(items, it)
@@ -405,11 +524,14 @@ func (r *reader) digest() []digestItem {
 	return items
 }
 
+// errForeign is of what a later version sent.
+var errForeign = errors.New("this node does not speak it")
+
 // decode reads a message. It keeps no reference to b except in body.
 func decode(b []byte) (*message, error) {
 	r := &reader{b: b}
 	if v := r.byte(); r.err == nil && v != wireVersion {
-		return nil, fmt.Errorf("gossip message of version %d: this node speaks %d", v, wireVersion)
+		return nil, fmt.Errorf("gossip message of version %d: %w", v, errForeign)
 	}
 	m := &message{}
 	m.typ = msgType(r.byte())
@@ -429,7 +551,7 @@ func decode(b []byte) (*message, error) {
 	case msgDigest, msgDigestSum, msgDigestRep, msgFetch, msgFetchReply, msgBarrier, msgBarrierAck:
 		m.id = r.uvarint()
 	default:
-		r.fail(errors.New("unknown type"))
+		r.fail(errForeign)
 	}
 	switch m.typ {
 	case msgDigest:
@@ -440,14 +562,16 @@ func decode(b []byte) (*message, error) {
 		m.unknown = r.bool()
 		m.digest = r.digest()
 	case msgFetch:
-		n := r.count(1<<32, 5)
+		n := r.count(maxNodes, 6)
 		for i := 0; i < n && r.err == nil; i++ {
-			m.wants = append(m.wants, want{node: r.id(), epoch: r.uvarint(), seq: r.uvarint(), full: r.bool()})
+			var w want
+			r.item(maxItem, func(r *reader) { w = want{node: r.id(), epoch: r.uvarint(), seq: r.uvarint(), full: r.bool()} })
+			m.wants = append(m.wants, w)
 		}
 	case msgFetchReply:
 		m.index = r.uvarint()
 		m.last = r.bool()
-		n := r.count(1<<32, 7)
+		n := r.count(maxNodes, 40)
 		for i := 0; i < n && r.err == nil; i++ {
 			m.deltas = append(m.deltas, r.delta())
 		}
@@ -456,9 +580,6 @@ func decode(b []byte) (*message, error) {
 		}
 	case msgBarrier:
 		m.epoch, m.seq = r.uvarint(), r.uvarint()
-	}
-	if r.err == nil && len(r.b) > 0 {
-		r.fail(fmt.Errorf("%d bytes too many", len(r.b)))
 	}
 	if r.err != nil {
 		return nil, fmt.Errorf("gossip message (%s): %w", m.typ, r.err)
@@ -536,6 +657,9 @@ func encodable(ep spec.Endpoint) error {
 			return fmt.Errorf("endpoint %s: an alias is %d bytes long: at most %d are allowed", ep.Key(), len(a), maxString)
 		}
 	}
+	if n := len(appendContent(nil, ep, false)); n > maxContent {
+		return fmt.Errorf("endpoint %s: its encoding has %d bytes: at most %d are allowed", ep.Key(), n, maxContent)
+	}
 	if ep.State < spec.EndpointStarting || ep.State > spec.EndpointDraining {
 		return fmt.Errorf("endpoint %s: state %d is unknown", ep.Key(), int(ep.State))
 	}
@@ -544,36 +668,68 @@ func encodable(ep spec.Endpoint) error {
 
 // ---- node metadata ----
 
-// meta is what memberlist carries with each member.
+// meta is what a node says of itself with each memberlist message that tells of
+// it. Who it is and where, the managers say (Directory).
 type meta struct {
-	name        string
-	role        string
-	number      int
-	controlPort int
+	// epoch and seq order what one node says.
+	epoch, seq uint64
+	// maxInc is the last of memberlist's incarnations that this may be told with.
+	maxInc uint32
 }
 
 func (m meta) encode() []byte {
-	b := []byte{wireVersion}
-	b = appendString(b, m.name)
-	b = appendString(b, m.role)
-	b = binary.AppendUvarint(b, uint64(m.number))
-	return binary.AppendUvarint(b, uint64(m.controlPort))
+	b := binary.AppendUvarint(nil, m.epoch)
+	b = binary.AppendUvarint(b, m.seq)
+	return binary.AppendUvarint(b, uint64(m.maxInc))
 }
 
 // decodeMeta ignores what follows, so that later versions may add to it.
 func decodeMeta(b []byte) (m meta, err error) {
 	r := &reader{b: b}
-	if v := r.byte(); r.err == nil && v != wireVersion {
-		return m, fmt.Errorf("node metadata of version %d: this node speaks %d", v, wireVersion)
+	m.epoch, m.seq = r.uvarint(), r.uvarint()
+	inc := r.uvarint()
+	if r.err == nil && (inc > math.MaxUint32 || m.epoch == 0) {
+		r.fail(fmt.Errorf("epoch %d, incarnation %d", m.epoch, inc))
 	}
-	m.name, m.role = r.string(spec.MaxNameLen), r.string(maxID)
-	number, port := r.uvarint(), r.uvarint()
-	if number > spec.MaxNodes || port > 65535 {
-		r.fail(fmt.Errorf("number %d, control port %d", number, port))
-	}
-	m.number, m.controlPort = int(number), int(port)
+	m.maxInc = uint32(inc)
 	if r.err != nil {
 		return meta{}, fmt.Errorf("node metadata: %w", r.err)
+	}
+	return m, nil
+}
+
+// sealMeta signs the metadata of this node: a version byte, the fields, the
+// signature.
+func (g *Gossip) sealMeta(m meta) ([]byte, error) {
+	body := m.encode()
+	sig, err := sign(g.signer(), g.metaText(g.cfg.NodeID, body))
+	if err != nil {
+		return nil, err
+	}
+	return appendBlob(appendBlob([]byte{wireVersion}, body), sig), nil
+}
+
+// openMeta reads a node's metadata, and checks that it is the node's.
+func (g *Gossip) openMeta(node string, b []byte) (meta, error) {
+	r := &reader{b: b}
+	if v := r.byte(); r.err == nil && v != wireVersion {
+		return meta{}, fmt.Errorf("node metadata of version %d: %w", v, errForeign)
+	}
+	body, sig := r.blob(maxMeta), r.blob(maxSig)
+	if r.err != nil {
+		return meta{}, fmt.Errorf("node metadata: %w", r.err)
+	}
+	m, err := decodeMeta(body)
+	if err != nil {
+		return meta{}, err
+	}
+	if m.epoch > epochLimit(time.Now()) {
+		g.stats.future.Add(1)
+		return meta{}, fmt.Errorf("node metadata of epoch %d, which can't be", m.epoch)
+	}
+	g.stats.verified.Add(1)
+	if _, ok := verified(g.keysOf(node), g.metaText(node, body), sig); !ok {
+		return meta{}, errors.New("node metadata that its node did not sign")
 	}
 	return m, nil
 }

@@ -2,6 +2,7 @@ package gossip
 
 import (
 	"bytes"
+	"math"
 	"net/netip"
 	"reflect"
 	"strings"
@@ -40,13 +41,15 @@ func drawDelta(t *rapid.T) *delta {
 	d.seq = d.prev
 	for range rapid.IntRange(0, 4).Draw(t, "changes") {
 		d.seq++
-		c := change{seq: d.seq, ep: drawEndpoint(t), gone: !d.full && rapid.Bool().Draw(t, "gone")}
-		if c.gone {
-			c.ep = spec.Endpoint{Task: c.ep.Task, Network: c.ep.Network}
+		ep, gone := drawEndpoint(t), !d.full && rapid.Bool().Draw(t, "gone")
+		if gone {
+			ep = spec.Endpoint{Task: ep.Task, Network: ep.Network}
 		}
-		d.changes = append(d.changes, c)
+		d.changes = append(d.changes, newChange(d.seq, ep, gone))
 	}
 	d.seq++
+	d.state = [32]byte(rapid.SliceOfN(rapid.Byte(), 32, 32).Draw(t, "state"))
+	d.sig = rapid.SliceOfN(rapid.Byte(), 1, maxSig).Draw(t, "sig")
 	return d
 }
 
@@ -102,8 +105,9 @@ func TestCodecRoundTrip(t *testing.T) {
 		if _, err := decode(b[:cut]); err == nil {
 			t.Fatalf("understood after %d of %d bytes", cut, len(b))
 		}
-		if _, err := decode(append(b, 0)); err == nil {
-			t.Fatal("understood with a byte too many")
+		// What a later version adds is not in the way.
+		if more, err := decode(append(b, "more"...)); err != nil || more.id != m.id || more.typ != m.typ {
+			t.Fatalf("with a later version's bytes: %+v, %v", more, err)
 		}
 	})
 }
@@ -138,10 +142,11 @@ func TestReplyChunks(t *testing.T) {
 func TestDecodeRefuses(t *testing.T) {
 	h := header{typ: msgDelta, from: "a", addr: nodeAddr(1)}
 	enc := func(d *delta) []byte { return appendDelta(appendHeader(nil, h), d) }
-	good := change{seq: 2, ep: endpoint(1, 1, spec.EndpointActive)}
+	good := newChange(2, endpoint(1, 1, spec.EndpointActive), false)
 	bad := func(fn func(*change)) *delta {
 		c := good
 		fn(&c)
+		c.raw = appendContent(nil, c.ep, c.gone)
 		return &delta{node: "a", epoch: 1, prev: 1, seq: 2, changes: []change{c}}
 	}
 	for name, b := range map[string][]byte{
@@ -152,10 +157,9 @@ func TestDecodeRefuses(t *testing.T) {
 		"epoch 0":           enc(&delta{node: "a", seq: 1}),
 		"backwards":         enc(&delta{node: "a", epoch: 1, prev: 2, seq: 2}),
 		"full from 1":       enc(&delta{node: "a", epoch: 1, prev: 1, seq: 2, full: true}),
-		"full, tombstone":   enc(&delta{node: "a", epoch: 1, seq: 2, full: true, changes: []change{{seq: 1, gone: true}}}),
+		"full, tombstone":   enc(&delta{node: "a", epoch: 1, seq: 2, full: true, changes: []change{newChange(1, spec.Endpoint{}, true)}}),
 		"change too new":    enc(bad(func(c *change) { c.seq = 3 })),
 		"change too old":    enc(bad(func(c *change) { c.seq = 1 })),
-		"unknown state":     enc(bad(func(c *change) { c.ep.State = 3 })),
 		"long string":       enc(bad(func(c *change) { c.ep.TaskName = strings.Repeat("x", maxString+1) })),
 		"many aliases":      enc(bad(func(c *change) { c.ep.Aliases = make([]string, maxAliases+1) })),
 		"invalid address":   enc(bad(func(c *change) { c.ep.Addrs = []netip.Addr{{}} })),
@@ -185,8 +189,11 @@ func TestEncodableIsWhatDecodes(t *testing.T) {
 			ep.Service = strings.Repeat("s", rapid.IntRange(maxString-1, maxString+1).Draw(t, "n"))
 		}
 		m := message{header: header{typ: msgDelta, from: "a", addr: nodeAddr(1)},
-			deltas: []*delta{{node: "a", epoch: 1, seq: 1, full: true, changes: []change{{seq: 1, ep: ep}}}}}
+			deltas: []*delta{{node: "a", epoch: 1, seq: 1, full: true, changes: []change{newChange(1, ep, false)}}}}
 		_, err := decode(m.encode())
+		if ep.State < spec.EndpointStarting || ep.State > spec.EndpointDraining {
+			return // of a later version
+		}
 		if (err == nil) != (encodable(ep) == nil) {
 			t.Fatalf("encodable: %v; decode: %v", encodable(ep), err)
 		}
@@ -194,11 +201,8 @@ func TestEncodableIsWhatDecodes(t *testing.T) {
 }
 
 func TestMeta(t *testing.T) {
-	m := meta{name: strings.Repeat("n", spec.MaxNameLen), role: spec.RoleManager, number: spec.MaxNodes, controlPort: 65535}
+	m := meta{epoch: math.MaxUint64, seq: math.MaxUint64, maxInc: math.MaxUint32}
 	b := m.encode()
-	if len(b) > 512 {
-		t.Fatalf("%d bytes: memberlist allows 512", len(b))
-	}
 	for _, b := range [][]byte{b, append(b, "more"...)} {
 		if got, err := decodeMeta(b); err != nil || got != m {
 			t.Fatalf("got %+v, %v", got, err)
@@ -233,7 +237,7 @@ func FuzzDecode(f *testing.F) {
 }
 
 func FuzzMeta(f *testing.F) {
-	f.Add(meta{"web", "worker", 3, 7947}.encode())
+	f.Add(meta{3, 4, 5}.encode())
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if m, err := decodeMeta(b); err == nil {
 			if got, err := decodeMeta(m.encode()); err != nil || got != m {
@@ -250,23 +254,19 @@ func FuzzReceive(f *testing.F) {
 		f.Add(rapid.Custom(drawMessage).Example(i).encode(), rapid.Custom(drawMessage).Example(100+i).encode())
 	}
 	f.Fuzz(func(t *testing.T, a, b []byte) {
-		g, err := Open(Config{NodeID: "self", Name: "self", Cluster: "c", Addr: nodeAddr(1).Addr(), DataDir: t.TempDir(), Transport: nowhere{}})
-		if err != nil {
-			t.Fatal(err)
-		}
+		g := lone(t)
 		g.receive(a)
 		g.receive(b)
 		g.receive(a)
 		g.Snapshot()
 		for id, r := range g.recs {
-			tombs, hash := 0, uint64(0)
+			tombs := 0
 			for _, e := range r.entries {
 				if e.gone {
 					tombs++
 				}
-				hash ^= e.hash
 			}
-			if tombs != r.tombs || hash != r.hash {
+			if tombs != r.tombs || r.seq > 0 && stateNow(r) != r.state {
 				t.Fatalf("record of %s is inconsistent", id)
 			}
 		}

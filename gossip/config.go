@@ -2,6 +2,7 @@ package gossip
 
 import (
 	"context"
+	"crypto"
 	"fmt"
 	"log/slog"
 	"net/netip"
@@ -17,9 +18,13 @@ type Config struct {
 	NodeID, Name string
 	Number       int
 	Role         string // spec.RoleManager or spec.RoleWorker
-	// Cluster is the cluster's ID. It labels every packet and stream; those of
-	// another cluster are dropped.
+	// Cluster is the cluster's ID. It is part of all that is sealed and signed;
+	// what is of another cluster is dropped.
 	Cluster string
+	// Keys seal and open all that is sent; see [Gossip.SetKeys].
+	Keys Keyring
+	// Signer signs what this node says: Ed25519 or P-256. See [Gossip.SetSigner].
+	Signer crypto.Signer
 	// Addr and Port are bound, TCP and UDP, and advertised; nothing else is
 	// listened on. Port 0 takes a free one (see [Gossip.Addr]).
 	Addr netip.Addr
@@ -172,9 +177,10 @@ const (
 	// stalled: a detector round this much late was not run by a healthy
 	// process; it judges nobody.
 	stalled = 100 * time.Millisecond
-	// labelMax bounds Cluster (memberlist.LabelMaxSize is 255), leaving packets
-	// room for content.
-	labelMax = 64
+	// clusterMax bounds Cluster.
+	clusterMax = 64
+	// fetchBytesMax bounds what one fetch brings: 100,000 endpoints are some 40 MB.
+	fetchBytesMax = 64 << 20
 	// syncMax is the longest that a fetch in progress delays Synced.
 	syncMax = 10 * time.Second
 	// joinGrace lets a Join that follows Run count as a peer for Synced.
@@ -189,8 +195,8 @@ func (c Config) validate() error {
 		return fmt.Errorf("gossip: node name %q is longer than %d characters", c.Name, spec.MaxNameLen)
 	case c.Number < 0 || c.Number > spec.MaxNodes:
 		return fmt.Errorf("gossip: node number %d is out of range: use 0 to %d", c.Number, spec.MaxNodes)
-	case c.Cluster == "" || len(c.Cluster) > labelMax:
-		return fmt.Errorf("gossip: cluster ID %q: use 1 to %d characters", c.Cluster, labelMax)
+	case c.Cluster == "" || len(c.Cluster) > clusterMax:
+		return fmt.Errorf("gossip: cluster ID %q: use 1 to %d characters", c.Cluster, clusterMax)
 	case !c.Addr.IsValid() || c.Addr.IsUnspecified():
 		return fmt.Errorf("gossip: address %s can't be advertised: give one of this machine's own", c.Addr)
 	case c.Port < 0 || c.Port > 65535:
@@ -198,5 +204,5 @@ func (c Config) validate() error {
 	case c.DataDir == "":
 		return fmt.Errorf("gossip: no data directory")
 	}
-	return nil
+	return checkSigner(c.Signer)
 }

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/shoalnet/shoal/internal/durable"
 )
@@ -35,7 +36,7 @@ func nextEpoch(dir string, atLeast uint64, log *slog.Logger) (uint64, error) {
 	old := uint64(0)
 	b, err := os.ReadFile(path)
 	if err == nil {
-		if old, err = strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64); err == nil && old >= maxEpoch {
+		if old, err = strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64); err == nil && old >= epochLimit(time.Now()) {
 			err = fmt.Errorf("epoch %d is out of range", old)
 		}
 	}

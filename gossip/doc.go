@@ -11,8 +11,8 @@
 // ours: one record per node, {epoch, seq, key → entry{seq, endpoint or
 // tombstone}}, written by that node alone. The highest (epoch, seq) wins, a
 // higher epoch replaces all of a lower one, and no node ever writes or repairs
-// another's record, so there is nothing to merge and nothing to forge by
-// accident. The epoch is a counter on disk that goes up at each [Open]; it
+// another's record, so there is nothing to merge; and its signature tells that it
+// is the node's. The epoch is a counter on disk that goes up at each [Open]; it
 // spares us keeping the sequence on disk. A node that meets a newer record of
 // itself (its disk was lost) moves its epoch past it and publishes anew.
 //
@@ -63,6 +63,23 @@
 // those without a living member tried for ever, and a flag in every digest
 // reply, "I don't hold you for a living member", which makes the asker join
 // again.
+//
+// # Trust
+//
+// Who is a node, where, and which key it signs with, the managers say
+// ([Directory]); before they have, nobody is heard. All frames are sealed with a
+// key of the cluster (seal.go), which keeps strangers out and gives no authority:
+// a node signs its record and its metadata (trust.go), and what memberlist must
+// believe unsigned is bounded (wall.go). A record may come before the managers
+// have told of its node. It is dropped then, and fetched when they do: the node
+// is called at once, and the digests that this brings name what is missing. Of
+// what is signed each node keeps the bytes, so that whoever passes it on can only
+// pass on what was signed, with the fields that he does not know.
+//
+// Not checked is whether the managers gave a task and its address to the node
+// that says it has them: no node is told of the tasks of all others. A node's
+// stolen key lends itself to endpoints of its own with others' addresses, until
+// the node is removed.
 //
 // # Locks
 //

@@ -2,6 +2,7 @@ package gossip
 
 import (
 	"context"
+	"crypto"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -51,7 +52,7 @@ type Gossip struct {
 	cfg    Config
 	tune   Tuning
 	log    *slog.Logger
-	dir    string
+	folder string   // of what has to outlive the process
 	socks  *sockets // nil with Config.Transport
 	addr   netip.AddrPort
 	maxUDP int // largest message that fits a packet beside the framing
@@ -81,12 +82,21 @@ type Gossip struct {
 	revNow atomic.Uint64 // = rev
 	snap   atomic.Pointer[Snapshot]
 
+	dir    atomic.Pointer[directory] // nil: the managers have said nothing yet
+	key    atomic.Pointer[crypto.Signer]
+	sealer *sealer
+	wall   *wall
+
 	// publishMu orders the deltas of this node as they are sent.
 	publishMu sync.Mutex
 	saveMu    sync.Mutex // one writer of the peer list at a time
 
 	mu      sync.Mutex
 	meta    meta
+	metaRaw []byte // meta, signed
+	name    string
+	number  int
+	role    string
 	rev     uint64
 	applied uint64 // newest revision the consumer reported
 	synced  bool
@@ -124,10 +134,10 @@ func Open(cfg Config) (*Gossip, error) {
 	}
 	g := &Gossip{
 		cfg: cfg, tune: cfg.Tuning.withDefaults(), log: cfg.Log.With("component", "gossip"),
-		dir:     filepath.Join(cfg.DataDir, "gossip"),
+		folder:  filepath.Join(cfg.DataDir, "gossip"),
 		changed: make(chan struct{}, 1), rejoin: make(chan struct{}, 1), metas: make(chan struct{}, 1),
 		reliable: make(chan struct{}, reliableParallel), serving: make(chan struct{}, serveMax), fetching: make(chan struct{}, fetchMax),
-		meta:    meta{name: cfg.Name, role: cfg.Role, number: cfg.Number, controlPort: cfg.ControlPort},
+		name: cfg.Name, number: cfg.Number, role: cfg.Role,
 		rev:     1,
 		recs:    map[string]*record{},
 		members: map[string]*member{},
@@ -138,6 +148,12 @@ func Open(cfg Config) (*Gossip, error) {
 		waiters: map[waiterKey]*waiter{},
 		acks:    map[uint64]*barrier{},
 	}
+	seal, err := newSealer(cfg.Cluster, cfg.Keys)
+	if err != nil {
+		return nil, err
+	}
+	g.sealer, g.wall = seal, newWall(g)
+	g.key.Store(&cfg.Signer)
 	g.revNow.Store(g.rev)
 	g.ids.Store(rand.Uint64())
 	g.nodes.Store(1)
@@ -145,10 +161,9 @@ func Open(cfg Config) (*Gossip, error) {
 	// In a small cluster every node has had the delta directly, and relaying
 	// only covers for lost packets.
 	g.relay = memberlist.TransmitLimitedQueue{NumNodes: g.numNodes, RetransmitMult: 2}
-	// memberlist frames a packet's content with the label (2 bytes and
-	// itself), a checksum (5), and a compound header (2, and 3 for each
-	// message); see its net.go.
-	g.maxUDP = g.tune.UDPSize - (2 + len(cfg.Cluster)) - 5 - 2 - 3
+	// memberlist frames a packet's content with a checksum (5 bytes) and a
+	// compound header (2, and 3 for each message); see its net.go.
+	g.maxUDP = g.tune.UDPSize - sealOverhead - 5 - 2 - 3
 
 	if cfg.Transport == nil {
 		socks, err := bind(cfg.Addr, cfg.Port)
@@ -166,14 +181,19 @@ func Open(cfg Config) (*Gossip, error) {
 	}
 	// A disk that takes nothing is no reason not to take part: with an epoch that a
 	// former process had, the first peer that knows its record makes us move on.
-	epoch, err := nextEpoch(g.dir, 0, g.log)
+	epoch, err := nextEpoch(g.folder, 0, g.log)
 	if g.epochDue = err != nil; g.epochDue {
 		g.noteDisk(err)
 	}
 	self := newRecord(cfg.NodeID)
 	self.epoch = epoch
 	g.recs[cfg.NodeID] = self
-	peers, err := loadPeers(g.dir)
+	g.meta.epoch = epoch
+	if err := g.resignMeta(); err != nil {
+		g.Close()
+		return nil, err
+	}
+	peers, err := loadPeers(g.folder)
 	if err != nil {
 		g.log.Warn("peer list can't be read; waiting to be told of peers", "error", err)
 	}
@@ -227,7 +247,7 @@ func (g *Gossip) Run(ctx context.Context) error {
 		g.socks.start()
 		inner = g.socks
 	}
-	tr := track(inner)
+	tr := track(inner, g.wall)
 	logger, sink := newLogger(g.log)
 	conf := g.memberlistConfig(tr)
 	conf.Logger = logger
@@ -264,8 +284,7 @@ func (g *Gossip) Run(ctx context.Context) error {
 func (g *Gossip) memberlistConfig(tr memberlist.Transport) *memberlist.Config {
 	c := memberlist.DefaultLANConfig()
 	c.Name = g.cfg.NodeID
-	c.Label = g.cfg.Cluster
-	c.Transport = tr
+	c.Transport = tr // which seals, see seal.go
 	c.BindAddr, c.AdvertiseAddr = g.addr.Addr().String(), g.addr.Addr().String()
 	c.BindPort, c.AdvertisePort = int(g.addr.Port()), int(g.addr.Port())
 	c.ProbeInterval, c.ProbeTimeout = g.tune.ProbeInterval, g.tune.ProbeTimeout
@@ -276,14 +295,15 @@ func (g *Gossip) memberlistConfig(tr memberlist.Transport) *memberlist.Config {
 	c.GossipInterval = g.tune.GossipInterval
 	c.PushPullInterval = g.tune.PushPullInterval
 	c.TCPTimeout = streamTimeout
-	c.UDPBufferSize = g.tune.UDPSize
+	c.UDPBufferSize = g.tune.UDPSize - sealOverhead - 5
 	// The dead are gossiped to, so that one wrongly declared dead hears of it
 	// and refutes; after that the rejoin loop has the care of them.
 	c.GossipToTheDeadTime = 30 * time.Second
 	// A dead node's ID may come back with another address. Not at once: a
 	// packet with its former address may still be under way.
 	c.DeadNodeReclaimTime = time.Second
-	// LZW costs more time than it saves bytes on messages of this size.
+	// LZW costs more time than it saves bytes on messages of this size, and the
+	// wall refuses it.
 	c.EnableCompression = false
 	d := &delegate{g}
 	c.Delegate, c.Events = d, d
@@ -369,20 +389,25 @@ func (g *Gossip) build() *Snapshot {
 	s := &Snapshot{Rev: g.rev, Synced: g.synced, Members: make([]Member, 0, len(g.members)+1)}
 	self := g.recs[g.cfg.NodeID]
 	s.Members = append(s.Members, Member{
-		Peer: spec.Peer{ID: g.cfg.NodeID, Name: g.meta.name, Number: g.meta.number, Addr: g.addr.Addr(),
-			ControlPort: g.meta.controlPort, GossipPort: int(g.addr.Port())},
-		Role: g.meta.role, Epoch: self.epoch, Seq: self.seq,
+		Peer: spec.Peer{ID: g.cfg.NodeID, Name: g.name, Number: g.number, Addr: g.addr.Addr(),
+			ControlPort: g.cfg.ControlPort, GossipPort: int(g.addr.Port())},
+		Role: g.role, Epoch: self.epoch, Seq: self.seq,
 	})
 	n := len(self.entries)
 	shown := []*record{self}
+	dir := g.dir.Load()
 	for id, m := range g.members {
-		if !m.shown() {
+		if !m.shown() || dir == nil {
+			continue
+		}
+		info, ok := dir.nodes[id]
+		if !ok {
 			continue
 		}
 		out := Member{
-			Peer: spec.Peer{ID: id, Name: m.meta.name, Number: m.meta.number, Addr: m.addr.Addr(), Liveness: m.liveness(),
-				ControlPort: m.meta.controlPort, GossipPort: int(m.addr.Port())},
-			Role: m.meta.role,
+			Peer: spec.Peer{ID: id, Name: info.Name, Number: info.Number, Addr: m.addr.Addr(), Liveness: m.liveness(),
+				ControlPort: info.ControlPort, GossipPort: int(m.addr.Port())},
+			Role: info.Role,
 		}
 		if r := g.recs[id]; r != nil {
 			out.Epoch, out.Seq = r.epoch, r.seq
@@ -432,7 +457,11 @@ func (g *Gossip) SetEndpoints(eps []spec.Endpoint) {
 			g.log.Error("endpoint can't be made known", "error", err)
 			continue
 		}
-		want[ep.Key()] = ep
+		if want[ep.Key()] = ep; len(want) > maxEntries {
+			delete(want, ep.Key())
+			g.stats.rejected.Add(1)
+			g.log.Error("too many endpoints on this node: some can't be made known", "most", maxEntries)
+		}
 	}
 	g.publishMu.Lock()
 	defer g.publishMu.Unlock()
@@ -456,34 +485,39 @@ func (g *Gossip) writeOwn(want map[string]spec.Endpoint, left bool) *delta {
 	if d == nil {
 		return nil
 	}
+	g.signRecord(d)
 	self.prune(now, g.tune.TombstoneMax, g.tune.TombstoneAge)
 	self.rev = g.bump()
 	g.stats.ownChanges.Add(uint64(len(d.changes)))
 	return d
 }
 
-// checkSelf looks at what another holds as this node's record. If it is newer
-// than what this process wrote, or as new and different, a former process wrote
-// it and the epoch on disk was lost: this process moves past it. It returns
+// checkSelf looks at what this node has signed, as another holds it. If it is
+// newer than what this process wrote, or as new and different, a former process
+// wrote it and the epoch on disk was lost: this process moves past it. It returns
 // what to publish then. Under mu.
-func (g *Gossip) checkSelf(epoch, seq, hash uint64, hashed bool) *delta {
+func (g *Gossip) checkSelf(d *delta) *delta {
 	self := g.recs[g.cfg.NodeID]
-	differs := hashed && self.seq > 0 && epoch == self.epoch && seq == self.seq && hash != self.hash
-	if !self.newer(epoch, seq) && !differs || g.left {
+	differs := self.seq > 0 && d.epoch == self.epoch && d.seq == self.seq && d.state != self.state
+	if !self.newer(d.epoch, d.seq) && !differs || g.left {
 		return nil
 	}
-	next, err := nextEpoch(g.dir, epoch, g.log)
+	next, err := nextEpoch(g.folder, d.epoch, g.log)
 	if g.epochDue = err != nil; g.epochDue {
 		g.noteDisk(err)
 	}
-	g.log.Warn("another node holds a newer record of this one; moving past it", "epoch", self.epoch, "theirs", epoch, "now", next)
+	g.log.Warn("another node holds a newer record of this one; moving past it", "epoch", self.epoch, "theirs", d.epoch, "now", next)
 	g.stats.epochBumps.Add(1)
 	self.epoch = next
+	g.meta.epoch = max(g.meta.epoch, next)
+	poke(g.metas)
 	if self.seq == 0 {
 		return nil
 	}
 	self.rev = g.bump()
-	return self.since(0, 0, true)
+	own := self.since(0, 0, true)
+	g.signRecord(own)
+	return own
 }
 
 // Join adds addresses to the durable peer list. Those that no living member has
@@ -498,19 +532,40 @@ func (g *Gossip) Join(addrs []netip.AddrPort) {
 	poke(g.rejoin)
 }
 
-// SetMeta changes what the others know of this node.
+// SetMeta changes what this node's own Snapshot says of it; the others go by the
+// managers.
 func (g *Gossip) SetMeta(name string, number int, role string) {
 	g.mu.Lock()
-	same := g.meta.name == name && g.meta.number == number && g.meta.role == role
-	if !same {
-		g.meta.name, g.meta.number, g.meta.role = name, number, role
+	if g.name != name || g.number != number || g.role != role {
+		g.name, g.number, g.role = name, number, role
 		g.bump()
 	}
 	g.mu.Unlock()
-	if !same {
-		poke(g.metas)
-	}
 }
+
+// resignMeta signs this node's metadata anew, for more incarnations or with
+// another content or key.
+func (g *Gossip) resignMeta() error {
+	bound := g.wall.vouch()
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	m := g.meta
+	m.seq, m.maxInc = m.seq+1, bound
+	raw, err := g.sealMeta(m)
+	if err != nil {
+		return err
+	}
+	g.meta, g.metaRaw = m, raw
+	return nil
+}
+
+// renewMeta has the metadata signed and told anew, soon.
+func (g *Gossip) renewMeta() { poke(g.metas) }
+
+// metaEvery bounds how often metadata is told anew, and with it how fast others
+// can drive a node's incarnation up: by vouched each time, that is for a year and
+// more until it would wrap.
+const metaEvery = 200 * time.Millisecond
 
 // metaLoop advertises changed metadata; memberlist blocks for it.
 func (g *Gossip) metaLoop(ctx context.Context) {
@@ -519,10 +574,19 @@ func (g *Gossip) metaLoop(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-g.metas:
-			// The update is in memberlist's queue even if nobody took it in time.
-			if err := g.ml.Load().UpdateNode(10 * time.Millisecond); err != nil {
-				g.log.Debug("metadata not taken by anybody yet", "error", err)
-			}
+		}
+		if err := g.resignMeta(); err != nil {
+			g.log.Error("this node's metadata can't be signed", "error", err)
+			continue
+		}
+		// The update is in memberlist's queue even if nobody took it in time.
+		err := g.ml.Load().UpdateNode(10 * time.Millisecond)
+		g.wall.advanced()
+		if err != nil {
+			g.log.Debug("metadata not taken by anybody yet", "error", err)
+		}
+		if !sleep(ctx, metaEvery) {
+			return
 		}
 	}
 }

@@ -16,9 +16,9 @@ import (
 
 // member is another node as far as memberlist and our pings tell.
 type member struct {
-	addr   netip.AddrPort
-	meta   meta
-	metaOK bool
+	addr netip.AddrPort
+
+	assigned bool // the managers say it is a node
 
 	up   bool // memberlist holds it alive or suspect
 	left bool // it said so itself
@@ -29,22 +29,25 @@ type member struct {
 	orphaned  bool
 	forgotten bool // hidden, see Forget
 	fails     int  // pings in a row without answer
+	answers   bool // the last ping was answered
 	suspect   bool // fails reached Tuning.SuspectAfter
 	pinging   bool
 	since     time.Time // of the last change of up or left
 }
 
 func (m *member) reachable() bool {
-	return (m.up || m.holding || m.orphaned) && !m.left && !m.forgotten
+	return (m.up || m.holding || m.orphaned) && !m.left && !m.forgotten && m.assigned
 }
 
-func (m *member) shown() bool { return m.metaOK && !m.left && !m.forgotten }
+func (m *member) shown() bool { return m.assigned && !m.left && !m.forgotten }
 
 func (m *member) liveness() spec.Liveness {
 	switch {
 	case !m.reachable():
 		return spec.PeerDead
-	case m.suspect || !m.up:
+	case m.suspect, !m.up && !(m.holding && m.answers):
+		// What a node hears itself beats what others say: anybody with the
+		// cluster's key can say that a node is dead.
 		return spec.PeerSuspect
 	}
 	return spec.PeerAlive
@@ -68,11 +71,10 @@ type delegate struct{ g *Gossip }
 func (d *delegate) NodeMeta(limit int) []byte {
 	d.g.mu.Lock()
 	defer d.g.mu.Unlock()
-	b := d.g.meta.encode()
-	if len(b) > limit { // 64+65+6 bytes at most, of 512
+	if len(d.g.metaRaw) > limit { // some 110 bytes, of 512
 		return nil
 	}
-	return b
+	return d.g.metaRaw
 }
 
 // NotifyMsg implements memberlist.Delegate.
@@ -130,11 +132,6 @@ func (g *Gossip) memberUp(n *memberlist.Node, join bool) {
 		g.stats.malformed.Add(1)
 		return
 	}
-	mt, err := decodeMeta(n.Meta)
-	if err != nil {
-		g.stats.malformed.Add(1)
-		g.log.Warn("member with unreadable metadata", "node", n.Name, "error", err)
-	}
 	addr := netip.AddrPortFrom(ip.Unmap(), n.Port)
 	g.mu.Lock()
 	m := g.members[n.Name]
@@ -143,11 +140,11 @@ func (g *Gossip) memberUp(n *memberlist.Node, join bool) {
 		g.members[n.Name] = m
 	}
 	before := *m
-	m.addr, m.meta, m.metaOK = addr, mt, err == nil
+	m.addr, m.assigned = addr, g.assigned(n.Name)
 	m.up, m.holding, m.orphaned = true, false, false
 	if join {
 		// Only the node itself can come back from having left.
-		m.left, m.fails, m.suspect, m.since = false, 0, false, time.Now()
+		m.left, m.fails, m.suspect, m.answers, m.since = false, 0, false, false, time.Now()
 		if r := g.recs[n.Name]; r != nil && r.left && !before.up {
 			r.leftAt = time.Time{}
 		}
@@ -155,13 +152,15 @@ func (g *Gossip) memberUp(n *memberlist.Node, join bool) {
 	if _, banned := g.banned[n.Name]; banned {
 		m.forgotten = true
 	}
-	g.addPeer(addr, n.Name)
+	if m.assigned {
+		g.addPeer(addr, n.Name)
+	}
 	g.count()
 	g.bump()
 	greet := join && len(g.members) <= g.tune.DirectPeers
 	g.mu.Unlock()
 	if join {
-		g.log.Info("node is a member", "node", n.Name, "name", mt.name, "addr", addr)
+		g.log.Info("node is a member", "node", n.Name, "addr", addr)
 	}
 	if greet {
 		id := n.Name
@@ -193,22 +192,22 @@ func (g *Gossip) memberDown(id string) {
 		return
 	}
 	m.up, m.since = false, time.Now()
-	m.holding = !m.suspect && !m.left && !m.forgotten
+	m.holding = !m.suspect && !m.left && !m.forgotten && m.assigned
 	// Until its machine was asked, the doubt that there was goes on.
-	m.orphaned = g.cfg.Refuses != nil && !m.holding && !m.left && !m.forgotten
+	m.orphaned = g.cfg.Refuses != nil && !m.holding && !m.left && !m.forgotten && m.assigned
 	if m.orphaned {
 		addr := m.addr
 		if !g.spawn(func(ctx context.Context) { g.watchOrphan(ctx, id, addr) }) {
 			m.orphaned = false
 		}
 	}
-	if m.forgotten {
+	if m.forgotten || !m.assigned {
 		delete(g.members, id)
 	}
 	if p := g.peers[m.addr]; p != nil {
 		p.due()
 	}
-	left, holding, asked := m.left, m.holding, m.orphaned
+	left, holding, asked := m.left || !m.assigned, m.holding, m.orphaned
 	g.count()
 	g.bump()
 	g.mu.Unlock()
@@ -326,7 +325,7 @@ func (g *Gossip) ping(id string, addr netip.AddrPort, stalledNow bool) {
 	before := m.liveness()
 	switch {
 	case err == nil:
-		m.fails, m.suspect = 0, false
+		m.fails, m.suspect, m.answers = 0, false, true
 	case !errors.As(err, &silent):
 		g.stats.sendErrors.Add(1)
 	default:
@@ -335,6 +334,7 @@ func (g *Gossip) ping(id string, addr netip.AddrPort, stalledNow bool) {
 		if stalledNow || took > g.tune.ProbeTimeout+stalled {
 			break
 		}
+		m.answers = false
 		if m.fails++; m.fails >= g.tune.SuspectAfter {
 			if m.holding && g.cfg.Refuses != nil {
 				addr := m.addr
@@ -352,6 +352,7 @@ func (g *Gossip) ping(id string, addr netip.AddrPort, stalledNow bool) {
 
 // janitorLoop drops what has become old.
 func (g *Gossip) janitorLoop(ctx context.Context) {
+	var told time.Time
 	for sleep(ctx, jitter(time.Second)) {
 		g.mu.Lock()
 		g.tidy(time.Now())
@@ -359,6 +360,9 @@ func (g *Gossip) janitorLoop(ctx context.Context) {
 		g.mu.Unlock()
 		if dirty {
 			g.savePeers()
+		}
+		if now := time.Now(); now.Sub(told) >= tellEvery && g.wall.tell() {
+			told = now
 		}
 	}
 }
@@ -461,11 +465,11 @@ func (g *Gossip) savePeers() {
 	g.mu.Unlock()
 	var epochErr, peersErr error
 	if epoch != 0 {
-		epochErr = storeEpoch(g.dir, epoch)
+		epochErr = storeEpoch(g.folder, epoch)
 	}
 	if peers {
 		slices.SortFunc(list, func(a, b peerRecord) int { return a.Addr.Compare(b.Addr) })
-		peersErr = savePeers(g.dir, list)
+		peersErr = savePeers(g.folder, list)
 	}
 	err := errors.Join(epochErr, peersErr)
 	g.noteDisk(err)
@@ -527,7 +531,9 @@ func (g *Gossip) rejoinLoop(ctx context.Context) {
 func (g *Gossip) rejoinRound(now time.Time) []netip.AddrPort {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.left {
+	// Before the managers have said who the nodes are, nothing that a peer says is
+	// believed.
+	if g.left || g.dir.Load() == nil {
 		return nil
 	}
 	alive := make(map[netip.AddrPort]bool, len(g.members))

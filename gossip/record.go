@@ -1,7 +1,11 @@
 package gossip
 
 import (
+	"bytes"
 	"cmp"
+	"crypto"
+	"crypto/sha256"
+	"encoding/binary"
 	"maps"
 	"slices"
 	"strings"
@@ -17,6 +21,8 @@ type change struct {
 	seq  uint64
 	gone bool          // a tombstone: only Task and Network are set
 	ep   spec.Endpoint // Node is not carried; the receiver sets it
+	raw  []byte        // ep as it came, with what this version doesn't know
+	sum  [32]byte      // SHA-256 of raw
 }
 
 // delta takes a record of one node from prev to seq. A full delta is the whole
@@ -27,13 +33,18 @@ type delta struct {
 	prev, seq  uint64
 	full, left bool
 	changes    []change // by seq
+	// state is that of the record once this is applied, see stateOf, and sig the
+	// node's signature over it (Gossip.recordText). They hold for the record at
+	// seq, however the delta that leads there was cut, and by whom.
+	state [32]byte
+	sig   []byte
+	key   crypto.PublicKey // that sig was found to be made with; not carried
 }
 
 // entry is a change as it is kept.
 type entry struct {
 	change
-	at   time.Time // when a tombstone came
-	hash uint64    // 0 for a tombstone
+	at time.Time // when a tombstone came
 }
 
 // record is what one node says of itself.
@@ -46,8 +57,13 @@ type record struct {
 	horizon uint64
 	entries map[string]*entry
 	tombs   int
-	// hash over the live entries, the same in whatever order they came.
-	hash uint64
+	// state, sig and key are of the delta that led here.
+	state [32]byte
+	sig   []byte
+	key   crypto.PublicKey
+	// outdated: key is not the node's any more. Anything that it signs with
+	// another replaces this.
+	outdated bool
 
 	rev     uint64    // of the first Snapshot that has this state
 	touched time.Time // last change
@@ -63,7 +79,7 @@ func newRecord(node string) *record {
 
 // newer tells whether (epoch, seq) is ahead of the record.
 func (r *record) newer(epoch, seq uint64) bool {
-	return epoch > r.epoch || epoch == r.epoch && seq > r.seq
+	return r.outdated || epoch > r.epoch || epoch == r.epoch && seq > r.seq
 }
 
 type outcome int
@@ -72,19 +88,32 @@ const (
 	stale   outcome = iota // known already
 	gap                    // what comes before it is missing
 	applied                // the record is now as the delta says
+	broken                 // it does not lead to what its node signed
 )
 
-// apply brings the record up to d. With force, a full d of the record's own
-// epoch and sequence is taken too, to mend a record that differs.
+// apply brings the record up to d, whose signature the caller has checked. With
+// force, a full d of the record's own epoch and sequence is taken too, to mend a
+// record that differs.
 func (r *record) apply(d *delta, now time.Time, force bool) outcome {
 	if !r.newer(d.epoch, d.seq) && !(force && d.full && d.epoch == r.epoch && d.seq == r.seq) {
 		return stale
 	}
-	if d.full {
-		r.entries, r.tombs, r.hash = make(map[string]*entry, len(d.changes)), 0, 0
-		r.epoch, r.seq, r.horizon = d.epoch, 0, d.seq
-	} else if d.epoch > r.epoch || d.prev > r.seq {
+	if !d.full && (r.outdated || d.epoch > r.epoch || d.prev > r.seq) {
 		return gap
+	}
+	if !d.full && len(r.entries)+len(d.changes) > 2*maxEntries || r.stateAfter(d) != d.state {
+		return broken
+	}
+	r.take(d, now)
+	r.state, r.sig, r.key, r.outdated = d.state, d.sig, d.key, false
+	return applied
+}
+
+// take carries d out, unseen.
+func (r *record) take(d *delta, now time.Time) {
+	if d.full {
+		r.entries, r.tombs = make(map[string]*entry, len(d.changes)), 0
+		r.epoch, r.seq, r.horizon = d.epoch, 0, d.seq
 	}
 	for _, c := range d.changes {
 		// Below r.seq everything is known, also what was deleted since and
@@ -97,7 +126,6 @@ func (r *record) apply(d *delta, now time.Time, force bool) outcome {
 		r.leftAt = now
 	}
 	r.seq, r.left, r.touched = d.seq, d.left, now
-	return applied
 }
 
 // put sets one entry, without regard to the record's seq.
@@ -107,22 +135,67 @@ func (r *record) put(c change, now time.Time) {
 	if old != nil && old.seq >= c.seq {
 		return
 	}
-	if old != nil {
-		r.hash ^= old.hash
-		if old.gone {
-			r.tombs--
-		}
+	if old != nil && old.gone {
+		r.tombs--
 	}
 	c.ep.Node = r.node
 	e := &entry{change: c}
 	if c.gone {
 		e.at = now
 		r.tombs++
-	} else {
-		e.hash = hashChange(c)
-		r.hash ^= e.hash
 	}
 	r.entries[key] = e
+}
+
+// stateAfter is the state of the record once d is applied.
+func (r *record) stateAfter(d *delta) [32]byte {
+	changed := make(map[string]change, len(d.changes))
+	for _, c := range d.changes {
+		if c.seq <= r.seq && !d.full {
+			continue
+		}
+		key := c.ep.Key()
+		if o, ok := changed[key]; !ok || o.seq < c.seq {
+			changed[key] = c
+		}
+	}
+	live := make([]stamp, 0, len(changed)+len(r.entries))
+	for _, c := range changed {
+		if !c.gone {
+			live = append(live, stamp{c.seq, c.sum})
+		}
+	}
+	if !d.full {
+		for key, e := range r.entries {
+			if _, ok := changed[key]; !ok && !e.gone {
+				live = append(live, stamp{e.seq, e.sum})
+			}
+		}
+	}
+	return stateOf(live)
+}
+
+// stamp stands for a live entry.
+type stamp struct {
+	seq uint64
+	sum [32]byte
+}
+
+// stateOf is the SHA-256 of all live entries in order of their sequence: what a
+// node signs. Tombstones are not in it, as each node drops them in its own time.
+func stateOf(live []stamp) (out [32]byte) {
+	slices.SortFunc(live, func(a, b stamp) int {
+		return cmp.Or(cmp.Compare(a.seq, b.seq), bytes.Compare(a.sum[:], b.sum[:]))
+	})
+	h := sha256.New()
+	var seq [8]byte
+	for _, s := range live {
+		binary.BigEndian.PutUint64(seq[:], s.seq)
+		h.Write(seq[:])
+		h.Write(s.sum[:])
+	}
+	h.Sum(out[:0])
+	return out
 }
 
 // prune drops tombstones past limit or older than age.
@@ -153,7 +226,7 @@ func (r *record) since(epoch, seq uint64, full bool) *delta {
 	if r.seq == 0 || !full && !(r.epoch > epoch || r.epoch == epoch && r.seq > seq) {
 		return nil
 	}
-	d := &delta{node: r.node, epoch: r.epoch, prev: seq, seq: r.seq, left: r.left,
+	d := &delta{node: r.node, epoch: r.epoch, prev: seq, seq: r.seq, left: r.left, state: r.state, sig: r.sig, key: r.key,
 		full: full || epoch != r.epoch || seq < r.horizon || seq == 0}
 	if d.full {
 		d.prev = 0
@@ -199,8 +272,8 @@ func (r *record) unpark(now time.Time) (done []*delta) {
 }
 
 // write makes the record, which is this node's own, hold exactly want, and
-// returns the delta that does the same elsewhere; nil if nothing changed. The
-// first write of an epoch always gives a delta, a full one.
+// returns the delta that does the same elsewhere, not signed yet; nil if nothing
+// changed. The first write of an epoch always gives a delta, a full one.
 func (r *record) write(want map[string]spec.Endpoint, left bool, now time.Time) *delta {
 	d := &delta{node: r.node, epoch: r.epoch, prev: r.seq, left: left}
 	seq := r.seq
@@ -209,7 +282,7 @@ func (r *record) write(want map[string]spec.Endpoint, left bool, now time.Time) 
 		ep.Node = r.node
 		if old := r.entries[key]; old == nil || old.gone || !old.ep.Equal(ep) {
 			seq++
-			d.changes = append(d.changes, change{seq: seq, ep: cloneEndpoint(ep)})
+			d.changes = append(d.changes, newChange(seq, cloneEndpoint(ep), false))
 		}
 	}
 	var gone []string
@@ -222,7 +295,7 @@ func (r *record) write(want map[string]spec.Endpoint, left bool, now time.Time) 
 	for _, key := range gone {
 		seq++
 		old := r.entries[key].ep
-		d.changes = append(d.changes, change{seq: seq, gone: true, ep: spec.Endpoint{Task: old.Task, Network: old.Network}})
+		d.changes = append(d.changes, newChange(seq, spec.Endpoint{Task: old.Task, Network: old.Network}, true))
 	}
 	if seq == r.seq {
 		if r.seq > 0 && left == r.left {
@@ -235,7 +308,9 @@ func (r *record) write(want map[string]spec.Endpoint, left bool, now time.Time) 
 	if d.full {
 		d.changes = slices.DeleteFunc(d.changes, func(c change) bool { return c.gone })
 	}
-	r.apply(d, now, false)
+	d.state = r.stateAfter(d)
+	r.take(d, now)
+	r.state = d.state
 	return d
 }
 
@@ -251,7 +326,7 @@ type digestItem struct {
 }
 
 func (r *record) digest() digestItem {
-	return digestItem{node: r.node, epoch: r.epoch, seq: r.seq, hash: r.hash}
+	return digestItem{node: r.node, epoch: r.epoch, seq: r.seq, hash: short(r.state)}
 }
 
 func sortDigest(items []digestItem) {
@@ -271,7 +346,8 @@ func fnv(b []byte) uint64 {
 	return h ^ h>>33
 }
 
-func hashChange(c change) uint64 { return fnv(appendChange(nil, c)) }
+// short is enough of a state to see that two are not the same.
+func short(state [32]byte) uint64 { return binary.BigEndian.Uint64(state[:]) }
 
 // digestSum is one number for a whole digest.
 func digestSum(items []digestItem) (sum uint64) {

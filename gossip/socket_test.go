@@ -2,6 +2,7 @@ package gossip
 
 import (
 	"context"
+	"crypto"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -21,12 +22,13 @@ import (
 
 // Three nodes on real sockets of the loopback interface: 127.0.0.2 to .4.
 func TestRealSockets(t *testing.T) {
-	c := &cluster{tb: t, nodes: map[int]*node{}}
+	c := &cluster{tb: t, nodes: map[int]*node{}, keys: map[int]crypto.Signer{}, says: map[string]NodeInfo{}}
 	dirs := map[int]string{1: t.TempDir(), 2: t.TempDir(), 3: t.TempDir()}
 	start := func(i, port int) *node {
 		g, err := Open(Config{
 			NodeID: nodeID(i), Name: fmt.Sprint("n", i), Number: i, Role: spec.RoleWorker, Cluster: "sockets",
 			Addr: netip.AddrFrom4([4]byte{127, 0, 0, byte(i + 1)}), Port: port, ControlPort: 7947, DataDir: dirs[i], Log: slog.New(slog.DiscardHandler),
+			Keys: testRing, Signer: c.signer(i),
 		})
 		if err != nil {
 			t.Fatal(err)
@@ -41,6 +43,7 @@ func TestRealSockets(t *testing.T) {
 		}()
 		go n.consume()
 		c.nodes[i] = n
+		c.assign(i, g.Addr(), c.signer(i).Public())
 		return n
 	}
 	t.Cleanup(func() {
@@ -103,7 +106,7 @@ func TestPortTaken(t *testing.T) {
 	}
 	port := ln.Addr().(*net.TCPAddr).Port
 	open := func(a netip.Addr, port int) error {
-		g, err := Open(Config{NodeID: "x", Cluster: "c", Addr: a, Port: port, DataDir: t.TempDir()})
+		g, err := Open(Config{NodeID: "x", Cluster: "c", Addr: a, Port: port, DataDir: t.TempDir(), Keys: testRing, Signer: newSigner()})
 		if err == nil {
 			g.Close()
 		}
@@ -131,7 +134,7 @@ func TestPortTaken(t *testing.T) {
 }
 
 func TestOpenValidates(t *testing.T) {
-	good := Config{NodeID: "x", Cluster: "c", Addr: netip.MustParseAddr("127.0.0.1"), DataDir: t.TempDir()}
+	good := Config{NodeID: "x", Cluster: "c", Addr: netip.MustParseAddr("127.0.0.1"), DataDir: t.TempDir(), Keys: testRing, Signer: newSigner()}
 	for name, spoil := range map[string]func(*Config){
 		"no ID":       func(c *Config) { c.NodeID = "" },
 		"no cluster":  func(c *Config) { c.Cluster = "" },
@@ -140,6 +143,10 @@ func TestOpenValidates(t *testing.T) {
 		"port":        func(c *Config) { c.Port = 70000 },
 		"number":      func(c *Config) { c.Number = spec.MaxNodes + 1 },
 		"no folder":   func(c *Config) { c.DataDir = "" },
+		"no key":      func(c *Config) { c.Keys = Keyring{} },
+		"short key":   func(c *Config) { c.Keys = Keyring{Use: 1, Keys: []Key{{ID: 1, Secret: make([]byte, 16)}}} },
+		"other key":   func(c *Config) { c.Keys.Use = 2 },
+		"no signer":   func(c *Config) { c.Signer = nil },
 	} {
 		cfg := good
 		spoil(&cfg)

@@ -13,6 +13,7 @@ type counters struct {
 	received, malformed, stray, dropped, oversize, rejected, sendErrors          atomic.Uint64
 	ownChanges, deltas, stale, gaps, repairs, rumours                            atomic.Uint64
 	digests, mismatches, fetches, fetched, fetchErrors, served, epochBumps, held atomic.Uint64
+	foreign, unassigned, future, forged, verified                                atomic.Uint64
 	pings, pingsLost, rejoins                                                    atomic.Uint64
 }
 
@@ -27,6 +28,7 @@ type Stats struct {
 
 	Received   uint64 // messages understood
 	Malformed  uint64 // messages dropped as not understood
+	Foreign    uint64 // messages of another version of the wire format, or of a type not known
 	Stray      uint64 // answers nobody waited for
 	Dropped    uint64 // messages not sent or not handled because of a bound; repaired later
 	Oversize   uint64 // deltas that did not fit a packet
@@ -49,6 +51,19 @@ type Stats struct {
 	EpochBumps  uint64 // times this node met a newer record of itself
 	Held        uint64 // nodes declared dead that still answered this one
 
+	// Refused counts what never got as far as being understood, by reason:
+	// "source" (not from a node's address), "seal" (not sealed with a key of this
+	// cluster), "replay", "rate" and "streams" (over a bound), "kind" (compressed,
+	// for one), "shape" (not decodable, or numbers out of range), "stranger" (about
+	// a node that is none, or elsewhere), "forged" (not signed by its node),
+	// "stale", "claim" (an incarnation that the node did not vouch for).
+	Refused map[string]uint64
+	// Unassigned, Future and Forged count records dropped: of a node that the
+	// managers don't know, of an epoch that can't be, not signed by their node.
+	Unassigned, Future, Forged uint64
+	Verified                   uint64   // signatures verified
+	Keys                       []uint32 // now: IDs of the keys held, the one in use first
+
 	Pings, PingsLost uint64
 	Rejoins          uint64 // attempts at addresses of the peer list
 }
@@ -64,10 +79,15 @@ func (g *Gossip) Stats() Stats {
 		Repairs: c.repairs.Load(), Rumours: c.rumours.Load(),
 		Digests: c.digests.Load(), Mismatches: c.mismatches.Load(), Fetches: c.fetches.Load(), Fetched: c.fetched.Load(),
 		FetchErrors: c.fetchErrors.Load(), Served: c.served.Load(), EpochBumps: c.epochBumps.Load(), Held: c.held.Load(),
+		Foreign: c.foreign.Load(), Unassigned: c.unassigned.Load(), Future: c.future.Load(), Forged: c.forged.Load(), Verified: c.verified.Load(),
+		Refused: make(map[string]uint64, reasons), Keys: g.KeyIDs(),
 		Pings: c.pings.Load(), PingsLost: c.pingsLost.Load(), Rejoins: c.rejoins.Load(),
 	}
 	if ml := g.ml.Load(); ml != nil {
 		s.Health = ml.GetHealthScore()
+	}
+	for r, name := range reasonNames {
+		s.Refused[name] = g.wall.refused[r].Load()
 	}
 	snap := g.Snapshot()
 	s.Endpoints = len(snap.Endpoints)
@@ -96,6 +116,7 @@ type metric struct {
 type collector struct {
 	g       *Gossip
 	metrics []metric
+	refused *prometheus.Desc
 }
 
 // Collector exports the Stats as shoal_gossip_… metrics.
@@ -134,6 +155,12 @@ func (g *Gossip) Collector() prometheus.Collector {
 	counter("held", "Nodes declared dead that still answered.", func(s Stats) uint64 { return s.Held })
 	counter("pings_lost", "Pings without an answer in time.", func(s Stats) uint64 { return s.PingsLost })
 	counter("rejoins", "Attempts to join a lost peer.", func(s Stats) uint64 { return s.Rejoins })
+	counter("unassigned", "Records and messages of nodes that the managers don't know.", func(s Stats) uint64 { return s.Unassigned })
+	counter("forged", "Records that their node did not sign.", func(s Stats) uint64 { return s.Forged })
+	counter("future", "Records of an epoch that can't be.", func(s Stats) uint64 { return s.Future })
+	counter("verified", "Signatures verified.", func(s Stats) uint64 { return s.Verified })
+	counter("foreign", "Messages of another version or an unknown type.", func(s Stats) uint64 { return s.Foreign })
+	c.refused = prometheus.NewDesc("shoal_gossip_refused_total", "Frames and messages that were not let in, by reason.", []string{"reason"}, nil)
 	return c
 }
 
@@ -142,6 +169,7 @@ func (c *collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, m := range c.metrics {
 		ch <- m.desc
 	}
+	ch <- c.refused
 }
 
 // Collect implements prometheus.Collector.
@@ -149,5 +177,8 @@ func (c *collector) Collect(ch chan<- prometheus.Metric) {
 	s := c.g.Stats()
 	for _, m := range c.metrics {
 		ch <- prometheus.MustNewConstMetric(m.desc, m.kind, m.value(s))
+	}
+	for reason, n := range s.Refused {
+		ch <- prometheus.MustNewConstMetric(c.refused, prometheus.CounterValue, float64(n), reason)
 	}
 }

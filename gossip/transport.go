@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"sync"
@@ -173,10 +172,13 @@ func (s *sockets) Shutdown() error {
 }
 
 // tracked wraps a transport so that every stream has a deadline and none
-// outlives Shutdown; memberlist itself waits for neither.
+// outlives Shutdown; memberlist itself waits for neither. All that goes through
+// it is sealed, and what comes passes the wall.
 type tracked struct {
 	memberlist.Transport
+	wall    *wall
 	streams chan net.Conn
+	in      chan *memberlist.Packet
 	packets atomic.Uint64 // bytes sent in packets
 
 	mu     sync.Mutex
@@ -186,12 +188,38 @@ type tracked struct {
 	wg     sync.WaitGroup
 }
 
-func track(t memberlist.Transport) *tracked {
-	tr := &tracked{Transport: t, streams: make(chan net.Conn), conns: map[*trackedConn]struct{}{}, done: make(chan struct{})}
-	tr.wg.Add(1)
+func track(t memberlist.Transport, w *wall) *tracked {
+	tr := &tracked{Transport: t, wall: w, streams: make(chan net.Conn), in: make(chan *memberlist.Packet, 256),
+		conns: map[*trackedConn]struct{}{}, done: make(chan struct{})}
+	tr.wg.Add(2)
 	go tr.relay()
+	go tr.relayPackets()
 	return tr
 }
+
+func (t *tracked) relayPackets() {
+	defer t.wg.Done()
+	for {
+		select {
+		case <-t.done:
+			return
+		case p := <-t.Transport.PacketCh():
+			b := t.wall.packet(p.Buf, p.From)
+			if b == nil {
+				continue
+			}
+			p.Buf = b
+			select {
+			case t.in <- p:
+			case <-t.done:
+				return
+			}
+		}
+	}
+}
+
+// PacketCh implements memberlist.Transport.
+func (t *tracked) PacketCh() <-chan *memberlist.Packet { return t.in }
 
 func (t *tracked) relay() {
 	defer t.wg.Done()
@@ -200,48 +228,24 @@ func (t *tracked) relay() {
 		case <-t.done:
 			return
 		case c := <-t.Transport.StreamCh():
+			t.mu.Lock()
+			open := len(t.conns)
+			t.mu.Unlock()
+			if !t.wall.enter(ipOf(c.RemoteAddr()), open) {
+				c.Close()
+				continue
+			}
 			conn, err := t.add(c)
 			if err != nil {
 				continue
 			}
-			t.wg.Add(1)
-			go t.speaks(conn)
+			select {
+			case t.streams <- &sealed{trackedConn: conn, w: t.wall}:
+			case <-t.done:
+				return
+			}
 		}
 	}
-}
-
-// speaks passes on a connection once it has said something, and drops one that
-// ends without a word: who looks whether something listens here (agents ask each
-// other so, see refuses; monitoring does, port scanners) is no peer that speaks
-// wrongly, which is what memberlist would log of it. Its end is the deadline
-// that add has set, or Shutdown, which closes the connection.
-func (t *tracked) speaks(conn net.Conn) {
-	defer t.wg.Done()
-	var first [1]byte
-	if _, err := io.ReadFull(conn, first[:]); err != nil {
-		conn.Close()
-		return
-	}
-	select {
-	case t.streams <- &spoken{Conn: conn, first: first[:]}:
-	case <-t.done:
-		conn.Close()
-	}
-}
-
-// spoken is a connection with its first byte put back.
-type spoken struct {
-	net.Conn
-	first []byte
-}
-
-func (s *spoken) Read(b []byte) (int, error) {
-	if len(s.first) > 0 && len(b) > 0 {
-		n := copy(b, s.first)
-		s.first = s.first[n:]
-		return n, nil
-	}
-	return s.Conn.Read(b)
 }
 
 type trackedConn struct {
@@ -256,7 +260,7 @@ func (c *trackedConn) Close() error {
 	return c.Conn.Close()
 }
 
-func (t *tracked) add(c net.Conn) (net.Conn, error) {
+func (t *tracked) add(c net.Conn) (*trackedConn, error) {
 	if err := c.SetDeadline(time.Now().Add(streamTimeout)); err != nil {
 		c.Close()
 		return nil, err
@@ -273,6 +277,8 @@ func (t *tracked) add(c net.Conn) (net.Conn, error) {
 }
 
 func (t *tracked) WriteTo(b []byte, addr string) (time.Time, error) {
+	s := t.wall.g.sealer
+	b = s.sealFrame(make([]byte, 0, len(b)+sealOverhead), b, s.packet)
 	t.packets.Add(uint64(len(b)))
 	return t.Transport.WriteTo(b, addr)
 }
@@ -287,7 +293,11 @@ func (t *tracked) DialTimeout(addr string, timeout time.Duration) (net.Conn, err
 	if err != nil {
 		return nil, err
 	}
-	return t.add(c)
+	conn, err := t.add(c)
+	if err != nil {
+		return nil, err
+	}
+	return &sealed{trackedConn: conn, w: t.wall, dialed: true}, nil
 }
 
 // DialAddressTimeout implements memberlist.NodeAwareTransport.

@@ -293,6 +293,11 @@ func (s *State) removeNode(c *RemoveNode) Result {
 			s.forget(t)
 		}
 	}
+	if t := s.trust.clone(); t != nil && len(t.Gossip) > 0 {
+		// What it has seen is no secret any more: the leader changes the keys.
+		t.Exposed = t.Gossip[len(t.Gossip)-1].Generation
+		s.trust = t
+	}
 	delete(s.nodes, n.ID)
 	delete(s.numbers, n.Number)
 	s.unnameNode(n.Name, n.ID)

@@ -22,6 +22,8 @@ type Trust struct {
 	// their own; empty: they are not.
 	Unlock           string `json:"unlock,omitempty"`
 	UnlockGeneration uint64 `json:"unlock_generation,omitempty"`
+	// Exposed is the newest generation that a removed node has seen.
+	Exposed uint64 `json:"exposed,omitempty"`
 }
 
 // Root is one root, in DER.
@@ -51,6 +53,7 @@ type GossipKey struct {
 	Generation uint64 `json:"generation"`
 	Key        []byte `json:"key"`
 	Primary    bool   `json:"primary,omitempty"`
+	Since      int64  `json:"since,omitempty"` // when it was first used; Unix milliseconds
 }
 
 // clone returns a deep copy.
@@ -58,7 +61,7 @@ func (t *Trust) clone() *Trust {
 	if t == nil {
 		return nil
 	}
-	out := &Trust{Roots: slices.Clone(t.Roots), Tokens: map[string]JoinToken{}, Gossip: slices.Clone(t.Gossip), Unlock: t.Unlock, UnlockGeneration: t.UnlockGeneration}
+	out := &Trust{Roots: slices.Clone(t.Roots), Tokens: map[string]JoinToken{}, Gossip: slices.Clone(t.Gossip), Unlock: t.Unlock, UnlockGeneration: t.UnlockGeneration, Exposed: t.Exposed}
 	for k, v := range t.Tokens {
 		v.Old = slices.Clone(v.Old)
 		out.Tokens[k] = v

@@ -4483,6 +4483,7 @@ type ReportRequest struct {
 	ManagerReady    bool                   `protobuf:"varint,10,opt,name=manager_ready,json=managerReady,proto3" json:"manager_ready,omitempty"`         // its part of the managers runs: it may be counted on as one
 	GossipKey       uint64                 `protobuf:"varint,11,opt,name=gossip_key,json=gossipKey,proto3" json:"gossip_key,omitempty"`                  // generation of the newest gossip key that it has installed
 	CertificateRoot string                 `protobuf:"bytes,12,opt,name=certificate_root,json=certificateRoot,proto3" json:"certificate_root,omitempty"` // digest of the root of the certificate that it shows
+	GossipKeyUsed   uint64                 `protobuf:"varint,13,opt,name=gossip_key_used,json=gossipKeyUsed,proto3" json:"gossip_key_used,omitempty"`    // generation of the gossip key that it seals with
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -4599,6 +4600,13 @@ func (x *ReportRequest) GetCertificateRoot() string {
 		return x.CertificateRoot
 	}
 	return ""
+}
+
+func (x *ReportRequest) GetGossipKeyUsed() uint64 {
+	if x != nil {
+		return x.GossipKeyUsed
+	}
+	return 0
 }
 
 type ReportResponse struct {
@@ -7163,7 +7171,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"generation\x18\x01 \x01(\x04R\n" +
 	"generation\x12\x10\n" +
 	"\x03key\x18\x02 \x01(\fR\x03key\x12\x18\n" +
-	"\aprimary\x18\x03 \x01(\bR\aprimary\"\xbc\x04\n" +
+	"\aprimary\x18\x03 \x01(\bR\aprimary\"\xe4\x04\n" +
 	"\rReportRequest\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x128\n" +
 	"\x05tasks\x18\x02 \x03(\v2\".shoal.v1.ReportRequest.TasksEntryR\x05tasks\x12\x1d\n" +
@@ -7180,7 +7188,8 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	" \x01(\bR\fmanagerReady\x12\x1d\n" +
 	"\n" +
 	"gossip_key\x18\v \x01(\x04R\tgossipKey\x12)\n" +
-	"\x10certificate_root\x18\f \x01(\tR\x0fcertificateRoot\x1aN\n" +
+	"\x10certificate_root\x18\f \x01(\tR\x0fcertificateRoot\x12&\n" +
+	"\x0fgossip_key_used\x18\r \x01(\x04R\rgossipKeyUsed\x1aN\n" +
 	"\n" +
 	"TasksEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12*\n" +
