@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"connectrpc.com/connect"
@@ -465,6 +466,21 @@ func assignment(a state.Assignment) *shoalv1.AssignmentsResponse {
 	return out
 }
 
+// Bounds of what a node may have the leader keep of what it says it can't do.
+const (
+	maxFaults = 1000
+	maxFault  = 2 << 10 // bytes of one
+)
+
+func bounded(fs []*shoalv1.ReportRequest_Fault) []*shoalv1.ReportRequest_Fault {
+	fs = fs[:min(len(fs), maxFaults)]
+	for _, f := range fs {
+		f.Object = f.Object[:min(len(f.Object), maxFault)]
+		f.Message = strings.ToValidUTF8(f.Message[:min(len(f.Message), maxFault)], "")
+	}
+	return fs
+}
+
 // Report takes a node's sign of life and its tasks' statuses.
 func (s *service) Report(ctx context.Context, req *connect.Request[shoalv1.ReportRequest]) (*connect.Response[shoalv1.ReportResponse], error) {
 	r := req.Msg
@@ -490,7 +506,7 @@ func (s *service) Report(ctx context.Context, req *connect.Request[shoalv1.Repor
 	}
 	s.m.seen(r.Node)
 	s.m.follows(r.Node, r.Applied)
-	s.m.failing(r.Node, r.Faults)
+	s.m.failing(r.Node, bounded(r.Faults))
 	s.m.managing(r.Node, r.ManagerReady)
 	s.m.showing(r.Node, r.CertificateRoot)
 	s.m.sees(r.Node, gossipSeen{newest: r.GossipKey, used: r.GossipKeyUsed})

@@ -78,12 +78,59 @@ func (p *Peer) guard(next http.Handler) http.Handler {
 		case rule.Who&c.Kind == 0:
 			p.deny(w, r, connect.CodePermissionDenied, fmt.Errorf("%s may not call %s: run this on a manager", c, verb(r.URL.Path)))
 		default:
+			if !p.begin(c) {
+				p.deny(w, r, connect.CodeResourceExhausted, fmt.Errorf("too many calls of %s are being answered: try again when some of them have ended", c))
+				return
+			}
+			defer p.end(c)
 			if rule.Body > 0 {
 				r.Body = http.MaxBytesReader(w, r.Body, rule.Body)
 			}
 			next.ServeHTTP(w, r.WithContext(WithCaller(ctx, c)))
 		}
 	})
+}
+
+// callsOf bounds the calls of one caller that are being answered; 0: not bounded. A
+// worker's are some streams; a manager's those of its users.
+func callsOf(c Caller) int {
+	switch c.Kind {
+	case Worker:
+		return 64
+	case Manager:
+		return 1024
+	case Local:
+		return 0
+	}
+	return 16
+}
+
+func callKey(c Caller) string {
+	if c.ID != "" {
+		return c.ID
+	}
+	return prefixOf(c.Addr).String()
+}
+
+// begin counts a call; false when it is one too many.
+func (p *Peer) begin(c Caller) bool {
+	most, key := callsOf(c), callKey(c)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if most > 0 && p.calls[key] >= most {
+		return false
+	}
+	p.calls[key]++
+	return true
+}
+
+func (p *Peer) end(c Caller) {
+	key := callKey(c)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.calls[key]--; p.calls[key] <= 0 {
+		delete(p.calls, key)
+	}
 }
 
 func verb(path string) string { return path[strings.LastIndexByte(path, '/')+1:] }
@@ -98,6 +145,8 @@ func (p *Peer) deny(w http.ResponseWriter, r *http.Request, code connect.Code, e
 	switch code {
 	case connect.CodeUnimplemented:
 		status = http.StatusNotFound
+	case connect.CodeResourceExhausted:
+		status = http.StatusTooManyRequests
 	case connect.CodeUnauthenticated:
 		status = http.StatusUnauthorized
 	}

@@ -59,6 +59,7 @@ type Peer struct {
 	perNode map[string]int        // of them, accepted ones by node ID
 	pending map[netip.Prefix]int  // accepted ones without a certificate, by source
 	waiting int                   // sum of pending
+	calls   map[string]int        // being answered, by node ID or source
 	tries   map[netip.Prefix]*try // of strangers that gave wrong tokens
 
 	counters counters
@@ -85,7 +86,7 @@ func New(cfg Config) *Peer {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Peer{cfg: cfg, conns: map[*Conn]struct{}{}, perNode: map[string]int{}, pending: map[netip.Prefix]int{}, tries: map[netip.Prefix]*try{}}
+	return &Peer{cfg: cfg, conns: map[*Conn]struct{}{}, perNode: map[string]int{}, pending: map[netip.Prefix]int{}, calls: map[string]int{}, tries: map[netip.Prefix]*try{}}
 }
 
 // Stats returns what was counted.

@@ -364,6 +364,40 @@ func TestSlowConnections(t *testing.T) {
 	}
 }
 
+// TestCalls: one caller's calls that are being answered are bounded, and counted
+// down when they end.
+func TestCalls(t *testing.T) {
+	p := New(Config{})
+	for _, c := range []Caller{{Kind: Worker, ID: "w"}, {Kind: Manager, ID: "m"}, {Kind: Stranger, Addr: netip.MustParseAddr("192.0.2.1")}} {
+		n := 0
+		for n < 5000 && p.begin(c) {
+			n++
+		}
+		if n != callsOf(c) {
+			t.Errorf("%s: %d calls at a time", c, n)
+		}
+		if !p.begin(Caller{Kind: c.Kind, ID: c.ID + "2", Addr: netip.MustParseAddr("192.0.2.9")}) {
+			t.Errorf("another than %s must wait for it", c)
+		}
+		p.end(c)
+		if !p.begin(c) {
+			t.Errorf("%s: none after one has ended", c)
+		}
+	}
+	local := Caller{Kind: Local, ID: "l"}
+	for range 5000 {
+		if !p.begin(local) {
+			t.Fatal("users of the socket are bounded")
+		}
+	}
+	for range 5000 {
+		p.end(local)
+	}
+	if p.calls["l"] != 0 {
+		t.Errorf("%d calls are left", p.calls["l"])
+	}
+}
+
 // TestChangeOfRoot: nodes with certificates by the old and the new root, that
 // trust one of them or both, understand each other as long as it takes.
 func TestChangeOfRoot(t *testing.T) {

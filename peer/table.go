@@ -83,9 +83,18 @@ const LeaderPath = "/shoal.v1.Control/leader"
 // at the port itself.
 const HealthPath = "/health/"
 
+// trees are paths that are no RPCs, with all below them.
+var trees = map[string]Rule{
+	HealthPath: {Who: Anyone, Body: 1},
+	// Go's profiles: who may use the socket may see where the time goes.
+	"/debug/pprof/": {Who: Local, Body: 1},
+}
+
 func ruleOf(path string) (Rule, bool) {
-	if strings.HasPrefix(path, HealthPath) {
-		return Rule{Who: Anyone, Body: 1}, true
+	for p, r := range trees {
+		if strings.HasPrefix(path, p) {
+			return r, true
+		}
 	}
 	r, ok := Table[path]
 	return r, ok
