@@ -305,6 +305,10 @@ func (m *member) certificateChecks(now time.Time) []finding {
 		return []finding{{"error", "this node has no certificate", "shoal leave --force, then join again"}}
 	}
 	out := certificateFindings(info, m.role(), failed, now)
+	if r := m.fwd.Refusal(); r != "" {
+		out = append(out, finding{"error", "the managers that answer and this node don't know each other by their certificates: " + r,
+			"if the cluster's root was replaced while this node was away, or its certificate has ended: shoal leave --force, then join again"})
+	}
 	if out == nil {
 		out = []finding{{"ok", fmt.Sprintf("%s, until %s", info.Role, info.Until.UTC().Format(time.RFC3339)), ""}}
 	}

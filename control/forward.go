@@ -3,6 +3,7 @@ package control
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"net/url"
 	"slices"
 	"strings"
 	"sync"
@@ -54,7 +56,8 @@ type ForwarderConfig struct {
 type Forwarder struct {
 	cfg     ForwarderConfig
 	client  *http.Client
-	removed atomic.Bool // a manager said last that this node is no longer in the cluster
+	refusal atomic.Pointer[string] // why this node and the managers it asked last don't know each other; nil: they do
+	removed atomic.Bool            // a manager said last that this node is no longer in the cluster
 
 	mu      sync.Mutex
 	manager *Manager
@@ -66,6 +69,9 @@ type Forwarder struct {
 func NewForwarder(cfg ForwarderConfig) *Forwarder {
 	if cfg.Wait == 0 {
 		cfg.Wait = leaderWait
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	return &Forwarder{cfg: cfg, client: cfg.Peer.Managers()}
 }
@@ -174,6 +180,9 @@ func (f *Forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	msg := fmt.Errorf("no manager leads the cluster: see whether a majority of the managers run and reach each other")
 	if len(silent) > 0 {
 		msg = fmt.Errorf("%w; no answer from %s", msg, strings.Join(silent, ", "))
+	}
+	if r := f.Refusal(); r != "" && last == nil {
+		last = errors.New(r)
 	}
 	if last != nil {
 		msg = fmt.Errorf("%w (%w)", msg, last)
@@ -306,6 +315,34 @@ func (f *Forwarder) findLeader(ctx context.Context, m *Manager) (leader string, 
 	return "", silent, all-len(silent) > all/2
 }
 
+// noteRefusal keeps why a handshake with a manager failed: unlike one that is down,
+// it will not pass by itself.
+func (f *Forwarder) noteRefusal(err error) {
+	var he *peer.HandshakeError
+	var remote tls.AlertError
+	var op *net.OpError
+	if !errors.As(err, &he) && !errors.As(err, &remote) && !(errors.As(err, &op) && op.Op == "remote error") {
+		return
+	}
+	text := err.Error()
+	var ue *url.Error
+	if errors.As(err, &ue) {
+		text = ue.Err.Error()
+	}
+	if was := f.refusal.Swap(&text); was == nil {
+		f.cfg.Log.Warn("this node and the managers don't know each other by their certificates", "error", text)
+	}
+}
+
+// Refusal is why this node and the managers that it asked last don't know each
+// other by their certificates; "" when they do, or none answers at all.
+func (f *Forwarder) Refusal() string {
+	if p := f.refusal.Load(); p != nil {
+		return *p
+	}
+	return ""
+}
+
 // errRemoved is what a manager says to a node that is no longer in the cluster.
 var errRemoved = errors.New("this node was removed from the cluster")
 
@@ -317,9 +354,11 @@ func (f *Forwarder) askLeader(ctx context.Context, addr string) (string, error) 
 	}
 	resp, err := f.client.Do(req)
 	if err != nil {
+		f.noteRefusal(err)
 		return "", err
 	}
 	defer resp.Body.Close()
+	f.refusal.Store(nil)
 	if resp.Header.Get(peer.RemovedHeader) != "" {
 		return "", errRemoved
 	}

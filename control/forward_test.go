@@ -134,6 +134,9 @@ func TestForwarderOfAnotherCluster(t *testing.T) {
 		if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
 			t.Errorf("a node of %s cluster asks: %v, want %q", in, err, c.want)
 		}
+		if r := n.fwd.Refusal(); (r == "") != (c.want == "") {
+			t.Errorf("a node of %s cluster asks: refusal %q", in, r)
+		}
 	}
 }
 

@@ -33,7 +33,7 @@ var eventFilters = map[string]func(*shoalv1.Event) string{
 }
 
 // eventTypes are the values of events' --filter type=.
-var eventTypes = []string{"network", "service", "task", "node"}
+var eventTypes = []string{"network", "service", "task", "node", "cluster"}
 
 // nameOf is the name of what of a kind an event is about.
 func nameOf(e *shoalv1.Event, kind string) string {
