@@ -207,7 +207,7 @@ func TestCompletion(t *testing.T) {
 		"node ls --filter role=":          "role=manager role=worker",
 		"node ls -f availability=d":       "availability=active availability=pause availability=drain",
 		"net ls -f driver=":               "driver=overlay driver=bridge driver=host driver=null",
-		"events -f type=":                 "type=network type=service type=task type=node",
+		"events -f type=":                 "type=network type=service type=task type=node type=cluster",
 		"svc ls -f mode=":                 "mode=replicated mode=global mode=vip mode=dnsrr",
 		"service update --endpoint-mode ": "vip dnsrr",
 	} {
