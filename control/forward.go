@@ -3,7 +3,6 @@ package control
 import (
 	"bytes"
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -318,10 +317,7 @@ func (f *Forwarder) findLeader(ctx context.Context, m *Manager) (leader string, 
 // noteRefusal keeps why a handshake with a manager failed: unlike one that is down,
 // it will not pass by itself.
 func (f *Forwarder) noteRefusal(err error) {
-	var he *peer.HandshakeError
-	var remote tls.AlertError
-	var op *net.OpError
-	if !errors.As(err, &he) && !errors.As(err, &remote) && !(errors.As(err, &op) && op.Op == "remote error") {
+	if !peer.IsRefusal(err) {
 		return
 	}
 	text := err.Error()

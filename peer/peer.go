@@ -411,6 +411,16 @@ func (e *HandshakeError) Error() string { return fmt.Sprintf("handshake with %s:
 // Unwrap returns the reason.
 func (e *HandshakeError) Unwrap() error { return e.Err }
 
+// IsRefusal tells whether err is of two nodes that reach each other and don't know
+// each other by their certificates: this one's verdict, or the other's, which comes
+// after the handshake (RFC 8446, section 4.4.2.4).
+func IsRefusal(err error) bool {
+	var he *HandshakeError
+	var alert tls.AlertError
+	var op *net.OpError
+	return errors.As(err, &he) || errors.As(err, &alert) || errors.As(err, &op) && op.Op == "remote error"
+}
+
 // IsManager accepts managers only; see [Peer.Dial].
 func IsManager(c Caller) error {
 	if c.Kind != Manager {
