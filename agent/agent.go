@@ -433,6 +433,13 @@ func (a *localAPI) Init(ctx context.Context, req *connect.Request[shoalv1.InitRe
 		return nil, precondition("this node is already busy with an init, join or leave: wait for it")
 	}
 	defer a.mu.Unlock()
+	if req.Msg.ForceNewCluster {
+		resp, err := a.recoverCluster(ctx)
+		if err != nil {
+			return nil, err
+		}
+		return connect.NewResponse(resp), nil
+	}
 	if a.ident.Cluster.ID != "" {
 		return nil, precondition("this node is already in cluster %s: run 'shoal leave' first", a.ident.Cluster.ID)
 	}

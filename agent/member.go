@@ -94,6 +94,7 @@ type member struct {
 	managerErr error  // see managerFault
 	sealKey    []byte // of the managers' log; empty: not sealed, or not unlocked yet
 	voted      bool   // it was a manager before this start
+	remaking   bool   // the manager's store is being replaced: none may start
 	stopMgr    context.CancelFunc
 	mgrDone    chan struct{}
 	assigned   *assignment
@@ -151,15 +152,14 @@ func (m *member) startManager(fresh bool) (*control.Manager, error) {
 	if !fresh && m.ident.Role != spec.RoleManager {
 		return nil, errors.New("this node is no manager any more")
 	}
-	if g, err := control.LockGeneration(m.cfg.DataDir); err != nil {
-		return nil, err
-	} else if g > 0 && len(m.sealKey) == 0 {
-		return nil, control.LockedError{}
+	if m.remaking {
+		return nil, errRemaking
 	}
-	mgr, err := control.NewManager(control.ManagerConfig{
-		Node: m.node(spec.RoleManager), DataDir: m.cfg.DataDir, Seal: m.sealKey, Fresh: fresh, Voted: m.voted, Peer: m.peer, RaftListener: m.raft,
-		Liveness: m.liveness, HostRoutes: m.cfg.HostRoutes, Log: m.log,
-	})
+	cfg, err := m.managerConfig(fresh)
+	if err != nil {
+		return nil, err
+	}
+	mgr, err := control.NewManager(cfg)
 	if err != nil {
 		return nil, err
 	}
@@ -175,6 +175,19 @@ func (m *member) startManager(fresh bool) (*control.Manager, error) {
 	m.fsm.Store(mgr)
 	m.fwd.SetManager(mgr)
 	return mgr, nil
+}
+
+// managerConfig is what this node's manager is made of. m.mu is held.
+func (m *member) managerConfig(fresh bool) (control.ManagerConfig, error) {
+	if g, err := control.LockGeneration(m.cfg.DataDir); err != nil {
+		return control.ManagerConfig{}, err
+	} else if g > 0 && len(m.sealKey) == 0 {
+		return control.ManagerConfig{}, control.LockedError{}
+	}
+	return control.ManagerConfig{
+		Node: m.node(spec.RoleManager), DataDir: m.cfg.DataDir, Seal: m.sealKey, Fresh: fresh, Voted: m.voted, Peer: m.peer, RaftListener: m.raft,
+		Liveness: m.liveness, HostRoutes: m.cfg.HostRoutes, Log: m.log,
+	}, nil
 }
 
 // stopManager makes this node a worker; its raft data go, as it may never vote

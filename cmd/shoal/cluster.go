@@ -46,16 +46,37 @@ func (c *cli) initCmd() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "init",
 		Short: "Make a cluster, with this node as its first manager",
+		Long: `Init makes a cluster, with this node as its first manager.
+
+With --force-new-cluster it makes the cluster that this manager is in anew, from
+what this manager has of its state: for when a majority of the managers is lost for
+good. Services, networks, workers and join tokens stay, tasks run on. The other
+managers count no more: what they show is refused, 'shoal node ls' lists them as
+down, 'shoal node rm' removes them. One that comes back leaves, and can join again.
+What the lost managers acknowledged in their last moments may be missing. The
+managers' log of before is kept in raft.lost in the data directory.`,
 		Example: `  shoal init
+  shoal init --force-new-cluster     # on the manager that is left
   shoal init --advertise-addr 192.0.2.1
   shoal init --advertise-addr eth1 --default-addr-pool 10.20.0.0/16 --default-addr-pool-mask-length 26`,
 		Args: exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if req.ForceNewCluster {
+				for _, f := range []string{"advertise-addr", "autolock", "default-addr-pool", "default-addr-pool-mask-length", "data-path-port"} {
+					if cmd.Flags().Changed(f) {
+						return usageError(cmd, fmt.Errorf("--%s can't be given with --force-new-cluster: the cluster stays as it is: %s", f, cmd.UseLine()))
+					}
+				}
+			}
 			resp, err := c.local().Init(cmd.Context(), connect.NewRequest(req))
 			if err != nil {
 				return err
 			}
 			n := resp.Msg.Node
+			if req.ForceNewCluster {
+				c.printRecovered(resp.Msg)
+				return nil
+			}
 			fmt.Fprintf(c.out, "Cluster %s is made; this node (%s) is its manager.\n\nTo add a node, start its agent and run on it:\n\n    %s\n\nFor a further manager (three bear the loss of one) take the command that\n'shoal token show manager' prints.\n",
 				resp.Msg.Cluster, n.Name, joinCommand(resp.Msg.WorkerToken, n))
 			if k := resp.Msg.UnlockKey; k != "" {
@@ -65,12 +86,25 @@ func (c *cli) initCmd() *cobra.Command {
 		},
 	}
 	f := cmd.Flags()
+	f.BoolVar(&req.ForceNewCluster, "force-new-cluster", false, "make this manager's cluster anew, without the other managers: they are lost for good")
 	f.BoolVar(&req.Autolock, "autolock", false, "seal the managers' disks with a key that 'shoal unlock' asks for after a start")
 	f.StringVar(&req.AdvertiseAddr, "advertise-addr", "", "address or interface that other nodes reach this one by (default: that of the default route)")
 	f.StringSliceVar(&req.AddressPools, "default-addr-pool", nil, "pool that networks' subnets are cut from (default "+agent.DefaultPool+"; repeatable)")
 	f.Int32Var(&req.SubnetSize, "default-addr-pool-mask-length", agent.DefaultSubnetSize, "prefix length of those subnets")
 	f.Int32Var(&req.DataPathPort, "data-path-port", agent.DefaultDataPathPort, "UDP port of VXLAN, the same on every node")
 	return cmd
+}
+
+// printRecovered tells what came of making a cluster anew.
+func (c *cli) printRecovered(m *shoalv1.InitResponse) {
+	fmt.Fprintf(c.out, "Cluster %s goes on, with this node (%s) as its only manager, from entry %d of its log.\n", m.Cluster, m.Node.GetName(), m.Index)
+	if len(m.Lost) > 0 {
+		var names []string
+		for _, n := range m.Lost {
+			names = append(names, n.Name)
+		}
+		fmt.Fprintf(c.out, "Managers that count no more, whatever becomes of them: %s.\nRemove them with 'shoal node rm', and add managers by what 'shoal token show manager'\nprints: three bear the loss of one.\n", strings.Join(names, ", "))
+	}
 }
 
 func hostPort(n *shoalv1.NodeInfo) string {

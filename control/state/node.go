@@ -35,6 +35,9 @@ func (s *State) upsertNode(c *UpsertNode) Result {
 			return Result{Err: err}
 		}
 	}
+	if n != nil && n.expelled {
+		return Result{Err: n.gone()}
+	}
 	if n != nil {
 		if len(in.PublicKey) > 0 && !bytes.Equal(in.PublicKey, n.PublicKey) {
 			return Result{Err: failf(ErrExists, "node %s is in the cluster with another key", n.ID)}
@@ -71,6 +74,11 @@ func (s *State) upsertNode(c *UpsertNode) Result {
 	s.addNode(&node{Node: in, tasks: map[string]*task{}, changed: s.index})
 	s.changed = s.index
 	return Result{Node: &in}
+}
+
+// gone refuses what is meant for a node that was expelled.
+func (n *node) gone() error {
+	return failf(ErrInvalid, "node %s was lost when the cluster was made anew: remove it, and let it join as a new node", n.Name)
 }
 
 func validateNode(n spec.Node) error {
@@ -176,6 +184,9 @@ func (s *State) updateNode(c *UpdateNode) Result {
 	if err != nil {
 		return Result{Err: err}
 	}
+	if n.expelled {
+		return Result{Err: n.gone()}
+	}
 	next := n.Node.Clone()
 	if c.Name != nil && *c.Name != n.Name {
 		if err := s.nodeNameFree(n, *c.Name); err != nil {
@@ -247,7 +258,7 @@ func (s *State) setNodeStatus(c *SetNodeStatus) Result {
 	var out *spec.Node
 	for _, st := range c.Nodes {
 		n := s.nodes[st.ID]
-		if n == nil {
+		if n == nil || n.expelled {
 			continue
 		}
 		next := n.Node

@@ -33,6 +33,7 @@ type snapshot struct {
 	Nodes      []spec.Node       `json:"nodes"`
 	Tasks      []taskSnapshot    `json:"tasks"`
 	Trust      *Trust            `json:"trust,omitempty"`
+	Expelled   []string          `json:"expelled,omitempty"` // IDs of nodes
 }
 
 type networkSnapshot struct {
@@ -74,6 +75,9 @@ func (s *State) Snapshot() ([]byte, error) {
 	}
 	for _, id := range slices.Sorted(maps.Keys(s.nodes)) {
 		out.Nodes = append(out.Nodes, s.nodes[id].Node)
+		if s.nodes[id].expelled {
+			out.Expelled = append(out.Expelled, id)
+		}
 	}
 	for _, t := range s.tasks {
 		out.Tasks = append(out.Tasks, taskSnapshot{t.Task, t.seq, t.rev, t.started, t.ended, t.was})
@@ -146,6 +150,12 @@ func restore(b []byte) (*State, error) {
 			return nil, fmt.Errorf("node %s: its ID or its number %d is there twice or out of range", n.Name, n.Number)
 		}
 		s.addNode(&node{Node: n, tasks: map[string]*task{}})
+	}
+	for _, id := range in.Expelled {
+		if s.nodes[id] == nil {
+			return nil, fmt.Errorf("node %s is expelled, and does not exist", id)
+		}
+		s.nodes[id].expelled = true
 	}
 	for _, vs := range in.Services {
 		v := &service{Service: vs.Service, removed: vs.Removed, rev: vs.Rev}

@@ -71,6 +71,9 @@ type node struct {
 	spec.Node
 	tasks   map[string]*task // assigned to it, by ID
 	changed uint64
+	// expelled: it was a manager, and the cluster was made anew without it. It is
+	// still listed for people, and counts nowhere.
+	expelled bool
 }
 
 // Result of a command. The object is the one made, changed or removed, as it is
@@ -356,7 +359,7 @@ type Assignment struct {
 
 // RoleOf is a node's role by its ID; "" of one that is not in the cluster.
 func (s *State) RoleOf(id string) string {
-	if n := s.nodes[id]; n != nil {
+	if n := s.nodes[id]; n != nil && !n.expelled {
 		return n.Role
 	}
 	return ""
@@ -391,7 +394,7 @@ func (s *State) AssignmentIndex(nodeID string) uint64 {
 // AssignmentFor returns a node's assignment.
 func (s *State) AssignmentFor(nodeID string) (Assignment, error) {
 	n := s.nodes[nodeID]
-	if n == nil || s.cluster == nil {
+	if n == nil || n.expelled || s.cluster == nil {
 		return Assignment{}, &NotFoundError{"node", nodeID}
 	}
 	a := Assignment{Index: s.AssignmentIndex(nodeID), Cluster: *s.cluster, Trust: s.trust.clone()}
@@ -418,7 +421,9 @@ func (s *State) AssignmentFor(nodeID string) (Assignment, error) {
 	}
 	slices.SortFunc(a.Services, func(x, y spec.Service) int { return cmp.Compare(x.ID, y.ID) })
 	for _, id := range slices.Sorted(maps.Keys(s.nodes)) {
-		a.Nodes = append(a.Nodes, s.nodes[id].Node)
+		if n := s.nodes[id]; !n.expelled {
+			a.Nodes = append(a.Nodes, n.Node)
+		}
 	}
 	return a, nil
 }

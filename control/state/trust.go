@@ -204,7 +204,7 @@ func (s *State) dropRoot(c *DropRoot) Result {
 
 func (s *State) certify(c *Certify) Result {
 	n := s.nodes[c.Node]
-	if n == nil {
+	if n == nil || n.expelled {
 		return Result{Err: &NotFoundError{"node", c.Node}}
 	}
 	if n.Role != c.Role {

@@ -5660,14 +5660,15 @@ func (x *InfoResponse) GetProblems() []string {
 }
 
 type InitRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	AdvertiseAddr string                 `protobuf:"bytes,1,opt,name=advertise_addr,json=advertiseAddr,proto3" json:"advertise_addr,omitempty"` // address or interface, optionally with :port
-	AddressPools  []string               `protobuf:"bytes,2,rep,name=address_pools,json=addressPools,proto3" json:"address_pools,omitempty"`    // empty: 10.0.0.0/8
-	SubnetSize    int32                  `protobuf:"varint,3,opt,name=subnet_size,json=subnetSize,proto3" json:"subnet_size,omitempty"`         // prefix length; 0: 24
-	DataPathPort  int32                  `protobuf:"varint,4,opt,name=data_path_port,json=dataPathPort,proto3" json:"data_path_port,omitempty"` // UDP; 0: 4789
-	Autolock      bool                   `protobuf:"varint,5,opt,name=autolock,proto3" json:"autolock,omitempty"`                               // managers' disks are sealed
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	AdvertiseAddr   string                 `protobuf:"bytes,1,opt,name=advertise_addr,json=advertiseAddr,proto3" json:"advertise_addr,omitempty"`          // address or interface, optionally with :port
+	AddressPools    []string               `protobuf:"bytes,2,rep,name=address_pools,json=addressPools,proto3" json:"address_pools,omitempty"`             // empty: 10.0.0.0/8
+	SubnetSize      int32                  `protobuf:"varint,3,opt,name=subnet_size,json=subnetSize,proto3" json:"subnet_size,omitempty"`                  // prefix length; 0: 24
+	DataPathPort    int32                  `protobuf:"varint,4,opt,name=data_path_port,json=dataPathPort,proto3" json:"data_path_port,omitempty"`          // UDP; 0: 4789
+	Autolock        bool                   `protobuf:"varint,5,opt,name=autolock,proto3" json:"autolock,omitempty"`                                        // managers' disks are sealed
+	ForceNewCluster bool                   `protobuf:"varint,6,opt,name=force_new_cluster,json=forceNewCluster,proto3" json:"force_new_cluster,omitempty"` // alone: make this manager's cluster anew, without the other managers
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *InitRequest) Reset() {
@@ -5735,6 +5736,13 @@ func (x *InitRequest) GetAutolock() bool {
 	return false
 }
 
+func (x *InitRequest) GetForceNewCluster() bool {
+	if x != nil {
+		return x.ForceNewCluster
+	}
+	return false
+}
+
 type InitResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Cluster       string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
@@ -5742,6 +5750,8 @@ type InitResponse struct {
 	WorkerToken   string                 `protobuf:"bytes,3,opt,name=worker_token,json=workerToken,proto3" json:"worker_token,omitempty"`
 	ManagerToken  string                 `protobuf:"bytes,4,opt,name=manager_token,json=managerToken,proto3" json:"manager_token,omitempty"`
 	UnlockKey     string                 `protobuf:"bytes,5,opt,name=unlock_key,json=unlockKey,proto3" json:"unlock_key,omitempty"` // with autolock
+	Lost          []*NodeInfo            `protobuf:"bytes,6,rep,name=lost,proto3" json:"lost,omitempty"`                            // with force_new_cluster: managers that count no more
+	Index         uint64                 `protobuf:"varint,7,opt,name=index,proto3" json:"index,omitempty"`                         // with force_new_cluster: the last entry of the managers' log that this one had
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5809,6 +5819,20 @@ func (x *InitResponse) GetUnlockKey() string {
 		return x.UnlockKey
 	}
 	return ""
+}
+
+func (x *InitResponse) GetLost() []*NodeInfo {
+	if x != nil {
+		return x.Lost
+	}
+	return nil
+}
+
+func (x *InitResponse) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
 }
 
 type JoinRequest struct {
@@ -7296,21 +7320,24 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	" \x01(\tR\x0fcertificateRole\x12\x0e\n" +
 	"\x02ca\x18\v \x01(\tR\x02ca\x12\x14\n" +
 	"\x05roots\x18\f \x03(\tR\x05roots\x12\x1a\n" +
-	"\bproblems\x18\r \x03(\tR\bproblems\"\xbc\x01\n" +
+	"\bproblems\x18\r \x03(\tR\bproblems\"\xe8\x01\n" +
 	"\vInitRequest\x12%\n" +
 	"\x0eadvertise_addr\x18\x01 \x01(\tR\radvertiseAddr\x12#\n" +
 	"\raddress_pools\x18\x02 \x03(\tR\faddressPools\x12\x1f\n" +
 	"\vsubnet_size\x18\x03 \x01(\x05R\n" +
 	"subnetSize\x12$\n" +
 	"\x0edata_path_port\x18\x04 \x01(\x05R\fdataPathPort\x12\x1a\n" +
-	"\bautolock\x18\x05 \x01(\bR\bautolock\"\xb7\x01\n" +
+	"\bautolock\x18\x05 \x01(\bR\bautolock\x12*\n" +
+	"\x11force_new_cluster\x18\x06 \x01(\bR\x0fforceNewCluster\"\xf5\x01\n" +
 	"\fInitResponse\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12&\n" +
 	"\x04node\x18\x02 \x01(\v2\x12.shoal.v1.NodeInfoR\x04node\x12!\n" +
 	"\fworker_token\x18\x03 \x01(\tR\vworkerToken\x12#\n" +
 	"\rmanager_token\x18\x04 \x01(\tR\fmanagerToken\x12\x1d\n" +
 	"\n" +
-	"unlock_key\x18\x05 \x01(\tR\tunlockKey\"v\n" +
+	"unlock_key\x18\x05 \x01(\tR\tunlockKey\x12&\n" +
+	"\x04lost\x18\x06 \x03(\v2\x12.shoal.v1.NodeInfoR\x04lost\x12\x14\n" +
+	"\x05index\x18\a \x01(\x04R\x05index\"v\n" +
 	"\vJoinRequest\x12\x16\n" +
 	"\x06remote\x18\x01 \x01(\tR\x06remote\x12%\n" +
 	"\x0eadvertise_addr\x18\x02 \x01(\tR\radvertiseAddr\x12\x12\n" +
@@ -7585,94 +7612,95 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	10,  // 64: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
 	12,  // 65: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
 	12,  // 66: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
-	12,  // 67: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
-	113, // 68: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
-	114, // 69: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
-	10,  // 70: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
-	109, // 71: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
-	14,  // 72: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
-	16,  // 73: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
-	18,  // 74: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
-	20,  // 75: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
-	22,  // 76: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
-	26,  // 77: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
-	28,  // 78: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
-	30,  // 79: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
-	32,  // 80: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
-	34,  // 81: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
-	36,  // 82: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
-	38,  // 83: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
-	40,  // 84: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
-	42,  // 85: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
-	44,  // 86: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
-	24,  // 87: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
-	54,  // 88: shoal.v1.Control.ShowToken:input_type -> shoal.v1.ShowTokenRequest
-	56,  // 89: shoal.v1.Control.RotateToken:input_type -> shoal.v1.RotateTokenRequest
-	58,  // 90: shoal.v1.Control.ShowCA:input_type -> shoal.v1.ShowCARequest
-	62,  // 91: shoal.v1.Control.RotateCA:input_type -> shoal.v1.RotateCARequest
-	60,  // 92: shoal.v1.Control.UnlockKey:input_type -> shoal.v1.UnlockKeyRequest
-	49,  // 93: shoal.v1.Control.RenewCertificate:input_type -> shoal.v1.RenewCertificateRequest
-	52,  // 94: shoal.v1.Control.LeaveNode:input_type -> shoal.v1.LeaveNodeRequest
-	46,  // 95: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
-	64,  // 96: shoal.v1.Control.AdmitManager:input_type -> shoal.v1.AdmitManagerRequest
-	66,  // 97: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
-	70,  // 98: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
-	78,  // 99: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
-	80,  // 100: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
-	82,  // 101: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
-	72,  // 102: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
-	74,  // 103: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
-	76,  // 104: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
-	86,  // 105: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
-	88,  // 106: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
-	90,  // 107: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
-	92,  // 108: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
-	94,  // 109: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
-	84,  // 110: shoal.v1.Local.Unlock:input_type -> shoal.v1.UnlockRequest
-	15,  // 111: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
-	17,  // 112: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
-	19,  // 113: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
-	21,  // 114: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
-	23,  // 115: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
-	27,  // 116: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
-	29,  // 117: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
-	31,  // 118: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
-	33,  // 119: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
-	35,  // 120: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
-	37,  // 121: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
-	39,  // 122: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
-	41,  // 123: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
-	43,  // 124: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
-	45,  // 125: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
-	25,  // 126: shoal.v1.Control.Events:output_type -> shoal.v1.Event
-	55,  // 127: shoal.v1.Control.ShowToken:output_type -> shoal.v1.ShowTokenResponse
-	57,  // 128: shoal.v1.Control.RotateToken:output_type -> shoal.v1.RotateTokenResponse
-	59,  // 129: shoal.v1.Control.ShowCA:output_type -> shoal.v1.ShowCAResponse
-	63,  // 130: shoal.v1.Control.RotateCA:output_type -> shoal.v1.RotateCAResponse
-	61,  // 131: shoal.v1.Control.UnlockKey:output_type -> shoal.v1.UnlockKeyResponse
-	50,  // 132: shoal.v1.Control.RenewCertificate:output_type -> shoal.v1.RenewCertificateResponse
-	53,  // 133: shoal.v1.Control.LeaveNode:output_type -> shoal.v1.LeaveNodeResponse
-	47,  // 134: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
-	65,  // 135: shoal.v1.Control.AdmitManager:output_type -> shoal.v1.AdmitManagerResponse
-	67,  // 136: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
-	71,  // 137: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
-	79,  // 138: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
-	81,  // 139: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
-	83,  // 140: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
-	73,  // 141: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
-	75,  // 142: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
-	77,  // 143: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
-	87,  // 144: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
-	89,  // 145: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
-	91,  // 146: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
-	93,  // 147: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
-	95,  // 148: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
-	85,  // 149: shoal.v1.Local.Unlock:output_type -> shoal.v1.UnlockResponse
-	111, // [111:150] is the sub-list for method output_type
-	72,  // [72:111] is the sub-list for method input_type
-	72,  // [72:72] is the sub-list for extension type_name
-	72,  // [72:72] is the sub-list for extension extendee
-	0,   // [0:72] is the sub-list for field type_name
+	12,  // 67: shoal.v1.InitResponse.lost:type_name -> shoal.v1.NodeInfo
+	12,  // 68: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
+	113, // 69: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
+	114, // 70: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
+	10,  // 71: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
+	109, // 72: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
+	14,  // 73: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
+	16,  // 74: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
+	18,  // 75: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
+	20,  // 76: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
+	22,  // 77: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
+	26,  // 78: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
+	28,  // 79: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
+	30,  // 80: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
+	32,  // 81: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
+	34,  // 82: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
+	36,  // 83: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
+	38,  // 84: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
+	40,  // 85: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
+	42,  // 86: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
+	44,  // 87: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
+	24,  // 88: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
+	54,  // 89: shoal.v1.Control.ShowToken:input_type -> shoal.v1.ShowTokenRequest
+	56,  // 90: shoal.v1.Control.RotateToken:input_type -> shoal.v1.RotateTokenRequest
+	58,  // 91: shoal.v1.Control.ShowCA:input_type -> shoal.v1.ShowCARequest
+	62,  // 92: shoal.v1.Control.RotateCA:input_type -> shoal.v1.RotateCARequest
+	60,  // 93: shoal.v1.Control.UnlockKey:input_type -> shoal.v1.UnlockKeyRequest
+	49,  // 94: shoal.v1.Control.RenewCertificate:input_type -> shoal.v1.RenewCertificateRequest
+	52,  // 95: shoal.v1.Control.LeaveNode:input_type -> shoal.v1.LeaveNodeRequest
+	46,  // 96: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
+	64,  // 97: shoal.v1.Control.AdmitManager:input_type -> shoal.v1.AdmitManagerRequest
+	66,  // 98: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
+	70,  // 99: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
+	78,  // 100: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
+	80,  // 101: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
+	82,  // 102: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
+	72,  // 103: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
+	74,  // 104: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
+	76,  // 105: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
+	86,  // 106: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
+	88,  // 107: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
+	90,  // 108: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
+	92,  // 109: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
+	94,  // 110: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
+	84,  // 111: shoal.v1.Local.Unlock:input_type -> shoal.v1.UnlockRequest
+	15,  // 112: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
+	17,  // 113: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
+	19,  // 114: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
+	21,  // 115: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
+	23,  // 116: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
+	27,  // 117: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
+	29,  // 118: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
+	31,  // 119: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
+	33,  // 120: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
+	35,  // 121: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
+	37,  // 122: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
+	39,  // 123: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
+	41,  // 124: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
+	43,  // 125: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
+	45,  // 126: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
+	25,  // 127: shoal.v1.Control.Events:output_type -> shoal.v1.Event
+	55,  // 128: shoal.v1.Control.ShowToken:output_type -> shoal.v1.ShowTokenResponse
+	57,  // 129: shoal.v1.Control.RotateToken:output_type -> shoal.v1.RotateTokenResponse
+	59,  // 130: shoal.v1.Control.ShowCA:output_type -> shoal.v1.ShowCAResponse
+	63,  // 131: shoal.v1.Control.RotateCA:output_type -> shoal.v1.RotateCAResponse
+	61,  // 132: shoal.v1.Control.UnlockKey:output_type -> shoal.v1.UnlockKeyResponse
+	50,  // 133: shoal.v1.Control.RenewCertificate:output_type -> shoal.v1.RenewCertificateResponse
+	53,  // 134: shoal.v1.Control.LeaveNode:output_type -> shoal.v1.LeaveNodeResponse
+	47,  // 135: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
+	65,  // 136: shoal.v1.Control.AdmitManager:output_type -> shoal.v1.AdmitManagerResponse
+	67,  // 137: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
+	71,  // 138: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
+	79,  // 139: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
+	81,  // 140: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
+	83,  // 141: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
+	73,  // 142: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
+	75,  // 143: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
+	77,  // 144: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
+	87,  // 145: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
+	89,  // 146: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
+	91,  // 147: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
+	93,  // 148: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
+	95,  // 149: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
+	85,  // 150: shoal.v1.Local.Unlock:output_type -> shoal.v1.UnlockResponse
+	112, // [112:151] is the sub-list for method output_type
+	73,  // [73:112] is the sub-list for method input_type
+	73,  // [73:73] is the sub-list for extension type_name
+	73,  // [73:73] is the sub-list for extension extendee
+	0,   // [0:73] is the sub-list for field type_name
 }
 
 func init() { file_shoal_v1_shoal_proto_init() }
