@@ -38,7 +38,9 @@
 //     necessarily where it was.
 //   - a task on a node that is down is lost, and replaced at once. If the node
 //     returns before the replacement found a place, the task is revived;
-//     else the node is told to stop it.
+//     else the node is told to stop it. What the node says later of how such a
+//     task ended is no failure of the service: it neither counts as a restart nor
+//     against the node.
 //   - a task of an older template, on a node being drained, or on one that no
 //     longer meets the constraints, is replaced start-first: the old one is
 //     stopped when the new one runs. Of older templates one slot at a time.

@@ -164,7 +164,7 @@ func (s *State) returned(n *node) {
 	for _, t := range n.tasks { // independent of each other: of one slot's tasks only one can be revived, see below
 		if t.Status.State == spec.TaskLost && !t.Status.Released && s.revivable(t) && !s.rival(t) {
 			t.Status.State, t.Status.Message = max(t.was, spec.TaskAssigned), ""
-			t.was, t.ended = 0, 0
+			t.ended = 0
 			s.touchTask(t)
 		}
 	}

@@ -248,8 +248,8 @@ func (p *planner) restart(v *service, last *task) (attempt int, at int64, ok boo
 	switch {
 	case last.rev != v.rev:
 		return 0, 0, true
-	case last.Status.State == spec.TaskLost || p.lost[last]:
-		return last.Attempt, 0, true
+	case last.Status.State == spec.TaskLost || last.was != 0 || p.lost[last]:
+		return last.Attempt, 0, true // the node's end, not the program's
 	}
 	attempt = last.Attempt + 1
 	if last.started > 0 && last.ended-last.started >= longRun {
@@ -437,6 +437,7 @@ func (p *planner) prepare(sv *servicePlan) {
 		case !ok || t.rev != sv.v.rev:
 		case t.Live() && !p.lost[t] && p.stays(sv, t):
 			sv.counts[i]++
+		case t.was != 0: // it ended with its node
 		case (t.Status.State == spec.TaskFailed || t.Status.State == spec.TaskRejected) && recent(p.now, t.ended):
 			sv.fails[i]++
 		}

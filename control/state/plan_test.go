@@ -202,6 +202,66 @@ func TestBadNode(t *testing.T) {
 	c.wantSpread(web.ID, map[string]int{"n2": 4})
 }
 
+// reboot starts a node anew: what ran there is gone, and reported to have failed.
+func (c *cluster) reboot(n *simNode) {
+	c.Helper()
+	for id, st := range n.tasks {
+		if !st.State.Ended() {
+			n.tasks[id] = spec.TaskStatus{State: spec.TaskFailed, ExitCode: -1, Message: "the machine was restarted", At: c.now}
+		}
+	}
+	c.back(n)
+	c.reportAll(n)
+	c.settle()
+}
+
+// TestDeathOfNodeIsNoFailure: tasks that ended with their nodes count neither
+// against these nor as restarts, whatever the nodes say of them afterwards.
+func TestDeathOfNodeIsNoFailure(t *testing.T) {
+	c := newCluster(t)
+	ns := c.joinAll(3)
+	web := c.service(svcSpec("web", 6))
+	c.settle()
+	for _, i := range []int{1, 2, 1, 2, 1, 2} {
+		c.now += 10_000
+		c.down(ns[i])
+		c.settle()
+		c.reboot(ns[i])
+	}
+	c.scale("web", 9)
+	c.settle()
+	if got := c.spread(web.ID); got["n2"] != 3 || got["n3"] != 3 {
+		t.Fatalf("spread is %v\n%s", got, c.dump())
+	}
+
+	// With no other node the task is revived before its node has told of its end:
+	// that is no restart either, of which there may be none.
+	one := newCluster(t)
+	n := one.join("n1")
+	sp := svcSpec("web", 1)
+	sp.RestartMax = 1
+	one.service(sp)
+	one.settle()
+	for range 3 {
+		one.now += 1000
+		one.down(n)
+		one.settle()
+		one.reboot(n)
+		if ts := one.s.Tasks(TaskFilter{}); len(ts) != 1 || ts[0].Status.State != spec.TaskRunning {
+			t.Fatal(one.dump())
+		}
+	}
+
+	// Failures of the program count again once its node has said that it lives.
+	for left := 1; left >= 0; left-- {
+		one.fail(one.s.Tasks(TaskFilter{})[0])
+		one.settle()
+		if got := len(one.s.Tasks(TaskFilter{})); got != left {
+			t.Fatalf("%d tasks, want %d\n%s", got, left, one.dump())
+		}
+	}
+}
+
 // TestRollingUpdate: never fewer than all replicas run, never more than one
 // slot is under way, and an update that does not work stops at the first.
 func TestRollingUpdate(t *testing.T) {
@@ -421,6 +481,11 @@ func TestReports(t *testing.T) {
 	}{
 		{"forward", []st{{State: spec.TaskPreparing}, {State: spec.TaskRunning, PID: 7}}, st{State: spec.TaskRunning, PID: 7}},
 		{"not back", []st{{State: spec.TaskRunning}, {State: spec.TaskPreparing}}, st{State: spec.TaskRunning}},
+		{"back, where its node makes it anew", []st{{State: spec.TaskRunning, PID: 7, At: 5}, {State: spec.TaskPreparing, At: 6}}, st{State: spec.TaskPreparing}},
+		{"back, where the node's first word is later", []st{{State: spec.TaskRunning, PID: 7, At: 5}, {State: spec.TaskStarting, At: 6}}, st{State: spec.TaskStarting}},
+		{"not back by an old word", []st{{State: spec.TaskRunning, PID: 7, At: 5}, {State: spec.TaskPreparing, At: 4}}, st{State: spec.TaskRunning, PID: 7}},
+		{"not back with the same program", []st{{State: spec.TaskRunning, PID: 7, At: 5}, {State: spec.TaskStarting, PID: 7, At: 6}}, st{State: spec.TaskRunning, PID: 7}},
+		{"not back while it stops", []st{{State: spec.TaskStopping, PID: 7, At: 5}, {State: spec.TaskStarting, At: 6}}, st{State: spec.TaskStopping, PID: 7}},
 		{"same state, other message", []st{{State: spec.TaskStopping, Message: "draining"}, {State: spec.TaskStopping, Message: "x"}}, st{State: spec.TaskStopping, Message: "x"}},
 		{"the end is final", []st{{State: spec.TaskComplete}, {State: spec.TaskFailed}}, st{State: spec.TaskComplete}},
 		{"release keeps the end", []st{{State: spec.TaskFailed, ExitCode: 9, Message: "m"}, {State: spec.TaskShutdown, Released: true}}, st{State: spec.TaskFailed, ExitCode: 9, Message: "m", Released: true}},

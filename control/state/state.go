@@ -64,7 +64,7 @@ type task struct {
 	rev     uint64         // the service's when it was made
 	started int64          // when it was first seen running; Unix milliseconds, leader's clock; 0: never
 	ended   int64          // when it was seen to have ended
-	was     spec.TaskState // before it was lost
+	was     spec.TaskState // before it was lost; 0: never, or its node has said since that it lives
 }
 
 type node struct {

@@ -199,7 +199,11 @@ func (s *State) reportTasks(c *ReportTasks) Result {
 }
 
 // report takes up what a task's node says. States only move forward, but for
-// one: a lost task that runs on and has no successor is taken back.
+// two: a lost task that runs on and has no successor is taken back, and one whose
+// node was started anew is, in the words of that node, being made again.
+//
+// What a node says of a task that was lost with it is no news of the program: as
+// long as was is set, its end is the node's. The first word that it lives clears it.
 func (s *State) report(t *task, st spec.TaskStatus, now int64) {
 	cur := t.Status
 	if cur.Released || st.State < spec.TaskPreparing || st.State >= spec.TaskLost {
@@ -219,7 +223,7 @@ func (s *State) report(t *task, st spec.TaskStatus, now int64) {
 		if !s.revivable(t) {
 			return
 		}
-		t.ended, t.was = 0, 0
+		t.ended = 0
 		s.touchTask(t)
 	case cur.State.Ended() && st.State != cur.State:
 		if !st.Released {
@@ -227,8 +231,12 @@ func (s *State) report(t *task, st spec.TaskStatus, now int64) {
 		}
 		cur.Released, cur.PID = true, 0
 		st = cur
+	case again(cur, st):
 	case st.State < cur.State || st == cur:
 		return
+	}
+	if st.State >= spec.TaskStarting && !st.State.Ended() {
+		t.was = 0
 	}
 	st.Wired = max(st.Wired, cur.Wired)
 	t.Status, t.Version = st, s.index
@@ -239,13 +247,22 @@ func (s *State) report(t *task, st spec.TaskStatus, now int64) {
 	if st.State == spec.TaskRunning && t.started == 0 {
 		t.started = now
 	}
-	if st.State.Ended() && (t.ended == 0 || cur.State == spec.TaskLost) {
+	if st.State.Ended() && t.ended == 0 {
 		t.ended = now
 	}
 	if st.Released {
 		t.Status.Released = false
 		s.free(t)
 	}
+}
+
+// again tells whether a node makes a task anew that ran: it was started anew
+// itself, and its runtime has nothing of the task any more. Its clock tells such
+// word from an older one that comes late. An agent that is started anew finds the
+// program, which is still the one with this PID, and does not say so of it.
+func again(cur, st spec.TaskStatus) bool {
+	return cur.State == spec.TaskRunning && st.At > cur.At && st.PID != cur.PID &&
+		(st.State == spec.TaskPreparing || st.State == spec.TaskStarting)
 }
 
 // free gives the task's addresses back: its node has released it, or is gone.
