@@ -106,8 +106,8 @@ func (r *runner) tell(ctx context.Context, pid int) {
 		r.status.PID = pid
 	})
 	if moved && ep == spec.EndpointActive {
-		if err := r.whileWanted(ctx, routeTimeout, r.plumbing.settled); err != nil {
-			r.log.Debug("running before every node's balancer is known to have the task", "task", r.task.Name, "missing", err)
+		if err := r.whileWanted(ctx, takeTimeout, r.plumbing.settled); err != nil && r.unwanted() == "" && ctx.Err() == nil {
+			r.log.Warn("a task is running that not every node is known to balance to", "task", r.task.Name, "missing", err)
 		}
 		if st, err := r.programState(ctx); ctx.Err() != nil || err == nil && st.State == runtime.Exited {
 			return // watch sees to what comes next

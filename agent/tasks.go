@@ -25,11 +25,16 @@ import (
 const dnsPort = 53 // RFC 1035 section 4.2
 
 // Bounds of the steps of a task's life. Each is a bound on waiting for others,
-// after which the task goes on without them.
+// after which the task goes on without them. takeTimeout and drainTimeout are long:
+// to go on before a node's balancer follows is to lose what that node's clients
+// send. A node that is declared dead, 2 to 3 s after its last sign of life, and 12 s
+// if only its agent is dead, is waited for no more; so what is waited for are nodes
+// that live and are slow.
 const (
 	wireTimeout   = 15 * time.Second       // for its interfaces and routes
-	routeTimeout  = 300 * time.Millisecond // for the other nodes' routes to it
-	drainTimeout  = 2 * time.Second        // for every node's balancer to stop choosing it: Swarm's fixed wait
+	routeTimeout  = 300 * time.Millisecond // for the other nodes' routes to it: none sends it traffic before it has one, see hold
+	takeTimeout   = 15 * time.Second       // for every node's balancer to choose it, before it is said to run
+	drainTimeout  = 30 * time.Second       // for every node's balancer to stop choosing it, before it is stopped
 	readyTimeout  = 3 * time.Second        // for its program to listen
 	readyInterval = 15 * time.Millisecond  // between looks at it
 )
@@ -502,13 +507,25 @@ func (r *runner) waitUnless(ctx context.Context, d time.Duration) {
 // whileWanted runs fn for d at most, and breaks it off as soon as the task is
 // unwanted or its program has ended.
 func (r *runner) whileWanted(ctx context.Context, d time.Duration, fn func(context.Context) error) error {
+	return r.during(ctx, d, func() bool { return r.unwanted() == "" }, fn)
+}
+
+// whileRuns runs fn for d at most, and breaks it off as soon as the task's program
+// has ended.
+func (r *runner) whileRuns(ctx context.Context, d time.Duration, fn func(context.Context) error) error {
+	return r.during(ctx, d, func() bool { return true }, fn)
+}
+
+// during runs fn for d at most, and breaks it off as soon as on is false or the
+// task's program has ended.
+func (r *runner) during(ctx context.Context, d time.Duration, on func() bool, fn func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, d)
 	defer cancel()
 	done := make(chan error, 1)
 	go func() { done <- fn(ctx) }() // ends with ctx; waited for below
 	woken := false
 	for {
-		if st, err := r.programState(ctx); r.unwanted() != "" || err == nil && st.State == runtime.Exited {
+		if st, err := r.programState(ctx); !on() || err == nil && st.State == runtime.Exited {
 			cancel()
 		}
 		select {
@@ -678,10 +695,8 @@ func (r *runner) netns(t spec.Task) string {
 func (r *runner) stop(ctx context.Context, as spec.TaskState, why string) error {
 	r.announce(spec.EndpointDraining)
 	r.state(spec.TaskStopping, "draining")
-	dctx, cancel := context.WithTimeout(ctx, drainTimeout)
-	err := r.plumbing.settled(dctx)
-	cancel()
-	if err != nil {
+	err := r.whileRuns(ctx, drainTimeout, r.plumbing.settled)
+	if st, serr := r.programState(ctx); err != nil && ctx.Err() == nil && (serr != nil || st.State == runtime.Running) {
 		r.log.Warn("stopping a task that not every node is known to have drained", "task", r.task.Name, "error", err)
 	}
 	r.state(spec.TaskStopping, "")

@@ -802,6 +802,22 @@ func TestContextEndLeavesTasks(t *testing.T) {
 	})
 }
 
+// TestEndWhileItDrains: for who has ended no balancer is waited.
+func TestEndWhileItDrains(t *testing.T) {
+	b := newBench(t)
+	b.give(true, newTask("t1"))
+	b.await("t1: running")
+	defer b.gate("settled")()
+	b.give(true, unwantedTask(newTask("t1")))
+	b.await("t1: stopping draining")
+	begun := time.Now()
+	b.exit("t1", 0, "")
+	b.await("t1: shutdown released")
+	if d := time.Since(begun); d > drainTimeout/2 {
+		t.Errorf("took %s", d)
+	}
+}
+
 // TestReleaseIsTriedAgain: addresses are not free before the sandbox is gone.
 func TestReleaseIsTriedAgain(t *testing.T) {
 	b := newBench(t)
