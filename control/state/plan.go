@@ -75,16 +75,15 @@ func (p *planner) loseTasks() {
 
 // servicePlan is what is known of the service at hand.
 type servicePlan struct {
-	v           *service // nil: of a standalone task
-	constraints []string
-	pins        []*network  // that are on one node
-	ports       []spec.Port // that a task publishes on its node
-	fits        []bool      // by node: meets the constraints; nil: there are none
-	counts      []int       // by node: tasks that will stay; made when first needed
-	fails       []int       // by node: recent failures
-	unmet       string      // a constraint that no node meets
-	ready       bool        // counts and fails are made
-	started     int         // slots on their way to the current template
+	v       *service // nil: of a standalone task
+	rules   []rule
+	ports   []spec.Port // that a task publishes on its node
+	fits    []bool      // by node: meets the rules; nil: there are none
+	counts  []int       // by node: tasks that will stay; made when first needed
+	fails   []int       // by node: recent failures
+	unmet   string      // a rule that no node meets
+	ready   bool        // counts and fails are made
+	started int         // slots on their way to the current template
 }
 
 // slotPlan is what is known of one active slot.
@@ -102,11 +101,8 @@ type slotPlan struct {
 
 func (p *planner) service(v *service) {
 	sv := &servicePlan{v: v}
-	sv.constraints, sv.ports = v.Spec.Constraints, HostPorts(v.Service)
-	sv.pins = p.s.pinned(v.Spec.Networks)
-	if len(sv.constraints)+len(sv.pins) > 0 {
-		p.match(sv)
-	}
+	sv.rules, sv.ports = p.s.taskRules(v.Spec.Constraints, v.Spec.Networks), HostPorts(v.Service)
+	p.match(sv)
 	p.slots = p.slots[:0]
 	for i := 0; i < len(v.tasks); {
 		sp := slotPlan{slot: v.tasks[i].Slot}
@@ -370,34 +366,26 @@ func (p *planner) addressless(v *service) error {
 	return nil
 }
 
-// match finds the nodes that meet the constraints.
+// match finds the nodes that meet the rules.
 func (p *planner) match(sv *servicePlan) {
-	cs := make([]spec.Constraint, 0, len(sv.constraints)+len(sv.pins))
-	for _, c := range sv.constraints {
-		if pc, err := spec.ParseConstraint(c); err == nil { // validated when the service was made
-			cs = append(cs, pc)
-		}
+	if len(sv.rules) == 0 {
+		return
 	}
-	names := slices.Clone(sv.constraints)
-	for _, w := range sv.pins {
-		cs = append(cs, spec.Constraint{Key: "node.id", Equal: true, Value: w.Node})
-		names = append(names, fmt.Sprintf("node.name==%s of bridge network %s", p.s.nodeName(w.Node), w.Name))
-	}
-	sv.constraints = names
 	sv.fits = make([]bool, len(p.nodes))
 	left := len(p.nodes)
 	for i := range sv.fits {
 		sv.fits[i] = true
 	}
-	for k, c := range cs {
+	for _, r := range sv.rules {
 		for i, n := range p.nodes {
-			if sv.fits[i] && !c.Match(n.Node) {
+			if sv.fits[i] && !r.fits(n.Node) {
 				sv.fits[i] = false
 				left--
 			}
 		}
-		if left == 0 && sv.unmet == "" {
-			sv.unmet = names[k]
+		if left == 0 {
+			sv.unmet = r.name
+			return
 		}
 	}
 }
@@ -408,7 +396,7 @@ func (p *planner) stays(sv *servicePlan, t *task) bool {
 		return true
 	}
 	i, ok := p.idx[t.Node]
-	return ok && p.nodes[i].Availability != spec.AvailabilityDrain && (sv.fits == nil || sv.fits[i])
+	return ok && keeps(p.nodes[i]) && (sv.fits == nil || sv.fits[i])
 }
 
 // prepare counts tasks by node.
@@ -490,10 +478,8 @@ func (p *planner) portTaken(sv *servicePlan, i int) string {
 
 // standalone is what pick needs to know of a task on its own.
 func (p *planner) standalone(nets []spec.NetworkAttachment, ports []spec.Port) *servicePlan {
-	sv := &servicePlan{pins: p.s.pinned(nets), ports: ports}
-	if len(sv.pins) > 0 {
-		p.match(sv)
-	}
+	sv := &servicePlan{rules: p.s.taskRules(nil, nets), ports: ports}
+	p.match(sv)
 	return sv
 }
 
@@ -503,10 +489,14 @@ func (p *planner) nowhere(sv *servicePlan) string {
 		return "the cluster has no nodes"
 	}
 	if sv != nil && sv.unmet != "" {
-		if len(sv.constraints) == 1 {
+		if len(sv.rules) == 1 {
 			return "no node matches constraint " + sv.unmet
 		}
-		return "no node matches all constraints: " + strings.Join(sv.constraints, ", ")
+		var names []string
+		for _, r := range sv.rules {
+			names = append(names, r.name)
+		}
+		return "no node matches all constraints: " + strings.Join(names, ", ")
 	}
 	match, counts := 0, map[string]int{}
 	for i, n := range p.nodes {

@@ -120,11 +120,6 @@ func (s *State) scheduleOp(op ScheduleOp, now int64) bool {
 	return false
 }
 
-// assignable tells whether a node takes new tasks.
-func assignable(n *node) bool {
-	return n != nil && n.Status == spec.NodeReady && n.Availability == spec.AvailabilityActive
-}
-
 // taskNetworks are the networks of a service's tasks. The addresses asked for
 // there are VIPs.
 func taskNetworks(sp spec.ServiceSpec) []spec.NetworkAttachment {
@@ -171,25 +166,6 @@ func (s *State) createReplica(v *service, op ScheduleOp, now int64) bool {
 	s.supersede(v, t)
 	s.trim(v, t.Slot)
 	return true
-}
-
-// stays tells whether a task may stay where it is.
-func (s *State) stays(v *service, t *task) bool {
-	if t.Node == "" {
-		return true
-	}
-	n := s.nodes[t.Node]
-	return n != nil && n.Availability != spec.AvailabilityDrain && unmet(v.Spec.Constraints, n.Node) < 0
-}
-
-// unmet returns the index of the first constraint that n does not meet, or -1.
-func unmet(constraints []string, n spec.Node) int {
-	for i, c := range constraints {
-		if p, err := spec.ParseConstraint(c); err != nil || !p.Match(n) {
-			return i
-		}
-	}
-	return -1
 }
 
 // supersede ends the wish to run of a slot's tasks that have ended, now that t

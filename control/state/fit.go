@@ -1,0 +1,63 @@
+package state
+
+import (
+	"fmt"
+
+	"github.com/shoalnet/shoal/spec"
+)
+
+// rule is one thing that a node must be to have a task. Which nodes a task fits is
+// decided by its rules alone, here: both by [Plan], which looks for a node, and by
+// what carries a plan out, which may find that things have changed.
+type rule struct {
+	name string // as people wrote it, or would
+	fits func(spec.Node) bool
+}
+
+// taskRules are those of tasks with these constraints on these networks.
+func (s *State) taskRules(constraints []string, nets []spec.NetworkAttachment) []rule {
+	pins := s.pinned(nets)
+	if len(constraints)+len(pins) == 0 {
+		return nil
+	}
+	out := make([]rule, 0, len(constraints)+len(pins))
+	for _, c := range constraints {
+		if pc, err := spec.ParseConstraint(c); err == nil { // validated when the service was made
+			out = append(out, rule{c, pc.Match})
+		}
+	}
+	for _, w := range pins {
+		out = append(out, rule{fmt.Sprintf("node.name==%s of bridge network %s", s.nodeName(w.Node), w.Name),
+			func(n spec.Node) bool { return n.ID == w.Node }})
+	}
+	return out
+}
+
+// allow tells whether a node meets all rules.
+func allow(rules []rule, n spec.Node) bool {
+	for _, r := range rules {
+		if !r.fits(n) {
+			return false
+		}
+	}
+	return true
+}
+
+// keeps tells whether a node may keep the tasks that it has, as far as it is not for
+// their rules to say.
+func keeps(n *node) bool { return n != nil && n.Availability != spec.AvailabilityDrain }
+
+// assignable tells whether a node takes new tasks, as far as it is not for their rules
+// to say.
+func assignable(n *node) bool {
+	return n != nil && n.Status == spec.NodeReady && n.Availability == spec.AvailabilityActive
+}
+
+// stays tells whether a task may stay where it is.
+func (s *State) stays(v *service, t *task) bool {
+	if t.Node == "" {
+		return true
+	}
+	n := s.nodes[t.Node]
+	return keeps(n) && allow(s.taskRules(v.Spec.Constraints, v.Spec.Networks), n.Node)
+}
