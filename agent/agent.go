@@ -479,7 +479,7 @@ func (a *localAPI) Init(ctx context.Context, req *connect.Request[shoalv1.InitRe
 	}
 	creds, err := peer.NewCredentials()
 	if err == nil {
-		err = certify(creds, root, ident)
+		err = certify(creds, root, ident, 1)
 	}
 	if err != nil {
 		return nil, connect.NewError(connect.CodeInternal, err)

@@ -236,8 +236,8 @@ func (m *member) setRole(role string) error {
 }
 
 // certify signs the first node's own certificate.
-func certify(creds *peer.Credentials, root *peer.Root, id *identity) error {
-	der, err := root.Sign(creds.Signer().Public(), peer.Subject{ID: id.NodeID, Role: spec.RoleManager, Cluster: id.Cluster.ID, Serial: 1})
+func certify(creds *peer.Credentials, root *peer.Root, id *identity, serial uint64) error {
+	der, err := root.Sign(creds.Signer().Public(), peer.Subject{ID: id.NodeID, Role: spec.RoleManager, Cluster: id.Cluster.ID, Serial: serial})
 	if err != nil {
 		return err
 	}

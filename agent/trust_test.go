@@ -62,7 +62,7 @@ func TestLoadCredentials(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := certify(creds, root, id()); err != nil {
+	if err := certify(creds, root, id(), 1); err != nil {
 		t.Fatal(err)
 	}
 	for name, k := range map[string]struct {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/hashicorp/raft"
 	"golang.org/x/sys/unix"
@@ -34,11 +35,39 @@ func Recover(cfg ManagerConfig) (Recovered, error) {
 		return Recovered{}, err
 	}
 	out := Recovered{Index: st.Index()}
-	if out.Lost, err = st.Recover(cfg.Node.ID); err != nil {
+	if _, err := st.Node(cfg.Node.ID); err != nil {
+		return Recovered{}, fmt.Errorf("its log is of a cluster that this node is not in: %w", err)
+	}
+	if out.Lost, err = st.Recover(cfg.Node, time.Now(), 0); err != nil {
 		return Recovered{}, err
 	}
 	out.Nodes = len(st.Nodes()) - len(out.Lost)
 	return out, replaceStore(cfg, st, term+1)
+}
+
+// Restore makes the cluster anew from a saved state, with this node as its only
+// manager, in the place of what it has on its disk; see [Recover]. The node's number
+// in the cluster is in the result.
+func Restore(cfg ManagerConfig, st *state.State) (Recovered, spec.Node, error) {
+	out := Recovered{Index: st.Index()}
+	term, beyond := uint64(1), uint64(0)
+	if was, t, err := readStore(cfg); err == nil {
+		term, beyond = t+1, was.Index()
+	}
+	var err error
+	if out.Lost, err = st.Recover(cfg.Node, time.Now(), beyond); err != nil {
+		return Recovered{}, spec.Node{}, err
+	}
+	n, err := st.Node(cfg.Node.ID)
+	if err != nil {
+		return Recovered{}, spec.Node{}, err
+	}
+	return out, n, replaceStore(cfg, st, term)
+}
+
+// Alone tells whether this manager leads as the only voter.
+func (m *Manager) Alone() bool {
+	return m.IsLeader() && len(m.raft.GetConfiguration().Configuration().Servers) == 1
 }
 
 // readStore is the state that a store leads to, and its term.

@@ -64,7 +64,7 @@ func TestRecover(t *testing.T) {
 				t.Errorf("voters %v", got)
 			}
 			l.mgr.fsm.read(func(st *state.State) {
-				if len(st.Networks()) != networks || st.Index() < uint64(round+1)<<40 {
+				if len(st.Networks()) != networks || st.Index() < (r.Index>>20+1)<<20 {
 					t.Errorf("index %d, %d networks, not %d", st.Index(), len(st.Networks()), networks)
 				}
 				for _, n := range nodes {

@@ -54,8 +54,8 @@ func rootState(r *peer.Root) (state.Root, error) {
 	return out, nil
 }
 
-// signer is the root that signs.
-func signer(t *state.Trust) (*peer.Root, error) {
+// Signer is the root that signs.
+func Signer(t *state.Trust) (*peer.Root, error) {
 	if t == nil || len(t.Roots) == 0 {
 		return nil, errors.New("the cluster has no authority")
 	}
@@ -218,7 +218,7 @@ func (s *service) certify(ctx context.Context, n spec.Node, pub crypto.PublicKey
 	if err != nil {
 		return n, nil, err
 	}
-	root, err := signer(t)
+	root, err := Signer(t)
 	if err != nil {
 		return fail(err)
 	}
@@ -402,7 +402,7 @@ func (s *service) RotateCA(ctx context.Context, _ *connect.Request[shoalv1.Rotat
 	if err != nil {
 		return nil, err
 	}
-	old, err := signer(t)
+	old, err := Signer(t)
 	if err != nil {
 		return nil, connect.NewError(connect.CodeInternal, err)
 	}

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -107,4 +108,87 @@ func TestForceNewCluster(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// TestSnapshot: the only manager loses its disk. From a snapshot its machine makes
+// the cluster again, the worker follows, and what ran runs on.
+func TestSnapshot(t *testing.T) {
+	onlyNative(t)
+	s := own(t, "snap", lab.Options{Nodes: 3, Managers: 1})
+	file := filepath.Join(t.TempDir(), "cluster.snap")
+	s.ok("node1", "shoal net create app")
+	s.whoami("web", 1, "--network app --constraint node.name==node2")
+	client := s.ok("node1", "shoal run -d --name client --node node2 --network app -- sleep 3600")
+	s.fails("node2", "only managers take this command", "shoal snapshot save %s", file)
+	if out := s.ok("node1", "shoal snapshot save %s", file); !strings.Contains(out, "keys of the cluster") {
+		t.Errorf("save printed %q", out)
+	}
+	if fi, err := os.Stat(file); err != nil || fi.Mode().Perm() != 0o600 {
+		t.Errorf("%v, %v", fi, err)
+	}
+	s.fails("node1", "exists", "shoal snapshot save %s", file)
+	var info struct {
+		Cluster                   string
+		Services, Nodes, Networks int
+		Managers                  []string
+	}
+	if err := json.Unmarshal([]byte(s.ok("node1", "shoal snapshot inspect -o json %s", file)), &info); err != nil || info.Services != 1 || info.Nodes != 3 || len(info.Managers) != 1 {
+		t.Errorf("%+v, %v", info, err)
+	}
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cut := file + ".cut"
+	if err := os.WriteFile(cut, b[:len(b)-100], 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.fails("node1", "is damaged", "shoal snapshot inspect %s", cut)
+	s.fails("node1", "is damaged", "shoal snapshot restore %s", cut)
+	s.fails("node1", "--force", "shoal snapshot restore %s", file)
+	s.fails("node2", "is a worker", "shoal snapshot restore %s", file)
+	// Back to what it was, on the manager itself.
+	s.ok("node1", "shoal net create later")
+	s.ok("node1", "shoal snapshot restore --force %s", file)
+	s.fails("node1", "later", "shoal net inspect later")
+	s.ok("node1", "shoal net inspect app")
+	// The disk is lost.
+	if err := s.KillAgent("node1"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.RemoveAll(s.dataDir("node1")); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Start(t.Context(), "node1"); err != nil {
+		t.Fatal(err)
+	}
+	s.eventually(slow(20*time.Second), func() error {
+		if r := s.on("node1", "shoal", "init", "--force-new-cluster"); r.code == 0 || !strings.Contains(r.err, "in no cluster") {
+			return fmt.Errorf("%+v", r)
+		}
+		return nil
+	})
+	s.ok("node1", "shoal snapshot restore --advertise-addr 172.30.0.1 %s", file)
+	if out := s.ok("node1", "shoal info"); !strings.Contains(out, info.Cluster) {
+		t.Errorf("%s", out)
+	}
+	s.eventually(slow(30*time.Second), func() error {
+		out := s.on("node1", "shoal", "node", "ls", "--format", "{{.Name}} {{.Status}} {{.Role}}").out
+		if want := "node1 ready leader\nnode2 ready worker\nnode3 ready worker\n"; out != want {
+			return fmt.Errorf("%s", out)
+		}
+		return nil
+	})
+	s.eventually(slow(20*time.Second), func() error { // also by way of the manager
+		for _, n := range []string{"node2", "node1"} {
+			if r := s.on(n, "timeout", "8", "shoal", "exec", client, bin+"/load", "-n", "3", "http://web/"); r.code != 0 || !strings.Contains(r.out, `"failed":0`) {
+				return fmt.Errorf("%s: %+v", n, r)
+			}
+		}
+		return nil
+	})
+	s.ok("node1", "shoal run -d --name late --node node2 --network app -- sleep 3600")
+	s.ok("node1", "shoal svc scale web=2")
+	s.ok("node3", "shoal leave")
+	s.ok("node3", "shoal join --token %s 172.30.0.1", s.ok("node1", "shoal token show -q manager"))
 }

@@ -47,6 +47,7 @@ var Table = map[string]Rule{
 	"/shoal.v1.Control/ShowCA":            users(),
 	"/shoal.v1.Control/RotateCA":          users(),
 	"/shoal.v1.Control/UnlockKey":         users(),
+	"/shoal.v1.Control/SaveSnapshot":      users(),
 	// Every node has the list of nodes in its assignment.
 	"/shoal.v1.Control/ListNodes": {Who: Nodes, Body: maxBody},
 
@@ -73,6 +74,8 @@ var Table = map[string]Rule{
 	"/shoal.v1.Local/Leave":  {Who: Local, Body: maxBody},
 	"/shoal.v1.Local/Doctor": {Who: Local, Body: maxBody},
 	"/shoal.v1.Local/Unlock": {Who: Local, Body: maxBody},
+
+	"/shoal.v1.Local/RestoreSnapshot": {Who: Local, Body: 1 << 30},
 }
 
 // LeaderPath answers with the leader's control address as a node knows it.

@@ -97,7 +97,7 @@ managers' log of before is kept in raft.lost in the data directory.`,
 
 // printRecovered tells what came of making a cluster anew.
 func (c *cli) printRecovered(m *shoalv1.InitResponse) {
-	fmt.Fprintf(c.out, "Cluster %s goes on, with this node (%s) as its only manager, from entry %d of its log.\n", m.Cluster, m.Node.GetName(), m.Index)
+	fmt.Fprintf(c.out, "Cluster %s goes on, with this node (%s) as its only manager, as it was at index %d.\n", m.Cluster, m.Node.GetName(), m.Index)
 	if len(m.Lost) > 0 {
 		var names []string
 		for _, n := range m.Lost {

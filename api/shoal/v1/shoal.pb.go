@@ -5401,6 +5401,147 @@ func (x *WaitResponse) GetStatus() *TaskStatus {
 	return nil
 }
 
+type SaveSnapshotRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SaveSnapshotRequest) Reset() {
+	*x = SaveSnapshotRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SaveSnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SaveSnapshotRequest) ProtoMessage() {}
+
+func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SaveSnapshotRequest.ProtoReflect.Descriptor instead.
+func (*SaveSnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{84}
+}
+
+type SaveSnapshotResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Snapshot      []byte                 `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SaveSnapshotResponse) Reset() {
+	*x = SaveSnapshotResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SaveSnapshotResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SaveSnapshotResponse) ProtoMessage() {}
+
+func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SaveSnapshotResponse.ProtoReflect.Descriptor instead.
+func (*SaveSnapshotResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{85}
+}
+
+func (x *SaveSnapshotResponse) GetSnapshot() []byte {
+	if x != nil {
+		return x.Snapshot
+	}
+	return nil
+}
+
+// RestoreSnapshot makes the cluster of a snapshot, with this node as its manager.
+type RestoreSnapshotRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Snapshot      []byte                 `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`                                // the file
+	AdvertiseAddr string                 `protobuf:"bytes,2,opt,name=advertise_addr,json=advertiseAddr,proto3" json:"advertise_addr,omitempty"` // of a node that is in no cluster
+	Force         bool                   `protobuf:"varint,3,opt,name=force,proto3" json:"force,omitempty"`                                     // also on the only manager of that cluster, whose state is replaced
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestoreSnapshotRequest) Reset() {
+	*x = RestoreSnapshotRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestoreSnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestoreSnapshotRequest) ProtoMessage() {}
+
+func (x *RestoreSnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestoreSnapshotRequest.ProtoReflect.Descriptor instead.
+func (*RestoreSnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{86}
+}
+
+func (x *RestoreSnapshotRequest) GetSnapshot() []byte {
+	if x != nil {
+		return x.Snapshot
+	}
+	return nil
+}
+
+func (x *RestoreSnapshotRequest) GetAdvertiseAddr() string {
+	if x != nil {
+		return x.AdvertiseAddr
+	}
+	return ""
+}
+
+func (x *RestoreSnapshotRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
 // Unlock opens the managers' log of this node.
 type UnlockRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -5411,7 +5552,7 @@ type UnlockRequest struct {
 
 func (x *UnlockRequest) Reset() {
 	*x = UnlockRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5423,7 +5564,7 @@ func (x *UnlockRequest) String() string {
 func (*UnlockRequest) ProtoMessage() {}
 
 func (x *UnlockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5436,7 +5577,7 @@ func (x *UnlockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockRequest.ProtoReflect.Descriptor instead.
 func (*UnlockRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{84}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *UnlockRequest) GetKey() string {
@@ -5454,7 +5595,7 @@ type UnlockResponse struct {
 
 func (x *UnlockResponse) Reset() {
 	*x = UnlockResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5466,7 +5607,7 @@ func (x *UnlockResponse) String() string {
 func (*UnlockResponse) ProtoMessage() {}
 
 func (x *UnlockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5479,7 +5620,7 @@ func (x *UnlockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockResponse.ProtoReflect.Descriptor instead.
 func (*UnlockResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{85}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{88}
 }
 
 type InfoRequest struct {
@@ -5490,7 +5631,7 @@ type InfoRequest struct {
 
 func (x *InfoRequest) Reset() {
 	*x = InfoRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5502,7 +5643,7 @@ func (x *InfoRequest) String() string {
 func (*InfoRequest) ProtoMessage() {}
 
 func (x *InfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5515,7 +5656,7 @@ func (x *InfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoRequest.ProtoReflect.Descriptor instead.
 func (*InfoRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{86}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{89}
 }
 
 type InfoResponse struct {
@@ -5540,7 +5681,7 @@ type InfoResponse struct {
 
 func (x *InfoResponse) Reset() {
 	*x = InfoResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5552,7 +5693,7 @@ func (x *InfoResponse) String() string {
 func (*InfoResponse) ProtoMessage() {}
 
 func (x *InfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5565,7 +5706,7 @@ func (x *InfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoResponse.ProtoReflect.Descriptor instead.
 func (*InfoResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{87}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *InfoResponse) GetVersion() string {
@@ -5673,7 +5814,7 @@ type InitRequest struct {
 
 func (x *InitRequest) Reset() {
 	*x = InitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5685,7 +5826,7 @@ func (x *InitRequest) String() string {
 func (*InitRequest) ProtoMessage() {}
 
 func (x *InitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5698,7 +5839,7 @@ func (x *InitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitRequest.ProtoReflect.Descriptor instead.
 func (*InitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{88}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *InitRequest) GetAdvertiseAddr() string {
@@ -5758,7 +5899,7 @@ type InitResponse struct {
 
 func (x *InitResponse) Reset() {
 	*x = InitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5770,7 +5911,7 @@ func (x *InitResponse) String() string {
 func (*InitResponse) ProtoMessage() {}
 
 func (x *InitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5783,7 +5924,7 @@ func (x *InitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitResponse.ProtoReflect.Descriptor instead.
 func (*InitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{89}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *InitResponse) GetCluster() string {
@@ -5847,7 +5988,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5859,7 +6000,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5872,7 +6013,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{90}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *JoinRequest) GetRemote() string {
@@ -5913,7 +6054,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5925,7 +6066,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5938,7 +6079,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{91}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *JoinResponse) GetCluster() string {
@@ -5964,7 +6105,7 @@ type LeaveRequest struct {
 
 func (x *LeaveRequest) Reset() {
 	*x = LeaveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[92]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5976,7 +6117,7 @@ func (x *LeaveRequest) String() string {
 func (*LeaveRequest) ProtoMessage() {}
 
 func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[92]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5989,7 +6130,7 @@ func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
 func (*LeaveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{92}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *LeaveRequest) GetForce() bool {
@@ -6007,7 +6148,7 @@ type LeaveResponse struct {
 
 func (x *LeaveResponse) Reset() {
 	*x = LeaveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[93]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6019,7 +6160,7 @@ func (x *LeaveResponse) String() string {
 func (*LeaveResponse) ProtoMessage() {}
 
 func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[93]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6032,7 +6173,7 @@ func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveResponse.ProtoReflect.Descriptor instead.
 func (*LeaveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{93}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{96}
 }
 
 type DoctorRequest struct {
@@ -6043,7 +6184,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[94]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6055,7 +6196,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[94]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6068,7 +6209,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{94}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{97}
 }
 
 type DoctorResponse struct {
@@ -6081,7 +6222,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[95]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6093,7 +6234,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[95]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6106,7 +6247,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{95}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *DoctorResponse) GetChecks() []*DoctorResponse_Check {
@@ -6135,7 +6276,7 @@ type ShowCAResponse_Root struct {
 
 func (x *ShowCAResponse_Root) Reset() {
 	*x = ShowCAResponse_Root{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6147,7 +6288,7 @@ func (x *ShowCAResponse_Root) String() string {
 func (*ShowCAResponse_Root) ProtoMessage() {}
 
 func (x *ShowCAResponse_Root) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6201,7 +6342,7 @@ type ReportRequest_Fault struct {
 
 func (x *ReportRequest_Fault) Reset() {
 	*x = ReportRequest_Fault{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6213,7 +6354,7 @@ func (x *ReportRequest_Fault) String() string {
 func (*ReportRequest_Fault) ProtoMessage() {}
 
 func (x *ReportRequest_Fault) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6259,7 +6400,7 @@ type StatsResponse_Task struct {
 
 func (x *StatsResponse_Task) Reset() {
 	*x = StatsResponse_Task{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6271,7 +6412,7 @@ func (x *StatsResponse_Task) String() string {
 func (*StatsResponse_Task) ProtoMessage() {}
 
 func (x *StatsResponse_Task) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6354,7 +6495,7 @@ type KernelResponse_Backend struct {
 
 func (x *KernelResponse_Backend) Reset() {
 	*x = KernelResponse_Backend{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6366,7 +6507,7 @@ func (x *KernelResponse_Backend) String() string {
 func (*KernelResponse_Backend) ProtoMessage() {}
 
 func (x *KernelResponse_Backend) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6416,7 +6557,7 @@ type KernelResponse_Server struct {
 
 func (x *KernelResponse_Server) Reset() {
 	*x = KernelResponse_Server{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6428,7 +6569,7 @@ func (x *KernelResponse_Server) String() string {
 func (*KernelResponse_Server) ProtoMessage() {}
 
 func (x *KernelResponse_Server) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6498,7 +6639,7 @@ type ExecRequest_Start struct {
 
 func (x *ExecRequest_Start) Reset() {
 	*x = ExecRequest_Start{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6510,7 +6651,7 @@ func (x *ExecRequest_Start) String() string {
 func (*ExecRequest_Start) ProtoMessage() {}
 
 func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6613,7 +6754,7 @@ type ExecRequest_Resize struct {
 
 func (x *ExecRequest_Resize) Reset() {
 	*x = ExecRequest_Resize{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6625,7 +6766,7 @@ func (x *ExecRequest_Resize) String() string {
 func (*ExecRequest_Resize) ProtoMessage() {}
 
 func (x *ExecRequest_Resize) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6667,7 +6808,7 @@ type DoctorResponse_Check struct {
 
 func (x *DoctorResponse_Check) Reset() {
 	*x = DoctorResponse_Check{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6679,7 +6820,7 @@ func (x *DoctorResponse_Check) String() string {
 func (*DoctorResponse_Check) ProtoMessage() {}
 
 func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6692,7 +6833,7 @@ func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Check.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Check) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{95, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{98, 0}
 }
 
 func (x *DoctorResponse_Check) GetName() string {
@@ -6738,7 +6879,7 @@ type DoctorResponse_Object struct {
 
 func (x *DoctorResponse_Object) Reset() {
 	*x = DoctorResponse_Object{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6750,7 +6891,7 @@ func (x *DoctorResponse_Object) String() string {
 func (*DoctorResponse_Object) ProtoMessage() {}
 
 func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6763,7 +6904,7 @@ func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Object.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Object) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{95, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{98, 1}
 }
 
 func (x *DoctorResponse_Object) GetReconciler() string {
@@ -7301,7 +7442,14 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\vWaitRequest\x12\x12\n" +
 	"\x04task\x18\x01 \x01(\tR\x04task\"<\n" +
 	"\fWaitResponse\x12,\n" +
-	"\x06status\x18\x01 \x01(\v2\x14.shoal.v1.TaskStatusR\x06status\"!\n" +
+	"\x06status\x18\x01 \x01(\v2\x14.shoal.v1.TaskStatusR\x06status\"\x15\n" +
+	"\x13SaveSnapshotRequest\"2\n" +
+	"\x14SaveSnapshotResponse\x12\x1a\n" +
+	"\bsnapshot\x18\x01 \x01(\fR\bsnapshot\"q\n" +
+	"\x16RestoreSnapshotRequest\x12\x1a\n" +
+	"\bsnapshot\x18\x01 \x01(\fR\bsnapshot\x12%\n" +
+	"\x0eadvertise_addr\x18\x02 \x01(\tR\radvertiseAddr\x12\x14\n" +
+	"\x05force\x18\x03 \x01(\bR\x05force\"!\n" +
 	"\rUnlockRequest\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\"\x10\n" +
 	"\x0eUnlockResponse\"\r\n" +
@@ -7367,7 +7515,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x02op\x18\x04 \x01(\tR\x02op\x12\x19\n" +
 	"\bsince_ms\x18\x05 \x01(\x03R\asinceMs\x12\x14\n" +
 	"\x05error\x18\x06 \x01(\tR\x05error\x12\x14\n" +
-	"\x05tries\x18\a \x01(\x05R\x05tries2\xea\x0f\n" +
+	"\x05tries\x18\a \x01(\x05R\x05tries2\xb9\x10\n" +
 	"\aControl\x12P\n" +
 	"\rCreateNetwork\x12\x1e.shoal.v1.CreateNetworkRequest\x1a\x1f.shoal.v1.CreateNetworkResponse\x12M\n" +
 	"\fListNetworks\x12\x1d.shoal.v1.ListNetworksRequest\x1a\x1e.shoal.v1.ListNetworksResponse\x12P\n" +
@@ -7392,7 +7540,8 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\vRotateToken\x12\x1c.shoal.v1.RotateTokenRequest\x1a\x1d.shoal.v1.RotateTokenResponse\x12;\n" +
 	"\x06ShowCA\x12\x17.shoal.v1.ShowCARequest\x1a\x18.shoal.v1.ShowCAResponse\x12A\n" +
 	"\bRotateCA\x12\x19.shoal.v1.RotateCARequest\x1a\x1a.shoal.v1.RotateCAResponse\x12D\n" +
-	"\tUnlockKey\x12\x1a.shoal.v1.UnlockKeyRequest\x1a\x1b.shoal.v1.UnlockKeyResponse\x12Y\n" +
+	"\tUnlockKey\x12\x1a.shoal.v1.UnlockKeyRequest\x1a\x1b.shoal.v1.UnlockKeyResponse\x12M\n" +
+	"\fSaveSnapshot\x12\x1d.shoal.v1.SaveSnapshotRequest\x1a\x1e.shoal.v1.SaveSnapshotResponse\x12Y\n" +
 	"\x10RenewCertificate\x12!.shoal.v1.RenewCertificateRequest\x1a\".shoal.v1.RenewCertificateResponse\x12D\n" +
 	"\tLeaveNode\x12\x1a.shoal.v1.LeaveNodeRequest\x1a\x1b.shoal.v1.LeaveNodeResponse\x12A\n" +
 	"\bJoinNode\x12\x19.shoal.v1.JoinNodeRequest\x1a\x1a.shoal.v1.JoinNodeResponse\x12M\n" +
@@ -7405,14 +7554,15 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x04Wait\x12\x15.shoal.v1.WaitRequest\x1a\x16.shoal.v1.WaitResponse\x128\n" +
 	"\x05Tasks\x12\x16.shoal.v1.TasksRequest\x1a\x17.shoal.v1.TasksResponse\x128\n" +
 	"\x05Stats\x12\x16.shoal.v1.StatsRequest\x1a\x17.shoal.v1.StatsResponse\x12;\n" +
-	"\x06Kernel\x12\x17.shoal.v1.KernelRequest\x1a\x18.shoal.v1.KernelResponse2\xe0\x02\n" +
+	"\x06Kernel\x12\x17.shoal.v1.KernelRequest\x1a\x18.shoal.v1.KernelResponse2\xad\x03\n" +
 	"\x05Local\x125\n" +
 	"\x04Info\x12\x15.shoal.v1.InfoRequest\x1a\x16.shoal.v1.InfoResponse\x125\n" +
 	"\x04Init\x12\x15.shoal.v1.InitRequest\x1a\x16.shoal.v1.InitResponse\x125\n" +
 	"\x04Join\x12\x15.shoal.v1.JoinRequest\x1a\x16.shoal.v1.JoinResponse\x128\n" +
 	"\x05Leave\x12\x16.shoal.v1.LeaveRequest\x1a\x17.shoal.v1.LeaveResponse\x12;\n" +
 	"\x06Doctor\x12\x17.shoal.v1.DoctorRequest\x1a\x18.shoal.v1.DoctorResponse\x12;\n" +
-	"\x06Unlock\x12\x17.shoal.v1.UnlockRequest\x1a\x18.shoal.v1.UnlockResponseB0Z.github.com/shoalnet/shoal/api/shoal/v1;shoalv1b\x06proto3"
+	"\x06Unlock\x12\x17.shoal.v1.UnlockRequest\x1a\x18.shoal.v1.UnlockResponse\x12K\n" +
+	"\x0fRestoreSnapshot\x12 .shoal.v1.RestoreSnapshotRequest\x1a\x16.shoal.v1.InitResponseB0Z.github.com/shoalnet/shoal/api/shoal/v1;shoalv1b\x06proto3"
 
 var (
 	file_shoal_v1_shoal_proto_rawDescOnce sync.Once
@@ -7426,7 +7576,7 @@ func file_shoal_v1_shoal_proto_rawDescGZIP() []byte {
 	return file_shoal_v1_shoal_proto_rawDescData
 }
 
-var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 115)
+var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 118)
 var file_shoal_v1_shoal_proto_goTypes = []any{
 	(*Network)(nil),                   // 0: shoal.v1.Network
 	(*NetworkAttachment)(nil),         // 1: shoal.v1.NetworkAttachment
@@ -7512,44 +7662,47 @@ var file_shoal_v1_shoal_proto_goTypes = []any{
 	(*LogsResponse)(nil),              // 81: shoal.v1.LogsResponse
 	(*WaitRequest)(nil),               // 82: shoal.v1.WaitRequest
 	(*WaitResponse)(nil),              // 83: shoal.v1.WaitResponse
-	(*UnlockRequest)(nil),             // 84: shoal.v1.UnlockRequest
-	(*UnlockResponse)(nil),            // 85: shoal.v1.UnlockResponse
-	(*InfoRequest)(nil),               // 86: shoal.v1.InfoRequest
-	(*InfoResponse)(nil),              // 87: shoal.v1.InfoResponse
-	(*InitRequest)(nil),               // 88: shoal.v1.InitRequest
-	(*InitResponse)(nil),              // 89: shoal.v1.InitResponse
-	(*JoinRequest)(nil),               // 90: shoal.v1.JoinRequest
-	(*JoinResponse)(nil),              // 91: shoal.v1.JoinResponse
-	(*LeaveRequest)(nil),              // 92: shoal.v1.LeaveRequest
-	(*LeaveResponse)(nil),             // 93: shoal.v1.LeaveResponse
-	(*DoctorRequest)(nil),             // 94: shoal.v1.DoctorRequest
-	(*DoctorResponse)(nil),            // 95: shoal.v1.DoctorResponse
-	nil,                               // 96: shoal.v1.Network.LabelsEntry
-	nil,                               // 97: shoal.v1.Network.OptionsEntry
-	nil,                               // 98: shoal.v1.TaskSpec.LabelsEntry
-	nil,                               // 99: shoal.v1.ServiceSpec.LabelsEntry
-	nil,                               // 100: shoal.v1.NodeInfo.LabelsEntry
-	nil,                               // 101: shoal.v1.CreateNetworkRequest.LabelsEntry
-	nil,                               // 102: shoal.v1.CreateNetworkRequest.OptionsEntry
-	nil,                               // 103: shoal.v1.Event.AttributesEntry
-	nil,                               // 104: shoal.v1.UpdateNodeRequest.SetLabelsEntry
-	(*ShowCAResponse_Root)(nil),       // 105: shoal.v1.ShowCAResponse.Root
-	nil,                               // 106: shoal.v1.ReportRequest.TasksEntry
-	(*ReportRequest_Fault)(nil),       // 107: shoal.v1.ReportRequest.Fault
-	(*StatsResponse_Task)(nil),        // 108: shoal.v1.StatsResponse.Task
-	(*KernelResponse_Backend)(nil),    // 109: shoal.v1.KernelResponse.Backend
-	(*KernelResponse_Server)(nil),     // 110: shoal.v1.KernelResponse.Server
-	(*ExecRequest_Start)(nil),         // 111: shoal.v1.ExecRequest.Start
-	(*ExecRequest_Resize)(nil),        // 112: shoal.v1.ExecRequest.Resize
-	(*DoctorResponse_Check)(nil),      // 113: shoal.v1.DoctorResponse.Check
-	(*DoctorResponse_Object)(nil),     // 114: shoal.v1.DoctorResponse.Object
+	(*SaveSnapshotRequest)(nil),       // 84: shoal.v1.SaveSnapshotRequest
+	(*SaveSnapshotResponse)(nil),      // 85: shoal.v1.SaveSnapshotResponse
+	(*RestoreSnapshotRequest)(nil),    // 86: shoal.v1.RestoreSnapshotRequest
+	(*UnlockRequest)(nil),             // 87: shoal.v1.UnlockRequest
+	(*UnlockResponse)(nil),            // 88: shoal.v1.UnlockResponse
+	(*InfoRequest)(nil),               // 89: shoal.v1.InfoRequest
+	(*InfoResponse)(nil),              // 90: shoal.v1.InfoResponse
+	(*InitRequest)(nil),               // 91: shoal.v1.InitRequest
+	(*InitResponse)(nil),              // 92: shoal.v1.InitResponse
+	(*JoinRequest)(nil),               // 93: shoal.v1.JoinRequest
+	(*JoinResponse)(nil),              // 94: shoal.v1.JoinResponse
+	(*LeaveRequest)(nil),              // 95: shoal.v1.LeaveRequest
+	(*LeaveResponse)(nil),             // 96: shoal.v1.LeaveResponse
+	(*DoctorRequest)(nil),             // 97: shoal.v1.DoctorRequest
+	(*DoctorResponse)(nil),            // 98: shoal.v1.DoctorResponse
+	nil,                               // 99: shoal.v1.Network.LabelsEntry
+	nil,                               // 100: shoal.v1.Network.OptionsEntry
+	nil,                               // 101: shoal.v1.TaskSpec.LabelsEntry
+	nil,                               // 102: shoal.v1.ServiceSpec.LabelsEntry
+	nil,                               // 103: shoal.v1.NodeInfo.LabelsEntry
+	nil,                               // 104: shoal.v1.CreateNetworkRequest.LabelsEntry
+	nil,                               // 105: shoal.v1.CreateNetworkRequest.OptionsEntry
+	nil,                               // 106: shoal.v1.Event.AttributesEntry
+	nil,                               // 107: shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	(*ShowCAResponse_Root)(nil),       // 108: shoal.v1.ShowCAResponse.Root
+	nil,                               // 109: shoal.v1.ReportRequest.TasksEntry
+	(*ReportRequest_Fault)(nil),       // 110: shoal.v1.ReportRequest.Fault
+	(*StatsResponse_Task)(nil),        // 111: shoal.v1.StatsResponse.Task
+	(*KernelResponse_Backend)(nil),    // 112: shoal.v1.KernelResponse.Backend
+	(*KernelResponse_Server)(nil),     // 113: shoal.v1.KernelResponse.Server
+	(*ExecRequest_Start)(nil),         // 114: shoal.v1.ExecRequest.Start
+	(*ExecRequest_Resize)(nil),        // 115: shoal.v1.ExecRequest.Resize
+	(*DoctorResponse_Check)(nil),      // 116: shoal.v1.DoctorResponse.Check
+	(*DoctorResponse_Object)(nil),     // 117: shoal.v1.DoctorResponse.Object
 }
 var file_shoal_v1_shoal_proto_depIdxs = []int32{
-	96,  // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
-	97,  // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
-	98,  // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
+	99,  // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
+	100, // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
+	101, // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
 	3,   // 3: shoal.v1.TaskSpec.health:type_name -> shoal.v1.HealthCheck
-	99,  // 4: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
+	102, // 4: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
 	1,   // 5: shoal.v1.ServiceSpec.networks:type_name -> shoal.v1.NetworkAttachment
 	2,   // 6: shoal.v1.ServiceSpec.task:type_name -> shoal.v1.TaskSpec
 	4,   // 7: shoal.v1.ServiceSpec.ports:type_name -> shoal.v1.Port
@@ -7562,14 +7715,14 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	10,  // 14: shoal.v1.Task.status:type_name -> shoal.v1.TaskStatus
 	4,   // 15: shoal.v1.Task.ports:type_name -> shoal.v1.Port
 	8,   // 16: shoal.v1.Task.faults:type_name -> shoal.v1.NodeFault
-	100, // 17: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
-	101, // 18: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
-	102, // 19: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
+	103, // 17: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
+	104, // 18: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
+	105, // 19: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
 	0,   // 20: shoal.v1.CreateNetworkResponse.network:type_name -> shoal.v1.Network
 	0,   // 21: shoal.v1.ListNetworksResponse.networks:type_name -> shoal.v1.Network
 	11,  // 22: shoal.v1.ConnectNetworkResponse.task:type_name -> shoal.v1.Task
 	7,   // 23: shoal.v1.ConnectNetworkResponse.service:type_name -> shoal.v1.Service
-	103, // 24: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
+	106, // 24: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
 	5,   // 25: shoal.v1.CreateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
 	7,   // 26: shoal.v1.CreateServiceResponse.service:type_name -> shoal.v1.Service
 	5,   // 27: shoal.v1.UpdateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
@@ -7581,7 +7734,7 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	11,  // 33: shoal.v1.CreateTaskResponse.task:type_name -> shoal.v1.Task
 	11,  // 34: shoal.v1.ListTasksResponse.tasks:type_name -> shoal.v1.Task
 	12,  // 35: shoal.v1.ListNodesResponse.nodes:type_name -> shoal.v1.NodeInfo
-	104, // 36: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	107, // 36: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
 	12,  // 37: shoal.v1.UpdateNodeResponse.node:type_name -> shoal.v1.NodeInfo
 	12,  // 38: shoal.v1.JoinNodeRequest.node:type_name -> shoal.v1.NodeInfo
 	13,  // 39: shoal.v1.JoinNodeResponse.cluster:type_name -> shoal.v1.Cluster
@@ -7593,8 +7746,8 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	48,  // 45: shoal.v1.RenewCertificateResponse.certificate:type_name -> shoal.v1.Certificate
 	51,  // 46: shoal.v1.RenewCertificateResponse.lock:type_name -> shoal.v1.Lock
 	12,  // 47: shoal.v1.ShowTokenResponse.managers:type_name -> shoal.v1.NodeInfo
-	105, // 48: shoal.v1.ShowCAResponse.root:type_name -> shoal.v1.ShowCAResponse.Root
-	105, // 49: shoal.v1.ShowCAResponse.old:type_name -> shoal.v1.ShowCAResponse.Root
+	108, // 48: shoal.v1.ShowCAResponse.root:type_name -> shoal.v1.ShowCAResponse.Root
+	108, // 49: shoal.v1.ShowCAResponse.old:type_name -> shoal.v1.ShowCAResponse.Root
 	11,  // 50: shoal.v1.AssignmentsResponse.tasks:type_name -> shoal.v1.Task
 	0,   // 51: shoal.v1.AssignmentsResponse.networks:type_name -> shoal.v1.Network
 	7,   // 52: shoal.v1.AssignmentsResponse.services:type_name -> shoal.v1.Service
@@ -7602,22 +7755,22 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	13,  // 54: shoal.v1.AssignmentsResponse.cluster:type_name -> shoal.v1.Cluster
 	68,  // 55: shoal.v1.AssignmentsResponse.trust:type_name -> shoal.v1.Trust
 	69,  // 56: shoal.v1.Trust.gossip_keys:type_name -> shoal.v1.GossipKey
-	106, // 57: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
-	107, // 58: shoal.v1.ReportRequest.faults:type_name -> shoal.v1.ReportRequest.Fault
+	109, // 57: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
+	110, // 58: shoal.v1.ReportRequest.faults:type_name -> shoal.v1.ReportRequest.Fault
 	11,  // 59: shoal.v1.TasksResponse.tasks:type_name -> shoal.v1.Task
-	108, // 60: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
-	110, // 61: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
-	111, // 62: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
-	112, // 63: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
+	111, // 60: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
+	113, // 61: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
+	114, // 62: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
+	115, // 63: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
 	10,  // 64: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
 	12,  // 65: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
 	12,  // 66: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
 	12,  // 67: shoal.v1.InitResponse.lost:type_name -> shoal.v1.NodeInfo
 	12,  // 68: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
-	113, // 69: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
-	114, // 70: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
+	116, // 69: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
+	117, // 70: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
 	10,  // 71: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
-	109, // 72: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
+	112, // 72: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
 	14,  // 73: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
 	16,  // 74: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
 	18,  // 75: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
@@ -7639,65 +7792,69 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	58,  // 91: shoal.v1.Control.ShowCA:input_type -> shoal.v1.ShowCARequest
 	62,  // 92: shoal.v1.Control.RotateCA:input_type -> shoal.v1.RotateCARequest
 	60,  // 93: shoal.v1.Control.UnlockKey:input_type -> shoal.v1.UnlockKeyRequest
-	49,  // 94: shoal.v1.Control.RenewCertificate:input_type -> shoal.v1.RenewCertificateRequest
-	52,  // 95: shoal.v1.Control.LeaveNode:input_type -> shoal.v1.LeaveNodeRequest
-	46,  // 96: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
-	64,  // 97: shoal.v1.Control.AdmitManager:input_type -> shoal.v1.AdmitManagerRequest
-	66,  // 98: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
-	70,  // 99: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
-	78,  // 100: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
-	80,  // 101: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
-	82,  // 102: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
-	72,  // 103: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
-	74,  // 104: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
-	76,  // 105: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
-	86,  // 106: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
-	88,  // 107: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
-	90,  // 108: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
-	92,  // 109: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
-	94,  // 110: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
-	84,  // 111: shoal.v1.Local.Unlock:input_type -> shoal.v1.UnlockRequest
-	15,  // 112: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
-	17,  // 113: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
-	19,  // 114: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
-	21,  // 115: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
-	23,  // 116: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
-	27,  // 117: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
-	29,  // 118: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
-	31,  // 119: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
-	33,  // 120: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
-	35,  // 121: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
-	37,  // 122: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
-	39,  // 123: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
-	41,  // 124: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
-	43,  // 125: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
-	45,  // 126: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
-	25,  // 127: shoal.v1.Control.Events:output_type -> shoal.v1.Event
-	55,  // 128: shoal.v1.Control.ShowToken:output_type -> shoal.v1.ShowTokenResponse
-	57,  // 129: shoal.v1.Control.RotateToken:output_type -> shoal.v1.RotateTokenResponse
-	59,  // 130: shoal.v1.Control.ShowCA:output_type -> shoal.v1.ShowCAResponse
-	63,  // 131: shoal.v1.Control.RotateCA:output_type -> shoal.v1.RotateCAResponse
-	61,  // 132: shoal.v1.Control.UnlockKey:output_type -> shoal.v1.UnlockKeyResponse
-	50,  // 133: shoal.v1.Control.RenewCertificate:output_type -> shoal.v1.RenewCertificateResponse
-	53,  // 134: shoal.v1.Control.LeaveNode:output_type -> shoal.v1.LeaveNodeResponse
-	47,  // 135: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
-	65,  // 136: shoal.v1.Control.AdmitManager:output_type -> shoal.v1.AdmitManagerResponse
-	67,  // 137: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
-	71,  // 138: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
-	79,  // 139: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
-	81,  // 140: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
-	83,  // 141: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
-	73,  // 142: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
-	75,  // 143: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
-	77,  // 144: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
-	87,  // 145: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
-	89,  // 146: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
-	91,  // 147: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
-	93,  // 148: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
-	95,  // 149: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
-	85,  // 150: shoal.v1.Local.Unlock:output_type -> shoal.v1.UnlockResponse
-	112, // [112:151] is the sub-list for method output_type
-	73,  // [73:112] is the sub-list for method input_type
+	84,  // 94: shoal.v1.Control.SaveSnapshot:input_type -> shoal.v1.SaveSnapshotRequest
+	49,  // 95: shoal.v1.Control.RenewCertificate:input_type -> shoal.v1.RenewCertificateRequest
+	52,  // 96: shoal.v1.Control.LeaveNode:input_type -> shoal.v1.LeaveNodeRequest
+	46,  // 97: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
+	64,  // 98: shoal.v1.Control.AdmitManager:input_type -> shoal.v1.AdmitManagerRequest
+	66,  // 99: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
+	70,  // 100: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
+	78,  // 101: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
+	80,  // 102: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
+	82,  // 103: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
+	72,  // 104: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
+	74,  // 105: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
+	76,  // 106: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
+	89,  // 107: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
+	91,  // 108: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
+	93,  // 109: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
+	95,  // 110: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
+	97,  // 111: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
+	87,  // 112: shoal.v1.Local.Unlock:input_type -> shoal.v1.UnlockRequest
+	86,  // 113: shoal.v1.Local.RestoreSnapshot:input_type -> shoal.v1.RestoreSnapshotRequest
+	15,  // 114: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
+	17,  // 115: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
+	19,  // 116: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
+	21,  // 117: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
+	23,  // 118: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
+	27,  // 119: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
+	29,  // 120: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
+	31,  // 121: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
+	33,  // 122: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
+	35,  // 123: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
+	37,  // 124: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
+	39,  // 125: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
+	41,  // 126: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
+	43,  // 127: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
+	45,  // 128: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
+	25,  // 129: shoal.v1.Control.Events:output_type -> shoal.v1.Event
+	55,  // 130: shoal.v1.Control.ShowToken:output_type -> shoal.v1.ShowTokenResponse
+	57,  // 131: shoal.v1.Control.RotateToken:output_type -> shoal.v1.RotateTokenResponse
+	59,  // 132: shoal.v1.Control.ShowCA:output_type -> shoal.v1.ShowCAResponse
+	63,  // 133: shoal.v1.Control.RotateCA:output_type -> shoal.v1.RotateCAResponse
+	61,  // 134: shoal.v1.Control.UnlockKey:output_type -> shoal.v1.UnlockKeyResponse
+	85,  // 135: shoal.v1.Control.SaveSnapshot:output_type -> shoal.v1.SaveSnapshotResponse
+	50,  // 136: shoal.v1.Control.RenewCertificate:output_type -> shoal.v1.RenewCertificateResponse
+	53,  // 137: shoal.v1.Control.LeaveNode:output_type -> shoal.v1.LeaveNodeResponse
+	47,  // 138: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
+	65,  // 139: shoal.v1.Control.AdmitManager:output_type -> shoal.v1.AdmitManagerResponse
+	67,  // 140: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
+	71,  // 141: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
+	79,  // 142: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
+	81,  // 143: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
+	83,  // 144: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
+	73,  // 145: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
+	75,  // 146: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
+	77,  // 147: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
+	90,  // 148: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
+	92,  // 149: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
+	94,  // 150: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
+	96,  // 151: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
+	98,  // 152: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
+	88,  // 153: shoal.v1.Local.Unlock:output_type -> shoal.v1.UnlockResponse
+	92,  // 154: shoal.v1.Local.RestoreSnapshot:output_type -> shoal.v1.InitResponse
+	114, // [114:155] is the sub-list for method output_type
+	73,  // [73:114] is the sub-list for method input_type
 	73,  // [73:73] is the sub-list for extension type_name
 	73,  // [73:73] is the sub-list for extension extendee
 	0,   // [0:73] is the sub-list for field type_name
@@ -7728,7 +7885,7 @@ func file_shoal_v1_shoal_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_shoal_v1_shoal_proto_rawDesc), len(file_shoal_v1_shoal_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   115,
+			NumMessages:   118,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -92,6 +92,8 @@ const (
 	ControlRotateCAProcedure = "/shoal.v1.Control/RotateCA"
 	// ControlUnlockKeyProcedure is the fully-qualified name of the Control's UnlockKey RPC.
 	ControlUnlockKeyProcedure = "/shoal.v1.Control/UnlockKey"
+	// ControlSaveSnapshotProcedure is the fully-qualified name of the Control's SaveSnapshot RPC.
+	ControlSaveSnapshotProcedure = "/shoal.v1.Control/SaveSnapshot"
 	// ControlRenewCertificateProcedure is the fully-qualified name of the Control's RenewCertificate
 	// RPC.
 	ControlRenewCertificateProcedure = "/shoal.v1.Control/RenewCertificate"
@@ -129,6 +131,8 @@ const (
 	LocalDoctorProcedure = "/shoal.v1.Local/Doctor"
 	// LocalUnlockProcedure is the fully-qualified name of the Local's Unlock RPC.
 	LocalUnlockProcedure = "/shoal.v1.Local/Unlock"
+	// LocalRestoreSnapshotProcedure is the fully-qualified name of the Local's RestoreSnapshot RPC.
+	LocalRestoreSnapshotProcedure = "/shoal.v1.Local/RestoreSnapshot"
 )
 
 // ControlClient is a client for the shoal.v1.Control service.
@@ -156,6 +160,8 @@ type ControlClient interface {
 	ShowCA(context.Context, *connect.Request[v1.ShowCARequest]) (*connect.Response[v1.ShowCAResponse], error)
 	RotateCA(context.Context, *connect.Request[v1.RotateCARequest]) (*connect.Response[v1.RotateCAResponse], error)
 	UnlockKey(context.Context, *connect.Request[v1.UnlockKeyRequest]) (*connect.Response[v1.UnlockKeyResponse], error)
+	// SaveSnapshot returns all that the managers hold, their keys included.
+	SaveSnapshot(context.Context, *connect.Request[v1.SaveSnapshotRequest]) (*connect.Response[v1.SaveSnapshotResponse], error)
 	// Agents only.
 	RenewCertificate(context.Context, *connect.Request[v1.RenewCertificateRequest]) (*connect.Response[v1.RenewCertificateResponse], error)
 	LeaveNode(context.Context, *connect.Request[v1.LeaveNodeRequest]) (*connect.Response[v1.LeaveNodeResponse], error)
@@ -303,6 +309,12 @@ func NewControlClient(httpClient connect.HTTPClient, baseURL string, opts ...con
 			connect.WithSchema(controlMethods.ByName("UnlockKey")),
 			connect.WithClientOptions(opts...),
 		),
+		saveSnapshot: connect.NewClient[v1.SaveSnapshotRequest, v1.SaveSnapshotResponse](
+			httpClient,
+			baseURL+ControlSaveSnapshotProcedure,
+			connect.WithSchema(controlMethods.ByName("SaveSnapshot")),
+			connect.WithClientOptions(opts...),
+		),
 		renewCertificate: connect.NewClient[v1.RenewCertificateRequest, v1.RenewCertificateResponse](
 			httpClient,
 			baseURL+ControlRenewCertificateProcedure,
@@ -365,6 +377,7 @@ type controlClient struct {
 	showCA            *connect.Client[v1.ShowCARequest, v1.ShowCAResponse]
 	rotateCA          *connect.Client[v1.RotateCARequest, v1.RotateCAResponse]
 	unlockKey         *connect.Client[v1.UnlockKeyRequest, v1.UnlockKeyResponse]
+	saveSnapshot      *connect.Client[v1.SaveSnapshotRequest, v1.SaveSnapshotResponse]
 	renewCertificate  *connect.Client[v1.RenewCertificateRequest, v1.RenewCertificateResponse]
 	leaveNode         *connect.Client[v1.LeaveNodeRequest, v1.LeaveNodeResponse]
 	joinNode          *connect.Client[v1.JoinNodeRequest, v1.JoinNodeResponse]
@@ -478,6 +491,11 @@ func (c *controlClient) UnlockKey(ctx context.Context, req *connect.Request[v1.U
 	return c.unlockKey.CallUnary(ctx, req)
 }
 
+// SaveSnapshot calls shoal.v1.Control.SaveSnapshot.
+func (c *controlClient) SaveSnapshot(ctx context.Context, req *connect.Request[v1.SaveSnapshotRequest]) (*connect.Response[v1.SaveSnapshotResponse], error) {
+	return c.saveSnapshot.CallUnary(ctx, req)
+}
+
 // RenewCertificate calls shoal.v1.Control.RenewCertificate.
 func (c *controlClient) RenewCertificate(ctx context.Context, req *connect.Request[v1.RenewCertificateRequest]) (*connect.Response[v1.RenewCertificateResponse], error) {
 	return c.renewCertificate.CallUnary(ctx, req)
@@ -533,6 +551,8 @@ type ControlHandler interface {
 	ShowCA(context.Context, *connect.Request[v1.ShowCARequest]) (*connect.Response[v1.ShowCAResponse], error)
 	RotateCA(context.Context, *connect.Request[v1.RotateCARequest]) (*connect.Response[v1.RotateCAResponse], error)
 	UnlockKey(context.Context, *connect.Request[v1.UnlockKeyRequest]) (*connect.Response[v1.UnlockKeyResponse], error)
+	// SaveSnapshot returns all that the managers hold, their keys included.
+	SaveSnapshot(context.Context, *connect.Request[v1.SaveSnapshotRequest]) (*connect.Response[v1.SaveSnapshotResponse], error)
 	// Agents only.
 	RenewCertificate(context.Context, *connect.Request[v1.RenewCertificateRequest]) (*connect.Response[v1.RenewCertificateResponse], error)
 	LeaveNode(context.Context, *connect.Request[v1.LeaveNodeRequest]) (*connect.Response[v1.LeaveNodeResponse], error)
@@ -676,6 +696,12 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 		connect.WithSchema(controlMethods.ByName("UnlockKey")),
 		connect.WithHandlerOptions(opts...),
 	)
+	controlSaveSnapshotHandler := connect.NewUnaryHandler(
+		ControlSaveSnapshotProcedure,
+		svc.SaveSnapshot,
+		connect.WithSchema(controlMethods.ByName("SaveSnapshot")),
+		connect.WithHandlerOptions(opts...),
+	)
 	controlRenewCertificateHandler := connect.NewUnaryHandler(
 		ControlRenewCertificateProcedure,
 		svc.RenewCertificate,
@@ -756,6 +782,8 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 			controlRotateCAHandler.ServeHTTP(w, r)
 		case ControlUnlockKeyProcedure:
 			controlUnlockKeyHandler.ServeHTTP(w, r)
+		case ControlSaveSnapshotProcedure:
+			controlSaveSnapshotHandler.ServeHTTP(w, r)
 		case ControlRenewCertificateProcedure:
 			controlRenewCertificateHandler.ServeHTTP(w, r)
 		case ControlLeaveNodeProcedure:
@@ -859,6 +887,10 @@ func (UnimplementedControlHandler) RotateCA(context.Context, *connect.Request[v1
 
 func (UnimplementedControlHandler) UnlockKey(context.Context, *connect.Request[v1.UnlockKeyRequest]) (*connect.Response[v1.UnlockKeyResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.UnlockKey is not implemented"))
+}
+
+func (UnimplementedControlHandler) SaveSnapshot(context.Context, *connect.Request[v1.SaveSnapshotRequest]) (*connect.Response[v1.SaveSnapshotResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.SaveSnapshot is not implemented"))
 }
 
 func (UnimplementedControlHandler) RenewCertificate(context.Context, *connect.Request[v1.RenewCertificateRequest]) (*connect.Response[v1.RenewCertificateResponse], error) {
@@ -1101,6 +1133,7 @@ type LocalClient interface {
 	Leave(context.Context, *connect.Request[v1.LeaveRequest]) (*connect.Response[v1.LeaveResponse], error)
 	Doctor(context.Context, *connect.Request[v1.DoctorRequest]) (*connect.Response[v1.DoctorResponse], error)
 	Unlock(context.Context, *connect.Request[v1.UnlockRequest]) (*connect.Response[v1.UnlockResponse], error)
+	RestoreSnapshot(context.Context, *connect.Request[v1.RestoreSnapshotRequest]) (*connect.Response[v1.InitResponse], error)
 }
 
 // NewLocalClient constructs a client for the shoal.v1.Local service. By default, it uses the
@@ -1150,17 +1183,24 @@ func NewLocalClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 			connect.WithSchema(localMethods.ByName("Unlock")),
 			connect.WithClientOptions(opts...),
 		),
+		restoreSnapshot: connect.NewClient[v1.RestoreSnapshotRequest, v1.InitResponse](
+			httpClient,
+			baseURL+LocalRestoreSnapshotProcedure,
+			connect.WithSchema(localMethods.ByName("RestoreSnapshot")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // localClient implements LocalClient.
 type localClient struct {
-	info   *connect.Client[v1.InfoRequest, v1.InfoResponse]
-	init   *connect.Client[v1.InitRequest, v1.InitResponse]
-	join   *connect.Client[v1.JoinRequest, v1.JoinResponse]
-	leave  *connect.Client[v1.LeaveRequest, v1.LeaveResponse]
-	doctor *connect.Client[v1.DoctorRequest, v1.DoctorResponse]
-	unlock *connect.Client[v1.UnlockRequest, v1.UnlockResponse]
+	info            *connect.Client[v1.InfoRequest, v1.InfoResponse]
+	init            *connect.Client[v1.InitRequest, v1.InitResponse]
+	join            *connect.Client[v1.JoinRequest, v1.JoinResponse]
+	leave           *connect.Client[v1.LeaveRequest, v1.LeaveResponse]
+	doctor          *connect.Client[v1.DoctorRequest, v1.DoctorResponse]
+	unlock          *connect.Client[v1.UnlockRequest, v1.UnlockResponse]
+	restoreSnapshot *connect.Client[v1.RestoreSnapshotRequest, v1.InitResponse]
 }
 
 // Info calls shoal.v1.Local.Info.
@@ -1193,6 +1233,11 @@ func (c *localClient) Unlock(ctx context.Context, req *connect.Request[v1.Unlock
 	return c.unlock.CallUnary(ctx, req)
 }
 
+// RestoreSnapshot calls shoal.v1.Local.RestoreSnapshot.
+func (c *localClient) RestoreSnapshot(ctx context.Context, req *connect.Request[v1.RestoreSnapshotRequest]) (*connect.Response[v1.InitResponse], error) {
+	return c.restoreSnapshot.CallUnary(ctx, req)
+}
+
 // LocalHandler is an implementation of the shoal.v1.Local service.
 type LocalHandler interface {
 	Info(context.Context, *connect.Request[v1.InfoRequest]) (*connect.Response[v1.InfoResponse], error)
@@ -1201,6 +1246,7 @@ type LocalHandler interface {
 	Leave(context.Context, *connect.Request[v1.LeaveRequest]) (*connect.Response[v1.LeaveResponse], error)
 	Doctor(context.Context, *connect.Request[v1.DoctorRequest]) (*connect.Response[v1.DoctorResponse], error)
 	Unlock(context.Context, *connect.Request[v1.UnlockRequest]) (*connect.Response[v1.UnlockResponse], error)
+	RestoreSnapshot(context.Context, *connect.Request[v1.RestoreSnapshotRequest]) (*connect.Response[v1.InitResponse], error)
 }
 
 // NewLocalHandler builds an HTTP handler from the service implementation. It returns the path on
@@ -1246,6 +1292,12 @@ func NewLocalHandler(svc LocalHandler, opts ...connect.HandlerOption) (string, h
 		connect.WithSchema(localMethods.ByName("Unlock")),
 		connect.WithHandlerOptions(opts...),
 	)
+	localRestoreSnapshotHandler := connect.NewUnaryHandler(
+		LocalRestoreSnapshotProcedure,
+		svc.RestoreSnapshot,
+		connect.WithSchema(localMethods.ByName("RestoreSnapshot")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/shoal.v1.Local/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case LocalInfoProcedure:
@@ -1260,6 +1312,8 @@ func NewLocalHandler(svc LocalHandler, opts ...connect.HandlerOption) (string, h
 			localDoctorHandler.ServeHTTP(w, r)
 		case LocalUnlockProcedure:
 			localUnlockHandler.ServeHTTP(w, r)
+		case LocalRestoreSnapshotProcedure:
+			localRestoreSnapshotHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -1291,4 +1345,8 @@ func (UnimplementedLocalHandler) Doctor(context.Context, *connect.Request[v1.Doc
 
 func (UnimplementedLocalHandler) Unlock(context.Context, *connect.Request[v1.UnlockRequest]) (*connect.Response[v1.UnlockResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Local.Unlock is not implemented"))
+}
+
+func (UnimplementedLocalHandler) RestoreSnapshot(context.Context, *connect.Request[v1.RestoreSnapshotRequest]) (*connect.Response[v1.InitResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Local.RestoreSnapshot is not implemented"))
 }
