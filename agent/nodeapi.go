@@ -95,8 +95,8 @@ func (m *member) controlAddr(id string) (string, error) {
 // nodeAPI serves what concerns this node's tasks.
 type nodeAPI struct{ *Agent }
 
-func (a *nodeAPI) task(id string) (*member, spec.Task, error) {
-	m, err := a.need(context.Background())
+func (a *nodeAPI) task(ctx context.Context, id string) (*member, spec.Task, error) {
+	m, err := a.need(ctx)
 	if err != nil {
 		return nil, spec.Task{}, err
 	}
@@ -125,7 +125,7 @@ func (a *nodeAPI) Exec(ctx context.Context, stream *connect.BidiStream[shoalv1.E
 	if start.Attach {
 		m, t, err = a.comingTask(ctx, start.Task)
 	} else {
-		m, t, err = a.task(start.Task)
+		m, t, err = a.task(ctx, start.Task)
 	}
 	if err != nil {
 		return err
@@ -212,7 +212,7 @@ func (a *nodeAPI) comingTask(ctx context.Context, id string) (*member, spec.Task
 	ctx, cancel := context.WithTimeout(ctx, wireTimeout)
 	defer cancel()
 	for {
-		m, t, err := a.task(id)
+		m, t, err := a.task(ctx, id)
 		if m == nil && err != nil && connect.CodeOf(err) != connect.CodeNotFound {
 			return nil, t, err
 		}
@@ -245,7 +245,7 @@ func (f writerFunc) Write(b []byte) (int, error) {
 
 // Logs streams a task's output.
 func (a *nodeAPI) Logs(ctx context.Context, req *connect.Request[shoalv1.LogsRequest], stream *connect.ServerStream[shoalv1.LogsResponse]) error {
-	m, t, err := a.task(req.Msg.Task)
+	m, t, err := a.task(ctx, req.Msg.Task)
 	if err != nil {
 		return err
 	}
@@ -366,7 +366,7 @@ func (a *nodeAPI) Kernel(ctx context.Context, req *connect.Request[shoalv1.Kerne
 
 // Wait answers when the task has ended.
 func (a *nodeAPI) Wait(ctx context.Context, req *connect.Request[shoalv1.WaitRequest]) (*connect.Response[shoalv1.WaitResponse], error) {
-	m, _, err := a.task(req.Msg.Task)
+	m, _, err := a.task(ctx, req.Msg.Task)
 	if err != nil {
 		return nil, err
 	}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 	"strconv"
@@ -253,8 +254,9 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 	ctx, cancel := context.WithTimeout(ctx, convergeTimeout)
 	defer cancel()
 	tty := c.terminal() && !quiet
-	last, why := "", ""
-	var up time.Time // since when all tasks are as wanted
+	last, why, said := "", "", ""
+	var up time.Time   // since when all tasks are as wanted
+	var over time.Time // since when a slot is given up
 	for {
 		tasks, err := c.tasks(ctx, &shoalv1.ListTasksRequest{Service: s.Id, All: true})
 		if err != nil && ctx.Err() == nil {
@@ -315,9 +317,24 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 			c.warn(faults)
 			return nil
 		}
-		show := line
-		if why != "" {
-			show += " (" + clip(why, 60) + ")"
+		if t := givenUp(tasks, want, int(s.GetSpec().GetRestartMax())); t == nil || err != nil || stale+extra > 0 {
+			over = time.Time{}
+		} else if over.IsZero() {
+			over = time.Now()
+		} else if time.Since(over) > giveUpAfter {
+			if tty {
+				fmt.Fprintln(c.err)
+			}
+			return fmt.Errorf("service %s exists, but its replicas are not restarted any more (--restart-max-attempts %d): %s: task %s %s: %s: see 'shoal svc ps %s'",
+				name, s.GetSpec().GetRestartMax(), line, t.Name, t.GetStatus().GetState(), t.GetStatus().GetMessage(), name)
+		}
+		// A terminal's line is written over, so a reason, whole, has lines of its own.
+		show, reason := line, strings.Join(strings.Fields(why), " ")
+		if tty && reason != "" && reason != said && !quiet && err == nil {
+			fmt.Fprintf(c.err, "\r\033[K%s\n", reason)
+			said, last = reason, ""
+		} else if !tty && reason != "" {
+			show += " (" + reason + ")"
 		}
 		if !quiet && show != last && err == nil {
 			if tty {
@@ -340,6 +357,37 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
+}
+
+// giveUpAfter is how long a slot must look given up: its next task may be on its way.
+const giveUpAfter = time.Second
+
+// givenUp is the last task of a slot that gets no other, as it has had its limit of
+// runs and none is live; nil if there is no such slot, or if as many others as are
+// wanted live: it is one that scale took away. A limit of 0 is none.
+func givenUp(tasks []*shoalv1.Task, want, limit int) *shoalv1.Task {
+	newest := map[int32]*shoalv1.Task{}
+	live := map[int32]bool{}
+	for _, t := range tasks {
+		live[t.Slot] = live[t.Slot] || !ended(t)
+		if n := newest[t.Slot]; n == nil || t.CreatedMs > n.CreatedMs || t.CreatedMs == n.CreatedMs && t.Attempt > n.Attempt {
+			newest[t.Slot] = t
+		}
+	}
+	for _, l := range live {
+		if l {
+			want--
+		}
+	}
+	if want <= 0 {
+		return nil
+	}
+	for _, slot := range slices.Sorted(maps.Keys(newest)) {
+		if t := newest[slot]; limit > 0 && !live[slot] && int(t.Attempt) >= limit {
+			return t
+		}
+	}
+	return nil
 }
 
 // warn says what nodes can't do for a service or task that is otherwise as wanted.
