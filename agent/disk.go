@@ -28,8 +28,11 @@ func (m *member) diskFaults() []fault {
 	}
 	err := m.managerFault()
 	var lost *control.StoreLostError
+	var stuck *control.StuckError
 	if errors.As(err, &lost) {
 		add("managers' log", err, lostHint)
+	} else if errors.As(err, &stuck) {
+		add("managers' log", err, "upgrade shoal on this node and start its agent anew; tasks, VIPs and names go on")
 	} else {
 		add("managers' log", err, "it is tried again each second; tasks, VIPs and names go on")
 	}

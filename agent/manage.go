@@ -85,6 +85,9 @@ func (m *member) beginAnew() error {
 func (m *member) managerFault() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.managerErr == nil && m.manager != nil {
+		return m.manager.Stuck()
+	}
 	return m.managerErr
 }
 

@@ -20,6 +20,7 @@ type fsm struct {
 	mu      sync.RWMutex
 	st      *state.State
 	changed chan struct{} // closed and replaced after each change
+	stuck   error         // why nothing more is applied; nil: all is
 }
 
 func newFSM(log *slog.Logger) *fsm {
@@ -45,16 +46,39 @@ func (f *fsm) notify() {
 	f.changed = make(chan struct{})
 }
 
-// Apply implements raft.FSM. An entry that can't be read is of a newer version
-// or damaged; every manager of this version skips it alike.
+// StuckError says that a manager met an entry of the log that it can't read. It applies
+// nothing from there on: the managers that can read it go on from another state.
+type StuckError struct {
+	Index uint64
+	Err   error
+}
+
+func (e *StuckError) Error() string {
+	return fmt.Sprintf("this manager can't read entry %d of the managers' log, which a newer version wrote (%v): it applies nothing more and does not lead; upgrade shoal on this node", e.Index, e.Err)
+}
+
+func (e *StuckError) Unwrap() error { return e.Err }
+
+// standing is why nothing more is applied; nil when all is.
+func (f *fsm) standing() error {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	return f.stuck
+}
+
+// Apply implements raft.FSM. An entry that can't be read is of a newer version: to
+// skip it would let the managers' states part without a word.
 func (f *fsm) Apply(l *raft.Log) any {
 	cmd, err := state.Decode(l.Data)
-	if err != nil {
-		f.log.Error("a raft entry can't be read, and is skipped", "index", l.Index, "error", err)
-		return state.Result{Err: err}
-	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if f.stuck == nil && err != nil {
+		f.stuck = &StuckError{l.Index, err}
+		f.log.Error("the managers' log can't be followed", "error", f.stuck)
+	}
+	if f.stuck != nil {
+		return state.Result{Err: f.stuck}
+	}
 	r := f.st.Apply(l.Index, cmd)
 	at := l.AppendedAt
 	if at.IsZero() {
@@ -73,6 +97,9 @@ func (f *fsm) Apply(l *raft.Log) any {
 func (f *fsm) Snapshot() (raft.FSMSnapshot, error) {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
+	if f.stuck != nil {
+		return nil, f.stuck // the entries are still needed
+	}
 	b, err := f.st.Snapshot()
 	if err != nil {
 		return nil, fmt.Errorf("snapshot of the cluster state: %w", err)
@@ -93,7 +120,7 @@ func (f *fsm) Restore(r io.ReadCloser) error {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.st = st
+	f.st, f.stuck = st, nil
 	f.notify()
 	return nil
 }

@@ -288,6 +288,10 @@ func (m *Manager) Run(ctx context.Context) error {
 	}
 }
 
+// Stuck is why this manager applies nothing more of the log, a *StuckError; nil when it
+// does.
+func (m *Manager) Stuck() error { return m.fsm.standing() }
+
 // lead is one term as leader.
 func (m *Manager) lead(ctx context.Context) {
 	// Everything that earlier terms committed must be applied before anybody
@@ -303,6 +307,16 @@ func (m *Manager) lead(ctx context.Context) {
 		m.log.Debug("waiting for the log to be applied", "error", err)
 	}
 	if ctx.Err() != nil {
+		return
+	}
+	if err := m.Stuck(); err != nil {
+		// Another may be able to.
+		m.log.Warn("this manager was elected, and can't lead", "error", err)
+		for ctx.Err() == nil && m.raft.State() == raft.Leader {
+			if err := m.raft.LeadershipTransfer().Error(); err != nil {
+				pause(ctx, m.cfg.Tuning.Election)
+			}
+		}
 		return
 	}
 	now := time.Now()

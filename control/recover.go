@@ -115,6 +115,9 @@ func readStore(cfg ManagerConfig) (*state.State, uint64, error) {
 			f.Apply(&l)
 		}
 	}
+	if err := f.standing(); err != nil {
+		return nil, 0, err
+	}
 	if now, err := s.GetUint64(keyTerm); err == nil {
 		term = max(term, now)
 	}

@@ -226,6 +226,9 @@ func Decode(b []byte) (Command, error) {
 	if err := c.check(); err != nil {
 		return Command{}, err
 	}
+	if c.Rules > rulesNow {
+		return Command{}, failf(ErrInvalid, "command %s is to be judged by rules %d, and this Shoal knows those up to %d", c.Kind(), c.Rules, rulesNow)
+	}
 	return c, nil
 }
 
