@@ -78,7 +78,7 @@ func TestLostStoreDoesNotVote(t *testing.T) {
 	t.Parallel()
 	nodes := newCluster(t, 3)
 	l := leader(t, nodes)
-	b, a := without(nodes, l)[0], without(nodes, l)[1]
+	b := without(nodes, l)[0]
 	old := t.TempDir()
 	b.stop()
 	if err := os.CopyFS(old, os.DirFS(b.dir)); err != nil {
@@ -96,7 +96,8 @@ func TestLostStoreDoesNotVote(t *testing.T) {
 	}) {
 		k++
 		l = leader(t, nodes)
-		b, a = without(nodes, l)[0], without(nodes, l)[1]
+		a := without(nodes, l)[1]
+		b = without(nodes, l)[0]
 		a.stop()
 		x := fmt.Sprintf("x%d", k)
 		eventually(t, name+": "+x, func() error { return createNetwork(l, x) })

@@ -33,11 +33,11 @@ func (l *lines) String() string {
 }
 
 // A connection that says nothing is nobody's news: agents look so whether
-// another's machine is there. One that speaks wrongly is.
+// another's machine is there. A stranger that speaks is, in a line of counts.
 func TestSilentConnections(t *testing.T) {
 	log := &lines{}
 	g, err := Open(Config{NodeID: nodeID(1), Name: "n1", Number: 1, Role: spec.RoleWorker, Cluster: "silent",
-		Addr: netip.AddrFrom4([4]byte{127, 0, 0, 2}), DataDir: t.TempDir(), Log: slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug}))})
+		Addr: netip.AddrFrom4([4]byte{127, 0, 0, 2}), DataDir: t.TempDir(), Keys: testRing, Signer: newSigner(), Log: slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug}))})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -74,7 +74,7 @@ func TestSilentConnections(t *testing.T) {
 	if _, err := c.Write([]byte("hello?")); err != nil {
 		t.Fatal(err)
 	}
-	for end := time.Now().Add(10 * time.Second); !strings.Contains(log.String(), "label"); time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(10 * time.Second); !strings.Contains(log.String(), "not let in"); time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("one that speaks wrongly is not logged:\n%s", log.String())
 		}
