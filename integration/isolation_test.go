@@ -19,11 +19,14 @@ import (
 // network is what net inspect shows.
 func (s site) network(name string) (n spec.Network) {
 	s.Helper()
-	var all []spec.Network
+	var all []struct {
+		spec.Network
+		Created time.Time `json:"created"` // as people read it, not as it is kept
+	}
 	if err := json.Unmarshal([]byte(s.ok("node1", "shoal net inspect -o json %s", name)), &all); err != nil || len(all) != 1 {
 		s.Fatalf("net inspect %s: %v", name, err)
 	}
-	return all[0]
+	return all[0].Network
 }
 
 // TestNoWayBetweenNetworks: two networks don't reach each other, by no way that a task may
