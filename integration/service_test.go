@@ -420,6 +420,20 @@ func TestDeletedObjectsComeBack(t *testing.T) {
 	in(ovns, "ip link set foreign0 up")
 	in(ovns, "nft add table ip foreign")
 	in(ovns, "ip route add 198.51.100.0/24 dev foreign0")
+	// A device may be somebody's: it stays, and the doctor names it. Rules and routes
+	// in here decide where packets go, which is ours to say.
+	s.eventually(slow(10*time.Second), func() error {
+		if r := s.on("node1", "ip", "netns", "exec", ovns, "nft", "list", "table", "ip", "foreign"); r.code == 0 {
+			return fmt.Errorf("a foreign table is still there: %s", r.out)
+		}
+		if got := in(ovns, "ip route show 198.51.100.0/24"); got != "" {
+			return fmt.Errorf("a foreign route is still there: %s", got)
+		}
+		if r := s.on("node1", "shoal", "doctor"); !strings.Contains(r.out, "foreign0") {
+			return fmt.Errorf("the doctor does not name foreign0: %s", r.out)
+		}
+		return nil
+	})
 	var remote string // another node's endpoint
 	for _, x := range s.running("web") {
 		if x.NodeName == "node2" {
@@ -490,13 +504,10 @@ func TestDeletedObjectsComeBack(t *testing.T) {
 			return nil
 		})
 	}
-	for _, check := range []string{"ip link show foreign0", "nft list table ip foreign", "ip route show 198.51.100.0/24", "ip addr show dev foreign0"} {
-		if got := in(ovns, "%s", check); got == "" {
-			t.Errorf("%s: what is not ours is gone", check)
-		}
+	if got := in(ovns, "ip link show foreign0"); got == "" {
+		t.Error("a device that is not ours is gone")
 	}
 	in(ovns, "ip link del foreign0")
-	in(ovns, "nft delete table ip foreign")
 }
 
 // missing are the lines of a that b has not.

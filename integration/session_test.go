@@ -62,7 +62,7 @@ func TestWhatIsTyped(t *testing.T) {
 	s.ok("node1", "shoal svc scale -q typed=1")
 	// A service where a task is meant.
 	s.fails("node1", "typed is a service, not a task: use 'shoal svc logs typed'", "shoal logs typed")
-	s.fails("node1", "typed is a service, not a task: name one of its replicas: typed.1", "shoal exec typed true")
+	s.fails("node1", "typed is a service, not a task: name one of its replicas: typed.", "shoal exec typed true")
 	s.fails("node1", "use 'shoal svc rm typed'", "shoal rm typed")
 	s.fails("node1", "typed is a service", "shoal stop typed")
 	// Of several that remove one thing one succeeds.
