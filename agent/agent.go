@@ -28,6 +28,7 @@ import (
 	"github.com/shoalnet/shoal/overlay"
 	"github.com/shoalnet/shoal/peer"
 	"github.com/shoalnet/shoal/runtime"
+	"github.com/shoalnet/shoal/runtime/volume"
 	"github.com/shoalnet/shoal/spec"
 	"github.com/shoalnet/shoal/vip"
 )
@@ -65,9 +66,16 @@ type Config struct {
 	Version       string
 
 	Runtime runtime.Runtime
-	Overlay overlay.Dataplane
-	VIP     vip.Dataplane
-	Ingress ingress.Dataplane // nil: no published ports
+	// Images are the node's; nil: it runs programs of its own file system only.
+	Images runtime.Images
+	// Volumes are the node's.
+	Volumes *volume.Store
+	// ImageTTL is how long an image that only tasks asked for stays after the last
+	// of them; 0: for ever.
+	ImageTTL time.Duration
+	Overlay  overlay.Dataplane
+	VIP      vip.Dataplane
+	Ingress  ingress.Dataplane // nil: no published ports
 	// VIPReason says why VIP was chosen.
 	VIPReason string
 	// WatchKernel calls wake after changes of the kernel's that may concern
@@ -406,8 +414,9 @@ func precondition(format string, args ...any) error {
 }
 
 // Info tells who this node is.
-func (a *localAPI) Info(context.Context, *connect.Request[shoalv1.InfoRequest]) (*connect.Response[shoalv1.InfoResponse], error) {
+func (a *localAPI) Info(ctx context.Context, _ *connect.Request[shoalv1.InfoRequest]) (*connect.Response[shoalv1.InfoResponse], error) {
 	resp := &shoalv1.InfoResponse{Version: a.cfg.Version, DataPath: a.cfg.VIP.Name(), DataPathReason: a.cfg.VIPReason, DataDir: a.cfg.DataDir}
+	resp.ContainersOk, resp.Containers = a.containers(ctx)
 	if m := a.current(); m != nil {
 		resp.Cluster = m.ident.Cluster.ID
 		resp.Node = api.Node(m.node(m.role()))

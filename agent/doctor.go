@@ -95,6 +95,13 @@ func (a *Agent) doctor(ctx context.Context) *shoalv1.DoctorResponse {
 		resp.Checks = append(resp.Checks, &shoalv1.DoctorResponse_Check{Name: name, Status: status, Message: msg, Hint: hint})
 	}
 	check("data path", "ok", fmt.Sprintf("%s: %s", a.cfg.VIP.Name(), a.cfg.VIPReason), "")
+	// Without containers a node is one that runs programs of its own only, which is
+	// nothing wrong.
+	if ok, what := a.containers(ctx); ok {
+		check("containers", "ok", what, "")
+	} else {
+		check("containers", "ok", "none: "+what, "")
+	}
 	m := a.current()
 	if m == nil {
 		a.memberR.RLock()

@@ -65,6 +65,7 @@ type member struct {
 
 	g        *gossip.Gossip
 	tasks    *tasks
+	images   imageKeeper
 	dns      *dns.Server
 	namesDue atomic.Bool // names are answered from whatever is known
 	overlay  *reconcile.Loop[overlay.State, overlay.State]
@@ -219,7 +220,7 @@ func (m *member) role() string {
 func (m *member) node(role string) spec.Node {
 	id := m.ident
 	return spec.Node{ID: id.NodeID, Name: id.Name, Number: id.Number, Role: role, Availability: spec.AvailabilityActive,
-		Addr: id.Addr, ControlPort: id.ControlPort, GossipPort: id.GossipPort, DataPath: m.cfg.VIP.Name()}
+		Addr: id.Addr, ControlPort: id.ControlPort, GossipPort: id.GossipPort, DataPath: m.cfg.VIP.Name(), Platform: platform}
 }
 
 // start begins the node's work, once ident is complete.
@@ -278,6 +279,7 @@ func (m *member) start() error {
 	m.wg.Go(m.reportLoop)
 	m.wg.Go(m.certLoop)
 	m.wg.Go(m.keepFiles)
+	m.wg.Go(m.imagesLoop)
 	return nil
 }
 
@@ -845,7 +847,8 @@ func (m *member) reportLoop() {
 
 func (m *member) report() error {
 	req := &shoalv1.ReportRequest{Node: m.ident.NodeID, Tasks: map[string]*shoalv1.TaskStatus{}, Addr: m.ident.Addr.String(),
-		ControlPort: int32(m.ident.ControlPort), GossipPort: int32(m.ident.GossipPort), DataPath: m.cfg.VIP.Name()}
+		ControlPort: int32(m.ident.ControlPort), GossipPort: int32(m.ident.GossipPort), DataPath: m.cfg.VIP.Name(), Platform: platform}
+	req.Containers, req.ContainersWhy = m.images.state()
 	sent := m.tasks.statuses()
 	failed := slices.Concat(m.vip.Failed(), m.ingress.Failed())
 	m.mu.Lock()

@@ -209,8 +209,9 @@ func (a *nodeAPI) Exec(ctx context.Context, stream *connect.BidiStream[shoalv1.E
 // comingTask is task for one that was only just made: it waits until the task's
 // sandbox is there.
 func (a *nodeAPI) comingTask(ctx context.Context, id string) (*member, spec.Task, error) {
-	ctx, cancel := context.WithTimeout(ctx, wireTimeout)
+	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	limit := time.Now().Add(wireTimeout)
 	for {
 		m, t, err := a.task(ctx, id)
 		if m == nil && err != nil && connect.CodeOf(err) != connect.CodeNotFound {
@@ -222,10 +223,15 @@ func (a *nodeAPI) comingTask(ctx context.Context, id string) (*member, spec.Task
 				return m, t, nil
 			}
 			if _, st, ok := m.tasks.find(id); ok && st.State.Ended() {
-				return nil, t, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("task %s: %s", t.Name, cmp.Or(st.Message, st.State.String())))
+				failed := connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("task %s: %s", t.Name, cmp.Or(st.Message, st.State.String())))
+				failed.Meta().Set(ExitHeader, "125")
+				return nil, t, failed
+			} else if ok && t.Spec.Image != "" && st.State <= spec.TaskPreparing {
+				// Its image may take long; what bounds that is the pull's own.
+				limit = time.Now().Add(wireTimeout)
 			}
 		}
-		if !sleep(ctx, readyInterval) {
+		if !sleep(ctx, readyInterval) || time.Now().After(limit) {
 			if err == nil {
 				err = connect.NewError(connect.CodeUnavailable, fmt.Errorf("task %s is not made after %s: see 'shoal ps -a'", t.Name, wireTimeout))
 			}

@@ -209,7 +209,7 @@ func (r *runner) check(ctx context.Context, h spec.HealthCheck) error {
 	cctx, cancel := context.WithTimeout(ctx, h.Timeout)
 	defer cancel()
 	var out firstBytes
-	p, err := r.rt.Exec(cctx, r.id, runtime.ExecSpec{Command: []string{"/bin/sh", "-c", h.Command}, Stdout: &out, Stderr: &out})
+	p, err := r.rt.Exec(cctx, r.id, runtime.ExecSpec{Command: healthCommand(h), Stdout: &out, Stderr: &out})
 	if err != nil {
 		return fmt.Errorf("the check can't be run: %w", err)
 	}

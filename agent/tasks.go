@@ -433,10 +433,19 @@ func (r *runner) live(ctx context.Context, found *runtime.Status) error {
 	if found != nil {
 		sb.Netns, sb.DNSPort = found.Sandbox.Netns, found.Sandbox.DNSPort
 	} else {
-		made, err := r.rt.Create(ctx, runtime.Task{
-			ID: t.ID, Name: t.Name, Netns: r.netns(t), Spec: t.Spec, Hostname: hostname(t),
-			ResolvConf: resolvConf(t.Spec, r.search()), Hosts: hosts(t, r.hostAddr), Data: encodeTask(t),
-		})
+		rt := runtime.Task{ID: t.ID, Name: t.Name, Netns: r.netns(t), Spec: t.Spec, Executor: runtime.ExecutorOf(t.Spec), Hostname: hostname(t)}
+		if err := r.prepare(ctx, &rt); err != nil {
+			if r.unwanted() != "" && ctx.Err() == nil {
+				r.state(spec.TaskShutdown, r.unwanted()+" before it started")
+				return nil
+			}
+			return err
+		}
+		// What its image says is the task's from now on.
+		t.Spec = rt.Spec
+		r.set(func() { r.task.Spec = rt.Spec })
+		rt.ResolvConf, rt.Hosts, rt.Data = resolvConf(t.Spec, r.search()), hosts(t, r.hostAddr), encodeTask(t)
+		made, err := r.rt.Create(ctx, rt)
 		if err != nil {
 			return err
 		}
@@ -495,6 +504,56 @@ func (r *runner) live(ctx context.Context, found *runtime.Status) error {
 	}
 	return r.watch(ctx)
 }
+
+// prepare fetches what the task needs, its image, for as long as it is wanted.
+func (r *runner) prepare(ctx context.Context, t *runtime.Task) error {
+	if t.Executor == "" {
+		return nil
+	}
+	pctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	progress := make(chan string, 1)
+	type result struct {
+		spec spec.TaskSpec
+		err  error
+	}
+	done := make(chan result, 1)
+	go func() { // ends with pctx
+		s, err := r.rt.Prepare(pctx, *t, func(s string) {
+			select {
+			case <-progress:
+			default:
+			}
+			select {
+			case progress <- s:
+			default:
+			}
+		})
+		done <- result{s, err}
+	}()
+	var told time.Time
+	said := ""
+	for {
+		select {
+		case res := <-done:
+			t.Spec = res.spec
+			return res.err
+		case <-r.wake:
+			if r.unwanted() != "" {
+				cancel()
+			}
+		case s := <-progress:
+			// Each word of it goes through raft.
+			if s != said && time.Since(told) >= progressEvery {
+				r.state(spec.TaskPreparing, s)
+				said, told = s, time.Now()
+			}
+		}
+	}
+}
+
+// progressEvery is how often the managers are told of a pull's progress.
+const progressEvery = 2 * time.Second
 
 // waitUnless waits for d, or until the task is unwanted or ctx ends.
 func (r *runner) waitUnless(ctx context.Context, d time.Duration) {

@@ -228,6 +228,10 @@ func (b *bench) task(id string, fn func(*fakeTask)) error {
 	return nil
 }
 
+func (b *bench) Prepare(_ context.Context, t runtime.Task, _ func(string)) (spec.TaskSpec, error) {
+	return t.Spec, nil
+}
+
 func (b *bench) Create(ctx context.Context, t runtime.Task) (runtime.Sandbox, error) {
 	if err := b.do(ctx, "create "+t.ID); err != nil {
 		return runtime.Sandbox{}, err

@@ -100,7 +100,7 @@ func TaskSpec(t spec.TaskSpec) *shoalv1.TaskSpec {
 	return &shoalv1.TaskSpec{Command: t.Command, Env: t.Env, Dir: t.Dir, User: t.User, Hostname: t.Hostname, Labels: t.Labels,
 		StopSignal: t.StopSignal, StopGraceMs: t.StopGrace.Milliseconds(),
 		Dns: texts(t.DNS), DnsSearch: t.DNSSearch, DnsOptions: t.DNSOptions, ExtraHosts: t.ExtraHosts, Links: t.Links, Expose: t.Expose,
-		Health: HealthCheck(t.Health),
+		Health: HealthCheck(t.Health), Container: Container(t.Container),
 		Attach: t.Attach, Stdin: t.Stdin, Tty: t.TTY, AutoRemove: t.AutoRemove}
 }
 
@@ -110,7 +110,7 @@ func HealthCheck(h *spec.HealthCheck) *shoalv1.HealthCheck {
 		return nil
 	}
 	return &shoalv1.HealthCheck{Command: h.Command, IntervalMs: h.Interval.Milliseconds(), TimeoutMs: h.Timeout.Milliseconds(),
-		StartPeriodMs: h.StartPeriod.Milliseconds(), StartIntervalMs: h.StartInterval.Milliseconds(), Retries: int32(h.Retries)}
+		StartPeriodMs: h.StartPeriod.Milliseconds(), StartIntervalMs: h.StartInterval.Milliseconds(), Retries: int32(h.Retries), Exec: h.Exec, Disabled: h.Disabled}
 }
 
 // ToHealthCheck is the inverse of HealthCheck.
@@ -120,7 +120,7 @@ func ToHealthCheck(h *shoalv1.HealthCheck) *spec.HealthCheck {
 	}
 	ms := func(n int64) time.Duration { return time.Duration(n) * time.Millisecond }
 	return &spec.HealthCheck{Command: h.GetCommand(), Interval: ms(h.GetIntervalMs()), Timeout: ms(h.GetTimeoutMs()),
-		StartPeriod: ms(h.GetStartPeriodMs()), StartInterval: ms(h.GetStartIntervalMs()), Retries: int(h.GetRetries())}
+		StartPeriod: ms(h.GetStartPeriodMs()), StartInterval: ms(h.GetStartIntervalMs()), Retries: int(h.GetRetries()), Exec: h.GetExec(), Disabled: h.GetDisabled()}
 }
 
 // ToTaskSpec is the inverse of TaskSpec.
@@ -129,7 +129,7 @@ func ToTaskSpec(t *shoalv1.TaskSpec) (spec.TaskSpec, error) {
 	return spec.TaskSpec{Command: t.GetCommand(), Env: t.GetEnv(), Dir: t.GetDir(), User: t.GetUser(), Hostname: t.GetHostname(), Labels: t.GetLabels(),
 		StopSignal: t.GetStopSignal(), StopGrace: time.Duration(t.GetStopGraceMs()) * time.Millisecond,
 		DNS: dns, DNSSearch: t.GetDnsSearch(), DNSOptions: t.GetDnsOptions(), ExtraHosts: t.GetExtraHosts(), Links: t.GetLinks(), Expose: t.GetExpose(),
-		Health: ToHealthCheck(t.GetHealth()),
+		Health: ToHealthCheck(t.GetHealth()), Container: ToContainer(t.GetContainer()),
 		Attach: t.GetAttach(), Stdin: t.GetStdin(), TTY: t.GetTty(), AutoRemove: t.GetAutoRemove()}, err
 }
 
@@ -270,7 +270,7 @@ func ToTask(t *shoalv1.Task) (spec.Task, error) {
 func Node(n spec.Node) *shoalv1.NodeInfo {
 	out := &shoalv1.NodeInfo{Id: n.ID, Name: n.Name, Number: int32(n.Number), Role: n.Role, Availability: n.Availability, Labels: n.Labels,
 		ControlPort: int32(n.ControlPort), GossipPort: int32(n.GossipPort), Status: n.Status, Message: n.Message, Version: n.Version,
-		CreatedMs: n.Created, DataPath: n.DataPath, PublicKey: n.PublicKey, CertificateEndMs: n.CertEnd, CertificateRoot: n.CertRoot}
+		CreatedMs: n.Created, DataPath: n.DataPath, Platform: n.Platform, Containers: n.Containers, ContainersWhy: n.ContainersWhy, PublicKey: n.PublicKey, CertificateEndMs: n.CertEnd, CertificateRoot: n.CertRoot}
 	if n.Addr.IsValid() {
 		out.Addr = n.Addr.String()
 	}
@@ -281,7 +281,7 @@ func Node(n spec.Node) *shoalv1.NodeInfo {
 func ToNode(n *shoalv1.NodeInfo) (spec.Node, error) {
 	out := spec.Node{ID: n.GetId(), Name: n.GetName(), Number: int(n.GetNumber()), Role: n.GetRole(), Availability: n.GetAvailability(), Labels: n.GetLabels(),
 		ControlPort: int(n.GetControlPort()), GossipPort: int(n.GetGossipPort()), Status: n.GetStatus(), Message: n.GetMessage(), Version: n.GetVersion(),
-		Created: n.GetCreatedMs(), DataPath: n.GetDataPath(), PublicKey: n.GetPublicKey(), CertEnd: n.GetCertificateEndMs(), CertRoot: n.GetCertificateRoot()}
+		Created: n.GetCreatedMs(), DataPath: n.GetDataPath(), Platform: n.GetPlatform(), Containers: n.GetContainers(), ContainersWhy: n.GetContainersWhy(), PublicKey: n.GetPublicKey(), CertEnd: n.GetCertificateEndMs(), CertRoot: n.GetCertificateRoot()}
 	if n.GetAddr() != "" {
 		a, err := netip.ParseAddr(n.GetAddr())
 		if err != nil {
@@ -290,4 +290,31 @@ func ToNode(n *shoalv1.NodeInfo) (spec.Node, error) {
 		out.Addr = a
 	}
 	return out, nil
+}
+
+// Container is c on the wire; absent for a program of the node.
+func Container(c spec.Container) *shoalv1.Container {
+	if c.Image == "" {
+		return nil
+	}
+	out := &shoalv1.Container{Image: c.Image, Entrypoint: c.Entrypoint, Pull: c.Pull, RegistryAuth: c.RegistryAuth, ReadOnly: c.ReadOnly,
+		Privileged: c.Privileged, CapAdd: c.CapAdd, CapDrop: c.CapDrop, SecurityOpt: c.SecurityOpt, Devices: c.Devices, ShmSize: c.ShmSize,
+		Ulimits: c.Ulimits, Sysctls: c.Sysctls, Groups: c.Groups, Init: c.Init}
+	for _, m := range c.Mounts {
+		out.Mounts = append(out.Mounts, &shoalv1.Mount{Type: m.Type, Source: m.Source, Target: m.Target, ReadOnly: m.ReadOnly, NoCopy: m.NoCopy,
+			Propagation: m.Propagation, CreateSource: m.CreateSrc, Size: m.Size, Mode: m.Mode, Options: m.Options, Driver: m.Driver, Labels: m.Labels})
+	}
+	return out
+}
+
+// ToContainer is the inverse of Container.
+func ToContainer(c *shoalv1.Container) spec.Container {
+	out := spec.Container{Image: c.GetImage(), Entrypoint: c.GetEntrypoint(), Pull: c.GetPull(), RegistryAuth: c.GetRegistryAuth(), ReadOnly: c.GetReadOnly(),
+		Privileged: c.GetPrivileged(), CapAdd: c.GetCapAdd(), CapDrop: c.GetCapDrop(), SecurityOpt: c.GetSecurityOpt(), Devices: c.GetDevices(), ShmSize: c.GetShmSize(),
+		Ulimits: c.GetUlimits(), Sysctls: c.GetSysctls(), Groups: c.GetGroups(), Init: c.GetInit()}
+	for _, m := range c.GetMounts() {
+		out.Mounts = append(out.Mounts, spec.Mount{Type: m.GetType(), Source: m.GetSource(), Target: m.GetTarget(), ReadOnly: m.GetReadOnly(), NoCopy: m.GetNoCopy(),
+			Propagation: m.GetPropagation(), CreateSrc: m.GetCreateSource(), Size: m.GetSize(), Mode: m.GetMode(), Options: m.GetOptions(), Driver: m.GetDriver(), Labels: m.GetLabels()})
+	}
+	return out
 }

@@ -516,8 +516,10 @@ func (s *service) Report(ctx context.Context, req *connect.Request[shoalv1.Repor
 			return nil, invalid(fmt.Errorf("address of node %s: %q is not an IP address", known.Name, r.Addr))
 		}
 		now.ControlPort, now.GossipPort, now.DataPath = int(r.ControlPort), int(r.GossipPort), r.DataPath
+		now.Platform, now.Containers, now.ContainersWhy = r.Platform, r.Containers, r.ContainersWhy
 	}
-	if known.Status != spec.NodeReady || now.Addr != known.Addr || now.ControlPort != known.ControlPort || now.GossipPort != known.GossipPort || now.DataPath != known.DataPath {
+	if known.Status != spec.NodeReady || now.Addr != known.Addr || now.ControlPort != known.ControlPort || now.GossipPort != known.GossipPort || now.DataPath != known.DataPath ||
+		now.Platform != known.Platform || now.Containers != known.Containers || now.ContainersWhy != known.ContainersWhy {
 		if _, err := s.m.Propose(ctx, state.Command{UpsertNode: &state.UpsertNode{Node: now}}); err != nil {
 			return nil, err
 		}

@@ -48,17 +48,20 @@ var (
 
 // Options of Up. The zero value of a field is its default.
 type Options struct {
-	Name      string    // "": "lab". Tells labs of one machine apart
-	Nodes     int       // 3
-	Managers  int       // 3, or 1 with fewer nodes
-	Binary    string    // this program
-	Dir       string    // /run/shoal-lab[-NAME]
-	AgentArgs []string  // further arguments of every agent
-	DataPath  string    // --data-path of every agent
-	LogLevel  string    // of every agent; "info"
-	MTU       int       // of the underlay, bytes; 1500
-	NoInit    bool      // agents only, no cluster
-	Progress  io.Writer // what is being done, a line each; nil: nowhere
+	Name      string   // "": "lab". Tells labs of one machine apart
+	Nodes     int      // 3
+	Managers  int      // 3, or 1 with fewer nodes
+	Binary    string   // this program
+	Dir       string   // /run/shoal-lab[-NAME]
+	AgentArgs []string // further arguments of every agent
+	DataPath  string   // --data-path of every agent
+	LogLevel  string   // of every agent; "info"
+	MTU       int      // of the underlay, bytes; 1500
+	NoInit    bool     // agents only, no cluster
+	// Containers: where containerd is installed, one of the lab's own runs tasks
+	// from images on all nodes.
+	Containers bool
+	Progress   io.Writer // what is being done, a line each; nil: nowhere
 }
 
 // Node is one node of a lab.
@@ -79,6 +82,8 @@ type Lab struct {
 	Args     []string `json:"args"` // of every agent
 	MTU      int      `json:"mtu"`
 	NodeList []Node   `json:"nodes"`
+	// Containerd is the process ID of the lab's containerd; 0: it has none.
+	Containerd int `json:"containerd,omitempty"`
 
 	progress io.Writer
 }
@@ -145,6 +150,7 @@ func (l *Lab) change(fn func() error) error {
 			l.NodeList[i].PID = now.NodeList[i].PID
 		}
 	}
+	l.Containerd = now.Containerd
 	if err := fn(); err != nil {
 		return err
 	}
@@ -265,6 +271,12 @@ func Up(ctx context.Context, o Options) (_ *Lab, err error) {
 	if err := l.makeUnderlay(); err != nil {
 		return nil, err
 	}
+	if o.Containers && hasContainerd() {
+		l.say("containerd, in %s", l.containerdDir())
+		if err := l.startContainerd(ctx); err != nil {
+			return nil, err
+		}
+	}
 	for i := range l.NodeList {
 		n := &l.NodeList[i]
 		l.say("%s: namespace %s, %s, agent", n.Name, n.Netns, n.Addr)
@@ -344,6 +356,14 @@ func (l *Lab) awaitReady(ctx context.Context) error {
 	}
 }
 
+// containerdAddress is what agents are told; empty where there is none.
+func (l *Lab) containerdAddress() string {
+	if l.Containerd == 0 {
+		return ""
+	}
+	return l.containerdSocket()
+}
+
 // startAgent starts a node's agent as a daemon.
 func (l *Lab) startAgent(n *Node) error {
 	for _, d := range []string{"data", "run"} {
@@ -357,7 +377,7 @@ func (l *Lab) startAgent(n *Node) error {
 	}
 	defer log.Close()
 	args := append([]string{"agent", "--node-name", n.Name, "--data-dir", filepath.Join(n.Dir, "data"), "--run-dir", filepath.Join(n.Dir, "run"),
-		"--hide", l.Dir, "--socket", n.Socket, "--instance", n.Netns, "--advertise-addr", n.Addr.String()}, l.Args...)
+		"--hide", l.Dir, "--socket", n.Socket, "--instance", n.Netns, "--advertise-addr", n.Addr.String(), "--containerd", l.containerdAddress()}, l.Args...)
 	cmd := exec.Command(l.Binary, args...)
 	cmd.Dir = "/"
 	cmd.Stdout, cmd.Stderr = log, log
@@ -665,6 +685,7 @@ func (l *Lab) Down(ctx context.Context) error {
 		all = append(append(all, n.Netns), l.namespaces(n)...)
 	}
 	all = append(all, l.underlay())
+	errs = append(errs, l.stopContainerd(ctx))
 	for _, ns := range all {
 		errs = append(errs, nl.Remove(ns))
 	}

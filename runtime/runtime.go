@@ -36,11 +36,14 @@ type Task struct {
 	Name string `json:"name"`
 	// Netns is a name below spec.NetnsDir, made by Create. Empty: the task is in
 	// the node's own namespace, with the node's resolv.conf and hosts files.
-	Netns      string        `json:"netns"`
-	Spec       spec.TaskSpec `json:"spec"`
-	Hostname   string        `json:"hostname"`
-	ResolvConf []byte        `json:"resolv_conf"`
-	Hosts      []byte        `json:"hosts"`
+	Netns string        `json:"netns"`
+	Spec  spec.TaskSpec `json:"spec"`
+	// Executor names what runs the program in the sandbox (ExecutorOf); empty: the
+	// runtime itself, as a process of the node.
+	Executor   string `json:"executor,omitempty"`
+	Hostname   string `json:"hostname"`
+	ResolvConf []byte `json:"resolv_conf"`
+	Hosts      []byte `json:"hosts"`
 	// Data is kept for the caller and comes back in Status.
 	Data []byte `json:"data,omitempty"`
 }
@@ -82,6 +85,10 @@ type Event struct{ ID string }
 // Runtime runs tasks. Calls for one task come one at a time, but for Exec, Logs,
 // Status and Listening; calls for different tasks at once.
 type Runtime interface {
+	// Prepare fetches what the task needs beside a sandbox, an image for instance,
+	// which may take minutes; progress is told in words for a person. It returns
+	// what the task is as far as that says: the image's defaults filled in.
+	Prepare(ctx context.Context, t Task, progress func(string)) (spec.TaskSpec, error)
 	// Create makes the sandbox. Nothing is left behind when it fails.
 	Create(ctx context.Context, t Task) (Sandbox, error)
 	// Start runs the program. Its error is one line for a person.

@@ -9,12 +9,14 @@ import (
 // HealthCheck is a command, run inside the task, whose exit status tells whether
 // the task can serve: 0 it can. The words and defaults are Docker's.
 type HealthCheck struct {
-	Command       string        `json:"command"` // for /bin/sh -c
+	Command       string        `json:"command"`        // for /bin/sh -c
+	Exec          []string      `json:"exec,omitempty"` // run as it is, instead of Command (an image's CMD form)
 	Interval      time.Duration `json:"interval,omitempty"`
 	Timeout       time.Duration `json:"timeout,omitempty"`        // of one check, which then counts as failed
 	StartPeriod   time.Duration `json:"start_period,omitempty"`   // failures in it don't count
 	StartInterval time.Duration `json:"start_interval,omitempty"` // until the first success
 	Retries       int           `json:"retries,omitempty"`        // failures in a row that make it unhealthy
+	Disabled      bool          `json:"disabled,omitempty"`       // none, whatever the image says
 }
 
 // Defaults of a HealthCheck: Docker's, but for the interval until the first
@@ -55,6 +57,9 @@ func (h HealthCheck) Patience() time.Duration {
 
 // Validate reports the first thing wrong.
 func (h HealthCheck) Validate() error {
+	if h.Disabled || len(h.Exec) > 0 {
+		return nil
+	}
 	if strings.TrimSpace(h.Command) == "" {
 		return fmt.Errorf("health check: no command: give one with --health-cmd, like 'curl -fs http://localhost/'")
 	}

@@ -38,6 +38,8 @@ type TaskSpec struct {
 
 	Health *HealthCheck `json:"health,omitempty"`
 
+	Container
+
 	// Of tasks of their own (shoal run) only:
 	Attach     bool `json:"attach,omitempty"`      // somebody is about to attach: the program waits for them, for a moment
 	Stdin      bool `json:"stdin,omitempty"`       // keep standard input open, for who attaches
@@ -55,6 +57,7 @@ func (t TaskSpec) Clone() TaskSpec {
 	t.DNS, t.DNSSearch = slices.Clone(t.DNS), slices.Clone(t.DNSSearch)
 	t.DNSOptions, t.ExtraHosts = slices.Clone(t.DNSOptions), slices.Clone(t.ExtraHosts)
 	t.Links, t.Expose = slices.Clone(t.Links), slices.Clone(t.Expose)
+	t.Container = t.Container.clone()
 	if t.Health != nil {
 		h := *t.Health
 		t.Health = &h
@@ -72,7 +75,7 @@ func (t TaskSpec) Grace() time.Duration {
 
 // Validate reports the first thing wrong.
 func (t TaskSpec) Validate() error {
-	if len(t.Command) == 0 || t.Command[0] == "" {
+	if t.Image == "" && (len(t.Command) == 0 || t.Command[0] == "") {
 		return fmt.Errorf("no command: give it after --, like: -- python3 -m http.server 80")
 	}
 	for _, e := range t.Env {
@@ -100,6 +103,9 @@ func (t TaskSpec) Validate() error {
 		if err := t.Health.Validate(); err != nil {
 			return err
 		}
+	}
+	if err := t.Container.validate(); err != nil {
+		return err
 	}
 	return t.validateDNS()
 }

@@ -183,6 +183,11 @@ type Node struct {
 	// ends, Unix milliseconds; CertRoot the digest of the root that signed it.
 	CertEnd  int64  `json:"cert_end,omitempty"`
 	CertRoot string `json:"cert_root,omitempty"`
+	// Platform is what it runs, as images name it: linux/amd64.
+	Platform string `json:"platform,omitempty"`
+	// Containers: it can run tasks from images; else ContainersWhy says why not.
+	Containers    bool   `json:"containers,omitempty"`
+	ContainersWhy string `json:"containers_why,omitempty"`
 }
 
 // Clone returns a deep copy.

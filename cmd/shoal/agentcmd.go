@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -19,7 +20,10 @@ import (
 	"github.com/shoalnet/shoal/internal/nl"
 	"github.com/shoalnet/shoal/internal/quiet"
 	"github.com/shoalnet/shoal/overlay/vxlan"
+	"github.com/shoalnet/shoal/runtime"
+	"github.com/shoalnet/shoal/runtime/container"
 	"github.com/shoalnet/shoal/runtime/process"
+	"github.com/shoalnet/shoal/runtime/volume"
 	"github.com/shoalnet/shoal/vip"
 	"github.com/shoalnet/shoal/vip/ipvs"
 	"github.com/shoalnet/shoal/vip/nft"
@@ -34,6 +38,7 @@ func (c *cli) agentCmd() *cobra.Command {
 	cfg := agent.Config{Version: versionString()}
 	var runDir, dataPath, logLevel, logFormat string
 	var hidden []string
+	var ctr container.Config
 	cmd := &cobra.Command{
 		Use: "agent", Short: "Run this node's agent", Args: exactly(0),
 		Long: `Agent is the daemon of a node. It listens on its unix socket only, until 'shoal
@@ -74,7 +79,16 @@ agent's socket rules the cluster.`,
 					return usageError(cmd, fmt.Errorf("--hide %q: name a directory by its whole path, like /root", d))
 				}
 			}
-			return runAgent(cmd.Context(), cfg, runDir, dataPath, hidden)
+			if err := ctr.Pull.Validate(); err != nil {
+				return usageError(cmd, err)
+			}
+			if cfg.ImageTTL < 0 {
+				return usageError(cmd, fmt.Errorf("--image-ttl %s is negative: use 0 to keep images for ever", cfg.ImageTTL))
+			}
+			if ctr.Namespace == "" {
+				ctr.Namespace = cfg.Instance
+			}
+			return runAgent(cmd.Context(), cfg, runDir, dataPath, hidden, ctr)
 		},
 	}
 	f := cmd.Flags()
@@ -87,6 +101,14 @@ agent's socket rules the cluster.`,
 	f.IntVar(&cfg.GossipPort, "gossip-port", agent.DefaultGossipPort, "TCP and UDP port of gossip")
 	f.StringVar(&dataPath, "data-path", "auto", "VIP data path: ipvs, nft, or auto: ipvs where the kernel has it")
 	f.DurationVar(&cfg.DNSStale, "dns-stale", 0, "when no resolver answers, give tasks its last answer for so long after its end (RFC 8767); 0: never")
+	f.StringVar(&ctr.Address, "containerd", container.DefaultAddress, "socket of containerd, which runs tasks from images; empty: this node runs none")
+	f.StringVar(&ctr.Namespace, "containerd-namespace", "", "containerd's namespace for this agent alone (default: --instance)")
+	f.StringVar(&ctr.Snapshotter, "snapshotter", "", "containerd's snapshotter (default overlayfs)")
+	f.StringVar(&ctr.Pull.HostsDir, "registry-config", "/etc/shoal/certs.d", "directory of containerd's hosts.toml files, one directory for each registry: mirrors, certificates")
+	f.StringArrayVar(&ctr.Pull.Insecure, "insecure-registry", nil, "HOST[:PORT] or address prefix of registries without TLS, or whose certificate is not checked (repeatable)")
+	f.StringArrayVar(&ctr.Pull.Mirrors, "registry-mirror", nil, "URL asked for images of Docker Hub before it (repeatable)")
+	f.DurationVar(&ctr.Pull.Stall, "pull-timeout", time.Minute, "how long a registry may send nothing before a pull is given up")
+	f.DurationVar(&cfg.ImageTTL, "image-ttl", 7*24*time.Hour, "how long an image that only tasks asked for stays after the last of them; 0: for ever")
 	f.StringVar(&cfg.Instance, "instance", "shoal", "prefix of what this agent names on the machine, for several agents on one")
 	f.StringVar(&logLevel, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&logFormat, "log-format", "text", "text or json")
@@ -97,7 +119,7 @@ agent's socket rules the cluster.`,
 }
 
 // runAgent picks the implementations and runs the agent.
-func runAgent(ctx context.Context, cfg agent.Config, runDir, dataPath string, hidden []string) error {
+func runAgent(ctx context.Context, cfg agent.Config, runDir, dataPath string, hidden []string, ctr container.Config) error {
 	if err := vxlan.Probe(); err != nil {
 		return err
 	}
@@ -138,7 +160,19 @@ func runAgent(ctx context.Context, cfg agent.Config, runDir, dataPath string, hi
 	if !slices.ContainsFunc(hidden, func(d string) bool { return within(cfg.Socket, d) }) {
 		cfg.Log.Warn("tasks that run as root can reach the agent's socket: put it below --run-dir, or --hide its directory", "socket", cfg.Socket)
 	}
-	rt, err := process.New(process.Config{StateDir: filepath.Join(cfg.DataDir, "tasks"), RunDir: filepath.Join(runDir, "tasks"), Hidden: hidden, Exe: []string{exe}, Log: cfg.Log})
+	cfg.Volumes = &volume.Store{Dir: filepath.Join(cfg.DataDir, "volumes")}
+	executors := map[string]runtime.Executor{}
+	if ctr.Address != "" {
+		node := cfg.NodeName
+		if h, err := os.Hostname(); err == nil && node == "" {
+			node = h
+		}
+		ctr.Instance, ctr.Node, ctr.RunDir, ctr.Volumes, ctr.Hidden, ctr.Log = cfg.Instance, node, runDir, cfg.Volumes, hidden, cfg.Log
+		x := container.New(ctr)
+		defer x.Close()
+		cfg.Images, executors[runtime.ExecutorContainer] = x, x
+	}
+	rt, err := process.New(process.Config{Executors: executors, StateDir: filepath.Join(cfg.DataDir, "tasks"), RunDir: filepath.Join(runDir, "tasks"), Hidden: hidden, Exe: []string{exe}, Log: cfg.Log})
 	if err != nil {
 		return err
 	}

@@ -189,7 +189,7 @@ func (c *cli) infoCmd() *cobra.Command {
 				cluster = "none: run 'shoal init' or 'shoal join'"
 			}
 			rows := [][]string{{"Node:", m.Node.GetName()}, {"Node ID:", m.Node.GetId()}, {"Cluster:", cluster}, {"Role:", m.Node.GetRole()}, {"Address:", m.Node.GetAddr()},
-				{"Data path:", m.DataPath + " (" + m.DataPathReason + ")"}, {"Data directory:", m.DataDir}, {"Agent version:", m.Version}}
+				{"Data path:", m.DataPath + " (" + m.DataPathReason + ")"}, {"Containers:", containersLine(m)}, {"Data directory:", m.DataDir}, {"Agent version:", m.Version}}
 			for _, p := range m.Problems {
 				rows = append(rows, []string{"Problem:", p})
 			}
@@ -283,4 +283,12 @@ func (c *cli) progress(what string) func() {
 		cancel()
 		<-done
 	}
+}
+
+// containersLine says how tasks from images run here, or why they don't.
+func containersLine(m *shoalv1.InfoResponse) string {
+	if m.ContainersOk {
+		return m.Containers
+	}
+	return "none (" + m.Containers + ")"
 }

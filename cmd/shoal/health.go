@@ -29,7 +29,7 @@ func (h *healthFlags) add(f *pflag.FlagSet) {
 
 // apply is the health check of a task that had have (nil: none).
 func (h *healthFlags) apply(have *shoalv1.HealthCheck) (*shoalv1.HealthCheck, error) {
-	given := h.HealthCheck != spec.HealthCheck{}
+	given := h.Command != "" || h.Interval != 0 || h.Timeout != 0 || h.Retries != 0 || h.StartPeriod != 0 || h.StartInterval != 0
 	switch {
 	case h.none && given:
 		return nil, errors.New("--no-healthcheck goes with no other --health flag")

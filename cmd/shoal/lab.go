@@ -16,7 +16,7 @@ func (c *cli) labCmd() *cobra.Command {
 	var name string
 	cmd := group("lab", "Several nodes on this machine, to try Shoal", nil,
 		c.labUp(&name), c.labLs(&name), c.labExec(&name), c.labNode(&name, "kill NODE", "Kill a node: its agent, its tasks, its link"),
-		c.labNode(&name, "start NODE", "Bring a killed node back"), c.labPartition(&name), c.labHeal(&name), c.labDown(&name))
+		c.labNode(&name, "start NODE", "Bring a killed node back"), c.labPartition(&name), c.labHeal(&name), c.labLoad(&name), c.labDown(&name))
 	cmd.Example = `  shoal lab up --nodes 3
   shoal lab exec node2 -- shoal node ls
   shoal lab kill node3
@@ -29,13 +29,13 @@ func (c *cli) labCmd() *cobra.Command {
 
 func (c *cli) labUp(name *string) *cobra.Command {
 	o := lab.Options{}
-	var quiet bool
+	var quiet, noContainers bool
 	cmd := &cobra.Command{Use: "up", Short: "Make a lab", Args: exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if o.Nodes == 0 || o.MTU == 0 || cmd.Flags().Changed("managers") && o.Managers == 0 {
 				return usageError(cmd, errors.New("--nodes, --managers and --mtu can't be 0")) // which is the default in Options
 			}
-			o.Name = *name
+			o.Name, o.Containers = *name, !noContainers
 			if !quiet {
 				o.Progress = c.err
 			}
@@ -59,6 +59,7 @@ func (c *cli) labUp(name *string) *cobra.Command {
 	f.StringVar(&o.LogLevel, "log-level", "", "log level of every agent")
 	f.StringArrayVar(&o.AgentArgs, "agent-arg", nil, "further argument of every agent, like --agent-arg=--gossip-port=7947 (repeatable)")
 	f.IntVar(&o.MTU, "mtu", 1500, "MTU of the underlay in bytes")
+	f.BoolVar(&noContainers, "no-containers", false, "run no containerd for images, where that is installed")
 	f.BoolVar(&o.NoInit, "no-init", false, "start the agents, but make no cluster of them")
 	f.BoolVarP(&quiet, "quiet", "q", false, "say nothing")
 	_ = cmd.RegisterFlagCompletionFunc("data-path", cobra.FixedCompletions(dataPaths, cobra.ShellCompDirectiveNoFileComp))
@@ -173,5 +174,31 @@ func (c *cli) labDown(name *string) *cobra.Command {
 				return err
 			}
 			return l.Down(cmd.Context())
+		}}
+}
+
+func (c *cli) labLoad(name *string) *cobra.Command {
+	return &cobra.Command{Use: "load FILE", Short: "Read an image from an archive into all nodes", Args: exactly(1),
+		Example: "  shoal lab load web.tar",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			l, err := lab.Open(*name)
+			if err != nil {
+				return err
+			}
+			file, err := filepath.Abs(args[0])
+			if err != nil {
+				return err
+			}
+			if _, err := os.Stat(file); err != nil {
+				return err
+			}
+			for _, n := range l.Nodes() {
+				out, err := l.Run(cmd.Context(), n.Name, l.Binary, "image", "load", "-i", file)
+				if err != nil {
+					return fmt.Errorf("%s: %w", n.Name, err)
+				}
+				fmt.Fprintf(c.out, "%s: %s\n", n.Name, strings.TrimSpace(out))
+			}
+			return nil
 		}}
 }

@@ -17,12 +17,19 @@ import (
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 
+	"github.com/shoalnet/shoal/runtime/container"
 	"github.com/shoalnet/shoal/runtime/process"
 )
 
 func main() {
 	// The helpers of a task are this binary, too: they never come back here.
 	if handled, code := process.Dispatch(os.Args); handled {
+		os.Exit(code)
+	}
+	if handled, code := container.Dispatch(os.Args); handled {
+		os.Exit(code)
+	}
+	if handled, code := container.Dispatch(os.Args); handled {
 		os.Exit(code)
 	}
 	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)

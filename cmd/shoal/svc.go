@@ -39,6 +39,7 @@ type taskFlags struct {
 	ip                                                        string // of the first network
 
 	health healthFlags
+	image  containerFlags
 }
 
 func (t *taskFlags) add(f *pflag.FlagSet, hostShort string) {
@@ -177,16 +178,25 @@ func (c *cli) svcCreate() *cobra.Command {
 	var detach, quiet bool
 	var restartDelay time.Duration
 	cmd := &cobra.Command{
-		Use: "create [flags] -- COMMAND [ARG...]", Short: "Create a service", Args: cobra.ArbitraryArgs,
-		Example: `  shoal svc create --name web --replicas 3 --network app -- nginx -g 'daemon off;'
+		Use: "create [flags] IMAGE|-- [COMMAND] [ARG...]", Short: "Create a service", Args: cobra.ArbitraryArgs,
+		Long: `Create makes a service of replicas of an image or, after --, of a program of the
+nodes' own file systems. The image is pinned to the digest that it has now, so
+that all replicas are one image.`,
+		Example: `  shoal svc create --name web --replicas 3 --network app nginx
+  shoal svc create --name web --replicas 3 --network app -- nginx -g 'daemon off;'
   shoal svc create --name db --network app --constraint node.labels.disk==ssd -- postgres -D /data
   shoal svc create --name web --replicas 3 --network app --publish 8080:80 -- nginx -g 'daemon off;'`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 0 {
-				return usageError(cmd, fmt.Errorf("no command: give it after --, like: shoal svc create --name web -- nginx -g 'daemon off;'"))
+				return usageError(cmd, fmt.Errorf("no image and no command: name an image, or a program after --, like: shoal svc create --name web -- nginx -g 'daemon off;'"))
 			}
+			image, command := imageArgs(cmd, args)
 			var err error
-			if req.Task, err = tf.spec(args); err != nil {
+			if req.Task, err = tf.spec(command); err != nil {
+				return usageError(cmd, err)
+			}
+			tf.image.entrypointGiven = cmd.Flags().Changed("entrypoint")
+			if err := c.setContainer(req.Task, &tf.image, "svc create --name NAME", image, command, true, tf.health.none); err != nil {
 				return usageError(cmd, err)
 			}
 			if req.Networks, err = tf.attachments(); err != nil {
@@ -206,6 +216,9 @@ func (c *cli) svcCreate() *cobra.Command {
 				req.Name = "svc-" + spec.NewID()[:6]
 			}
 			if err := c.api().Link(cmd.Context(), req.Task, req.Name, req.Networks); err != nil {
+				return err
+			}
+			if err := c.pinImage(cmd.Context(), req.Task, &tf.image, "svc create --name "+req.Name, image, command); err != nil {
 				return err
 			}
 			resp, err := c.control().CreateService(cmd.Context(), connect.NewRequest(&shoalv1.CreateServiceRequest{Spec: req}))
@@ -234,6 +247,7 @@ func (c *cli) svcCreate() *cobra.Command {
 	f.BoolVarP(&quiet, "quiet", "q", false, "wait, but show no progress")
 	f.StringArrayVar(&tf.taskLabels, "container-label", nil, "label of the tasks, key=value (repeatable); --label is the service's")
 	tf.add(f, "")
+	tf.image.add(f, true)
 	_ = cmd.RegisterFlagCompletionFunc("network", c.complete(c.networkNames))
 	_ = cmd.RegisterFlagCompletionFunc("endpoint-mode", cobra.FixedCompletions([]string{"vip", "dnsrr"}, cobra.ShellCompDirectiveNoFileComp))
 	return cmd

@@ -23,6 +23,10 @@ func (c *cli) svcUpdate() *cobra.Command {
 	var publishAdd, publishRm, networkAdd, networkRm, envAdd, envRm, labelAdd, labelRm, constraintAdd, constraintRm []string
 	var dnsAdd, dnsRm, hostAdd, hostRm []string
 	var taskLabelAdd, taskLabelRm, searchAdd, searchRm, optionAdd, optionRm, exposeAdd, exposeRm, linkAdd, linkRm, aliasAdd, aliasRm, envFile, labelFile []string
+	var image, entrypoint string
+	var cf containerFlags
+	var mountRm, tmpfsRm, groupRm, ulimitRm, sysctlRm, deviceRm []string
+	var registryAuthToo, noResolve bool
 	var command, hostname, mode, user, dir, stopSignal, vip string
 	var grace, restartDelay time.Duration
 	var restartMax int32
@@ -62,9 +66,105 @@ running before the old one ends.`,
 				if err != nil {
 					return fmt.Errorf("--args %q: %w", command, err)
 				}
+				if sp.Task.Container != nil {
+					sp.Task.Command = spec.Texts(words) // behind the image's entrypoint, as in Docker
+					return nil
+				}
 				sp.Task.Command = append(sp.Task.Command[:1:1], spec.Texts(words)...)
 				return nil
 			})
+			set("image", func() error {
+				if sp.Task.Container == nil {
+					return fmt.Errorf("service %s runs a program of the nodes, no image: make another service of the image", sp.Name)
+				}
+				if err := checkImage("svc create", image, nil); err != nil {
+					return err
+				}
+				ct := api.ToContainer(sp.Task.Container)
+				ct.Image = image
+				if registryAuthToo {
+					auth, err := registryAuth(image)
+					if err != nil {
+						return err
+					}
+					ct.RegistryAuth = auth
+				}
+				if !noResolve {
+					why, err := c.pin(ctx, "", &ct)
+					if err != nil {
+						return err
+					}
+					if why != "" {
+						fmt.Fprintf(c.err, "shoal: %s: its digest could not be found out; each node takes the image as it finds it, perhaps another one\n", why)
+					}
+				}
+				sp.Task.Container = api.Container(ct)
+				return nil
+			})
+			set("entrypoint", func() error {
+				if sp.Task.Container == nil {
+					return fmt.Errorf("service %s runs a program of the nodes: --entrypoint is for images", sp.Name)
+				}
+				sp.Task.Container.Entrypoint = []string{entrypoint}
+				return nil
+			})
+			add, err2 := cf.container("")
+			if err2 != nil {
+				return usageError(cmd, err2)
+			}
+			// Of an image: what its flags say goes into what is there.
+			onImage := func(flag string, fn func(ct *spec.Container)) {
+				set(flag, func() error {
+					if sp.Task.Container == nil {
+						return fmt.Errorf("service %s runs a program of the nodes: --%s is for images", sp.Name, flag)
+					}
+					ct := api.ToContainer(sp.Task.Container)
+					fn(&ct)
+					sp.Task.Container = api.Container(ct)
+					return nil
+				})
+			}
+			onImage("cap-add", func(ct *spec.Container) {
+				ct.CapDrop, ct.CapAdd = drop(ct.CapDrop, add.CapAdd), more(ct.CapAdd, add.CapAdd)
+			})
+			onImage("cap-drop", func(ct *spec.Container) {
+				ct.CapAdd, ct.CapDrop = drop(ct.CapAdd, add.CapDrop), more(ct.CapDrop, add.CapDrop)
+			})
+			onImage("mount-rm", func(ct *spec.Container) {
+				ct.Mounts = slices.DeleteFunc(ct.Mounts, func(m spec.Mount) bool { return slices.Contains(mountRm, m.Target) })
+			})
+			for _, flag := range []string{"mount-add", "tmpfs-add"} {
+				onImage(flag, func(ct *spec.Container) {
+					for _, m := range add.Mounts {
+						ct.Mounts = append(slices.DeleteFunc(ct.Mounts, func(o spec.Mount) bool { return o.Target == m.Target }), m)
+					}
+				})
+			}
+			onImage("tmpfs-rm", func(ct *spec.Container) {
+				ct.Mounts = slices.DeleteFunc(ct.Mounts, func(m spec.Mount) bool {
+					return m.Type == spec.MountTmpfs && slices.Contains(tmpfsRm, m.Target)
+				})
+			})
+			onImage("group-rm", func(ct *spec.Container) { ct.Groups = drop(ct.Groups, groupRm) })
+			onImage("group-add", func(ct *spec.Container) { ct.Groups = more(ct.Groups, add.Groups) })
+			onImage("ulimit-rm", func(ct *spec.Container) { ct.Ulimits = dropKeys(ct.Ulimits, ulimitRm) })
+			onImage("ulimit-add", func(ct *spec.Container) {
+				ct.Ulimits = append(dropKeys(ct.Ulimits, each1(add.Ulimits, key)), add.Ulimits...)
+			})
+			onImage("sysctl-rm", func(ct *spec.Container) {
+				for _, k := range sysctlRm {
+					delete(ct.Sysctls, k)
+				}
+			})
+			onImage("sysctl-add", func(ct *spec.Container) { ct.Sysctls = merged(ct.Sysctls, add.Sysctls) })
+			onImage("device-rm", func(ct *spec.Container) { ct.Devices = drop(ct.Devices, deviceRm) })
+			onImage("device-add", func(ct *spec.Container) { ct.Devices = more(ct.Devices, add.Devices) })
+			onImage("read-only", func(ct *spec.Container) { ct.ReadOnly = add.ReadOnly })
+			onImage("privileged", func(ct *spec.Container) { ct.Privileged = add.Privileged })
+			onImage("init", func(ct *spec.Container) { ct.Init = add.Init })
+			onImage("pull", func(ct *spec.Container) { ct.Pull = add.Pull })
+			onImage("shm-size", func(ct *spec.Container) { ct.ShmSize = add.ShmSize })
+			onImage("security-opt", func(ct *spec.Container) { ct.SecurityOpt = add.SecurityOpt })
 			set("user", func() error { sp.Task.User = spec.Text(user); return nil })
 			set("workdir", func() error { sp.Task.Dir = spec.Text(dir); return nil })
 			set("stop-signal", func() error { sp.Task.StopSignal = stopSignal; return nil })
@@ -215,6 +315,18 @@ running before the old one ends.`,
 			return c.converge(ctx, resp.Msg.Service, quiet)
 		}}
 	f := cmd.Flags()
+	cf.addUpdate(f)
+	for _, l := range []struct {
+		to         *[]string
+		name, what string
+	}{{&mountRm, "mount-rm", "mount to take away, by its target"}, {&tmpfsRm, "tmpfs-rm", "tmpfs to take away, by its target"}, {&groupRm, "group-rm", "group of the user to take away"},
+		{&ulimitRm, "ulimit-rm", "limit to take away, by its name"}, {&sysctlRm, "sysctl-rm", "kernel parameter to take away, by its name"}, {&deviceRm, "device-rm", "device to take away"}} {
+		f.StringArrayVar(l.to, l.name, nil, l.what+" (repeatable)")
+	}
+	f.StringVar(&image, "image", "", "another image")
+	f.StringVar(&entrypoint, "entrypoint", "", "command line instead of the image's entrypoint")
+	f.BoolVar(&registryAuthToo, "with-registry-auth", false, "send this user's login of the registry to the nodes")
+	f.BoolVar(&noResolve, "no-resolve-image", false, "don't pin the image to the digest that it has now")
 	f.Int32Var(&replicas, "replicas", 0, "number of tasks")
 	f.StringVar(&command, "args", "", "arguments of the command, with quotes as a shell has them")
 	f.StringVarP(&user, "user", "u", "", "user or uid, and group: NAME[:GROUP]")

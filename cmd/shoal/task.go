@@ -32,13 +32,15 @@ func (c *cli) runCmd() *cobra.Command {
 	var stopTimeout int
 	req := &shoalv1.CreateTaskRequest{}
 	cmd := &cobra.Command{
-		Use: "run [flags] -- COMMAND [ARG...]", Short: "Run a task on one node, this one by default", Args: cobra.ArbitraryArgs,
-		Long: `Run starts a task of its own, outside of any service, on this node or the one
+		Use: "run [flags] IMAGE|-- [COMMAND] [ARG...]", Short: "Run a task on one node, this one by default", Args: cobra.ArbitraryArgs,
+		Long: `Run starts a task of its own, of an image or, after --, of a program of the node,
+outside of any service, on this node or the one
 given with --node. In the foreground it shows the task's output as it is, passes
 signals on, and exits with the task's exit status, 125 for a task that could not
 be made, 126 for a command that can't be executed and 127 for one that is not
 found; with -d it prints the task's ID once it runs.`,
-		Example: `  shoal run -d --name c1 --network app -- sleep 3600
+		Example: `  shoal run --rm -it --network app debian bash
+  shoal run -d --name c1 --network app -- sleep 3600
   shoal run --rm --network app -- curl -s http://web/
   shoal run -it --rm --network app -- bash`,
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
@@ -50,10 +52,15 @@ found; with -d it prints the task's ID once it runs.`,
 				}
 			}()
 			if len(args) == 0 {
-				return usageError(cmd, fmt.Errorf("no command: give it after --, like: shoal run --network app -- sleep 60"))
+				return usageError(cmd, fmt.Errorf("no image and no command: name an image, or a program after --, like: shoal run --network app -- sleep 60"))
 			}
+			image, args := imageArgs(cmd, args)
 			tf.stopGrace = time.Duration(stopTimeout) * time.Second
 			if req.Spec, err = tf.spec(args); err != nil {
+				return usageError(cmd, err)
+			}
+			tf.image.entrypointGiven = cmd.Flags().Changed("entrypoint")
+			if err := c.setContainer(req.Spec, &tf.image, "run", image, args, false, tf.health.none); err != nil {
 				return usageError(cmd, err)
 			}
 			req.Spec.Attach, req.Spec.Stdin, req.Spec.Tty, req.Spec.AutoRemove = !detach, stdin, tty, remove
@@ -106,6 +113,7 @@ found; with -d it prints the task's ID once it runs.`,
 	f.StringVar(&tf.ip, "ip", "", "address on the first network (default: a free one)")
 	f.IntVar(&stopTimeout, "stop-timeout", int(spec.DefaultStopGrace/time.Second), "seconds between the stop signal and the kill")
 	tf.add(f, "h")
+	tf.image.add(f, false)
 	f.Bool("help", false, "help for run") // -h is Docker's for --hostname
 	_ = cmd.RegisterFlagCompletionFunc("network", c.complete(c.networkNames))
 	_ = cmd.RegisterFlagCompletionFunc("node", c.complete(c.nodeNames))

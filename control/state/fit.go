@@ -14,13 +14,17 @@ type rule struct {
 	fits func(spec.Node) bool
 }
 
-// taskRules are those of tasks with these constraints on these networks.
-func (s *State) taskRules(constraints []string, nets []spec.NetworkAttachment) []rule {
+// taskRules are those of tasks with these constraints on these networks, of an image
+// or (image empty) of a program of the node.
+func (s *State) taskRules(constraints []string, nets []spec.NetworkAttachment, image string) []rule {
 	pins := s.pinned(nets)
-	if len(constraints)+len(pins) == 0 {
+	if len(constraints)+len(pins) == 0 && image == "" {
 		return nil
 	}
-	out := make([]rule, 0, len(constraints)+len(pins))
+	out := make([]rule, 0, len(constraints)+len(pins)+1)
+	if image != "" {
+		out = append(out, rule{containerRule, func(n spec.Node) bool { return n.Containers }})
+	}
 	for _, c := range constraints {
 		if pc, err := spec.ParseConstraint(c); err == nil { // validated when the service was made
 			out = append(out, rule{c, pc.Match})
@@ -32,6 +36,9 @@ func (s *State) taskRules(constraints []string, nets []spec.NetworkAttachment) [
 	}
 	return out
 }
+
+// containerRule is the name of the rule that images bring.
+const containerRule = "a container runtime"
 
 // allow tells whether a node meets all rules.
 func allow(rules []rule, n spec.Node) bool {
@@ -59,5 +66,5 @@ func (s *State) stays(v *service, t *task) bool {
 		return true
 	}
 	n := s.nodes[t.Node]
-	return keeps(n) && allow(s.taskRules(v.Spec.Constraints, v.Spec.Networks), n.Node)
+	return keeps(n) && allow(s.taskRules(v.Spec.Constraints, v.Spec.Networks, v.Spec.Task.Image), n.Node)
 }

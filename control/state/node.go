@@ -46,6 +46,7 @@ func (s *State) upsertNode(c *UpsertNode) Result {
 		next := was
 		next.Name, next.Addr, next.ControlPort, next.GossipPort = in.Name, in.Addr, in.ControlPort, in.GossipPort
 		next.DataPath, next.Status, next.Message = in.DataPath, spec.NodeReady, ""
+		next.Platform, next.Containers, next.ContainersWhy = in.Platform, in.Containers, in.ContainersWhy
 		s.renameNode(n, next.Name)
 		s.setNode(n, next)
 		s.returned(n)
@@ -132,7 +133,8 @@ func (s *State) setNode(n *node, next spec.Node) {
 	was := n.Node
 	same := was.Name == next.Name && was.Role == next.Role && was.Availability == next.Availability && was.Addr == next.Addr &&
 		was.ControlPort == next.ControlPort && was.GossipPort == next.GossipPort && was.Status == next.Status &&
-		was.Message == next.Message && was.DataPath == next.DataPath && maps.Equal(was.Labels, next.Labels)
+		was.Message == next.Message && was.DataPath == next.DataPath &&
+		was.Platform == next.Platform && was.Containers == next.Containers && was.ContainersWhy == next.ContainersWhy && maps.Equal(was.Labels, next.Labels)
 	if same {
 		return
 	}

@@ -101,7 +101,7 @@ type slotPlan struct {
 
 func (p *planner) service(v *service) {
 	sv := &servicePlan{v: v}
-	sv.rules, sv.ports = p.s.taskRules(v.Spec.Constraints, v.Spec.Networks), HostPorts(v.Service)
+	sv.rules, sv.ports = p.s.taskRules(v.Spec.Constraints, v.Spec.Networks, v.Spec.Task.Image), HostPorts(v.Service)
 	p.match(sv)
 	p.slots = p.slots[:0]
 	for i := 0; i < len(v.tasks); {
@@ -477,8 +477,8 @@ func (p *planner) portTaken(sv *servicePlan, i int) string {
 }
 
 // standalone is what pick needs to know of a task on its own.
-func (p *planner) standalone(nets []spec.NetworkAttachment, ports []spec.Port) *servicePlan {
-	sv := &servicePlan{rules: p.s.taskRules(nil, nets), ports: ports}
+func (p *planner) standalone(nets []spec.NetworkAttachment, ports []spec.Port, image string) *servicePlan {
+	sv := &servicePlan{rules: p.s.taskRules(nil, nets, image), ports: ports}
 	p.match(sv)
 	return sv
 }
@@ -489,6 +489,9 @@ func (p *planner) nowhere(sv *servicePlan) string {
 		return "the cluster has no nodes"
 	}
 	if sv != nil && sv.unmet != "" {
+		if sv.unmet == containerRule {
+			return fmt.Sprintf("no node runs containers: none of the %d nodes has a container runtime: install containerd and runc on some", len(p.nodes))
+		}
 		if len(sv.rules) == 1 {
 			return "no node matches constraint " + sv.unmet
 		}

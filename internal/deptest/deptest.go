@@ -45,6 +45,7 @@ var Rules = []Rule{
 	{From: "...", To: "github.com/miekg/dns", Except: []string{"./dns/...", "./internal/tools/bench"}, Why: "dns hides miekg/dns"},
 	{From: "...", To: "github.com/hashicorp/raft", Except: []string{"./control"}, Why: "control hides raft"},
 	{From: "...", To: "crypto/tls", Except: []string{"./peer"}, Why: "one listener and one dialer between nodes"},
+	{From: "...", To: "github.com/containerd/containerd/v2/client", Except: []string{"./runtime/container"}, Why: "runtime/container hides containerd"},
 	{From: "...", To: "github.com/moby/ipvs", Except: []string{"./vip/ipvs"}, Why: "vip/ipvs hides moby/ipvs and what it lacks"},
 	{From: "...", To: "github.com/vishvananda/netlink", Except: kernel, Why: "only these packages open netlink sockets"},
 	{From: "...", To: "github.com/google/nftables", Except: kernel, Why: "only these packages open netlink sockets"},

@@ -121,7 +121,11 @@ func (s *shim) attach(answer func(error, ...int)) {
 	}
 	s.mu.Lock()
 	in, tty := s.stdin, s.tty
-	s.stdin = nil
+	if s.foreign != nil && s.task.Spec.TTY {
+		in, tty = nil, s.stdin // a terminal stays open for who comes next
+	} else {
+		s.stdin = nil
+	}
 	s.mu.Unlock()
 	send := func(uintptr) { answer(nil, fds...) }
 	if in != nil {
@@ -162,6 +166,7 @@ type attachment struct {
 	r    *Runtime
 	id   string
 	tty  *os.File
+	x    runtime.Executor // of a task that has one
 	done chan struct{}
 	code int
 	err  error
@@ -174,6 +179,10 @@ func (r *Runtime) Attach(ctx context.Context, id string, s runtime.AttachSpec) (
 	}
 	var t runtime.Task
 	if err := readJSON(r.taskDir(id)+"/"+taskFile, &t); err != nil {
+		return nil, err
+	}
+	x, err := r.executor(t.Executor)
+	if err != nil {
 		return nil, err
 	}
 	r.mu.Lock()
@@ -192,12 +201,12 @@ func (r *Runtime) Attach(ctx context.Context, id string, s runtime.AttachSpec) (
 		}
 		return nil, err
 	}
-	a := &attachment{r: r, id: id, done: make(chan struct{})}
+	a := &attachment{r: r, id: id, x: x, done: make(chan struct{})}
 	var in *os.File
 	if len(files) > 2 {
 		if in = files[2]; t.Spec.TTY {
 			a.tty = in
-			if s.Rows > 0 && s.Cols > 0 {
+			if s.Rows > 0 && s.Cols > 0 && x == nil {
 				_ = a.Resize(s.Rows, s.Cols)
 			}
 		}
@@ -216,6 +225,26 @@ func (r *Runtime) Attach(ctx context.Context, id string, s runtime.AttachSpec) (
 			}
 			if a.tty == nil {
 				in.Close()
+				if x != nil {
+					r.closeInput(x, id)
+				}
+			}
+		}()
+	}
+	if x != nil && t.Spec.TTY && s.Rows > 0 && s.Cols > 0 {
+		// Its terminal is made when it starts, which may be yet to come.
+		go func() {
+			for range 100 {
+				if a.Resize(s.Rows, s.Cols) == nil {
+					return
+				}
+				select {
+				case <-ctx.Done():
+					return
+				case <-a.done:
+					return
+				case <-time.After(50 * time.Millisecond):
+				}
 			}
 		}()
 	}
@@ -275,6 +304,9 @@ func (a *attachment) Wait() (int, error) {
 }
 
 func (a *attachment) Resize(rows, cols uint16) error {
+	if a.x != nil {
+		return a.x.Resize(a.r.ctx, a.id, rows, cols)
+	}
 	if a.tty == nil {
 		return errors.New("the task has no terminal")
 	}

@@ -82,7 +82,7 @@ func (r *Runtime) inhabited() []inhabitant {
 	defer r.mu.Unlock()
 	var out []inhabitant
 	for id, e := range r.tasks {
-		if e.status.State == runtime.Running && e.initPID > 0 {
+		if e.status.State == runtime.Running && e.initPID > 0 && !e.foreign {
 			out = append(out, inhabitant{id, e.status.Name, e.status.Sandbox.Netns, e.initPID, e})
 		}
 	}

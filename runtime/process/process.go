@@ -30,8 +30,10 @@ type Config struct {
 	StateDir string   // a directory per task; survives a reboot
 	RunDir   string   // sockets; need not. Its path must be short (unix(7): 108 bytes)
 	Exe      []string // how to start a helper; empty: this program
-	Hidden   []string // directories of the node that tasks find empty; one that does not exist is no error
-	Log      *slog.Logger
+	// Executors run what is in a sandbox when the task names one, by name.
+	Executors map[string]runtime.Executor
+	Hidden    []string // directories of the node that tasks find empty; one that does not exist is no error
+	Log       *slog.Logger
 }
 
 // Runtime implements runtime.Runtime.
@@ -46,6 +48,7 @@ type Runtime struct {
 	tasks  map[string]*entry
 	queue  []runtime.Event
 	queued chan struct{} // size 1
+	swept  sync.Once
 
 	mountsDue chan struct{} // size 1: tasks were adopted
 }
@@ -56,6 +59,8 @@ type entry struct {
 	initPID int
 	shim    *os.Process   // when it is this process's child, to be waited for
 	watched chan struct{} // closed when the shim's end is known
+	foreign bool          // an executor runs the program, in a file system of its own
+	minded  bool          // its executor is asked for the program's end
 	fault   string        // what the task has lost, see mendMounts
 }
 
@@ -125,6 +130,14 @@ func (r *Runtime) Create(ctx context.Context, t runtime.Task) (_ runtime.Sandbox
 	if err := writeJSON(filepath.Join(dir, taskFile), record{t, r.cfg.Hidden}); err != nil {
 		return runtime.Sandbox{}, err
 	}
+	if t.Executor != "" {
+		if _, err := r.executor(t.Executor); err != nil {
+			return runtime.Sandbox{}, err
+		}
+		if err := r.writeFiles(t); err != nil {
+			return runtime.Sandbox{}, err
+		}
+	}
 	if t.Netns != "" {
 		if err := nl.Create(t.Netns); err != nil {
 			return runtime.Sandbox{}, err
@@ -135,7 +148,7 @@ func (r *Runtime) Create(ctx context.Context, t runtime.Task) (_ runtime.Sandbox
 		return runtime.Sandbox{}, err
 	}
 	sb := runtime.Sandbox{Netns: t.Netns, DNSPort: rd.DNSPort}
-	r.watch(&entry{status: runtime.Status{ID: t.ID, Name: t.Name, State: runtime.Created, Sandbox: sb, Data: t.Data}, shim: shim})
+	r.watch(&entry{status: runtime.Status{ID: t.ID, Name: t.Name, State: runtime.Created, Sandbox: sb, Data: t.Data}, shim: shim, foreign: t.Executor != ""})
 	return sb, nil
 }
 
@@ -312,6 +325,7 @@ func (r *Runtime) List(ctx context.Context) ([]runtime.Status, error) {
 			return nil, err
 		}
 	}
+	r.swept.Do(r.sweepExecutors)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	var out []runtime.Status
@@ -336,12 +350,17 @@ func (r *Runtime) adopt(id string) error {
 		r.log.Warn("clearing away a task whose record is damaged, or was never written", "task", id, "netns", netns, "error", err)
 		return r.sweep(id, netns)
 	}
-	e := &entry{status: runtime.Status{ID: id, Name: t.Name, State: runtime.Created, Sandbox: runtime.Sandbox{Netns: t.Netns}, Data: t.Data}}
+	e := &entry{status: runtime.Status{ID: id, Name: t.Name, State: runtime.Created, Sandbox: runtime.Sandbox{Netns: t.Netns}, Data: t.Data}, foreign: t.Executor != ""}
 	resp, err := r.peek(id)
 	if err == nil {
 		e.status, e.initPID = resp.Status, resp.InitPID
 		e.status.Data = t.Data
 		r.watch(e)
+		if x, err := r.executor(t.Executor); err != nil {
+			return fmt.Errorf("task %s: %w", t.Name, err)
+		} else if x != nil && e.status.State == runtime.Running {
+			r.mind(e, x)
+		}
 		select {
 		case r.mountsDue <- struct{}{}:
 		default:
@@ -382,6 +401,11 @@ func (r *Runtime) Start(ctx context.Context, id string) error {
 	if _, err := r.Status(ctx, id); err != nil {
 		return err
 	}
+	if _, x, err := r.box(id); err != nil {
+		return err
+	} else if x != nil {
+		return r.startForeign(ctx, id)
+	}
 	resp, _, err := call(r.socket(id), request{Op: "start"}, 0)
 	// What the answer says is true now, before the watcher hears of it: also that
 	// the program has ended, and how, when it could not be executed.
@@ -407,6 +431,11 @@ func (r *Runtime) Stop(ctx context.Context, id, signal string, grace time.Durati
 	}
 	if st.State != runtime.Running {
 		return nil
+	}
+	if _, x, err := r.box(id); err != nil {
+		return err
+	} else if x != nil {
+		return r.stopForeign(ctx, id, x, sig, grace)
 	}
 	// The shim counts the grace; this process may end meanwhile.
 	done := make(chan error, 1)
@@ -455,6 +484,9 @@ func (r *Runtime) Release(ctx context.Context, id string) error {
 	st, err := r.Status(ctx, id)
 	if errors.Is(err, runtime.ErrNotFound) {
 		return nil
+	}
+	if err := r.releaseForeign(ctx, id); err != nil {
+		return err
 	}
 	r.mu.Lock()
 	e := r.tasks[id]

@@ -17,9 +17,12 @@ import (
 // socket: a request, an answer; after "watch", an answer per change.
 
 type request struct {
-	Op     string        `json:"op"` // start, stop, signal, dns, attach, watch, shutdown
+	Op     string        `json:"op"` // start, stop, signal, dns, attach, watch, shutdown; of an executor's program: await, started, ended
 	Signal int           `json:"signal,omitempty"`
 	Grace  time.Duration `json:"grace,omitempty"`
+	PID    int           `json:"pid,omitempty"`
+	Code   int           `json:"code,omitempty"`
+	Err    string        `json:"err,omitempty"`
 }
 
 type response struct {

@@ -89,6 +89,7 @@ type shim struct {
 	out, err  sink
 
 	mu      sync.Mutex
+	foreign *foreign         // of a task whose program an executor runs
 	early   []syscall.Signal // that came before the program ran
 	status  runtime.Status
 	initPID int
@@ -136,7 +137,11 @@ func shimMain(args []string) int {
 		return fail(err)
 	}
 	s.status = runtime.Status{ID: s.task.ID, Name: s.task.Name, State: runtime.Created, Sandbox: runtime.Sandbox{Netns: s.task.Netns, DNSPort: port}}
-	if err := s.openInput(); err != nil {
+	open := s.openInput
+	if s.task.Executor != "" {
+		open = s.openStreams
+	}
+	if err := open(); err != nil {
 		return fail(err)
 	}
 	_ = os.Remove(args[1])
@@ -204,6 +209,23 @@ func (s *shim) serve(c *net.UnixConn) {
 	switch req.Op {
 	case "start":
 		answer(s.start())
+	case "await":
+		s.await()
+		answer(nil)
+	case "started":
+		if s.foreign == nil {
+			answer(errors.New("the task's program is the shim's own"))
+			return
+		}
+		s.runs(req.PID)
+		answer(nil)
+	case "ended":
+		if s.foreign == nil {
+			answer(errors.New("the task's program is the shim's own"))
+			return
+		}
+		s.ended(req.Code, req.Err)
+		answer(nil)
 	case "stop":
 		s.stop(syscall.Signal(req.Signal), req.Grace)
 		answer(nil)
@@ -229,7 +251,9 @@ func (s *shim) serve(c *net.UnixConn) {
 		u.Close()
 		t.Close()
 	case "shutdown":
-		s.stop(syscall.SIGKILL, 0)
+		if s.foreign == nil {
+			s.stop(syscall.SIGKILL, 0)
+		}
 		answer(nil)
 		os.Exit(0)
 	default:
@@ -265,6 +289,9 @@ func (s *shim) start() error {
 	s.mu.Lock()
 	st := s.status.State
 	s.mu.Unlock()
+	if s.foreign != nil {
+		return errors.New("the task's program is its executor's to start")
+	}
 	if st != runtime.Created {
 		return nil // the agent asks again after a restart
 	}
@@ -353,14 +380,6 @@ func (s *shim) runInit(started chan<- error) error {
 		started <- nil
 	}
 	err = cmd.Wait()
-	// The kernel has killed the rest of the PID namespace, so the pipes end. Who
-	// is attached and slow must not hold that up.
-	s.out.finish()
-	s.err.finish()
-	logs.Wait()
-	s.out.close()
-	s.err.close()
-	s.log.flush()
 	code := 0
 	var ee *exec.ExitError
 	if errors.As(err, &ee) {
@@ -372,6 +391,24 @@ func (s *shim) runInit(started chan<- error) error {
 	} else if err != nil {
 		code = 255
 	}
+	s.finish(&logs, code, startErr)
+	if startErr != "" {
+		return errors.New(startErr)
+	}
+	return nil
+}
+
+// finish takes the rest of the output, and keeps and tells how the program ended;
+// startErr is why it did not start.
+func (s *shim) finish(logs *sync.WaitGroup, code int, startErr string) {
+	// The kernel has killed the rest of the PID namespace, so the pipes end. Who
+	// is attached and slow must not hold that up.
+	s.out.finish()
+	s.err.finish()
+	logs.Wait()
+	s.out.close()
+	s.err.close()
+	s.log.flush()
 	var final runtime.Status
 	s.mu.Lock()
 	final = s.status
@@ -382,10 +419,6 @@ func (s *shim) runInit(started chan<- error) error {
 	}
 	s.set(func(st *runtime.Status) { *st = final })
 	close(s.done)
-	if startErr != "" {
-		return errors.New(startErr)
-	}
-	return nil
 }
 
 // stop signals the program, kills the task after grace, and waits for its end.

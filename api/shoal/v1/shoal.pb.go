@@ -262,6 +262,7 @@ type TaskSpec struct {
 	Tty           bool                   `protobuf:"varint,17,opt,name=tty,proto3" json:"tty,omitempty"`
 	AutoRemove    bool                   `protobuf:"varint,18,opt,name=auto_remove,json=autoRemove,proto3" json:"auto_remove,omitempty"` // forget the task when it has ended
 	Health        *HealthCheck           `protobuf:"bytes,19,opt,name=health,proto3" json:"health,omitempty"`                            // absent: none
+	Container     *Container             `protobuf:"bytes,40,opt,name=container,proto3" json:"container,omitempty"`                      // absent: a program of the node
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -429,6 +430,310 @@ func (x *TaskSpec) GetHealth() *HealthCheck {
 	return nil
 }
 
+func (x *TaskSpec) GetContainer() *Container {
+	if x != nil {
+		return x.Container
+	}
+	return nil
+}
+
+// Container is what a task from an image has beyond any task (spec.Container).
+type Container struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Image         string                 `protobuf:"bytes,1,opt,name=image,proto3" json:"image,omitempty"`
+	Entrypoint    []string               `protobuf:"bytes,2,rep,name=entrypoint,proto3" json:"entrypoint,omitempty"`
+	Pull          string                 `protobuf:"bytes,3,opt,name=pull,proto3" json:"pull,omitempty"`                                     // always, missing, never
+	RegistryAuth  string                 `protobuf:"bytes,4,opt,name=registry_auth,json=registryAuth,proto3" json:"registry_auth,omitempty"` // in requests and assignments only
+	Mounts        []*Mount               `protobuf:"bytes,5,rep,name=mounts,proto3" json:"mounts,omitempty"`
+	ReadOnly      bool                   `protobuf:"varint,6,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
+	Privileged    bool                   `protobuf:"varint,7,opt,name=privileged,proto3" json:"privileged,omitempty"`
+	CapAdd        []string               `protobuf:"bytes,8,rep,name=cap_add,json=capAdd,proto3" json:"cap_add,omitempty"`
+	CapDrop       []string               `protobuf:"bytes,9,rep,name=cap_drop,json=capDrop,proto3" json:"cap_drop,omitempty"`
+	SecurityOpt   []string               `protobuf:"bytes,10,rep,name=security_opt,json=securityOpt,proto3" json:"security_opt,omitempty"`
+	Devices       []string               `protobuf:"bytes,11,rep,name=devices,proto3" json:"devices,omitempty"`
+	ShmSize       int64                  `protobuf:"varint,12,opt,name=shm_size,json=shmSize,proto3" json:"shm_size,omitempty"` // bytes
+	Ulimits       []string               `protobuf:"bytes,13,rep,name=ulimits,proto3" json:"ulimits,omitempty"`
+	Sysctls       map[string]string      `protobuf:"bytes,14,rep,name=sysctls,proto3" json:"sysctls,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Groups        []string               `protobuf:"bytes,15,rep,name=groups,proto3" json:"groups,omitempty"`
+	Init          bool                   `protobuf:"varint,16,opt,name=init,proto3" json:"init,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Container) Reset() {
+	*x = Container{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Container) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Container) ProtoMessage() {}
+
+func (x *Container) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Container.ProtoReflect.Descriptor instead.
+func (*Container) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Container) GetImage() string {
+	if x != nil {
+		return x.Image
+	}
+	return ""
+}
+
+func (x *Container) GetEntrypoint() []string {
+	if x != nil {
+		return x.Entrypoint
+	}
+	return nil
+}
+
+func (x *Container) GetPull() string {
+	if x != nil {
+		return x.Pull
+	}
+	return ""
+}
+
+func (x *Container) GetRegistryAuth() string {
+	if x != nil {
+		return x.RegistryAuth
+	}
+	return ""
+}
+
+func (x *Container) GetMounts() []*Mount {
+	if x != nil {
+		return x.Mounts
+	}
+	return nil
+}
+
+func (x *Container) GetReadOnly() bool {
+	if x != nil {
+		return x.ReadOnly
+	}
+	return false
+}
+
+func (x *Container) GetPrivileged() bool {
+	if x != nil {
+		return x.Privileged
+	}
+	return false
+}
+
+func (x *Container) GetCapAdd() []string {
+	if x != nil {
+		return x.CapAdd
+	}
+	return nil
+}
+
+func (x *Container) GetCapDrop() []string {
+	if x != nil {
+		return x.CapDrop
+	}
+	return nil
+}
+
+func (x *Container) GetSecurityOpt() []string {
+	if x != nil {
+		return x.SecurityOpt
+	}
+	return nil
+}
+
+func (x *Container) GetDevices() []string {
+	if x != nil {
+		return x.Devices
+	}
+	return nil
+}
+
+func (x *Container) GetShmSize() int64 {
+	if x != nil {
+		return x.ShmSize
+	}
+	return 0
+}
+
+func (x *Container) GetUlimits() []string {
+	if x != nil {
+		return x.Ulimits
+	}
+	return nil
+}
+
+func (x *Container) GetSysctls() map[string]string {
+	if x != nil {
+		return x.Sysctls
+	}
+	return nil
+}
+
+func (x *Container) GetGroups() []string {
+	if x != nil {
+		return x.Groups
+	}
+	return nil
+}
+
+func (x *Container) GetInit() bool {
+	if x != nil {
+		return x.Init
+	}
+	return false
+}
+
+type Mount struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Type          string                 `protobuf:"bytes,1,opt,name=type,proto3" json:"type,omitempty"` // bind, volume, tmpfs
+	Source        string                 `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
+	Target        string                 `protobuf:"bytes,3,opt,name=target,proto3" json:"target,omitempty"`
+	ReadOnly      bool                   `protobuf:"varint,4,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
+	NoCopy        bool                   `protobuf:"varint,5,opt,name=no_copy,json=noCopy,proto3" json:"no_copy,omitempty"`
+	Propagation   string                 `protobuf:"bytes,6,opt,name=propagation,proto3" json:"propagation,omitempty"`
+	CreateSource  bool                   `protobuf:"varint,7,opt,name=create_source,json=createSource,proto3" json:"create_source,omitempty"`
+	Size          int64                  `protobuf:"varint,8,opt,name=size,proto3" json:"size,omitempty"` // bytes
+	Mode          uint32                 `protobuf:"varint,9,opt,name=mode,proto3" json:"mode,omitempty"`
+	Options       []string               `protobuf:"bytes,10,rep,name=options,proto3" json:"options,omitempty"`
+	Driver        string                 `protobuf:"bytes,11,opt,name=driver,proto3" json:"driver,omitempty"`
+	Labels        map[string]string      `protobuf:"bytes,12,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Mount) Reset() {
+	*x = Mount{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Mount) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Mount) ProtoMessage() {}
+
+func (x *Mount) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Mount.ProtoReflect.Descriptor instead.
+func (*Mount) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Mount) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *Mount) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *Mount) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
+func (x *Mount) GetReadOnly() bool {
+	if x != nil {
+		return x.ReadOnly
+	}
+	return false
+}
+
+func (x *Mount) GetNoCopy() bool {
+	if x != nil {
+		return x.NoCopy
+	}
+	return false
+}
+
+func (x *Mount) GetPropagation() string {
+	if x != nil {
+		return x.Propagation
+	}
+	return ""
+}
+
+func (x *Mount) GetCreateSource() bool {
+	if x != nil {
+		return x.CreateSource
+	}
+	return false
+}
+
+func (x *Mount) GetSize() int64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *Mount) GetMode() uint32 {
+	if x != nil {
+		return x.Mode
+	}
+	return 0
+}
+
+func (x *Mount) GetOptions() []string {
+	if x != nil {
+		return x.Options
+	}
+	return nil
+}
+
+func (x *Mount) GetDriver() string {
+	if x != nil {
+		return x.Driver
+	}
+	return ""
+}
+
+func (x *Mount) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
 type HealthCheck struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
 	Command         string                 `protobuf:"bytes,1,opt,name=command,proto3" json:"command,omitempty"`                          // for /bin/sh -c
@@ -437,13 +742,15 @@ type HealthCheck struct {
 	StartPeriodMs   int64                  `protobuf:"varint,4,opt,name=start_period_ms,json=startPeriodMs,proto3" json:"start_period_ms,omitempty"`
 	StartIntervalMs int64                  `protobuf:"varint,5,opt,name=start_interval_ms,json=startIntervalMs,proto3" json:"start_interval_ms,omitempty"`
 	Retries         int32                  `protobuf:"varint,6,opt,name=retries,proto3" json:"retries,omitempty"`
+	Exec            []string               `protobuf:"bytes,7,rep,name=exec,proto3" json:"exec,omitempty"` // instead of command
+	Disabled        bool                   `protobuf:"varint,8,opt,name=disabled,proto3" json:"disabled,omitempty"`
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
 
 func (x *HealthCheck) Reset() {
 	*x = HealthCheck{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[3]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -455,7 +762,7 @@ func (x *HealthCheck) String() string {
 func (*HealthCheck) ProtoMessage() {}
 
 func (x *HealthCheck) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[3]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -468,7 +775,7 @@ func (x *HealthCheck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HealthCheck.ProtoReflect.Descriptor instead.
 func (*HealthCheck) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{3}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *HealthCheck) GetCommand() string {
@@ -513,6 +820,20 @@ func (x *HealthCheck) GetRetries() int32 {
 	return 0
 }
 
+func (x *HealthCheck) GetExec() []string {
+	if x != nil {
+		return x.Exec
+	}
+	return nil
+}
+
+func (x *HealthCheck) GetDisabled() bool {
+	if x != nil {
+		return x.Disabled
+	}
+	return false
+}
+
 type Port struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Published     uint32                 `protobuf:"varint,1,opt,name=published,proto3" json:"published,omitempty"` // 0: any free one
@@ -527,7 +848,7 @@ type Port struct {
 
 func (x *Port) Reset() {
 	*x = Port{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[4]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -539,7 +860,7 @@ func (x *Port) String() string {
 func (*Port) ProtoMessage() {}
 
 func (x *Port) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[4]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -552,7 +873,7 @@ func (x *Port) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Port.ProtoReflect.Descriptor instead.
 func (*Port) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{4}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Port) GetPublished() uint32 {
@@ -615,7 +936,7 @@ type ServiceSpec struct {
 
 func (x *ServiceSpec) Reset() {
 	*x = ServiceSpec{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[5]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -627,7 +948,7 @@ func (x *ServiceSpec) String() string {
 func (*ServiceSpec) ProtoMessage() {}
 
 func (x *ServiceSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[5]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -640,7 +961,7 @@ func (x *ServiceSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServiceSpec.ProtoReflect.Descriptor instead.
 func (*ServiceSpec) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{5}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ServiceSpec) GetName() string {
@@ -723,7 +1044,7 @@ type VIPs struct {
 
 func (x *VIPs) Reset() {
 	*x = VIPs{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[6]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -735,7 +1056,7 @@ func (x *VIPs) String() string {
 func (*VIPs) ProtoMessage() {}
 
 func (x *VIPs) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[6]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -748,7 +1069,7 @@ func (x *VIPs) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VIPs.ProtoReflect.Descriptor instead.
 func (*VIPs) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{6}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *VIPs) GetNetwork() string {
@@ -784,7 +1105,7 @@ type Service struct {
 
 func (x *Service) Reset() {
 	*x = Service{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[7]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -796,7 +1117,7 @@ func (x *Service) String() string {
 func (*Service) ProtoMessage() {}
 
 func (x *Service) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[7]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -809,7 +1130,7 @@ func (x *Service) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Service.ProtoReflect.Descriptor instead.
 func (*Service) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{7}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Service) GetId() string {
@@ -901,7 +1222,7 @@ type NodeFault struct {
 
 func (x *NodeFault) Reset() {
 	*x = NodeFault{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[8]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -913,7 +1234,7 @@ func (x *NodeFault) String() string {
 func (*NodeFault) ProtoMessage() {}
 
 func (x *NodeFault) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[8]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -926,7 +1247,7 @@ func (x *NodeFault) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeFault.ProtoReflect.Descriptor instead.
 func (*NodeFault) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{8}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *NodeFault) GetNode() string {
@@ -957,7 +1278,7 @@ type Attachment struct {
 
 func (x *Attachment) Reset() {
 	*x = Attachment{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[9]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -969,7 +1290,7 @@ func (x *Attachment) String() string {
 func (*Attachment) ProtoMessage() {}
 
 func (x *Attachment) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[9]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -982,7 +1303,7 @@ func (x *Attachment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attachment.ProtoReflect.Descriptor instead.
 func (*Attachment) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{9}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Attachment) GetNetwork() string {
@@ -1042,7 +1363,7 @@ type TaskStatus struct {
 
 func (x *TaskStatus) Reset() {
 	*x = TaskStatus{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[10]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1054,7 +1375,7 @@ func (x *TaskStatus) String() string {
 func (*TaskStatus) ProtoMessage() {}
 
 func (x *TaskStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[10]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1067,7 +1388,7 @@ func (x *TaskStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskStatus.ProtoReflect.Descriptor instead.
 func (*TaskStatus) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{10}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *TaskStatus) GetState() string {
@@ -1142,7 +1463,7 @@ type Task struct {
 
 func (x *Task) Reset() {
 	*x = Task{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[11]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1154,7 +1475,7 @@ func (x *Task) String() string {
 func (*Task) ProtoMessage() {}
 
 func (x *Task) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[11]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1167,7 +1488,7 @@ func (x *Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Task.ProtoReflect.Descriptor instead.
 func (*Task) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{11}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Task) GetId() string {
@@ -1295,13 +1616,16 @@ type NodeInfo struct {
 	PublicKey        []byte                 `protobuf:"bytes,16,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"`                         // of its certificate; PKIX, DER
 	CertificateEndMs int64                  `protobuf:"varint,17,opt,name=certificate_end_ms,json=certificateEndMs,proto3" json:"certificate_end_ms,omitempty"` // when its certificate ends, as the managers signed it last; 0: not known
 	CertificateRoot  string                 `protobuf:"bytes,18,opt,name=certificate_root,json=certificateRoot,proto3" json:"certificate_root,omitempty"`       // digest of the root that signed it
+	Platform         string                 `protobuf:"bytes,40,opt,name=platform,proto3" json:"platform,omitempty"`                                            // linux/amd64
+	Containers       bool                   `protobuf:"varint,41,opt,name=containers,proto3" json:"containers,omitempty"`                                       // it can run images
+	ContainersWhy    string                 `protobuf:"bytes,42,opt,name=containers_why,json=containersWhy,proto3" json:"containers_why,omitempty"`             // why not
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
 
 func (x *NodeInfo) Reset() {
 	*x = NodeInfo{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[12]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1313,7 +1637,7 @@ func (x *NodeInfo) String() string {
 func (*NodeInfo) ProtoMessage() {}
 
 func (x *NodeInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[12]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1326,7 +1650,7 @@ func (x *NodeInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeInfo.ProtoReflect.Descriptor instead.
 func (*NodeInfo) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{12}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *NodeInfo) GetId() string {
@@ -1455,6 +1779,27 @@ func (x *NodeInfo) GetCertificateRoot() string {
 	return ""
 }
 
+func (x *NodeInfo) GetPlatform() string {
+	if x != nil {
+		return x.Platform
+	}
+	return ""
+}
+
+func (x *NodeInfo) GetContainers() bool {
+	if x != nil {
+		return x.Containers
+	}
+	return false
+}
+
+func (x *NodeInfo) GetContainersWhy() string {
+	if x != nil {
+		return x.ContainersWhy
+	}
+	return ""
+}
+
 // Cluster is what is fixed at init.
 type Cluster struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1468,7 +1813,7 @@ type Cluster struct {
 
 func (x *Cluster) Reset() {
 	*x = Cluster{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[13]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1480,7 +1825,7 @@ func (x *Cluster) String() string {
 func (*Cluster) ProtoMessage() {}
 
 func (x *Cluster) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[13]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1493,7 +1838,7 @@ func (x *Cluster) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cluster.ProtoReflect.Descriptor instead.
 func (*Cluster) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{13}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Cluster) GetId() string {
@@ -1542,7 +1887,7 @@ type CreateNetworkRequest struct {
 
 func (x *CreateNetworkRequest) Reset() {
 	*x = CreateNetworkRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[14]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1554,7 +1899,7 @@ func (x *CreateNetworkRequest) String() string {
 func (*CreateNetworkRequest) ProtoMessage() {}
 
 func (x *CreateNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[14]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1567,7 +1912,7 @@ func (x *CreateNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateNetworkRequest.ProtoReflect.Descriptor instead.
 func (*CreateNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{14}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *CreateNetworkRequest) GetName() string {
@@ -1649,7 +1994,7 @@ type CreateNetworkResponse struct {
 
 func (x *CreateNetworkResponse) Reset() {
 	*x = CreateNetworkResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[15]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1661,7 +2006,7 @@ func (x *CreateNetworkResponse) String() string {
 func (*CreateNetworkResponse) ProtoMessage() {}
 
 func (x *CreateNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[15]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1674,7 +2019,7 @@ func (x *CreateNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateNetworkResponse.ProtoReflect.Descriptor instead.
 func (*CreateNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{15}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *CreateNetworkResponse) GetNetwork() *Network {
@@ -1693,7 +2038,7 @@ type ListNetworksRequest struct {
 
 func (x *ListNetworksRequest) Reset() {
 	*x = ListNetworksRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[16]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1705,7 +2050,7 @@ func (x *ListNetworksRequest) String() string {
 func (*ListNetworksRequest) ProtoMessage() {}
 
 func (x *ListNetworksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[16]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1718,7 +2063,7 @@ func (x *ListNetworksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNetworksRequest.ProtoReflect.Descriptor instead.
 func (*ListNetworksRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{16}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ListNetworksRequest) GetRefs() []string {
@@ -1737,7 +2082,7 @@ type ListNetworksResponse struct {
 
 func (x *ListNetworksResponse) Reset() {
 	*x = ListNetworksResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[17]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1749,7 +2094,7 @@ func (x *ListNetworksResponse) String() string {
 func (*ListNetworksResponse) ProtoMessage() {}
 
 func (x *ListNetworksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[17]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1762,7 +2107,7 @@ func (x *ListNetworksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNetworksResponse.ProtoReflect.Descriptor instead.
 func (*ListNetworksResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{17}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ListNetworksResponse) GetNetworks() []*Network {
@@ -1781,7 +2126,7 @@ type RemoveNetworkRequest struct {
 
 func (x *RemoveNetworkRequest) Reset() {
 	*x = RemoveNetworkRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[18]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1793,7 +2138,7 @@ func (x *RemoveNetworkRequest) String() string {
 func (*RemoveNetworkRequest) ProtoMessage() {}
 
 func (x *RemoveNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[18]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1806,7 +2151,7 @@ func (x *RemoveNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNetworkRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{18}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *RemoveNetworkRequest) GetRef() string {
@@ -1824,7 +2169,7 @@ type RemoveNetworkResponse struct {
 
 func (x *RemoveNetworkResponse) Reset() {
 	*x = RemoveNetworkResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[19]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1836,7 +2181,7 @@ func (x *RemoveNetworkResponse) String() string {
 func (*RemoveNetworkResponse) ProtoMessage() {}
 
 func (x *RemoveNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[19]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1849,7 +2194,7 @@ func (x *RemoveNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNetworkResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{19}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{21}
 }
 
 // ConnectNetwork attaches a running task or service, which goes on running.
@@ -1865,7 +2210,7 @@ type ConnectNetworkRequest struct {
 
 func (x *ConnectNetworkRequest) Reset() {
 	*x = ConnectNetworkRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[20]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1877,7 +2222,7 @@ func (x *ConnectNetworkRequest) String() string {
 func (*ConnectNetworkRequest) ProtoMessage() {}
 
 func (x *ConnectNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[20]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1890,7 +2235,7 @@ func (x *ConnectNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnectNetworkRequest.ProtoReflect.Descriptor instead.
 func (*ConnectNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{20}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ConnectNetworkRequest) GetNetwork() string {
@@ -1931,7 +2276,7 @@ type ConnectNetworkResponse struct {
 
 func (x *ConnectNetworkResponse) Reset() {
 	*x = ConnectNetworkResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[21]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1943,7 +2288,7 @@ func (x *ConnectNetworkResponse) String() string {
 func (*ConnectNetworkResponse) ProtoMessage() {}
 
 func (x *ConnectNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[21]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1956,7 +2301,7 @@ func (x *ConnectNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnectNetworkResponse.ProtoReflect.Descriptor instead.
 func (*ConnectNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{21}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ConnectNetworkResponse) GetTask() *Task {
@@ -1983,7 +2328,7 @@ type DisconnectNetworkRequest struct {
 
 func (x *DisconnectNetworkRequest) Reset() {
 	*x = DisconnectNetworkRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[22]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1995,7 +2340,7 @@ func (x *DisconnectNetworkRequest) String() string {
 func (*DisconnectNetworkRequest) ProtoMessage() {}
 
 func (x *DisconnectNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[22]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2008,7 +2353,7 @@ func (x *DisconnectNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisconnectNetworkRequest.ProtoReflect.Descriptor instead.
 func (*DisconnectNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{22}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *DisconnectNetworkRequest) GetNetwork() string {
@@ -2033,7 +2378,7 @@ type DisconnectNetworkResponse struct {
 
 func (x *DisconnectNetworkResponse) Reset() {
 	*x = DisconnectNetworkResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[23]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2045,7 +2390,7 @@ func (x *DisconnectNetworkResponse) String() string {
 func (*DisconnectNetworkResponse) ProtoMessage() {}
 
 func (x *DisconnectNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[23]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2058,7 +2403,7 @@ func (x *DisconnectNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisconnectNetworkResponse.ProtoReflect.Descriptor instead.
 func (*DisconnectNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{23}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{25}
 }
 
 type EventsRequest struct {
@@ -2071,7 +2416,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[24]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2083,7 +2428,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[24]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2096,7 +2441,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{24}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *EventsRequest) GetSinceMs() int64 {
@@ -2127,7 +2472,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[25]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2139,7 +2484,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[25]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2152,7 +2497,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{25}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Event) GetAtMs() int64 {
@@ -2206,7 +2551,7 @@ type CreateServiceRequest struct {
 
 func (x *CreateServiceRequest) Reset() {
 	*x = CreateServiceRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[26]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2218,7 +2563,7 @@ func (x *CreateServiceRequest) String() string {
 func (*CreateServiceRequest) ProtoMessage() {}
 
 func (x *CreateServiceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[26]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2231,7 +2576,7 @@ func (x *CreateServiceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateServiceRequest.ProtoReflect.Descriptor instead.
 func (*CreateServiceRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{26}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *CreateServiceRequest) GetSpec() *ServiceSpec {
@@ -2250,7 +2595,7 @@ type CreateServiceResponse struct {
 
 func (x *CreateServiceResponse) Reset() {
 	*x = CreateServiceResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[27]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2262,7 +2607,7 @@ func (x *CreateServiceResponse) String() string {
 func (*CreateServiceResponse) ProtoMessage() {}
 
 func (x *CreateServiceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[27]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2275,7 +2620,7 @@ func (x *CreateServiceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateServiceResponse.ProtoReflect.Descriptor instead.
 func (*CreateServiceResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{27}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *CreateServiceResponse) GetService() *Service {
@@ -2299,7 +2644,7 @@ type UpdateServiceRequest struct {
 
 func (x *UpdateServiceRequest) Reset() {
 	*x = UpdateServiceRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[28]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2311,7 +2656,7 @@ func (x *UpdateServiceRequest) String() string {
 func (*UpdateServiceRequest) ProtoMessage() {}
 
 func (x *UpdateServiceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[28]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2324,7 +2669,7 @@ func (x *UpdateServiceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateServiceRequest.ProtoReflect.Descriptor instead.
 func (*UpdateServiceRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{28}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *UpdateServiceRequest) GetRef() string {
@@ -2364,7 +2709,7 @@ type UpdateServiceResponse struct {
 
 func (x *UpdateServiceResponse) Reset() {
 	*x = UpdateServiceResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[29]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2376,7 +2721,7 @@ func (x *UpdateServiceResponse) String() string {
 func (*UpdateServiceResponse) ProtoMessage() {}
 
 func (x *UpdateServiceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[29]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2389,7 +2734,7 @@ func (x *UpdateServiceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateServiceResponse.ProtoReflect.Descriptor instead.
 func (*UpdateServiceResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{29}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *UpdateServiceResponse) GetService() *Service {
@@ -2408,7 +2753,7 @@ type ListServicesRequest struct {
 
 func (x *ListServicesRequest) Reset() {
 	*x = ListServicesRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[30]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2420,7 +2765,7 @@ func (x *ListServicesRequest) String() string {
 func (*ListServicesRequest) ProtoMessage() {}
 
 func (x *ListServicesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[30]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2433,7 +2778,7 @@ func (x *ListServicesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListServicesRequest.ProtoReflect.Descriptor instead.
 func (*ListServicesRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{30}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ListServicesRequest) GetRefs() []string {
@@ -2452,7 +2797,7 @@ type ListServicesResponse struct {
 
 func (x *ListServicesResponse) Reset() {
 	*x = ListServicesResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[31]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2464,7 +2809,7 @@ func (x *ListServicesResponse) String() string {
 func (*ListServicesResponse) ProtoMessage() {}
 
 func (x *ListServicesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[31]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2477,7 +2822,7 @@ func (x *ListServicesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListServicesResponse.ProtoReflect.Descriptor instead.
 func (*ListServicesResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{31}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ListServicesResponse) GetServices() []*Service {
@@ -2496,7 +2841,7 @@ type RemoveServiceRequest struct {
 
 func (x *RemoveServiceRequest) Reset() {
 	*x = RemoveServiceRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[32]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2508,7 +2853,7 @@ func (x *RemoveServiceRequest) String() string {
 func (*RemoveServiceRequest) ProtoMessage() {}
 
 func (x *RemoveServiceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[32]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2521,7 +2866,7 @@ func (x *RemoveServiceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveServiceRequest.ProtoReflect.Descriptor instead.
 func (*RemoveServiceRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{32}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *RemoveServiceRequest) GetRef() string {
@@ -2539,7 +2884,7 @@ type RemoveServiceResponse struct {
 
 func (x *RemoveServiceResponse) Reset() {
 	*x = RemoveServiceResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2551,7 +2896,7 @@ func (x *RemoveServiceResponse) String() string {
 func (*RemoveServiceResponse) ProtoMessage() {}
 
 func (x *RemoveServiceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2564,7 +2909,7 @@ func (x *RemoveServiceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveServiceResponse.ProtoReflect.Descriptor instead.
 func (*RemoveServiceResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{33}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{35}
 }
 
 type CreateTaskRequest struct {
@@ -2580,7 +2925,7 @@ type CreateTaskRequest struct {
 
 func (x *CreateTaskRequest) Reset() {
 	*x = CreateTaskRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2592,7 +2937,7 @@ func (x *CreateTaskRequest) String() string {
 func (*CreateTaskRequest) ProtoMessage() {}
 
 func (x *CreateTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2605,7 +2950,7 @@ func (x *CreateTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTaskRequest.ProtoReflect.Descriptor instead.
 func (*CreateTaskRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{34}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *CreateTaskRequest) GetName() string {
@@ -2652,7 +2997,7 @@ type CreateTaskResponse struct {
 
 func (x *CreateTaskResponse) Reset() {
 	*x = CreateTaskResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2664,7 +3009,7 @@ func (x *CreateTaskResponse) String() string {
 func (*CreateTaskResponse) ProtoMessage() {}
 
 func (x *CreateTaskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2677,7 +3022,7 @@ func (x *CreateTaskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTaskResponse.ProtoReflect.Descriptor instead.
 func (*CreateTaskResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{35}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *CreateTaskResponse) GetTask() *Task {
@@ -2699,7 +3044,7 @@ type ListTasksRequest struct {
 
 func (x *ListTasksRequest) Reset() {
 	*x = ListTasksRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2711,7 +3056,7 @@ func (x *ListTasksRequest) String() string {
 func (*ListTasksRequest) ProtoMessage() {}
 
 func (x *ListTasksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2724,7 +3069,7 @@ func (x *ListTasksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTasksRequest.ProtoReflect.Descriptor instead.
 func (*ListTasksRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{36}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ListTasksRequest) GetRefs() []string {
@@ -2764,7 +3109,7 @@ type ListTasksResponse struct {
 
 func (x *ListTasksResponse) Reset() {
 	*x = ListTasksResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2776,7 +3121,7 @@ func (x *ListTasksResponse) String() string {
 func (*ListTasksResponse) ProtoMessage() {}
 
 func (x *ListTasksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2789,7 +3134,7 @@ func (x *ListTasksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTasksResponse.ProtoReflect.Descriptor instead.
 func (*ListTasksResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{37}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ListTasksResponse) GetTasks() []*Task {
@@ -2809,7 +3154,7 @@ type StopTaskRequest struct {
 
 func (x *StopTaskRequest) Reset() {
 	*x = StopTaskRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2821,7 +3166,7 @@ func (x *StopTaskRequest) String() string {
 func (*StopTaskRequest) ProtoMessage() {}
 
 func (x *StopTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2834,7 +3179,7 @@ func (x *StopTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopTaskRequest.ProtoReflect.Descriptor instead.
 func (*StopTaskRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{38}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *StopTaskRequest) GetRef() string {
@@ -2859,7 +3204,7 @@ type StopTaskResponse struct {
 
 func (x *StopTaskResponse) Reset() {
 	*x = StopTaskResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2871,7 +3216,7 @@ func (x *StopTaskResponse) String() string {
 func (*StopTaskResponse) ProtoMessage() {}
 
 func (x *StopTaskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2884,7 +3229,7 @@ func (x *StopTaskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopTaskResponse.ProtoReflect.Descriptor instead.
 func (*StopTaskResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{39}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{41}
 }
 
 type ListNodesRequest struct {
@@ -2896,7 +3241,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2908,7 +3253,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2921,7 +3266,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{40}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ListNodesRequest) GetRefs() []string {
@@ -2940,7 +3285,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2952,7 +3297,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2965,7 +3310,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{41}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ListNodesResponse) GetNodes() []*NodeInfo {
@@ -2989,7 +3334,7 @@ type UpdateNodeRequest struct {
 
 func (x *UpdateNodeRequest) Reset() {
 	*x = UpdateNodeRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3001,7 +3346,7 @@ func (x *UpdateNodeRequest) String() string {
 func (*UpdateNodeRequest) ProtoMessage() {}
 
 func (x *UpdateNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3014,7 +3359,7 @@ func (x *UpdateNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNodeRequest.ProtoReflect.Descriptor instead.
 func (*UpdateNodeRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{42}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *UpdateNodeRequest) GetRef() string {
@@ -3068,7 +3413,7 @@ type UpdateNodeResponse struct {
 
 func (x *UpdateNodeResponse) Reset() {
 	*x = UpdateNodeResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3080,7 +3425,7 @@ func (x *UpdateNodeResponse) String() string {
 func (*UpdateNodeResponse) ProtoMessage() {}
 
 func (x *UpdateNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3093,7 +3438,7 @@ func (x *UpdateNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNodeResponse.ProtoReflect.Descriptor instead.
 func (*UpdateNodeResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{43}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *UpdateNodeResponse) GetNode() *NodeInfo {
@@ -3113,7 +3458,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3125,7 +3470,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3138,7 +3483,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{44}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *RemoveNodeRequest) GetRef() string {
@@ -3163,7 +3508,7 @@ type RemoveNodeResponse struct {
 
 func (x *RemoveNodeResponse) Reset() {
 	*x = RemoveNodeResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3175,7 +3520,7 @@ func (x *RemoveNodeResponse) String() string {
 func (*RemoveNodeResponse) ProtoMessage() {}
 
 func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3188,7 +3533,7 @@ func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{45}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{47}
 }
 
 type JoinNodeRequest struct {
@@ -3203,7 +3548,7 @@ type JoinNodeRequest struct {
 
 func (x *JoinNodeRequest) Reset() {
 	*x = JoinNodeRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3215,7 +3560,7 @@ func (x *JoinNodeRequest) String() string {
 func (*JoinNodeRequest) ProtoMessage() {}
 
 func (x *JoinNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3228,7 +3573,7 @@ func (x *JoinNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinNodeRequest.ProtoReflect.Descriptor instead.
 func (*JoinNodeRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{46}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *JoinNodeRequest) GetNode() *NodeInfo {
@@ -3273,7 +3618,7 @@ type JoinNodeResponse struct {
 
 func (x *JoinNodeResponse) Reset() {
 	*x = JoinNodeResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3285,7 +3630,7 @@ func (x *JoinNodeResponse) String() string {
 func (*JoinNodeResponse) ProtoMessage() {}
 
 func (x *JoinNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3298,7 +3643,7 @@ func (x *JoinNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinNodeResponse.ProtoReflect.Descriptor instead.
 func (*JoinNodeResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{47}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *JoinNodeResponse) GetCluster() *Cluster {
@@ -3354,7 +3699,7 @@ type Certificate struct {
 
 func (x *Certificate) Reset() {
 	*x = Certificate{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3366,7 +3711,7 @@ func (x *Certificate) String() string {
 func (*Certificate) ProtoMessage() {}
 
 func (x *Certificate) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3379,7 +3724,7 @@ func (x *Certificate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Certificate.ProtoReflect.Descriptor instead.
 func (*Certificate) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{48}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *Certificate) GetChain() [][]byte {
@@ -3407,7 +3752,7 @@ type RenewCertificateRequest struct {
 
 func (x *RenewCertificateRequest) Reset() {
 	*x = RenewCertificateRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3419,7 +3764,7 @@ func (x *RenewCertificateRequest) String() string {
 func (*RenewCertificateRequest) ProtoMessage() {}
 
 func (x *RenewCertificateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3432,7 +3777,7 @@ func (x *RenewCertificateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewCertificateRequest.ProtoReflect.Descriptor instead.
 func (*RenewCertificateRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{49}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *RenewCertificateRequest) GetNode() string {
@@ -3452,7 +3797,7 @@ type RenewCertificateResponse struct {
 
 func (x *RenewCertificateResponse) Reset() {
 	*x = RenewCertificateResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3464,7 +3809,7 @@ func (x *RenewCertificateResponse) String() string {
 func (*RenewCertificateResponse) ProtoMessage() {}
 
 func (x *RenewCertificateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3477,7 +3822,7 @@ func (x *RenewCertificateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewCertificateResponse.ProtoReflect.Descriptor instead.
 func (*RenewCertificateResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{50}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *RenewCertificateResponse) GetCertificate() *Certificate {
@@ -3505,7 +3850,7 @@ type Lock struct {
 
 func (x *Lock) Reset() {
 	*x = Lock{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3517,7 +3862,7 @@ func (x *Lock) String() string {
 func (*Lock) ProtoMessage() {}
 
 func (x *Lock) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3530,7 +3875,7 @@ func (x *Lock) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lock.ProtoReflect.Descriptor instead.
 func (*Lock) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{51}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *Lock) GetKey() string {
@@ -3557,7 +3902,7 @@ type LeaveNodeRequest struct {
 
 func (x *LeaveNodeRequest) Reset() {
 	*x = LeaveNodeRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3569,7 +3914,7 @@ func (x *LeaveNodeRequest) String() string {
 func (*LeaveNodeRequest) ProtoMessage() {}
 
 func (x *LeaveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3582,7 +3927,7 @@ func (x *LeaveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveNodeRequest.ProtoReflect.Descriptor instead.
 func (*LeaveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{52}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *LeaveNodeRequest) GetNode() string {
@@ -3600,7 +3945,7 @@ type LeaveNodeResponse struct {
 
 func (x *LeaveNodeResponse) Reset() {
 	*x = LeaveNodeResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3612,7 +3957,7 @@ func (x *LeaveNodeResponse) String() string {
 func (*LeaveNodeResponse) ProtoMessage() {}
 
 func (x *LeaveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3625,7 +3970,7 @@ func (x *LeaveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveNodeResponse.ProtoReflect.Descriptor instead.
 func (*LeaveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{53}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{55}
 }
 
 type ShowTokenRequest struct {
@@ -3637,7 +3982,7 @@ type ShowTokenRequest struct {
 
 func (x *ShowTokenRequest) Reset() {
 	*x = ShowTokenRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3649,7 +3994,7 @@ func (x *ShowTokenRequest) String() string {
 func (*ShowTokenRequest) ProtoMessage() {}
 
 func (x *ShowTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3662,7 +4007,7 @@ func (x *ShowTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowTokenRequest.ProtoReflect.Descriptor instead.
 func (*ShowTokenRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{54}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *ShowTokenRequest) GetRole() string {
@@ -3683,7 +4028,7 @@ type ShowTokenResponse struct {
 
 func (x *ShowTokenResponse) Reset() {
 	*x = ShowTokenResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3695,7 +4040,7 @@ func (x *ShowTokenResponse) String() string {
 func (*ShowTokenResponse) ProtoMessage() {}
 
 func (x *ShowTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3708,7 +4053,7 @@ func (x *ShowTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowTokenResponse.ProtoReflect.Descriptor instead.
 func (*ShowTokenResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{55}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *ShowTokenResponse) GetToken() string {
@@ -3741,7 +4086,7 @@ type RotateTokenRequest struct {
 
 func (x *RotateTokenRequest) Reset() {
 	*x = RotateTokenRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3753,7 +4098,7 @@ func (x *RotateTokenRequest) String() string {
 func (*RotateTokenRequest) ProtoMessage() {}
 
 func (x *RotateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3766,7 +4111,7 @@ func (x *RotateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateTokenRequest.ProtoReflect.Descriptor instead.
 func (*RotateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{56}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *RotateTokenRequest) GetRole() string {
@@ -3785,7 +4130,7 @@ type RotateTokenResponse struct {
 
 func (x *RotateTokenResponse) Reset() {
 	*x = RotateTokenResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3797,7 +4142,7 @@ func (x *RotateTokenResponse) String() string {
 func (*RotateTokenResponse) ProtoMessage() {}
 
 func (x *RotateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3810,7 +4155,7 @@ func (x *RotateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateTokenResponse.ProtoReflect.Descriptor instead.
 func (*RotateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{57}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *RotateTokenResponse) GetToken() string {
@@ -3828,7 +4173,7 @@ type ShowCARequest struct {
 
 func (x *ShowCARequest) Reset() {
 	*x = ShowCARequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3840,7 +4185,7 @@ func (x *ShowCARequest) String() string {
 func (*ShowCARequest) ProtoMessage() {}
 
 func (x *ShowCARequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3853,7 +4198,7 @@ func (x *ShowCARequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowCARequest.ProtoReflect.Descriptor instead.
 func (*ShowCARequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{58}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{60}
 }
 
 type ShowCAResponse struct {
@@ -3869,7 +4214,7 @@ type ShowCAResponse struct {
 
 func (x *ShowCAResponse) Reset() {
 	*x = ShowCAResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3881,7 +4226,7 @@ func (x *ShowCAResponse) String() string {
 func (*ShowCAResponse) ProtoMessage() {}
 
 func (x *ShowCAResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3894,7 +4239,7 @@ func (x *ShowCAResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowCAResponse.ProtoReflect.Descriptor instead.
 func (*ShowCAResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{59}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *ShowCAResponse) GetRoot() *ShowCAResponse_Root {
@@ -3941,7 +4286,7 @@ type UnlockKeyRequest struct {
 
 func (x *UnlockKeyRequest) Reset() {
 	*x = UnlockKeyRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3953,7 +4298,7 @@ func (x *UnlockKeyRequest) String() string {
 func (*UnlockKeyRequest) ProtoMessage() {}
 
 func (x *UnlockKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3966,7 +4311,7 @@ func (x *UnlockKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockKeyRequest.ProtoReflect.Descriptor instead.
 func (*UnlockKeyRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{60}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *UnlockKeyRequest) GetRotate() bool {
@@ -3985,7 +4330,7 @@ type UnlockKeyResponse struct {
 
 func (x *UnlockKeyResponse) Reset() {
 	*x = UnlockKeyResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3997,7 +4342,7 @@ func (x *UnlockKeyResponse) String() string {
 func (*UnlockKeyResponse) ProtoMessage() {}
 
 func (x *UnlockKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4010,7 +4355,7 @@ func (x *UnlockKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockKeyResponse.ProtoReflect.Descriptor instead.
 func (*UnlockKeyResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{61}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *UnlockKeyResponse) GetKey() string {
@@ -4028,7 +4373,7 @@ type RotateCARequest struct {
 
 func (x *RotateCARequest) Reset() {
 	*x = RotateCARequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4040,7 +4385,7 @@ func (x *RotateCARequest) String() string {
 func (*RotateCARequest) ProtoMessage() {}
 
 func (x *RotateCARequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4053,7 +4398,7 @@ func (x *RotateCARequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateCARequest.ProtoReflect.Descriptor instead.
 func (*RotateCARequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{62}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{64}
 }
 
 type RotateCAResponse struct {
@@ -4065,7 +4410,7 @@ type RotateCAResponse struct {
 
 func (x *RotateCAResponse) Reset() {
 	*x = RotateCAResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4077,7 +4422,7 @@ func (x *RotateCAResponse) String() string {
 func (*RotateCAResponse) ProtoMessage() {}
 
 func (x *RotateCAResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4090,7 +4435,7 @@ func (x *RotateCAResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateCAResponse.ProtoReflect.Descriptor instead.
 func (*RotateCAResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{63}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *RotateCAResponse) GetDigest() string {
@@ -4109,7 +4454,7 @@ type AdmitManagerRequest struct {
 
 func (x *AdmitManagerRequest) Reset() {
 	*x = AdmitManagerRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4121,7 +4466,7 @@ func (x *AdmitManagerRequest) String() string {
 func (*AdmitManagerRequest) ProtoMessage() {}
 
 func (x *AdmitManagerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4134,7 +4479,7 @@ func (x *AdmitManagerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AdmitManagerRequest.ProtoReflect.Descriptor instead.
 func (*AdmitManagerRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{64}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *AdmitManagerRequest) GetNode() string {
@@ -4154,7 +4499,7 @@ type AdmitManagerResponse struct {
 
 func (x *AdmitManagerResponse) Reset() {
 	*x = AdmitManagerResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4166,7 +4511,7 @@ func (x *AdmitManagerResponse) String() string {
 func (*AdmitManagerResponse) ProtoMessage() {}
 
 func (x *AdmitManagerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4179,7 +4524,7 @@ func (x *AdmitManagerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AdmitManagerResponse.ProtoReflect.Descriptor instead.
 func (*AdmitManagerResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{65}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *AdmitManagerResponse) GetTerm() uint64 {
@@ -4205,7 +4550,7 @@ type AssignmentsRequest struct {
 
 func (x *AssignmentsRequest) Reset() {
 	*x = AssignmentsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4217,7 +4562,7 @@ func (x *AssignmentsRequest) String() string {
 func (*AssignmentsRequest) ProtoMessage() {}
 
 func (x *AssignmentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4230,7 +4575,7 @@ func (x *AssignmentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignmentsRequest.ProtoReflect.Descriptor instead.
 func (*AssignmentsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{66}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *AssignmentsRequest) GetNode() string {
@@ -4259,7 +4604,7 @@ type AssignmentsResponse struct {
 
 func (x *AssignmentsResponse) Reset() {
 	*x = AssignmentsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4271,7 +4616,7 @@ func (x *AssignmentsResponse) String() string {
 func (*AssignmentsResponse) ProtoMessage() {}
 
 func (x *AssignmentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4284,7 +4629,7 @@ func (x *AssignmentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignmentsResponse.ProtoReflect.Descriptor instead.
 func (*AssignmentsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{67}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *AssignmentsResponse) GetIndex() uint64 {
@@ -4355,7 +4700,7 @@ type Trust struct {
 
 func (x *Trust) Reset() {
 	*x = Trust{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4367,7 +4712,7 @@ func (x *Trust) String() string {
 func (*Trust) ProtoMessage() {}
 
 func (x *Trust) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4380,7 +4725,7 @@ func (x *Trust) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Trust.ProtoReflect.Descriptor instead.
 func (*Trust) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{68}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *Trust) GetRoots() [][]byte {
@@ -4415,7 +4760,7 @@ type GossipKey struct {
 
 func (x *GossipKey) Reset() {
 	*x = GossipKey{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4427,7 +4772,7 @@ func (x *GossipKey) String() string {
 func (*GossipKey) ProtoMessage() {}
 
 func (x *GossipKey) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4440,7 +4785,7 @@ func (x *GossipKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GossipKey.ProtoReflect.Descriptor instead.
 func (*GossipKey) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{69}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *GossipKey) GetGeneration() uint64 {
@@ -4472,12 +4817,15 @@ type ReportRequest struct {
 	Node  string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
 	Tasks map[string]*TaskStatus `protobuf:"bytes,2,rep,name=tasks,proto3" json:"tasks,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // by ID; only changed ones
 	// Nodes this one's gossip holds dead.
-	DeadPeers   []string `protobuf:"bytes,3,rep,name=dead_peers,json=deadPeers,proto3" json:"dead_peers,omitempty"`
-	Addr        string   `protobuf:"bytes,4,opt,name=addr,proto3" json:"addr,omitempty"` // as advertised now; a node may come back with another
-	ControlPort int32    `protobuf:"varint,5,opt,name=control_port,json=controlPort,proto3" json:"control_port,omitempty"`
-	GossipPort  int32    `protobuf:"varint,6,opt,name=gossip_port,json=gossipPort,proto3" json:"gossip_port,omitempty"`
-	DataPath    string   `protobuf:"bytes,7,opt,name=data_path,json=dataPath,proto3" json:"data_path,omitempty"`
-	Applied     uint64   `protobuf:"varint,8,opt,name=applied,proto3" json:"applied,omitempty"` // index of the newest assignment that the node's kernel follows
+	DeadPeers     []string `protobuf:"bytes,3,rep,name=dead_peers,json=deadPeers,proto3" json:"dead_peers,omitempty"`
+	Addr          string   `protobuf:"bytes,4,opt,name=addr,proto3" json:"addr,omitempty"` // as advertised now; a node may come back with another
+	ControlPort   int32    `protobuf:"varint,5,opt,name=control_port,json=controlPort,proto3" json:"control_port,omitempty"`
+	GossipPort    int32    `protobuf:"varint,6,opt,name=gossip_port,json=gossipPort,proto3" json:"gossip_port,omitempty"`
+	DataPath      string   `protobuf:"bytes,7,opt,name=data_path,json=dataPath,proto3" json:"data_path,omitempty"`
+	Platform      string   `protobuf:"bytes,40,opt,name=platform,proto3" json:"platform,omitempty"`
+	Containers    bool     `protobuf:"varint,41,opt,name=containers,proto3" json:"containers,omitempty"`
+	ContainersWhy string   `protobuf:"bytes,42,opt,name=containers_why,json=containersWhy,proto3" json:"containers_why,omitempty"`
+	Applied       uint64   `protobuf:"varint,8,opt,name=applied,proto3" json:"applied,omitempty"` // index of the newest assignment that the node's kernel follows
 	// What the node can't do for services and tasks; of what is too much the first.
 	Faults          []*ReportRequest_Fault `protobuf:"bytes,9,rep,name=faults,proto3" json:"faults,omitempty"`
 	ManagerReady    bool                   `protobuf:"varint,10,opt,name=manager_ready,json=managerReady,proto3" json:"manager_ready,omitempty"`         // its part of the managers runs: it may be counted on as one
@@ -4490,7 +4838,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4502,7 +4850,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4515,7 +4863,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{70}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *ReportRequest) GetNode() string {
@@ -4563,6 +4911,27 @@ func (x *ReportRequest) GetGossipPort() int32 {
 func (x *ReportRequest) GetDataPath() string {
 	if x != nil {
 		return x.DataPath
+	}
+	return ""
+}
+
+func (x *ReportRequest) GetPlatform() string {
+	if x != nil {
+		return x.Platform
+	}
+	return ""
+}
+
+func (x *ReportRequest) GetContainers() bool {
+	if x != nil {
+		return x.Containers
+	}
+	return false
+}
+
+func (x *ReportRequest) GetContainersWhy() string {
+	if x != nil {
+		return x.ContainersWhy
 	}
 	return ""
 }
@@ -4617,7 +4986,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4629,7 +4998,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4642,7 +5011,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{71}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{73}
 }
 
 type TasksRequest struct {
@@ -4653,7 +5022,7 @@ type TasksRequest struct {
 
 func (x *TasksRequest) Reset() {
 	*x = TasksRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4665,7 +5034,7 @@ func (x *TasksRequest) String() string {
 func (*TasksRequest) ProtoMessage() {}
 
 func (x *TasksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4678,7 +5047,7 @@ func (x *TasksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TasksRequest.ProtoReflect.Descriptor instead.
 func (*TasksRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{74}
 }
 
 type TasksResponse struct {
@@ -4690,7 +5059,7 @@ type TasksResponse struct {
 
 func (x *TasksResponse) Reset() {
 	*x = TasksResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4702,7 +5071,7 @@ func (x *TasksResponse) String() string {
 func (*TasksResponse) ProtoMessage() {}
 
 func (x *TasksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4715,7 +5084,7 @@ func (x *TasksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TasksResponse.ProtoReflect.Descriptor instead.
 func (*TasksResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{73}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *TasksResponse) GetTasks() []*Task {
@@ -4734,7 +5103,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[74]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4746,7 +5115,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[74]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4759,7 +5128,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{74}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *StatsRequest) GetTasks() []string {
@@ -4779,7 +5148,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[75]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4791,7 +5160,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[75]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4804,7 +5173,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{75}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *StatsResponse) GetNode() string {
@@ -4830,7 +5199,7 @@ type KernelRequest struct {
 
 func (x *KernelRequest) Reset() {
 	*x = KernelRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[76]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4842,7 +5211,7 @@ func (x *KernelRequest) String() string {
 func (*KernelRequest) ProtoMessage() {}
 
 func (x *KernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[76]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4855,7 +5224,7 @@ func (x *KernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelRequest.ProtoReflect.Descriptor instead.
 func (*KernelRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{76}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *KernelRequest) GetService() string {
@@ -4876,7 +5245,7 @@ type KernelResponse struct {
 
 func (x *KernelResponse) Reset() {
 	*x = KernelResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[77]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4888,7 +5257,7 @@ func (x *KernelResponse) String() string {
 func (*KernelResponse) ProtoMessage() {}
 
 func (x *KernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[77]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4901,7 +5270,7 @@ func (x *KernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse.ProtoReflect.Descriptor instead.
 func (*KernelResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{77}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *KernelResponse) GetNode() string {
@@ -4941,7 +5310,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[78]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4953,7 +5322,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[78]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4966,7 +5335,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{78}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *ExecRequest) GetMsg() isExecRequest_Msg {
@@ -5069,7 +5438,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[79]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5081,7 +5450,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[79]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5094,7 +5463,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{79}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *ExecResponse) GetMsg() isExecResponse_Msg {
@@ -5166,7 +5535,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5178,7 +5547,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5191,7 +5560,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{80}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *LogsRequest) GetTask() string {
@@ -5243,7 +5612,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5255,7 +5624,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5268,7 +5637,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{81}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *LogsResponse) GetStderr() bool {
@@ -5322,7 +5691,7 @@ type WaitRequest struct {
 
 func (x *WaitRequest) Reset() {
 	*x = WaitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5334,7 +5703,7 @@ func (x *WaitRequest) String() string {
 func (*WaitRequest) ProtoMessage() {}
 
 func (x *WaitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5347,7 +5716,7 @@ func (x *WaitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitRequest.ProtoReflect.Descriptor instead.
 func (*WaitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{82}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *WaitRequest) GetTask() string {
@@ -5366,7 +5735,7 @@ type WaitResponse struct {
 
 func (x *WaitResponse) Reset() {
 	*x = WaitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5378,7 +5747,7 @@ func (x *WaitResponse) String() string {
 func (*WaitResponse) ProtoMessage() {}
 
 func (x *WaitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5391,7 +5760,7 @@ func (x *WaitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitResponse.ProtoReflect.Descriptor instead.
 func (*WaitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{83}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *WaitResponse) GetStatus() *TaskStatus {
@@ -5409,7 +5778,7 @@ type SaveSnapshotRequest struct {
 
 func (x *SaveSnapshotRequest) Reset() {
 	*x = SaveSnapshotRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5421,7 +5790,7 @@ func (x *SaveSnapshotRequest) String() string {
 func (*SaveSnapshotRequest) ProtoMessage() {}
 
 func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5434,7 +5803,7 @@ func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{84}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{86}
 }
 
 type SaveSnapshotResponse struct {
@@ -5446,7 +5815,7 @@ type SaveSnapshotResponse struct {
 
 func (x *SaveSnapshotResponse) Reset() {
 	*x = SaveSnapshotResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5458,7 +5827,7 @@ func (x *SaveSnapshotResponse) String() string {
 func (*SaveSnapshotResponse) ProtoMessage() {}
 
 func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5471,7 +5840,7 @@ func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{85}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *SaveSnapshotResponse) GetSnapshot() []byte {
@@ -5479,6 +5848,1178 @@ func (x *SaveSnapshotResponse) GetSnapshot() []byte {
 		return x.Snapshot
 	}
 	return nil
+}
+
+type Image struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // as people know it
+	Ref           string                 `protobuf:"bytes,2,opt,name=ref,proto3" json:"ref,omitempty"`   // whole
+	Digest        string                 `protobuf:"bytes,3,opt,name=digest,proto3" json:"digest,omitempty"`
+	Size          int64                  `protobuf:"varint,4,opt,name=size,proto3" json:"size,omitempty"` // bytes
+	CreatedMs     int64                  `protobuf:"varint,5,opt,name=created_ms,json=createdMs,proto3" json:"created_ms,omitempty"`
+	InUse         []string               `protobuf:"bytes,6,rep,name=in_use,json=inUse,proto3" json:"in_use,omitempty"` // names of tasks
+	Damaged       bool                   `protobuf:"varint,7,opt,name=damaged,proto3" json:"damaged,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Image) Reset() {
+	*x = Image{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Image) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Image) ProtoMessage() {}
+
+func (x *Image) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Image.ProtoReflect.Descriptor instead.
+func (*Image) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{88}
+}
+
+func (x *Image) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Image) GetRef() string {
+	if x != nil {
+		return x.Ref
+	}
+	return ""
+}
+
+func (x *Image) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *Image) GetSize() int64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *Image) GetCreatedMs() int64 {
+	if x != nil {
+		return x.CreatedMs
+	}
+	return 0
+}
+
+func (x *Image) GetInUse() []string {
+	if x != nil {
+		return x.InUse
+	}
+	return nil
+}
+
+func (x *Image) GetDamaged() bool {
+	if x != nil {
+		return x.Damaged
+	}
+	return false
+}
+
+type ImageListRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageListRequest) Reset() {
+	*x = ImageListRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageListRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageListRequest) ProtoMessage() {}
+
+func (x *ImageListRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageListRequest.ProtoReflect.Descriptor instead.
+func (*ImageListRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{89}
+}
+
+type ImageListResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Images        []*Image               `protobuf:"bytes,2,rep,name=images,proto3" json:"images,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageListResponse) Reset() {
+	*x = ImageListResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageListResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageListResponse) ProtoMessage() {}
+
+func (x *ImageListResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageListResponse.ProtoReflect.Descriptor instead.
+func (*ImageListResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{90}
+}
+
+func (x *ImageListResponse) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *ImageListResponse) GetImages() []*Image {
+	if x != nil {
+		return x.Images
+	}
+	return nil
+}
+
+type ImagePullRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Image         string                 `protobuf:"bytes,1,opt,name=image,proto3" json:"image,omitempty"`
+	Auth          string                 `protobuf:"bytes,2,opt,name=auth,proto3" json:"auth,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImagePullRequest) Reset() {
+	*x = ImagePullRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImagePullRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImagePullRequest) ProtoMessage() {}
+
+func (x *ImagePullRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImagePullRequest.ProtoReflect.Descriptor instead.
+func (*ImagePullRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{91}
+}
+
+func (x *ImagePullRequest) GetImage() string {
+	if x != nil {
+		return x.Image
+	}
+	return ""
+}
+
+func (x *ImagePullRequest) GetAuth() string {
+	if x != nil {
+		return x.Auth
+	}
+	return ""
+}
+
+type ImagePullResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Progress      string                 `protobuf:"bytes,1,opt,name=progress,proto3" json:"progress,omitempty"`
+	Done          string                 `protobuf:"bytes,2,opt,name=done,proto3" json:"done,omitempty"` // its reference with the digest
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImagePullResponse) Reset() {
+	*x = ImagePullResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[92]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImagePullResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImagePullResponse) ProtoMessage() {}
+
+func (x *ImagePullResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[92]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImagePullResponse.ProtoReflect.Descriptor instead.
+func (*ImagePullResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{92}
+}
+
+func (x *ImagePullResponse) GetProgress() string {
+	if x != nil {
+		return x.Progress
+	}
+	return ""
+}
+
+func (x *ImagePullResponse) GetDone() string {
+	if x != nil {
+		return x.Done
+	}
+	return ""
+}
+
+type ImageResolveRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Image         string                 `protobuf:"bytes,1,opt,name=image,proto3" json:"image,omitempty"`
+	Auth          string                 `protobuf:"bytes,2,opt,name=auth,proto3" json:"auth,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageResolveRequest) Reset() {
+	*x = ImageResolveRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[93]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageResolveRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageResolveRequest) ProtoMessage() {}
+
+func (x *ImageResolveRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[93]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageResolveRequest.ProtoReflect.Descriptor instead.
+func (*ImageResolveRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{93}
+}
+
+func (x *ImageResolveRequest) GetImage() string {
+	if x != nil {
+		return x.Image
+	}
+	return ""
+}
+
+func (x *ImageResolveRequest) GetAuth() string {
+	if x != nil {
+		return x.Auth
+	}
+	return ""
+}
+
+type ImageResolveResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Ref           string                 `protobuf:"bytes,1,opt,name=ref,proto3" json:"ref,omitempty"` // with the digest
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageResolveResponse) Reset() {
+	*x = ImageResolveResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[94]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageResolveResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageResolveResponse) ProtoMessage() {}
+
+func (x *ImageResolveResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[94]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageResolveResponse.ProtoReflect.Descriptor instead.
+func (*ImageResolveResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{94}
+}
+
+func (x *ImageResolveResponse) GetRef() string {
+	if x != nil {
+		return x.Ref
+	}
+	return ""
+}
+
+type ImageRemoveRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Image         string                 `protobuf:"bytes,1,opt,name=image,proto3" json:"image,omitempty"`
+	Force         bool                   `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageRemoveRequest) Reset() {
+	*x = ImageRemoveRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[95]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageRemoveRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageRemoveRequest) ProtoMessage() {}
+
+func (x *ImageRemoveRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[95]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageRemoveRequest.ProtoReflect.Descriptor instead.
+func (*ImageRemoveRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{95}
+}
+
+func (x *ImageRemoveRequest) GetImage() string {
+	if x != nil {
+		return x.Image
+	}
+	return ""
+}
+
+func (x *ImageRemoveRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+type ImagePruneRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	All           bool                   `protobuf:"varint,1,opt,name=all,proto3" json:"all,omitempty"`
+	UnusedMs      int64                  `protobuf:"varint,2,opt,name=unused_ms,json=unusedMs,proto3" json:"unused_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImagePruneRequest) Reset() {
+	*x = ImagePruneRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[96]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImagePruneRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImagePruneRequest) ProtoMessage() {}
+
+func (x *ImagePruneRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[96]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImagePruneRequest.ProtoReflect.Descriptor instead.
+func (*ImagePruneRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{96}
+}
+
+func (x *ImagePruneRequest) GetAll() bool {
+	if x != nil {
+		return x.All
+	}
+	return false
+}
+
+func (x *ImagePruneRequest) GetUnusedMs() int64 {
+	if x != nil {
+		return x.UnusedMs
+	}
+	return 0
+}
+
+type ImageRemoveResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Removed       []string               `protobuf:"bytes,1,rep,name=removed,proto3" json:"removed,omitempty"`
+	Bytes         int64                  `protobuf:"varint,2,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageRemoveResponse) Reset() {
+	*x = ImageRemoveResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[97]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageRemoveResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageRemoveResponse) ProtoMessage() {}
+
+func (x *ImageRemoveResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[97]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageRemoveResponse.ProtoReflect.Descriptor instead.
+func (*ImageRemoveResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{97}
+}
+
+func (x *ImageRemoveResponse) GetRemoved() []string {
+	if x != nil {
+		return x.Removed
+	}
+	return nil
+}
+
+func (x *ImageRemoveResponse) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+type ImageInspectRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Image         string                 `protobuf:"bytes,1,opt,name=image,proto3" json:"image,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageInspectRequest) Reset() {
+	*x = ImageInspectRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[98]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageInspectRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageInspectRequest) ProtoMessage() {}
+
+func (x *ImageInspectRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[98]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageInspectRequest.ProtoReflect.Descriptor instead.
+func (*ImageInspectRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{98}
+}
+
+func (x *ImageInspectRequest) GetImage() string {
+	if x != nil {
+		return x.Image
+	}
+	return ""
+}
+
+type ImageInspectResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Image         *Image                 `protobuf:"bytes,1,opt,name=image,proto3" json:"image,omitempty"`
+	Config        []byte                 `protobuf:"bytes,2,opt,name=config,proto3" json:"config,omitempty"` // JSON, as the image has it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageInspectResponse) Reset() {
+	*x = ImageInspectResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[99]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageInspectResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageInspectResponse) ProtoMessage() {}
+
+func (x *ImageInspectResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[99]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageInspectResponse.ProtoReflect.Descriptor instead.
+func (*ImageInspectResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{99}
+}
+
+func (x *ImageInspectResponse) GetImage() *Image {
+	if x != nil {
+		return x.Image
+	}
+	return nil
+}
+
+func (x *ImageInspectResponse) GetConfig() []byte {
+	if x != nil {
+		return x.Config
+	}
+	return nil
+}
+
+type ImageLoadRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // in the first message; empty: the archive's own names
+	Data          []byte                 `protobuf:"bytes,2,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageLoadRequest) Reset() {
+	*x = ImageLoadRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageLoadRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageLoadRequest) ProtoMessage() {}
+
+func (x *ImageLoadRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageLoadRequest.ProtoReflect.Descriptor instead.
+func (*ImageLoadRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{100}
+}
+
+func (x *ImageLoadRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ImageLoadRequest) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+type ImageLoadResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Images        []string               `protobuf:"bytes,1,rep,name=images,proto3" json:"images,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageLoadResponse) Reset() {
+	*x = ImageLoadResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[101]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageLoadResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageLoadResponse) ProtoMessage() {}
+
+func (x *ImageLoadResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[101]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageLoadResponse.ProtoReflect.Descriptor instead.
+func (*ImageLoadResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{101}
+}
+
+func (x *ImageLoadResponse) GetImages() []string {
+	if x != nil {
+		return x.Images
+	}
+	return nil
+}
+
+type ImageSaveRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Images        []string               `protobuf:"bytes,1,rep,name=images,proto3" json:"images,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageSaveRequest) Reset() {
+	*x = ImageSaveRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageSaveRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageSaveRequest) ProtoMessage() {}
+
+func (x *ImageSaveRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageSaveRequest.ProtoReflect.Descriptor instead.
+func (*ImageSaveRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{102}
+}
+
+func (x *ImageSaveRequest) GetImages() []string {
+	if x != nil {
+		return x.Images
+	}
+	return nil
+}
+
+type ImageSaveResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageSaveResponse) Reset() {
+	*x = ImageSaveResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageSaveResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageSaveResponse) ProtoMessage() {}
+
+func (x *ImageSaveResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageSaveResponse.ProtoReflect.Descriptor instead.
+func (*ImageSaveResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{103}
+}
+
+func (x *ImageSaveResponse) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+type Volume struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Labels        map[string]string      `protobuf:"bytes,2,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	CreatedMs     int64                  `protobuf:"varint,3,opt,name=created_ms,json=createdMs,proto3" json:"created_ms,omitempty"`
+	Path          string                 `protobuf:"bytes,4,opt,name=path,proto3" json:"path,omitempty"` // on the node
+	Anonymous     bool                   `protobuf:"varint,5,opt,name=anonymous,proto3" json:"anonymous,omitempty"`
+	InUse         []string               `protobuf:"bytes,6,rep,name=in_use,json=inUse,proto3" json:"in_use,omitempty"` // names of tasks
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Volume) Reset() {
+	*x = Volume{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Volume) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Volume) ProtoMessage() {}
+
+func (x *Volume) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Volume.ProtoReflect.Descriptor instead.
+func (*Volume) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{104}
+}
+
+func (x *Volume) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Volume) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *Volume) GetCreatedMs() int64 {
+	if x != nil {
+		return x.CreatedMs
+	}
+	return 0
+}
+
+func (x *Volume) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *Volume) GetAnonymous() bool {
+	if x != nil {
+		return x.Anonymous
+	}
+	return false
+}
+
+func (x *Volume) GetInUse() []string {
+	if x != nil {
+		return x.InUse
+	}
+	return nil
+}
+
+type VolumeListRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VolumeListRequest) Reset() {
+	*x = VolumeListRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VolumeListRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VolumeListRequest) ProtoMessage() {}
+
+func (x *VolumeListRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VolumeListRequest.ProtoReflect.Descriptor instead.
+func (*VolumeListRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{105}
+}
+
+type VolumeListResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Volumes       []*Volume              `protobuf:"bytes,2,rep,name=volumes,proto3" json:"volumes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VolumeListResponse) Reset() {
+	*x = VolumeListResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VolumeListResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VolumeListResponse) ProtoMessage() {}
+
+func (x *VolumeListResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VolumeListResponse.ProtoReflect.Descriptor instead.
+func (*VolumeListResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{106}
+}
+
+func (x *VolumeListResponse) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *VolumeListResponse) GetVolumes() []*Volume {
+	if x != nil {
+		return x.Volumes
+	}
+	return nil
+}
+
+type VolumeCreateRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // empty: a random one
+	Labels        map[string]string      `protobuf:"bytes,2,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VolumeCreateRequest) Reset() {
+	*x = VolumeCreateRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VolumeCreateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VolumeCreateRequest) ProtoMessage() {}
+
+func (x *VolumeCreateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VolumeCreateRequest.ProtoReflect.Descriptor instead.
+func (*VolumeCreateRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{107}
+}
+
+func (x *VolumeCreateRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *VolumeCreateRequest) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+type VolumeCreateResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Volume        *Volume                `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VolumeCreateResponse) Reset() {
+	*x = VolumeCreateResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VolumeCreateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VolumeCreateResponse) ProtoMessage() {}
+
+func (x *VolumeCreateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VolumeCreateResponse.ProtoReflect.Descriptor instead.
+func (*VolumeCreateResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{108}
+}
+
+func (x *VolumeCreateResponse) GetVolume() *Volume {
+	if x != nil {
+		return x.Volume
+	}
+	return nil
+}
+
+type VolumeRemoveRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Force         bool                   `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"` // one that is not there is no error
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VolumeRemoveRequest) Reset() {
+	*x = VolumeRemoveRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VolumeRemoveRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VolumeRemoveRequest) ProtoMessage() {}
+
+func (x *VolumeRemoveRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VolumeRemoveRequest.ProtoReflect.Descriptor instead.
+func (*VolumeRemoveRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{109}
+}
+
+func (x *VolumeRemoveRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *VolumeRemoveRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+type VolumeRemoveResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VolumeRemoveResponse) Reset() {
+	*x = VolumeRemoveResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VolumeRemoveResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VolumeRemoveResponse) ProtoMessage() {}
+
+func (x *VolumeRemoveResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VolumeRemoveResponse.ProtoReflect.Descriptor instead.
+func (*VolumeRemoveResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{110}
 }
 
 // RestoreSnapshot makes the cluster of a snapshot, with this node as its manager.
@@ -5493,7 +7034,7 @@ type RestoreSnapshotRequest struct {
 
 func (x *RestoreSnapshotRequest) Reset() {
 	*x = RestoreSnapshotRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5505,7 +7046,7 @@ func (x *RestoreSnapshotRequest) String() string {
 func (*RestoreSnapshotRequest) ProtoMessage() {}
 
 func (x *RestoreSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5518,7 +7059,7 @@ func (x *RestoreSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*RestoreSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{86}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{111}
 }
 
 func (x *RestoreSnapshotRequest) GetSnapshot() []byte {
@@ -5552,7 +7093,7 @@ type UnlockRequest struct {
 
 func (x *UnlockRequest) Reset() {
 	*x = UnlockRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5564,7 +7105,7 @@ func (x *UnlockRequest) String() string {
 func (*UnlockRequest) ProtoMessage() {}
 
 func (x *UnlockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5577,7 +7118,7 @@ func (x *UnlockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockRequest.ProtoReflect.Descriptor instead.
 func (*UnlockRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{87}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{112}
 }
 
 func (x *UnlockRequest) GetKey() string {
@@ -5595,7 +7136,7 @@ type UnlockResponse struct {
 
 func (x *UnlockResponse) Reset() {
 	*x = UnlockResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5607,7 +7148,7 @@ func (x *UnlockResponse) String() string {
 func (*UnlockResponse) ProtoMessage() {}
 
 func (x *UnlockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5620,7 +7161,7 @@ func (x *UnlockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockResponse.ProtoReflect.Descriptor instead.
 func (*UnlockResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{88}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{113}
 }
 
 type InfoRequest struct {
@@ -5631,7 +7172,7 @@ type InfoRequest struct {
 
 func (x *InfoRequest) Reset() {
 	*x = InfoRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5643,7 +7184,7 @@ func (x *InfoRequest) String() string {
 func (*InfoRequest) ProtoMessage() {}
 
 func (x *InfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5656,7 +7197,7 @@ func (x *InfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoRequest.ProtoReflect.Descriptor instead.
 func (*InfoRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{89}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{114}
 }
 
 type InfoResponse struct {
@@ -5667,6 +7208,8 @@ type InfoResponse struct {
 	Leader         string                 `protobuf:"bytes,4,opt,name=leader,proto3" json:"leader,omitempty"` // node ID; empty: none known
 	DataPath       string                 `protobuf:"bytes,5,opt,name=data_path,json=dataPath,proto3" json:"data_path,omitempty"`
 	DataPathReason string                 `protobuf:"bytes,6,opt,name=data_path_reason,json=dataPathReason,proto3" json:"data_path_reason,omitempty"`
+	Containers     string                 `protobuf:"bytes,40,opt,name=containers,proto3" json:"containers,omitempty"` // how images are run, or why not
+	ContainersOk   bool                   `protobuf:"varint,41,opt,name=containers_ok,json=containersOk,proto3" json:"containers_ok,omitempty"`
 	DataDir        string                 `protobuf:"bytes,7,opt,name=data_dir,json=dataDir,proto3" json:"data_dir,omitempty"`
 	// Of the node's certificate; absent without one.
 	CertificateFromMs int64    `protobuf:"varint,8,opt,name=certificate_from_ms,json=certificateFromMs,proto3" json:"certificate_from_ms,omitempty"`
@@ -5681,7 +7224,7 @@ type InfoResponse struct {
 
 func (x *InfoResponse) Reset() {
 	*x = InfoResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5693,7 +7236,7 @@ func (x *InfoResponse) String() string {
 func (*InfoResponse) ProtoMessage() {}
 
 func (x *InfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5706,7 +7249,7 @@ func (x *InfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoResponse.ProtoReflect.Descriptor instead.
 func (*InfoResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{90}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{115}
 }
 
 func (x *InfoResponse) GetVersion() string {
@@ -5749,6 +7292,20 @@ func (x *InfoResponse) GetDataPathReason() string {
 		return x.DataPathReason
 	}
 	return ""
+}
+
+func (x *InfoResponse) GetContainers() string {
+	if x != nil {
+		return x.Containers
+	}
+	return ""
+}
+
+func (x *InfoResponse) GetContainersOk() bool {
+	if x != nil {
+		return x.ContainersOk
+	}
+	return false
 }
 
 func (x *InfoResponse) GetDataDir() string {
@@ -5814,7 +7371,7 @@ type InitRequest struct {
 
 func (x *InitRequest) Reset() {
 	*x = InitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5826,7 +7383,7 @@ func (x *InitRequest) String() string {
 func (*InitRequest) ProtoMessage() {}
 
 func (x *InitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5839,7 +7396,7 @@ func (x *InitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitRequest.ProtoReflect.Descriptor instead.
 func (*InitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{91}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{116}
 }
 
 func (x *InitRequest) GetAdvertiseAddr() string {
@@ -5899,7 +7456,7 @@ type InitResponse struct {
 
 func (x *InitResponse) Reset() {
 	*x = InitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[92]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5911,7 +7468,7 @@ func (x *InitResponse) String() string {
 func (*InitResponse) ProtoMessage() {}
 
 func (x *InitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[92]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5924,7 +7481,7 @@ func (x *InitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitResponse.ProtoReflect.Descriptor instead.
 func (*InitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{92}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{117}
 }
 
 func (x *InitResponse) GetCluster() string {
@@ -5988,7 +7545,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[93]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[118]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6000,7 +7557,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[93]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[118]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6013,7 +7570,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{93}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{118}
 }
 
 func (x *JoinRequest) GetRemote() string {
@@ -6054,7 +7611,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[94]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[119]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6066,7 +7623,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[94]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[119]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6079,7 +7636,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{94}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{119}
 }
 
 func (x *JoinResponse) GetCluster() string {
@@ -6105,7 +7662,7 @@ type LeaveRequest struct {
 
 func (x *LeaveRequest) Reset() {
 	*x = LeaveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[95]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[120]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6117,7 +7674,7 @@ func (x *LeaveRequest) String() string {
 func (*LeaveRequest) ProtoMessage() {}
 
 func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[95]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[120]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6130,7 +7687,7 @@ func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
 func (*LeaveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{95}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{120}
 }
 
 func (x *LeaveRequest) GetForce() bool {
@@ -6148,7 +7705,7 @@ type LeaveResponse struct {
 
 func (x *LeaveResponse) Reset() {
 	*x = LeaveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[96]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[121]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6160,7 +7717,7 @@ func (x *LeaveResponse) String() string {
 func (*LeaveResponse) ProtoMessage() {}
 
 func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[96]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[121]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6173,7 +7730,7 @@ func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveResponse.ProtoReflect.Descriptor instead.
 func (*LeaveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{96}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{121}
 }
 
 type DoctorRequest struct {
@@ -6184,7 +7741,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[97]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[122]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6196,7 +7753,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[97]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[122]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6209,7 +7766,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{97}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{122}
 }
 
 type DoctorResponse struct {
@@ -6222,7 +7779,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[98]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[123]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6234,7 +7791,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[98]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[123]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6247,7 +7804,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{98}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{123}
 }
 
 func (x *DoctorResponse) GetChecks() []*DoctorResponse_Check {
@@ -6276,7 +7833,7 @@ type ShowCAResponse_Root struct {
 
 func (x *ShowCAResponse_Root) Reset() {
 	*x = ShowCAResponse_Root{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[135]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6288,7 +7845,7 @@ func (x *ShowCAResponse_Root) String() string {
 func (*ShowCAResponse_Root) ProtoMessage() {}
 
 func (x *ShowCAResponse_Root) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[135]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6301,7 +7858,7 @@ func (x *ShowCAResponse_Root) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowCAResponse_Root.ProtoReflect.Descriptor instead.
 func (*ShowCAResponse_Root) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{59, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{61, 0}
 }
 
 func (x *ShowCAResponse_Root) GetCertificate() []byte {
@@ -6342,7 +7899,7 @@ type ReportRequest_Fault struct {
 
 func (x *ReportRequest_Fault) Reset() {
 	*x = ReportRequest_Fault{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[137]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6354,7 +7911,7 @@ func (x *ReportRequest_Fault) String() string {
 func (*ReportRequest_Fault) ProtoMessage() {}
 
 func (x *ReportRequest_Fault) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[137]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6367,7 +7924,7 @@ func (x *ReportRequest_Fault) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest_Fault.ProtoReflect.Descriptor instead.
 func (*ReportRequest_Fault) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{70, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72, 1}
 }
 
 func (x *ReportRequest_Fault) GetObject() string {
@@ -6400,7 +7957,7 @@ type StatsResponse_Task struct {
 
 func (x *StatsResponse_Task) Reset() {
 	*x = StatsResponse_Task{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[138]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6412,7 +7969,7 @@ func (x *StatsResponse_Task) String() string {
 func (*StatsResponse_Task) ProtoMessage() {}
 
 func (x *StatsResponse_Task) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[138]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6425,7 +7982,7 @@ func (x *StatsResponse_Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse_Task.ProtoReflect.Descriptor instead.
 func (*StatsResponse_Task) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{75, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{77, 0}
 }
 
 func (x *StatsResponse_Task) GetId() string {
@@ -6495,7 +8052,7 @@ type KernelResponse_Backend struct {
 
 func (x *KernelResponse_Backend) Reset() {
 	*x = KernelResponse_Backend{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[139]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6507,7 +8064,7 @@ func (x *KernelResponse_Backend) String() string {
 func (*KernelResponse_Backend) ProtoMessage() {}
 
 func (x *KernelResponse_Backend) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[139]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6520,7 +8077,7 @@ func (x *KernelResponse_Backend) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse_Backend.ProtoReflect.Descriptor instead.
 func (*KernelResponse_Backend) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{77, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{79, 0}
 }
 
 func (x *KernelResponse_Backend) GetAddr() string {
@@ -6557,7 +8114,7 @@ type KernelResponse_Server struct {
 
 func (x *KernelResponse_Server) Reset() {
 	*x = KernelResponse_Server{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[140]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6569,7 +8126,7 @@ func (x *KernelResponse_Server) String() string {
 func (*KernelResponse_Server) ProtoMessage() {}
 
 func (x *KernelResponse_Server) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[140]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6582,7 +8139,7 @@ func (x *KernelResponse_Server) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse_Server.ProtoReflect.Descriptor instead.
 func (*KernelResponse_Server) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{77, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{79, 1}
 }
 
 func (x *KernelResponse_Server) GetService() string {
@@ -6639,7 +8196,7 @@ type ExecRequest_Start struct {
 
 func (x *ExecRequest_Start) Reset() {
 	*x = ExecRequest_Start{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[141]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6651,7 +8208,7 @@ func (x *ExecRequest_Start) String() string {
 func (*ExecRequest_Start) ProtoMessage() {}
 
 func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[141]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6664,7 +8221,7 @@ func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Start.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Start) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{78, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{80, 0}
 }
 
 func (x *ExecRequest_Start) GetTask() string {
@@ -6754,7 +8311,7 @@ type ExecRequest_Resize struct {
 
 func (x *ExecRequest_Resize) Reset() {
 	*x = ExecRequest_Resize{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[142]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6766,7 +8323,7 @@ func (x *ExecRequest_Resize) String() string {
 func (*ExecRequest_Resize) ProtoMessage() {}
 
 func (x *ExecRequest_Resize) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[142]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6779,7 +8336,7 @@ func (x *ExecRequest_Resize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Resize.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Resize) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{78, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{80, 1}
 }
 
 func (x *ExecRequest_Resize) GetRows() int32 {
@@ -6808,7 +8365,7 @@ type DoctorResponse_Check struct {
 
 func (x *DoctorResponse_Check) Reset() {
 	*x = DoctorResponse_Check{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[145]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6820,7 +8377,7 @@ func (x *DoctorResponse_Check) String() string {
 func (*DoctorResponse_Check) ProtoMessage() {}
 
 func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[145]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6833,7 +8390,7 @@ func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Check.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Check) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{98, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{123, 0}
 }
 
 func (x *DoctorResponse_Check) GetName() string {
@@ -6879,7 +8436,7 @@ type DoctorResponse_Object struct {
 
 func (x *DoctorResponse_Object) Reset() {
 	*x = DoctorResponse_Object{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[146]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6891,7 +8448,7 @@ func (x *DoctorResponse_Object) String() string {
 func (*DoctorResponse_Object) ProtoMessage() {}
 
 func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[146]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6904,7 +8461,7 @@ func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Object.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Object) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{98, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{123, 1}
 }
 
 func (x *DoctorResponse_Object) GetReconciler() string {
@@ -6987,7 +8544,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x11NetworkAttachment\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x18\n" +
 	"\aaliases\x18\x02 \x03(\tR\aaliases\x12\x14\n" +
-	"\x05addrs\x18\x03 \x03(\tR\x05addrs\"\xe1\x04\n" +
+	"\x05addrs\x18\x03 \x03(\tR\x05addrs\"\x94\x05\n" +
 	"\bTaskSpec\x12\x18\n" +
 	"\acommand\x18\x01 \x03(\tR\acommand\x12\x10\n" +
 	"\x03env\x18\x02 \x03(\tR\x03env\x12\x10\n" +
@@ -7013,10 +8570,53 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x03tty\x18\x11 \x01(\bR\x03tty\x12\x1f\n" +
 	"\vauto_remove\x18\x12 \x01(\bR\n" +
 	"autoRemove\x12-\n" +
-	"\x06health\x18\x13 \x01(\v2\x15.shoal.v1.HealthCheckR\x06health\x1a9\n" +
+	"\x06health\x18\x13 \x01(\v2\x15.shoal.v1.HealthCheckR\x06health\x121\n" +
+	"\tcontainer\x18( \x01(\v2\x13.shoal.v1.ContainerR\tcontainer\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xd5\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xaa\x04\n" +
+	"\tContainer\x12\x14\n" +
+	"\x05image\x18\x01 \x01(\tR\x05image\x12\x1e\n" +
+	"\n" +
+	"entrypoint\x18\x02 \x03(\tR\n" +
+	"entrypoint\x12\x12\n" +
+	"\x04pull\x18\x03 \x01(\tR\x04pull\x12#\n" +
+	"\rregistry_auth\x18\x04 \x01(\tR\fregistryAuth\x12'\n" +
+	"\x06mounts\x18\x05 \x03(\v2\x0f.shoal.v1.MountR\x06mounts\x12\x1b\n" +
+	"\tread_only\x18\x06 \x01(\bR\breadOnly\x12\x1e\n" +
+	"\n" +
+	"privileged\x18\a \x01(\bR\n" +
+	"privileged\x12\x17\n" +
+	"\acap_add\x18\b \x03(\tR\x06capAdd\x12\x19\n" +
+	"\bcap_drop\x18\t \x03(\tR\acapDrop\x12!\n" +
+	"\fsecurity_opt\x18\n" +
+	" \x03(\tR\vsecurityOpt\x12\x18\n" +
+	"\adevices\x18\v \x03(\tR\adevices\x12\x19\n" +
+	"\bshm_size\x18\f \x01(\x03R\ashmSize\x12\x18\n" +
+	"\aulimits\x18\r \x03(\tR\aulimits\x12:\n" +
+	"\asysctls\x18\x0e \x03(\v2 .shoal.v1.Container.SysctlsEntryR\asysctls\x12\x16\n" +
+	"\x06groups\x18\x0f \x03(\tR\x06groups\x12\x12\n" +
+	"\x04init\x18\x10 \x01(\bR\x04init\x1a:\n" +
+	"\fSysctlsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x92\x03\n" +
+	"\x05Mount\x12\x12\n" +
+	"\x04type\x18\x01 \x01(\tR\x04type\x12\x16\n" +
+	"\x06source\x18\x02 \x01(\tR\x06source\x12\x16\n" +
+	"\x06target\x18\x03 \x01(\tR\x06target\x12\x1b\n" +
+	"\tread_only\x18\x04 \x01(\bR\breadOnly\x12\x17\n" +
+	"\ano_copy\x18\x05 \x01(\bR\x06noCopy\x12 \n" +
+	"\vpropagation\x18\x06 \x01(\tR\vpropagation\x12#\n" +
+	"\rcreate_source\x18\a \x01(\bR\fcreateSource\x12\x12\n" +
+	"\x04size\x18\b \x01(\x03R\x04size\x12\x12\n" +
+	"\x04mode\x18\t \x01(\rR\x04mode\x12\x18\n" +
+	"\aoptions\x18\n" +
+	" \x03(\tR\aoptions\x12\x16\n" +
+	"\x06driver\x18\v \x01(\tR\x06driver\x123\n" +
+	"\x06labels\x18\f \x03(\v2\x1b.shoal.v1.Mount.LabelsEntryR\x06labels\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x85\x02\n" +
 	"\vHealthCheck\x12\x18\n" +
 	"\acommand\x18\x01 \x01(\tR\acommand\x12\x1f\n" +
 	"\vinterval_ms\x18\x02 \x01(\x03R\n" +
@@ -7025,7 +8625,9 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"timeout_ms\x18\x03 \x01(\x03R\ttimeoutMs\x12&\n" +
 	"\x0fstart_period_ms\x18\x04 \x01(\x03R\rstartPeriodMs\x12*\n" +
 	"\x11start_interval_ms\x18\x05 \x01(\x03R\x0fstartIntervalMs\x12\x18\n" +
-	"\aretries\x18\x06 \x01(\x05R\aretries\"\x92\x01\n" +
+	"\aretries\x18\x06 \x01(\x05R\aretries\x12\x12\n" +
+	"\x04exec\x18\a \x03(\tR\x04exec\x12\x1a\n" +
+	"\bdisabled\x18\b \x01(\bR\bdisabled\"\x92\x01\n" +
 	"\x04Port\x12\x1c\n" +
 	"\tpublished\x18\x01 \x01(\rR\tpublished\x12\x16\n" +
 	"\x06target\x18\x02 \x01(\rR\x06target\x12\x1a\n" +
@@ -7103,7 +8705,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\rnot_before_ms\x18\f \x01(\x03R\vnotBeforeMs\x12\x18\n" +
 	"\aattempt\x18\r \x01(\x05R\aattempt\x12$\n" +
 	"\x05ports\x18\x0e \x03(\v2\x0e.shoal.v1.PortR\x05ports\x12+\n" +
-	"\x06faults\x18\x0f \x03(\v2\x13.shoal.v1.NodeFaultR\x06faults\"\xe1\x04\n" +
+	"\x06faults\x18\x0f \x03(\v2\x13.shoal.v1.NodeFaultR\x06faults\"\xc4\x05\n" +
 	"\bNodeInfo\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +
@@ -7126,7 +8728,12 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\n" +
 	"public_key\x18\x10 \x01(\fR\tpublicKey\x12,\n" +
 	"\x12certificate_end_ms\x18\x11 \x01(\x03R\x10certificateEndMs\x12)\n" +
-	"\x10certificate_root\x18\x12 \x01(\tR\x0fcertificateRoot\x1a9\n" +
+	"\x10certificate_root\x18\x12 \x01(\tR\x0fcertificateRoot\x12\x1a\n" +
+	"\bplatform\x18( \x01(\tR\bplatform\x12\x1e\n" +
+	"\n" +
+	"containers\x18) \x01(\bR\n" +
+	"containers\x12%\n" +
+	"\x0econtainers_why\x18* \x01(\tR\rcontainersWhy\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x85\x01\n" +
@@ -7336,7 +8943,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"generation\x18\x01 \x01(\x04R\n" +
 	"generation\x12\x10\n" +
 	"\x03key\x18\x02 \x01(\fR\x03key\x12\x18\n" +
-	"\aprimary\x18\x03 \x01(\bR\aprimary\"\xe4\x04\n" +
+	"\aprimary\x18\x03 \x01(\bR\aprimary\"\xc7\x05\n" +
 	"\rReportRequest\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x128\n" +
 	"\x05tasks\x18\x02 \x03(\v2\".shoal.v1.ReportRequest.TasksEntryR\x05tasks\x12\x1d\n" +
@@ -7346,7 +8953,12 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\fcontrol_port\x18\x05 \x01(\x05R\vcontrolPort\x12\x1f\n" +
 	"\vgossip_port\x18\x06 \x01(\x05R\n" +
 	"gossipPort\x12\x1b\n" +
-	"\tdata_path\x18\a \x01(\tR\bdataPath\x12\x18\n" +
+	"\tdata_path\x18\a \x01(\tR\bdataPath\x12\x1a\n" +
+	"\bplatform\x18( \x01(\tR\bplatform\x12\x1e\n" +
+	"\n" +
+	"containers\x18) \x01(\bR\n" +
+	"containers\x12%\n" +
+	"\x0econtainers_why\x18* \x01(\tR\rcontainersWhy\x12\x18\n" +
 	"\aapplied\x18\b \x01(\x04R\aapplied\x125\n" +
 	"\x06faults\x18\t \x03(\v2\x1d.shoal.v1.ReportRequest.FaultR\x06faults\x12#\n" +
 	"\rmanager_ready\x18\n" +
@@ -7445,7 +9057,81 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x06status\x18\x01 \x01(\v2\x14.shoal.v1.TaskStatusR\x06status\"\x15\n" +
 	"\x13SaveSnapshotRequest\"2\n" +
 	"\x14SaveSnapshotResponse\x12\x1a\n" +
-	"\bsnapshot\x18\x01 \x01(\fR\bsnapshot\"q\n" +
+	"\bsnapshot\x18\x01 \x01(\fR\bsnapshot\"\xa9\x01\n" +
+	"\x05Image\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
+	"\x03ref\x18\x02 \x01(\tR\x03ref\x12\x16\n" +
+	"\x06digest\x18\x03 \x01(\tR\x06digest\x12\x12\n" +
+	"\x04size\x18\x04 \x01(\x03R\x04size\x12\x1d\n" +
+	"\n" +
+	"created_ms\x18\x05 \x01(\x03R\tcreatedMs\x12\x15\n" +
+	"\x06in_use\x18\x06 \x03(\tR\x05inUse\x12\x18\n" +
+	"\adamaged\x18\a \x01(\bR\adamaged\"\x12\n" +
+	"\x10ImageListRequest\"P\n" +
+	"\x11ImageListResponse\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12'\n" +
+	"\x06images\x18\x02 \x03(\v2\x0f.shoal.v1.ImageR\x06images\"<\n" +
+	"\x10ImagePullRequest\x12\x14\n" +
+	"\x05image\x18\x01 \x01(\tR\x05image\x12\x12\n" +
+	"\x04auth\x18\x02 \x01(\tR\x04auth\"C\n" +
+	"\x11ImagePullResponse\x12\x1a\n" +
+	"\bprogress\x18\x01 \x01(\tR\bprogress\x12\x12\n" +
+	"\x04done\x18\x02 \x01(\tR\x04done\"?\n" +
+	"\x13ImageResolveRequest\x12\x14\n" +
+	"\x05image\x18\x01 \x01(\tR\x05image\x12\x12\n" +
+	"\x04auth\x18\x02 \x01(\tR\x04auth\"(\n" +
+	"\x14ImageResolveResponse\x12\x10\n" +
+	"\x03ref\x18\x01 \x01(\tR\x03ref\"@\n" +
+	"\x12ImageRemoveRequest\x12\x14\n" +
+	"\x05image\x18\x01 \x01(\tR\x05image\x12\x14\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\"B\n" +
+	"\x11ImagePruneRequest\x12\x10\n" +
+	"\x03all\x18\x01 \x01(\bR\x03all\x12\x1b\n" +
+	"\tunused_ms\x18\x02 \x01(\x03R\bunusedMs\"E\n" +
+	"\x13ImageRemoveResponse\x12\x18\n" +
+	"\aremoved\x18\x01 \x03(\tR\aremoved\x12\x14\n" +
+	"\x05bytes\x18\x02 \x01(\x03R\x05bytes\"+\n" +
+	"\x13ImageInspectRequest\x12\x14\n" +
+	"\x05image\x18\x01 \x01(\tR\x05image\"U\n" +
+	"\x14ImageInspectResponse\x12%\n" +
+	"\x05image\x18\x01 \x01(\v2\x0f.shoal.v1.ImageR\x05image\x12\x16\n" +
+	"\x06config\x18\x02 \x01(\fR\x06config\":\n" +
+	"\x10ImageLoadRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04data\x18\x02 \x01(\fR\x04data\"+\n" +
+	"\x11ImageLoadResponse\x12\x16\n" +
+	"\x06images\x18\x01 \x03(\tR\x06images\"*\n" +
+	"\x10ImageSaveRequest\x12\x16\n" +
+	"\x06images\x18\x01 \x03(\tR\x06images\"'\n" +
+	"\x11ImageSaveResponse\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"\xf5\x01\n" +
+	"\x06Volume\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x124\n" +
+	"\x06labels\x18\x02 \x03(\v2\x1c.shoal.v1.Volume.LabelsEntryR\x06labels\x12\x1d\n" +
+	"\n" +
+	"created_ms\x18\x03 \x01(\x03R\tcreatedMs\x12\x12\n" +
+	"\x04path\x18\x04 \x01(\tR\x04path\x12\x1c\n" +
+	"\tanonymous\x18\x05 \x01(\bR\tanonymous\x12\x15\n" +
+	"\x06in_use\x18\x06 \x03(\tR\x05inUse\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x13\n" +
+	"\x11VolumeListRequest\"T\n" +
+	"\x12VolumeListResponse\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12*\n" +
+	"\avolumes\x18\x02 \x03(\v2\x10.shoal.v1.VolumeR\avolumes\"\xa7\x01\n" +
+	"\x13VolumeCreateRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12A\n" +
+	"\x06labels\x18\x02 \x03(\v2).shoal.v1.VolumeCreateRequest.LabelsEntryR\x06labels\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"@\n" +
+	"\x14VolumeCreateResponse\x12(\n" +
+	"\x06volume\x18\x01 \x01(\v2\x10.shoal.v1.VolumeR\x06volume\"?\n" +
+	"\x13VolumeRemoveRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\"\x16\n" +
+	"\x14VolumeRemoveResponse\"q\n" +
 	"\x16RestoreSnapshotRequest\x12\x1a\n" +
 	"\bsnapshot\x18\x01 \x01(\fR\bsnapshot\x12%\n" +
 	"\x0eadvertise_addr\x18\x02 \x01(\tR\radvertiseAddr\x12\x14\n" +
@@ -7453,14 +9139,18 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\rUnlockRequest\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\"\x10\n" +
 	"\x0eUnlockResponse\"\r\n" +
-	"\vInfoRequest\"\xaf\x03\n" +
+	"\vInfoRequest\"\xf4\x03\n" +
 	"\fInfoResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x18\n" +
 	"\acluster\x18\x02 \x01(\tR\acluster\x12&\n" +
 	"\x04node\x18\x03 \x01(\v2\x12.shoal.v1.NodeInfoR\x04node\x12\x16\n" +
 	"\x06leader\x18\x04 \x01(\tR\x06leader\x12\x1b\n" +
 	"\tdata_path\x18\x05 \x01(\tR\bdataPath\x12(\n" +
-	"\x10data_path_reason\x18\x06 \x01(\tR\x0edataPathReason\x12\x19\n" +
+	"\x10data_path_reason\x18\x06 \x01(\tR\x0edataPathReason\x12\x1e\n" +
+	"\n" +
+	"containers\x18( \x01(\tR\n" +
+	"containers\x12#\n" +
+	"\rcontainers_ok\x18) \x01(\bR\fcontainersOk\x12\x19\n" +
 	"\bdata_dir\x18\a \x01(\tR\adataDir\x12.\n" +
 	"\x13certificate_from_ms\x18\b \x01(\x03R\x11certificateFromMs\x12,\n" +
 	"\x12certificate_end_ms\x18\t \x01(\x03R\x10certificateEndMs\x12)\n" +
@@ -7547,8 +9237,21 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\bJoinNode\x12\x19.shoal.v1.JoinNodeRequest\x1a\x1a.shoal.v1.JoinNodeResponse\x12M\n" +
 	"\fAdmitManager\x12\x1d.shoal.v1.AdmitManagerRequest\x1a\x1e.shoal.v1.AdmitManagerResponse\x12L\n" +
 	"\vAssignments\x12\x1c.shoal.v1.AssignmentsRequest\x1a\x1d.shoal.v1.AssignmentsResponse0\x01\x12;\n" +
-	"\x06Report\x12\x17.shoal.v1.ReportRequest\x1a\x18.shoal.v1.ReportResponse2\xe2\x02\n" +
-	"\x04Node\x129\n" +
+	"\x06Report\x12\x17.shoal.v1.ReportRequest\x1a\x18.shoal.v1.ReportResponse2\x9b\t\n" +
+	"\x04Node\x12D\n" +
+	"\tImageList\x12\x1a.shoal.v1.ImageListRequest\x1a\x1b.shoal.v1.ImageListResponse\x12F\n" +
+	"\tImagePull\x12\x1a.shoal.v1.ImagePullRequest\x1a\x1b.shoal.v1.ImagePullResponse0\x01\x12M\n" +
+	"\fImageResolve\x12\x1d.shoal.v1.ImageResolveRequest\x1a\x1e.shoal.v1.ImageResolveResponse\x12J\n" +
+	"\vImageRemove\x12\x1c.shoal.v1.ImageRemoveRequest\x1a\x1d.shoal.v1.ImageRemoveResponse\x12H\n" +
+	"\n" +
+	"ImagePrune\x12\x1b.shoal.v1.ImagePruneRequest\x1a\x1d.shoal.v1.ImageRemoveResponse\x12M\n" +
+	"\fImageInspect\x12\x1d.shoal.v1.ImageInspectRequest\x1a\x1e.shoal.v1.ImageInspectResponse\x12F\n" +
+	"\tImageLoad\x12\x1a.shoal.v1.ImageLoadRequest\x1a\x1b.shoal.v1.ImageLoadResponse(\x01\x12F\n" +
+	"\tImageSave\x12\x1a.shoal.v1.ImageSaveRequest\x1a\x1b.shoal.v1.ImageSaveResponse0\x01\x12G\n" +
+	"\n" +
+	"VolumeList\x12\x1b.shoal.v1.VolumeListRequest\x1a\x1c.shoal.v1.VolumeListResponse\x12M\n" +
+	"\fVolumeCreate\x12\x1d.shoal.v1.VolumeCreateRequest\x1a\x1e.shoal.v1.VolumeCreateResponse\x12M\n" +
+	"\fVolumeRemove\x12\x1d.shoal.v1.VolumeRemoveRequest\x1a\x1e.shoal.v1.VolumeRemoveResponse\x129\n" +
 	"\x04Exec\x12\x15.shoal.v1.ExecRequest\x1a\x16.shoal.v1.ExecResponse(\x010\x01\x127\n" +
 	"\x04Logs\x12\x15.shoal.v1.LogsRequest\x1a\x16.shoal.v1.LogsResponse0\x01\x125\n" +
 	"\x04Wait\x12\x15.shoal.v1.WaitRequest\x1a\x16.shoal.v1.WaitResponse\x128\n" +
@@ -7576,288 +9279,349 @@ func file_shoal_v1_shoal_proto_rawDescGZIP() []byte {
 	return file_shoal_v1_shoal_proto_rawDescData
 }
 
-var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 118)
+var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 147)
 var file_shoal_v1_shoal_proto_goTypes = []any{
 	(*Network)(nil),                   // 0: shoal.v1.Network
 	(*NetworkAttachment)(nil),         // 1: shoal.v1.NetworkAttachment
 	(*TaskSpec)(nil),                  // 2: shoal.v1.TaskSpec
-	(*HealthCheck)(nil),               // 3: shoal.v1.HealthCheck
-	(*Port)(nil),                      // 4: shoal.v1.Port
-	(*ServiceSpec)(nil),               // 5: shoal.v1.ServiceSpec
-	(*VIPs)(nil),                      // 6: shoal.v1.VIPs
-	(*Service)(nil),                   // 7: shoal.v1.Service
-	(*NodeFault)(nil),                 // 8: shoal.v1.NodeFault
-	(*Attachment)(nil),                // 9: shoal.v1.Attachment
-	(*TaskStatus)(nil),                // 10: shoal.v1.TaskStatus
-	(*Task)(nil),                      // 11: shoal.v1.Task
-	(*NodeInfo)(nil),                  // 12: shoal.v1.NodeInfo
-	(*Cluster)(nil),                   // 13: shoal.v1.Cluster
-	(*CreateNetworkRequest)(nil),      // 14: shoal.v1.CreateNetworkRequest
-	(*CreateNetworkResponse)(nil),     // 15: shoal.v1.CreateNetworkResponse
-	(*ListNetworksRequest)(nil),       // 16: shoal.v1.ListNetworksRequest
-	(*ListNetworksResponse)(nil),      // 17: shoal.v1.ListNetworksResponse
-	(*RemoveNetworkRequest)(nil),      // 18: shoal.v1.RemoveNetworkRequest
-	(*RemoveNetworkResponse)(nil),     // 19: shoal.v1.RemoveNetworkResponse
-	(*ConnectNetworkRequest)(nil),     // 20: shoal.v1.ConnectNetworkRequest
-	(*ConnectNetworkResponse)(nil),    // 21: shoal.v1.ConnectNetworkResponse
-	(*DisconnectNetworkRequest)(nil),  // 22: shoal.v1.DisconnectNetworkRequest
-	(*DisconnectNetworkResponse)(nil), // 23: shoal.v1.DisconnectNetworkResponse
-	(*EventsRequest)(nil),             // 24: shoal.v1.EventsRequest
-	(*Event)(nil),                     // 25: shoal.v1.Event
-	(*CreateServiceRequest)(nil),      // 26: shoal.v1.CreateServiceRequest
-	(*CreateServiceResponse)(nil),     // 27: shoal.v1.CreateServiceResponse
-	(*UpdateServiceRequest)(nil),      // 28: shoal.v1.UpdateServiceRequest
-	(*UpdateServiceResponse)(nil),     // 29: shoal.v1.UpdateServiceResponse
-	(*ListServicesRequest)(nil),       // 30: shoal.v1.ListServicesRequest
-	(*ListServicesResponse)(nil),      // 31: shoal.v1.ListServicesResponse
-	(*RemoveServiceRequest)(nil),      // 32: shoal.v1.RemoveServiceRequest
-	(*RemoveServiceResponse)(nil),     // 33: shoal.v1.RemoveServiceResponse
-	(*CreateTaskRequest)(nil),         // 34: shoal.v1.CreateTaskRequest
-	(*CreateTaskResponse)(nil),        // 35: shoal.v1.CreateTaskResponse
-	(*ListTasksRequest)(nil),          // 36: shoal.v1.ListTasksRequest
-	(*ListTasksResponse)(nil),         // 37: shoal.v1.ListTasksResponse
-	(*StopTaskRequest)(nil),           // 38: shoal.v1.StopTaskRequest
-	(*StopTaskResponse)(nil),          // 39: shoal.v1.StopTaskResponse
-	(*ListNodesRequest)(nil),          // 40: shoal.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),         // 41: shoal.v1.ListNodesResponse
-	(*UpdateNodeRequest)(nil),         // 42: shoal.v1.UpdateNodeRequest
-	(*UpdateNodeResponse)(nil),        // 43: shoal.v1.UpdateNodeResponse
-	(*RemoveNodeRequest)(nil),         // 44: shoal.v1.RemoveNodeRequest
-	(*RemoveNodeResponse)(nil),        // 45: shoal.v1.RemoveNodeResponse
-	(*JoinNodeRequest)(nil),           // 46: shoal.v1.JoinNodeRequest
-	(*JoinNodeResponse)(nil),          // 47: shoal.v1.JoinNodeResponse
-	(*Certificate)(nil),               // 48: shoal.v1.Certificate
-	(*RenewCertificateRequest)(nil),   // 49: shoal.v1.RenewCertificateRequest
-	(*RenewCertificateResponse)(nil),  // 50: shoal.v1.RenewCertificateResponse
-	(*Lock)(nil),                      // 51: shoal.v1.Lock
-	(*LeaveNodeRequest)(nil),          // 52: shoal.v1.LeaveNodeRequest
-	(*LeaveNodeResponse)(nil),         // 53: shoal.v1.LeaveNodeResponse
-	(*ShowTokenRequest)(nil),          // 54: shoal.v1.ShowTokenRequest
-	(*ShowTokenResponse)(nil),         // 55: shoal.v1.ShowTokenResponse
-	(*RotateTokenRequest)(nil),        // 56: shoal.v1.RotateTokenRequest
-	(*RotateTokenResponse)(nil),       // 57: shoal.v1.RotateTokenResponse
-	(*ShowCARequest)(nil),             // 58: shoal.v1.ShowCARequest
-	(*ShowCAResponse)(nil),            // 59: shoal.v1.ShowCAResponse
-	(*UnlockKeyRequest)(nil),          // 60: shoal.v1.UnlockKeyRequest
-	(*UnlockKeyResponse)(nil),         // 61: shoal.v1.UnlockKeyResponse
-	(*RotateCARequest)(nil),           // 62: shoal.v1.RotateCARequest
-	(*RotateCAResponse)(nil),          // 63: shoal.v1.RotateCAResponse
-	(*AdmitManagerRequest)(nil),       // 64: shoal.v1.AdmitManagerRequest
-	(*AdmitManagerResponse)(nil),      // 65: shoal.v1.AdmitManagerResponse
-	(*AssignmentsRequest)(nil),        // 66: shoal.v1.AssignmentsRequest
-	(*AssignmentsResponse)(nil),       // 67: shoal.v1.AssignmentsResponse
-	(*Trust)(nil),                     // 68: shoal.v1.Trust
-	(*GossipKey)(nil),                 // 69: shoal.v1.GossipKey
-	(*ReportRequest)(nil),             // 70: shoal.v1.ReportRequest
-	(*ReportResponse)(nil),            // 71: shoal.v1.ReportResponse
-	(*TasksRequest)(nil),              // 72: shoal.v1.TasksRequest
-	(*TasksResponse)(nil),             // 73: shoal.v1.TasksResponse
-	(*StatsRequest)(nil),              // 74: shoal.v1.StatsRequest
-	(*StatsResponse)(nil),             // 75: shoal.v1.StatsResponse
-	(*KernelRequest)(nil),             // 76: shoal.v1.KernelRequest
-	(*KernelResponse)(nil),            // 77: shoal.v1.KernelResponse
-	(*ExecRequest)(nil),               // 78: shoal.v1.ExecRequest
-	(*ExecResponse)(nil),              // 79: shoal.v1.ExecResponse
-	(*LogsRequest)(nil),               // 80: shoal.v1.LogsRequest
-	(*LogsResponse)(nil),              // 81: shoal.v1.LogsResponse
-	(*WaitRequest)(nil),               // 82: shoal.v1.WaitRequest
-	(*WaitResponse)(nil),              // 83: shoal.v1.WaitResponse
-	(*SaveSnapshotRequest)(nil),       // 84: shoal.v1.SaveSnapshotRequest
-	(*SaveSnapshotResponse)(nil),      // 85: shoal.v1.SaveSnapshotResponse
-	(*RestoreSnapshotRequest)(nil),    // 86: shoal.v1.RestoreSnapshotRequest
-	(*UnlockRequest)(nil),             // 87: shoal.v1.UnlockRequest
-	(*UnlockResponse)(nil),            // 88: shoal.v1.UnlockResponse
-	(*InfoRequest)(nil),               // 89: shoal.v1.InfoRequest
-	(*InfoResponse)(nil),              // 90: shoal.v1.InfoResponse
-	(*InitRequest)(nil),               // 91: shoal.v1.InitRequest
-	(*InitResponse)(nil),              // 92: shoal.v1.InitResponse
-	(*JoinRequest)(nil),               // 93: shoal.v1.JoinRequest
-	(*JoinResponse)(nil),              // 94: shoal.v1.JoinResponse
-	(*LeaveRequest)(nil),              // 95: shoal.v1.LeaveRequest
-	(*LeaveResponse)(nil),             // 96: shoal.v1.LeaveResponse
-	(*DoctorRequest)(nil),             // 97: shoal.v1.DoctorRequest
-	(*DoctorResponse)(nil),            // 98: shoal.v1.DoctorResponse
-	nil,                               // 99: shoal.v1.Network.LabelsEntry
-	nil,                               // 100: shoal.v1.Network.OptionsEntry
-	nil,                               // 101: shoal.v1.TaskSpec.LabelsEntry
-	nil,                               // 102: shoal.v1.ServiceSpec.LabelsEntry
-	nil,                               // 103: shoal.v1.NodeInfo.LabelsEntry
-	nil,                               // 104: shoal.v1.CreateNetworkRequest.LabelsEntry
-	nil,                               // 105: shoal.v1.CreateNetworkRequest.OptionsEntry
-	nil,                               // 106: shoal.v1.Event.AttributesEntry
-	nil,                               // 107: shoal.v1.UpdateNodeRequest.SetLabelsEntry
-	(*ShowCAResponse_Root)(nil),       // 108: shoal.v1.ShowCAResponse.Root
-	nil,                               // 109: shoal.v1.ReportRequest.TasksEntry
-	(*ReportRequest_Fault)(nil),       // 110: shoal.v1.ReportRequest.Fault
-	(*StatsResponse_Task)(nil),        // 111: shoal.v1.StatsResponse.Task
-	(*KernelResponse_Backend)(nil),    // 112: shoal.v1.KernelResponse.Backend
-	(*KernelResponse_Server)(nil),     // 113: shoal.v1.KernelResponse.Server
-	(*ExecRequest_Start)(nil),         // 114: shoal.v1.ExecRequest.Start
-	(*ExecRequest_Resize)(nil),        // 115: shoal.v1.ExecRequest.Resize
-	(*DoctorResponse_Check)(nil),      // 116: shoal.v1.DoctorResponse.Check
-	(*DoctorResponse_Object)(nil),     // 117: shoal.v1.DoctorResponse.Object
+	(*Container)(nil),                 // 3: shoal.v1.Container
+	(*Mount)(nil),                     // 4: shoal.v1.Mount
+	(*HealthCheck)(nil),               // 5: shoal.v1.HealthCheck
+	(*Port)(nil),                      // 6: shoal.v1.Port
+	(*ServiceSpec)(nil),               // 7: shoal.v1.ServiceSpec
+	(*VIPs)(nil),                      // 8: shoal.v1.VIPs
+	(*Service)(nil),                   // 9: shoal.v1.Service
+	(*NodeFault)(nil),                 // 10: shoal.v1.NodeFault
+	(*Attachment)(nil),                // 11: shoal.v1.Attachment
+	(*TaskStatus)(nil),                // 12: shoal.v1.TaskStatus
+	(*Task)(nil),                      // 13: shoal.v1.Task
+	(*NodeInfo)(nil),                  // 14: shoal.v1.NodeInfo
+	(*Cluster)(nil),                   // 15: shoal.v1.Cluster
+	(*CreateNetworkRequest)(nil),      // 16: shoal.v1.CreateNetworkRequest
+	(*CreateNetworkResponse)(nil),     // 17: shoal.v1.CreateNetworkResponse
+	(*ListNetworksRequest)(nil),       // 18: shoal.v1.ListNetworksRequest
+	(*ListNetworksResponse)(nil),      // 19: shoal.v1.ListNetworksResponse
+	(*RemoveNetworkRequest)(nil),      // 20: shoal.v1.RemoveNetworkRequest
+	(*RemoveNetworkResponse)(nil),     // 21: shoal.v1.RemoveNetworkResponse
+	(*ConnectNetworkRequest)(nil),     // 22: shoal.v1.ConnectNetworkRequest
+	(*ConnectNetworkResponse)(nil),    // 23: shoal.v1.ConnectNetworkResponse
+	(*DisconnectNetworkRequest)(nil),  // 24: shoal.v1.DisconnectNetworkRequest
+	(*DisconnectNetworkResponse)(nil), // 25: shoal.v1.DisconnectNetworkResponse
+	(*EventsRequest)(nil),             // 26: shoal.v1.EventsRequest
+	(*Event)(nil),                     // 27: shoal.v1.Event
+	(*CreateServiceRequest)(nil),      // 28: shoal.v1.CreateServiceRequest
+	(*CreateServiceResponse)(nil),     // 29: shoal.v1.CreateServiceResponse
+	(*UpdateServiceRequest)(nil),      // 30: shoal.v1.UpdateServiceRequest
+	(*UpdateServiceResponse)(nil),     // 31: shoal.v1.UpdateServiceResponse
+	(*ListServicesRequest)(nil),       // 32: shoal.v1.ListServicesRequest
+	(*ListServicesResponse)(nil),      // 33: shoal.v1.ListServicesResponse
+	(*RemoveServiceRequest)(nil),      // 34: shoal.v1.RemoveServiceRequest
+	(*RemoveServiceResponse)(nil),     // 35: shoal.v1.RemoveServiceResponse
+	(*CreateTaskRequest)(nil),         // 36: shoal.v1.CreateTaskRequest
+	(*CreateTaskResponse)(nil),        // 37: shoal.v1.CreateTaskResponse
+	(*ListTasksRequest)(nil),          // 38: shoal.v1.ListTasksRequest
+	(*ListTasksResponse)(nil),         // 39: shoal.v1.ListTasksResponse
+	(*StopTaskRequest)(nil),           // 40: shoal.v1.StopTaskRequest
+	(*StopTaskResponse)(nil),          // 41: shoal.v1.StopTaskResponse
+	(*ListNodesRequest)(nil),          // 42: shoal.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),         // 43: shoal.v1.ListNodesResponse
+	(*UpdateNodeRequest)(nil),         // 44: shoal.v1.UpdateNodeRequest
+	(*UpdateNodeResponse)(nil),        // 45: shoal.v1.UpdateNodeResponse
+	(*RemoveNodeRequest)(nil),         // 46: shoal.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),        // 47: shoal.v1.RemoveNodeResponse
+	(*JoinNodeRequest)(nil),           // 48: shoal.v1.JoinNodeRequest
+	(*JoinNodeResponse)(nil),          // 49: shoal.v1.JoinNodeResponse
+	(*Certificate)(nil),               // 50: shoal.v1.Certificate
+	(*RenewCertificateRequest)(nil),   // 51: shoal.v1.RenewCertificateRequest
+	(*RenewCertificateResponse)(nil),  // 52: shoal.v1.RenewCertificateResponse
+	(*Lock)(nil),                      // 53: shoal.v1.Lock
+	(*LeaveNodeRequest)(nil),          // 54: shoal.v1.LeaveNodeRequest
+	(*LeaveNodeResponse)(nil),         // 55: shoal.v1.LeaveNodeResponse
+	(*ShowTokenRequest)(nil),          // 56: shoal.v1.ShowTokenRequest
+	(*ShowTokenResponse)(nil),         // 57: shoal.v1.ShowTokenResponse
+	(*RotateTokenRequest)(nil),        // 58: shoal.v1.RotateTokenRequest
+	(*RotateTokenResponse)(nil),       // 59: shoal.v1.RotateTokenResponse
+	(*ShowCARequest)(nil),             // 60: shoal.v1.ShowCARequest
+	(*ShowCAResponse)(nil),            // 61: shoal.v1.ShowCAResponse
+	(*UnlockKeyRequest)(nil),          // 62: shoal.v1.UnlockKeyRequest
+	(*UnlockKeyResponse)(nil),         // 63: shoal.v1.UnlockKeyResponse
+	(*RotateCARequest)(nil),           // 64: shoal.v1.RotateCARequest
+	(*RotateCAResponse)(nil),          // 65: shoal.v1.RotateCAResponse
+	(*AdmitManagerRequest)(nil),       // 66: shoal.v1.AdmitManagerRequest
+	(*AdmitManagerResponse)(nil),      // 67: shoal.v1.AdmitManagerResponse
+	(*AssignmentsRequest)(nil),        // 68: shoal.v1.AssignmentsRequest
+	(*AssignmentsResponse)(nil),       // 69: shoal.v1.AssignmentsResponse
+	(*Trust)(nil),                     // 70: shoal.v1.Trust
+	(*GossipKey)(nil),                 // 71: shoal.v1.GossipKey
+	(*ReportRequest)(nil),             // 72: shoal.v1.ReportRequest
+	(*ReportResponse)(nil),            // 73: shoal.v1.ReportResponse
+	(*TasksRequest)(nil),              // 74: shoal.v1.TasksRequest
+	(*TasksResponse)(nil),             // 75: shoal.v1.TasksResponse
+	(*StatsRequest)(nil),              // 76: shoal.v1.StatsRequest
+	(*StatsResponse)(nil),             // 77: shoal.v1.StatsResponse
+	(*KernelRequest)(nil),             // 78: shoal.v1.KernelRequest
+	(*KernelResponse)(nil),            // 79: shoal.v1.KernelResponse
+	(*ExecRequest)(nil),               // 80: shoal.v1.ExecRequest
+	(*ExecResponse)(nil),              // 81: shoal.v1.ExecResponse
+	(*LogsRequest)(nil),               // 82: shoal.v1.LogsRequest
+	(*LogsResponse)(nil),              // 83: shoal.v1.LogsResponse
+	(*WaitRequest)(nil),               // 84: shoal.v1.WaitRequest
+	(*WaitResponse)(nil),              // 85: shoal.v1.WaitResponse
+	(*SaveSnapshotRequest)(nil),       // 86: shoal.v1.SaveSnapshotRequest
+	(*SaveSnapshotResponse)(nil),      // 87: shoal.v1.SaveSnapshotResponse
+	(*Image)(nil),                     // 88: shoal.v1.Image
+	(*ImageListRequest)(nil),          // 89: shoal.v1.ImageListRequest
+	(*ImageListResponse)(nil),         // 90: shoal.v1.ImageListResponse
+	(*ImagePullRequest)(nil),          // 91: shoal.v1.ImagePullRequest
+	(*ImagePullResponse)(nil),         // 92: shoal.v1.ImagePullResponse
+	(*ImageResolveRequest)(nil),       // 93: shoal.v1.ImageResolveRequest
+	(*ImageResolveResponse)(nil),      // 94: shoal.v1.ImageResolveResponse
+	(*ImageRemoveRequest)(nil),        // 95: shoal.v1.ImageRemoveRequest
+	(*ImagePruneRequest)(nil),         // 96: shoal.v1.ImagePruneRequest
+	(*ImageRemoveResponse)(nil),       // 97: shoal.v1.ImageRemoveResponse
+	(*ImageInspectRequest)(nil),       // 98: shoal.v1.ImageInspectRequest
+	(*ImageInspectResponse)(nil),      // 99: shoal.v1.ImageInspectResponse
+	(*ImageLoadRequest)(nil),          // 100: shoal.v1.ImageLoadRequest
+	(*ImageLoadResponse)(nil),         // 101: shoal.v1.ImageLoadResponse
+	(*ImageSaveRequest)(nil),          // 102: shoal.v1.ImageSaveRequest
+	(*ImageSaveResponse)(nil),         // 103: shoal.v1.ImageSaveResponse
+	(*Volume)(nil),                    // 104: shoal.v1.Volume
+	(*VolumeListRequest)(nil),         // 105: shoal.v1.VolumeListRequest
+	(*VolumeListResponse)(nil),        // 106: shoal.v1.VolumeListResponse
+	(*VolumeCreateRequest)(nil),       // 107: shoal.v1.VolumeCreateRequest
+	(*VolumeCreateResponse)(nil),      // 108: shoal.v1.VolumeCreateResponse
+	(*VolumeRemoveRequest)(nil),       // 109: shoal.v1.VolumeRemoveRequest
+	(*VolumeRemoveResponse)(nil),      // 110: shoal.v1.VolumeRemoveResponse
+	(*RestoreSnapshotRequest)(nil),    // 111: shoal.v1.RestoreSnapshotRequest
+	(*UnlockRequest)(nil),             // 112: shoal.v1.UnlockRequest
+	(*UnlockResponse)(nil),            // 113: shoal.v1.UnlockResponse
+	(*InfoRequest)(nil),               // 114: shoal.v1.InfoRequest
+	(*InfoResponse)(nil),              // 115: shoal.v1.InfoResponse
+	(*InitRequest)(nil),               // 116: shoal.v1.InitRequest
+	(*InitResponse)(nil),              // 117: shoal.v1.InitResponse
+	(*JoinRequest)(nil),               // 118: shoal.v1.JoinRequest
+	(*JoinResponse)(nil),              // 119: shoal.v1.JoinResponse
+	(*LeaveRequest)(nil),              // 120: shoal.v1.LeaveRequest
+	(*LeaveResponse)(nil),             // 121: shoal.v1.LeaveResponse
+	(*DoctorRequest)(nil),             // 122: shoal.v1.DoctorRequest
+	(*DoctorResponse)(nil),            // 123: shoal.v1.DoctorResponse
+	nil,                               // 124: shoal.v1.Network.LabelsEntry
+	nil,                               // 125: shoal.v1.Network.OptionsEntry
+	nil,                               // 126: shoal.v1.TaskSpec.LabelsEntry
+	nil,                               // 127: shoal.v1.Container.SysctlsEntry
+	nil,                               // 128: shoal.v1.Mount.LabelsEntry
+	nil,                               // 129: shoal.v1.ServiceSpec.LabelsEntry
+	nil,                               // 130: shoal.v1.NodeInfo.LabelsEntry
+	nil,                               // 131: shoal.v1.CreateNetworkRequest.LabelsEntry
+	nil,                               // 132: shoal.v1.CreateNetworkRequest.OptionsEntry
+	nil,                               // 133: shoal.v1.Event.AttributesEntry
+	nil,                               // 134: shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	(*ShowCAResponse_Root)(nil),       // 135: shoal.v1.ShowCAResponse.Root
+	nil,                               // 136: shoal.v1.ReportRequest.TasksEntry
+	(*ReportRequest_Fault)(nil),       // 137: shoal.v1.ReportRequest.Fault
+	(*StatsResponse_Task)(nil),        // 138: shoal.v1.StatsResponse.Task
+	(*KernelResponse_Backend)(nil),    // 139: shoal.v1.KernelResponse.Backend
+	(*KernelResponse_Server)(nil),     // 140: shoal.v1.KernelResponse.Server
+	(*ExecRequest_Start)(nil),         // 141: shoal.v1.ExecRequest.Start
+	(*ExecRequest_Resize)(nil),        // 142: shoal.v1.ExecRequest.Resize
+	nil,                               // 143: shoal.v1.Volume.LabelsEntry
+	nil,                               // 144: shoal.v1.VolumeCreateRequest.LabelsEntry
+	(*DoctorResponse_Check)(nil),      // 145: shoal.v1.DoctorResponse.Check
+	(*DoctorResponse_Object)(nil),     // 146: shoal.v1.DoctorResponse.Object
 }
 var file_shoal_v1_shoal_proto_depIdxs = []int32{
-	99,  // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
-	100, // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
-	101, // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
-	3,   // 3: shoal.v1.TaskSpec.health:type_name -> shoal.v1.HealthCheck
-	102, // 4: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
-	1,   // 5: shoal.v1.ServiceSpec.networks:type_name -> shoal.v1.NetworkAttachment
-	2,   // 6: shoal.v1.ServiceSpec.task:type_name -> shoal.v1.TaskSpec
-	4,   // 7: shoal.v1.ServiceSpec.ports:type_name -> shoal.v1.Port
-	5,   // 8: shoal.v1.Service.spec:type_name -> shoal.v1.ServiceSpec
-	6,   // 9: shoal.v1.Service.vips:type_name -> shoal.v1.VIPs
-	4,   // 10: shoal.v1.Service.ports:type_name -> shoal.v1.Port
-	8,   // 11: shoal.v1.Service.faults:type_name -> shoal.v1.NodeFault
-	2,   // 12: shoal.v1.Task.spec:type_name -> shoal.v1.TaskSpec
-	9,   // 13: shoal.v1.Task.attachments:type_name -> shoal.v1.Attachment
-	10,  // 14: shoal.v1.Task.status:type_name -> shoal.v1.TaskStatus
-	4,   // 15: shoal.v1.Task.ports:type_name -> shoal.v1.Port
-	8,   // 16: shoal.v1.Task.faults:type_name -> shoal.v1.NodeFault
-	103, // 17: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
-	104, // 18: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
-	105, // 19: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
-	0,   // 20: shoal.v1.CreateNetworkResponse.network:type_name -> shoal.v1.Network
-	0,   // 21: shoal.v1.ListNetworksResponse.networks:type_name -> shoal.v1.Network
-	11,  // 22: shoal.v1.ConnectNetworkResponse.task:type_name -> shoal.v1.Task
-	7,   // 23: shoal.v1.ConnectNetworkResponse.service:type_name -> shoal.v1.Service
-	106, // 24: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
-	5,   // 25: shoal.v1.CreateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
-	7,   // 26: shoal.v1.CreateServiceResponse.service:type_name -> shoal.v1.Service
-	5,   // 27: shoal.v1.UpdateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
-	7,   // 28: shoal.v1.UpdateServiceResponse.service:type_name -> shoal.v1.Service
-	7,   // 29: shoal.v1.ListServicesResponse.services:type_name -> shoal.v1.Service
-	2,   // 30: shoal.v1.CreateTaskRequest.spec:type_name -> shoal.v1.TaskSpec
-	1,   // 31: shoal.v1.CreateTaskRequest.networks:type_name -> shoal.v1.NetworkAttachment
-	4,   // 32: shoal.v1.CreateTaskRequest.ports:type_name -> shoal.v1.Port
-	11,  // 33: shoal.v1.CreateTaskResponse.task:type_name -> shoal.v1.Task
-	11,  // 34: shoal.v1.ListTasksResponse.tasks:type_name -> shoal.v1.Task
-	12,  // 35: shoal.v1.ListNodesResponse.nodes:type_name -> shoal.v1.NodeInfo
-	107, // 36: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
-	12,  // 37: shoal.v1.UpdateNodeResponse.node:type_name -> shoal.v1.NodeInfo
-	12,  // 38: shoal.v1.JoinNodeRequest.node:type_name -> shoal.v1.NodeInfo
-	13,  // 39: shoal.v1.JoinNodeResponse.cluster:type_name -> shoal.v1.Cluster
-	12,  // 40: shoal.v1.JoinNodeResponse.node:type_name -> shoal.v1.NodeInfo
-	12,  // 41: shoal.v1.JoinNodeResponse.managers:type_name -> shoal.v1.NodeInfo
-	48,  // 42: shoal.v1.JoinNodeResponse.certificate:type_name -> shoal.v1.Certificate
-	68,  // 43: shoal.v1.JoinNodeResponse.trust:type_name -> shoal.v1.Trust
-	51,  // 44: shoal.v1.JoinNodeResponse.lock:type_name -> shoal.v1.Lock
-	48,  // 45: shoal.v1.RenewCertificateResponse.certificate:type_name -> shoal.v1.Certificate
-	51,  // 46: shoal.v1.RenewCertificateResponse.lock:type_name -> shoal.v1.Lock
-	12,  // 47: shoal.v1.ShowTokenResponse.managers:type_name -> shoal.v1.NodeInfo
-	108, // 48: shoal.v1.ShowCAResponse.root:type_name -> shoal.v1.ShowCAResponse.Root
-	108, // 49: shoal.v1.ShowCAResponse.old:type_name -> shoal.v1.ShowCAResponse.Root
-	11,  // 50: shoal.v1.AssignmentsResponse.tasks:type_name -> shoal.v1.Task
-	0,   // 51: shoal.v1.AssignmentsResponse.networks:type_name -> shoal.v1.Network
-	7,   // 52: shoal.v1.AssignmentsResponse.services:type_name -> shoal.v1.Service
-	12,  // 53: shoal.v1.AssignmentsResponse.nodes:type_name -> shoal.v1.NodeInfo
-	13,  // 54: shoal.v1.AssignmentsResponse.cluster:type_name -> shoal.v1.Cluster
-	68,  // 55: shoal.v1.AssignmentsResponse.trust:type_name -> shoal.v1.Trust
-	69,  // 56: shoal.v1.Trust.gossip_keys:type_name -> shoal.v1.GossipKey
-	109, // 57: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
-	110, // 58: shoal.v1.ReportRequest.faults:type_name -> shoal.v1.ReportRequest.Fault
-	11,  // 59: shoal.v1.TasksResponse.tasks:type_name -> shoal.v1.Task
-	111, // 60: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
-	113, // 61: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
-	114, // 62: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
-	115, // 63: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
-	10,  // 64: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
-	12,  // 65: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
-	12,  // 66: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
-	12,  // 67: shoal.v1.InitResponse.lost:type_name -> shoal.v1.NodeInfo
-	12,  // 68: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
-	116, // 69: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
-	117, // 70: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
-	10,  // 71: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
-	112, // 72: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
-	14,  // 73: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
-	16,  // 74: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
-	18,  // 75: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
-	20,  // 76: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
-	22,  // 77: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
-	26,  // 78: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
-	28,  // 79: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
-	30,  // 80: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
-	32,  // 81: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
-	34,  // 82: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
-	36,  // 83: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
-	38,  // 84: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
-	40,  // 85: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
-	42,  // 86: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
-	44,  // 87: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
-	24,  // 88: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
-	54,  // 89: shoal.v1.Control.ShowToken:input_type -> shoal.v1.ShowTokenRequest
-	56,  // 90: shoal.v1.Control.RotateToken:input_type -> shoal.v1.RotateTokenRequest
-	58,  // 91: shoal.v1.Control.ShowCA:input_type -> shoal.v1.ShowCARequest
-	62,  // 92: shoal.v1.Control.RotateCA:input_type -> shoal.v1.RotateCARequest
-	60,  // 93: shoal.v1.Control.UnlockKey:input_type -> shoal.v1.UnlockKeyRequest
-	84,  // 94: shoal.v1.Control.SaveSnapshot:input_type -> shoal.v1.SaveSnapshotRequest
-	49,  // 95: shoal.v1.Control.RenewCertificate:input_type -> shoal.v1.RenewCertificateRequest
-	52,  // 96: shoal.v1.Control.LeaveNode:input_type -> shoal.v1.LeaveNodeRequest
-	46,  // 97: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
-	64,  // 98: shoal.v1.Control.AdmitManager:input_type -> shoal.v1.AdmitManagerRequest
-	66,  // 99: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
-	70,  // 100: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
-	78,  // 101: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
-	80,  // 102: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
-	82,  // 103: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
-	72,  // 104: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
-	74,  // 105: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
-	76,  // 106: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
-	89,  // 107: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
-	91,  // 108: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
-	93,  // 109: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
-	95,  // 110: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
-	97,  // 111: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
-	87,  // 112: shoal.v1.Local.Unlock:input_type -> shoal.v1.UnlockRequest
-	86,  // 113: shoal.v1.Local.RestoreSnapshot:input_type -> shoal.v1.RestoreSnapshotRequest
-	15,  // 114: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
-	17,  // 115: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
-	19,  // 116: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
-	21,  // 117: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
-	23,  // 118: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
-	27,  // 119: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
-	29,  // 120: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
-	31,  // 121: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
-	33,  // 122: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
-	35,  // 123: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
-	37,  // 124: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
-	39,  // 125: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
-	41,  // 126: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
-	43,  // 127: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
-	45,  // 128: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
-	25,  // 129: shoal.v1.Control.Events:output_type -> shoal.v1.Event
-	55,  // 130: shoal.v1.Control.ShowToken:output_type -> shoal.v1.ShowTokenResponse
-	57,  // 131: shoal.v1.Control.RotateToken:output_type -> shoal.v1.RotateTokenResponse
-	59,  // 132: shoal.v1.Control.ShowCA:output_type -> shoal.v1.ShowCAResponse
-	63,  // 133: shoal.v1.Control.RotateCA:output_type -> shoal.v1.RotateCAResponse
-	61,  // 134: shoal.v1.Control.UnlockKey:output_type -> shoal.v1.UnlockKeyResponse
-	85,  // 135: shoal.v1.Control.SaveSnapshot:output_type -> shoal.v1.SaveSnapshotResponse
-	50,  // 136: shoal.v1.Control.RenewCertificate:output_type -> shoal.v1.RenewCertificateResponse
-	53,  // 137: shoal.v1.Control.LeaveNode:output_type -> shoal.v1.LeaveNodeResponse
-	47,  // 138: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
-	65,  // 139: shoal.v1.Control.AdmitManager:output_type -> shoal.v1.AdmitManagerResponse
-	67,  // 140: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
-	71,  // 141: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
-	79,  // 142: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
-	81,  // 143: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
-	83,  // 144: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
-	73,  // 145: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
-	75,  // 146: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
-	77,  // 147: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
-	90,  // 148: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
-	92,  // 149: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
-	94,  // 150: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
-	96,  // 151: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
-	98,  // 152: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
-	88,  // 153: shoal.v1.Local.Unlock:output_type -> shoal.v1.UnlockResponse
-	92,  // 154: shoal.v1.Local.RestoreSnapshot:output_type -> shoal.v1.InitResponse
-	114, // [114:155] is the sub-list for method output_type
-	73,  // [73:114] is the sub-list for method input_type
-	73,  // [73:73] is the sub-list for extension type_name
-	73,  // [73:73] is the sub-list for extension extendee
-	0,   // [0:73] is the sub-list for field type_name
+	124, // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
+	125, // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
+	126, // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
+	5,   // 3: shoal.v1.TaskSpec.health:type_name -> shoal.v1.HealthCheck
+	3,   // 4: shoal.v1.TaskSpec.container:type_name -> shoal.v1.Container
+	4,   // 5: shoal.v1.Container.mounts:type_name -> shoal.v1.Mount
+	127, // 6: shoal.v1.Container.sysctls:type_name -> shoal.v1.Container.SysctlsEntry
+	128, // 7: shoal.v1.Mount.labels:type_name -> shoal.v1.Mount.LabelsEntry
+	129, // 8: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
+	1,   // 9: shoal.v1.ServiceSpec.networks:type_name -> shoal.v1.NetworkAttachment
+	2,   // 10: shoal.v1.ServiceSpec.task:type_name -> shoal.v1.TaskSpec
+	6,   // 11: shoal.v1.ServiceSpec.ports:type_name -> shoal.v1.Port
+	7,   // 12: shoal.v1.Service.spec:type_name -> shoal.v1.ServiceSpec
+	8,   // 13: shoal.v1.Service.vips:type_name -> shoal.v1.VIPs
+	6,   // 14: shoal.v1.Service.ports:type_name -> shoal.v1.Port
+	10,  // 15: shoal.v1.Service.faults:type_name -> shoal.v1.NodeFault
+	2,   // 16: shoal.v1.Task.spec:type_name -> shoal.v1.TaskSpec
+	11,  // 17: shoal.v1.Task.attachments:type_name -> shoal.v1.Attachment
+	12,  // 18: shoal.v1.Task.status:type_name -> shoal.v1.TaskStatus
+	6,   // 19: shoal.v1.Task.ports:type_name -> shoal.v1.Port
+	10,  // 20: shoal.v1.Task.faults:type_name -> shoal.v1.NodeFault
+	130, // 21: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
+	131, // 22: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
+	132, // 23: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
+	0,   // 24: shoal.v1.CreateNetworkResponse.network:type_name -> shoal.v1.Network
+	0,   // 25: shoal.v1.ListNetworksResponse.networks:type_name -> shoal.v1.Network
+	13,  // 26: shoal.v1.ConnectNetworkResponse.task:type_name -> shoal.v1.Task
+	9,   // 27: shoal.v1.ConnectNetworkResponse.service:type_name -> shoal.v1.Service
+	133, // 28: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
+	7,   // 29: shoal.v1.CreateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
+	9,   // 30: shoal.v1.CreateServiceResponse.service:type_name -> shoal.v1.Service
+	7,   // 31: shoal.v1.UpdateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
+	9,   // 32: shoal.v1.UpdateServiceResponse.service:type_name -> shoal.v1.Service
+	9,   // 33: shoal.v1.ListServicesResponse.services:type_name -> shoal.v1.Service
+	2,   // 34: shoal.v1.CreateTaskRequest.spec:type_name -> shoal.v1.TaskSpec
+	1,   // 35: shoal.v1.CreateTaskRequest.networks:type_name -> shoal.v1.NetworkAttachment
+	6,   // 36: shoal.v1.CreateTaskRequest.ports:type_name -> shoal.v1.Port
+	13,  // 37: shoal.v1.CreateTaskResponse.task:type_name -> shoal.v1.Task
+	13,  // 38: shoal.v1.ListTasksResponse.tasks:type_name -> shoal.v1.Task
+	14,  // 39: shoal.v1.ListNodesResponse.nodes:type_name -> shoal.v1.NodeInfo
+	134, // 40: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	14,  // 41: shoal.v1.UpdateNodeResponse.node:type_name -> shoal.v1.NodeInfo
+	14,  // 42: shoal.v1.JoinNodeRequest.node:type_name -> shoal.v1.NodeInfo
+	15,  // 43: shoal.v1.JoinNodeResponse.cluster:type_name -> shoal.v1.Cluster
+	14,  // 44: shoal.v1.JoinNodeResponse.node:type_name -> shoal.v1.NodeInfo
+	14,  // 45: shoal.v1.JoinNodeResponse.managers:type_name -> shoal.v1.NodeInfo
+	50,  // 46: shoal.v1.JoinNodeResponse.certificate:type_name -> shoal.v1.Certificate
+	70,  // 47: shoal.v1.JoinNodeResponse.trust:type_name -> shoal.v1.Trust
+	53,  // 48: shoal.v1.JoinNodeResponse.lock:type_name -> shoal.v1.Lock
+	50,  // 49: shoal.v1.RenewCertificateResponse.certificate:type_name -> shoal.v1.Certificate
+	53,  // 50: shoal.v1.RenewCertificateResponse.lock:type_name -> shoal.v1.Lock
+	14,  // 51: shoal.v1.ShowTokenResponse.managers:type_name -> shoal.v1.NodeInfo
+	135, // 52: shoal.v1.ShowCAResponse.root:type_name -> shoal.v1.ShowCAResponse.Root
+	135, // 53: shoal.v1.ShowCAResponse.old:type_name -> shoal.v1.ShowCAResponse.Root
+	13,  // 54: shoal.v1.AssignmentsResponse.tasks:type_name -> shoal.v1.Task
+	0,   // 55: shoal.v1.AssignmentsResponse.networks:type_name -> shoal.v1.Network
+	9,   // 56: shoal.v1.AssignmentsResponse.services:type_name -> shoal.v1.Service
+	14,  // 57: shoal.v1.AssignmentsResponse.nodes:type_name -> shoal.v1.NodeInfo
+	15,  // 58: shoal.v1.AssignmentsResponse.cluster:type_name -> shoal.v1.Cluster
+	70,  // 59: shoal.v1.AssignmentsResponse.trust:type_name -> shoal.v1.Trust
+	71,  // 60: shoal.v1.Trust.gossip_keys:type_name -> shoal.v1.GossipKey
+	136, // 61: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
+	137, // 62: shoal.v1.ReportRequest.faults:type_name -> shoal.v1.ReportRequest.Fault
+	13,  // 63: shoal.v1.TasksResponse.tasks:type_name -> shoal.v1.Task
+	138, // 64: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
+	140, // 65: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
+	141, // 66: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
+	142, // 67: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
+	12,  // 68: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
+	88,  // 69: shoal.v1.ImageListResponse.images:type_name -> shoal.v1.Image
+	88,  // 70: shoal.v1.ImageInspectResponse.image:type_name -> shoal.v1.Image
+	143, // 71: shoal.v1.Volume.labels:type_name -> shoal.v1.Volume.LabelsEntry
+	104, // 72: shoal.v1.VolumeListResponse.volumes:type_name -> shoal.v1.Volume
+	144, // 73: shoal.v1.VolumeCreateRequest.labels:type_name -> shoal.v1.VolumeCreateRequest.LabelsEntry
+	104, // 74: shoal.v1.VolumeCreateResponse.volume:type_name -> shoal.v1.Volume
+	14,  // 75: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
+	14,  // 76: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
+	14,  // 77: shoal.v1.InitResponse.lost:type_name -> shoal.v1.NodeInfo
+	14,  // 78: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
+	145, // 79: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
+	146, // 80: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
+	12,  // 81: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
+	139, // 82: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
+	16,  // 83: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
+	18,  // 84: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
+	20,  // 85: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
+	22,  // 86: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
+	24,  // 87: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
+	28,  // 88: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
+	30,  // 89: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
+	32,  // 90: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
+	34,  // 91: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
+	36,  // 92: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
+	38,  // 93: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
+	40,  // 94: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
+	42,  // 95: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
+	44,  // 96: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
+	46,  // 97: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
+	26,  // 98: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
+	56,  // 99: shoal.v1.Control.ShowToken:input_type -> shoal.v1.ShowTokenRequest
+	58,  // 100: shoal.v1.Control.RotateToken:input_type -> shoal.v1.RotateTokenRequest
+	60,  // 101: shoal.v1.Control.ShowCA:input_type -> shoal.v1.ShowCARequest
+	64,  // 102: shoal.v1.Control.RotateCA:input_type -> shoal.v1.RotateCARequest
+	62,  // 103: shoal.v1.Control.UnlockKey:input_type -> shoal.v1.UnlockKeyRequest
+	86,  // 104: shoal.v1.Control.SaveSnapshot:input_type -> shoal.v1.SaveSnapshotRequest
+	51,  // 105: shoal.v1.Control.RenewCertificate:input_type -> shoal.v1.RenewCertificateRequest
+	54,  // 106: shoal.v1.Control.LeaveNode:input_type -> shoal.v1.LeaveNodeRequest
+	48,  // 107: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
+	66,  // 108: shoal.v1.Control.AdmitManager:input_type -> shoal.v1.AdmitManagerRequest
+	68,  // 109: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
+	72,  // 110: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
+	89,  // 111: shoal.v1.Node.ImageList:input_type -> shoal.v1.ImageListRequest
+	91,  // 112: shoal.v1.Node.ImagePull:input_type -> shoal.v1.ImagePullRequest
+	93,  // 113: shoal.v1.Node.ImageResolve:input_type -> shoal.v1.ImageResolveRequest
+	95,  // 114: shoal.v1.Node.ImageRemove:input_type -> shoal.v1.ImageRemoveRequest
+	96,  // 115: shoal.v1.Node.ImagePrune:input_type -> shoal.v1.ImagePruneRequest
+	98,  // 116: shoal.v1.Node.ImageInspect:input_type -> shoal.v1.ImageInspectRequest
+	100, // 117: shoal.v1.Node.ImageLoad:input_type -> shoal.v1.ImageLoadRequest
+	102, // 118: shoal.v1.Node.ImageSave:input_type -> shoal.v1.ImageSaveRequest
+	105, // 119: shoal.v1.Node.VolumeList:input_type -> shoal.v1.VolumeListRequest
+	107, // 120: shoal.v1.Node.VolumeCreate:input_type -> shoal.v1.VolumeCreateRequest
+	109, // 121: shoal.v1.Node.VolumeRemove:input_type -> shoal.v1.VolumeRemoveRequest
+	80,  // 122: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
+	82,  // 123: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
+	84,  // 124: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
+	74,  // 125: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
+	76,  // 126: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
+	78,  // 127: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
+	114, // 128: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
+	116, // 129: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
+	118, // 130: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
+	120, // 131: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
+	122, // 132: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
+	112, // 133: shoal.v1.Local.Unlock:input_type -> shoal.v1.UnlockRequest
+	111, // 134: shoal.v1.Local.RestoreSnapshot:input_type -> shoal.v1.RestoreSnapshotRequest
+	17,  // 135: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
+	19,  // 136: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
+	21,  // 137: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
+	23,  // 138: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
+	25,  // 139: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
+	29,  // 140: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
+	31,  // 141: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
+	33,  // 142: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
+	35,  // 143: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
+	37,  // 144: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
+	39,  // 145: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
+	41,  // 146: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
+	43,  // 147: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
+	45,  // 148: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
+	47,  // 149: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
+	27,  // 150: shoal.v1.Control.Events:output_type -> shoal.v1.Event
+	57,  // 151: shoal.v1.Control.ShowToken:output_type -> shoal.v1.ShowTokenResponse
+	59,  // 152: shoal.v1.Control.RotateToken:output_type -> shoal.v1.RotateTokenResponse
+	61,  // 153: shoal.v1.Control.ShowCA:output_type -> shoal.v1.ShowCAResponse
+	65,  // 154: shoal.v1.Control.RotateCA:output_type -> shoal.v1.RotateCAResponse
+	63,  // 155: shoal.v1.Control.UnlockKey:output_type -> shoal.v1.UnlockKeyResponse
+	87,  // 156: shoal.v1.Control.SaveSnapshot:output_type -> shoal.v1.SaveSnapshotResponse
+	52,  // 157: shoal.v1.Control.RenewCertificate:output_type -> shoal.v1.RenewCertificateResponse
+	55,  // 158: shoal.v1.Control.LeaveNode:output_type -> shoal.v1.LeaveNodeResponse
+	49,  // 159: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
+	67,  // 160: shoal.v1.Control.AdmitManager:output_type -> shoal.v1.AdmitManagerResponse
+	69,  // 161: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
+	73,  // 162: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
+	90,  // 163: shoal.v1.Node.ImageList:output_type -> shoal.v1.ImageListResponse
+	92,  // 164: shoal.v1.Node.ImagePull:output_type -> shoal.v1.ImagePullResponse
+	94,  // 165: shoal.v1.Node.ImageResolve:output_type -> shoal.v1.ImageResolveResponse
+	97,  // 166: shoal.v1.Node.ImageRemove:output_type -> shoal.v1.ImageRemoveResponse
+	97,  // 167: shoal.v1.Node.ImagePrune:output_type -> shoal.v1.ImageRemoveResponse
+	99,  // 168: shoal.v1.Node.ImageInspect:output_type -> shoal.v1.ImageInspectResponse
+	101, // 169: shoal.v1.Node.ImageLoad:output_type -> shoal.v1.ImageLoadResponse
+	103, // 170: shoal.v1.Node.ImageSave:output_type -> shoal.v1.ImageSaveResponse
+	106, // 171: shoal.v1.Node.VolumeList:output_type -> shoal.v1.VolumeListResponse
+	108, // 172: shoal.v1.Node.VolumeCreate:output_type -> shoal.v1.VolumeCreateResponse
+	110, // 173: shoal.v1.Node.VolumeRemove:output_type -> shoal.v1.VolumeRemoveResponse
+	81,  // 174: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
+	83,  // 175: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
+	85,  // 176: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
+	75,  // 177: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
+	77,  // 178: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
+	79,  // 179: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
+	115, // 180: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
+	117, // 181: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
+	119, // 182: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
+	121, // 183: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
+	123, // 184: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
+	113, // 185: shoal.v1.Local.Unlock:output_type -> shoal.v1.UnlockResponse
+	117, // 186: shoal.v1.Local.RestoreSnapshot:output_type -> shoal.v1.InitResponse
+	135, // [135:187] is the sub-list for method output_type
+	83,  // [83:135] is the sub-list for method input_type
+	83,  // [83:83] is the sub-list for extension type_name
+	83,  // [83:83] is the sub-list for extension extendee
+	0,   // [0:83] is the sub-list for field type_name
 }
 
 func init() { file_shoal_v1_shoal_proto_init() }
@@ -7865,16 +9629,16 @@ func file_shoal_v1_shoal_proto_init() {
 	if File_shoal_v1_shoal_proto != nil {
 		return
 	}
-	file_shoal_v1_shoal_proto_msgTypes[28].OneofWrappers = []any{}
-	file_shoal_v1_shoal_proto_msgTypes[42].OneofWrappers = []any{}
-	file_shoal_v1_shoal_proto_msgTypes[78].OneofWrappers = []any{
+	file_shoal_v1_shoal_proto_msgTypes[30].OneofWrappers = []any{}
+	file_shoal_v1_shoal_proto_msgTypes[44].OneofWrappers = []any{}
+	file_shoal_v1_shoal_proto_msgTypes[80].OneofWrappers = []any{
 		(*ExecRequest_Start_)(nil),
 		(*ExecRequest_Stdin)(nil),
 		(*ExecRequest_StdinEof)(nil),
 		(*ExecRequest_Resize_)(nil),
 		(*ExecRequest_Signal)(nil),
 	}
-	file_shoal_v1_shoal_proto_msgTypes[79].OneofWrappers = []any{
+	file_shoal_v1_shoal_proto_msgTypes[81].OneofWrappers = []any{
 		(*ExecResponse_Stdout)(nil),
 		(*ExecResponse_Stderr)(nil),
 		(*ExecResponse_ExitCode)(nil),
@@ -7885,7 +9649,7 @@ func file_shoal_v1_shoal_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_shoal_v1_shoal_proto_rawDesc), len(file_shoal_v1_shoal_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   118,
+			NumMessages:   147,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

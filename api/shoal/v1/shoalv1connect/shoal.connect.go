@@ -107,6 +107,28 @@ const (
 	ControlAssignmentsProcedure = "/shoal.v1.Control/Assignments"
 	// ControlReportProcedure is the fully-qualified name of the Control's Report RPC.
 	ControlReportProcedure = "/shoal.v1.Control/Report"
+	// NodeImageListProcedure is the fully-qualified name of the Node's ImageList RPC.
+	NodeImageListProcedure = "/shoal.v1.Node/ImageList"
+	// NodeImagePullProcedure is the fully-qualified name of the Node's ImagePull RPC.
+	NodeImagePullProcedure = "/shoal.v1.Node/ImagePull"
+	// NodeImageResolveProcedure is the fully-qualified name of the Node's ImageResolve RPC.
+	NodeImageResolveProcedure = "/shoal.v1.Node/ImageResolve"
+	// NodeImageRemoveProcedure is the fully-qualified name of the Node's ImageRemove RPC.
+	NodeImageRemoveProcedure = "/shoal.v1.Node/ImageRemove"
+	// NodeImagePruneProcedure is the fully-qualified name of the Node's ImagePrune RPC.
+	NodeImagePruneProcedure = "/shoal.v1.Node/ImagePrune"
+	// NodeImageInspectProcedure is the fully-qualified name of the Node's ImageInspect RPC.
+	NodeImageInspectProcedure = "/shoal.v1.Node/ImageInspect"
+	// NodeImageLoadProcedure is the fully-qualified name of the Node's ImageLoad RPC.
+	NodeImageLoadProcedure = "/shoal.v1.Node/ImageLoad"
+	// NodeImageSaveProcedure is the fully-qualified name of the Node's ImageSave RPC.
+	NodeImageSaveProcedure = "/shoal.v1.Node/ImageSave"
+	// NodeVolumeListProcedure is the fully-qualified name of the Node's VolumeList RPC.
+	NodeVolumeListProcedure = "/shoal.v1.Node/VolumeList"
+	// NodeVolumeCreateProcedure is the fully-qualified name of the Node's VolumeCreate RPC.
+	NodeVolumeCreateProcedure = "/shoal.v1.Node/VolumeCreate"
+	// NodeVolumeRemoveProcedure is the fully-qualified name of the Node's VolumeRemove RPC.
+	NodeVolumeRemoveProcedure = "/shoal.v1.Node/VolumeRemove"
 	// NodeExecProcedure is the fully-qualified name of the Node's Exec RPC.
 	NodeExecProcedure = "/shoal.v1.Node/Exec"
 	// NodeLogsProcedure is the fully-qualified name of the Node's Logs RPC.
@@ -919,6 +941,18 @@ func (UnimplementedControlHandler) Report(context.Context, *connect.Request[v1.R
 
 // NodeClient is a client for the shoal.v1.Node service.
 type NodeClient interface {
+	// Images and volumes of the node.
+	ImageList(context.Context, *connect.Request[v1.ImageListRequest]) (*connect.Response[v1.ImageListResponse], error)
+	ImagePull(context.Context, *connect.Request[v1.ImagePullRequest]) (*connect.ServerStreamForClient[v1.ImagePullResponse], error)
+	ImageResolve(context.Context, *connect.Request[v1.ImageResolveRequest]) (*connect.Response[v1.ImageResolveResponse], error)
+	ImageRemove(context.Context, *connect.Request[v1.ImageRemoveRequest]) (*connect.Response[v1.ImageRemoveResponse], error)
+	ImagePrune(context.Context, *connect.Request[v1.ImagePruneRequest]) (*connect.Response[v1.ImageRemoveResponse], error)
+	ImageInspect(context.Context, *connect.Request[v1.ImageInspectRequest]) (*connect.Response[v1.ImageInspectResponse], error)
+	ImageLoad(context.Context) *connect.ClientStreamForClient[v1.ImageLoadRequest, v1.ImageLoadResponse]
+	ImageSave(context.Context, *connect.Request[v1.ImageSaveRequest]) (*connect.ServerStreamForClient[v1.ImageSaveResponse], error)
+	VolumeList(context.Context, *connect.Request[v1.VolumeListRequest]) (*connect.Response[v1.VolumeListResponse], error)
+	VolumeCreate(context.Context, *connect.Request[v1.VolumeCreateRequest]) (*connect.Response[v1.VolumeCreateResponse], error)
+	VolumeRemove(context.Context, *connect.Request[v1.VolumeRemoveRequest]) (*connect.Response[v1.VolumeRemoveResponse], error)
 	Exec(context.Context) *connect.BidiStreamForClient[v1.ExecRequest, v1.ExecResponse]
 	Logs(context.Context, *connect.Request[v1.LogsRequest]) (*connect.ServerStreamForClient[v1.LogsResponse], error)
 	Wait(context.Context, *connect.Request[v1.WaitRequest]) (*connect.Response[v1.WaitResponse], error)
@@ -942,6 +976,72 @@ func NewNodeClient(httpClient connect.HTTPClient, baseURL string, opts ...connec
 	baseURL = strings.TrimRight(baseURL, "/")
 	nodeMethods := v1.File_shoal_v1_shoal_proto.Services().ByName("Node").Methods()
 	return &nodeClient{
+		imageList: connect.NewClient[v1.ImageListRequest, v1.ImageListResponse](
+			httpClient,
+			baseURL+NodeImageListProcedure,
+			connect.WithSchema(nodeMethods.ByName("ImageList")),
+			connect.WithClientOptions(opts...),
+		),
+		imagePull: connect.NewClient[v1.ImagePullRequest, v1.ImagePullResponse](
+			httpClient,
+			baseURL+NodeImagePullProcedure,
+			connect.WithSchema(nodeMethods.ByName("ImagePull")),
+			connect.WithClientOptions(opts...),
+		),
+		imageResolve: connect.NewClient[v1.ImageResolveRequest, v1.ImageResolveResponse](
+			httpClient,
+			baseURL+NodeImageResolveProcedure,
+			connect.WithSchema(nodeMethods.ByName("ImageResolve")),
+			connect.WithClientOptions(opts...),
+		),
+		imageRemove: connect.NewClient[v1.ImageRemoveRequest, v1.ImageRemoveResponse](
+			httpClient,
+			baseURL+NodeImageRemoveProcedure,
+			connect.WithSchema(nodeMethods.ByName("ImageRemove")),
+			connect.WithClientOptions(opts...),
+		),
+		imagePrune: connect.NewClient[v1.ImagePruneRequest, v1.ImageRemoveResponse](
+			httpClient,
+			baseURL+NodeImagePruneProcedure,
+			connect.WithSchema(nodeMethods.ByName("ImagePrune")),
+			connect.WithClientOptions(opts...),
+		),
+		imageInspect: connect.NewClient[v1.ImageInspectRequest, v1.ImageInspectResponse](
+			httpClient,
+			baseURL+NodeImageInspectProcedure,
+			connect.WithSchema(nodeMethods.ByName("ImageInspect")),
+			connect.WithClientOptions(opts...),
+		),
+		imageLoad: connect.NewClient[v1.ImageLoadRequest, v1.ImageLoadResponse](
+			httpClient,
+			baseURL+NodeImageLoadProcedure,
+			connect.WithSchema(nodeMethods.ByName("ImageLoad")),
+			connect.WithClientOptions(opts...),
+		),
+		imageSave: connect.NewClient[v1.ImageSaveRequest, v1.ImageSaveResponse](
+			httpClient,
+			baseURL+NodeImageSaveProcedure,
+			connect.WithSchema(nodeMethods.ByName("ImageSave")),
+			connect.WithClientOptions(opts...),
+		),
+		volumeList: connect.NewClient[v1.VolumeListRequest, v1.VolumeListResponse](
+			httpClient,
+			baseURL+NodeVolumeListProcedure,
+			connect.WithSchema(nodeMethods.ByName("VolumeList")),
+			connect.WithClientOptions(opts...),
+		),
+		volumeCreate: connect.NewClient[v1.VolumeCreateRequest, v1.VolumeCreateResponse](
+			httpClient,
+			baseURL+NodeVolumeCreateProcedure,
+			connect.WithSchema(nodeMethods.ByName("VolumeCreate")),
+			connect.WithClientOptions(opts...),
+		),
+		volumeRemove: connect.NewClient[v1.VolumeRemoveRequest, v1.VolumeRemoveResponse](
+			httpClient,
+			baseURL+NodeVolumeRemoveProcedure,
+			connect.WithSchema(nodeMethods.ByName("VolumeRemove")),
+			connect.WithClientOptions(opts...),
+		),
 		exec: connect.NewClient[v1.ExecRequest, v1.ExecResponse](
 			httpClient,
 			baseURL+NodeExecProcedure,
@@ -983,12 +1083,78 @@ func NewNodeClient(httpClient connect.HTTPClient, baseURL string, opts ...connec
 
 // nodeClient implements NodeClient.
 type nodeClient struct {
-	exec   *connect.Client[v1.ExecRequest, v1.ExecResponse]
-	logs   *connect.Client[v1.LogsRequest, v1.LogsResponse]
-	wait   *connect.Client[v1.WaitRequest, v1.WaitResponse]
-	tasks  *connect.Client[v1.TasksRequest, v1.TasksResponse]
-	stats  *connect.Client[v1.StatsRequest, v1.StatsResponse]
-	kernel *connect.Client[v1.KernelRequest, v1.KernelResponse]
+	imageList    *connect.Client[v1.ImageListRequest, v1.ImageListResponse]
+	imagePull    *connect.Client[v1.ImagePullRequest, v1.ImagePullResponse]
+	imageResolve *connect.Client[v1.ImageResolveRequest, v1.ImageResolveResponse]
+	imageRemove  *connect.Client[v1.ImageRemoveRequest, v1.ImageRemoveResponse]
+	imagePrune   *connect.Client[v1.ImagePruneRequest, v1.ImageRemoveResponse]
+	imageInspect *connect.Client[v1.ImageInspectRequest, v1.ImageInspectResponse]
+	imageLoad    *connect.Client[v1.ImageLoadRequest, v1.ImageLoadResponse]
+	imageSave    *connect.Client[v1.ImageSaveRequest, v1.ImageSaveResponse]
+	volumeList   *connect.Client[v1.VolumeListRequest, v1.VolumeListResponse]
+	volumeCreate *connect.Client[v1.VolumeCreateRequest, v1.VolumeCreateResponse]
+	volumeRemove *connect.Client[v1.VolumeRemoveRequest, v1.VolumeRemoveResponse]
+	exec         *connect.Client[v1.ExecRequest, v1.ExecResponse]
+	logs         *connect.Client[v1.LogsRequest, v1.LogsResponse]
+	wait         *connect.Client[v1.WaitRequest, v1.WaitResponse]
+	tasks        *connect.Client[v1.TasksRequest, v1.TasksResponse]
+	stats        *connect.Client[v1.StatsRequest, v1.StatsResponse]
+	kernel       *connect.Client[v1.KernelRequest, v1.KernelResponse]
+}
+
+// ImageList calls shoal.v1.Node.ImageList.
+func (c *nodeClient) ImageList(ctx context.Context, req *connect.Request[v1.ImageListRequest]) (*connect.Response[v1.ImageListResponse], error) {
+	return c.imageList.CallUnary(ctx, req)
+}
+
+// ImagePull calls shoal.v1.Node.ImagePull.
+func (c *nodeClient) ImagePull(ctx context.Context, req *connect.Request[v1.ImagePullRequest]) (*connect.ServerStreamForClient[v1.ImagePullResponse], error) {
+	return c.imagePull.CallServerStream(ctx, req)
+}
+
+// ImageResolve calls shoal.v1.Node.ImageResolve.
+func (c *nodeClient) ImageResolve(ctx context.Context, req *connect.Request[v1.ImageResolveRequest]) (*connect.Response[v1.ImageResolveResponse], error) {
+	return c.imageResolve.CallUnary(ctx, req)
+}
+
+// ImageRemove calls shoal.v1.Node.ImageRemove.
+func (c *nodeClient) ImageRemove(ctx context.Context, req *connect.Request[v1.ImageRemoveRequest]) (*connect.Response[v1.ImageRemoveResponse], error) {
+	return c.imageRemove.CallUnary(ctx, req)
+}
+
+// ImagePrune calls shoal.v1.Node.ImagePrune.
+func (c *nodeClient) ImagePrune(ctx context.Context, req *connect.Request[v1.ImagePruneRequest]) (*connect.Response[v1.ImageRemoveResponse], error) {
+	return c.imagePrune.CallUnary(ctx, req)
+}
+
+// ImageInspect calls shoal.v1.Node.ImageInspect.
+func (c *nodeClient) ImageInspect(ctx context.Context, req *connect.Request[v1.ImageInspectRequest]) (*connect.Response[v1.ImageInspectResponse], error) {
+	return c.imageInspect.CallUnary(ctx, req)
+}
+
+// ImageLoad calls shoal.v1.Node.ImageLoad.
+func (c *nodeClient) ImageLoad(ctx context.Context) *connect.ClientStreamForClient[v1.ImageLoadRequest, v1.ImageLoadResponse] {
+	return c.imageLoad.CallClientStream(ctx)
+}
+
+// ImageSave calls shoal.v1.Node.ImageSave.
+func (c *nodeClient) ImageSave(ctx context.Context, req *connect.Request[v1.ImageSaveRequest]) (*connect.ServerStreamForClient[v1.ImageSaveResponse], error) {
+	return c.imageSave.CallServerStream(ctx, req)
+}
+
+// VolumeList calls shoal.v1.Node.VolumeList.
+func (c *nodeClient) VolumeList(ctx context.Context, req *connect.Request[v1.VolumeListRequest]) (*connect.Response[v1.VolumeListResponse], error) {
+	return c.volumeList.CallUnary(ctx, req)
+}
+
+// VolumeCreate calls shoal.v1.Node.VolumeCreate.
+func (c *nodeClient) VolumeCreate(ctx context.Context, req *connect.Request[v1.VolumeCreateRequest]) (*connect.Response[v1.VolumeCreateResponse], error) {
+	return c.volumeCreate.CallUnary(ctx, req)
+}
+
+// VolumeRemove calls shoal.v1.Node.VolumeRemove.
+func (c *nodeClient) VolumeRemove(ctx context.Context, req *connect.Request[v1.VolumeRemoveRequest]) (*connect.Response[v1.VolumeRemoveResponse], error) {
+	return c.volumeRemove.CallUnary(ctx, req)
 }
 
 // Exec calls shoal.v1.Node.Exec.
@@ -1023,6 +1189,18 @@ func (c *nodeClient) Kernel(ctx context.Context, req *connect.Request[v1.KernelR
 
 // NodeHandler is an implementation of the shoal.v1.Node service.
 type NodeHandler interface {
+	// Images and volumes of the node.
+	ImageList(context.Context, *connect.Request[v1.ImageListRequest]) (*connect.Response[v1.ImageListResponse], error)
+	ImagePull(context.Context, *connect.Request[v1.ImagePullRequest], *connect.ServerStream[v1.ImagePullResponse]) error
+	ImageResolve(context.Context, *connect.Request[v1.ImageResolveRequest]) (*connect.Response[v1.ImageResolveResponse], error)
+	ImageRemove(context.Context, *connect.Request[v1.ImageRemoveRequest]) (*connect.Response[v1.ImageRemoveResponse], error)
+	ImagePrune(context.Context, *connect.Request[v1.ImagePruneRequest]) (*connect.Response[v1.ImageRemoveResponse], error)
+	ImageInspect(context.Context, *connect.Request[v1.ImageInspectRequest]) (*connect.Response[v1.ImageInspectResponse], error)
+	ImageLoad(context.Context, *connect.ClientStream[v1.ImageLoadRequest]) (*connect.Response[v1.ImageLoadResponse], error)
+	ImageSave(context.Context, *connect.Request[v1.ImageSaveRequest], *connect.ServerStream[v1.ImageSaveResponse]) error
+	VolumeList(context.Context, *connect.Request[v1.VolumeListRequest]) (*connect.Response[v1.VolumeListResponse], error)
+	VolumeCreate(context.Context, *connect.Request[v1.VolumeCreateRequest]) (*connect.Response[v1.VolumeCreateResponse], error)
+	VolumeRemove(context.Context, *connect.Request[v1.VolumeRemoveRequest]) (*connect.Response[v1.VolumeRemoveResponse], error)
 	Exec(context.Context, *connect.BidiStream[v1.ExecRequest, v1.ExecResponse]) error
 	Logs(context.Context, *connect.Request[v1.LogsRequest], *connect.ServerStream[v1.LogsResponse]) error
 	Wait(context.Context, *connect.Request[v1.WaitRequest]) (*connect.Response[v1.WaitResponse], error)
@@ -1042,6 +1220,72 @@ type NodeHandler interface {
 // and JSON codecs. They also support gzip compression.
 func NewNodeHandler(svc NodeHandler, opts ...connect.HandlerOption) (string, http.Handler) {
 	nodeMethods := v1.File_shoal_v1_shoal_proto.Services().ByName("Node").Methods()
+	nodeImageListHandler := connect.NewUnaryHandler(
+		NodeImageListProcedure,
+		svc.ImageList,
+		connect.WithSchema(nodeMethods.ByName("ImageList")),
+		connect.WithHandlerOptions(opts...),
+	)
+	nodeImagePullHandler := connect.NewServerStreamHandler(
+		NodeImagePullProcedure,
+		svc.ImagePull,
+		connect.WithSchema(nodeMethods.ByName("ImagePull")),
+		connect.WithHandlerOptions(opts...),
+	)
+	nodeImageResolveHandler := connect.NewUnaryHandler(
+		NodeImageResolveProcedure,
+		svc.ImageResolve,
+		connect.WithSchema(nodeMethods.ByName("ImageResolve")),
+		connect.WithHandlerOptions(opts...),
+	)
+	nodeImageRemoveHandler := connect.NewUnaryHandler(
+		NodeImageRemoveProcedure,
+		svc.ImageRemove,
+		connect.WithSchema(nodeMethods.ByName("ImageRemove")),
+		connect.WithHandlerOptions(opts...),
+	)
+	nodeImagePruneHandler := connect.NewUnaryHandler(
+		NodeImagePruneProcedure,
+		svc.ImagePrune,
+		connect.WithSchema(nodeMethods.ByName("ImagePrune")),
+		connect.WithHandlerOptions(opts...),
+	)
+	nodeImageInspectHandler := connect.NewUnaryHandler(
+		NodeImageInspectProcedure,
+		svc.ImageInspect,
+		connect.WithSchema(nodeMethods.ByName("ImageInspect")),
+		connect.WithHandlerOptions(opts...),
+	)
+	nodeImageLoadHandler := connect.NewClientStreamHandler(
+		NodeImageLoadProcedure,
+		svc.ImageLoad,
+		connect.WithSchema(nodeMethods.ByName("ImageLoad")),
+		connect.WithHandlerOptions(opts...),
+	)
+	nodeImageSaveHandler := connect.NewServerStreamHandler(
+		NodeImageSaveProcedure,
+		svc.ImageSave,
+		connect.WithSchema(nodeMethods.ByName("ImageSave")),
+		connect.WithHandlerOptions(opts...),
+	)
+	nodeVolumeListHandler := connect.NewUnaryHandler(
+		NodeVolumeListProcedure,
+		svc.VolumeList,
+		connect.WithSchema(nodeMethods.ByName("VolumeList")),
+		connect.WithHandlerOptions(opts...),
+	)
+	nodeVolumeCreateHandler := connect.NewUnaryHandler(
+		NodeVolumeCreateProcedure,
+		svc.VolumeCreate,
+		connect.WithSchema(nodeMethods.ByName("VolumeCreate")),
+		connect.WithHandlerOptions(opts...),
+	)
+	nodeVolumeRemoveHandler := connect.NewUnaryHandler(
+		NodeVolumeRemoveProcedure,
+		svc.VolumeRemove,
+		connect.WithSchema(nodeMethods.ByName("VolumeRemove")),
+		connect.WithHandlerOptions(opts...),
+	)
 	nodeExecHandler := connect.NewBidiStreamHandler(
 		NodeExecProcedure,
 		svc.Exec,
@@ -1080,6 +1324,28 @@ func NewNodeHandler(svc NodeHandler, opts ...connect.HandlerOption) (string, htt
 	)
 	return "/shoal.v1.Node/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
+		case NodeImageListProcedure:
+			nodeImageListHandler.ServeHTTP(w, r)
+		case NodeImagePullProcedure:
+			nodeImagePullHandler.ServeHTTP(w, r)
+		case NodeImageResolveProcedure:
+			nodeImageResolveHandler.ServeHTTP(w, r)
+		case NodeImageRemoveProcedure:
+			nodeImageRemoveHandler.ServeHTTP(w, r)
+		case NodeImagePruneProcedure:
+			nodeImagePruneHandler.ServeHTTP(w, r)
+		case NodeImageInspectProcedure:
+			nodeImageInspectHandler.ServeHTTP(w, r)
+		case NodeImageLoadProcedure:
+			nodeImageLoadHandler.ServeHTTP(w, r)
+		case NodeImageSaveProcedure:
+			nodeImageSaveHandler.ServeHTTP(w, r)
+		case NodeVolumeListProcedure:
+			nodeVolumeListHandler.ServeHTTP(w, r)
+		case NodeVolumeCreateProcedure:
+			nodeVolumeCreateHandler.ServeHTTP(w, r)
+		case NodeVolumeRemoveProcedure:
+			nodeVolumeRemoveHandler.ServeHTTP(w, r)
 		case NodeExecProcedure:
 			nodeExecHandler.ServeHTTP(w, r)
 		case NodeLogsProcedure:
@@ -1100,6 +1366,50 @@ func NewNodeHandler(svc NodeHandler, opts ...connect.HandlerOption) (string, htt
 
 // UnimplementedNodeHandler returns CodeUnimplemented from all methods.
 type UnimplementedNodeHandler struct{}
+
+func (UnimplementedNodeHandler) ImageList(context.Context, *connect.Request[v1.ImageListRequest]) (*connect.Response[v1.ImageListResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Node.ImageList is not implemented"))
+}
+
+func (UnimplementedNodeHandler) ImagePull(context.Context, *connect.Request[v1.ImagePullRequest], *connect.ServerStream[v1.ImagePullResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Node.ImagePull is not implemented"))
+}
+
+func (UnimplementedNodeHandler) ImageResolve(context.Context, *connect.Request[v1.ImageResolveRequest]) (*connect.Response[v1.ImageResolveResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Node.ImageResolve is not implemented"))
+}
+
+func (UnimplementedNodeHandler) ImageRemove(context.Context, *connect.Request[v1.ImageRemoveRequest]) (*connect.Response[v1.ImageRemoveResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Node.ImageRemove is not implemented"))
+}
+
+func (UnimplementedNodeHandler) ImagePrune(context.Context, *connect.Request[v1.ImagePruneRequest]) (*connect.Response[v1.ImageRemoveResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Node.ImagePrune is not implemented"))
+}
+
+func (UnimplementedNodeHandler) ImageInspect(context.Context, *connect.Request[v1.ImageInspectRequest]) (*connect.Response[v1.ImageInspectResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Node.ImageInspect is not implemented"))
+}
+
+func (UnimplementedNodeHandler) ImageLoad(context.Context, *connect.ClientStream[v1.ImageLoadRequest]) (*connect.Response[v1.ImageLoadResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Node.ImageLoad is not implemented"))
+}
+
+func (UnimplementedNodeHandler) ImageSave(context.Context, *connect.Request[v1.ImageSaveRequest], *connect.ServerStream[v1.ImageSaveResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Node.ImageSave is not implemented"))
+}
+
+func (UnimplementedNodeHandler) VolumeList(context.Context, *connect.Request[v1.VolumeListRequest]) (*connect.Response[v1.VolumeListResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Node.VolumeList is not implemented"))
+}
+
+func (UnimplementedNodeHandler) VolumeCreate(context.Context, *connect.Request[v1.VolumeCreateRequest]) (*connect.Response[v1.VolumeCreateResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Node.VolumeCreate is not implemented"))
+}
+
+func (UnimplementedNodeHandler) VolumeRemove(context.Context, *connect.Request[v1.VolumeRemoveRequest]) (*connect.Response[v1.VolumeRemoveResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Node.VolumeRemove is not implemented"))
+}
 
 func (UnimplementedNodeHandler) Exec(context.Context, *connect.BidiStream[v1.ExecRequest, v1.ExecResponse]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Node.Exec is not implemented"))

@@ -1,0 +1,200 @@
+package integration
+
+import (
+	"archive/tar"
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/shoalnet/shoal/lab"
+)
+
+// image writes an archive as docker save makes it, of static programs: a file for
+// each path in the image.
+func image(t *testing.T, name, arch string, files map[string]string, config map[string]any) string {
+	t.Helper()
+	var layer bytes.Buffer
+	w := tar.NewWriter(&layer)
+	dir := func(name string, mode int64) {
+		if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: name, Mode: mode}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	file := func(name string, mode int64, b []byte) {
+		if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: mode, Size: int64(len(b))}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.Write(b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, d := range []string{"bin", "etc", "dev", "proc", "sys", "data"} {
+		dir(d, 0o755)
+	}
+	dir("tmp", 0o1777)
+	file("etc/passwd", 0o644, []byte("root:x:0:0:root:/root:/bin/sh\nweb:x:1000:1000::/:/bin/sh\n"))
+	file("etc/group", 0o644, []byte("root:x:0:\nweb:x:1000:\nextra:x:2000:\n"))
+	file("data/seed", 0o644, []byte("from the image\n"))
+	for to, from := range files {
+		b, err := os.ReadFile(from)
+		if err != nil {
+			t.Fatal(err)
+		}
+		file(to, 0o755, b)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	sum := func(b []byte) string {
+		h := sha256.Sum256(b)
+		return hex.EncodeToString(h[:])
+	}
+	diff := sum(layer.Bytes())
+	marshal := func(v any) []byte {
+		b, err := json.Marshal(v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	cfg := marshal(map[string]any{"architecture": arch, "os": "linux", "config": config, "rootfs": map[string]any{"type": "layers", "diff_ids": []string{"sha256:" + diff}}})
+	path := filepath.Join(t.TempDir(), "image.tar")
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	o := tar.NewWriter(f)
+	add := func(name string, b []byte) {
+		if err := o.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o644, Size: int64(len(b))}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := o.Write(b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	add(sum(cfg)+".json", cfg)
+	add(diff+"/layer.tar", layer.Bytes())
+	add("manifest.json", marshal([]map[string]any{{"Config": sum(cfg) + ".json", "RepoTags": []string{name}, "Layers": []string{diff + "/layer.tar"}}}))
+	if err := o.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// TestContainers: services and tasks from images, as users of Docker type them.
+func TestContainers(t *testing.T) {
+	onlyNative(t)
+	for _, p := range []string{"containerd", "runc", "busybox"} {
+		if _, err := exec.LookPath(p); err != nil {
+			t.Fatalf("%s is not installed: run scripts/setup test", p)
+		}
+	}
+	busybox, _ := exec.LookPath("busybox")
+	s := own(t, "ct", lab.Options{Nodes: 2, Containers: true})
+	web := image(t, "web:1", "amd64", map[string]string{"whoami": bin + "/whoami", "bin/busybox": busybox, "bin/sh": busybox},
+		map[string]any{"Entrypoint": []string{"/whoami"}, "Env": []string{"A=image", "B=image"}, "WorkingDir": "/tmp", "Volumes": map[string]any{"/data": map[string]any{}}, "StopSignal": "SIGTERM"})
+	for _, n := range []string{"node1", "node2"} {
+		if got := s.ok("node1", "shoal image load -i %s --node %s", web, n); !strings.Contains(got, "web:1") {
+			t.Fatalf("image load: %s", got)
+		}
+	}
+	s.ok("node1", "shoal net create app")
+	s.ok("node1", "shoal svc create --name web --replicas 2 --network app web:1")
+	for range 4 {
+		if got := s.ok("node1", "shoal run --rm --network app --entrypoint /bin/busybox web:1 wget -qO- http://web/"); !strings.Contains(got, "web-") {
+			t.Errorf("by name: %s", got)
+		}
+	}
+
+	// What a container sees, and its exit status.
+	for _, c := range []struct{ cmd, want string }{
+		{"--env B=user --entrypoint /bin/busybox web:1 sh -c 'echo $A $B; pwd'", "image user\n/tmp"},
+		{"-u web --group-add extra --entrypoint /bin/busybox web:1 id", "uid=1000(web) gid=1000(web) groups=1000(web),2000(extra)"},
+		{"--hostname h1 --entrypoint /bin/busybox web:1 hostname", "h1"},
+		{"--read-only --entrypoint /bin/busybox web:1 sh -c 'touch /x || echo refused'", "refused"},
+		{"--tmpfs /mnt:size=1m --entrypoint /bin/busybox web:1 sh -c 'grep -c /mnt /proc/mounts'", "1"},
+		{"-v data1:/data --entrypoint /bin/busybox web:1 sh -c 'cat /data/seed; echo more > /data/x'", "from the image"},
+		{"-v data1:/data:ro --entrypoint /bin/busybox web:1 cat /data/x", "more"},
+		{"--sysctl net.ipv4.ip_default_ttl=42 --entrypoint /bin/busybox web:1 cat /proc/sys/net/ipv4/ip_default_ttl", "42"},
+		{"--ulimit nofile=77 --entrypoint /bin/busybox web:1 sh -c 'ulimit -n'", "77"},
+		{"--cap-drop ALL --entrypoint /bin/busybox web:1 grep CapEff /proc/self/status", "CapEff:\t0000000000000000"},
+		{"--entrypoint /bin/busybox web:1 grep ^nameserver /etc/resolv.conf", "nameserver 127.0.0.11"},
+		{"--init --entrypoint /bin/busybox web:1 sh -c 'echo $$'", ""},
+	} {
+		if got := s.ok("node1", "shoal run --rm --network app %s", c.cmd); !strings.Contains(got, c.want) {
+			t.Errorf("run %s: %q, want %q", c.cmd, got, c.want)
+		}
+	}
+	if r := s.in("hello\n", "node1", "shoal", "run", "--rm", "-i", "--network", "app", "--entrypoint", "/bin/busybox", "web:1", "cat"); r.code != 0 || r.out != "hello\n" {
+		t.Errorf("input: %d, %q, %q", r.code, r.out, r.err)
+	}
+	for _, c := range []struct {
+		code int
+		want string
+		args string
+	}{
+		{3, "", "--entrypoint /bin/busybox web:1 sh -c 'exit 3'"},
+		{127, "/bin/nope", "--entrypoint /bin/nope web:1"},
+		{125, "not to be pulled", "--pull never nosuch:1"},
+		{2, "--", "/bin/sleep 3"},
+		{2, "small letters", "Web:1"},
+	} {
+		if r := s.on("node1", "sh", "-c", "shoal run --rm --network app "+c.args); r.code != c.code || !strings.Contains(r.err, c.want) {
+			t.Errorf("run %s: exit status %d, %q; want %d, %q", c.args, r.code, r.err, c.code, c.want)
+		}
+	}
+	if got := s.ok("node1", "shoal exec -e C=3 -u web -w /data web.1 /bin/busybox sh -c 'id -u; pwd; echo $C'"); got != "1000\n/data\n3" {
+		t.Errorf("exec: %q", got)
+	}
+	if r := s.on("node1", "shoal", "exec", "web.1", "/bin/nope"); r.code != 127 {
+		t.Errorf("exec of nothing: %d, %s", r.code, r.err)
+	}
+
+	// Another platform, and a program of the node for an image.
+	other := image(t, "other:1", "s390x", map[string]string{"whoami": bin + "/whoami"}, map[string]any{"Entrypoint": []string{"/whoami"}})
+	if r := s.on("node1", "shoal", "image", "load", "-i", other); r.code == 0 || !strings.Contains(r.err, "platform") {
+		t.Errorf("image of another platform: %d, %s", r.code, r.err)
+	}
+
+	// The agent is killed: containers go on, are adopted, and end in order.
+	s.ok("node1", "shoal svc update --env-add C=new web")
+	n := s.Nodes()[0]
+	_ = syscall.Kill(n.PID, syscall.SIGKILL)
+	s.eventually(10*time.Second, func() error {
+		if n := s.Nodes()[0]; n.Running() {
+			return fmt.Errorf("agent %d still runs", n.PID)
+		}
+		return nil
+	})
+	if err := s.Start(t.Context(), "node1"); err != nil {
+		t.Fatal(err)
+	}
+	s.eventually(60*time.Second, func() error {
+		if r := s.on("node1", "shoal", "svc", "ls", "--format", "{{.Replicas}}"); !strings.Contains(r.out, "2/2") {
+			return fmt.Errorf("%s %s", r.out, r.err)
+		}
+		return nil
+	})
+	s.ok("node1", "shoal run --rm --network app --entrypoint /bin/busybox web:1 wget -qO- http://web/")
+	s.ok("node1", "shoal svc rm web")
+	s.eventually(30*time.Second, func() error {
+		es, err := filepath.Glob(filepath.Join(s.Dir, "containerd/state/io.containerd.runtime.v2.task/*/*"))
+		if err == nil && len(es) > 0 {
+			err = fmt.Errorf("containers are left: %v", es)
+		}
+		return err
+	})
+	if got := s.ok("node1", "shoal volume ls -q"); got != "data1" {
+		t.Errorf("volumes left: %q, want data1 alone", got)
+	}
+}

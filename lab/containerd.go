@@ -1,0 +1,175 @@
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// A lab has a containerd of its own where that is installed, for all nodes, each
+// of which has a namespace in it. Its files are below the lab's directory.
+
+// containerdConfig is version 2 of containerd's configuration, which all in use
+// understand. CRI is Kubernetes'.
+const containerdConfig = `version = 2
+root = %q
+state = %q
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]
+[grpc]
+  address = %q
+`
+
+func (l *Lab) containerdDir() string    { return filepath.Join(l.Dir, "containerd") }
+func (l *Lab) containerdSocket() string { return filepath.Join(l.containerdDir(), "sock") }
+
+// hasContainerd tells whether containers can be had on this machine.
+func hasContainerd() bool {
+	for _, p := range []string{"containerd", "runc", "containerd-shim-runc-v2"} {
+		if _, err := exec.LookPath(p); err != nil {
+			return false
+		}
+	}
+	return true
+}
+
+// startContainerd starts the lab's containerd, if it does not run, and waits until
+// it answers.
+func (l *Lab) startContainerd(ctx context.Context) error {
+	dir := l.containerdDir()
+	for _, d := range []string{"root", "state"} {
+		if err := os.MkdirAll(filepath.Join(dir, d), 0o711); err != nil {
+			return err
+		}
+	}
+	conf := filepath.Join(dir, "config.toml")
+	text := fmt.Sprintf(containerdConfig, filepath.Join(dir, "root"), filepath.Join(dir, "state"), l.containerdSocket())
+	if err := os.WriteFile(conf, []byte(text), 0o600); err != nil {
+		return err
+	}
+	log, err := os.OpenFile(filepath.Join(dir, "log"), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	cmd := exec.Command("containerd", "-c", conf)
+	cmd.Dir, cmd.Stdout, cmd.Stderr = "/", log, log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	err = l.change(func() error {
+		if alive(l.Containerd) {
+			return nil
+		}
+		if err := cmd.Start(); err != nil {
+			return fmt.Errorf("start containerd: %w", err)
+		}
+		l.Containerd = cmd.Process.Pid
+		go func() { _ = cmd.Wait() }() // ends with containerd
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for {
+		c, err := net.Dial("unix", l.containerdSocket())
+		if err == nil {
+			return c.Close()
+		}
+		if !alive(l.Containerd) {
+			return fmt.Errorf("containerd ended at once: %s", lastLine(filepath.Join(dir, "log")))
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("containerd does not answer: %w: see %s", err, filepath.Join(dir, "log"))
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
+// stopContainerd ends the lab's containerd and every container that is left, and
+// unmounts what they had.
+func (l *Lab) stopContainerd(ctx context.Context) error {
+	if _, err := os.Stat(l.containerdDir()); errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if alive(l.Containerd) {
+		_ = syscall.Kill(l.Containerd, syscall.SIGTERM)
+		for limit := time.Now().Add(5 * time.Second); alive(l.Containerd) && time.Now().Before(limit) && ctx.Err() == nil; {
+			time.Sleep(5 * time.Millisecond)
+		}
+		if alive(l.Containerd) {
+			_ = syscall.Kill(l.Containerd, syscall.SIGKILL)
+		}
+	}
+	// What a node that was killed has left: containerd's shims name its socket, and
+	// their containers go with them.
+	var errs []error
+	for _, pid := range l.containerdShims() {
+		for _, child := range childrenOf(pid) {
+			_ = syscall.Kill(child, syscall.SIGKILL)
+		}
+		_ = syscall.Kill(pid, syscall.SIGKILL)
+	}
+	for limit := time.Now().Add(5 * time.Second); len(l.containerdShims()) > 0 && time.Now().Before(limit); {
+		time.Sleep(10 * time.Millisecond)
+	}
+	b, err := os.ReadFile("/proc/self/mountinfo")
+	errs = append(errs, err)
+	lines := strings.Split(string(b), "\n")
+	for i := len(lines) - 1; i >= 0; i-- {
+		// proc(5): the fifth field is the mount point.
+		if f := strings.Fields(lines[i]); len(f) > 4 && strings.HasPrefix(f[4], l.containerdDir()+"/") {
+			if err := syscall.Unmount(f[4], syscall.MNT_DETACH); err != nil {
+				errs = append(errs, fmt.Errorf("unmount %s: %w", f[4], err))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// containerdShims are the processes that hold containers of this lab.
+func (l *Lab) containerdShims() (out []int) {
+	for _, pid := range pids() {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+		if err == nil && strings.Contains(string(b), "containerd-shim") && strings.Contains(string(b), l.containerdSocket()) {
+			out = append(out, pid)
+		}
+	}
+	return out
+}
+
+// pids are all processes.
+func pids() (out []int) {
+	es, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil
+	}
+	for _, e := range es {
+		n := 0
+		if _, err := fmt.Sscanf(e.Name(), "%d", &n); err == nil && n > 1 {
+			out = append(out, n)
+		}
+	}
+	return out
+}
+
+func childrenOf(pid int) (out []int) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
+	if err != nil {
+		return nil
+	}
+	for _, f := range strings.Fields(string(b)) {
+		n := 0
+		if _, err := fmt.Sscanf(f, "%d", &n); err == nil {
+			out = append(out, n)
+		}
+	}
+	return out
+}

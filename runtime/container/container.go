@@ -1,0 +1,524 @@
+// Package container runs tasks from images, by containerd (its namespace is the
+// agent's own) in sandboxes that the task's shim holds: the network namespace, the
+// name server's sockets and the other ends of the program's streams are the
+// shim's, everything else is containerd's and runc's.
+//
+// What it makes it labels, and names after the task: the container and its
+// snapshot. So an agent finds again what an earlier one left, at whatever point
+// that was killed, and Remove takes it away.
+package container
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/pkg/cio"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+
+	"github.com/shoalnet/shoal/runtime"
+	"github.com/shoalnet/shoal/runtime/volume"
+)
+
+// DefaultAddress is containerd's socket where nothing else is said.
+const DefaultAddress = "/run/containerd/containerd.sock"
+
+// Config of an Executor.
+type Config struct {
+	Address   string // of containerd's socket
+	Namespace string // of containerd; everything in it is this agent's
+	Instance  string // labels what is made
+	Node      string // of volumes and templates, for people
+	// Snapshotter of containerd; empty: overlayfs.
+	Snapshotter string
+	// Runtime is containerd's name of what runs a container; empty: runc's.
+	Runtime string
+	RunDir  string         // FIFOs of exec; need not survive
+	Volumes *volume.Store  // of the node
+	Hidden  []string       // directories of the node that containers may not see
+	Pull    RegistryConfig // where images come from
+	Log     *slog.Logger
+}
+
+// Executor implements runtime.Executor.
+type Executor struct {
+	cfg Config
+	log *slog.Logger
+
+	mu     sync.Mutex
+	client *client.Client
+
+	pulls flights
+}
+
+// Labels of containers and images.
+const (
+	labelInstance = "net.shoal.instance"
+	labelTask     = "net.shoal.task"
+	labelBy       = "net.shoal.by"      // of an image: "task" when nobody asked for it but a task
+	labelUsed     = "net.shoal.used"    // of an image: when a task last began, Unix seconds
+	labelVolumes  = "net.shoal.volumes" // of a container: names of the volumes in it, by commas
+)
+
+const (
+	dialTimeout  = 5 * time.Second
+	rpcTimeout   = 30 * time.Second // of calls that only look or change a record
+	startTimeout = 2 * time.Minute  // of making and starting a container, on a busy disk
+	defaultRun   = "io.containerd.runc.v2"
+	// lease keeps what is half made from containerd's garbage collection; if the
+	// agent is killed it ends by itself.
+	leaseTime = time.Hour
+)
+
+// New makes an Executor. containerd need not answer yet, nor all the time.
+func New(cfg Config) *Executor {
+	if cfg.Snapshotter == "" {
+		cfg.Snapshotter = "overlayfs"
+	}
+	if cfg.Runtime == "" {
+		cfg.Runtime = defaultRun
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	cfg.Pull.defaults()
+	return &Executor{cfg: cfg, log: cfg.Log}
+}
+
+// Close ends the connection. Containers go on.
+func (e *Executor) Close() error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.client == nil {
+		return nil
+	}
+	err := e.client.Close()
+	e.client = nil
+	return err
+}
+
+// conn connects to containerd, or returns the connection that is there, with a
+// context for calls over it.
+func (e *Executor) conn(ctx context.Context) (*client.Client, context.Context, error) {
+	ctx = namespaces.WithNamespace(ctx, e.cfg.Namespace)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.client != nil {
+		return e.client, ctx, nil
+	}
+	// Its own connecting tries for long where nobody listens.
+	if fi, err := os.Stat(e.cfg.Address); err != nil || fi.Mode()&os.ModeSocket == 0 {
+		return nil, ctx, fmt.Errorf("%w: containerd is not at %s: install it (Debian: apt-get install containerd runc), or name its socket with --containerd", runtime.ErrUnavailable, e.cfg.Address)
+	}
+	c, err := client.New(e.cfg.Address, client.WithDefaultNamespace(e.cfg.Namespace), client.WithTimeout(dialTimeout))
+	if err != nil {
+		return nil, ctx, fmt.Errorf("%w: containerd at %s: %w", runtime.ErrUnavailable, e.cfg.Address, err)
+	}
+	e.client = c
+	return c, ctx, nil
+}
+
+// unavailable marks errors of a containerd that does not answer.
+func (e *Executor) unavailable(err error) error {
+	if err == nil {
+		return nil
+	}
+	if errdefs.IsUnavailable(err) || strings.Contains(err.Error(), "error reading from server") || strings.Contains(err.Error(), "transport is closing") {
+		return fmt.Errorf("%w: containerd at %s does not answer: %w", runtime.ErrUnavailable, e.cfg.Address, err)
+	}
+	return err
+}
+
+// Health tells whether containers can run here: nil, or why not, in words for a
+// person; and containerd's version.
+func (e *Executor) Health(ctx context.Context) (version string, err error) {
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	c, ctx, err := e.conn(ctx)
+	if err != nil {
+		return "", err
+	}
+	v, err := c.Version(ctx)
+	if err != nil {
+		return "", e.unavailable(err)
+	}
+	return "containerd " + strings.TrimPrefix(v.Version, "v"), nil
+}
+
+func (e *Executor) snapshotKey(id string) string { return "shoal-" + id }
+
+func (e *Executor) load(ctx context.Context, id string) (client.Container, error) {
+	c, ctx, err := e.conn(ctx)
+	if err != nil {
+		return nil, err
+	}
+	ctr, err := c.LoadContainer(ctx, id)
+	if errdefs.IsNotFound(err) {
+		return nil, fmt.Errorf("%w: container of task %s", runtime.ErrNotFound, id)
+	}
+	return ctr, e.unavailable(err)
+}
+
+func (e *Executor) task(ctx context.Context, id string) (client.Task, error) {
+	ctr, err := e.load(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	t, err := ctr.Task(namespaces.WithNamespace(ctx, e.cfg.Namespace), nil)
+	if errdefs.IsNotFound(err) {
+		return nil, fmt.Errorf("%w: program of task %s", runtime.ErrNotFound, id)
+	}
+	return t, e.unavailable(err)
+}
+
+// streams implements cio.IO over FIFOs whose other ends somebody else has.
+type streams struct{ cfg cio.Config }
+
+func (s streams) Config() cio.Config { return s.cfg }
+func (streams) Cancel()              {}
+func (streams) Wait()                {}
+func (streams) Close() error         { return nil }
+
+// StartError tells why a program did not start, and the exit status that shells
+// and Docker give to that.
+type StartError struct {
+	Code int
+	Err  error
+}
+
+func (e *StartError) Error() string { return e.Err.Error() }
+func (e *StartError) Unwrap() error { return e.Err }
+
+// ExitCode is 127 for a program that is not found, 126 for one that can't be
+// executed, 125 for anything else.
+func (e *StartError) ExitCode() int { return e.Code }
+
+// startError makes runc's words ones for a person.
+func startError(err error) error {
+	if err == nil {
+		return nil
+	}
+	msg := err.Error()
+	for _, cut := range []string{"OCI runtime create failed: ", "OCI runtime exec failed: ", "OCI runtime start failed: ", "runc create failed: ", "unable to start container process: ", "error during container init: ",
+		"exec failed: ", "failed to create shim task: ", "failed to start shim: "} {
+		if i := strings.Index(msg, cut); i >= 0 {
+			msg = msg[:i] + msg[i+len(cut):]
+		}
+	}
+	msg = strings.TrimSuffix(strings.TrimSpace(msg), ": unknown")
+	code := 125
+	switch {
+	case strings.Contains(msg, "executable file not found"), strings.Contains(msg, "no such file or directory") && strings.Contains(msg, "exec"):
+		code = 127
+	case strings.Contains(msg, "permission denied") && strings.Contains(msg, "exec"), strings.Contains(msg, "is a directory"), strings.Contains(msg, "exec format error"):
+		code = 126
+	}
+	return &StartError{Code: code, Err: errors.New(msg)}
+}
+
+// Start implements runtime.Executor.
+func (e *Executor) Start(ctx context.Context, b runtime.Box) (_ int, err error) {
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	c, ctx, err := e.conn(ctx)
+	if err != nil {
+		return 0, err
+	}
+	if t, err := e.task(ctx, b.ID); err == nil {
+		st, err := t.Status(ctx)
+		if err != nil {
+			return 0, e.unavailable(err)
+		}
+		if st.Status == client.Running || st.Status == client.Stopped {
+			return int(t.Pid()), nil // an earlier agent has started it; Wait tells how it ended
+		}
+	} else if !errors.Is(err, runtime.ErrNotFound) {
+		return 0, err
+	}
+	// Whatever else is there was left half made.
+	if err := e.Remove(ctx, b.ID); err != nil {
+		return 0, err
+	}
+	img, err := e.find(ctx, c, b.Spec.Image)
+	if err != nil {
+		return 0, fmt.Errorf("image %s is not on this node any more: %w", b.Spec.Image, err)
+	}
+	ctx, done, err := c.WithLease(ctx, leases.WithRandomID(), leases.WithExpiration(leaseTime), leases.WithLabel(labelInstance, e.cfg.Instance))
+	if err != nil {
+		return 0, e.unavailable(err)
+	}
+	defer func() { _ = done(context.WithoutCancel(ctx)) }()
+	defer func() {
+		if err != nil {
+			rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), rpcTimeout)
+			defer cancel()
+			if rerr := e.Remove(rctx, b.ID); rerr != nil {
+				err = fmt.Errorf("%w (and not all of it could be undone: %w)", err, rerr)
+			}
+		}
+	}()
+	ok, err := img.IsUnpacked(ctx, e.cfg.Snapshotter)
+	if err == nil && !ok {
+		err = img.Unpack(ctx, e.cfg.Snapshotter)
+	}
+	if err != nil {
+		return 0, fmt.Errorf("unpack image %s: %w", b.Spec.Image, err)
+	}
+	mounts, vols, err := e.mounts(ctx, c, img, b)
+	if err != nil {
+		return 0, err
+	}
+	labels := map[string]string{labelInstance: e.cfg.Instance, labelTask: b.Name}
+	if len(vols) > 0 {
+		labels[labelVolumes] = strings.Join(vols, ",")
+	}
+	ctr, err := c.NewContainer(ctx, b.ID,
+		client.WithImage(img),
+		client.WithContainerLabels(labels),
+		client.WithSnapshotter(e.cfg.Snapshotter),
+		client.WithNewSnapshot(e.snapshotKey(b.ID), img),
+		client.WithRuntime(e.cfg.Runtime, nil),
+		client.WithNewSpec(specOpts(b, img, mounts)...))
+	if err != nil {
+		return 0, fmt.Errorf("make container of %s: %w", b.Spec.Image, e.unavailable(err))
+	}
+	// The streams' other ends are the shim's; ours may come and go.
+	t, err := ctr.NewTask(ctx, func(string) (cio.IO, error) {
+		return streams{cio.Config{Terminal: b.Spec.TTY, Stdin: b.Stdin, Stdout: b.Stdout, Stderr: b.Stderr}}, nil
+	})
+	if err != nil {
+		return 0, startError(e.unavailable(err))
+	}
+	if err := t.Start(ctx); err != nil {
+		return 0, startError(e.unavailable(err))
+	}
+	e.used(ctx, c, img)
+	return int(t.Pid()), nil
+}
+
+// Wait implements runtime.Executor.
+func (e *Executor) Wait(ctx context.Context, id string) (runtime.Outcome, error) {
+	t, err := e.task(ctx, id)
+	if err != nil {
+		return runtime.Outcome{}, err
+	}
+	ctx = namespaces.WithNamespace(ctx, e.cfg.Namespace)
+	ch, err := t.Wait(ctx)
+	if err != nil {
+		return runtime.Outcome{}, e.unavailable(err)
+	}
+	select {
+	case <-ctx.Done():
+		return runtime.Outcome{}, ctx.Err()
+	case st := <-ch:
+		code, at, err := st.Result()
+		if err != nil {
+			if errdefs.IsNotFound(err) {
+				return runtime.Outcome{}, fmt.Errorf("%w: program of task %s", runtime.ErrNotFound, id)
+			}
+			return runtime.Outcome{}, fmt.Errorf("%w: %w", runtime.ErrUnavailable, err)
+		}
+		return runtime.Outcome{Code: int(code), At: at}, nil
+	}
+}
+
+// Signal implements runtime.Executor.
+func (e *Executor) Signal(ctx context.Context, id string, sig syscall.Signal, all bool) error {
+	ctx, cancel := context.WithTimeout(ctx, rpcTimeout)
+	defer cancel()
+	t, err := e.task(ctx, id)
+	if err != nil {
+		return err
+	}
+	var opts []client.KillOpts
+	if all {
+		opts = append(opts, client.WithKillAll)
+	}
+	err = t.Kill(namespaces.WithNamespace(ctx, e.cfg.Namespace), sig, opts...)
+	if errdefs.IsNotFound(err) || errdefs.IsFailedPrecondition(err) {
+		return nil // it has ended
+	}
+	return e.unavailable(err)
+}
+
+// Resize implements runtime.Executor.
+func (e *Executor) Resize(ctx context.Context, id string, rows, cols uint16) error {
+	ctx, cancel := context.WithTimeout(ctx, rpcTimeout)
+	defer cancel()
+	t, err := e.task(ctx, id)
+	if err != nil {
+		return err
+	}
+	return e.unavailable(t.Resize(namespaces.WithNamespace(ctx, e.cfg.Namespace), uint32(cols), uint32(rows)))
+}
+
+// CloseInput implements runtime.Executor.
+func (e *Executor) CloseInput(ctx context.Context, id string) error {
+	ctx, cancel := context.WithTimeout(ctx, rpcTimeout)
+	defer cancel()
+	t, err := e.task(ctx, id)
+	if errors.Is(err, runtime.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	err = t.CloseIO(namespaces.WithNamespace(ctx, e.cfg.Namespace), client.WithStdinCloser)
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	return e.unavailable(err)
+}
+
+// Remove implements runtime.Executor.
+func (e *Executor) Remove(ctx context.Context, id string) error {
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	c, ctx, err := e.conn(ctx)
+	if err != nil {
+		return err
+	}
+	var anonymous []string
+	ctr, err := c.LoadContainer(ctx, id)
+	switch {
+	case errdefs.IsNotFound(err):
+	case err != nil:
+		return e.unavailable(err)
+	default:
+		if labels, err := ctr.Labels(ctx); err == nil {
+			anonymous = volumeNames(labels)
+		}
+		if t, err := ctr.Task(ctx, nil); err == nil {
+			// WithProcessKill waits for the end, too.
+			if _, err := t.Delete(ctx, client.WithProcessKill); err != nil && !errdefs.IsNotFound(err) {
+				return fmt.Errorf("end the container of task %s: %w", id, e.unavailable(err))
+			}
+		} else if !errdefs.IsNotFound(err) {
+			return e.unavailable(err)
+		}
+		if err := ctr.Delete(ctx); err != nil && !errdefs.IsNotFound(err) {
+			return fmt.Errorf("remove the container of task %s: %w", id, e.unavailable(err))
+		}
+	}
+	if err := c.SnapshotService(e.cfg.Snapshotter).Remove(ctx, e.snapshotKey(id)); err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("remove the file system of task %s: %w", id, e.unavailable(err))
+	}
+	for _, name := range anonymous {
+		if v, err := e.cfg.Volumes.Get(name); err == nil && v.Anonymous {
+			if err := e.cfg.Volumes.Remove(name); err != nil && !errors.Is(err, volume.ErrNotFound) {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func volumeNames(labels map[string]string) []string {
+	if labels[labelVolumes] == "" {
+		return nil
+	}
+	return strings.Split(labels[labelVolumes], ",")
+}
+
+// List implements runtime.Executor.
+func (e *Executor) List(ctx context.Context) ([]string, error) {
+	ctx, cancel := context.WithTimeout(ctx, rpcTimeout)
+	defer cancel()
+	c, ctx, err := e.conn(ctx)
+	if err != nil {
+		return nil, err
+	}
+	ours := map[string]bool{}
+	cs, err := c.ContainerService().List(ctx, fmt.Sprintf("labels.%q==%q", labelInstance, e.cfg.Instance))
+	if err != nil {
+		return nil, e.unavailable(err)
+	}
+	for _, x := range cs {
+		ours[x.ID] = true
+	}
+	prefix := e.snapshotKey("")
+	err = c.SnapshotService(e.cfg.Snapshotter).Walk(ctx, func(_ context.Context, i snapshots.Info) error {
+		if id, ok := strings.CutPrefix(i.Name, prefix); ok && i.Kind == snapshots.KindActive {
+			ours[id] = true
+		}
+		return nil
+	})
+	if err != nil && !errdefs.IsNotFound(err) {
+		return nil, e.unavailable(err)
+	}
+	var out []string
+	for id := range ours {
+		out = append(out, id)
+	}
+	slices.Sort(out)
+	return out, nil
+}
+
+// VolumesInUse tells which volumes are in a container, and in whose.
+func (e *Executor) VolumesInUse(ctx context.Context) (map[string][]string, error) {
+	ctx, cancel := context.WithTimeout(ctx, rpcTimeout)
+	defer cancel()
+	c, ctx, err := e.conn(ctx)
+	if err != nil {
+		return nil, err
+	}
+	cs, err := c.ContainerService().List(ctx, fmt.Sprintf("labels.%q==%q", labelInstance, e.cfg.Instance))
+	if err != nil {
+		return nil, e.unavailable(err)
+	}
+	out := map[string][]string{}
+	for _, x := range cs {
+		for _, v := range volumeNames(x.Labels) {
+			out[v] = append(out[v], x.Labels[labelTask])
+		}
+	}
+	return out, nil
+}
+
+// Rootfs calls fn with a task's file system as it is now, for reading and writing
+// beside the program (cp). A running task's is reached by its own root.
+func (e *Executor) Rootfs(ctx context.Context, id string, fn func(root string) error) error {
+	if t, err := e.task(ctx, id); err == nil {
+		ctx := namespaces.WithNamespace(ctx, e.cfg.Namespace)
+		if st, err := t.Status(ctx); err == nil && st.Status == client.Running && t.Pid() > 0 {
+			return fn(fmt.Sprintf("/proc/%d/root", t.Pid()))
+		}
+	}
+	c, ctx, err := e.conn(ctx)
+	if err != nil {
+		return err
+	}
+	ms, err := c.SnapshotService(e.cfg.Snapshotter).Mounts(ctx, e.snapshotKey(id))
+	if errdefs.IsNotFound(err) {
+		return fmt.Errorf("%w: the file system of task %s is gone", runtime.ErrNotFound, id)
+	}
+	if err != nil {
+		return e.unavailable(err)
+	}
+	return mount.WithTempMount(ctx, ms, fn)
+}
+
+// execDir is where the FIFOs of a command are.
+func (e *Executor) execDir() (string, error) {
+	d := filepath.Join(e.cfg.RunDir, "exec")
+	return d, os.MkdirAll(d, 0o700)
+}
+
+var _ runtime.Executor = (*Executor)(nil)
+
+// discard is for streams that nobody wants: the command's writes must not fail.
+var discard io.Writer = io.Discard

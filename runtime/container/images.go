@@ -1,0 +1,777 @@
+package container
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/images/archive"
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+	remoteserrors "github.com/containerd/containerd/v2/core/remotes/errors"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
+	"github.com/distribution/reference"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/shoalnet/shoal/runtime"
+	"github.com/shoalnet/shoal/spec"
+)
+
+// Platform is what this node runs, as images name it: linux/amd64.
+func Platform() string { return platforms.Format(platforms.Normalize(platforms.DefaultSpec())) }
+
+// find returns an image of this node by reference or, of a reference with a
+// digest, any that has this digest: one that was loaded has no such name.
+func (e *Executor) find(ctx context.Context, c *client.Client, image string) (client.Image, error) {
+	name, err := Normalize(image)
+	if err != nil {
+		return nil, err
+	}
+	img, err := c.GetImage(ctx, name)
+	if err == nil || !errdefs.IsNotFound(err) {
+		return img, e.unavailable(err)
+	}
+	if d, ok := digestOf(name); ok {
+		all, err := c.ImageService().List(ctx, fmt.Sprintf("target.digest==%s", d))
+		if err != nil {
+			return nil, e.unavailable(err)
+		}
+		if len(all) > 0 {
+			return client.NewImage(c, all[0]), nil
+		}
+	}
+	return nil, fmt.Errorf("%w: image %s", errdefs.ErrNotFound, Familiar(name))
+}
+
+func digestOf(ref string) (digest.Digest, bool) {
+	_, d, ok := strings.Cut(ref, "@")
+	return digest.Digest(d), ok
+}
+
+// flights lets one pull of an image serve all who want it.
+type flights struct {
+	mu sync.Mutex
+	m  map[string]*flight
+}
+
+type flight struct {
+	done chan struct{}
+	err  error
+
+	mu   sync.Mutex
+	said string
+}
+
+func (f *flight) say(s string) {
+	f.mu.Lock()
+	f.said = s
+	f.mu.Unlock()
+}
+
+func (f *flight) saying() string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.said
+}
+
+// progressTime is how often who waits for a pull is told.
+const progressTime = 500 * time.Millisecond
+
+// join waits for the flight of key, which fn makes if there is none. The flight
+// ends with ctx of the one that made it; who else waits then makes another.
+func (fs *flights) join(ctx context.Context, key string, progress func(string), fn func(say func(string)) error) error {
+	for {
+		fs.mu.Lock()
+		if fs.m == nil {
+			fs.m = map[string]*flight{}
+		}
+		f := fs.m[key]
+		mine := f == nil
+		if mine {
+			f = &flight{done: make(chan struct{})}
+			fs.m[key] = f
+		}
+		fs.mu.Unlock()
+		if mine {
+			f.err = fn(func(s string) {
+				f.say(s)
+				progress(s)
+			})
+			fs.mu.Lock()
+			delete(fs.m, key)
+			fs.mu.Unlock()
+			close(f.done)
+			return f.err
+		}
+		t := time.NewTicker(progressTime)
+		for waiting := true; waiting; {
+			select {
+			case <-ctx.Done():
+				t.Stop()
+				return ctx.Err()
+			case <-f.done:
+				waiting = false
+			case <-t.C:
+				if s := f.saying(); s != "" {
+					progress(s)
+				}
+			}
+		}
+		t.Stop()
+		if f.err == nil || !errors.Is(f.err, context.Canceled) {
+			return f.err
+		}
+	}
+}
+
+// Pull fetches an image for this node's platform.
+func (e *Executor) Pull(ctx context.Context, image, auth, by string, progress func(string)) error {
+	name, err := Normalize(image)
+	if err != nil {
+		return err
+	}
+	return e.pulls.join(ctx, name, progress, func(say func(string)) error {
+		for try := 1; ; try++ {
+			err := e.pullOnce(ctx, name, auth, by, say)
+			if err == nil || ctx.Err() != nil || try >= e.cfg.Pull.Tries || !passing(err) {
+				return explainPull(name, err)
+			}
+			wait := time.Duration(1<<(try-1)) * time.Second
+			wait += rand.N(wait / 4)
+			say(fmt.Sprintf("pulling %s: %s: trying again in %s", Familiar(name), explainPull(name, err), wait.Round(time.Second)))
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-time.After(wait):
+			}
+		}
+	})
+}
+
+// errStalled ends a pull from a registry that sends nothing.
+var errStalled = errors.New("the registry stopped sending")
+
+func (e *Executor) pullOnce(ctx context.Context, name, auth, by string, say func(string)) error {
+	c, ctx, err := e.conn(ctx)
+	if err != nil {
+		return err
+	}
+	res, err := e.resolver(ctx, auth)
+	if err != nil {
+		return err
+	}
+	pctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	watched := make(chan struct{})
+	go func() {
+		defer close(watched)
+		e.watchPull(pctx, c, Familiar(name), say, func() { cancel(fmt.Errorf("%w for %s", errStalled, e.cfg.Pull.Stall)) })
+	}()
+	labels := map[string]string{labelInstance: e.cfg.Instance, labelBy: by, labelUsed: strconv.FormatInt(time.Now().Unix(), 10)}
+	_, err = c.Pull(pctx, name, client.WithPullUnpack, client.WithResolver(res), client.WithPullSnapshotter(e.cfg.Snapshotter), client.WithPullLabels(labels))
+	if cause := context.Cause(pctx); err != nil && cause != nil && ctx.Err() == nil {
+		err = cause
+	}
+	cancel(nil)
+	<-watched
+	return e.unavailable(err)
+}
+
+// watchPull tells of a pull's progress, as containerd's content store shows it,
+// and calls stalled when what it waits for does not come.
+func (e *Executor) watchPull(ctx context.Context, c *client.Client, name string, say func(string), stalled func()) {
+	t := time.NewTicker(progressTime)
+	defer t.Stop()
+	say("pulling " + name)
+	begin := time.Now()
+	var last int64
+	moved := time.Now()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+		sts, err := c.ContentStore().ListStatuses(ctx)
+		if err != nil {
+			continue
+		}
+		var have, total int64
+		open := 0
+		for _, st := range sts {
+			if st.UpdatedAt.Before(begin.Add(-e.cfg.Pull.Stall)) {
+				continue // what an earlier pull left
+			}
+			have, total = have+st.Offset, total+st.Total
+			if st.Offset < st.Total || st.Total == 0 {
+				open++
+			}
+		}
+		if have != last || open == 0 {
+			last, moved = have, time.Now()
+		}
+		if open > 0 && time.Since(moved) > e.cfg.Pull.Stall {
+			stalled()
+			return
+		}
+		switch {
+		case total > 0 && have < total:
+			say(fmt.Sprintf("pulling %s: %s of %s", name, size(have), size(total)))
+		case time.Since(begin) > time.Second:
+			say("pulling " + name + ": unpacking")
+		}
+	}
+}
+
+func size(n int64) string {
+	switch {
+	case n >= 1<<30:
+		return fmt.Sprintf("%.1f GB", float64(n)/(1<<30))
+	case n >= 1<<20:
+		return fmt.Sprintf("%.1f MB", float64(n)/(1<<20))
+	case n >= 1<<10:
+		return fmt.Sprintf("%d kB", n>>10)
+	}
+	return fmt.Sprintf("%d B", n)
+}
+
+// passing tells of errors that another try may not meet.
+func passing(err error) bool {
+	var status remoteserrors.ErrUnexpectedStatus
+	switch {
+	case errdefs.IsNotFound(err), errdefs.IsUnauthorized(err), errdefs.IsPermissionDenied(err), errdefs.IsInvalidArgument(err), errdefs.IsFailedPrecondition(err),
+		errors.Is(err, docker.ErrInvalidAuthorization), noSpace(err), strings.Contains(err.Error(), "no match for platform"), strings.Contains(err.Error(), "unexpected digest"),
+		strings.Contains(err.Error(), "unexpected commit digest"), strings.Contains(err.Error(), "insufficient_scope"), strings.Contains(err.Error(), "401"):
+		return false
+	case errors.As(err, &status):
+		return status.StatusCode >= 500 || status.StatusCode == 429
+	}
+	return true
+}
+
+func noSpace(err error) bool {
+	return strings.Contains(err.Error(), "no space left on device") || strings.Contains(err.Error(), "disk quota exceeded")
+}
+
+// explainPull says what to do about an error.
+func explainPull(name string, err error) error {
+	if err == nil {
+		return nil
+	}
+	image, msg := Familiar(name), err.Error()
+	host := name
+	if r, perr := reference.ParseNormalizedNamed(name); perr == nil {
+		host = reference.Domain(r)
+	}
+	switch {
+	case errors.Is(err, context.Canceled), errors.Is(err, runtime.ErrUnavailable):
+		return err
+	case noSpace(err):
+		return fmt.Errorf("image %s: the disk of containerd is full: make room there, for instance with 'shoal image prune'", image)
+	case strings.Contains(msg, "no match for platform"):
+		return fmt.Errorf("image %s has no variant for this node's platform %s", image, Platform())
+	case errors.Is(err, docker.ErrInvalidAuthorization), errdefs.IsUnauthorized(err), errdefs.IsPermissionDenied(err), strings.Contains(msg, "401"), strings.Contains(msg, "403 Forbidden"), strings.Contains(msg, "insufficient_scope"):
+		return fmt.Errorf("image %s: registry %s refused it without a valid login: run 'shoal login %s' and give --with-registry-auth", image, host, host)
+	case errdefs.IsNotFound(err):
+		return fmt.Errorf("image %s is not in registry %s: check its name and tag, or load it with 'shoal image load'", image, host)
+	case errors.Is(err, errStalled), errors.Is(err, context.DeadlineExceeded), strings.Contains(msg, "timeout awaiting response headers"):
+		return fmt.Errorf("image %s: registry %s does not answer in time: %w", image, host, err)
+	case strings.Contains(msg, "unexpected commit digest"), strings.Contains(msg, "unexpected digest"), strings.Contains(msg, "failed commit on ref"):
+		return fmt.Errorf("image %s: registry %s sent something else than the image's digest says (damaged, or tampered with): %w", image, host, err)
+	case strings.Contains(msg, "failed to extract layer"), strings.Contains(msg, "archive/tar"), strings.Contains(msg, "gzip"):
+		return fmt.Errorf("image %s has a damaged layer: %w", image, err)
+	}
+	return fmt.Errorf("image %s: %w", image, err)
+}
+
+// Bounds on asking a registry for a digest.
+const (
+	resolveTime  = 10 * time.Second
+	resolveLocal = 2 * time.Second // when the node has an image of that name
+)
+
+// Resolve returns the image with the digest that its registry, or this node if the
+// registry does not know it, now has for it.
+func (e *Executor) Resolve(ctx context.Context, image, auth string) (string, error) {
+	name, err := Normalize(image)
+	if err != nil {
+		return "", err
+	}
+	if _, ok := digestOf(name); ok {
+		return image, nil
+	}
+	c, cctx, err := e.conn(ctx)
+	if err != nil {
+		return "", err
+	}
+	here, err := c.GetImage(cctx, name)
+	if err != nil && !errdefs.IsNotFound(err) {
+		return "", e.unavailable(err)
+	}
+	// A registry that can't be reached is no reason to wait for long for the digest
+	// of an image that is here.
+	limit := resolveTime
+	if err == nil {
+		limit = resolveLocal
+	}
+	rctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	res, rerr := e.resolver(rctx, auth)
+	if rerr != nil {
+		return "", rerr
+	}
+	_, desc, rerr := res.Resolve(rctx, name)
+	if rerr == nil {
+		return name + "@" + desc.Digest.String(), nil
+	}
+	if err == nil {
+		return name + "@" + here.Target().Digest.String(), nil
+	}
+	return "", explainPull(name, rerr)
+}
+
+// Prepare implements runtime.Executor.
+func (e *Executor) Prepare(ctx context.Context, t runtime.Task, progress func(string)) (spec.TaskSpec, error) {
+	s := t.Spec.Clone()
+	c, cctx, err := e.conn(ctx)
+	if err != nil {
+		return s, err
+	}
+	img, err := e.find(cctx, c, s.Image)
+	switch {
+	case err != nil && !errdefs.IsNotFound(err):
+		return s, err
+	case err != nil && s.Pull == spec.PullNever:
+		return s, fmt.Errorf("image %s is not on node %s, and is not to be pulled (--pull never): load it there with 'shoal image load'", Familiar(s.Image), e.cfg.Node)
+	case err != nil, s.Pull == spec.PullAlways:
+		if err := e.Pull(ctx, s.Image, s.RegistryAuth, "task", progress); err != nil {
+			return s, fmt.Errorf("node %s: %w", e.cfg.Node, err)
+		}
+		if img, err = e.find(cctx, c, s.Image); err != nil {
+			return s, fmt.Errorf("node %s: %w", e.cfg.Node, err)
+		}
+	}
+	cfg, err := imageConfig(cctx, img)
+	if err != nil {
+		return s, fmt.Errorf("node %s: image %s: %w", e.cfg.Node, Familiar(s.Image), platformError(err))
+	}
+	if err := cfg.apply(&s); err != nil {
+		return s, fmt.Errorf("image %s: %w", Familiar(s.Image), err)
+	}
+	if s.Init {
+		s.Command = append(append([]string{initPath, initWord, "--"}, s.Entrypoint...), s.Command...)
+		s.Entrypoint = nil
+	}
+	return s, nil
+}
+
+// initWord tells this program to be an init (see Dispatch).
+const initWord = "container-init"
+
+func platformError(err error) error {
+	if strings.Contains(err.Error(), "no match for platform") || errdefs.IsNotFound(err) {
+		return fmt.Errorf("it has no variant for this node's platform %s", Platform())
+	}
+	return err
+}
+
+// imageConf is an image's configuration: OCI's, and Docker's health check.
+type imageConf struct {
+	Architecture string `json:"architecture"`
+	OS           string `json:"os"`
+	Config       struct {
+		ocispec.ImageConfig
+		Healthcheck *struct {
+			Test          []string
+			Interval      time.Duration
+			Timeout       time.Duration
+			StartPeriod   time.Duration
+			StartInterval time.Duration
+			Retries       int
+		}
+	} `json:"config"`
+}
+
+func imageConfig(ctx context.Context, img client.Image) (*imageConf, error) {
+	desc, err := img.Config(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if desc.Size > 8<<20 {
+		return nil, fmt.Errorf("its configuration has %d bytes: more than any should have", desc.Size)
+	}
+	b, err := content.ReadBlob(ctx, img.ContentStore(), desc)
+	if err != nil {
+		return nil, err
+	}
+	cfg := &imageConf{}
+	if err := json.Unmarshal(b, cfg); err != nil {
+		return nil, fmt.Errorf("its configuration is damaged: %w", err)
+	}
+	if cfg.OS != "" && cfg.OS != "linux" {
+		return nil, fmt.Errorf("no match for platform: it is for %s/%s", cfg.OS, cfg.Architecture)
+	}
+	return cfg, nil
+}
+
+// apply puts the image's defaults where the user said nothing.
+func (c *imageConf) apply(s *spec.TaskSpec) error {
+	ic := c.Config
+	own := len(s.Entrypoint) > 0 // then the image's command goes, too, as in Docker
+	if own && len(s.Entrypoint) == 1 && s.Entrypoint[0] == "" {
+		s.Entrypoint = nil
+	} else if !own {
+		s.Entrypoint = ic.Entrypoint
+	}
+	if len(s.Command) == 0 && !own {
+		s.Command = ic.Cmd
+	}
+	if len(s.Entrypoint)+len(s.Command) == 0 {
+		return errors.New("it says no command, and none is given: add one after the image")
+	}
+	s.Env = mergeEnv(ic.Env, s.Env)
+	if s.User == "" {
+		s.User = ic.User
+	}
+	if s.Dir == "" {
+		s.Dir = ic.WorkingDir
+	}
+	if s.StopSignal == "" {
+		s.StopSignal = ic.StopSignal
+	}
+	for p := range ic.ExposedPorts {
+		if !strings.Contains(p, "/") {
+			p += "/tcp"
+		}
+		if !slices.Contains(s.Expose, p) {
+			s.Expose = append(s.Expose, p)
+		}
+	}
+	slices.Sort(s.Expose)
+	var vols []string
+	for v := range ic.Volumes {
+		vols = append(vols, v)
+	}
+	slices.Sort(vols)
+	for _, v := range vols {
+		if !slices.ContainsFunc(s.Mounts, func(m spec.Mount) bool { return m.Target == v || m.Target == strings.TrimSuffix(v, "/") }) {
+			s.Mounts = append(s.Mounts, spec.Mount{Type: spec.MountVolume, Target: v})
+		}
+	}
+	if h := ic.Healthcheck; h != nil && len(h.Test) > 0 {
+		s.Health = health(s.Health, h.Test, h.Interval, h.Timeout, h.StartPeriod, h.StartInterval, h.Retries)
+	}
+	if s.Health != nil && (s.Health.Disabled || s.Health.Command == "" && len(s.Health.Exec) == 0) {
+		s.Health = nil
+	}
+	return nil
+}
+
+// health is the image's check, but for what the user said.
+func health(user *spec.HealthCheck, test []string, interval, timeout, start, startInterval time.Duration, retries int) *spec.HealthCheck {
+	h := spec.HealthCheck{}
+	if user != nil {
+		h = *user
+	}
+	if h.Disabled {
+		return &h
+	}
+	if h.Command == "" && len(h.Exec) == 0 {
+		switch test[0] {
+		case "NONE":
+			return nil
+		case "CMD":
+			h.Exec = test[1:]
+		case "CMD-SHELL":
+			h.Command = strings.Join(test[1:], " ")
+		default:
+			h.Exec = test
+		}
+	}
+	def := func(to *time.Duration, v time.Duration) {
+		if *to == 0 && v > 0 {
+			*to = v
+		}
+	}
+	def(&h.Interval, interval)
+	def(&h.Timeout, timeout)
+	def(&h.StartPeriod, start)
+	def(&h.StartInterval, startInterval)
+	if h.Retries == 0 && retries > 0 {
+		h.Retries = retries
+	}
+	return &h
+}
+
+// used notes that a task began from an image.
+func (e *Executor) used(ctx context.Context, c *client.Client, img client.Image) {
+	i := img.Metadata()
+	if i.Labels == nil {
+		i.Labels = map[string]string{}
+	}
+	i.Labels[labelUsed] = strconv.FormatInt(time.Now().Unix(), 10)
+	if _, err := c.ImageService().Update(ctx, i, "labels."+labelUsed); err != nil {
+		e.log.Debug("the use of an image can't be noted", "image", i.Name, "error", err)
+	}
+}
+
+// Images lists them, by name.
+func (e *Executor) Images(ctx context.Context) ([]runtime.Image, error) {
+	ctx, cancel := context.WithTimeout(ctx, rpcTimeout)
+	defer cancel()
+	c, ctx, err := e.conn(ctx)
+	if err != nil {
+		return nil, err
+	}
+	all, err := c.ListImages(ctx)
+	if err != nil {
+		return nil, e.unavailable(err)
+	}
+	using, err := e.imagesInUse(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	var out []runtime.Image
+	for _, i := range all {
+		img := runtime.Image{Name: Familiar(i.Name()), Ref: i.Name(), Digest: i.Target().Digest.String(), Created: i.Metadata().CreatedAt, InUse: using[i.Target().Digest.String()]}
+		if n, err := i.Usage(ctx, client.WithSnapshotUsage()); err == nil {
+			img.Size = n
+		} else if n, err := i.Size(ctx); err == nil {
+			img.Size = n
+		} else {
+			img.Damaged = true
+		}
+		if s, err := i.Spec(ctx); err == nil && s.Created != nil {
+			img.Created = *s.Created
+		}
+		out = append(out, img)
+	}
+	slices.SortFunc(out, func(a, b runtime.Image) int { return strings.Compare(a.Ref, b.Ref) })
+	return out, nil
+}
+
+// imagesInUse are the digests of images of containers, with the tasks' names.
+func (e *Executor) imagesInUse(ctx context.Context, c *client.Client) (map[string][]string, error) {
+	cs, err := c.ContainerService().List(ctx)
+	if err != nil {
+		return nil, e.unavailable(err)
+	}
+	out := map[string][]string{}
+	for _, x := range cs {
+		if img, err := c.ImageService().Get(ctx, x.Image); err == nil {
+			d := img.Target.Digest.String()
+			out[d] = append(out[d], x.Labels[labelTask])
+		}
+	}
+	return out, nil
+}
+
+// RemoveImage takes an image, by name, reference or beginning of its digest, from
+// this node, and returns the references that went. One in use stays unless force.
+func (e *Executor) RemoveImage(ctx context.Context, ref string, force bool) ([]string, error) {
+	all, err := e.Images(ctx)
+	if err != nil {
+		return nil, err
+	}
+	name, _ := Normalize(ref)
+	hit := slices.DeleteFunc(slices.Clone(all), func(i runtime.Image) bool { return i.Ref != name && i.Name != ref })
+	if len(hit) == 0 {
+		short := strings.TrimPrefix(ref, "sha256:")
+		hit = slices.DeleteFunc(all, func(i runtime.Image) bool {
+			return len(short) < 4 || !strings.HasPrefix(strings.TrimPrefix(i.Digest, "sha256:"), short)
+		})
+		for _, i := range hit {
+			if i.Digest != hit[0].Digest {
+				return nil, fmt.Errorf("image %q is ambiguous: more than one digest begins with it", ref)
+			}
+		}
+	}
+	if len(hit) == 0 {
+		return nil, fmt.Errorf("%w: image %s", runtime.ErrNotFound, ref)
+	}
+	// Another name keeps the content of one that is used.
+	last := !slices.ContainsFunc(all, func(i runtime.Image) bool {
+		return i.Digest == hit[0].Digest && !slices.ContainsFunc(hit, func(h runtime.Image) bool { return h.Ref == i.Ref })
+	})
+	if last && len(hit[0].InUse) > 0 && !force {
+		return nil, fmt.Errorf("image %s is used by task %s: remove that first, or use --force", ref, strings.Join(hit[0].InUse, ", "))
+	}
+	c, ctx, err := e.conn(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var out []string
+	for n, i := range hit {
+		var opts []images.DeleteOpt
+		if n == len(hit)-1 {
+			opts = append(opts, images.SynchronousDelete())
+		}
+		if err := c.ImageService().Delete(ctx, i.Ref, opts...); err != nil && !errdefs.IsNotFound(err) {
+			return out, e.unavailable(err)
+		}
+		out = append(out, i.Ref)
+	}
+	return out, nil
+}
+
+// PruneImages removes images that no task uses: with all, every one of them, else
+// those without a tag; unused, those not used for so long. It returns what went
+// and how many bytes they had.
+func (e *Executor) PruneImages(ctx context.Context, all bool, unused time.Duration, onlyTasks bool) (gone []string, bytes int64, err error) {
+	list, err := e.Images(ctx)
+	if err != nil {
+		return nil, 0, err
+	}
+	c, ctx, err := e.conn(ctx)
+	if err != nil {
+		return nil, 0, err
+	}
+	for _, i := range list {
+		if len(i.InUse) > 0 || !all && strings.Contains(i.Ref, ":") && !strings.Contains(i.Ref, "@") {
+			continue
+		}
+		m, err := c.ImageService().Get(ctx, i.Ref)
+		if err != nil {
+			continue
+		}
+		if onlyTasks && m.Labels[labelBy] != "task" {
+			continue
+		}
+		at := m.UpdatedAt
+		if n, err := strconv.ParseInt(m.Labels[labelUsed], 10, 64); err == nil && time.Unix(n, 0).Before(at) {
+			at = time.Unix(n, 0)
+		}
+		if unused > 0 && time.Since(at) < unused {
+			continue
+		}
+		if err := c.ImageService().Delete(ctx, i.Ref, images.SynchronousDelete()); err != nil && !errdefs.IsNotFound(err) {
+			return gone, bytes, e.unavailable(err)
+		}
+		gone, bytes = append(gone, i.Ref), bytes+i.Size
+	}
+	return gone, bytes, nil
+}
+
+// Load reads an archive of docker save, or an OCI layout in a tar, and returns the
+// names of the images in it.
+func (e *Executor) Load(ctx context.Context, r io.Reader, name string) ([]string, error) {
+	c, ctx, err := e.conn(ctx)
+	if err != nil {
+		return nil, err
+	}
+	prefix := "docker.io/library/import"
+	if name != "" {
+		if prefix, err = Normalize(name); err != nil {
+			return nil, err
+		}
+	}
+	translate := func(ref string) string {
+		if name != "" {
+			return prefix
+		}
+		if n, err := Normalize(ref); err == nil {
+			return n
+		}
+		return archive.AddRefPrefix(prefix)(ref)
+	}
+	labels := map[string]string{labelInstance: e.cfg.Instance, labelBy: "load", labelUsed: strconv.FormatInt(time.Now().Unix(), 10)}
+	imgs, err := c.Import(ctx, r, client.WithImageRefTranslator(translate), client.WithImageLabels(labels), client.WithImportPlatform(platforms.DefaultStrict()), client.WithSkipMissing(),
+		client.WithDigestRef(func(d digest.Digest) string {
+			if name != "" {
+				return prefix
+			}
+			return prefix + "@" + d.String()
+		}), client.WithSkipDigestRef(func(n string) bool { return n != "" }))
+	if err != nil {
+		if noSpace(err) {
+			return nil, errors.New("the disk of containerd is full: make room there, for instance with 'shoal image prune'")
+		}
+		if strings.Contains(err.Error(), "might be filtered out") {
+			return nil, fmt.Errorf("the archive holds no image for this node's platform %s", Platform())
+		}
+		return nil, fmt.Errorf("this is no archive of 'docker save' and no OCI layout in a tar, or it is damaged: %w", e.unavailable(err))
+	}
+	if len(imgs) == 0 {
+		return nil, fmt.Errorf("the archive holds no image for this node's platform %s", Platform())
+	}
+	var out []string
+	for _, m := range imgs {
+		img := client.NewImage(c, m)
+		if err := img.Unpack(ctx, e.cfg.Snapshotter); err != nil {
+			err = platformError(err)
+			for _, m := range imgs {
+				_ = c.ImageService().Delete(ctx, m.Name, images.SynchronousDelete())
+			}
+			return nil, fmt.Errorf("image %s: %w", Familiar(m.Name), err)
+		}
+		out = append(out, Familiar(m.Name))
+	}
+	return out, nil
+}
+
+// Save writes images as an archive that docker load and Load take.
+func (e *Executor) Save(ctx context.Context, refs []string, w io.Writer) error {
+	c, ctx, err := e.conn(ctx)
+	if err != nil {
+		return err
+	}
+	opts := []archive.ExportOpt{archive.WithPlatform(platforms.DefaultStrict()), archive.WithSkipMissing(c.ContentStore())}
+	for _, r := range refs {
+		img, err := e.find(ctx, c, r)
+		if err != nil {
+			if errdefs.IsNotFound(err) {
+				return fmt.Errorf("%w: image %s", runtime.ErrNotFound, r)
+			}
+			return err
+		}
+		opts = append(opts, archive.WithImage(c.ImageService(), img.Name()))
+	}
+	return e.unavailable(c.Export(ctx, w, opts...))
+}
+
+// InspectImage returns an image's own configuration, as it is.
+func (e *Executor) InspectImage(ctx context.Context, ref string) (runtime.Image, json.RawMessage, error) {
+	all, err := e.Images(ctx)
+	if err != nil {
+		return runtime.Image{}, nil, err
+	}
+	c, ctx, err := e.conn(ctx)
+	if err != nil {
+		return runtime.Image{}, nil, err
+	}
+	img, err := e.find(ctx, c, ref)
+	if errdefs.IsNotFound(err) {
+		return runtime.Image{}, nil, fmt.Errorf("%w: image %s", runtime.ErrNotFound, ref)
+	}
+	if err != nil {
+		return runtime.Image{}, nil, err
+	}
+	desc, err := img.Config(ctx)
+	if err != nil {
+		return runtime.Image{}, nil, platformError(err)
+	}
+	b, err := content.ReadBlob(ctx, img.ContentStore(), desc)
+	if err != nil {
+		return runtime.Image{}, nil, err
+	}
+	for _, i := range all {
+		if i.Ref == img.Name() {
+			return i, b, nil
+		}
+	}
+	return runtime.Image{Name: Familiar(img.Name()), Ref: img.Name(), Digest: img.Target().Digest.String()}, b, nil
+}
+
+var _ runtime.Images = (*Executor)(nil)

@@ -1,0 +1,222 @@
+package container
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/continuity/fs"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/image-spec/identity"
+	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/shoalnet/shoal/runtime"
+	"github.com/shoalnet/shoal/runtime/volume"
+	"github.com/shoalnet/shoal/spec"
+)
+
+// mounts are what a box has beside its image, and the names of its volumes, which
+// are made where they are not there.
+func (e *Executor) mounts(ctx context.Context, c *client.Client, img client.Image, b runtime.Box) (out []specs.Mount, vols []string, err error) {
+	// The task's own files come first: a mount of the user's over one of them wins.
+	for _, f := range []string{"resolv.conf", "hosts", "hostname"} {
+		if b.Netns == "" && f != "hostname" {
+			out = append(out, specs.Mount{Destination: "/etc/" + f, Type: "bind", Source: "/etc/" + f, Options: []string{"rbind", "ro"}})
+			continue
+		}
+		out = append(out, specs.Mount{Destination: "/etc/" + f, Type: "bind", Source: filepath.Join(b.Dir, f), Options: []string{"rbind", "rprivate", "rw"}})
+	}
+	for _, m := range b.Spec.Mounts {
+		var sm specs.Mount
+		switch m.Type {
+		case spec.MountTmpfs:
+			sm = tmpfs(m)
+		case spec.MountBind:
+			if sm, err = e.bind(m); err != nil {
+				return nil, nil, err
+			}
+		case spec.MountVolume:
+			v, verr := e.volume(ctx, c, img, b, m)
+			if verr != nil {
+				return nil, nil, verr
+			}
+			vols = append(vols, v.Name)
+			sm = specs.Mount{Destination: m.Target, Type: "bind", Source: v.Path, Options: []string{"rbind", "rprivate", rw(m)}}
+		}
+		out = append(out, sm)
+		out = append(out, e.hide(sm)...)
+	}
+	if b.Spec.Init {
+		exe, err := os.Executable()
+		if err != nil {
+			return nil, nil, err
+		}
+		out = append(out, specs.Mount{Destination: initPath, Type: "bind", Source: exe, Options: []string{"bind", "ro", "rprivate"}})
+	}
+	return out, vols, nil
+}
+
+// initPath is where --init puts its program, as Docker does.
+const initPath = "/sbin/docker-init"
+
+func rw(m spec.Mount) string {
+	if m.ReadOnly {
+		return "ro"
+	}
+	return "rw"
+}
+
+func tmpfs(m spec.Mount) specs.Mount {
+	opts := []string{"nosuid", "nodev", "noexec"}
+	for _, o := range m.Options {
+		if neg, ok := map[string]string{"suid": "nosuid", "dev": "nodev", "exec": "noexec"}[o]; ok {
+			for i := range opts {
+				if opts[i] == neg {
+					opts[i] = o
+				}
+			}
+			continue
+		}
+		opts = append(opts, o)
+	}
+	if m.Size > 0 {
+		opts = append(opts, "size="+strconv.FormatInt(m.Size, 10))
+	}
+	mode := m.Mode
+	if mode == 0 {
+		mode = 0o1777
+	}
+	return specs.Mount{Destination: m.Target, Type: "tmpfs", Source: "tmpfs", Options: append(opts, fmt.Sprintf("mode=%o", mode), rw(m))}
+}
+
+// bind checks a directory or file of the node. The agent's own are nobody's: who
+// reaches its socket or keys rules the cluster.
+func (e *Executor) bind(m spec.Mount) (specs.Mount, error) {
+	src := filepath.Clean(m.Source)
+	if _, err := os.Lstat(src); errors.Is(err, os.ErrNotExist) {
+		if !m.CreateSrc {
+			return specs.Mount{}, fmt.Errorf("bind mount source %s is not on node %s: make it there, or use -v, which makes a directory", src, e.cfg.Node)
+		}
+		if err := os.MkdirAll(src, 0o755); err != nil {
+			return specs.Mount{}, fmt.Errorf("bind mount source: %w", err)
+		}
+	}
+	real, err := filepath.EvalSymlinks(src)
+	if err != nil {
+		return specs.Mount{}, fmt.Errorf("bind mount source: %w", err)
+	}
+	for _, h := range e.cfg.Hidden {
+		if hr, err := filepath.EvalSymlinks(h); err == nil {
+			h = hr
+		}
+		if within(real, h) {
+			return specs.Mount{}, fmt.Errorf("bind mount source %s is the agent's own, and hidden from tasks", src)
+		}
+	}
+	prop := m.Propagation
+	if prop == "" {
+		prop = "rprivate"
+	}
+	return specs.Mount{Destination: m.Target, Type: "bind", Source: real, Options: []string{"rbind", prop, rw(m)}}, nil
+}
+
+// hide covers the agent's directories where a bind mount would show them.
+func (e *Executor) hide(m specs.Mount) (out []specs.Mount) {
+	if m.Type != "bind" {
+		return nil
+	}
+	for _, h := range e.cfg.Hidden {
+		if hr, err := filepath.EvalSymlinks(h); err == nil {
+			h = hr
+		}
+		if fi, err := os.Stat(h); err != nil || !fi.IsDir() || !within(h, m.Source) {
+			continue
+		}
+		rel, err := filepath.Rel(m.Source, h)
+		if err != nil || rel == "." {
+			continue
+		}
+		out = append(out, specs.Mount{Destination: filepath.Join(m.Destination, rel), Type: "tmpfs", Source: "tmpfs", Options: []string{"ro", "nosuid", "nodev", "noexec", "size=0", "mode=755"}})
+	}
+	return out
+}
+
+// within tells whether path is dir or below it.
+func within(path, dir string) bool {
+	rel, err := filepath.Rel(dir, path)
+	return err == nil && (rel == "." || rel != ".." && !strings.HasPrefix(rel, "../"))
+}
+
+// volume finds or makes the volume of a mount. A new one begins with what the
+// image has at its place, as in Docker.
+func (e *Executor) volume(ctx context.Context, c *client.Client, img client.Image, b runtime.Box, m spec.Mount) (volume.Volume, error) {
+	if e.cfg.Volumes == nil {
+		return volume.Volume{}, errors.New("this node keeps no volumes")
+	}
+	name, anonymous := m.Source, m.Source == ""
+	if anonymous {
+		var r [32]byte
+		_, _ = rand.Read(r[:])
+		name = hex.EncodeToString(r[:])
+	}
+	v, made, err := e.cfg.Volumes.Create(name, m.Labels, anonymous)
+	if err != nil {
+		return v, err
+	}
+	if m.NoCopy {
+		return v, nil
+	}
+	if !made {
+		if es, err := os.ReadDir(v.Path); err != nil || len(es) > 0 {
+			return v, err
+		}
+	}
+	if err := e.populate(ctx, c, img, b.ID, m.Target, v.Path); err != nil {
+		if made {
+			err = errors.Join(err, e.cfg.Volumes.Remove(name))
+		}
+		return v, fmt.Errorf("fill volume %s from the image: %w", name, err)
+	}
+	return v, nil
+}
+
+// populate copies what the image has at target.
+func (e *Executor) populate(ctx context.Context, c *client.Client, img client.Image, id, target, to string) error {
+	diffIDs, err := img.RootFS(ctx)
+	if err != nil {
+		return err
+	}
+	sn := c.SnapshotService(e.cfg.Snapshotter)
+	key := e.snapshotKey(id) + "-volume"
+	ms, err := sn.View(ctx, key, identity.ChainID(diffIDs).String())
+	if errdefs.IsAlreadyExists(err) {
+		if ms, err = sn.Mounts(ctx, key); err != nil {
+			return err
+		}
+	} else if err != nil {
+		return err
+	}
+	defer func() { _ = sn.Remove(context.WithoutCancel(ctx), key) }()
+	return mount.WithReadonlyTempMount(ctx, ms, func(root string) error {
+		src, err := fs.RootPath(root, target)
+		if err != nil {
+			return err
+		}
+		fi, err := os.Stat(src)
+		if errors.Is(err, os.ErrNotExist) || err == nil && !fi.IsDir() {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		return fs.CopyDir(to, src)
+	})
+}
