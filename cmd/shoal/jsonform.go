@@ -46,6 +46,7 @@ type vipsJSON struct {
 
 func toServiceJSON(s *shoalv1.Service, nets names) (serviceJSON, error) {
 	v, err := api.ToService(s)
+	v.Spec.Task.RegistryAuth = "" // it is to be seen nowhere
 	out := serviceJSON{Service: v, Spec: serviceSpecJSON{v.Spec, nil}, Created: instant(v.Created), Running: int(s.Running)}
 	for _, a := range v.Spec.Networks {
 		out.Spec.Networks = append(out.Spec.Networks, networkAttachmentJSON{a, nets.Of(a.Network)})
@@ -81,6 +82,7 @@ type taskStatusJSON struct {
 
 func toTaskJSON(t *shoalv1.Task, nodes, nets names) (taskJSON, error) {
 	v, err := api.ToTask(t)
+	v.Spec.RegistryAuth = "" // it is to be seen nowhere
 	out := taskJSON{Task: v, Status: taskStatusJSON{v.Status, instant(v.Status.At)}, Created: instant(v.Created), NotBefore: instant(v.NotBefore),
 		NodeName: nodes[v.Node], Faults: nodeFaults(t.Faults)}
 	for _, a := range v.Attachments {

@@ -430,6 +430,16 @@ func image(t *shoalv1.TaskSpec) string {
 	return ""
 }
 
+// imageText is the image of a task as people know it, or that it has none.
+func imageText(t *shoalv1.TaskSpec) string {
+	img := t.GetContainer().GetImage()
+	if img == "" {
+		return "(host task)"
+	}
+	name, _, _ := strings.Cut(img, "@")
+	return strings.TrimPrefix(strings.TrimPrefix(name, "docker.io/"), "library/")
+}
+
 func commandText(t *shoalv1.TaskSpec) string { return spec.Raw(strings.Join(t.GetCommand(), " ")) }
 
 func (c *cli) svcLs() *cobra.Command {
@@ -455,6 +465,7 @@ func (c *cli) svcLs() *cobra.Command {
 			}},
 			{"PORTS", false, func(s service) string { return cmp.Or(portsText(s.Ports), "-") }},
 			{"ENDPOINT MODE", true, func(s service) string { return s.GetSpec().GetEndpointMode() }},
+			{"IMAGE", true, func(s service) string { return imageText(s.GetSpec().GetTask()) }},
 			{"COMMAND", true, func(s service) string { return commandText(s.GetSpec().GetTask()) }},
 		},
 		filters: map[string]func(service, string) bool{
@@ -576,6 +587,7 @@ func (c *cli) taskListing() *taskListing {
 				return strings.Join(strings.Fields(note(t)), " ")
 			}},
 			{"PORTS", true, func(t task) string { return cmp.Or(portsText(t.Ports), "-") }},
+			{"IMAGE", true, func(t task) string { return imageText(t.GetSpec()) }},
 			{"COMMAND", true, func(t task) string { return commandText(t.GetSpec()) }},
 		},
 		filters: map[string]func(task, string) bool{
