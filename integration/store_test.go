@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -50,6 +51,20 @@ func TestAManagerLosesItsStore(t *testing.T) {
 	}
 	s.ok("node1", "shoal node update --role worker node3")
 	s.ok("node1", "shoal node update --role manager node3")
+	// It votes again once it has a manager's certificate and the leader has added it.
+	s.eventually(slow(30*time.Second), func() error {
+		b, err := os.ReadFile(filepath.Join(s.Dir, "node1", "agent.log"))
+		if err != nil {
+			return err
+		}
+		if n := len(regexp.MustCompile(`adding a manager to raft.* node=node3`).FindAll(b, -1)); n < 2 {
+			return fmt.Errorf("node3 was added to raft %d times, want 2", n)
+		}
+		if r := s.on("node3", "shoal", "net", "ls"); r.code != 0 {
+			return fmt.Errorf("node3 is no manager yet: %s", r.err)
+		}
+		return nil
+	})
 	s.ok("node1", "shoal net create after")
 	// All three vote: any two are enough.
 	if err := s.KillAgent("node1"); err != nil {
