@@ -34,6 +34,7 @@ const (
 	wireTimeout   = 15 * time.Second       // for its interfaces and routes
 	routeTimeout  = 300 * time.Millisecond // for the other nodes' routes to it: none sends it traffic before it has one, see hold
 	takeTimeout   = 15 * time.Second       // for every node's balancer to choose it, before it is said to run
+	leftTimeout   = 2 * time.Second        // the same, once the node has left the cluster and nobody answers it
 	drainTimeout  = 30 * time.Second       // for every node's balancer to stop choosing it, before it is stopped
 	readyTimeout  = 3 * time.Second        // for its program to listen
 	readyInterval = 15 * time.Millisecond  // between looks at it
@@ -71,6 +72,7 @@ type tasks struct {
 	mu      sync.Mutex
 	runners map[string]*runner
 	adopted bool
+	left    bool // the node is out of the cluster: see stopAll
 }
 
 // runner moves one task through its life. Its fields are guarded by tasks.mu.
@@ -204,10 +206,13 @@ func (m *tasks) event(id string) {
 	}
 }
 
-// stopAll asks every task to stop and waits until they have, for leave.
+// stopAll asks every task to stop and waits until they have, for leave. The managers
+// have let the node go by then, so the others have dropped its endpoints, and no
+// longer hear what it says, nor answer.
 func (m *tasks) stopAll(ctx context.Context) error {
 	for {
 		m.mu.Lock()
+		m.left = true
 		left := slices.Sorted(maps.Keys(m.runners))
 		for _, r := range m.runners {
 			r.forgoten = true
@@ -754,7 +759,13 @@ func (r *runner) netns(t spec.Task) string {
 func (r *runner) stop(ctx context.Context, as spec.TaskState, why string) error {
 	r.announce(spec.EndpointDraining)
 	r.state(spec.TaskStopping, "draining")
-	err := r.whileRuns(ctx, drainTimeout, r.plumbing.settled)
+	r.mu.Lock()
+	bound := drainTimeout
+	if r.left {
+		bound = leftTimeout
+	}
+	r.mu.Unlock()
+	err := r.whileRuns(ctx, bound, r.plumbing.settled)
 	if st, serr := r.programState(ctx); err != nil && ctx.Err() == nil && (serr != nil || st.State == runtime.Running) {
 		r.log.Warn("stopping a task that not every node is known to have drained", "task", r.task.Name, "error", err)
 	}

@@ -856,6 +856,20 @@ func TestStopAll(t *testing.T) {
 	}
 }
 
+// Of a node that has left nobody hears that its tasks drain: they end all the same,
+// well within the time that leave gives them.
+func TestStopAllUnheard(t *testing.T) {
+	b := newBench(t)
+	b.give(true, newTask("t1"))
+	b.await("t1: running")
+	b.gate("settled")
+	ctx, cancel := context.WithTimeout(context.Background(), spec.DefaultStopGrace)
+	defer cancel()
+	if err := b.stopAll(ctx); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestEndpointsOfTasks(t *testing.T) {
 	b := newBench(t)
 	b.give(true, newTask("t1", func(t *spec.Task) {
