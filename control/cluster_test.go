@@ -197,10 +197,15 @@ func (n *simNode) stop() {
 }
 
 // eventually calls fn until it returns nil, for 15 s.
+// patience is longer than raft's leader may wait before it tries a follower again
+// that was away: 10 ms, doubled ten times (failureWait and maxFailureScale of
+// hashicorp/raft's replication.go).
+const patience = 40 * time.Second
+
 func eventually(t *testing.T, what string, fn func() error) {
 	t.Helper()
 	var err error
-	for end := time.Now().Add(15 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 		if err = fn(); err == nil {
 			return
 		}
