@@ -171,7 +171,8 @@ func NewManager(cfg ManagerConfig) (*Manager, error) {
 // A manager that was away may find that all others were replaced meanwhile, and
 // its configuration names none of them. So, while it hears of no leader, it lets
 // one that the node list does not rule out bring it up to date, which a vote or
-// a transfer of leadership does not.
+// a transfer of leadership does not. Once it hears of that one, it goes on with it:
+// else each heartbeat that is let in would shut out the entries that are behind.
 func (m *Manager) admit(c peer.Caller, cmd any) error {
 	c, err := m.cfg.Peer.Again(c)
 	if err != nil {
@@ -185,9 +186,10 @@ func (m *Manager) admit(c peer.Caller, cmd any) error {
 		return nil
 	}
 	alone := m.raft.State() != raft.Leader && time.Since(m.raft.LastContact()) > m.cfg.Tuning.Heartbeat
+	_, leader := m.raft.LeaderWithID()
 	switch cmd.(type) {
 	case *raft.AppendEntriesRequest, *raft.InstallSnapshotRequest:
-		if alone {
+		if alone || string(leader) == c.ID && m.raft.State() != raft.Leader {
 			return nil
 		}
 	}

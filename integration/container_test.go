@@ -187,12 +187,21 @@ func TestContainers(t *testing.T) {
 	})
 	s.ok("node1", "shoal run --rm --network app --entrypoint /bin/busybox web:1 wget -qO- http://web/")
 	s.ok("node1", "shoal svc rm web")
+	// Nothing of ours is left in containerd, as containerd itself says.
 	s.eventually(30*time.Second, func() error {
-		es, err := filepath.Glob(filepath.Join(s.Dir, "containerd/state/io.containerd.runtime.v2.task/*/*"))
-		if err == nil && len(es) > 0 {
-			err = fmt.Errorf("containers are left: %v", es)
+		for _, n := range s.Nodes() {
+			for _, what := range [][]string{{"containers", "ls", "-q"}, {"tasks", "ls", "-q"}} {
+				out, err := exec.Command("ctr", append([]string{"-a", filepath.Join(s.Dir, "containerd/sock"), "-n", n.Netns}, what...)...).CombinedOutput()
+				if err != nil || len(strings.TrimSpace(string(out))) > 0 {
+					return fmt.Errorf("%s: %s are left: %s (%v)", n.Name, what[0], out, err)
+				}
+			}
+			out, err := exec.Command("ctr", "-a", filepath.Join(s.Dir, "containerd/sock"), "-n", n.Netns, "snapshots", "ls").CombinedOutput()
+			if err != nil || strings.Contains(string(out), "shoal-") {
+				return fmt.Errorf("%s: file systems are left: %s (%v)", n.Name, out, err)
+			}
 		}
-		return err
+		return nil
 	})
 	if got := s.ok("node1", "shoal volume ls -q"); got != "data1" {
 		t.Errorf("volumes left: %q, want data1 alone", got)
