@@ -30,10 +30,10 @@ func TestLoginIsNotShown(t *testing.T) {
 			t.Errorf("%s", b)
 		}
 	}
-	if got := imageText(ts); got != "web:1" {
+	if got := kindText(ts); got != "web:1" {
 		t.Errorf("image %q", got)
 	}
-	if got := imageText(&shoalv1.TaskSpec{}); got != "(host task)" {
+	if got := kindText(&shoalv1.TaskSpec{}); got != "host task" {
 		t.Errorf("image of a program: %q", got)
 	}
 }

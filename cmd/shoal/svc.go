@@ -424,20 +424,22 @@ const replicated = "replicated"
 
 // image is the program, which stands where Docker shows an image.
 func image(t *shoalv1.TaskSpec) string {
+	if img := t.GetContainer().GetImage(); img != "" {
+		name, _, _ := strings.Cut(img, "@")
+		return strings.TrimPrefix(strings.TrimPrefix(name, "docker.io/"), "library/")
+	}
 	if c := t.GetCommand(); len(c) > 0 {
 		return spec.Raw(c[0])
 	}
 	return ""
 }
 
-// imageText is the image of a task as people know it, or that it has none.
-func imageText(t *shoalv1.TaskSpec) string {
-	img := t.GetContainer().GetImage()
-	if img == "" {
-		return "(host task)"
+// kindText tells a container, by its image, from a program of the node.
+func kindText(t *shoalv1.TaskSpec) string {
+	if t.GetContainer().GetImage() == "" {
+		return "host task"
 	}
-	name, _, _ := strings.Cut(img, "@")
-	return strings.TrimPrefix(strings.TrimPrefix(name, "docker.io/"), "library/")
+	return image(t)
 }
 
 func commandText(t *shoalv1.TaskSpec) string { return spec.Raw(strings.Join(t.GetCommand(), " ")) }
@@ -465,7 +467,7 @@ func (c *cli) svcLs() *cobra.Command {
 			}},
 			{"PORTS", false, func(s service) string { return cmp.Or(portsText(s.Ports), "-") }},
 			{"ENDPOINT MODE", true, func(s service) string { return s.GetSpec().GetEndpointMode() }},
-			{"IMAGE", true, func(s service) string { return imageText(s.GetSpec().GetTask()) }},
+			{"KIND", true, func(s service) string { return kindText(s.GetSpec().GetTask()) }},
 			{"COMMAND", true, func(s service) string { return commandText(s.GetSpec().GetTask()) }},
 		},
 		filters: map[string]func(service, string) bool{
@@ -587,7 +589,7 @@ func (c *cli) taskListing() *taskListing {
 				return strings.Join(strings.Fields(note(t)), " ")
 			}},
 			{"PORTS", true, func(t task) string { return cmp.Or(portsText(t.Ports), "-") }},
-			{"IMAGE", true, func(t task) string { return imageText(t.GetSpec()) }},
+			{"KIND", true, func(t task) string { return kindText(t.GetSpec()) }},
 			{"COMMAND", true, func(t task) string { return commandText(t.GetSpec()) }},
 		},
 		filters: map[string]func(task, string) bool{
