@@ -236,10 +236,11 @@ func (n *node) consume() {
 }
 
 func (n *node) apply() {
+	// One at a time with setHold: a consumer that saw no hold, and was then
+	// not scheduled, must not report what came after the hold.
 	n.mu.Lock()
-	hold := n.hold
-	n.mu.Unlock()
-	if s := n.Snapshot(); !hold {
+	defer n.mu.Unlock()
+	if s := n.Snapshot(); !n.hold {
 		n.Applied(s.Rev)
 	}
 }
