@@ -19,7 +19,7 @@ import (
 func BenchmarkView(b *testing.B) {
 	large := dnstest.Large(dnstest.Services, dnstest.Replicas)
 	in := inputs{self: "n1", adopted: true, underlay: spec.Underlay{Addr: netip.MustParseAddr("192.0.2.1"), VXLANPort: 4789},
-		assigned: &assignment{Networks: large.Networks, Services: large.Services}, gossip: &gossip.Snapshot{Endpoints: large.Endpoints, Synced: true}}
+		assigned: &assignment{Index: 1, Networks: large.Networks, Services: large.Services}, gossip: &gossip.Snapshot{Endpoints: large.Endpoints, Synced: true}}
 	for i := range dnstest.Replicas {
 		in.gossip.Members = append(in.gossip.Members, gossip.Member{Peer: spec.Peer{ID: fmt.Sprintf("n%d", i), Name: fmt.Sprintf("node%d", i), Number: i + 1,
 			Addr: netip.AddrFrom4([4]byte{192, 0, 2, byte(i)})}})

@@ -11,13 +11,17 @@ import (
 // assignment is what the managers last told this node. It is also what is
 // cached on disk.
 type assignment struct {
-	Index    uint64         `json:"index"`
+	Index    uint64         `json:"index"` // of the managers' log; 0: they have told no more than Trust, at init or join
 	Tasks    []spec.Task    `json:"tasks"`
 	Networks []spec.Network `json:"networks"`
 	Services []spec.Service `json:"services"`
 	Nodes    []spec.Node    `json:"nodes"`
 	Trust    *trust         `json:"trust,omitempty"` // nil: as before
 }
+
+// known tells that the managers have said what there is to be: without, an empty
+// list says nothing.
+func (a *assignment) known() bool { return a != nil && a.Index > 0 }
 
 func (a *assignment) network(id string) (spec.Network, bool) {
 	if a != nil {
@@ -76,7 +80,7 @@ func compose(in inputs) *spec.View {
 		Self:     in.self,
 		Instance: in.instance,
 		Underlay: in.underlay,
-		Complete: in.assigned != nil && in.gossip != nil && in.gossip.Synced && in.adopted,
+		Complete: in.assigned.known() && in.gossip != nil && in.gossip.Synced && in.adopted,
 	}
 	present := map[string]bool{}
 	for _, s := range in.sandboxes {

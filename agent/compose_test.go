@@ -17,6 +17,7 @@ func sources() inputs {
 	return inputs{
 		self: "n1", instance: "shoal", adopted: true,
 		assigned: &assignment{
+			Index:    1,
 			Nodes:    []spec.Node{{ID: "n1"}, {ID: "n2"}, {ID: "n3"}},
 			Networks: []spec.Network{{ID: "app", Name: "app"}, {ID: "db", Name: "db"}},
 			Services: []spec.Service{
@@ -73,6 +74,7 @@ func TestComposeNetworkOfAPublishedPortIsOnEveryNode(t *testing.T) {
 func TestComposeIsIncompleteUntilEverySourceReported(t *testing.T) {
 	for name, change := range map[string]func(*inputs){
 		"no assignment":     func(in *inputs) { in.assigned = nil },
+		"not assigned yet":  func(in *inputs) { in.assigned = &assignment{Trust: in.assigned.Trust} },
 		"no gossip":         func(in *inputs) { in.gossip = nil },
 		"gossip not synced": func(in *inputs) { s := *in.gossip; s.Synced = false; in.gossip = &s },
 		"not adopted":       func(in *inputs) { in.adopted = false },

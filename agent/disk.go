@@ -47,6 +47,7 @@ func (m *member) diskFaults() []fault {
 		add("disk", g.DiskErr(), hint)
 	}
 	add("disk", m.kept.err(), hint)
+	add("assignment", m.cacheFault(), "tasks and network stay as they are until a manager answers, who says it again: bring a majority of the managers back")
 	add("disk", room(m.cfg.DataDir), "make room: output of tasks is lost meanwhile, and what has to be remembered waits")
 	return out
 }
@@ -124,7 +125,7 @@ func (m *member) keepFiles() {
 		m.mu.Lock()
 		a := m.assigned
 		m.mu.Unlock()
-		if a != nil {
+		if a.known() {
 			m.saveAssignment(a)
 		}
 	}

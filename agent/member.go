@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -11,7 +10,6 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -30,7 +28,6 @@ import (
 	"github.com/shoalnet/shoal/dns"
 	"github.com/shoalnet/shoal/gossip"
 	"github.com/shoalnet/shoal/ingress"
-	"github.com/shoalnet/shoal/internal/durable"
 	"github.com/shoalnet/shoal/overlay"
 	"github.com/shoalnet/shoal/peer"
 	"github.com/shoalnet/shoal/reconcile"
@@ -100,6 +97,7 @@ type member struct {
 	mgrDone    chan struct{}
 	assigned   *assignment
 	fresh      bool  // assigned came from the managers since the start
+	cacheErr   error // why what they said before it is not known; nil: it is
 	certErr    error // why the certificate or the role is not as it should be; nil: it is
 	acked      map[string]spec.TaskStatus
 	follows    uint64 // index of the newest assignment that the kernel follows
@@ -571,75 +569,6 @@ func (m *member) runtimeLoop() {
 				return
 			}
 			m.tasks.event(e.ID)
-		}
-	}
-}
-
-func (m *member) assignmentPath() string { return filepath.Join(m.cfg.DataDir, "assignment.json") }
-
-// loadAssignment takes what the managers said last, so that the node works
-// while none of them is up. A damaged file is as good as none: the managers
-// will say it again.
-func (m *member) loadAssignment() {
-	b, err := os.ReadFile(m.assignmentPath())
-	if err != nil {
-		return
-	}
-	a := &assignment{}
-	if err := json.Unmarshal(b, a); err != nil {
-		m.log.Warn("the cached assignment can't be read; waiting for a manager", "error", err)
-		return
-	}
-	m.mu.Lock()
-	m.assigned = a
-	m.mu.Unlock()
-	m.nodes.Store(listOf(a))
-}
-
-func (m *member) saveAssignment(a *assignment) {
-	m.saveMu.Lock()
-	defer m.saveMu.Unlock()
-	b, err := json.Marshal(a)
-	if err == nil {
-		err = durable.WriteFile(m.assignmentPath(), b)
-	}
-	m.kept.note("assignment", err)
-}
-
-// saveEvery bounds how often the assignment is written: the file is whole each
-// time, and so its cost grows with what is there. It is only for the case that the
-// agent starts while no manager answers, and what is a moment old is as good then
-// as what is new, which the managers tell as soon as they are there.
-const saveEvery = 500 * time.Millisecond
-
-// saveLoop keeps what the managers said last, soon after they said it; at the end,
-// what they said last of all.
-func (m *member) saveLoop() {
-	var saved *assignment
-	save := func() {
-		m.mu.Lock()
-		a := m.assigned
-		m.mu.Unlock()
-		if a != saved {
-			m.saveAssignment(a)
-			saved = a
-		}
-	}
-	defer save()
-	m.mu.Lock()
-	if !m.fresh {
-		saved = m.assigned
-	}
-	m.mu.Unlock()
-	for {
-		select {
-		case <-m.ctx.Done():
-			return
-		case <-m.saveWake:
-		}
-		save()
-		if !sleep(m.ctx, saveEvery) {
-			return
 		}
 	}
 }
