@@ -26,9 +26,8 @@ import (
 	"github.com/shoalnet/shoal/spec"
 )
 
-// NodeHeader names the node (ID) that a call of the Node service is for. The
-// agent that gets it passes it on when it is another.
-const NodeHeader = "Shoal-Node"
+// NodeHeader is peer's.
+const NodeHeader = peer.NodeHeader
 
 // ExitHeader, of an error of Exec, is the exit status of what did not come to
 // run.
@@ -257,6 +256,12 @@ func (a *nodeAPI) Logs(ctx context.Context, req *connect.Request[shoalv1.LogsReq
 	}
 	r := req.Msg
 	o := runtime.LogOptions{Follow: r.Follow, Tail: int(r.Tail), Since: unixNano(r.SinceNs), Until: unixNano(r.UntilNs)}
+	if o.Tail < 0 {
+		// Where a caller that is cut off before the first line goes on.
+		if err := stream.Send(&shoalv1.LogsResponse{Begin: true, AtNs: time.Now().UnixNano()}); err != nil {
+			return err
+		}
+	}
 	for {
 		made := true
 		for line, err := range m.cfg.Runtime.Logs(ctx, t.ID, o) {
@@ -276,7 +281,7 @@ func (a *nodeAPI) Logs(ctx context.Context, req *connect.Request[shoalv1.LogsReq
 		}
 		// A task that is about to be made has no output yet.
 		_, st, ok := m.tasks.find(t.ID)
-		if made || !r.Follow || !ok || st.State.Ended() {
+		if made || !r.Follow || !ok || st.State.Ended() || !o.Until.IsZero() && time.Now().After(o.Until) {
 			return stream.Send(&shoalv1.LogsResponse{Ended: true})
 		}
 		if !sleep(ctx, readyInterval) || m.ctx.Err() != nil {

@@ -53,6 +53,10 @@ func protocols() *http.Protocols {
 	return p
 }
 
+// NodeHeader names the node (ID) that a call of the Node service is for. The agent
+// that gets it from its own socket passes it on when it is another.
+const NodeHeader = "Shoal-Node"
+
 // RemovedHeader, of an answer, says that the caller is no longer in the cluster.
 const RemovedHeader = "Shoal-Removed"
 

@@ -3,21 +3,18 @@ package main
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"maps"
 	"os"
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
-	"github.com/shoalnet/shoal/agent"
 	"github.com/shoalnet/shoal/api"
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/client"
@@ -759,138 +756,3 @@ func (c *cli) svcRm() *cobra.Command {
 			})
 		}}
 }
-
-func (c *cli) svcLogs() *cobra.Command {
-	var follow, timestamps, raw bool
-	var tail int32
-	cmd := &cobra.Command{Use: "logs SERVICE|TASK", Short: "Show the output of a service's tasks, or of one task", Args: exactly(1),
-		ValidArgsFunction: c.complete(c.serviceNames),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			tasks, err := c.tasks(cmd.Context(), &shoalv1.ListTasksRequest{Service: args[0], All: true})
-			if connect.CodeOf(err) == connect.CodeNotFound {
-				t, terr := c.task(cmd.Context(), args[0])
-				if terr != nil {
-					return err
-				}
-				tasks, err = []*shoalv1.Task{t}, nil
-			}
-			if err != nil {
-				return err
-			}
-			return c.followLogs(cmd.Context(), tasks, logFlags{follow: follow, timestamps: timestamps, tail: tail, prefix: !raw})
-		}}
-	f := cmd.Flags()
-	f.BoolVarP(&follow, "follow", "f", false, "go on as more comes")
-	f.BoolVarP(&timestamps, "timestamps", "t", false, "begin each line with its time")
-	f.Int32VarP(&tail, "tail", "n", 0, "only the last lines of each task (0: all)")
-	f.BoolVar(&raw, "raw", false, "without the tasks' names")
-	return cmd
-}
-
-type logFlags struct {
-	follow, timestamps, prefix bool
-	tail                       int32
-}
-
-// followLogs prints the output of several tasks as it comes; without follow,
-// by time.
-func (c *cli) followLogs(ctx context.Context, tasks []*shoalv1.Task, lf logFlags) error {
-	type entry struct {
-		at   int64
-		text string
-		err  bool
-	}
-	var mu sync.Mutex
-	var all []entry
-	var firstErr error
-	var wg sync.WaitGroup
-	_, nodes, err := c.nodes(ctx)
-	if err != nil {
-		return err
-	}
-	write := func(e entry) {
-		w := c.out
-		if e.err {
-			w = c.err
-		}
-		fmt.Fprintln(w, e.text)
-	}
-	for _, t := range tasks {
-		if t.Node == "" {
-			continue
-		}
-		wg.Go(func() {
-			err := c.taskLogs(ctx, t, lf.follow, lf.tail, func(m *shoalv1.LogsResponse) {
-				var b strings.Builder
-				if lf.prefix {
-					fmt.Fprintf(&b, "%s@%s | ", t.Name, nodes.Of(t.Node))
-				}
-				if lf.timestamps {
-					b.WriteString(time.UnixMilli(m.AtMs).UTC().Format("2006-01-02T15:04:05.000Z") + " ")
-				}
-				b.Write(m.Line)
-				e := entry{m.AtMs, b.String(), m.Stderr}
-				mu.Lock()
-				defer mu.Unlock()
-				if lf.follow {
-					write(e)
-				} else {
-					all = append(all, e)
-				}
-			})
-			// A task that its node has forgotten, or whose node is down, has
-			// no output to show; the others have.
-			code := connect.CodeOf(err)
-			if err != nil && ctx.Err() == nil && (len(tasks) == 1 || code != connect.CodeNotFound && code != connect.CodeUnavailable) {
-				mu.Lock()
-				firstErr = cmp.Or(firstErr, err)
-				mu.Unlock()
-			}
-		})
-	}
-	wg.Wait()
-	slices.SortStableFunc(all, func(a, b entry) int { return cmp.Compare(a.at, b.at) })
-	for _, e := range all {
-		write(e)
-	}
-	return firstErr
-}
-
-func (c *cli) taskLogs(ctx context.Context, t *shoalv1.Task, follow bool, tail int32, each func(*shoalv1.LogsResponse)) error {
-	msg := &shoalv1.LogsRequest{Task: t.Id, Follow: follow, Tail: tail}
-	var lost time.Time
-	for {
-		req := connect.NewRequest(msg)
-		req.Header().Set(agent.NodeHeader, t.Node)
-		stream, err := c.node().Logs(ctx, req)
-		for err == nil && stream.Receive() {
-			lost = time.Time{}
-			switch m := stream.Msg(); {
-			case m.Ended:
-				return stream.Close()
-			case m.Note != "":
-				fmt.Fprintf(c.err, "shoal: task %s: %s\n", t.Name, m.Note)
-			default:
-				msg.SinceNs, msg.Tail = m.AtNs+1, 0
-				each(m)
-			}
-		}
-		if err == nil {
-			err = cmp.Or(stream.Err(), error(connect.NewError(connect.CodeUnavailable, errors.New("the agent ended the output"))))
-			stream.Close()
-		}
-		if !follow || ctx.Err() != nil || connect.CodeOf(err) == connect.CodeNotFound {
-			return err
-		}
-		// The agent, or the way to it, is gone for a while: the task goes on.
-		if lost.IsZero() {
-			lost = time.Now()
-		}
-		if time.Since(lost) > logsPatience || !sleep(ctx, 200*time.Millisecond) {
-			return fmt.Errorf("%w: task %s may go on: see 'shoal ps', and 'shoal logs -f %s' when the agent is back", c.api().Explain(err), t.Name, t.Name)
-		}
-	}
-}
-
-// logsPatience is how long logs -f waits for an agent that is gone.
-const logsPatience = time.Minute

@@ -303,24 +303,6 @@ func (c *cli) endTasks(ctx context.Context, refs []string, remove bool) error {
 	})
 }
 
-func (c *cli) logsCmd() *cobra.Command {
-	lf := logFlags{}
-	cmd := &cobra.Command{Use: "logs TASK", Short: "Show the output of a task", Args: exactly(1),
-		ValidArgsFunction: c.complete(c.taskNames),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			t, err := c.runningTask(cmd.Context(), args[0])
-			if err != nil {
-				return c.pointTo(cmd.Context(), args[0], err, "use 'shoal svc logs NAME'")
-			}
-			return c.followLogs(cmd.Context(), []*shoalv1.Task{t}, lf)
-		}}
-	f := cmd.Flags()
-	f.BoolVarP(&lf.follow, "follow", "f", false, "go on as more comes")
-	f.BoolVarP(&lf.timestamps, "timestamps", "t", false, "begin each line with its time")
-	f.Int32VarP(&lf.tail, "tail", "n", 0, "only the last lines (0: all)")
-	return cmd
-}
-
 // pointTo makes of the error that no task has a name what to do instead, if a
 // service has it: a text with its NAME and its REPLICAS.
 func (c *cli) pointTo(ctx context.Context, ref string, err error, how string) error {

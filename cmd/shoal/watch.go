@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strconv"
 	"strings"
 	"text/template"
 	"time"
@@ -41,26 +40,6 @@ func nameOf(e *shoalv1.Event, kind string) string {
 		return e.Name
 	}
 	return e.Attributes[kind]
-}
-
-// moment reads Docker's forms of a time: a duration before now, seconds since
-// 1970, a date, or a date and time.
-func moment(s string, now time.Time) (time.Time, error) {
-	if s == "" {
-		return time.Time{}, nil
-	}
-	if d, err := time.ParseDuration(s); err == nil && d >= 0 {
-		return now.Add(-d), nil
-	}
-	if f, err := strconv.ParseFloat(s, 64); err == nil && f >= 0 && f < 1e11 {
-		return time.UnixMilli(int64(f * 1000)), nil
-	}
-	for _, form := range []string{time.RFC3339, "2006-01-02T15:04:05", "2006-01-02"} {
-		if t, err := time.ParseInLocation(form, s, time.Local); err == nil {
-			return t, nil
-		}
-	}
-	return time.Time{}, fmt.Errorf("%q is not a time: want how long ago, like 10m, or a moment, like 2006-01-02T15:04:05 or seconds since 1970", s)
 }
 
 func (c *cli) eventsCmd() *cobra.Command {

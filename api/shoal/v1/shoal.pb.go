@@ -5606,6 +5606,7 @@ type LogsResponse struct {
 	AtNs          int64                  `protobuf:"varint,4,opt,name=at_ns,json=atNs,proto3" json:"at_ns,omitempty"`
 	Note          string                 `protobuf:"bytes,5,opt,name=note,proto3" json:"note,omitempty"`    // no line, but what is to be said of the output
 	Ended         bool                   `protobuf:"varint,6,opt,name=ended,proto3" json:"ended,omitempty"` // last: the task has no more
+	Begin         bool                   `protobuf:"varint,7,opt,name=begin,proto3" json:"begin,omitempty"` // no line: where the output begins that is left out before it, at at_ns
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5678,6 +5679,13 @@ func (x *LogsResponse) GetNote() string {
 func (x *LogsResponse) GetEnded() bool {
 	if x != nil {
 		return x.Ended
+	}
+	return false
+}
+
+func (x *LogsResponse) GetBegin() bool {
+	if x != nil {
+		return x.Begin
 	}
 	return false
 }
@@ -9043,14 +9051,15 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x06follow\x18\x02 \x01(\bR\x06follow\x12\x12\n" +
 	"\x04tail\x18\x03 \x01(\x05R\x04tail\x12\x19\n" +
 	"\bsince_ns\x18\x04 \x01(\x03R\asinceNs\x12\x19\n" +
-	"\buntil_ns\x18\x05 \x01(\x03R\auntilNs\"\x8e\x01\n" +
+	"\buntil_ns\x18\x05 \x01(\x03R\auntilNs\"\xa4\x01\n" +
 	"\fLogsResponse\x12\x16\n" +
 	"\x06stderr\x18\x01 \x01(\bR\x06stderr\x12\x13\n" +
 	"\x05at_ms\x18\x02 \x01(\x03R\x04atMs\x12\x12\n" +
 	"\x04line\x18\x03 \x01(\fR\x04line\x12\x13\n" +
 	"\x05at_ns\x18\x04 \x01(\x03R\x04atNs\x12\x12\n" +
 	"\x04note\x18\x05 \x01(\tR\x04note\x12\x14\n" +
-	"\x05ended\x18\x06 \x01(\bR\x05ended\"!\n" +
+	"\x05ended\x18\x06 \x01(\bR\x05ended\x12\x14\n" +
+	"\x05begin\x18\a \x01(\bR\x05begin\"!\n" +
 	"\vWaitRequest\x12\x12\n" +
 	"\x04task\x18\x01 \x01(\tR\x04task\"<\n" +
 	"\fWaitResponse\x12,\n" +
