@@ -25,6 +25,7 @@ import (
 	"github.com/shoalnet/shoal/control"
 	"github.com/shoalnet/shoal/control/state"
 	"github.com/shoalnet/shoal/ingress"
+	"github.com/shoalnet/shoal/internal/durable"
 	"github.com/shoalnet/shoal/overlay"
 	"github.com/shoalnet/shoal/peer"
 	"github.com/shoalnet/shoal/runtime"
@@ -152,15 +153,6 @@ func (c Config) Validate() error {
 
 // New locks the data directory and reads who this node is.
 func New(cfg Config) (*Agent, error) {
-	if cfg.NodeName == "" {
-		if _, err := os.Stat(identityPath(cfg.DataDir)); err != nil {
-			h, err := os.Hostname()
-			if err != nil {
-				return nil, fmt.Errorf("host name: %w: give --node-name", err)
-			}
-			cfg.NodeName, _, _ = strings.Cut(h, ".")
-		}
-	}
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
@@ -171,7 +163,12 @@ func New(cfg Config) (*Agent, error) {
 	if err != nil {
 		return nil, err
 	}
-	ident, err := loadIdentity(cfg.DataDir, cfg.NodeName)
+	ident, err := loadIdentity(cfg.DataDir, cfg.NodeName, hostName, cfg.Log)
+	var unfit error
+	if err != nil && ident != nil {
+		// It runs on, so that a person who asks it is told, and the node can leave.
+		unfit, err = err, nil
+	}
 	if err != nil {
 		lock.Close()
 		return nil, err
@@ -179,7 +176,17 @@ func New(cfg Config) (*Agent, error) {
 	if cfg.NodeName != "" && ident.Name != cfg.NodeName {
 		cfg.Log.Warn("the node keeps its name in the cluster: 'shoal node update --name' changes it", "name", ident.Name, "node_name_flag", cfg.NodeName)
 	}
-	return &Agent{cfg: cfg, log: cfg.Log.With("node", ident.Name), lock: lock, ident: ident, evict: make(chan string, 1)}, nil
+	return &Agent{cfg: cfg, log: cfg.Log.With("node", ident.Name), lock: lock, ident: ident, unfit: unfit, evict: make(chan string, 1)}, nil
+}
+
+// hostName is the machine's, without its domain.
+func hostName() (string, error) {
+	h, err := os.Hostname()
+	if err != nil {
+		return "", fmt.Errorf("host name: %w: give --node-name", err)
+	}
+	h, _, _ = strings.Cut(h, ".")
+	return h, nil
 }
 
 // Run serves until ctx ends. Tasks and the network go on without it, and are
@@ -245,7 +252,11 @@ func (a *Agent) Run(ctx context.Context) error {
 // resume continues the life in the cluster of node.json. The addresses may
 // take a while to come up after a boot. a.mu is held.
 func (a *Agent) resume(ctx context.Context) error {
-	creds, err := loadCredentials(a.cfg.DataDir, a.ident)
+	if a.unfit != nil {
+		a.log.Error("the node can't work", "error", a.unfit)
+		return nil
+	}
+	creds, err := loadCredentials(a.cfg.DataDir, a.ident, a.log)
 	if err != nil {
 		// It runs on, so that the node can leave.
 		a.log.Error("the node can't work", "error", err)
@@ -679,7 +690,7 @@ func (a *localAPI) Join(ctx context.Context, req *connect.Request[shoalv1.JoinRe
 	}
 	a.setIdentity(ident)
 	a.setMember(m)
-	return connect.NewResponse(&shoalv1.JoinResponse{Cluster: ident.Cluster.ID, Node: api.Node(m.node(ident.Role))}), nil
+	return connect.NewResponse(&shoalv1.JoinResponse{Cluster: ident.Cluster.ID, Node: api.Node(m.node(m.role()))}), nil
 }
 
 func port(hostport string) string {
@@ -749,7 +760,7 @@ func (a *Agent) forget() error {
 // that was left, or of an init or join that was cut short by the agent's death.
 func (a *Agent) removeClusterFiles() error {
 	var errs []error
-	for _, p := range []string{control.MarkPath(a.cfg.DataDir), control.RaftDir(a.cfg.DataDir), control.LostPath(a.cfg.DataDir), filepath.Join(a.cfg.DataDir, "assignment.json"), filepath.Join(a.cfg.DataDir, "gossip"), peer.Path(a.cfg.DataDir), control.LockPath(a.cfg.DataDir)} {
+	for _, p := range []string{control.MarkPath(a.cfg.DataDir), control.RaftDir(a.cfg.DataDir), control.LostPath(a.cfg.DataDir), assignmentPath(a.cfg.DataDir), filepath.Join(a.cfg.DataDir, "gossip"), peer.Path(a.cfg.DataDir), durable.CopyOf(peer.Path(a.cfg.DataDir)), control.LockPath(a.cfg.DataDir)} {
 		errs = append(errs, os.RemoveAll(p))
 	}
 	return errors.Join(errs...)

@@ -22,6 +22,8 @@ import (
 type cachedAssignment struct {
 	Cluster string `json:"cluster,omitempty"`
 	Node    string `json:"node,omitempty"`
+	// Identity is the node's own, for the case that node.json and its copy are lost.
+	Identity *identity `json:"identity,omitempty"`
 	assignment
 	// Sum is the last member of the object: the SHA-256, in hex, of the file as it
 	// would be without it. Versions of before neither write nor read it.
@@ -35,8 +37,8 @@ const (
 	sumLen    = len(sumMember) + 2*sha256.Size + len(sumEnd)
 )
 
-func encodeAssignment(a *assignment, cluster, node string) ([]byte, error) {
-	b, err := json.Marshal(cachedAssignment{Cluster: cluster, Node: node, assignment: *a})
+func encodeAssignment(a *assignment, id *identity) ([]byte, error) {
+	b, err := json.Marshal(cachedAssignment{Cluster: id.Cluster.ID, Node: id.NodeID, Identity: id, assignment: *a})
 	if err != nil {
 		return nil, err
 	}
@@ -48,6 +50,23 @@ func encodeAssignment(a *assignment, cluster, node string) ([]byte, error) {
 // of before, which said neither whose it is nor a checksum: it must name this node
 // at least.
 func decodeAssignment(b []byte, cluster, node string) (*assignment, error) {
+	c, err := parseCache(b)
+	switch {
+	case err != nil:
+		return nil, err
+	case c.Sum != nil && (c.Cluster != cluster || c.Node != node):
+		return nil, fmt.Errorf("not this node's: it is of node %s in cluster %s", c.Node, c.Cluster)
+	case !c.known():
+		return nil, errors.New("without what the managers said")
+	case !slices.ContainsFunc(c.Nodes, func(n spec.Node) bool { return n.ID == node }):
+		return nil, errors.New("not this node's: it does not name it")
+	}
+	return &c.assignment, nil
+}
+
+// parseCache reads assignment.json, and refuses what its checksum is not of. One of
+// before has none, nor an Identity.
+func parseCache(b []byte) (*cachedAssignment, error) {
 	c := &cachedAssignment{}
 	if err := json.Unmarshal(b, c); err != nil {
 		if len(b) == 0 {
@@ -63,20 +82,15 @@ func decodeAssignment(b []byte, cluster, node string) (*assignment, error) {
 		if sum := sha256.Sum256(append(slices.Clone(b[:cut]), '}')); hex.EncodeToString(sum[:]) != *c.Sum {
 			return nil, errors.New("damaged: it is not what its checksum is of")
 		}
-		if c.Cluster != cluster || c.Node != node {
-			return nil, fmt.Errorf("not this node's: it is of node %s in cluster %s", c.Node, c.Cluster)
-		}
+	} else {
+		c.Identity = nil
 	}
-	switch {
-	case !c.known():
-		return nil, errors.New("without what the managers said")
-	case !slices.ContainsFunc(c.Nodes, func(n spec.Node) bool { return n.ID == node }):
-		return nil, errors.New("not this node's: it does not name it")
-	}
-	return &c.assignment, nil
+	return c, nil
 }
 
-func (m *member) assignmentPath() string { return filepath.Join(m.cfg.DataDir, "assignment.json") }
+func assignmentPath(dataDir string) string { return filepath.Join(dataDir, "assignment.json") }
+
+func (m *member) assignmentPath() string { return assignmentPath(m.cfg.DataDir) }
 
 // loadAssignment takes what the managers said last, so that the node works
 // while none of them is up. Without it nothing is known, which is not to say that
@@ -119,7 +133,10 @@ func (m *member) cacheFault() error {
 func (m *member) saveAssignment(a *assignment) {
 	m.saveMu.Lock()
 	defer m.saveMu.Unlock()
-	b, err := encodeAssignment(a, m.ident.Cluster.ID, m.ident.NodeID)
+	m.mu.Lock()
+	id := *m.ident
+	m.mu.Unlock()
+	b, err := encodeAssignment(a, &id)
 	if err == nil {
 		err = durable.WriteFile(m.assignmentPath(), b)
 	}

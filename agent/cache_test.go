@@ -19,10 +19,14 @@ func cached() *assignment {
 		Tasks:    []spec.Task{{ID: "t1", Node: "n1", Desired: spec.DesiredRunning}}, Trust: &trust{Signs: "abc"}}
 }
 
+func self(cluster, node string) *identity {
+	return &identity{Format: identityFormat, NodeID: node, Name: "node1", Cluster: state.Cluster{ID: cluster}}
+}
+
 // TestCachedAssignment: only what was written for this node, whole, is known.
 // Everything else is not known, which is not the same as empty.
 func TestCachedAssignment(t *testing.T) {
-	whole, err := encodeAssignment(cached(), "c1", "n1")
+	whole, err := encodeAssignment(cached(), self("c1", "n1"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -40,8 +44,8 @@ func TestCachedAssignment(t *testing.T) {
 			t.Errorf("%s: %+v, %v", name, a, err)
 		}
 	}
-	foreign, _ := encodeAssignment(cached(), "c2", "n1")
-	other, _ := encodeAssignment(cached(), "c1", "n2")
+	foreign, _ := encodeAssignment(cached(), self("c2", "n1"))
+	other, _ := encodeAssignment(cached(), self("c1", "n2"))
 	fewer := cached()
 	fewer.Tasks = nil
 	less, _ := json.Marshal(fewer)

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -107,7 +108,11 @@ func (a *Agent) doctor(ctx context.Context) *shoalv1.DoctorResponse {
 		a.memberR.RLock()
 		unfit := a.unfit
 		a.memberR.RUnlock()
-		if unfit != nil {
+		var lost *lostIdentity
+		var newer *newerIdentity
+		if errors.As(unfit, &lost) || errors.As(unfit, &newer) {
+			check("identity", "error", unfit.Error(), "")
+		} else if unfit != nil {
 			check("certificate", "error", unfit.Error(), "shoal leave --force, then shoal init or shoal join")
 		} else {
 			check("cluster", "warn", "this node is in no cluster", "shoal init, or shoal join")

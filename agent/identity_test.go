@@ -2,6 +2,7 @@ package agent
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -12,13 +13,16 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/shoalnet/shoal/control"
 	"github.com/shoalnet/shoal/control/state"
+	"github.com/shoalnet/shoal/internal/durable"
+	"github.com/shoalnet/shoal/peer"
 	"github.com/shoalnet/shoal/spec"
 )
 
 func TestIdentitySurvives(t *testing.T) {
 	dir := t.TempDir()
-	id, err := loadIdentity(dir, "n1")
+	id, err := load(dir, "n1")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -32,7 +36,7 @@ func TestIdentitySurvives(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, name := range []string{"n1", ""} { // as before, or not named
-		got, err := loadIdentity(dir, name)
+		got, err := load(dir, name)
 		if err != nil || !reflect.DeepEqual(got, id) {
 			t.Errorf("read back: %+v, %v\nwant %+v", got, err, id)
 		}
@@ -42,50 +46,177 @@ func TestIdentitySurvives(t *testing.T) {
 	}
 }
 
-// TestIdentityRefusals: what can't be this node's is left as it is, and the
-// error says what to do.
+func noName() (string, error) { return "", errors.New("no name") }
+
+// load is loadIdentity as New has it.
+func load(dir, name string) (*identity, error) {
+	return loadIdentity(dir, name, noName, slog.New(slog.DiscardHandler))
+}
+
+// damages are what befalls a file. The last is the file of another node.
+func damages(another []byte) map[string]func(path string) error {
+	return map[string]func(path string) error{
+		"absent":  os.RemoveAll,
+		"empty":   func(p string) error { return os.Truncate(p, 0) },
+		"cut":     func(p string) error { return os.Truncate(p, 40) },
+		"garbage": func(p string) error { return os.WriteFile(p, []byte("\x00\x01garbage"), 0o600) },
+		"null":    func(p string) error { return os.WriteFile(p, []byte("null"), 0o600) },
+		"no node": func(p string) error { return os.WriteFile(p, []byte("{}"), 0o600) },
+		"a directory": func(p string) error {
+			return errors.Join(os.Remove(p), os.Mkdir(p, 0o700))
+		},
+		"another's": func(p string) error { return os.WriteFile(p, another, 0o600) },
+	}
+}
+
+// memberDir is the data directory of a node in a cluster.
+func memberDir(t *testing.T) (string, *identity) {
+	t.Helper()
+	dir := t.TempDir()
+	_, root, err := control.NewTrust("c1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	id := &identity{Format: identityFormat, NodeID: "abcdefghijkl", Name: "n1", Number: 3, Role: spec.RoleWorker, CA: root.Digest(),
+		Cluster: state.Cluster{ID: "c1", DataPathPort: 4799}, Addr: netip.MustParseAddr("192.0.2.1"), ControlPort: 2377, GossipPort: 7946}
+	creds, err := peer.NewCredentials()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := certify(creds, root, id, 1); err != nil {
+		t.Fatal(err)
+	}
+	a := cached()
+	a.Nodes[0].ID = id.NodeID
+	b, err := encodeAssignment(a, id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(creds.Save(peer.Path(dir)), id.save(dir), os.WriteFile(assignmentPath(dir), b, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	return dir, id
+}
+
+// TestIdentityIsRecovered: whatever becomes of any one of node.json, its copy and
+// assignment.json, or of two of them, the node knows who it is; of all three, it
+// says so, and neither becomes another node nor writes anything.
+func TestIdentityIsRecovered(t *testing.T) {
+	another := []byte(`{"format":1,"node_id":"zzzzzzzzzzzz","name":"other","cluster":{"id":"c1"}}`)
+	for name, damage := range damages(another) {
+		for lost := range 8 { // which of the three
+			dir, want := memberDir(t)
+			for i, p := range []string{identityPath(dir), durable.CopyOf(identityPath(dir)), assignmentPath(dir)} {
+				if lost&(1<<i) != 0 {
+					if err := damage(p); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			before, _ := os.ReadFile(identityPath(dir))
+			id, err := load(dir, "new-name")
+			if lost == 7 {
+				// Another node's is told by the certificate, later: see loadCredentials.
+				if name == "another's" {
+					if _, err := loadCredentials(dir, id, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "this is node zzzzzzzzzzzz") {
+						t.Errorf("%s: all of them: %+v, %v", name, id, err)
+					}
+					continue
+				}
+				var e *lostIdentity
+				after, _ := os.ReadFile(identityPath(dir))
+				if !errors.As(err, &e) || id.NodeID != want.NodeID || id.Cluster.ID != "c1" || !strings.Contains(err.Error(), "shoal leave --force") || strings.Contains(err.Error(), "\n") || string(before) != string(after) {
+					t.Errorf("%s: all of them: %+v, %v", name, id, err)
+				}
+				continue
+			}
+			if err != nil || !reflect.DeepEqual(id, want) {
+				t.Errorf("%s of %03b: %+v, %v", name, lost, id, err)
+				continue
+			}
+			if !sameFiles(identityPath(dir), durable.CopyOf(identityPath(dir))) && !(lost&2 != 0 && name == "a directory") {
+				t.Errorf("%s of %03b: not mended", name, lost)
+			}
+		}
+	}
+}
+
+// TestIdentityOfBefore: a node whose version kept no copy has one after the first
+// start; without its certificate, too, it is not a new node.
+func TestIdentityOfBefore(t *testing.T) {
+	dir, want := memberDir(t)
+	if err := errors.Join(os.RemoveAll(filepath.Join(dir, "copy")), os.Remove(assignmentPath(dir))); err != nil {
+		t.Fatal(err)
+	}
+	if id, err := load(dir, ""); err != nil || !reflect.DeepEqual(id, want) || !sameFiles(identityPath(dir), durable.CopyOf(identityPath(dir))) {
+		t.Errorf("%+v, %v", id, err)
+	}
+	if err := errors.Join(os.RemoveAll(filepath.Join(dir, "copy")), os.Remove(identityPath(dir)), os.Remove(peer.Path(dir)), os.WriteFile(control.MarkPath(dir), []byte("{}"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	var e *lostIdentity
+	if id, err := load(dir, "n1"); !errors.As(err, &e) || id.Cluster.ID == "" {
+		t.Errorf("with the mark of a manager only: %+v, %v", id, err)
+	}
+}
+
+// TestIdentityRefusals: a node that was in no cluster is a new one when its file is
+// damaged; what a newer version wrote is left as it is.
 func TestIdentityRefusals(t *testing.T) {
 	member := `{"format":1,"node_id":"abcdefghijkl","name":"n1","cluster":{"id":"c1"}}`
-	for name, k := range map[string]struct{ file, node, want string }{
-		"damaged":              {`{"format":1,`, "n1", "is damaged"},
-		"empty":                {``, "n1", "is damaged"},
-		"of a newer version":   {`{"format":2,"node_id":"abcdefghijkl","name":"n1"}`, "n1", "has format 2, this version of shoal reads 1"},
-		"without a format":     {`{}`, "n1", "has format 0"},
-		"without an ID":        {`{"format":1,"name":"n1"}`, "n1", "is damaged"},
-		"without a name":       {`{"format":1,"node_id":"abcdefghijkl"}`, "", "is damaged"},
-		"in a cluster nowhere": {`{"format":1,"node_id":"abcdefghijkl","name":"n1","cluster":{"id":"c1"},"addr":"here"}`, "n1", "is damaged"},
-	} {
-		t.Run(name, func(t *testing.T) {
-			dir := t.TempDir()
-			if err := os.WriteFile(identityPath(dir), []byte(k.file), 0o600); err != nil {
-				t.Fatal(err)
-			}
-			_, err := loadIdentity(dir, k.node)
-			if err == nil || !strings.Contains(err.Error(), k.want) || strings.Contains(err.Error(), "\n") {
-				t.Errorf("got %v, want %q", err, k.want)
-			}
-			if b, _ := os.ReadFile(identityPath(dir)); string(b) != k.file {
-				t.Errorf("the file was changed: %s", b)
-			}
-		})
+	for name, damage := range damages([]byte(`{"format":1,"name":"n1"}`)) {
+		dir := t.TempDir()
+		was, err := load(dir, "n1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.RemoveAll(filepath.Join(dir, "copy")); err != nil {
+			t.Fatal(err)
+		}
+		if err := damage(identityPath(dir)); err != nil {
+			t.Fatal(err)
+		}
+		id, err := load(dir, "n1")
+		if err != nil || id.NodeID == was.NodeID || id.Cluster.ID != "" {
+			t.Errorf("%s: %+v, %v", name, id, err)
+		}
+		if again, err := load(dir, "n1"); err != nil || again.NodeID != id.NodeID {
+			t.Errorf("%s: then %+v, %v", name, again, err)
+		}
 	}
+	t.Run("of a newer version", func(t *testing.T) {
+		dir, _ := memberDir(t)
+		newer := `{"format":2,"node_id":"abcdefghijkl","name":"n1"}`
+		if err := os.WriteFile(identityPath(dir), []byte(newer), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		_, err := load(dir, "n1")
+		if b, _ := os.ReadFile(identityPath(dir)); err == nil || !strings.Contains(err.Error(), "has format 2, this version of shoal reads 1") || string(b) != newer {
+			t.Errorf("%v; the file is %s", err, b)
+		}
+	})
+	t.Run("no name", func(t *testing.T) {
+		if _, err := load(t.TempDir(), ""); err == nil || err.Error() != "no name" {
+			t.Error(err)
+		}
+	})
 	t.Run("keeps its name in a cluster", func(t *testing.T) {
 		dir := t.TempDir()
 		if err := os.WriteFile(identityPath(dir), []byte(member), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		id, err := loadIdentity(dir, "n2")
+		id, err := load(dir, "n2")
 		if b, _ := os.ReadFile(identityPath(dir)); err != nil || id.Name != "n1" || string(b) != member {
 			t.Errorf("got %+v, %v; the file is %s", id, err, b)
 		}
 	})
 	t.Run("renamed while in no cluster", func(t *testing.T) {
 		dir := t.TempDir()
-		a, err := loadIdentity(dir, "n1")
+		a, err := load(dir, "n1")
 		if err != nil {
 			t.Fatal(err)
 		}
-		b, err := loadIdentity(dir, "n2")
+		b, err := load(dir, "n2")
 		if err != nil || b.Name != "n2" || b.NodeID != a.NodeID {
 			t.Errorf("got %+v, %v", b, err)
 		}
@@ -132,16 +263,6 @@ func TestDataDirIsLocked(t *testing.T) {
 		t.Errorf("a second agent: %v, want %q", err, want)
 	}
 	a.lock.Close()
-	// A refused identity gives the lock back.
-	if err := os.WriteFile(identityPath(cfg.DataDir), []byte("{"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := New(cfg); err == nil {
-		t.Fatal("a damaged identity is taken")
-	}
-	if err := os.Remove(identityPath(cfg.DataDir)); err != nil {
-		t.Fatal(err)
-	}
 	b, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)

@@ -184,7 +184,7 @@ func (m *member) managerConfig(fresh bool) (control.ManagerConfig, error) {
 		return control.ManagerConfig{}, control.LockedError{}
 	}
 	return control.ManagerConfig{
-		Node: m.node(spec.RoleManager), DataDir: m.cfg.DataDir, Seal: m.sealKey, Fresh: fresh, Voted: m.voted, Peer: m.peer, RaftListener: m.raft,
+		Node: m.asNode(spec.RoleManager), DataDir: m.cfg.DataDir, Seal: m.sealKey, Fresh: fresh, Voted: m.voted, Peer: m.peer, RaftListener: m.raft,
 		Liveness: m.liveness, HostRoutes: m.cfg.HostRoutes, Log: m.log,
 	}, nil
 }
@@ -215,7 +215,22 @@ func (m *member) role() string {
 	return m.ident.Role
 }
 
+// name is this node's, which the managers may change.
+func (m *member) name() string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.ident.Name
+}
+
+// node is this node as the managers list it.
 func (m *member) node(role string) spec.Node {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.asNode(role)
+}
+
+// asNode is node with m.mu held.
+func (m *member) asNode(role string) spec.Node {
 	id := m.ident
 	return spec.Node{ID: id.NodeID, Name: id.Name, Number: id.Number, Role: role, Availability: spec.AvailabilityActive,
 		Addr: id.Addr, ControlPort: id.ControlPort, GossipPort: id.GossipPort, DataPath: m.cfg.VIP.Name(), Platform: platform}

@@ -101,7 +101,7 @@ func (a *nodeAPI) task(ctx context.Context, id string) (*member, spec.Task, erro
 	}
 	t, _, ok := m.tasks.find(id)
 	if !ok {
-		return nil, spec.Task{}, connect.NewError(connect.CodeNotFound, fmt.Errorf("task %s is not on node %s", id, m.ident.Name))
+		return nil, spec.Task{}, connect.NewError(connect.CodeNotFound, fmt.Errorf("task %s is not on node %s", id, m.name()))
 	}
 	return m, t, nil
 }
@@ -303,7 +303,7 @@ func (a *nodeAPI) Stats(ctx context.Context, req *connect.Request[shoalv1.StatsR
 	if err != nil {
 		return nil, err
 	}
-	resp := &shoalv1.StatsResponse{Node: m.ident.Name}
+	resp := &shoalv1.StatsResponse{Node: m.name()}
 	for id, st := range m.tasks.statuses() {
 		t, _, ok := m.tasks.find(id)
 		if !ok || st.PID == 0 || len(req.Msg.Tasks) > 0 && !slices.Contains(req.Msg.Tasks, id) {
@@ -344,7 +344,7 @@ func (a *nodeAPI) Kernel(ctx context.Context, req *connect.Request[shoalv1.Kerne
 	}
 	have, err := m.vip.Look(ctx)
 	if err != nil {
-		return nil, connect.NewError(connect.CodeInternal, fmt.Errorf("virtual IPs of node %s can't be read: %w", m.ident.Name, err))
+		return nil, connect.NewError(connect.CodeInternal, fmt.Errorf("virtual IPs of node %s can't be read: %w", m.name(), err))
 	}
 	owners := map[string]string{} // network and VIP → service
 	m.mu.Lock()
@@ -358,7 +358,7 @@ func (a *nodeAPI) Kernel(ctx context.Context, req *connect.Request[shoalv1.Kerne
 		}
 	}
 	m.mu.Unlock()
-	resp := &shoalv1.KernelResponse{Node: m.ident.Name, DataPath: m.cfg.VIP.Name()}
+	resp := &shoalv1.KernelResponse{Node: m.name(), DataPath: m.cfg.VIP.Name()}
 	for _, n := range have.Networks {
 		for _, s := range n.Servers {
 			owner := owners[n.ID+" "+s.VIP.String()]

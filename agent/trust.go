@@ -1,10 +1,12 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
 	"slices"
@@ -18,6 +20,7 @@ import (
 	"github.com/shoalnet/shoal/control"
 	"github.com/shoalnet/shoal/control/state"
 	"github.com/shoalnet/shoal/gossip"
+	"github.com/shoalnet/shoal/internal/durable"
 	"github.com/shoalnet/shoal/peer"
 	"github.com/shoalnet/shoal/spec"
 )
@@ -51,9 +54,9 @@ func (e *errOldData) Error() string {
 }
 
 // loadCredentials reads what a node of a cluster shows to the others.
-func loadCredentials(dataDir string, id *identity) (*peer.Credentials, error) {
+func loadCredentials(dataDir string, id *identity, log *slog.Logger) (*peer.Credentials, error) {
 	path := peer.Path(dataDir)
-	c, err := peer.Load(path)
+	c, was, err := readCredentials(dataDir, func(i peer.Info) bool { return i.ID == id.NodeID && i.Cluster == id.Cluster.ID })
 	if errors.Is(err, os.ErrNotExist) {
 		if id.CA == "" {
 			return nil, &errOldData{dataDir, id.Cluster.ID}
@@ -67,7 +70,46 @@ func loadCredentials(dataDir string, id *identity) (*peer.Credentials, error) {
 		return nil, fmt.Errorf("the certificate in %s is of node %s in cluster %s, and this is node %s in cluster %s: restore the right one from a copy, or run 'shoal leave --force' and join again",
 			path, info.ID, info.Cluster, id.NodeID, id.Cluster.ID)
 	}
+	if was != nil {
+		log.Warn("the node's certificate is taken from its second copy", "error", was)
+	}
+	if was != nil || !sameFiles(path, durable.CopyOf(path)) {
+		if err := c.Save(path); err != nil {
+			log.Warn("the node's certificate can't be kept: the agent goes on without", "error", err)
+		}
+	}
 	return c, nil
+}
+
+// readCredentials reads the node's certificate, or its second copy when the first
+// can't be read or is not right; was is then why. When neither is right, it is the
+// first that can be read.
+func readCredentials(dataDir string, right func(peer.Info) bool) (c *peer.Credentials, was, err error) {
+	path := peer.Path(dataDir)
+	if c, err = peer.Load(path); err == nil {
+		info, _ := c.Info()
+		if right(info) {
+			return c, nil, nil
+		}
+		was = fmt.Errorf("%s is of node %s in cluster %s", path, info.ID, info.Cluster)
+	} else {
+		was = err
+	}
+	second, serr := peer.Load(durable.CopyOf(path))
+	if serr != nil {
+		return c, nil, err
+	}
+	if info, _ := second.Info(); right(info) || c == nil {
+		return second, was, nil
+	}
+	return c, nil, nil
+}
+
+// sameFiles tells whether two files can be read and have the same content.
+func sameFiles(a, b string) bool {
+	x, errX := os.ReadFile(a)
+	y, errY := os.ReadFile(b)
+	return errX == nil && errY == nil && bytes.Equal(x, y)
 }
 
 // nodeList is who is in the cluster, and as what.

@@ -2,12 +2,14 @@ package agent
 
 import (
 	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/shoalnet/shoal/internal/durable"
 	"github.com/shoalnet/shoal/peer"
 	"github.com/shoalnet/shoal/spec"
 )
@@ -89,9 +91,43 @@ func TestLoadCredentials(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		_, err := loadCredentials(dir, v)
+		_, err := loadCredentials(dir, v, slog.New(slog.DiscardHandler))
 		if k.want == "" && err != nil || k.want != "" && (err == nil || !strings.Contains(err.Error(), k.want) || strings.Contains(err.Error(), "\n")) {
 			t.Errorf("%s: %v, want %q", name, err, k.want)
+		}
+	}
+	// The second copy is as good as the first, and each mends the other.
+	other, err := peer.NewCredentials()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stranger := id()
+	stranger.NodeID = "n9"
+	if err := certify(other, root, stranger, 1); err != nil {
+		t.Fatal(err)
+	}
+	for name, damage := range map[string]func(string) error{
+		"absent": os.Remove, "empty": func(p string) error { return os.Truncate(p, 0) }, "cut": func(p string) error { return os.Truncate(p, 100) },
+		"another node's": func(p string) error {
+			dir := t.TempDir()
+			if err := other.Save(peer.Path(dir)); err != nil {
+				return err
+			}
+			return os.Rename(peer.Path(dir), p)
+		},
+	} {
+		for _, which := range []func(string) string{peer.Path, func(d string) string { return durable.CopyOf(peer.Path(d)) }} {
+			dir := t.TempDir()
+			if err := creds.Save(peer.Path(dir)); err != nil {
+				t.Fatal(err)
+			}
+			if err := damage(which(dir)); err != nil {
+				t.Fatal(err)
+			}
+			c, err := loadCredentials(dir, id(), slog.New(slog.DiscardHandler))
+			if err != nil || string(c.PublicKey()) != string(creds.PublicKey()) || !sameFiles(peer.Path(dir), durable.CopyOf(peer.Path(dir))) {
+				t.Errorf("%s: %s: %v", name, which(dir), err)
+			}
 		}
 	}
 }

@@ -14,13 +14,15 @@ import (
 	"sync"
 	"time"
 
+	"github.com/shoalnet/shoal/internal/durable"
 	"github.com/shoalnet/shoal/spec"
 )
 
 // Credentials are what a node shows and trusts: its key, its certificate and the
 // cluster's roots. They change while connections use them.
 type Credentials struct {
-	key crypto.Signer
+	key    crypto.Signer
+	saving sync.Mutex // one writer of the file at a time
 
 	mu    sync.Mutex
 	chain [][]byte          // own certificate first; empty: none yet
@@ -87,8 +89,11 @@ func damaged(path string, err error) error {
 	return fmt.Errorf("%s is damaged: %w: restore it from a copy, or run 'shoal leave --force' and join again", path, err)
 }
 
-// Save writes the credentials so that a crash leaves the old or the new ones.
+// Save writes the credentials, and a second copy ([durable.WriteTwice]), so that a
+// crash leaves the old or the new ones.
 func (c *Credentials) Save(path string) error {
+	c.saving.Lock()
+	defer c.saving.Unlock()
 	der, err := x509.MarshalPKCS8PrivateKey(c.key)
 	if err != nil {
 		return fmt.Errorf("node's key: %w", err)
@@ -102,23 +107,8 @@ func (c *Credentials) Save(path string) error {
 		out = append(out, pem.EncodeToMemory(&pem.Block{Type: pemRoot, Bytes: r.Raw})...)
 	}
 	c.mu.Unlock()
-	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".tmp*") // mode 0600
-	if err != nil {
-		return fmt.Errorf("write the node's certificate: %w", err)
-	}
-	defer os.Remove(f.Name())
-	_, err = f.Write(out)
-	if err == nil {
-		err = f.Sync()
-	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
-		return fmt.Errorf("write the node's certificate: %w", err)
+	if err := durable.WriteTwice(path, out); err != nil {
+		return fmt.Errorf("the node's certificate: %w", err)
 	}
 	return nil
 }

@@ -72,3 +72,37 @@ func SyncDir(dir string) error {
 	}
 	return errors.Join(d.Sync(), d.Close())
 }
+
+// CopyOf is where the second copy of a file is that is written by WriteTwice: in a
+// directory of its own, so that what befalls one need not befall the other.
+func CopyOf(path string) string {
+	return filepath.Join(filepath.Dir(path), "copy", filepath.Base(path))
+}
+
+// WriteTwice is WriteFile for a file without which the rest is worth nothing. The
+// copy is written after the file: a crash between leaves the older copy, and the
+// file counts.
+func WriteTwice(path string, data []byte) error {
+	if err := WriteFile(path, data); err != nil {
+		return err
+	}
+	return WriteCopy(path, data)
+}
+
+// WriteCopy is the second part of WriteTwice.
+func WriteCopy(path string, data []byte) error {
+	dup := CopyOf(path)
+	if err := os.Mkdir(filepath.Dir(dup), 0o700); err == nil {
+		if err := SyncDir(filepath.Dir(path)); err != nil {
+			return fmt.Errorf("write %s: %w", dup, err)
+		}
+	} else if !errors.Is(err, os.ErrExist) {
+		return fmt.Errorf("write %s: %w", dup, cause(err))
+	}
+	return WriteFile(dup, data)
+}
+
+// RemoveTwice removes a file and its copy; absence is no error.
+func RemoveTwice(path string) error {
+	return errors.Join(os.RemoveAll(path), os.RemoveAll(CopyOf(path)))
+}
