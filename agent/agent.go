@@ -29,6 +29,7 @@ import (
 	"github.com/shoalnet/shoal/overlay"
 	"github.com/shoalnet/shoal/peer"
 	"github.com/shoalnet/shoal/runtime"
+	"github.com/shoalnet/shoal/runtime/cgroup"
 	"github.com/shoalnet/shoal/runtime/volume"
 	"github.com/shoalnet/shoal/spec"
 	"github.com/shoalnet/shoal/vip"
@@ -428,6 +429,7 @@ func precondition(format string, args ...any) error {
 func (a *localAPI) Info(ctx context.Context, _ *connect.Request[shoalv1.InfoRequest]) (*connect.Response[shoalv1.InfoResponse], error) {
 	resp := &shoalv1.InfoResponse{Version: a.cfg.Version, DataPath: a.cfg.VIP.Name(), DataPathReason: a.cfg.VIPReason, DataDir: a.cfg.DataDir}
 	resp.ContainersOk, resp.Containers = a.containers(ctx)
+	resp.Limits = cgroup.Supported().String()
 	if m := a.current(); m != nil {
 		resp.Cluster = m.ident.Cluster.ID
 		resp.Node = api.Node(m.node(m.role()))

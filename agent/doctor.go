@@ -15,6 +15,7 @@ import (
 	"github.com/shoalnet/shoal/control/state"
 	"github.com/shoalnet/shoal/overlay"
 	"github.com/shoalnet/shoal/reconcile"
+	"github.com/shoalnet/shoal/runtime/cgroup"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -102,6 +103,11 @@ func (a *Agent) doctor(ctx context.Context) *shoalv1.DoctorResponse {
 		check("containers", "ok", what, "")
 	} else {
 		check("containers", "ok", "none: "+what, "")
+	}
+	if s := cgroup.Supported(); s.Version == 0 || len(s.Missing) > 0 {
+		check("control groups", "warn", s.String(), "boot with the controllers (cgroup_enable=memory), or let the agent write to /sys/fs/cgroup")
+	} else {
+		check("control groups", "ok", s.String(), "")
 	}
 	m := a.current()
 	if m == nil {

@@ -11,6 +11,7 @@ import (
 	"net/http/httputil"
 	"net/netip"
 	"os"
+	goruntime "runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -314,6 +315,11 @@ func (a *nodeAPI) Stats(ctx context.Context, req *connect.Request[shoalv1.StatsR
 			continue // it has just ended
 		}
 		s.Id, s.Name = id, t.Name
+		if u, err := a.cfg.Runtime.Usage(ctx, id); err == nil {
+			cpu := uint64(u.CPU)
+			s.CpuNs, s.Memory, s.MemoryLimit, s.Pids, s.PidsLimit, s.ReadBytes, s.WriteBytes = &cpu, &u.Memory, u.MemoryLimit, &u.Pids, u.PidsLimit, u.ReadBytes, u.WriteBytes
+		}
+		s.NodeMemory, s.NodeCpus = nodeMemory(), uint32(goruntime.NumCPU())
 		resp.Tasks = append(resp.Tasks, s)
 	}
 	slices.SortFunc(resp.Tasks, func(a, b *shoalv1.StatsResponse_Task) int { return strings.Compare(a.Name, b.Name) })

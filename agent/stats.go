@@ -5,9 +5,21 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"sync"
+
+	"golang.org/x/sys/unix"
 
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 )
+
+// nodeMemory is the memory of this machine, in bytes: sysinfo(2).
+var nodeMemory = sync.OnceValue(func() uint64 {
+	var si unix.Sysinfo_t
+	if unix.Sysinfo(&si) != nil {
+		return 0
+	}
+	return uint64(si.Totalram) * uint64(si.Unit)
+})
 
 // readStats reads the counters of the network namespace of a process: see
 // /proc/PID/net/dev and /proc/PID/net/tcp in proc(5).

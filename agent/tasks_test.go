@@ -331,6 +331,9 @@ func (b *bench) SetHosts(_ context.Context, id, name string, addrs []netip.Addr)
 	return b.task(id, func(t *fakeTask) { t.hosts = fmt.Sprint(name, " ", addrs) })
 }
 
+func (b *bench) Usage(context.Context, string) (runtime.Usage, error) {
+	return runtime.Usage{}, os.ErrNotExist
+}
 func (b *bench) Faults() map[string]string { return nil }
 
 func (b *bench) Listening(_ context.Context, id string) (up bool, err error) {

@@ -100,7 +100,7 @@ func TaskSpec(t spec.TaskSpec) *shoalv1.TaskSpec {
 	return &shoalv1.TaskSpec{Command: t.Command, Env: t.Env, Dir: t.Dir, User: t.User, Hostname: t.Hostname, Labels: t.Labels,
 		StopSignal: t.StopSignal, StopGraceMs: t.StopGrace.Milliseconds(),
 		Dns: texts(t.DNS), DnsSearch: t.DNSSearch, DnsOptions: t.DNSOptions, ExtraHosts: t.ExtraHosts, Links: t.Links, Expose: t.Expose,
-		Health: HealthCheck(t.Health), Container: Container(t.Container),
+		Health: HealthCheck(t.Health), Container: Container(t.Container), Resources: Resources(t.Resources),
 		Attach: t.Attach, Stdin: t.Stdin, Tty: t.TTY, AutoRemove: t.AutoRemove}
 }
 
@@ -123,13 +123,28 @@ func ToHealthCheck(h *shoalv1.HealthCheck) *spec.HealthCheck {
 		StartPeriod: ms(h.GetStartPeriodMs()), StartInterval: ms(h.GetStartIntervalMs()), Retries: int(h.GetRetries()), Exec: h.GetExec(), Disabled: h.GetDisabled()}
 }
 
+// Resources are r on the wire.
+func Resources(r spec.Resources) *shoalv1.Resources {
+	if r == (spec.Resources{}) {
+		return nil
+	}
+	return &shoalv1.Resources{NanoCpus: r.NanoCPUs, Memory: r.Memory, MemorySwap: r.MemorySwap, MemoryLow: r.MemoryLow, Pids: r.Pids, CpuShares: r.CPUShares,
+		CpusetCpus: r.CpusetCPUs, OomScoreAdj: int32(r.OOMScoreAdj), ReserveNanoCpus: r.ReserveNanoCPUs, ReserveMemory: r.ReserveMemory}
+}
+
+// ToResources is the inverse of Resources.
+func ToResources(r *shoalv1.Resources) spec.Resources {
+	return spec.Resources{NanoCPUs: r.GetNanoCpus(), Memory: r.GetMemory(), MemorySwap: r.GetMemorySwap(), MemoryLow: r.GetMemoryLow(), Pids: r.GetPids(), CPUShares: r.GetCpuShares(),
+		CpusetCPUs: r.GetCpusetCpus(), OOMScoreAdj: int(r.GetOomScoreAdj()), ReserveNanoCPUs: r.GetReserveNanoCpus(), ReserveMemory: r.GetReserveMemory()}
+}
+
 // ToTaskSpec is the inverse of TaskSpec.
 func ToTaskSpec(t *shoalv1.TaskSpec) (spec.TaskSpec, error) {
 	dns, err := Addrs("DNS server", t.GetDns())
 	return spec.TaskSpec{Command: t.GetCommand(), Env: t.GetEnv(), Dir: t.GetDir(), User: t.GetUser(), Hostname: t.GetHostname(), Labels: t.GetLabels(),
 		StopSignal: t.GetStopSignal(), StopGrace: time.Duration(t.GetStopGraceMs()) * time.Millisecond,
 		DNS: dns, DNSSearch: t.GetDnsSearch(), DNSOptions: t.GetDnsOptions(), ExtraHosts: t.GetExtraHosts(), Links: t.GetLinks(), Expose: t.GetExpose(),
-		Health: ToHealthCheck(t.GetHealth()), Container: ToContainer(t.GetContainer()),
+		Health: ToHealthCheck(t.GetHealth()), Container: ToContainer(t.GetContainer()), Resources: ToResources(t.GetResources()),
 		Attach: t.GetAttach(), Stdin: t.GetStdin(), TTY: t.GetTty(), AutoRemove: t.GetAutoRemove()}, err
 }
 

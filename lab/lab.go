@@ -34,6 +34,7 @@ import (
 
 	"github.com/shoalnet/shoal/internal/durable"
 	"github.com/shoalnet/shoal/internal/nl"
+	"github.com/shoalnet/shoal/runtime/cgroup"
 )
 
 // MaxNodes is what the underlay's /24 has room for.
@@ -688,6 +689,9 @@ func (l *Lab) Down(ctx context.Context) error {
 	errs = append(errs, l.stopContainerd(ctx))
 	for _, ns := range all {
 		errs = append(errs, nl.Remove(ns))
+	}
+	for _, n := range nodes {
+		errs = append(errs, cgroup.Clear(cgroup.Root+"/"+n.Netns))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("lab %s: %w", l.Name, err)

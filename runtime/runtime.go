@@ -79,6 +79,18 @@ type Status struct {
 	Data      []byte    `json:"data,omitempty"`
 }
 
+// Usage is what a task has used of its node, as its control group counts.
+type Usage struct {
+	CPU         time.Duration // processor time
+	Memory      uint64        // bytes, without the file pages that the kernel can take back at once
+	MemoryLimit uint64        // 0: none of its own
+	Pids        uint64        // processes and threads
+	PidsLimit   uint64        // 0: none
+	ReadBytes   uint64        // from block devices
+	WriteBytes  uint64
+	OOMKills    uint64
+}
+
 // Event tells that a task's Status changed.
 type Event struct{ ID string }
 
@@ -133,6 +145,9 @@ type Runtime interface {
 	// sees of the machine, such as a file of its own that the node's took the
 	// place of. What can be mended is no fault.
 	Faults() map[string]string
+	// Usage tells what a task has used of the node: os.ErrNotExist where that is not
+	// counted, or the task has ended.
+	Usage(ctx context.Context, id string) (Usage, error)
 	// Close ends this process's part. Tasks go on.
 	Close() error
 }

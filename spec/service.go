@@ -40,6 +40,8 @@ type TaskSpec struct {
 
 	Container
 
+	Resources Resources `json:"resources,omitzero"`
+
 	// Of tasks of their own (shoal run) only:
 	Attach     bool `json:"attach,omitempty"`      // somebody is about to attach: the program waits for them, for a moment
 	Stdin      bool `json:"stdin,omitempty"`       // keep standard input open, for who attaches
@@ -105,6 +107,9 @@ func (t TaskSpec) Validate() error {
 		}
 	}
 	if err := t.Container.validate(); err != nil {
+		return err
+	}
+	if err := t.Resources.Validate(); err != nil {
 		return err
 	}
 	return t.validateDNS()

@@ -21,6 +21,7 @@ import (
 	"github.com/shoalnet/shoal/internal/quiet"
 	"github.com/shoalnet/shoal/overlay/vxlan"
 	"github.com/shoalnet/shoal/runtime"
+	"github.com/shoalnet/shoal/runtime/cgroup"
 	"github.com/shoalnet/shoal/runtime/container"
 	"github.com/shoalnet/shoal/runtime/process"
 	"github.com/shoalnet/shoal/runtime/volume"
@@ -141,7 +142,9 @@ func runAgent(ctx context.Context, cfg agent.Config, runDir, dataPath string, hi
 	ports := ingressnft.New(ingressnft.Config{Instance: cfg.Instance, Log: cfg.Log, Notices: notices})
 	defer ports.Close()
 	cfg.Ingress, cfg.Blocked = ports, ports.Blocked
-	cfg.Cleanup = func() error { return errors.Join(ports.Cleanup(), vxlan.Cleanup(cfg.Instance)) }
+	cfg.Cleanup = func() error {
+		return errors.Join(ports.Cleanup(), vxlan.Cleanup(cfg.Instance), cgroup.Clear(cgroup.Root+"/"+cfg.Instance))
+	}
 	cfg.HostRoutes = func() []netip.Prefix {
 		rs, err := nl.HostRoutes()
 		if err != nil {
@@ -152,6 +155,10 @@ func runAgent(ctx context.Context, cfg agent.Config, runDir, dataPath string, hi
 	cfg.Upstreams = dns.Upstreams(resolvConfPath)
 	cfg.Dial = nl.Dial
 	cfg.SearchDomains = func() []string { return searchDomains(resolvConfPath) }
+	// The kernel's out-of-memory killer takes tasks first; what this process starts
+	// for them takes its own value. It needs CAP_SYS_RESOURCE: where that is missing,
+	// there is no protection to have.
+	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("-500"), 0) // dockerd's
 	exe, err := os.Executable()
 	if err != nil {
 		return fmt.Errorf("own executable: %w", err)
@@ -172,7 +179,7 @@ func runAgent(ctx context.Context, cfg agent.Config, runDir, dataPath string, hi
 		defer x.Close()
 		cfg.Images, executors[runtime.ExecutorContainer] = x, x
 	}
-	rt, err := process.New(process.Config{Executors: executors, StateDir: filepath.Join(cfg.DataDir, "tasks"), RunDir: filepath.Join(runDir, "tasks"), Hidden: hidden, Exe: []string{exe}, Log: cfg.Log})
+	rt, err := process.New(process.Config{Executors: executors, Cgroup: cgroup.Root + "/" + cfg.Instance, StateDir: filepath.Join(cfg.DataDir, "tasks"), RunDir: filepath.Join(runDir, "tasks"), Hidden: hidden, Exe: []string{exe}, Log: cfg.Log})
 	if err != nil {
 		return err
 	}

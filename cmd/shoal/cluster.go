@@ -181,7 +181,7 @@ func (c *cli) infoCmd() *cobra.Command {
 			m := resp.Msg
 			if c.output == "json" {
 				return c.json(map[string]any{"version": m.Version, "cluster": m.Cluster, "node_id": m.Node.GetId(), "node": m.Node.GetName(), "number": m.Node.GetNumber(),
-					"role": m.Node.GetRole(), "addr": m.Node.GetAddr(), "data_path": m.DataPath, "data_path_reason": m.DataPathReason, "data_dir": m.DataDir, "leader": m.Leader, "problems": m.Problems,
+					"role": m.Node.GetRole(), "addr": m.Node.GetAddr(), "data_path": m.DataPath, "data_path_reason": m.DataPathReason, "data_dir": m.DataDir, "control_groups": m.Limits, "leader": m.Leader, "problems": m.Problems,
 					"certificate_role": m.CertificateRole, "certificate_from_ms": m.CertificateFromMs, "certificate_end_ms": m.CertificateEndMs, "ca": m.Ca, "roots": m.Roots})
 			}
 			cluster := m.Cluster
@@ -189,7 +189,7 @@ func (c *cli) infoCmd() *cobra.Command {
 				cluster = "none: run 'shoal init' or 'shoal join'"
 			}
 			rows := [][]string{{"Node:", m.Node.GetName()}, {"Node ID:", m.Node.GetId()}, {"Cluster:", cluster}, {"Role:", m.Node.GetRole()}, {"Address:", m.Node.GetAddr()},
-				{"Data path:", m.DataPath + " (" + m.DataPathReason + ")"}, {"Containers:", containersLine(m)}, {"Data directory:", m.DataDir}, {"Agent version:", m.Version}}
+				{"Data path:", m.DataPath + " (" + m.DataPathReason + ")"}, {"Containers:", containersLine(m)}, {"Control groups:", m.Limits}, {"Data directory:", m.DataDir}, {"Agent version:", m.Version}}
 			for _, p := range m.Problems {
 				rows = append(rows, []string{"Problem:", p})
 			}

@@ -35,8 +35,9 @@ type taskFlags struct {
 	dns, dnsSearch, dnsOptions, hosts, links, expose, publish []string
 	ip                                                        string // of the first network
 
-	health healthFlags
-	image  containerFlags
+	health    healthFlags
+	image     containerFlags
+	resources resourceFlags
 }
 
 func (t *taskFlags) add(f *pflag.FlagSet, hostShort string) {
@@ -127,6 +128,13 @@ func (t *taskFlags) spec(command []string) (*shoalv1.TaskSpec, error) {
 	}
 	if s.Health, err = t.health.apply(nil); err != nil {
 		return nil, err
+	}
+	if t.resources.set != nil {
+		r, err := t.resources.apply(spec.Resources{})
+		if err != nil {
+			return nil, err
+		}
+		s.Resources = api.Resources(r)
 	}
 	s.Labels, err = labels(append(lines, t.labels...))
 	return s, err
@@ -245,6 +253,7 @@ that all replicas are one image.`,
 	f.StringArrayVar(&tf.taskLabels, "container-label", nil, "label of the tasks, key=value (repeatable); --label is the service's")
 	tf.add(f, "")
 	tf.image.add(f, true)
+	tf.resources.add(f, true)
 	_ = cmd.RegisterFlagCompletionFunc("network", c.complete(c.networkNames))
 	_ = cmd.RegisterFlagCompletionFunc("endpoint-mode", cobra.FixedCompletions([]string{"vip", "dnsrr"}, cobra.ShellCompDirectiveNoFileComp))
 	return cmd

@@ -31,6 +31,7 @@ func (c *cli) svcUpdate() *cobra.Command {
 	var grace, restartDelay time.Duration
 	var restartMax int32
 	var health healthFlags
+	var resources resourceFlags
 	var detach, quiet bool
 	cmd := &cobra.Command{Use: "update SERVICE [-- COMMAND [ARG...]]", Short: "Change a service", Args: atLeast(1),
 		Long: `Update changes a running service. Networks, published ports, labels and the
@@ -295,6 +296,12 @@ running before the old one ends.`,
 				sp.Task.Health, err = health.apply(was)
 				changed = changed || !proto.Equal(was, sp.Task.Health)
 			}
+			if err == nil {
+				was := api.ToResources(sp.Task.Resources)
+				now, rerr := resources.apply(was)
+				sp.Task.Resources, err = api.Resources(now), rerr
+				changed = changed || now != was
+			}
 			if err != nil {
 				return usageError(cmd, err)
 			}
@@ -367,6 +374,7 @@ running before the old one ends.`,
 	f.StringArrayVar(&hostAdd, "host-add", nil, "add a line of /etc/hosts, NAME:ADDRESS")
 	f.StringArrayVar(&hostRm, "host-rm", nil, "remove such a line")
 	health.add(f)
+	resources.add(f, true)
 	f.BoolVarP(&detach, "detach", "d", false, "don't wait until the replicas run")
 	f.BoolVarP(&quiet, "quiet", "q", false, "wait, but show no progress")
 	_ = cmd.RegisterFlagCompletionFunc("endpoint-mode", cobra.FixedCompletions([]string{"vip", "dnsrr"}, cobra.ShellCompDirectiveNoFileComp))

@@ -114,6 +114,7 @@ found; with -d it prints the task's ID once it runs.`,
 	f.IntVar(&stopTimeout, "stop-timeout", int(spec.DefaultStopGrace/time.Second), "seconds between the stop signal and the kill")
 	tf.add(f, "h")
 	tf.image.add(f, false)
+	tf.resources.add(f, false)
 	f.Bool("help", false, "help for run") // -h is Docker's for --hostname
 	_ = cmd.RegisterFlagCompletionFunc("network", c.complete(c.networkNames))
 	_ = cmd.RegisterFlagCompletionFunc("node", c.complete(c.nodeNames))

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	units "github.com/docker/go-units"
 	"github.com/spf13/cobra"
 
 	"github.com/shoalnet/shoal/agent"
@@ -174,14 +175,55 @@ type statsRow struct {
 	Connections int32   `json:"connections"`
 	RxRate      float64 `json:"rx_bytes_per_second"`
 	TxRate      float64 `json:"tx_bytes_per_second"`
+	// Of the task's control group; absent where it has none.
+	CPU         *float64 `json:"cpu_percent,omitempty"` // 100: one CPU's time
+	CPUTime     *float64 `json:"cpu_seconds,omitempty"`
+	Memory      *uint64  `json:"memory_bytes,omitempty"`
+	MemoryLimit uint64   `json:"memory_limit_bytes,omitempty"` // the task's, or all that the node has
+	Pids        *uint64  `json:"pids,omitempty"`
+	PidsLimit   uint64   `json:"pids_limit,omitempty"`
+	ReadBytes   uint64   `json:"block_read_bytes"`
+	WriteBytes  uint64   `json:"block_write_bytes"`
 }
+
+// cells are what Docker's stats shows first.
+func (r *statsRow) cells(wide bool) []string {
+	cpu, mem, limit, share, pids := "-", "-", "-", "-", "-"
+	if r.CPU != nil {
+		cpu = fmt.Sprintf("%.2f%%", *r.CPU)
+	}
+	if r.Memory != nil {
+		mem, limit = units.BytesSize(float64(*r.Memory)), units.BytesSize(float64(r.MemoryLimit))
+		if r.MemoryLimit > 0 {
+			share = fmt.Sprintf("%.2f%%", 100*float64(*r.Memory)/float64(r.MemoryLimit))
+		}
+	}
+	if r.Pids != nil {
+		pids = fmt.Sprint(*r.Pids)
+	}
+	out := []string{clip(r.Name, 20), clip(r.Node, 8), cpu, mem, limit}
+	io := size(float64(r.RxBytes)) + " / " + size(float64(r.TxBytes))
+	if !wide {
+		return append(out, io, pids)
+	}
+	return append(out, share, io, size(r.RxRate)+"/s", size(r.TxRate)+"/s", fmt.Sprint(r.RxPackets), fmt.Sprint(r.TxPackets), fmt.Sprint(r.Dropped), fmt.Sprint(r.Connections),
+		size(float64(r.ReadBytes))+" / "+size(float64(r.WriteBytes)), pids)
+}
+
+var (
+	statsHead     = []string{"TASK", "NODE", "CPU %", "MEMORY", "LIMIT", "NET I/O", "PIDS"}
+	statsHeadWide = []string{"TASK", "NODE", "CPU %", "MEMORY", "LIMIT", "MEM %", "NET I/O", "RX", "TX", "RX PKTS", "TX PKTS", "DROPPED", "CONNS", "BLOCK I/O", "PIDS"}
+)
 
 func (c *cli) statsCmd() *cobra.Command {
 	var noStream bool
-	cmd := &cobra.Command{Use: "stats [TASK|SERVICE...]", Short: "Show what tasks send and receive, live", Args: cobra.ArbitraryArgs,
-		Long: `Stats shows, for each running task of the cluster or for those named, the bytes
-and packets it received and sent over all its networks, the packets dropped at
-its interfaces, and its established TCP connections.`,
+	cmd := &cobra.Command{Use: "stats [TASK|SERVICE...]", Short: "Show what tasks use, send and receive, live", Args: cobra.ArbitraryArgs,
+		Long: `Stats shows, for each running task of the cluster or for those named, its share of
+a CPU's time over the last second, its memory (without what the kernel can take
+back at once) and the limit, the bytes received and sent over all its networks,
+and its processes and threads. With -o wide also packets, those dropped at its
+interfaces, established TCP connections, and what it read and wrote of disks.
+Without control groups on its node a task's CPU, memory and processes are "-".`,
 		Example:           "  shoal stats\n  shoal stats --no-stream -o json web",
 		ValidArgsFunction: c.complete(c.taskNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -200,13 +242,28 @@ its interfaces, and its established TCP connections.`,
 				seen := map[string]statsRow{}
 				for i := range rows {
 					r := &rows[i]
-					if b, ok := before[r.Task]; ok && r.RxBytes >= b.RxBytes && r.TxBytes >= b.TxBytes {
-						d := now.Sub(at).Seconds()
+					seen[r.Task] = *r
+					b, ok := before[r.Task]
+					if !ok {
+						continue
+					}
+					d := now.Sub(at).Seconds()
+					if r.RxBytes >= b.RxBytes && r.TxBytes >= b.TxBytes {
 						r.RxRate, r.TxRate = float64(r.RxBytes-b.RxBytes)/d, float64(r.TxBytes-b.TxBytes)/d
 					}
-					seen[r.Task] = *r
+					if r.CPUTime != nil && b.CPUTime != nil && *r.CPUTime >= *b.CPUTime {
+						share := 100 * (*r.CPUTime - *b.CPUTime) / d
+						r.CPU = &share
+					}
 				}
+				first := before == nil
 				before, at = seen, now
+				if first && len(rows) > 0 { // rates take two looks
+					if !sleep(cmd.Context(), time.Second) {
+						return nil
+					}
+					continue
+				}
 				if c.output == "json" {
 					if err := c.json(rows); err != nil {
 						return err
@@ -215,13 +272,13 @@ its interfaces, and its established TCP connections.`,
 					if tty && !noStream {
 						fmt.Fprint(c.out, "\033[H\033[J") // cursor home, erase below
 					}
-					table := [][]string{{"TASK", "NODE", "RX", "TX", "RX PKTS", "TX PKTS", "DROPPED", "CONNS"}}
+					wide := c.output == "wide"
+					table := [][]string{statsHead}
+					if wide {
+						table[0] = statsHeadWide
+					}
 					for _, r := range rows {
-						rx, tx := size(float64(r.RxBytes)), size(float64(r.TxBytes))
-						if !noStream {
-							rx, tx = rx+" "+size(r.RxRate)+"/s", tx+" "+size(r.TxRate)+"/s"
-						}
-						table = append(table, []string{clip(r.Name, 22), clip(r.Node, 10), rx, tx, fmt.Sprint(r.RxPackets), fmt.Sprint(r.TxPackets), fmt.Sprint(r.Dropped), fmt.Sprint(r.Connections)})
+						table = append(table, r.cells(wide))
 					}
 					c.table(table)
 				}
@@ -231,7 +288,7 @@ its interfaces, and its established TCP connections.`,
 			}
 		}}
 	cmd.Flags().BoolVar(&noStream, "no-stream", false, "once, then end")
-	c.outputFlag(cmd, "json")
+	c.outputFlag(cmd, "json", "wide")
 	return cmd
 }
 
@@ -278,8 +335,14 @@ func (c *cli) stats(ctx context.Context, refs []string) ([]statsRow, error) {
 			return nil, err
 		}
 		for _, s := range resp.Msg.Tasks {
-			rows = append(rows, statsRow{Task: s.Id, Name: s.Name, Node: nodes.Of(node), RxBytes: s.RxBytes, RxPackets: s.RxPackets,
-				TxBytes: s.TxBytes, TxPackets: s.TxPackets, Dropped: s.Dropped, Connections: s.Connections})
+			r := statsRow{Task: s.Id, Name: s.Name, Node: nodes.Of(node), RxBytes: s.RxBytes, RxPackets: s.RxPackets,
+				TxBytes: s.TxBytes, TxPackets: s.TxPackets, Dropped: s.Dropped, Connections: s.Connections,
+				Memory: s.Memory, MemoryLimit: cmp.Or(s.MemoryLimit, s.NodeMemory), Pids: s.Pids, PidsLimit: s.PidsLimit, ReadBytes: s.ReadBytes, WriteBytes: s.WriteBytes}
+			if s.CpuNs != nil {
+				sec := float64(*s.CpuNs) / 1e9
+				r.CPUTime = &sec
+			}
+			rows = append(rows, r)
 		}
 	}
 	slices.SortFunc(rows, func(a, b statsRow) int {

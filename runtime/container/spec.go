@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shoalnet/shoal/runtime"
+	"github.com/shoalnet/shoal/runtime/cgroup"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -48,6 +49,7 @@ func specOpts(b runtime.Box, img client.Image, mounts []specs.Mount) []oci.SpecO
 		oci.WithProcessCwd(cwd),
 		oci.WithHostname(b.Hostname),
 		oci.WithCgroup(b.Cgroup),
+		withResources(s.Resources),
 		withUser(s.User, s.Groups),
 		oci.WithoutMounts("/run"), // containerd's own idea; an image's /run is its own, as in Docker
 		oci.WithDevShmSize(shmKB(s.ShmSize)),
@@ -231,6 +233,20 @@ func withSysctls(t spec.TaskSpec, own bool) oci.SpecOpts {
 			}
 			s.Linux.Sysctl[k] = v
 		}
+		return nil
+	}
+}
+
+// withResources are the limits of which this node is capable.
+func withResources(r spec.Resources) oci.SpecOpts {
+	return func(_ context.Context, _ oci.Client, _ *containers.Container, s *oci.Spec) error {
+		res := cgroup.Linux(r)
+		if s.Linux.Resources != nil {
+			res.Devices = s.Linux.Resources.Devices
+		}
+		s.Linux.Resources = res
+		// Not the protection of who starts it.
+		s.Process.OOMScoreAdj = &r.OOMScoreAdj
 		return nil
 	}
 }

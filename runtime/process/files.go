@@ -16,6 +16,8 @@ import (
 type record struct {
 	runtime.Task
 	Hidden []string `json:"hidden,omitempty"`
+	// Cgroup is the task's control group, below the hierarchy's root; empty: none.
+	Cgroup string `json:"cgroup,omitempty"`
 }
 
 func readJSON(path string, v any) error {

@@ -160,7 +160,7 @@ func (r *Runtime) box(id string) (runtime.Box, runtime.Executor, error) {
 		return runtime.Box{Task: t}, nil, err
 	}
 	dir := r.taskDir(id)
-	b := runtime.Box{Task: t, Dir: dir, Cgroup: "/shoal/" + id, Stdout: filepath.Join(dir, fifoDir, fifoOut)}
+	b := runtime.Box{Task: t, Dir: dir, Cgroup: r.cgroup(id), Stdout: filepath.Join(dir, fifoDir, fifoOut)}
 	if !t.Spec.TTY {
 		b.Stderr = filepath.Join(dir, fifoDir, fifoErr)
 	}

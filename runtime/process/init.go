@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shoalnet/shoal/runtime"
+	"github.com/shoalnet/shoal/runtime/cgroup"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -44,6 +45,14 @@ func initMain(args []string) int {
 		return fail(err, 125)
 	}
 	t := rec.Task
+	// Before the hierarchy is made read-only in here.
+	group, err := cgroup.Open(rec.Cgroup)
+	if err != nil {
+		return fail(err, 125)
+	}
+	if err := setOOMScore(t.Spec.Resources.OOMScoreAdj); err != nil {
+		return fail(err, 125)
+	}
 	if err := setUp(args[0], rec); err != nil {
 		return fail(err, 125)
 	}
@@ -65,11 +74,12 @@ func initMain(args []string) int {
 	}
 	p.attr.Sys.Setsid = true
 	p.attr.Sys.Setctty = t.Spec.TTY
-	pid, err := syscall.ForkExec(p.path, p.argv, p.attr)
+	pid, err := group.Fork(p.path, p.argv, p.attr)
 	if err != nil {
 		err = p.explain(err)
 		return fail(err, exitCodeOf(err))
 	}
+	group.Close()
 	if !t.Spec.TTY {
 		// The program's alone: who writes to it hears when it is closed.
 		_ = unix.Dup3(int(null.Fd()), 0, unix.O_CLOEXEC)
@@ -461,8 +471,16 @@ func execMain([]string) int {
 	if err := readLine(in, &a); err != nil {
 		return fail(fmt.Errorf("task-exec is for the agent's use: %w", err))
 	}
-	var t runtime.Task
-	if err := readJSON(filepath.Join(a.Dir, taskFile), &t); err != nil {
+	var rec record
+	if err := readJSON(filepath.Join(a.Dir, taskFile), &rec); err != nil {
+		return fail(err)
+	}
+	t := rec.Task
+	group, err := cgroup.Open(rec.Cgroup)
+	if err == nil {
+		err = setOOMScore(t.Spec.Resources.OOMScoreAdj)
+	}
+	if err != nil {
 		return fail(err)
 	}
 	sigs := make(chan os.Signal, 64)
@@ -490,15 +508,17 @@ func execMain([]string) int {
 	if a.Detach {
 		p.path, p.argv = "/proc/self/exe", append([]string{"shoal", detachWord, p.path}, p.argv...)
 	} else {
-		k, err := json.Marshal(keep{Credential: p.attr.Sys.Credential, TTY: a.TTY})
+		// The keeper is none of the task's processes: it has the group for the command.
+		fds, n := group.Files()
+		k, err := json.Marshal(keep{Credential: p.attr.Sys.Credential, TTY: a.TTY, CgroupVersion: group.Version(), CgroupFiles: len(fds), CgroupOwn: n})
 		if err != nil {
 			return fail(err)
 		}
 		p.path, p.argv = "/proc/self/exe", append([]string{"shoal", keepWord, string(k), p.path}, p.argv...)
-		p.attr.Files = append(p.attr.Files, in.Fd())
-		p.attr.Sys.Credential = nil
+		p.attr.Files = append(append(p.attr.Files, in.Fd()), fds...)
+		p.attr.Sys.Credential, group = nil, nil
 	}
-	pid, err := syscall.ForkExec(p.path, p.argv, p.attr)
+	pid, err := group.Fork(p.path, p.argv, p.attr)
 	if err != nil {
 		return fail(p.explain(err))
 	}

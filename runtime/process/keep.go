@@ -6,17 +6,24 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	goruntime "runtime"
 	"strconv"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/shoalnet/shoal/runtime/cgroup"
 )
 
 // keep is what task-keep is told besides the command.
 type keep struct {
 	Credential *syscall.Credential `json:"credential,omitempty"`
 	TTY        bool                `json:"tty,omitempty"`
+	// The files of the command's control group (cgroup.Restore), from file 4 on.
+	CgroupVersion int `json:"cgroup_version,omitempty"`
+	CgroupFiles   int `json:"cgroup_files,omitempty"`
+	CgroupOwn     int `json:"cgroup_own,omitempty"`
 }
 
 // keepPatience bounds the killing of a command's processes.
@@ -41,16 +48,19 @@ func keepMain(args []string) int {
 		return fail(err)
 	}
 	unix.CloseOnExec(3)
+	goruntime.LockOSThread() // for the fork
+	group := cgroup.Restore(k.CgroupVersion, 4, k.CgroupFiles, k.CgroupOwn)
 	sigs := make(chan os.Signal, 64)
 	signal.Notify(sigs)
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		return fail(fmt.Errorf("subreaper: %w", err))
 	}
 	attr := &syscall.ProcAttr{Env: os.Environ(), Files: []uintptr{0, 1, 2}, Sys: &syscall.SysProcAttr{Setsid: true, Setctty: k.TTY, Credential: k.Credential}}
-	pid, err := syscall.ForkExec(args[1], args[2:], attr)
+	pid, err := group.Fork(args[1], args[2:], attr)
 	if err != nil {
 		return fail((&program{name: args[2]}).explain(err))
 	}
+	group.Close()
 	// The output is the command's alone: when all that writes to it has ended, its
 	// readers see the end.
 	if null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0); err == nil {

@@ -30,6 +30,9 @@ type Config struct {
 	StateDir string   // a directory per task; survives a reboot
 	RunDir   string   // sockets; need not. Its path must be short (unix(7): 108 bytes)
 	Exe      []string // how to start a helper; empty: this program
+	// Cgroup is the parent of the tasks' control groups, below cgroup.Root; empty:
+	// they have none.
+	Cgroup string
 	// Executors run what is in a sandbox when the task names one, by name.
 	Executors map[string]runtime.Executor
 	Hidden    []string // directories of the node that tasks find empty; one that does not exist is no error
@@ -127,7 +130,10 @@ func (r *Runtime) Create(ctx context.Context, t runtime.Task) (_ runtime.Sandbox
 		}
 	}()
 	// The record comes first: it names all that is made after it.
-	if err := writeJSON(filepath.Join(dir, taskFile), record{t, r.cfg.Hidden}); err != nil {
+	if err := writeJSON(filepath.Join(dir, taskFile), record{t, r.cfg.Hidden, r.cgroup(t.ID)}); err != nil {
+		return runtime.Sandbox{}, err
+	}
+	if err := r.makeCgroup(t); err != nil {
 		return runtime.Sandbox{}, err
 	}
 	if t.Executor != "" {
@@ -325,7 +331,10 @@ func (r *Runtime) List(ctx context.Context) ([]runtime.Status, error) {
 			return nil, err
 		}
 	}
-	r.swept.Do(r.sweepExecutors)
+	r.swept.Do(func() {
+		r.sweepExecutors()
+		r.sweepCgroups()
+	})
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	var out []runtime.Status
@@ -513,6 +522,9 @@ func (r *Runtime) Release(ctx context.Context, id string) error {
 	if err := os.Remove(r.socket(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
+	if err := r.removeCgroup(id); err != nil {
+		return fmt.Errorf("task %s: %w", st.Name, err)
+	}
 	if st.Sandbox.Netns == "" {
 		return nil
 	}
@@ -553,6 +565,7 @@ func (r *Runtime) sweep(id, netns string) error {
 	if err := os.Remove(r.socket(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		errs = append(errs, err)
 	}
+	errs = append(errs, r.removeCgroup(id))
 	if netns != "" {
 		errs = append(errs, nl.Remove(netns))
 	}

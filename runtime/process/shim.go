@@ -74,8 +74,9 @@ type ready struct {
 
 // shim is the state of one shim process.
 type shim struct {
-	dir  string
-	task runtime.Task
+	dir    string
+	task   runtime.Task
+	cgroup string // the task's
 
 	udp *net.UDPConn
 	tcp *net.TCPListener
@@ -115,9 +116,11 @@ func shimMain(args []string) int {
 	// Nothing but its socket ends a shim: not the terminal, nor a group's signal.
 	signal.Ignore(syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGPIPE)
 	s := &shim{dir: args[0], changed: make(chan struct{}), done: make(chan struct{}), attached: make(chan struct{})}
-	if err := readJSON(filepath.Join(s.dir, taskFile), &s.task); err != nil {
+	var rec record
+	if err := readJSON(filepath.Join(s.dir, taskFile), &rec); err != nil {
 		return fail(err)
 	}
+	s.task, s.cgroup = rec.Task, rec.Cgroup
 	port := uint16(0)
 	if s.task.Netns != "" {
 		// As Docker has it since 20.10: in a namespace of its own a task may use
@@ -413,6 +416,9 @@ func (s *shim) finish(logs *sync.WaitGroup, code int, startErr string) {
 	s.mu.Lock()
 	final = s.status
 	s.mu.Unlock()
+	if startErr == "" {
+		startErr = outOfMemory(s.cgroup, code)
+	}
 	final.State, final.PID, final.ExitCode, final.ExitedAt, final.Err = runtime.Exited, 0, code, time.Now(), startErr
 	if err := writeJSON(filepath.Join(s.dir, exitFile), final); err != nil {
 		final.Err = strings.TrimPrefix(final.Err+"; exit status could not be kept: "+err.Error(), "; ")
