@@ -427,13 +427,14 @@ func precondition(format string, args ...any) error {
 
 // Info tells who this node is.
 func (a *localAPI) Info(ctx context.Context, _ *connect.Request[shoalv1.InfoRequest]) (*connect.Response[shoalv1.InfoResponse], error) {
-	resp := &shoalv1.InfoResponse{Version: a.cfg.Version, DataPath: a.cfg.VIP.Name(), DataPathReason: a.cfg.VIPReason, DataDir: a.cfg.DataDir}
+	resp := &shoalv1.InfoResponse{Version: a.cfg.Version, DataPath: a.cfg.VIP.Name(), DataPathReason: a.cfg.VIPReason, DataDir: a.cfg.DataDir, Level: state.Level, LevelBrings: state.Levels[state.Level]}
 	resp.ContainersOk, resp.Containers = a.containers(ctx)
 	resp.Limits = cgroup.Supported().String()
 	if m := a.current(); m != nil {
 		resp.Cluster = m.ident.Cluster.ID
 		resp.Node = api.Node(m.node(m.role()))
 		resp.Leader = m.leader()
+		m.levels(resp)
 		for _, f := range m.diskFaults() {
 			resp.Problems = append(resp.Problems, f.message)
 		}

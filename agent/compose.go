@@ -17,6 +17,7 @@ type assignment struct {
 	Services []spec.Service `json:"services"`
 	Nodes    []spec.Node    `json:"nodes"`
 	Trust    *trust         `json:"trust,omitempty"` // nil: as before
+	Level    int            `json:"level,omitempty"` // feature level of the cluster
 }
 
 // known tells that the managers have said what there is to be: without, an empty

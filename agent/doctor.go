@@ -130,6 +130,16 @@ func (a *Agent) doctor(ctx context.Context) *shoalv1.DoctorResponse {
 	for _, c := range m.certificateChecks(time.Now()) {
 		check("certificate", c.status, c.message, c.hint)
 	}
+	info := &shoalv1.InfoResponse{}
+	switch m.levels(info); {
+	case int(info.ClusterLevel) > state.Level:
+		check("version", "error", fmt.Sprintf("the cluster is at feature level %d, and this node's shoal has level %d", info.ClusterLevel, state.Level), "upgrade shoal on this node: what it does not understand is not done here")
+	case len(info.Waiting) > 0:
+		check("version", "warn", fmt.Sprintf("the cluster is at feature level %d, and at %d once all managers have it: %s", info.ClusterLevel, state.Level, strings.Join(info.Waiting, ", ")),
+			"upgrade shoal there, or remove managers that don't come back")
+	default:
+		check("version", "ok", fmt.Sprintf("%s, feature level %d", a.cfg.Version, state.Level), "")
+	}
 	lctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
 	if _, err := m.client.ListNodes(lctx, connect.NewRequest(&shoalv1.ListNodesRequest{Refs: []string{m.ident.NodeID}})); err != nil {

@@ -233,7 +233,8 @@ func (m *member) node(role string) spec.Node {
 func (m *member) asNode(role string) spec.Node {
 	id := m.ident
 	return spec.Node{ID: id.NodeID, Name: id.Name, Number: id.Number, Role: role, Availability: spec.AvailabilityActive,
-		Addr: id.Addr, ControlPort: id.ControlPort, GossipPort: id.GossipPort, DataPath: m.cfg.VIP.Name(), Platform: platform}
+		Addr: id.Addr, ControlPort: id.ControlPort, GossipPort: id.GossipPort, DataPath: m.cfg.VIP.Name(), Platform: platform,
+		Level: state.Level, Build: m.cfg.Version}
 }
 
 // start begins the node's work, once ident is complete.
@@ -638,7 +639,7 @@ func (m *member) followAssignments() error {
 }
 
 func toAssignment(msg *shoalv1.AssignmentsResponse) (*assignment, error) {
-	a := &assignment{Index: msg.Index}
+	a := &assignment{Index: msg.Index, Level: int(msg.Level)}
 	for _, t := range msg.Tasks {
 		v, err := api.ToTask(t)
 		if err != nil {
@@ -791,7 +792,8 @@ func (m *member) reportLoop() {
 
 func (m *member) report() error {
 	req := &shoalv1.ReportRequest{Node: m.ident.NodeID, Tasks: map[string]*shoalv1.TaskStatus{}, Addr: m.ident.Addr.String(),
-		ControlPort: int32(m.ident.ControlPort), GossipPort: int32(m.ident.GossipPort), DataPath: m.cfg.VIP.Name(), Platform: platform}
+		ControlPort: int32(m.ident.ControlPort), GossipPort: int32(m.ident.GossipPort), DataPath: m.cfg.VIP.Name(), Platform: platform,
+		Level: state.Level, Build: m.cfg.Version}
 	req.Containers, req.ContainersWhy = m.images.state()
 	sent := m.tasks.statuses()
 	failed := slices.Concat(m.vip.Failed(), m.ingress.Failed())

@@ -14,7 +14,7 @@ import (
 // any place, of a newer version, or of something else is refused, saying so.
 func TestSnapshotFile(t *testing.T) {
 	st := state.New()
-	if r := st.Apply(1, state.Command{InitCluster: &state.InitCluster{Cluster: testCluster, DefaultNetwork: "defaultnet00", Trust: testTrust}}.Stamped()); r.Err != nil {
+	if r := st.Apply(1, state.Command{InitCluster: &state.InitCluster{Cluster: testCluster, DefaultNetwork: "defaultnet00", Trust: testTrust}}.Stamped(state.Level)); r.Err != nil {
 		t.Fatal(r.Err)
 	}
 	file, err := writeSnapshot(st, time.Unix(1e9, 0))

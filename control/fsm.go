@@ -1,6 +1,7 @@
 package control
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -21,6 +22,7 @@ type fsm struct {
 	st      *state.State
 	changed chan struct{} // closed and replaced after each change
 	stuck   error         // why nothing more is applied; nil: all is
+	level   error         // why the last snapshot could not be restored: it is of a newer version
 }
 
 func newFSM(log *slog.Logger) *fsm {
@@ -54,15 +56,29 @@ type StuckError struct {
 }
 
 func (e *StuckError) Error() string {
+	if e.Index == 0 {
+		return fmt.Sprintf("this manager can't read the managers' state, which a newer version wrote (%v): it follows nothing more and does not lead; upgrade shoal on this node", e.Err)
+	}
 	return fmt.Sprintf("this manager can't read entry %d of the managers' log, which a newer version wrote (%v): it applies nothing more and does not lead; upgrade shoal on this node", e.Index, e.Err)
 }
 
 func (e *StuckError) Unwrap() error { return e.Err }
 
+// unread is why a snapshot of the managers' state could not be read: a newer version
+// wrote it; nil when none was met.
+func (f *fsm) unread() error {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	return f.level
+}
+
 // standing is why nothing more is applied; nil when all is.
 func (f *fsm) standing() error {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
+	if f.stuck == nil && f.level != nil {
+		return &StuckError{Err: f.level}
+	}
 	return f.stuck
 }
 
@@ -115,12 +131,15 @@ func (f *fsm) Restore(r io.ReadCloser) error {
 		return fmt.Errorf("read snapshot of the cluster state: %w", err)
 	}
 	st, err := state.Restore(b)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if errors.Is(err, state.ErrLevel) {
+		f.level = err
+	}
 	if err != nil {
 		return err
 	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.st, f.stuck = st, nil
+	f.st, f.stuck, f.level = st, nil, nil
 	f.notify()
 	return nil
 }

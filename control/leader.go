@@ -201,6 +201,7 @@ func (m *Manager) keepVoters(ctx context.Context) {
 		if ctx.Err() != nil {
 			return
 		}
+		m.raiseLevel(ctx)
 		if err := m.fixVoters(); err != nil && ctx.Err() == nil {
 			m.log.Warn("raft's voters can't be brought in line with the managers; trying again", "error", err)
 		}
@@ -213,7 +214,8 @@ func (m *Manager) fixVoters() error {
 		return err
 	}
 	var nodes []spec.Node
-	m.fsm.read(func(s *state.State) { nodes = s.Nodes() })
+	var level int
+	m.fsm.read(func(s *state.State) { nodes, level = s.Nodes(), s.Level() })
 	servers := f.Configuration().Servers
 	var errs []error
 	for _, n := range nodes {
@@ -224,6 +226,10 @@ func (m *Manager) fixVoters() error {
 		if i < 0 && !m.isReady(n.ID) {
 			// It is on its way: counted on before it answers, it could leave the
 			// others without a majority.
+			continue
+		}
+		if i < 0 && n.Level < level {
+			// It could not read the log. Its agent says so; an upgrade makes it a voter.
 			continue
 		}
 		if i < 0 || servers[i].Address != raftAddress(n) {

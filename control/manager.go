@@ -96,6 +96,7 @@ type Manager struct {
 	gossipSeen map[string]gossipSeen                     // by node: which keys of gossip it has
 	shows      map[string]string                         // by node: digest of its certificate's root
 	ready      map[string]bool                           // by node: its raft runs, and may be counted on
+	levels     map[string]int                            // by node: feature level of its build
 	wakeNodes  chan struct{}                             // size 1
 	wakeVoters chan struct{}                             // size 1
 }
@@ -158,6 +159,9 @@ func NewManager(cfg ManagerConfig) (*Manager, error) {
 	if err != nil {
 		m.trans.Close()
 		m.store.Close()
+		if why := m.fsm.unread(); why != nil {
+			err = fmt.Errorf("%w: %w", err, why)
+		}
 		return nil, fmt.Errorf("start raft: %w", err)
 	}
 	close(ready)
@@ -232,7 +236,7 @@ func (m *Manager) Bootstrap(ctx context.Context, c state.Cluster, trust *state.T
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
-	if _, err := m.Propose(ctx, state.Command{InitCluster: &state.InitCluster{Cluster: c, DefaultNetwork: spec.NewID(), HostRoutes: m.cfg.HostRoutes(), Trust: trust}}); err != nil {
+	if _, err := m.Propose(ctx, state.Command{InitCluster: &state.InitCluster{Cluster: c, DefaultNetwork: spec.NewID(), HostRoutes: m.cfg.HostRoutes(), Trust: trust, Level: m.cfg.Node.Level}}); err != nil {
 		return spec.Node{}, err
 	}
 	n := m.cfg.Node
@@ -325,7 +329,7 @@ func (m *Manager) lead(ctx context.Context) {
 	m.mu.Lock()
 	m.leadership, m.verified = ctx, now
 	m.lastSeen, m.applied, m.faults, m.ready, m.shows = map[string]time.Time{}, map[string]uint64{}, map[string][]*shoalv1.ReportRequest_Fault{}, map[string]bool{}, map[string]string{}
-	m.gossipSeen = map[string]gossipSeen{}
+	m.gossipSeen, m.levels = map[string]gossipSeen{}, map[string]int{}
 	m.mu.Unlock()
 	m.log.Info("leading the managers")
 	defer func() {
@@ -377,12 +381,16 @@ func errNotLeader() error {
 
 // Propose puts a command through raft and returns what the state made of it.
 func (m *Manager) Propose(ctx context.Context, c state.Command) (state.Result, error) {
-	b, err := state.Encode(c.Stamped())
-	if err != nil {
-		return state.Result{}, rpcError(err)
-	}
 	if !m.IsLeader() {
 		return state.Result{}, errNotLeader()
+	}
+	level, err := m.allowed(c)
+	if err != nil {
+		return state.Result{}, err
+	}
+	b, err := state.Encode(c.Stamped(level))
+	if err != nil {
+		return state.Result{}, rpcError(err)
 	}
 	timeout := proposeTimeout
 	if d, ok := ctx.Deadline(); ok {
@@ -435,7 +443,7 @@ func rpcError(err error) error {
 		code connect.Code
 	}{
 		{state.ErrNotFound, connect.CodeNotFound}, {state.ErrExists, connect.CodeAlreadyExists}, {state.ErrInUse, connect.CodeFailedPrecondition},
-		{state.ErrInvalid, connect.CodeInvalidArgument}, {state.ErrExhausted, connect.CodeResourceExhausted}, {state.ErrConflict, connect.CodeAborted},
+		{state.ErrInvalid, connect.CodeInvalidArgument}, {state.ErrExhausted, connect.CodeResourceExhausted}, {state.ErrConflict, connect.CodeAborted}, {state.ErrLevel, connect.CodeFailedPrecondition},
 	} {
 		if errors.Is(err, k.kind) {
 			code = k.code

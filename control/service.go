@@ -462,7 +462,7 @@ func assignment(a state.Assignment) *shoalv1.AssignmentsResponse {
 	for _, n := range a.Nodes {
 		out.Nodes = append(out.Nodes, api.Node(n))
 	}
-	out.Trust = TrustInfo(a.Trust)
+	out.Trust, out.Level = TrustInfo(a.Trust), int32(a.Level)
 	return out
 }
 
@@ -509,6 +509,7 @@ func (s *service) Report(ctx context.Context, req *connect.Request[shoalv1.Repor
 	s.m.failing(r.Node, bounded(r.Faults))
 	s.m.managing(r.Node, r.ManagerReady)
 	s.m.showing(r.Node, r.CertificateRoot)
+	s.m.runs(r.Node, int(r.Level))
 	s.m.sees(r.Node, gossipSeen{newest: r.GossipKey, used: r.GossipKeyUsed})
 	now := known
 	if r.Addr != "" {
@@ -517,9 +518,10 @@ func (s *service) Report(ctx context.Context, req *connect.Request[shoalv1.Repor
 		}
 		now.ControlPort, now.GossipPort, now.DataPath = int(r.ControlPort), int(r.GossipPort), r.DataPath
 		now.Platform, now.Containers, now.ContainersWhy = r.Platform, r.Containers, r.ContainersWhy
+		now = s.m.withLevel(now, r.Level, r.Build)
 	}
 	if known.Status != spec.NodeReady || now.Addr != known.Addr || now.ControlPort != known.ControlPort || now.GossipPort != known.GossipPort || now.DataPath != known.DataPath ||
-		now.Platform != known.Platform || now.Containers != known.Containers || now.ContainersWhy != known.ContainersWhy {
+		now.Platform != known.Platform || now.Containers != known.Containers || now.ContainersWhy != known.ContainersWhy || now.Level != known.Level || now.Build != known.Build {
 		if _, err := s.m.Propose(ctx, state.Command{UpsertNode: &state.UpsertNode{Node: now}}); err != nil {
 			return nil, err
 		}

@@ -176,6 +176,7 @@ func (s *service) JoinNode(ctx context.Context, req *connect.Request[shoalv1.Joi
 	}
 	c.Close()
 	n.Created = time.Now().UnixMilli()
+	n = s.m.withLevel(n, req.Msg.Node.GetLevel(), req.Msg.Node.GetBuild())
 	res, err := s.m.Propose(ctx, state.Command{UpsertNode: &state.UpsertNode{Node: n}})
 	if err != nil {
 		return nil, err

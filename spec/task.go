@@ -188,6 +188,9 @@ type Node struct {
 	// Containers: it can run tasks from images; else ContainersWhy says why not.
 	Containers    bool   `json:"containers,omitempty"`
 	ContainersWhy string `json:"containers_why,omitempty"`
+	// Level is the feature level of its build (state.Level), Build the version.
+	Level int    `json:"level,omitempty" level:"1"`
+	Build string `json:"build,omitempty" level:"1"`
 }
 
 // Clone returns a deep copy.

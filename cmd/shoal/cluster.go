@@ -182,14 +182,15 @@ func (c *cli) infoCmd() *cobra.Command {
 			if c.output == "json" {
 				return c.json(map[string]any{"version": m.Version, "cluster": m.Cluster, "node_id": m.Node.GetId(), "node": m.Node.GetName(), "number": m.Node.GetNumber(),
 					"role": m.Node.GetRole(), "addr": m.Node.GetAddr(), "data_path": m.DataPath, "data_path_reason": m.DataPathReason, "data_dir": m.DataDir, "control_groups": m.Limits, "leader": m.Leader, "problems": m.Problems,
-					"certificate_role": m.CertificateRole, "certificate_from_ms": m.CertificateFromMs, "certificate_end_ms": m.CertificateEndMs, "ca": m.Ca, "roots": m.Roots})
+					"certificate_role": m.CertificateRole, "certificate_from_ms": m.CertificateFromMs, "certificate_end_ms": m.CertificateEndMs, "ca": m.Ca, "roots": m.Roots,
+					"level": m.Level, "cluster_level": m.ClusterLevel, "waiting_for": append([]string{}, m.Waiting...)})
 			}
 			cluster := m.Cluster
 			if cluster == "" {
 				cluster = "none: run 'shoal init' or 'shoal join'"
 			}
 			rows := [][]string{{"Node:", m.Node.GetName()}, {"Node ID:", m.Node.GetId()}, {"Cluster:", cluster}, {"Role:", m.Node.GetRole()}, {"Address:", m.Node.GetAddr()},
-				{"Data path:", m.DataPath + " (" + m.DataPathReason + ")"}, {"Containers:", containersLine(m)}, {"Control groups:", m.Limits}, {"Data directory:", m.DataDir}, {"Agent version:", m.Version}}
+				{"Data path:", m.DataPath + " (" + m.DataPathReason + ")"}, {"Containers:", containersLine(m)}, {"Control groups:", m.Limits}, {"Data directory:", m.DataDir}, {"Agent version:", m.Version}, {"Feature level:", levelLine(m)}}
 			for _, p := range m.Problems {
 				rows = append(rows, []string{"Problem:", p})
 			}
@@ -283,6 +284,22 @@ func (c *cli) progress(what string) func() {
 		cancel()
 		<-done
 	}
+}
+
+// levelLine tells of the feature level: this build's, and the cluster's where that is
+// another.
+func levelLine(m *shoalv1.InfoResponse) string {
+	text := fmt.Sprint(m.Level)
+	switch {
+	case m.Cluster == "":
+	case len(m.Waiting) > 0:
+		text = fmt.Sprintf("%d, and %d once all managers have it: %s", m.ClusterLevel, m.Level, strings.Join(m.Waiting, ", "))
+	case m.ClusterLevel > m.Level:
+		text = fmt.Sprintf("%d, and this node's shoal has %d: upgrade it", m.ClusterLevel, m.Level)
+	case m.ClusterLevel < m.Level && m.ClusterLevel > 0:
+		text = fmt.Sprintf("%d, and about to be %d", m.ClusterLevel, m.Level)
+	}
+	return text
 }
 
 // containersLine says how tasks from images run here, or why they don't.

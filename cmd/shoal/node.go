@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"strings"
 	"time"
@@ -41,6 +42,13 @@ func (c *cli) nodeLs() *cobra.Command {
 				}
 				return "until " + time.UnixMilli(n.CertificateEndMs).UTC().Format("2006-01-02")
 			}},
+			{"LEVEL", true, func(n *shoalv1.NodeInfo) string {
+				if n.Level == 0 {
+					return "-"
+				}
+				return fmt.Sprint(n.Level)
+			}},
+			{"VERSION", true, func(n *shoalv1.NodeInfo) string { return cmp.Or(n.Build, "-") }},
 			{"DATA PATH", true, func(n *shoalv1.NodeInfo) string { return n.DataPath }},
 			{"MESSAGE", true, func(n *shoalv1.NodeInfo) string { return n.Message }},
 		},
@@ -54,7 +62,8 @@ func (c *cli) nodeLs() *cobra.Command {
 		values: map[string][]string{"role": {spec.RoleManager, spec.RoleWorker}, "status": {spec.NodeReady, spec.NodeDown},
 			"availability": {spec.AvailabilityActive, spec.AvailabilityPause, spec.AvailabilityDrain}},
 		fields: map[string]func(*shoalv1.NodeInfo) string{
-			"Hostname": func(n *shoalv1.NodeInfo) string { return n.Name },
+			"EngineVersion": func(n *shoalv1.NodeInfo) string { return n.Build },
+			"Hostname":      func(n *shoalv1.NodeInfo) string { return n.Name },
 			"TLSStatus": func(n *shoalv1.NodeInfo) string {
 				if certNote(n, time.Now()) != "" {
 					return "Needs Rotation"

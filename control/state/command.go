@@ -48,6 +48,7 @@ type Command struct {
 	Certify       *Certify       `json:"certify,omitempty"`
 	SetGossipKeys *SetGossipKeys `json:"set_gossip_keys,omitempty"`
 	RotateUnlock  *RotateUnlock  `json:"rotate_unlock,omitempty"`
+	RaiseLevel    *RaiseLevel    `json:"raise_level,omitempty" level:"1"`
 }
 
 // Cluster is what is fixed at init.
@@ -66,6 +67,8 @@ type InitCluster struct {
 	DefaultNetwork string         `json:"default_network"`       // ID for it
 	HostRoutes     []netip.Prefix `json:"host_routes,omitempty"` // see CreateNetwork
 	Trust          *Trust         `json:"trust,omitempty"`
+	// Level is the proposer's, and the cluster's from the start.
+	Level int `json:"level,omitempty" level:"1"`
 }
 
 // CreateNetwork makes a network. Of Network, ID, Name and Created must be set;
@@ -209,7 +212,9 @@ func Encode(c Command) ([]byte, error) {
 }
 
 // Decode reads a command: at most [MaxCommand] bytes, exactly one kind set, no
-// unknown fields (an entry written by a newer Shoal must not be half applied).
+// unknown fields. What it can't read is of a newer Shoal, and must not be half
+// applied: managers would part without a word. The feature level keeps such entries
+// out of the log until every manager reads them.
 func Decode(b []byte) (Command, error) {
 	var c Command
 	if len(b) > MaxCommand {
@@ -226,8 +231,14 @@ func Decode(b []byte) (Command, error) {
 	if err := c.check(); err != nil {
 		return Command{}, err
 	}
-	if c.Rules > rulesNow {
-		return Command{}, failf(ErrInvalid, "command %s is to be judged by rules %d, and this Shoal knows those up to %d", c.Kind(), c.Rules, rulesNow)
+	if c.Rules > Level {
+		return Command{}, failf(ErrLevel, "command %s is to be judged by rules %d, and this Shoal knows those up to %d", c.Kind(), c.Rules, Level)
+	}
+	if r := c.RaiseLevel; r != nil && r.Level > Level {
+		return Command{}, failf(ErrLevel, "the cluster went to feature level %d, and this Shoal has level %d", r.Level, Level)
+	}
+	if i := c.InitCluster; i != nil && i.Level > Level {
+		return Command{}, failf(ErrLevel, "the cluster is at feature level %d, and this Shoal has level %d", i.Level, Level)
 	}
 	return c, nil
 }

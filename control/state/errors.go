@@ -18,6 +18,8 @@ var (
 	// helps.
 	ErrEnding   = errors.New("in use by what is being removed")
 	ErrConflict = errors.New("changed meanwhile") // UpdateService.Version is not the service's
+	// ErrLevel: a manager, or a node, has too low a feature level. An upgrade helps.
+	ErrLevel = errors.New("the feature level is too low")
 )
 
 // refusal is an error of one of the kinds above whose text does not repeat the

@@ -15,13 +15,17 @@ type rule struct {
 }
 
 // taskRules are those of tasks with these constraints on these networks, of an image
-// or (image empty) of a program of the node.
-func (s *State) taskRules(constraints []string, nets []spec.NetworkAttachment, image string) []rule {
+// or (image empty) of a program of the node, that need a feature level of their node
+// (0: none).
+func (s *State) taskRules(constraints []string, nets []spec.NetworkAttachment, image string, level int) []rule {
 	pins := s.pinned(nets)
-	if len(constraints)+len(pins) == 0 && image == "" {
+	if len(constraints)+len(pins) == 0 && image == "" && level == 0 {
 		return nil
 	}
-	out := make([]rule, 0, len(constraints)+len(pins)+1)
+	out := make([]rule, 0, len(constraints)+len(pins)+2)
+	if level > 0 {
+		out = append(out, rule{fmt.Sprintf("a shoal of feature level %d or newer on the node", level), func(n spec.Node) bool { return n.Level >= level }})
+	}
 	if image != "" {
 		out = append(out, rule{containerRule, func(n spec.Node) bool { return n.Containers }})
 	}
@@ -35,6 +39,12 @@ func (s *State) taskRules(constraints []string, nets []spec.NetworkAttachment, i
 			func(n spec.Node) bool { return n.ID == w.Node }})
 	}
 	return out
+}
+
+// specLevel is the level that a node must have for the tasks of a service.
+func specLevel(sp spec.ServiceSpec) int {
+	level, _ := NeedOf(sp)
+	return level
 }
 
 // containerRule is the name of the rule that images bring.
@@ -66,5 +76,5 @@ func (s *State) stays(v *service, t *task) bool {
 		return true
 	}
 	n := s.nodes[t.Node]
-	return keeps(n) && allow(s.taskRules(v.Spec.Constraints, v.Spec.Networks, v.Spec.Task.Image), n.Node)
+	return keeps(n) && allow(s.taskRules(v.Spec.Constraints, v.Spec.Networks, v.Spec.Task.Image, specLevel(v.Spec)), n.Node)
 }

@@ -10,20 +10,20 @@ import (
 	"github.com/shoalnet/shoal/spec"
 )
 
-// rulesNow are the rules that new commands are judged by. A log is replayed by
-// the rules of its time: what was accepted then, and is not now, must not be lost
-// when its entries are read again.
+// The rules that a command is judged by are those of the cluster's level at its time
+// ([Level]). A log is replayed by them: what was accepted then, and is not now, must
+// not be lost when its entries are read again, and every manager must make the same
+// of an entry, whatever else its build knows.
 //
 //	0  names differ by case; a name goes before an ID; any name may be an address
 //	1  names are the same in upper and lower case, as they are to a resolver, and
 //	   none reads as an address; a service and a task can't have one name on one
 //	   network; a full ID goes before a name
-const rulesNow = 1
 
-// Stamped is c to be judged by the rules of this Shoal. Who proposes a command
-// stamps it.
-func (c Command) Stamped() Command {
-	c.Rules = rulesNow
+// Stamped is c to be judged by the rules of a level. Who proposes a command stamps it
+// with the cluster's.
+func (c Command) Stamped(level int) Command {
+	c.Rules = max(level, 1) // rules 1 are older than levels
 	return c
 }
 

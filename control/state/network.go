@@ -50,7 +50,7 @@ func (s *State) initCluster(c *InitCluster) Result {
 	if err := c.Trust.check(); err != nil {
 		return Result{Err: err}
 	}
-	s.cluster, s.trust = &cl, c.Trust.clone()
+	s.cluster, s.trust, s.level = &cl, c.Trust.clone(), c.Level
 	r := s.createNetwork(&CreateNetwork{HostRoutes: c.HostRoutes,
 		Network: spec.Network{ID: c.DefaultNetwork, Name: spec.DefaultNetwork, Created: cl.Created}})
 	if r.Err != nil {

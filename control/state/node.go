@@ -47,6 +47,7 @@ func (s *State) upsertNode(c *UpsertNode) Result {
 		next.Name, next.Addr, next.ControlPort, next.GossipPort = in.Name, in.Addr, in.ControlPort, in.GossipPort
 		next.DataPath, next.Status, next.Message = in.DataPath, spec.NodeReady, ""
 		next.Platform, next.Containers, next.ContainersWhy = in.Platform, in.Containers, in.ContainersWhy
+		next.Level, next.Build = in.Level, in.Build
 		s.renameNode(n, next.Name)
 		s.setNode(n, next)
 		s.returned(n)
@@ -63,6 +64,9 @@ func (s *State) upsertNode(c *UpsertNode) Result {
 		in.Availability = spec.AvailabilityActive
 	}
 	if err := validateNode(in); err != nil {
+		return Result{Err: err}
+	}
+	if err := s.tooOld(in, "join"); err != nil {
 		return Result{Err: err}
 	}
 	number, ok := s.nextNumber()
@@ -134,7 +138,7 @@ func (s *State) setNode(n *node, next spec.Node) {
 	same := was.Name == next.Name && was.Role == next.Role && was.Availability == next.Availability && was.Addr == next.Addr &&
 		was.ControlPort == next.ControlPort && was.GossipPort == next.GossipPort && was.Status == next.Status &&
 		was.Message == next.Message && was.DataPath == next.DataPath &&
-		was.Platform == next.Platform && was.Containers == next.Containers && was.ContainersWhy == next.ContainersWhy && maps.Equal(was.Labels, next.Labels)
+		was.Platform == next.Platform && was.Containers == next.Containers && was.ContainersWhy == next.ContainersWhy && was.Level == next.Level && was.Build == next.Build && maps.Equal(was.Labels, next.Labels)
 	if same {
 		return
 	}
@@ -211,6 +215,11 @@ func (s *State) updateNode(c *UpdateNode) Result {
 	maps.Copy(next.Labels, c.SetLabels)
 	if err := validateNode(next); err != nil {
 		return Result{Err: err}
+	}
+	if n.Role != spec.RoleManager && next.Role == spec.RoleManager {
+		if err := s.tooOld(next, "be made a manager"); err != nil {
+			return Result{Err: err}
+		}
 	}
 	if n.Role == spec.RoleManager && next.Role != spec.RoleManager {
 		if err := s.notLastManager(n, "made a worker"); err != nil {

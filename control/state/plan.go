@@ -101,7 +101,7 @@ type slotPlan struct {
 
 func (p *planner) service(v *service) {
 	sv := &servicePlan{v: v}
-	sv.rules, sv.ports = p.s.taskRules(v.Spec.Constraints, v.Spec.Networks, v.Spec.Task.Image), HostPorts(v.Service)
+	sv.rules, sv.ports = p.s.taskRules(v.Spec.Constraints, v.Spec.Networks, v.Spec.Task.Image, specLevel(v.Spec)), HostPorts(v.Service)
 	p.match(sv)
 	p.slots = p.slots[:0]
 	for i := 0; i < len(v.tasks); {
@@ -477,8 +477,9 @@ func (p *planner) portTaken(sv *servicePlan, i int) string {
 }
 
 // standalone is what pick needs to know of a task on its own.
-func (p *planner) standalone(nets []spec.NetworkAttachment, ports []spec.Port, image string) *servicePlan {
-	sv := &servicePlan{rules: p.s.taskRules(nil, nets, image), ports: ports}
+func (p *planner) standalone(nets []spec.NetworkAttachment, ports []spec.Port, t spec.TaskSpec) *servicePlan {
+	level, _ := NeedOf(t)
+	sv := &servicePlan{rules: p.s.taskRules(nil, nets, t.Image, level), ports: ports}
 	p.match(sv)
 	return sv
 }

@@ -94,7 +94,7 @@ func (c *cluster) id(kind string) string {
 
 func (c *cluster) apply(cmd Command) Result {
 	c.Helper()
-	b, err := Encode(cmd.Stamped())
+	b, err := Encode(cmd.Stamped(Level))
 	if err != nil {
 		c.Fatalf("encode: %v", err)
 	}

@@ -34,6 +34,7 @@ type snapshot struct {
 	Tasks      []taskSnapshot    `json:"tasks"`
 	Trust      *Trust            `json:"trust,omitempty"`
 	Expelled   []string          `json:"expelled,omitempty"` // IDs of nodes
+	Level      int               `json:"level,omitempty" level:"1"`
 }
 
 type networkSnapshot struct {
@@ -60,7 +61,7 @@ type taskSnapshot struct {
 // same bytes.
 func (s *State) Snapshot() ([]byte, error) {
 	out := snapshot{Version: snapshotVersion, Index: s.index, Cluster: s.cluster, Default: s.defaultNet, LastSubnet: s.lastSubnet,
-		LastVNI: s.lastVNI, LastNumber: s.lastNumber, Seq: s.seq, Trust: s.trust}
+		LastVNI: s.lastVNI, LastNumber: s.lastNumber, Seq: s.seq, Trust: s.trust, Level: s.level}
 	for _, id := range slices.Sorted(maps.Keys(s.networks)) {
 		n := s.networks[id]
 		ns := networkSnapshot{Network: n.Network}
@@ -103,8 +104,12 @@ func restore(b []byte) (*State, error) {
 	var in snapshot
 	if err := json.Unmarshal(b, &struct {
 		Version *int `json:"version"`
-	}{&in.Version}); err != nil {
+		Level   *int `json:"level"`
+	}{&in.Version, &in.Level}); err != nil {
 		return nil, err
+	}
+	if in.Level > Level {
+		return nil, failf(ErrLevel, "the cluster is at feature level %d, and this Shoal has level %d: use a Shoal of level %d or newer", in.Level, Level, in.Level)
 	}
 	if in.Version != snapshotVersion {
 		return nil, fmt.Errorf("snapshot has version %d, this Shoal reads %d: use the Shoal that wrote it", in.Version, snapshotVersion)
@@ -117,7 +122,7 @@ func restore(b []byte) (*State, error) {
 	s := New()
 	s.index, s.cluster, s.defaultNet, s.lastSubnet = in.Index, in.Cluster, in.Default, in.LastSubnet
 	s.lastVNI, s.lastNumber, s.seq = in.LastVNI, in.LastNumber, in.Seq
-	s.changed = s.index
+	s.changed, s.level = s.index, in.Level
 	if err := in.Trust.check(); err != nil {
 		return nil, err
 	}

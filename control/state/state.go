@@ -16,6 +16,7 @@ import (
 // State is all that raft replicates. Make one with New or Restore.
 type State struct {
 	rules      int    // that the command at hand is judged by; else the newest
+	level      int    // the cluster's, see Level
 	index      uint64 // of the last command
 	cluster    *Cluster
 	trust      *Trust
@@ -92,7 +93,7 @@ type Result struct {
 // New returns the state before init.
 func New() *State {
 	return &State{
-		rules:    rulesNow,
+		rules:    Level,
 		networks: map[string]*network{}, services: map[string]*service{}, tasks: map[string]*task{}, nodes: map[string]*node{},
 		netNames: map[string]string{}, svcNames: map[string]string{}, removed: map[string]*service{},
 		taskNames: map[string]string{}, taskFolds: map[string]int{}, nodeNames: map[string][]string{}, vnis: map[uint32]string{}, numbers: map[int]string{},
@@ -355,6 +356,7 @@ type Assignment struct {
 	Services []spec.Service // on Networks, by ID
 	Nodes    []spec.Node    // all, by ID
 	Trust    *Trust         // nil: none
+	Level    int            // the cluster's
 }
 
 // RoleOf is a node's role by its ID; "" of one that is not in the cluster.
@@ -397,7 +399,7 @@ func (s *State) AssignmentFor(nodeID string) (Assignment, error) {
 	if n == nil || n.expelled || s.cluster == nil {
 		return Assignment{}, &NotFoundError{"node", nodeID}
 	}
-	a := Assignment{Index: s.AssignmentIndex(nodeID), Cluster: *s.cluster, Trust: s.trust.clone()}
+	a := Assignment{Index: s.AssignmentIndex(nodeID), Cluster: *s.cluster, Trust: s.trust.clone(), Level: s.level}
 	nets := map[string]bool{}
 	for _, id := range slices.Sorted(maps.Keys(n.tasks)) {
 		t := n.tasks[id]
@@ -439,7 +441,7 @@ func (v *service) holder() string { return "service " + v.Spec.Name }
 // changes nothing but Index. The index must grow with each call.
 func (s *State) Apply(index uint64, c Command) Result {
 	s.index, s.rules = index, c.Rules
-	defer func() { s.rules = rulesNow }()
+	defer func() { s.rules = Level }()
 	if err := c.check(); err != nil {
 		return Result{Err: err}
 	}
@@ -489,6 +491,8 @@ func (s *State) Apply(index uint64, c Command) Result {
 		return s.rotateUnlock(c.RotateUnlock)
 	case c.SetGossipKeys != nil:
 		return s.setGossipKeys(c.SetGossipKeys)
+	case c.RaiseLevel != nil:
+		return s.raiseLevel(c.RaiseLevel)
 	default:
 		return s.schedule(c.Schedule)
 	}

@@ -133,7 +133,7 @@ func (s *State) createTask(c *CreateTask) Result {
 	var n *node
 	if c.Node == "" {
 		p := newPlanner(s, c.Created)
-		i, why := p.pick(p.standalone(nets, c.Ports, c.Spec.Image))
+		i, why := p.pick(p.standalone(nets, c.Ports, c.Spec))
 		if i < 0 {
 			return Result{Err: failf(ErrInvalid, "task %s: no node can run it: %s", c.Name, why)}
 		}

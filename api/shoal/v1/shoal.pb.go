@@ -1741,6 +1741,8 @@ type NodeInfo struct {
 	PublicKey        []byte                 `protobuf:"bytes,16,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"`                         // of its certificate; PKIX, DER
 	CertificateEndMs int64                  `protobuf:"varint,17,opt,name=certificate_end_ms,json=certificateEndMs,proto3" json:"certificate_end_ms,omitempty"` // when its certificate ends, as the managers signed it last; 0: not known
 	CertificateRoot  string                 `protobuf:"bytes,18,opt,name=certificate_root,json=certificateRoot,proto3" json:"certificate_root,omitempty"`       // digest of the root that signed it
+	Level            int32                  `protobuf:"varint,19,opt,name=level,proto3" json:"level,omitempty"`                                                 // feature level of its build; 0: a build without one, or not known
+	Build            string                 `protobuf:"bytes,20,opt,name=build,proto3" json:"build,omitempty"`                                                  // its version
 	Platform         string                 `protobuf:"bytes,40,opt,name=platform,proto3" json:"platform,omitempty"`                                            // linux/amd64
 	Containers       bool                   `protobuf:"varint,41,opt,name=containers,proto3" json:"containers,omitempty"`                                       // it can run images
 	ContainersWhy    string                 `protobuf:"bytes,42,opt,name=containers_why,json=containersWhy,proto3" json:"containers_why,omitempty"`             // why not
@@ -1900,6 +1902,20 @@ func (x *NodeInfo) GetCertificateEndMs() int64 {
 func (x *NodeInfo) GetCertificateRoot() string {
 	if x != nil {
 		return x.CertificateRoot
+	}
+	return ""
+}
+
+func (x *NodeInfo) GetLevel() int32 {
+	if x != nil {
+		return x.Level
+	}
+	return 0
+}
+
+func (x *NodeInfo) GetBuild() string {
+	if x != nil {
+		return x.Build
 	}
 	return ""
 }
@@ -4723,6 +4739,7 @@ type AssignmentsResponse struct {
 	Nodes         []*NodeInfo            `protobuf:"bytes,6,rep,name=nodes,proto3" json:"nodes,omitempty"`       // all
 	Cluster       *Cluster               `protobuf:"bytes,7,opt,name=cluster,proto3" json:"cluster,omitempty"`
 	Trust         *Trust                 `protobuf:"bytes,8,opt,name=trust,proto3" json:"trust,omitempty"`
+	Level         int32                  `protobuf:"varint,9,opt,name=level,proto3" json:"level,omitempty"` // feature level of the cluster: what its managers all understand
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4811,6 +4828,13 @@ func (x *AssignmentsResponse) GetTrust() *Trust {
 		return x.Trust
 	}
 	return nil
+}
+
+func (x *AssignmentsResponse) GetLevel() int32 {
+	if x != nil {
+		return x.Level
+	}
+	return 0
 }
 
 // Trust is what every node must know to tell its own from others.
@@ -4957,6 +4981,8 @@ type ReportRequest struct {
 	GossipKey       uint64                 `protobuf:"varint,11,opt,name=gossip_key,json=gossipKey,proto3" json:"gossip_key,omitempty"`                  // generation of the newest gossip key that it has installed
 	CertificateRoot string                 `protobuf:"bytes,12,opt,name=certificate_root,json=certificateRoot,proto3" json:"certificate_root,omitempty"` // digest of the root of the certificate that it shows
 	GossipKeyUsed   uint64                 `protobuf:"varint,13,opt,name=gossip_key_used,json=gossipKeyUsed,proto3" json:"gossip_key_used,omitempty"`    // generation of the gossip key that it seals with
+	Level           int32                  `protobuf:"varint,14,opt,name=level,proto3" json:"level,omitempty"`                                           // feature level of its build
+	Build           string                 `protobuf:"bytes,15,opt,name=build,proto3" json:"build,omitempty"`                                            // its version
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -5101,6 +5127,20 @@ func (x *ReportRequest) GetGossipKeyUsed() uint64 {
 		return x.GossipKeyUsed
 	}
 	return 0
+}
+
+func (x *ReportRequest) GetLevel() int32 {
+	if x != nil {
+		return x.Level
+	}
+	return 0
+}
+
+func (x *ReportRequest) GetBuild() string {
+	if x != nil {
+		return x.Build
+	}
+	return ""
 }
 
 type ReportResponse struct {
@@ -7349,9 +7389,13 @@ type InfoResponse struct {
 	CertificateFromMs int64    `protobuf:"varint,8,opt,name=certificate_from_ms,json=certificateFromMs,proto3" json:"certificate_from_ms,omitempty"`
 	CertificateEndMs  int64    `protobuf:"varint,9,opt,name=certificate_end_ms,json=certificateEndMs,proto3" json:"certificate_end_ms,omitempty"`
 	CertificateRole   string   `protobuf:"bytes,10,opt,name=certificate_role,json=certificateRole,proto3" json:"certificate_role,omitempty"`
-	Ca                string   `protobuf:"bytes,11,opt,name=ca,proto3" json:"ca,omitempty"`             // digest of the root that signed it
-	Roots             []string `protobuf:"bytes,12,rep,name=roots,proto3" json:"roots,omitempty"`       // digests of all that it trusts
-	Problems          []string `protobuf:"bytes,13,rep,name=problems,proto3" json:"problems,omitempty"` // what a person should know of this node at once
+	Ca                string   `protobuf:"bytes,11,opt,name=ca,proto3" json:"ca,omitempty"`                                          // digest of the root that signed it
+	Roots             []string `protobuf:"bytes,12,rep,name=roots,proto3" json:"roots,omitempty"`                                    // digests of all that it trusts
+	Problems          []string `protobuf:"bytes,13,rep,name=problems,proto3" json:"problems,omitempty"`                              // what a person should know of this node at once
+	Level             int32    `protobuf:"varint,14,opt,name=level,proto3" json:"level,omitempty"`                                   // feature level of this build
+	ClusterLevel      int32    `protobuf:"varint,15,opt,name=cluster_level,json=clusterLevel,proto3" json:"cluster_level,omitempty"` // of the cluster, as this node heard last; 0: it has none yet
+	Waiting           []string `protobuf:"bytes,16,rep,name=waiting,proto3" json:"waiting,omitempty"`                                // for the cluster to have this build's level: "node2 runs level 1 (v1.2)"
+	LevelBrings       string   `protobuf:"bytes,17,opt,name=level_brings,json=levelBrings,proto3" json:"level_brings,omitempty"`     // what that level brings
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -7496,6 +7540,34 @@ func (x *InfoResponse) GetProblems() []string {
 		return x.Problems
 	}
 	return nil
+}
+
+func (x *InfoResponse) GetLevel() int32 {
+	if x != nil {
+		return x.Level
+	}
+	return 0
+}
+
+func (x *InfoResponse) GetClusterLevel() int32 {
+	if x != nil {
+		return x.ClusterLevel
+	}
+	return 0
+}
+
+func (x *InfoResponse) GetWaiting() []string {
+	if x != nil {
+		return x.Waiting
+	}
+	return nil
+}
+
+func (x *InfoResponse) GetLevelBrings() string {
+	if x != nil {
+		return x.LevelBrings
+	}
+	return ""
 }
 
 type InitRequest struct {
@@ -8936,7 +9008,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\rnot_before_ms\x18\f \x01(\x03R\vnotBeforeMs\x12\x18\n" +
 	"\aattempt\x18\r \x01(\x05R\aattempt\x12$\n" +
 	"\x05ports\x18\x0e \x03(\v2\x0e.shoal.v1.PortR\x05ports\x12+\n" +
-	"\x06faults\x18\x0f \x03(\v2\x13.shoal.v1.NodeFaultR\x06faults\"\xc4\x05\n" +
+	"\x06faults\x18\x0f \x03(\v2\x13.shoal.v1.NodeFaultR\x06faults\"\xf0\x05\n" +
 	"\bNodeInfo\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +
@@ -8959,7 +9031,9 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\n" +
 	"public_key\x18\x10 \x01(\fR\tpublicKey\x12,\n" +
 	"\x12certificate_end_ms\x18\x11 \x01(\x03R\x10certificateEndMs\x12)\n" +
-	"\x10certificate_root\x18\x12 \x01(\tR\x0fcertificateRoot\x12\x1a\n" +
+	"\x10certificate_root\x18\x12 \x01(\tR\x0fcertificateRoot\x12\x14\n" +
+	"\x05level\x18\x13 \x01(\x05R\x05level\x12\x14\n" +
+	"\x05build\x18\x14 \x01(\tR\x05build\x12\x1a\n" +
 	"\bplatform\x18( \x01(\tR\bplatform\x12\x1e\n" +
 	"\n" +
 	"containers\x18) \x01(\bR\n" +
@@ -9154,7 +9228,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x04term\x18\x01 \x01(\x04R\x04term\x12\x16\n" +
 	"\x06leader\x18\x02 \x01(\tR\x06leader\"(\n" +
 	"\x12AssignmentsRequest\x12\x12\n" +
-	"\x04node\x18\x01 \x01(\tR\x04node\"\xcb\x02\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\"\xe1\x02\n" +
 	"\x13AssignmentsResponse\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x1c\n" +
 	"\tunchanged\x18\x02 \x01(\bR\tunchanged\x12$\n" +
@@ -9163,7 +9237,8 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\bservices\x18\x05 \x03(\v2\x11.shoal.v1.ServiceR\bservices\x12(\n" +
 	"\x05nodes\x18\x06 \x03(\v2\x12.shoal.v1.NodeInfoR\x05nodes\x12+\n" +
 	"\acluster\x18\a \x01(\v2\x11.shoal.v1.ClusterR\acluster\x12%\n" +
-	"\x05trust\x18\b \x01(\v2\x0f.shoal.v1.TrustR\x05trust\"i\n" +
+	"\x05trust\x18\b \x01(\v2\x0f.shoal.v1.TrustR\x05trust\x12\x14\n" +
+	"\x05level\x18\t \x01(\x05R\x05level\"i\n" +
 	"\x05Trust\x12\x14\n" +
 	"\x05roots\x18\x01 \x03(\fR\x05roots\x12\x14\n" +
 	"\x05signs\x18\x02 \x01(\tR\x05signs\x124\n" +
@@ -9174,7 +9249,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"generation\x18\x01 \x01(\x04R\n" +
 	"generation\x12\x10\n" +
 	"\x03key\x18\x02 \x01(\fR\x03key\x12\x18\n" +
-	"\aprimary\x18\x03 \x01(\bR\aprimary\"\xc7\x05\n" +
+	"\aprimary\x18\x03 \x01(\bR\aprimary\"\xf3\x05\n" +
 	"\rReportRequest\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x128\n" +
 	"\x05tasks\x18\x02 \x03(\v2\".shoal.v1.ReportRequest.TasksEntryR\x05tasks\x12\x1d\n" +
@@ -9197,7 +9272,9 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\n" +
 	"gossip_key\x18\v \x01(\x04R\tgossipKey\x12)\n" +
 	"\x10certificate_root\x18\f \x01(\tR\x0fcertificateRoot\x12&\n" +
-	"\x0fgossip_key_used\x18\r \x01(\x04R\rgossipKeyUsed\x1aN\n" +
+	"\x0fgossip_key_used\x18\r \x01(\x04R\rgossipKeyUsed\x12\x14\n" +
+	"\x05level\x18\x0e \x01(\x05R\x05level\x12\x14\n" +
+	"\x05build\x18\x0f \x01(\tR\x05build\x1aN\n" +
 	"\n" +
 	"TasksEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12*\n" +
@@ -9388,7 +9465,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\rUnlockRequest\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\"\x10\n" +
 	"\x0eUnlockResponse\"\r\n" +
-	"\vInfoRequest\"\x8c\x04\n" +
+	"\vInfoRequest\"\x84\x05\n" +
 	"\fInfoResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x18\n" +
 	"\acluster\x18\x02 \x01(\tR\acluster\x12&\n" +
@@ -9408,7 +9485,11 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	" \x01(\tR\x0fcertificateRole\x12\x0e\n" +
 	"\x02ca\x18\v \x01(\tR\x02ca\x12\x14\n" +
 	"\x05roots\x18\f \x03(\tR\x05roots\x12\x1a\n" +
-	"\bproblems\x18\r \x03(\tR\bproblems\"\xe8\x01\n" +
+	"\bproblems\x18\r \x03(\tR\bproblems\x12\x14\n" +
+	"\x05level\x18\x0e \x01(\x05R\x05level\x12#\n" +
+	"\rcluster_level\x18\x0f \x01(\x05R\fclusterLevel\x12\x18\n" +
+	"\awaiting\x18\x10 \x03(\tR\awaiting\x12!\n" +
+	"\flevel_brings\x18\x11 \x01(\tR\vlevelBrings\"\xe8\x01\n" +
 	"\vInitRequest\x12%\n" +
 	"\x0eadvertise_addr\x18\x01 \x01(\tR\radvertiseAddr\x12#\n" +
 	"\raddress_pools\x18\x02 \x03(\tR\faddressPools\x12\x1f\n" +
