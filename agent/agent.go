@@ -80,6 +80,12 @@ type Config struct {
 	Ingress  ingress.Dataplane // nil: no published ports
 	// VIPReason says why VIP was chosen.
 	VIPReason string
+	// OpenProber opens a socket in the named namespace, by which other nodes are
+	// probed over the data path; nil: they are not.
+	OpenProber func(netns string) (Prober, error)
+	// UnderlayMTU is the MTU of the link that has this node's address, in bytes, 0
+	// if none has it; nil: the others are not told.
+	UnderlayMTU func() int
 	// WatchKernel calls wake after changes of the kernel's that may concern
 	// us; nil: the loops' period must do.
 	WatchKernel func(ctx context.Context, wake func())

@@ -168,7 +168,7 @@ func peers(in inputs) []spec.Peer {
 		for _, n := range in.assigned.Nodes {
 			p := spec.Peer{ID: n.ID, Name: n.Name, Number: n.Number, Addr: n.Addr, Liveness: spec.PeerDead, ControlPort: n.ControlPort, GossipPort: n.GossipPort}
 			if h, ok := heard[n.ID]; ok {
-				p.Liveness = h.Liveness
+				p.Liveness, p.MTU, p.Answers = h.Liveness, h.MTU, h.Answers
 			}
 			out = append(out, p)
 		}

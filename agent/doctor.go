@@ -142,10 +142,14 @@ func (a *Agent) doctor(ctx context.Context) *shoalv1.DoctorResponse {
 	}
 	lctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
-	if _, err := m.client.ListNodes(lctx, connect.NewRequest(&shoalv1.ListNodesRequest{Refs: []string{m.ident.NodeID}})); err != nil {
+	var told []string // nodes that do not reach this one
+	if nodes, err := m.client.ListNodes(lctx, connect.NewRequest(&shoalv1.ListNodesRequest{Refs: []string{m.ident.NodeID}})); err != nil {
 		check("managers", "error", "no manager answers: "+err.Error(), "running tasks, VIPs and names go on; bring a majority of the managers back")
 	} else {
 		check("managers", "ok", "the leader answers", "")
+		for _, n := range nodes.Msg.Nodes {
+			told = append(told, n.Unreached...)
+		}
 	}
 	if clashes, err := m.clashes(lctx); err == nil {
 		for _, c := range clashes {
@@ -177,6 +181,7 @@ func (a *Agent) doctor(ctx context.Context) *shoalv1.DoctorResponse {
 	default:
 		check("gossip", "ok", fmt.Sprintf("%d nodes, %d endpoints", len(snap.Members), len(snap.Endpoints)), "")
 	}
+	m.doctorPaths(told, check)
 	loops := []struct {
 		name   string
 		status []reconcile.ObjectStatus

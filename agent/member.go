@@ -76,6 +76,7 @@ type member struct {
 	certWake    chan struct{}             // size 1
 	saveWake    chan struct{}             // size 1
 	progress    *progress
+	paths       *paths
 	evicted     func(reason string) // told once when the managers no longer know this node
 
 	ctx    context.Context
@@ -112,7 +113,7 @@ func newMember(cfg Config, ident *identity, creds *peer.Credentials, log *slog.L
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	m := &member{cfg: cfg, ident: ident, creds: creds, log: log, listener: ln, ctx: ctx, cancel: cancel,
-		composeWake: make(chan struct{}, 1), reportWake: make(chan struct{}, 1), assignWake: make(chan struct{}, 1), certWake: make(chan struct{}, 1), saveWake: make(chan struct{}, 1), progress: newProgress(), acked: map[string]spec.TaskStatus{}}
+		composeWake: make(chan struct{}, 1), reportWake: make(chan struct{}, 1), assignWake: make(chan struct{}, 1), certWake: make(chan struct{}, 1), saveWake: make(chan struct{}, 1), progress: newProgress(), paths: newPaths(), acked: map[string]spec.TaskStatus{}}
 	m.peer = peer.New(peer.Config{Credentials: creds, Standing: m.standing, Log: log})
 	m.http, m.raft = m.peer.Listen(ln)
 	m.fwd = control.NewForwarder(control.ForwarderConfig{NodeID: ident.NodeID, Peer: m.peer, Managers: m.managerAddrs, Log: log})
@@ -294,6 +295,7 @@ func (m *member) start() error {
 	m.wg.Go(m.certLoop)
 	m.wg.Go(m.keepFiles)
 	m.wg.Go(m.imagesLoop)
+	m.wg.Go(m.pathLoop)
 	return nil
 }
 
@@ -407,6 +409,8 @@ func (m *member) compose() {
 		self: m.ident.NodeID, instance: m.cfg.Instance, assigned: assigned, gossip: snap, sandboxes: sandboxes, adopted: adopted,
 		underlay: spec.Underlay{Addr: m.ident.Addr, VXLANPort: m.ident.Cluster.DataPathPort},
 	})
+	m.paths.follow(v)
+	m.paths.darken(v)
 	var nodes []spec.Node
 	if assigned != nil {
 		nodes = assigned.Nodes
@@ -820,6 +824,10 @@ func (m *member) report() error {
 		if p.Liveness == spec.PeerDead {
 			req.DeadPeers = append(req.DeadPeers, p.Peer.ID)
 		}
+	}
+	dark, _ := m.paths.dark()
+	for _, d := range dark {
+		req.DarkPeers = append(req.DarkPeers, d.id)
 	}
 	ctx, cancel := context.WithTimeout(m.ctx, reportTimeout)
 	defer cancel()

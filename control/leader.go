@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -79,6 +80,61 @@ func (m *Manager) failing(id string, faults []*shoalv1.ReportRequest_Fault) {
 	} else if m.faults != nil {
 		m.faults[id] = faults
 	}
+}
+
+// darkens notes which nodes don't answer a node over VXLAN.
+func (m *Manager) darkens(id string, peers []string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if len(peers) == 0 {
+		delete(m.dark, id)
+	} else if m.faults != nil { // while this manager leads
+		if m.dark == nil {
+			m.dark = map[string][]string{}
+		}
+		m.dark[id] = peers[:min(len(peers), spec.MaxNodes)]
+	}
+}
+
+// darkPaths lists by node the names of the others that it does not reach, or is not
+// reached by, over the data path.
+func (m *Manager) darkPaths(st *state.State) map[string][]string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if len(m.dark) == 0 {
+		return nil
+	}
+	names, others := map[string]string{}, map[string][]string{}
+	for _, n := range st.Nodes() {
+		if n.Status == spec.NodeReady {
+			names[n.ID] = n.Name
+		}
+	}
+	for id, peers := range m.dark {
+		for _, p := range peers {
+			if a, b := names[id], names[p]; a != "" && b != "" && id != p {
+				others[id], others[p] = append(others[id], b), append(others[p], a)
+			}
+		}
+	}
+	for id, ns := range others {
+		slices.Sort(ns)
+		others[id] = slices.Compact(ns)
+	}
+	return others
+}
+
+// unreachedText says what darkPaths does of one node; "" for nothing.
+func unreachedText(names []string, port int) string {
+	if len(names) == 0 {
+		return ""
+	}
+	const shown = 5
+	list := strings.Join(names[:min(len(names), shown)], ", ")
+	if n := len(names) - shown; n > 0 {
+		list += fmt.Sprintf(" and %d more", n)
+	}
+	return fmt.Sprintf("no data path to %s: open %d/udp between them", list, port)
 }
 
 // faultsByObject is what live nodes can't do, by the ID of the service or task that

@@ -97,6 +97,7 @@ type Manager struct {
 	shows      map[string]string                         // by node: digest of its certificate's root
 	ready      map[string]bool                           // by node: its raft runs, and may be counted on
 	levels     map[string]int                            // by node: feature level of its build
+	dark       map[string][]string                       // by node: those that do not answer it over VXLAN
 	wakeNodes  chan struct{}                             // size 1
 	wakeVoters chan struct{}                             // size 1
 }
@@ -330,6 +331,7 @@ func (m *Manager) lead(ctx context.Context) {
 	m.leadership, m.verified = ctx, now
 	m.lastSeen, m.applied, m.faults, m.ready, m.shows = map[string]time.Time{}, map[string]uint64{}, map[string][]*shoalv1.ReportRequest_Fault{}, map[string]bool{}, map[string]string{}
 	m.gossipSeen, m.levels = map[string]gossipSeen{}, map[string]int{}
+	m.dark = map[string][]string{}
 	m.mu.Unlock()
 	m.log.Info("leading the managers")
 	defer func() {

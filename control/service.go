@@ -261,8 +261,17 @@ func (s *service) ListNodes(_ context.Context, req *connect.Request[shoalv1.List
 	resp := &shoalv1.ListNodesResponse{}
 	err := s.read(func(st *state.State) error {
 		ns, err := pick(req.Msg.Refs, st.Nodes, st.Node)
+		dark, port := s.m.darkPaths(st), 0
+		if c, ok := st.Cluster(); ok {
+			port = c.DataPathPort
+		}
 		for _, n := range ns {
-			resp.Nodes = append(resp.Nodes, s.nodeInfo(n))
+			info := s.nodeInfo(n)
+			if d := dark[n.ID]; len(d) > 0 {
+				info.Unreached = d
+				info.Message = strings.TrimPrefix(info.Message+"; "+unreachedText(d, port), "; ")
+			}
+			resp.Nodes = append(resp.Nodes, info)
 		}
 		return err
 	})
@@ -511,6 +520,7 @@ func (s *service) Report(ctx context.Context, req *connect.Request[shoalv1.Repor
 	s.m.showing(r.Node, r.CertificateRoot)
 	s.m.runs(r.Node, int(r.Level))
 	s.m.sees(r.Node, gossipSeen{newest: r.GossipKey, used: r.GossipKeyUsed})
+	s.m.darkens(r.Node, r.DarkPeers)
 	now := known
 	if r.Addr != "" {
 		if now.Addr, err = netip.ParseAddr(r.Addr); err != nil {

@@ -61,6 +61,7 @@ func (t msgType) String() string {
 
 // Bounds of decoded values.
 const (
+	maxMTU     = 1 << 16 // no link of Linux has a larger one (ETH_MAX_MTU)
 	maxID      = 64
 	maxString  = 1024
 	maxAddrs   = 64
@@ -675,12 +676,22 @@ type meta struct {
 	epoch, seq uint64
 	// maxInc is the last of memberlist's incarnations that this may be told with.
 	maxInc uint32
+	path
+}
+
+// path is a node's end of the data path: see spec.Peer's MTU and Answers. A node
+// of a version before these says neither.
+type path struct {
+	mtu     int
+	answers bool
 }
 
 func (m meta) encode() []byte {
 	b := binary.AppendUvarint(nil, m.epoch)
 	b = binary.AppendUvarint(b, m.seq)
-	return binary.AppendUvarint(b, uint64(m.maxInc))
+	b = binary.AppendUvarint(b, uint64(m.maxInc))
+	b = binary.AppendUvarint(b, uint64(m.mtu))
+	return appendBool(b, m.answers)
 }
 
 // decodeMeta ignores what follows, so that later versions may add to it.
@@ -692,6 +703,12 @@ func decodeMeta(b []byte) (m meta, err error) {
 		r.fail(fmt.Errorf("epoch %d, incarnation %d", m.epoch, inc))
 	}
 	m.maxInc = uint32(inc)
+	if r.err == nil && len(r.b) > 0 { // an older node says no more
+		if mtu := r.uvarint(); mtu <= maxMTU {
+			m.mtu = int(mtu)
+		}
+		m.answers = r.byte() == 1
+	}
 	if r.err != nil {
 		return meta{}, fmt.Errorf("node metadata: %w", r.err)
 	}

@@ -2,6 +2,7 @@ package gossip
 
 import (
 	"bytes"
+	"encoding/binary"
 	"math"
 	"net/netip"
 	"reflect"
@@ -201,16 +202,30 @@ func TestEncodableIsWhatDecodes(t *testing.T) {
 }
 
 func TestMeta(t *testing.T) {
-	m := meta{epoch: math.MaxUint64, seq: math.MaxUint64, maxInc: math.MaxUint32}
+	m := meta{epoch: math.MaxUint64, seq: math.MaxUint64, maxInc: math.MaxUint32, path: path{mtu: maxMTU, answers: true}}
 	b := m.encode()
 	for _, b := range [][]byte{b, append(b, "more"...)} {
 		if got, err := decodeMeta(b); err != nil || got != m {
 			t.Fatalf("got %+v, %v", got, err)
 		}
 	}
+	old := m
+	old.path = path{}
+	short := len(old.encode()) - 2 // as versions before the path's fields wrote it
 	for i := range b {
-		if got, err := decodeMeta(b[:i]); err == nil {
+		got, err := decodeMeta(b[:i])
+		switch {
+		case i == short && (err != nil || got != old):
+			t.Fatalf("of an older version: %+v, %v", got, err)
+		case i != short && err == nil:
 			t.Fatalf("%d bytes are understood as %+v", i, got)
+		}
+	}
+	// What can't be a link's MTU is as if it was not said.
+	for _, mtu := range []uint64{maxMTU + 1, math.MaxUint32, math.MaxUint64} {
+		b := append(binary.AppendUvarint(b[:short:short], mtu), 1)
+		if got, err := decodeMeta(b); err != nil || got.mtu != 0 || !got.answers {
+			t.Fatalf("MTU %d: %+v, %v", mtu, got, err)
 		}
 	}
 }
@@ -237,7 +252,7 @@ func FuzzDecode(f *testing.F) {
 }
 
 func FuzzMeta(f *testing.F) {
-	f.Add(meta{3, 4, 5}.encode())
+	f.Add(meta{3, 4, 5, path{1300, true}}.encode())
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if m, err := decodeMeta(b); err == nil {
 			if got, err := decodeMeta(m.encode()); err != nil || got != m {

@@ -390,7 +390,7 @@ func (g *Gossip) build() *Snapshot {
 	self := g.recs[g.cfg.NodeID]
 	s.Members = append(s.Members, Member{
 		Peer: spec.Peer{ID: g.cfg.NodeID, Name: g.name, Number: g.number, Addr: g.addr.Addr(),
-			ControlPort: g.cfg.ControlPort, GossipPort: int(g.addr.Port())},
+			ControlPort: g.cfg.ControlPort, GossipPort: int(g.addr.Port()), MTU: g.meta.path.mtu, Answers: g.meta.path.answers},
 		Role: g.role, Epoch: self.epoch, Seq: self.seq,
 	})
 	n := len(self.entries)
@@ -406,7 +406,7 @@ func (g *Gossip) build() *Snapshot {
 		}
 		out := Member{
 			Peer: spec.Peer{ID: id, Name: info.Name, Number: info.Number, Addr: m.addr.Addr(), Liveness: m.liveness(),
-				ControlPort: info.ControlPort, GossipPort: int(m.addr.Port())},
+				ControlPort: info.ControlPort, GossipPort: int(m.addr.Port()), MTU: m.path.mtu, Answers: m.path.answers},
 			Role: info.Role,
 		}
 		if r := g.recs[id]; r != nil {
@@ -541,6 +541,22 @@ func (g *Gossip) SetMeta(name string, number int, role string) {
 		g.bump()
 	}
 	g.mu.Unlock()
+}
+
+// SetPath changes what the others know of this node's end of the data path: see
+// spec.Peer's MTU and Answers.
+func (g *Gossip) SetPath(mtu int, answers bool) {
+	g.mu.Lock()
+	said := path{mtu, answers}
+	same := g.meta.path == said
+	if !same {
+		g.meta.path = said
+		g.bump()
+	}
+	g.mu.Unlock()
+	if !same {
+		g.renewMeta()
+	}
 }
 
 // resignMeta signs this node's metadata anew, for more incarnations or with

@@ -33,6 +33,7 @@ type member struct {
 	suspect   bool // fails reached Tuning.SuspectAfter
 	pinging   bool
 	since     time.Time // of the last change of up or left
+	path      path      // as it last said
 }
 
 func (m *member) reachable() bool {
@@ -133,6 +134,7 @@ func (g *Gossip) memberUp(n *memberlist.Node, join bool) {
 		return
 	}
 	addr := netip.AddrPortFrom(ip.Unmap(), n.Port)
+	said := g.wall.said(n.Name, n.Meta)
 	g.mu.Lock()
 	m := g.members[n.Name]
 	if m == nil {
@@ -140,7 +142,7 @@ func (g *Gossip) memberUp(n *memberlist.Node, join bool) {
 		g.members[n.Name] = m
 	}
 	before := *m
-	m.addr, m.assigned = addr, g.assigned(n.Name)
+	m.addr, m.assigned, m.path = addr, g.assigned(n.Name), said
 	m.up, m.holding, m.orphaned = true, false, false
 	if join {
 		// Only the node itself can come back from having left.

@@ -102,6 +102,7 @@ type voucher struct {
 	raw        []byte
 	epoch, seq uint64
 	maxInc     uint32
+	path       path
 }
 
 type budget struct {
@@ -390,7 +391,7 @@ func (w *wall) alive(m swim) bool {
 			w.refuse(refusedStale)
 			return false
 		}
-		v = voucher{bytes.Clone(m.meta), n.epoch, n.seq, n.maxInc}
+		v = voucher{bytes.Clone(m.meta), n.epoch, n.seq, n.maxInc, n.path}
 		w.mu.Lock()
 		w.heard[id] = v
 		w.mu.Unlock()
@@ -403,6 +404,22 @@ func (w *wall) alive(m swim) bool {
 		w.outgrow(m.inc)
 	}
 	return true
+}
+
+// said is what a node says of its end of the data path, in metadata that passed
+// alive.
+func (w *wall) said(id string, raw []byte) path {
+	w.mu.Lock()
+	v, known := w.heard[id]
+	w.mu.Unlock()
+	if known && bytes.Equal(v.raw, raw) {
+		return v.path
+	}
+	m, err := w.g.openMeta(id, raw)
+	if err != nil {
+		return path{}
+	}
+	return m.path
 }
 
 // stillSigned tells whether a voucher was signed with a key that is the node's.

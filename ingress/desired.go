@@ -175,7 +175,7 @@ func (b *builder) local(n *network, owner string, p spec.Port, takes, drains []n
 func (b *builder) nodes(n *network) {
 	for _, p := range b.v.Peers {
 		if p.ID != b.v.Self && p.Liveness != spec.PeerDead && p.Number >= 1 && p.Number <= spec.MaxNodes {
-			b.Add(Node{Netns: n.ns, Number: p.Number})
+			b.Add(Node{Netns: n.ns, Number: p.Number, MTU: b.v.PathMTU(n.Network, p, false)})
 		}
 	}
 }

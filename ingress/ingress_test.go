@@ -39,7 +39,7 @@ shoal-net-app-netapp
   local balancer 8083/tcp to 10.93.1.10 10.93.1.11 port 83, draining 10.93.1.12
   local balancer 8084/tcp to 10.93.1.10 port 84
   replies to node 2 via 169.254.64.2
-  replies to node 300 via 169.254.65.44
+  replies to node 300 via 169.254.65.44 mtu 1350
 `
 
 func TestDesired(t *testing.T) {
@@ -62,7 +62,8 @@ func TestDesired(t *testing.T) {
 			v.Networks[0].Internal = true
 		}, ""},
 		"IPv6 underlay": {func(v *spec.View) { v.Underlay.Addr = netip.MustParseAddr("2001:db8::1") },
-			"-  table shoal-ingress, this node is 192.0.2.1\n+  table shoal-ingress\n"},
+			"-  table shoal-ingress, this node is 192.0.2.1\n+  table shoal-ingress\n" +
+				"-  replies to node 300 via 169.254.65.44 mtu 1350\n+  replies to node 300 via 169.254.65.44 mtu 1330\n"},
 		"host mode drains": {func(v *spec.View) { v.Endpoints[0].State = spec.EndpointDraining },
 			"-  local balancer 8084/tcp to 10.93.1.10 port 84\n+  local balancer 8084/tcp to nothing port 84, draining 10.93.1.10\n" +
 				"-  local balancer 8083/tcp to 10.93.1.10 10.93.1.11 port 83, draining 10.93.1.12\n" +

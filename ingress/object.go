@@ -104,6 +104,7 @@ type Table struct {
 type Node struct {
 	Netns  string
 	Number int
+	MTU    int // bytes, that packets to it may have; 0: the device's
 	Fault  string
 }
 
@@ -249,7 +250,11 @@ func (o Table) String() string {
 	return fmt.Sprintf("table %s for %s, own address %s%s", NetnsTable, o.Subnets, o.Out, fault(o.Fault))
 }
 func (o Node) String() string {
-	return fmt.Sprintf("replies to node %d via %s%s", o.Number, spec.RouterAddr(o.Number), fault(o.Fault))
+	s := fmt.Sprintf("replies to node %d via %s", o.Number, spec.RouterAddr(o.Number))
+	if o.MTU != 0 {
+		s += fmt.Sprintf(" mtu %d", o.MTU)
+	}
+	return s + fault(o.Fault)
 }
 func (o Entry) String() string { return o.label() }
 func (o Local) String() string {

@@ -15,27 +15,17 @@ import (
 	"github.com/shoalnet/shoal/spec"
 )
 
-// VXLAN's overhead in bytes: an inner Ethernet header (14), VXLAN (8), UDP (8)
-// and the outer IP header, 20 or 40 (RFC 7348, section 5).
-const (
-	overhead4 = 50
-	overhead6 = 70
-)
-
 // Desired returns what the View asks of this node's kernel. It is pure.
 //
 // A View that does not know this node's own number or address yet asks for
 // nothing, and for nothing to be removed.
 func Desired(v *spec.View) State {
-	s := State{Overhead: overhead4, UnderlayMTU: v.Underlay.MTU, Owners: map[string]string{}, PortOwners: map[string]string{}}
+	s := State{Overhead: spec.VXLANOverhead(v.Underlay.Addr), UnderlayMTU: v.Underlay.MTU, Owners: map[string]string{}, PortOwners: map[string]string{}}
 	self, ok := v.Peer(v.Self)
 	if !ok || self.Number < 1 || self.Number > spec.MaxNodes || !v.Underlay.Addr.IsValid() {
 		return s
 	}
 	s.Complete = v.Complete
-	if v.Underlay.Addr.Is6() {
-		s.Overhead = overhead6
-	}
 	s.Owners[""] = "node"
 	if len(v.Networks) > 0 {
 		s.Add(Underlay{v.Underlay.Addr})
@@ -44,6 +34,7 @@ func Desired(v *spec.View) State {
 	for _, n := range v.Networks {
 		nets[n.ID] = s.network(v, self, n)
 	}
+	s.path(v, self)
 	for _, b := range v.Sandboxes {
 		s.sandbox(b, nets)
 	}
@@ -62,6 +53,9 @@ func (s *State) members(v *spec.View) {
 		if n.Driver != spec.DriverBridge {
 			vnis = append(vnis, n.VNI)
 		}
+	}
+	if len(vnis) > 0 {
+		vnis = append(vnis, spec.PathNetwork.VNI)
 	}
 	if !v.Complete || len(v.Networks) == 0 {
 		return
@@ -324,7 +318,32 @@ func (s *State) remotes(v *spec.View, n *network) {
 		mac := spec.VTEPMAC(p.Number).String()
 		s.Add(Neigh{n.ns, VXLANDev, router, mac})
 		s.Add(FDB{n.ns, mac, p.Addr})
-		s.Add(Route{Netns: n.ns, Dst: host(a), Metric: metric, Via: router, Dev: VXLANDev, Src: n.gateway(a.Is6()), Onlink: true})
+		s.Add(Route{Netns: n.ns, Dst: host(a), Metric: metric, Via: router, Dev: VXLANDev, Src: n.gateway(a.Is6()), Onlink: true,
+			MTU: v.PathMTU(n.Network, p, a.Is6())})
+	}
+}
+
+// PathOwner is who the objects of spec.PathNetwork are for.
+const PathOwner = "probes of the data path"
+
+// path adds the namespace by which nodes probe the data path, while there is any:
+// each has its router's address there, which the kernel answers for.
+func (s *State) path(v *spec.View, self spec.Peer) {
+	if !slices.ContainsFunc(v.Networks, func(n spec.Network) bool { return n.Driver != spec.DriverBridge }) {
+		return
+	}
+	n := s.network(v, self, spec.PathNetwork)
+	s.Owners[n.ns] = PathOwner
+	me := spec.RouterAddr(self.Number)
+	s.Add(Addr{n.ns, "lo", host(me)})
+	s.Add(Route{Netns: n.ns, Dst: spec.RouterPrefix, Dev: VXLANDev, Src: me})
+	for _, p := range v.Peers {
+		if p.ID != v.Self && p.Liveness != spec.PeerDead && p.Number >= 1 && p.Number <= spec.MaxNodes && p.Number != self.Number &&
+			p.Addr.IsValid() && p.Addr.Is4() == v.Underlay.Addr.Is4() {
+			mac := spec.VTEPMAC(p.Number).String()
+			s.Add(Neigh{n.ns, VXLANDev, spec.RouterAddr(p.Number), mac})
+			s.Add(FDB{n.ns, mac, p.Addr})
+		}
 	}
 }
 

@@ -152,7 +152,7 @@ func TestMembers(t *testing.T) {
 	v := sample()
 	v.Peers[1].Liveness = spec.PeerDead
 	m, _ := overlay.Desired(v).Get(overlay.Members{}.Key()).(overlay.Members)
-	if m.Peers != "192.0.2.1 192.0.2.2 192.0.2.3" || m.VNIs != "4096 4097" || m.Agents != "192.0.2.1:2377 192.0.2.1:7946 192.0.2.2:2378 192.0.2.2:7946" || m.Port != 4789 || m.Table != "shoal-members" {
+	if m.Peers != "192.0.2.1 192.0.2.2 192.0.2.3" || m.VNIs != "4095 4096 4097" || m.Agents != "192.0.2.1:2377 192.0.2.1:7946 192.0.2.2:2378 192.0.2.2:7946" || m.Port != 4789 || m.Table != "shoal-members" {
 		t.Errorf("members %+v", m)
 	}
 	have := kernel(v)
@@ -172,4 +172,81 @@ func TestMembers(t *testing.T) {
 	if ops, _ := overlay.Diff(part, have, time.Time{}); len(ops) != 0 {
 		t.Errorf("a View that is not complete takes away: %v", ops)
 	}
+}
+
+// TestPathMTU: what is sent to a node whose underlay carries less is as long as that,
+// and nothing else is.
+func TestPathMTU(t *testing.T) {
+	route := func(s overlay.State, dst string) string {
+		for _, x := range of(s, "route "+dst) {
+			if strings.Contains(x, " dev vx") {
+				return x
+			}
+		}
+		t.Fatalf("no route to %s in\n%s", dst, s)
+		return ""
+	}
+	for _, c := range []struct {
+		self, peer, network int
+		want                string // "": nothing of an MTU
+	}{
+		{1500, 1300, 0, " mtu lock 1250"},
+		{1500, 1500, 0, ""},
+		{1300, 1500, 0, ""}, // the devices' own does it
+		{9000, 1500, 0, " mtu lock 1450"},
+		{1500, 1300, 1250, ""},
+		{1500, 1300, 1400, " mtu lock 1250"},
+		{1500, 0, 0, ""}, // it does not say
+		{0, 1300, 0, ""}, // nor this node
+		{0, 1300, 1400, " mtu lock 1250"},
+		{1500, 1, 0, " mtu lock 576"},
+		{1500, -1, 0, ""},
+		{1500, 625, 0, " mtu lock 576"},
+		{1500, 65535, 0, ""},
+		{65535, 65535, 0, ""},
+	} {
+		v := sample()
+		v.Underlay.MTU = 0
+		for i := range v.Networks {
+			v.Networks[i].MTU = c.network
+		}
+		for i := range v.Peers {
+			v.Peers[i].MTU = c.self
+			if v.Peers[i].ID == overlaytest.PeerB {
+				v.Peers[i].MTU = c.peer
+			}
+		}
+		s := overlay.Desired(v)
+		if got := route(s, "10.91.1.20"); !strings.HasSuffix(got, c.want) || c.want == "" && strings.Contains(got, "mtu") {
+			t.Errorf("%+v: %s", c, got)
+		}
+		if got := route(s, "10.91.1.30"); c.self == 1500 && c.network == 0 && strings.Contains(got, "mtu") {
+			t.Errorf("%+v: to another node %s", c, got)
+		}
+	}
+	// IPv6 has no smaller packets than 1,280 bytes.
+	v := overlaytest.Sample("shoal", spec.Underlay{Addr: netip.MustParseAddr("192.0.2.1"), VXLANPort: 4789, MTU: 1500}, spec.MinVNI, true)
+	v.Peers[1].MTU = 1300
+	s := overlay.Desired(v)
+	if four, six := route(s, "10.91.1.20"), route(s, "fd91:1::20"); !strings.HasSuffix(four, " mtu lock 1250") || !strings.HasSuffix(six, " mtu lock 1280") {
+		t.Errorf("%s; %s", four, six)
+	}
+}
+
+// TestPath: the namespace of the probes is there while a network that spans nodes is,
+// and knows every node that is not dead.
+func TestPath(t *testing.T) {
+	v := sample()
+	s := kernel(v)
+	ns := spec.OverlayNetns("shoal", spec.PathNetwork)
+	has(t, s, true, ns+": ", "169.254.64.1/32")
+	has(t, s, true, ns+": ", "fdb", "192.0.2.2")
+	has(t, s, true, ns+": ", "fdb", "192.0.2.3")
+	has(t, s, false, ns+": ", "masquerade")
+	v.Peers[1].Liveness = spec.PeerDead
+	has(t, kernel(v), false, ns+": ", "fdb", "192.0.2.2")
+	for i := range v.Networks {
+		v.Networks[i].Driver = spec.DriverBridge
+	}
+	has(t, kernel(v), false, ns+": ")
 }

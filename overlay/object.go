@@ -203,6 +203,7 @@ type Route struct {
 	Dev    string     // empty if unreachable
 	Src    netip.Addr // preferred source; zero: the kernel's choice
 	Onlink bool       // Via need not be reachable by another route
+	MTU    int        // bytes, that packets on it may have; 0: the device's
 }
 
 // Redirect sends a task's questions to 127.0.0.11:53 to Port of 127.0.0.11.
@@ -494,6 +495,9 @@ func (o Route) String() string {
 	}
 	if o.Metric != 0 {
 		fmt.Fprintf(&b, " metric %d", o.Metric)
+	}
+	if o.MTU != 0 {
+		fmt.Fprintf(&b, " mtu lock %d", o.MTU)
 	}
 	return b.String()
 }

@@ -30,7 +30,21 @@ type Peer struct {
 	// ControlPort (TCP) and GossipPort (TCP and UDP) are where its agent
 	// listens, at Addr.
 	ControlPort, GossipPort int
+	// MTU is that of the link that has Addr, as the node says, in bytes; 0: it
+	// does not say.
+	MTU int
+	// Answers: it has a namespace that answers probes of the data path
+	// ([PathNetwork]).
+	Answers bool
+	// Dark: it does not answer those of this node, by the data path, though it
+	// should: what VXLAN carries there or back is lost. Not gossiped.
+	Dark bool
 }
+
+// PathNetwork is the network that the nodes have among themselves, on which they
+// probe the data path: each has its RouterAddr on it. Its VNI is below those of
+// networks, which begin at 4096.
+var PathNetwork = Network{ID: "shoalpath222", Name: "path", Driver: DriverOverlay, VNI: 4095, Internal: true, Subnets: []netip.Prefix{RouterPrefix}}
 
 // RouterAddr is the next hop that stands for the node in every overlay
 // namespace: 169.254.64.0 + Number, outside every subnet, so that no address
@@ -149,6 +163,57 @@ func (v *View) Network(id string) (Network, bool) {
 		return Network{}, false
 	}
 	return v.Networks[i], true
+}
+
+// VXLAN's overhead in bytes: an inner Ethernet header (14), VXLAN (8), UDP (8)
+// and the outer IP header, 20 or 40 (RFC 7348, section 5).
+const (
+	VXLANOverhead4 = 50
+	VXLANOverhead6 = 70
+)
+
+// VXLANOverhead is what VXLAN adds to a packet between nodes that have addresses
+// of a's family, in bytes.
+func VXLANOverhead(a netip.Addr) int {
+	if a.Is6() {
+		return VXLANOverhead6
+	}
+	return VXLANOverhead4
+}
+
+// minMTU6 is what every link of IPv6 carries (RFC 8200).
+const minMTU6 = 1280
+
+// PathMTU is what the way to a node carries of a network's packets, in bytes, where
+// that is less than what this node's devices of the network do; else 0. Nothing on
+// the way tells of what is too long for the other's underlay: so whoever sends it has
+// to be told here. What a node says of itself is bounded: it concerns what is
+// sent to it only.
+func (v *View) PathMTU(n Network, p Peer, v6 bool) int {
+	if p.MTU <= 0 {
+		return 0
+	}
+	over := VXLANOverhead(v.Underlay.Addr)
+	own := n.MTU
+	if own == 0 {
+		self, _ := v.Peer(v.Self)
+		under := v.Underlay.MTU
+		if under == 0 {
+			under = self.MTU
+		}
+		if under == 0 {
+			return 0
+		}
+		own = under - over
+	}
+	mtu := max(p.MTU-over, MinMTU)
+	if v6 {
+		mtu = max(mtu, minMTU6)
+	}
+	if mtu >= own {
+		return 0
+	}
+	return mtu
 }
 
 // Sort puts every list in its documented order. The maker of a View calls it

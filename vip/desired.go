@@ -155,6 +155,8 @@ func (n Network) Contains(a netip.Addr) bool {
 //   - active, on an alive node: weight 1;
 //   - active, on a suspected node (or one that is not known yet): weight 0 if
 //     the VIP has a backend of the first kind, else 1;
+//   - active, on a node that this one does not reach by the data path: weight 0 if
+//     the VIP has a backend of the first two kinds, else 1;
 //   - draining: weight 0;
 //   - starting, or on a dead node: not a backend.
 //
@@ -174,6 +176,7 @@ type will int
 
 const (
 	drains will = iota
+	unreached
 	suspected
 	takes
 )
@@ -203,7 +206,11 @@ func desiredNetwork(v *spec.View, n spec.Network) Network {
 		switch p, known := v.Peer(e.Node); {
 		case e.State == spec.EndpointDraining:
 			w = drains
-		case e.Node == v.Self, known && p.Liveness == spec.PeerAlive:
+		case e.Node == v.Self:
+			w = takes
+		case p.Dark:
+			w = unreached
+		case known && p.Liveness == spec.PeerAlive:
 			w = takes
 		default:
 			w = suspected

@@ -57,7 +57,8 @@ func ep(task, service, network, node string, st spec.EndpointState, addrs ...str
 }
 
 func TestDesired(t *testing.T) {
-	peers := []spec.Peer{{ID: "n1"}, {ID: "n2"}, {ID: "n3", Liveness: spec.PeerSuspect}, {ID: "n4", Liveness: spec.PeerDead}}
+	peers := []spec.Peer{{ID: "n1"}, {ID: "n2"}, {ID: "n3", Liveness: spec.PeerSuspect}, {ID: "n4", Liveness: spec.PeerDead},
+		{ID: "n5", Dark: true}, {ID: "n6", Dark: true, Liveness: spec.PeerSuspect}}
 	web := svc("web", spec.EndpointModeVIP, spec.VIPs{Network: "aaa", Addrs: []netip.Addr{ip("10.0.1.2"), ip("fd00:1::2")}})
 	for _, c := range []struct {
 		name string
@@ -82,6 +83,18 @@ func TestDesired(t *testing.T) {
 			ep("t3", "web", "aaa", "n1", spec.EndpointDraining, "10.0.1.13"),
 		}}, "app i-net-app-aaa local=[10.0.1.13] orphans=[]\n" +
 			"  10.0.1.2 0x10000002 web [{10.0.1.11 1} {10.0.1.12 1} {10.0.1.13 0}]\n  fd00:1::2 0x11000002 web []\n"},
+		{"a node that is not reached is avoided", spec.View{Networks: []spec.Network{netA}, Services: []spec.Service{web}, Endpoints: []spec.Endpoint{
+			ep("t1", "web", "aaa", "n2", spec.EndpointActive, "10.0.1.11"),
+			ep("t2", "web", "aaa", "n5", spec.EndpointActive, "10.0.1.12", "fd00:1::12"),
+			ep("t3", "web", "aaa", "n6", spec.EndpointDraining, "fd00:1::13"),
+		}}, "app i-net-app-aaa local=[] orphans=[]\n" +
+			"  10.0.1.2 0x10000002 web [{10.0.1.11 1} {10.0.1.12 0}]\n  fd00:1::2 0x11000002 web [{fd00:1::12 1} {fd00:1::13 0}]\n"},
+		{"and more so than one that is suspected", spec.View{Networks: []spec.Network{netA}, Services: []spec.Service{web}, Endpoints: []spec.Endpoint{
+			ep("t1", "web", "aaa", "n3", spec.EndpointActive, "10.0.1.11"),
+			ep("t2", "web", "aaa", "n5", spec.EndpointActive, "10.0.1.12", "fd00:1::12"),
+			ep("t3", "web", "aaa", "n6", spec.EndpointActive, "fd00:1::13"),
+		}}, "app i-net-app-aaa local=[] orphans=[]\n" +
+			"  10.0.1.2 0x10000002 web [{10.0.1.11 1} {10.0.1.12 0}]\n  fd00:1::2 0x11000002 web [{fd00:1::12 1} {fd00:1::13 1}]\n"},
 		{"one family's suspects are not the other's", spec.View{Networks: []spec.Network{netA}, Services: []spec.Service{web}, Endpoints: []spec.Endpoint{
 			ep("t1", "web", "aaa", "n1", spec.EndpointActive, "10.0.1.11"),
 			ep("t2", "web", "aaa", "n3", spec.EndpointActive, "10.0.1.12", "fd00:1::12"),
@@ -114,7 +127,8 @@ func TestDesired(t *testing.T) {
 func drawView(t *rapid.T, label string) *spec.View {
 	v := &spec.View{Self: "n1", Instance: "i", Complete: rapid.IntRange(0, 3).Draw(t, label+" complete") > 0}
 	for i := 1; i <= 4; i++ {
-		v.Peers = append(v.Peers, spec.Peer{ID: fmt.Sprintf("n%d", i), Liveness: spec.Liveness(rapid.IntRange(0, 2).Draw(t, "liveness"))})
+		v.Peers = append(v.Peers, spec.Peer{ID: fmt.Sprintf("n%d", i), Liveness: spec.Liveness(rapid.IntRange(0, 2).Draw(t, "liveness")),
+			Dark: i > 1 && rapid.Bool().Draw(t, "dark")})
 	}
 	v.Networks = []spec.Network{netA, netB}[:rapid.IntRange(0, 2).Draw(t, "networks")]
 	at := func(host int) []netip.Addr {

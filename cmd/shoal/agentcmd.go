@@ -136,6 +136,8 @@ func runAgent(ctx context.Context, cfg agent.Config, runDir, dataPath string, hi
 	dp := vxlan.New(vxlan.Config{Instance: cfg.Instance, Log: cfg.Log, Notices: notices})
 	cfg.Overlay = dp
 	cfg.WatchKernel, cfg.Drops = dp.Watch, dp.Drops
+	cfg.UnderlayMTU = dp.UnderlayMTU
+	cfg.OpenProber = func(netns string) (agent.Prober, error) { return vxlan.OpenProber(netns) }
 	if err := ingressnft.Probe(); err != nil {
 		return err
 	}

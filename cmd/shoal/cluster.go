@@ -212,7 +212,12 @@ func (c *cli) doctorCmd() *cobra.Command {
 		Short: "Look for what is wrong on this node",
 		Long: `Doctor checks this node's part of the cluster and lists every kernel object that
 can't be brought into the state that is wanted. It exits with status 1 when it
-finds an error.`,
+finds an error.
+
+paths: this node asks the others with which it shares a network for echoes over
+VXLAN, all of them in turn. One that does not answer is named, with the port that
+firewalls have to let pass; balancers prefer other nodes meanwhile.
+drops: what the rules of the data path dropped or refused, by reason.`,
 		Args: exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			resp, err := c.local().Doctor(cmd.Context(), connect.NewRequest(&shoalv1.DoctorRequest{}))

@@ -95,11 +95,14 @@ type nodeJSON struct {
 	spec.Node
 	Created time.Time `json:"created"`
 	Leader  bool      `json:"leader"`
+	// Unreached are names of live nodes that VXLAN does not reach from here, or from
+	// which it does not reach this one.
+	Unreached []string `json:"unreached,omitempty"`
 }
 
 func toNodeJSON(n *shoalv1.NodeInfo) (nodeJSON, error) {
 	v, err := api.ToNode(n)
-	return nodeJSON{v, instant(v.Created), n.Leader}, err
+	return nodeJSON{v, instant(v.Created), n.Leader, n.Unreached}, err
 }
 
 type networkJSON struct {

@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -89,6 +90,9 @@ func (c *cli) nodeLs() *cobra.Command {
 			nodes, _, err := c.nodes(cmd.Context())
 			if err != nil {
 				return err
+			}
+			if slices.ContainsFunc(nodes, func(n *shoalv1.NodeInfo) bool { return len(n.Unreached) > 0 }) {
+				l.columns[len(l.columns)-1].wide = false // the message says what is lost
 			}
 			return l.print(c, cmd, nodes)
 		}}

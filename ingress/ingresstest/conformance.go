@@ -43,9 +43,9 @@ func Sample(instance string, under spec.Underlay, vni uint32) *spec.View {
 	a := netip.MustParseAddr
 	v := &spec.View{Self: SelfID, Instance: instance, Complete: true, Underlay: under}
 	v.Peers = []spec.Peer{
-		{ID: SelfID, Name: "node1", Number: 1, Addr: under.Addr},
+		{ID: SelfID, Name: "node1", Number: 1, Addr: under.Addr, MTU: 1500},
 		{ID: PeerB, Name: "node2", Number: 2, Addr: under.Addr.Next()},
-		{ID: PeerC, Name: "node3", Number: 300, Addr: under.Addr.Next().Next(), Liveness: spec.PeerSuspect},
+		{ID: PeerC, Name: "node3", Number: 300, Addr: under.Addr.Next().Next(), Liveness: spec.PeerSuspect, MTU: 1400},
 		{ID: "nodedddddddd", Name: "node4", Number: 4, Addr: under.Addr.Next().Next(), Liveness: spec.PeerDead},
 	}
 	v.Networks = []spec.Network{
@@ -205,6 +205,9 @@ func change(t *testing.T, w World) {
 		func() { v.Services[0].Ports[0].Published = 9000 },
 		func() { v.Endpoints[0].State = spec.EndpointDraining },
 		func() { v.Endpoints = v.Endpoints[3:] },
+		func() { v.Peers[2].MTU = 1300 },
+		func() { v.Peers[2].MTU = 1200 },
+		func() { v.Peers[2].MTU = 0 },
 		func() { v.Peers[1].Liveness = spec.PeerDead },
 		func() { v.Services[0].VIPs[1].Addrs = []netip.Addr{netip.MustParseAddr("10.93.1.3")} },
 		func() { v.Services[0].Ports = v.Services[0].Ports[:2] },

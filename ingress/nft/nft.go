@@ -301,6 +301,9 @@ func observeNetns(ns string, want ingress.State, have *ingress.State) error {
 	}
 	for number, n := range nodes {
 		o := ingress.Node{Netns: ns, Number: number}
+		if x, ok := have.Get(o.Key()).(ingress.Node); ok {
+			o.MTU = x.MTU
+		}
 		if n != 4 {
 			o.Fault = "parts are missing"
 		}

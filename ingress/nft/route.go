@@ -166,7 +166,7 @@ func observeNodeRoutes(ns string, have *ingress.State) error {
 	if err != nil {
 		return fmt.Errorf("list rules: %w", err)
 	}
-	found := map[int]string{}
+	found, mtus := map[int]string{}, map[int]int{}
 	for _, r := range rules {
 		number := r.Table - ingress.TableBase
 		if r.Protocol != ingress.RouteProtocol || number < 1 || number > spec.MaxNodes || r.Mark != nodeMark(number) || r.Priority != ingress.RulePriority {
@@ -190,10 +190,11 @@ func observeNodeRoutes(ns string, have *ingress.State) error {
 			} else {
 				found[number] = partRoute
 			}
+			mtus[number] = r.MTU
 		}
 	}
 	for number, f := range found {
-		have.Add(ingress.Node{Netns: ns, Number: number, Fault: f})
+		have.Add(ingress.Node{Netns: ns, Number: number, MTU: mtus[number], Fault: f})
 	}
 	return nil
 }
@@ -206,7 +207,7 @@ func putNode(o ingress.Node) error {
 		return fmt.Errorf("%s: device %s: %w", o, ingress.VXLANDev, err)
 	}
 	err = netlink.RouteReplace(&netlink.Route{Dst: defaultNet(), Gw: spec.RouterAddr(o.Number).AsSlice(), LinkIndex: vx.Attrs().Index,
-		Flags: int(netlink.FLAG_ONLINK), Table: nodeTable(o.Number), Protocol: ingress.RouteProtocol})
+		Flags: int(netlink.FLAG_ONLINK), Table: nodeTable(o.Number), Protocol: ingress.RouteProtocol, MTU: o.MTU, MTULock: o.MTU > 0})
 	if err != nil {
 		return fmt.Errorf("%s: set route: %w", o, err)
 	}

@@ -99,6 +99,8 @@ func Run(t *testing.T, world func(t *testing.T, v6 bool) World) {
 	}
 	t.Run("incomplete", func(t *testing.T) { incomplete(t, world(t, false)) })
 	t.Run("move", func(t *testing.T) { move(t, world(t, false)) })
+	t.Run("path MTU", func(t *testing.T) { pathMTU(t, world(t, false)) })
+	t.Run("path MTU, both families", func(t *testing.T) { pathMTU(t, world(t, true)) })
 	t.Run("replace", func(t *testing.T) { replace(t, world(t, false)) })
 	t.Run("sandbox", func(t *testing.T) { sandbox(t, world(t, false)) })
 	t.Run("foreign", func(t *testing.T) { foreign(t, world(t, false)) })
@@ -231,12 +233,39 @@ func replace(t *testing.T, w World) {
 		t.Fatal(err)
 	}
 	for _, op := range ops {
-		if op.Replace || op.Verb != overlay.Put || len(overlay.Devices(op.Target)) == 0 {
+		// The MTU of the way to a node may be the smaller one only now.
+		_, route := op.Target.(overlay.Route)
+		if op.Replace || op.Verb != overlay.Put || !route && len(overlay.Devices(op.Target)) == 0 {
 			t.Errorf("another MTU: %s", op)
 		}
 	}
 	if ops := Plan(t, d, overlay.Desired(v)); len(ops) != 0 {
 		t.Fatalf("another MTU: one pass leaves %d operations, such as %s", len(ops), ops[0])
+	}
+}
+
+// pathMTU: what one node's underlay carries changes the routes to it, and only these.
+func pathMTU(t *testing.T, w World) {
+	v := w.View()
+	d := w.Dataplane()
+	Converge(t, d, overlay.Desired(v))
+	for _, mtu := range []int{1300, 1, 65535, 1400} {
+		v.Peers[1].MTU = mtu
+		ops, err := Pass(t, d, overlay.Desired(v))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, op := range ops {
+			if r, ok := op.Target.(overlay.Route); !ok || op.Verb != overlay.Put || r.Via != spec.RouterAddr(2) && r.Via.Is4() {
+				t.Errorf("underlay of %d bytes: %s", mtu, op)
+			}
+		}
+		if len(ops) == 0 {
+			t.Errorf("underlay of %d bytes: nothing changes", mtu)
+		}
+		if ops := Plan(t, d, overlay.Desired(v)); len(ops) != 0 {
+			t.Fatalf("underlay of %d bytes: one pass leaves %d operations, such as %s", mtu, len(ops), ops[0])
+		}
 	}
 }
 

@@ -21,9 +21,9 @@ func Sample(instance string, under spec.Underlay, vni uint32, v6 bool) *spec.Vie
 	v := &spec.View{Self: SelfID, Instance: instance, Complete: true, Underlay: under}
 	third := under.Addr.Next().Next()
 	v.Peers = []spec.Peer{
-		{ID: SelfID, Name: "node1", Number: 1, Addr: under.Addr, ControlPort: 2377, GossipPort: 7946},
+		{ID: SelfID, Name: "node1", Number: 1, Addr: under.Addr, ControlPort: 2377, GossipPort: 7946, MTU: 1500},
 		{ID: PeerB, Name: "node2", Number: 2, Addr: under.Addr.Next(), ControlPort: 2378, GossipPort: 7946},
-		{ID: PeerC, Name: "node3", Number: 3, Addr: third, Liveness: spec.PeerSuspect},
+		{ID: PeerC, Name: "node3", Number: 3, Addr: third, Liveness: spec.PeerSuspect, MTU: 1340},
 	}
 	app := spec.Network{ID: NetApp, Name: "app", Driver: spec.DriverOverlay, VNI: vni,
 		Subnets: prefixes("10.91.1.0/24"), Gateways: Addrs("10.91.1.1")}

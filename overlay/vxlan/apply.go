@@ -564,6 +564,9 @@ func (s *space) kernelRoute(o overlay.Route) (*netlink.Route, error) {
 	if o.Onlink {
 		r.Flags = int(netlink.FLAG_ONLINK)
 	}
+	// Locked: IPv6 heeds it for what is forwarded only then (ip6_dst_mtu_maybe_forward
+	// in net/ip6_route.h).
+	r.MTU, r.MTULock = o.MTU, o.MTU > 0
 	return r, nil
 }
 

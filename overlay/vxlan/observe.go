@@ -264,7 +264,10 @@ func prefixOf(r netlink.Route) netip.Prefix {
 func reportRoutes(have *overlay.State, w *wants, p *place) {
 	for _, list := range p.routes {
 		for _, r := range list {
-			o := overlay.Route{Netns: w.ns, Dst: prefixOf(r), Metric: r.Priority, Onlink: r.Flags&int(netlink.FLAG_ONLINK) != 0}
+			o := overlay.Route{Netns: w.ns, Dst: prefixOf(r), Metric: r.Priority, Onlink: r.Flags&int(netlink.FLAG_ONLINK) != 0, MTU: r.MTU}
+			if r.MTU != 0 && !r.MTULock {
+				o.MTU = -1
+			}
 			switch r.Type {
 			case unix.RTN_UNICAST:
 				o.Dev = p.name(r.LinkIndex)
@@ -439,6 +442,7 @@ func (d *Dataplane) observeHost(have *overlay.State, want overlay.State, host *p
 			}
 		}
 	}
+	d.underlay.Store(int64(have.UnderlayMTU))
 	// One that is not wanted is looked for as well, to be removed.
 	o, _ := want.Get(overlay.Members{}.Key()).(overlay.Members)
 	o.Table = overlay.MembersTable(d.cfg.Instance)

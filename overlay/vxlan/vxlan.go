@@ -43,6 +43,7 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"sync/atomic"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -77,7 +78,13 @@ type Dataplane struct {
 	// routed is what the host's table was last seen to say (see forwarding):
 	// only for the case that someone flushes all nftables rules.
 	routed *[]string
+	// underlay is the MTU of the link that has the node's address, as last seen.
+	underlay atomic.Int64
 }
+
+// UnderlayMTU is the MTU in bytes of the link that has the node's underlay address,
+// as it was last seen; 0: there is none. It may be called from any goroutine.
+func (d *Dataplane) UnderlayMTU() int { return int(d.underlay.Load()) }
 
 var _ overlay.Dataplane = (*Dataplane)(nil)
 

@@ -1746,6 +1746,7 @@ type NodeInfo struct {
 	Platform         string                 `protobuf:"bytes,40,opt,name=platform,proto3" json:"platform,omitempty"`                                            // linux/amd64
 	Containers       bool                   `protobuf:"varint,41,opt,name=containers,proto3" json:"containers,omitempty"`                                       // it can run images
 	ContainersWhy    string                 `protobuf:"bytes,42,opt,name=containers_why,json=containersWhy,proto3" json:"containers_why,omitempty"`             // why not
+	Unreached        []string               `protobuf:"bytes,43,rep,name=unreached,proto3" json:"unreached,omitempty"`                                          // names of live nodes that it does not reach over VXLAN, or that do not reach it
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -1939,6 +1940,13 @@ func (x *NodeInfo) GetContainersWhy() string {
 		return x.ContainersWhy
 	}
 	return ""
+}
+
+func (x *NodeInfo) GetUnreached() []string {
+	if x != nil {
+		return x.Unreached
+	}
+	return nil
 }
 
 // Cluster is what is fixed at init.
@@ -4983,8 +4991,10 @@ type ReportRequest struct {
 	GossipKeyUsed   uint64                 `protobuf:"varint,13,opt,name=gossip_key_used,json=gossipKeyUsed,proto3" json:"gossip_key_used,omitempty"`    // generation of the gossip key that it seals with
 	Level           int32                  `protobuf:"varint,14,opt,name=level,proto3" json:"level,omitempty"`                                           // feature level of its build
 	Build           string                 `protobuf:"bytes,15,opt,name=build,proto3" json:"build,omitempty"`                                            // its version
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// Nodes that don't answer this one over VXLAN though they live.
+	DarkPeers     []string `protobuf:"bytes,16,rep,name=dark_peers,json=darkPeers,proto3" json:"dark_peers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ReportRequest) Reset() {
@@ -5141,6 +5151,13 @@ func (x *ReportRequest) GetBuild() string {
 		return x.Build
 	}
 	return ""
+}
+
+func (x *ReportRequest) GetDarkPeers() []string {
+	if x != nil {
+		return x.DarkPeers
+	}
+	return nil
 }
 
 type ReportResponse struct {
@@ -9008,7 +9025,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\rnot_before_ms\x18\f \x01(\x03R\vnotBeforeMs\x12\x18\n" +
 	"\aattempt\x18\r \x01(\x05R\aattempt\x12$\n" +
 	"\x05ports\x18\x0e \x03(\v2\x0e.shoal.v1.PortR\x05ports\x12+\n" +
-	"\x06faults\x18\x0f \x03(\v2\x13.shoal.v1.NodeFaultR\x06faults\"\xf0\x05\n" +
+	"\x06faults\x18\x0f \x03(\v2\x13.shoal.v1.NodeFaultR\x06faults\"\x8e\x06\n" +
 	"\bNodeInfo\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +
@@ -9038,7 +9055,8 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\n" +
 	"containers\x18) \x01(\bR\n" +
 	"containers\x12%\n" +
-	"\x0econtainers_why\x18* \x01(\tR\rcontainersWhy\x1a9\n" +
+	"\x0econtainers_why\x18* \x01(\tR\rcontainersWhy\x12\x1c\n" +
+	"\tunreached\x18+ \x03(\tR\tunreached\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x85\x01\n" +
@@ -9249,7 +9267,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"generation\x18\x01 \x01(\x04R\n" +
 	"generation\x12\x10\n" +
 	"\x03key\x18\x02 \x01(\fR\x03key\x12\x18\n" +
-	"\aprimary\x18\x03 \x01(\bR\aprimary\"\xf3\x05\n" +
+	"\aprimary\x18\x03 \x01(\bR\aprimary\"\x92\x06\n" +
 	"\rReportRequest\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x128\n" +
 	"\x05tasks\x18\x02 \x03(\v2\".shoal.v1.ReportRequest.TasksEntryR\x05tasks\x12\x1d\n" +
@@ -9274,7 +9292,9 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x10certificate_root\x18\f \x01(\tR\x0fcertificateRoot\x12&\n" +
 	"\x0fgossip_key_used\x18\r \x01(\x04R\rgossipKeyUsed\x12\x14\n" +
 	"\x05level\x18\x0e \x01(\x05R\x05level\x12\x14\n" +
-	"\x05build\x18\x0f \x01(\tR\x05build\x1aN\n" +
+	"\x05build\x18\x0f \x01(\tR\x05build\x12\x1d\n" +
+	"\n" +
+	"dark_peers\x18\x10 \x03(\tR\tdarkPeers\x1aN\n" +
 	"\n" +
 	"TasksEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12*\n" +
