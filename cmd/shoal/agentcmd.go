@@ -181,7 +181,7 @@ func runAgent(ctx context.Context, cfg agent.Config, runDir, dataPath string, hi
 		defer x.Close()
 		cfg.Images, executors[runtime.ExecutorContainer] = x, x
 	}
-	rt, err := process.New(process.Config{Executors: executors, Cgroup: cgroup.Root + "/" + cfg.Instance, StateDir: filepath.Join(cfg.DataDir, "tasks"), RunDir: filepath.Join(runDir, "tasks"), Hidden: hidden, Exe: []string{exe}, Log: cfg.Log})
+	rt, err := process.New(process.Config{Executors: executors, Instance: cfg.Instance, Cgroup: cgroup.Root + "/" + cfg.Instance, StateDir: filepath.Join(cfg.DataDir, "tasks"), RunDir: filepath.Join(runDir, "tasks"), Hidden: hidden, Exe: []string{exe}, Log: cfg.Log})
 	if err != nil {
 		return err
 	}

@@ -191,7 +191,7 @@ func (r *Runtime) Attach(ctx context.Context, id string, s runtime.AttachSpec) (
 	if e == nil {
 		return nil, runtime.ErrNotFound
 	}
-	_, files, err := call(r.socket(id), request{Op: "attach"}, callTimeout)
+	_, files, err := r.call(id, request{Op: "attach"}, callTimeout)
 	if err == nil && len(files) < 2 {
 		err = fmt.Errorf("shim sent %d files, want 2 or more", len(files))
 	}
@@ -314,6 +314,6 @@ func (a *attachment) Resize(rows, cols uint16) error {
 }
 
 func (a *attachment) Signal(sig int) error {
-	_, _, err := call(a.r.socket(a.id), request{Op: "signal", Signal: sig}, callTimeout)
+	_, _, err := a.r.call(a.id, request{Op: "signal", Signal: sig}, callTimeout)
 	return err
 }

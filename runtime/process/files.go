@@ -59,6 +59,8 @@ func writeJSON(path string, v any) error {
 	return durable.WriteFile(path, b)
 }
 
+func writeBytes(path string, b []byte) error { return durable.WriteFile(path, b) }
+
 // readAll reads at most n bytes, to the end.
 func readAll(r io.Reader, n int64) ([]byte, error) { return io.ReadAll(io.LimitReader(r, n)) }
 

@@ -202,7 +202,7 @@ func (r *Runtime) startForeign(ctx context.Context, id string) error {
 	if err != nil {
 		return err
 	}
-	if _, _, err := call(r.socket(id), request{Op: "await"}, attachWait+callTimeout); err != nil {
+	if _, _, err := r.call(id, request{Op: "await"}, attachWait+callTimeout); err != nil {
 		return err
 	}
 	pid, err := x.Start(ctx, b)
@@ -215,12 +215,12 @@ func (r *Runtime) startForeign(ctx context.Context, id string) error {
 		if errors.As(err, &ec) {
 			code = ec.ExitCode()
 		}
-		if _, _, serr := call(r.socket(id), request{Op: "ended", Code: code, Err: err.Error()}, callTimeout); serr == nil {
+		if _, _, serr := r.call(id, request{Op: "ended", Code: code, Err: err.Error()}, callTimeout); serr == nil {
 			_ = r.settle(ctx, id)
 		}
 		return err
 	}
-	resp, _, err := call(r.socket(id), request{Op: "started", PID: pid}, callTimeout)
+	resp, _, err := r.call(id, request{Op: "started", PID: pid}, callTimeout)
 	if err != nil {
 		return err
 	}
@@ -283,7 +283,7 @@ func (r *Runtime) mind(e *entry, x runtime.Executor) {
 				out, err = runtime.Outcome{Code: 137, Err: "the container is gone: it was removed from outside, or the machine was restarted"}, nil
 			}
 			if err == nil {
-				_, _, _ = call(r.socket(id), request{Op: "ended", Code: out.Code, Err: out.Err}, callTimeout+leftBehind)
+				_, _, _ = r.call(id, request{Op: "ended", Code: out.Code, Err: out.Err}, callTimeout+leftBehind)
 				return
 			}
 			r.log.Debug("the end of a task can't be waited for now; trying again", "task", id, "error", err)
@@ -353,7 +353,7 @@ func (r *Runtime) releaseForeign(ctx context.Context, id string) error {
 		return fmt.Errorf("task %s: %w", id, err)
 	}
 	if st, err := r.Status(ctx, id); err == nil && st.State == runtime.Running {
-		_, _, _ = call(r.socket(id), request{Op: "ended", Code: 137}, callTimeout+leftBehind)
+		_, _, _ = r.call(id, request{Op: "ended", Code: 137}, callTimeout+leftBehind)
 	}
 	return nil
 }

@@ -120,6 +120,24 @@ func cause(err error) error {
 	return err
 }
 
+// found makes the file anew if somebody removed it.
+func (l *logWriter) found() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.f == nil {
+		return
+	}
+	mine, err := l.f.Stat()
+	there, terr := os.Stat(l.path)
+	if err == nil && terr == nil && os.SameFile(mine, there) {
+		return
+	}
+	l.f.Close()
+	if l.f = nil; l.open() != nil {
+		l.size = 0 // the next write tries again
+	}
+}
+
 func (l *logWriter) rotate() {
 	l.put()
 	if l.f != nil {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
@@ -35,8 +36,11 @@ type Config struct {
 	Cgroup string
 	// Executors run what is in a sandbox when the task names one, by name.
 	Executors map[string]runtime.Executor
-	Hidden    []string // directories of the node that tasks find empty; one that does not exist is no error
-	Log       *slog.Logger
+	// Instance is what the names of this agent's namespaces begin with (see
+	// spec.TaskNetns); empty: those of lost tasks are not looked for.
+	Instance string
+	Hidden   []string // directories of the node that tasks find empty; one that does not exist is no error
+	Log      *slog.Logger
 }
 
 // Runtime implements runtime.Runtime.
@@ -54,6 +58,10 @@ type Runtime struct {
 	swept  sync.Once
 
 	mountsDue chan struct{} // size 1: tasks were adopted
+
+	shimMu   sync.Mutex
+	shimPIDs map[string]int // see shims
+	shimsAt  time.Time
 }
 
 // entry is what is known of a task.
@@ -216,27 +224,24 @@ func (r *Runtime) watch(e *entry) {
 }
 
 func (r *Runtime) follow(id string, e *entry) {
-	c, err := dialShim(r.socket(id))
-	if err == nil {
-		defer c.Close()
-		stop := context.AfterFunc(r.ctx, func() { c.Close() })
-		defer stop()
-		if err = send(c, request{Op: "watch"}); err == nil {
-			for {
-				var resp response
-				if _, err = receive(c, &resp); err != nil {
-					break
-				}
-				r.update(e, func() {
-					data := e.status.Data
-					e.status, e.initPID = resp.Status, resp.InitPID
-					e.status.Data = data
-				})
-			}
+	for {
+		r.followOnce(id, e)
+		if r.ctx.Err() != nil {
+			return
 		}
-	}
-	if r.ctx.Err() != nil {
-		return
+		// Of a shim that has ended, the task's end is on disk; one that lives has only
+		// lost this connection.
+		r.mu.Lock()
+		over := e.status.State == runtime.Exited
+		r.mu.Unlock()
+		if over || exists(filepath.Join(r.taskDir(id), exitFile)) || !r.shimLives(id) {
+			break
+		}
+		select {
+		case <-r.ctx.Done():
+			return
+		case <-time.After(100 * time.Millisecond):
+		}
 	}
 	if e.shim != nil {
 		_, _ = e.shim.Wait() // it is ending: the socket was the last of it
@@ -245,10 +250,41 @@ func (r *Runtime) follow(id string, e *entry) {
 	r.update(e, func() { r.conclude(e) })
 }
 
+// followOnce passes on what a task's shim says until the connection ends.
+func (r *Runtime) followOnce(id string, e *entry) {
+	c, err := r.dial(id)
+	if err != nil {
+		return
+	}
+	defer c.Close()
+	stop := context.AfterFunc(r.ctx, func() { c.Close() })
+	defer stop()
+	if send(c, request{Op: "watch"}) != nil {
+		return
+	}
+	for {
+		var resp response
+		if _, err := receive(c, &resp); err != nil {
+			return
+		}
+		r.update(e, func() {
+			data := e.status.Data
+			e.status, e.initPID = resp.Status, resp.InitPID
+			e.status.Data = data
+		})
+	}
+}
+
+// shimLives tells whether a task's shim is there now.
+func (r *Runtime) shimLives(id string) bool {
+	pid, ok := r.shims()[id]
+	return ok && r.shimOf(pid) == id
+}
+
 // conclude sets the status of a task without a shim.
 func (r *Runtime) conclude(e *entry) {
 	var final runtime.Status
-	if err := readJSON(filepath.Join(r.taskDir(e.status.ID), exitFile), &final); err == nil {
+	if err := readJSON(filepath.Join(r.taskDir(e.status.ID), exitFile), &final); err == nil && final.ID == e.status.ID && final.State == runtime.Exited {
 		final.Data = e.status.Data
 		e.status = final
 		return
@@ -319,8 +355,12 @@ func (r *Runtime) List(ctx context.Context) ([]runtime.Status, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list tasks: %w", err)
 	}
+	ids := slices.Collect(maps.Keys(r.shims()))
 	for _, d := range dirs {
-		id := d.Name()
+		ids = append(ids, d.Name())
+	}
+	slices.Sort(ids)
+	for _, id := range slices.Compact(ids) {
 		if validID(id) != nil {
 			continue
 		}
@@ -332,6 +372,9 @@ func (r *Runtime) List(ctx context.Context) ([]runtime.Status, error) {
 		}
 	}
 	r.swept.Do(func() {
+		if err := r.sweepNamespaces(); err != nil {
+			r.log.Warn("the namespaces of lost tasks can't be cleared away", "error", err)
+		}
 		r.sweepExecutors()
 		r.sweepCgroups()
 	})
@@ -349,15 +392,20 @@ func (r *Runtime) List(ctx context.Context) ([]runtime.Status, error) {
 // had not finished making.
 func (r *Runtime) adopt(id string) error {
 	dir := r.taskDir(id)
-	var t runtime.Task
-	if err := readJSON(filepath.Join(dir, taskFile), &t); err != nil {
-		// Its shim, if it has one, still knows the namespace that the file named.
-		netns := ""
-		if resp, err := r.peek(id); err == nil {
-			netns = resp.Status.Sandbox.Netns
+	t, err := r.readRecord(id)
+	if err != nil {
+		// Its shim, if it has one, knows what the file said.
+		was := err
+		if t, err = r.recoverRecord(id); err == nil {
+			r.log.Warn("the record of a task was lost, and is written again as its shim has it", "task", t.Name, "id", id, "error", was)
+		} else {
+			netns := r.netnsOf(id)
+			if resp, err := r.peek(id); err == nil {
+				netns = resp.Status.Sandbox.Netns
+			}
+			r.log.Warn("clearing away a task whose record is damaged, or was never written", "task", id, "netns", netns, "error", was)
+			return r.sweep(id, netns)
 		}
-		r.log.Warn("clearing away a task whose record is damaged, or was never written", "task", id, "netns", netns, "error", err)
-		return r.sweep(id, netns)
 	}
 	e := &entry{status: runtime.Status{ID: id, Name: t.Name, State: runtime.Created, Sandbox: runtime.Sandbox{Netns: t.Netns}, Data: t.Data}, foreign: t.Executor != ""}
 	resp, err := r.peek(id)
@@ -389,9 +437,28 @@ func (r *Runtime) adopt(id string) error {
 	return nil
 }
 
+// netnsOf finds a task's namespace by its name, which ends in the task's ID, or the
+// beginning of that (spec.TaskNetns); empty: it has none, or more than one may be.
+func (r *Runtime) netnsOf(id string) string {
+	if r.cfg.Instance == "" || len(id) < 6 {
+		return ""
+	}
+	names, err := nl.List(r.cfg.Instance + "-task-")
+	if err != nil {
+		return ""
+	}
+	names = slices.DeleteFunc(names, func(n string) bool {
+		return !strings.HasSuffix(n, "-"+id[:6]) && !strings.HasSuffix(n, id)
+	})
+	if len(names) != 1 {
+		return ""
+	}
+	return names[0]
+}
+
 // peek asks a shim for its status.
 func (r *Runtime) peek(id string) (response, error) {
-	c, err := dialShim(r.socket(id))
+	c, err := r.dial(id)
 	if err != nil {
 		return response{}, err
 	}
@@ -415,7 +482,7 @@ func (r *Runtime) Start(ctx context.Context, id string) error {
 	} else if x != nil {
 		return r.startForeign(ctx, id)
 	}
-	resp, _, err := call(r.socket(id), request{Op: "start"}, 0)
+	resp, _, err := r.call(id, request{Op: "start"}, 0)
 	// What the answer says is true now, before the watcher hears of it: also that
 	// the program has ended, and how, when it could not be executed.
 	r.mu.Lock()
@@ -448,7 +515,7 @@ func (r *Runtime) Stop(ctx context.Context, id, signal string, grace time.Durati
 	}
 	// The shim counts the grace; this process may end meanwhile.
 	done := make(chan error, 1)
-	c, err := dialShim(r.socket(id))
+	c, err := r.dial(id)
 	if err != nil {
 		return r.settle(ctx, id)
 	}
@@ -510,7 +577,7 @@ func (r *Runtime) Release(ctx context.Context, id string) error {
 			return fmt.Errorf("task %s: %w", st.Name, err)
 		}
 	}
-	if _, _, err := call(r.socket(id), request{Op: "shutdown"}, 0); err == nil || e.watched != nil {
+	if _, _, err := r.call(id, request{Op: "shutdown"}, 0); err == nil || e.watched != nil {
 		select {
 		case <-e.watched:
 		case <-ctx.Done():
@@ -559,7 +626,7 @@ func (r *Runtime) Remove(ctx context.Context, id string) error {
 // sweep removes what a Create that did not finish left.
 func (r *Runtime) sweep(id, netns string) error {
 	errs := []error{}
-	if _, _, err := call(r.socket(id), request{Op: "shutdown"}, callTimeout); err == nil {
+	if _, _, err := r.call(id, request{Op: "shutdown"}, callTimeout); err == nil {
 		r.log.Debug("ended the shim of an unfinished task", "task", id)
 	}
 	if err := os.Remove(r.socket(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -577,7 +644,7 @@ func (r *Runtime) DNSSockets(ctx context.Context, id string) (net.PacketConn, ne
 	if _, err := r.Status(ctx, id); err != nil {
 		return nil, nil, err
 	}
-	_, files, err := call(r.socket(id), request{Op: "dns"}, callTimeout)
+	_, files, err := r.call(id, request{Op: "dns"}, callTimeout)
 	defer func() {
 		for _, f := range files {
 			f.Close()

@@ -72,6 +72,9 @@ func setup(t testing.TB) *fixture {
 		if left, _ := nl.List("shoaltest-" + strconv.Itoa(os.Getpid())); len(left) > 0 {
 			t.Errorf("namespaces left: %v", left)
 		}
+		if left, _ := nl.List(f.instance()); len(left) > 0 {
+			t.Errorf("namespaces left: %v", left)
+		}
 	})
 	return f
 }

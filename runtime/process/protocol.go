@@ -17,7 +17,7 @@ import (
 // socket: a request, an answer; after "watch", an answer per change.
 
 type request struct {
-	Op     string        `json:"op"` // start, stop, signal, dns, attach, watch, shutdown; of an executor's program: await, started, ended
+	Op     string        `json:"op"` // start, stop, signal, dns, attach, watch, record, shutdown; of an executor's program: await, started, ended
 	Signal int           `json:"signal,omitempty"`
 	Grace  time.Duration `json:"grace,omitempty"`
 	PID    int           `json:"pid,omitempty"`
@@ -89,12 +89,8 @@ func receive(c *net.UnixConn, v any) ([]*os.File, error) {
 	return files, nil
 }
 
-// call asks a shim one thing.
-func call(path string, req request, timeout time.Duration) (response, []*os.File, error) {
-	c, err := dialShim(path)
-	if err != nil {
-		return response{}, nil, err
-	}
+// callOn asks a shim one thing, and closes the connection.
+func callOn(c *net.UnixConn, req request, timeout time.Duration) (response, []*os.File, error) {
 	defer c.Close()
 	if timeout > 0 {
 		_ = c.SetDeadline(time.Now().Add(timeout))

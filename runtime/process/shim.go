@@ -75,7 +75,9 @@ type ready struct {
 // shim is the state of one shim process.
 type shim struct {
 	dir    string
+	socket string
 	task   runtime.Task
+	record []byte // taskFile, as it was read
 	cgroup string // the task's
 
 	udp *net.UDPConn
@@ -115,9 +117,13 @@ func shimMain(args []string) int {
 	debug.SetGCPercent(20)
 	// Nothing but its socket ends a shim: not the terminal, nor a group's signal.
 	signal.Ignore(syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGPIPE)
-	s := &shim{dir: args[0], changed: make(chan struct{}), done: make(chan struct{}), attached: make(chan struct{})}
+	s := &shim{dir: args[0], socket: args[1], changed: make(chan struct{}), done: make(chan struct{}), attached: make(chan struct{})}
 	var rec record
-	if err := readJSON(filepath.Join(s.dir, taskFile), &rec); err != nil {
+	var err error
+	if s.record, err = os.ReadFile(filepath.Join(s.dir, taskFile)); err == nil {
+		err = json.Unmarshal(s.record, &rec)
+	}
+	if err != nil {
 		return fail(err)
 	}
 	s.task, s.cgroup = rec.Task, rec.Cgroup
@@ -135,7 +141,6 @@ func shimMain(args []string) int {
 		}
 		port = uint16(s.udp.LocalAddr().(*net.UDPAddr).Port)
 	}
-	var err error
 	if s.log, err = newLogWriter(filepath.Join(s.dir, logFile)); err != nil {
 		return fail(err)
 	}
@@ -147,23 +152,18 @@ func shimMain(args []string) int {
 	if err := open(); err != nil {
 		return fail(err)
 	}
-	_ = os.Remove(args[1])
-	old := unix.Umask(0o177)
-	ln, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: args[1], Net: "unixpacket"})
-	unix.Umask(old)
+	mend := make(chan os.Signal, 1)
+	signal.Notify(mend, mendSignal)
+	ln, err := s.listen()
 	if err != nil {
 		return fail(err)
 	}
 	b, _ := json.Marshal(ready{DNSPort: port})
 	_, _ = report.Write(b)
 	report.Close()
-	for {
-		c, err := ln.AcceptUnix()
-		if err != nil {
-			return 1
-		}
-		go s.serve(c)
-	}
+	go s.accept(ln)
+	s.mend(ln, mend)
+	return 1
 }
 
 // openDNS opens the name server's sockets: one port, UDP and TCP, on the
@@ -253,6 +253,14 @@ func (s *shim) serve(c *net.UnixConn) {
 		answer(nil, int(u.Fd()), int(t.Fd()))
 		u.Close()
 		t.Close()
+	case "record":
+		f, err := s.recordFile()
+		if err != nil {
+			answer(err)
+			return
+		}
+		answer(nil, int(f.Fd()))
+		f.Close()
 	case "shutdown":
 		if s.foreign == nil {
 			s.stop(syscall.SIGKILL, 0)
