@@ -458,6 +458,14 @@ func (r *Runtime) netnsOf(id string) string {
 
 // peek asks a shim for its status.
 func (r *Runtime) peek(id string) (response, error) {
+	resp, err := r.peekOnce(id)
+	if err != nil && r.shimLives(id) {
+		resp, err = r.peekOnce(id) // its socket was just being made anew
+	}
+	return resp, err
+}
+
+func (r *Runtime) peekOnce(id string) (response, error) {
 	c, err := r.dial(id)
 	if err != nil {
 		return response{}, err

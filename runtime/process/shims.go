@@ -261,10 +261,15 @@ func (s *shim) accept(ln *net.UnixListener) {
 // mend makes the socket and the file of the output anew for each signal: the names
 // that they had are gone, or the agent would not ask.
 func (s *shim) mend(ln *net.UnixListener, asked <-chan os.Signal) {
+	mine, _ := os.Lstat(s.socket)
 	for range asked {
 		s.log.found()
+		if now, err := os.Lstat(s.socket); err == nil && mine != nil && os.SameFile(now, mine) {
+			continue // whoever has just connected to it must not lose that
+		}
 		// The agent asks again if this fails.
 		if next, err := s.listen(); err == nil {
+			mine, _ = os.Lstat(s.socket)
 			ln.Close()
 			ln = next
 			go s.accept(ln)
