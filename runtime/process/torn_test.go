@@ -145,7 +145,10 @@ func TestALostSocket(t *testing.T) {
 	} {
 		f := setup(t)
 		k := f.named("sh", "-c", "trap 'exit 7' TERM; sleep 1000 & wait")
-		f.eventually("it traps", func() bool { out, _ := f.sh(k, "ps -o args= || true"); return strings.Contains(out, "sleep 1000") || out == "" })
+		f.eventually("it traps", func() bool {
+			out, _ := f.sh(k, "ps -o args= || true")
+			return strings.Contains(out, "sleep 1000") || out == ""
+		})
 		pid := f.status(k).PID
 		if err := damage(f, f.socket(k.ID)); err != nil {
 			t.Fatal(err)
