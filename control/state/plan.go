@@ -93,6 +93,7 @@ type slotPlan struct {
 	stale *task   // the best of those that are to be replaced
 	drop  []*task // others that run or will
 	last  *task   // the newest that has ended and was not replaced
+	over  []*task // all that have ended and are still wanted
 	gone  bool    // scaled down
 	// ending: a task that was stopped has not let go of its addresses yet, which
 	// the slot's next one may be waiting for
@@ -116,6 +117,9 @@ func (p *planner) service(v *service) {
 			active = true
 			if t.Status.State.Ended() || (len(p.lost) > 0 && p.lost[t]) {
 				sp.last = t
+				if t.Status.State.Ended() {
+					sp.over = append(sp.over, t)
+				}
 				continue
 			}
 			keep := &sp.best
@@ -197,7 +201,9 @@ func (p *planner) slot(sv *servicePlan, sp *slotPlan) {
 		if sp.stale != nil {
 			sp.drop = append(sp.drop, sp.stale)
 		}
-		for _, t := range sp.drop {
+		// Also what ended by itself, or with its node, while its successor started: no
+		// other is made that would take its place.
+		for _, t := range append(sp.drop, sp.over...) {
 			p.stop(t, sp.best.ID)
 		}
 	case sp.best != nil:

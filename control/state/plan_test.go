@@ -85,6 +85,50 @@ func TestNodeDown(t *testing.T) {
 	c.checkReplay(len(c.log) - 5)
 }
 
+// TestOldEndsWhileNewStarts: what is to be replaced ends by itself, with its node or
+// alone, while the new one starts. When that runs, the old one is wanted no more: a
+// node that comes back with it lets go of it.
+func TestOldEndsWhileNewStarts(t *testing.T) {
+	for _, with := range []string{"node", "program"} {
+		c := newCluster(t)
+		ns := c.joinAll(2)
+		web := c.service(svcSpec("web", 1))
+		c.settle()
+		old := c.live(web.ID)[0]
+		from, to := ns[0], ns[1]
+		if old.Node != from.id {
+			from, to = to, from
+		}
+		c.avail(from, spec.AvailabilityPause)
+		to.frozen = true
+		sp := svcSpec("web", 1)
+		sp.Task.Env = []string{"V=2"}
+		c.must(Command{UpdateService: &UpdateService{Ref: "web", Spec: &sp}})
+		c.settle()
+		if ts := c.s.TasksOfNode(to.id); len(ts) != 1 || len(c.live(web.ID)) != 1 {
+			t.Fatal(c.dump())
+		}
+		if with == "node" {
+			c.down(from)
+		} else {
+			c.fail(old)
+		}
+		c.settle()
+		to.frozen = false
+		c.settle()
+		if with == "node" {
+			c.back(from)
+			c.reportAll(from)
+		}
+		c.settle()
+		if x, err := c.s.Task(old.ID); err == nil && (x.Desired != spec.DesiredShutdown || !x.Status.State.Ended() || !x.Status.Released) {
+			t.Errorf("with its %s: %+v\n%s", with, x, c.dump())
+		}
+		c.wantSpread(web.ID, map[string]int{c.s.nodes[to.id].Name: 1})
+		c.checkReplay(len(c.log) - 3)
+	}
+}
+
 // TestRevival: a lost task whose replacement found no place is taken back.
 func TestRevival(t *testing.T) {
 	for _, byReport := range []bool{false, true} {
