@@ -8,7 +8,7 @@ COUNTS := bin/test-counts
 UNIT := $(shell go list ./... 2>/dev/null | grep -v -e /integration$$)
 VM_TESTS := vip/ipvs integration
 
-.PHONY: help build test test-unit test-vet test-e2e test-vm bench demo lab generate fmt clean setup
+.PHONY: help build test test-unit test-vet test-e2e test-vm chaos bench demo lab generate fmt clean setup
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -46,6 +46,13 @@ test-e2e: ## the built binary on several nodes
 
 test-vm: ## what needs IPVS, in a QEMU guest
 	@scripts/test vm
+
+SEED ?= 0
+MINUTES ?= 2
+chaos: build ## random commands and faults on five nodes (SEED=7 MINUTES=15)
+	@scripts/setup test
+	@mkdir -p tmp && go build -o tmp/chaos ./internal/tools/chaos
+	@tmp/chaos -bin bin -seed $(SEED) -minutes $(MINUTES) $(CHAOS)
 
 bench: build ## measure, and write docs/PERFORMANCE.md
 	@scripts/setup bench vm
