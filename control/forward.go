@@ -27,6 +27,10 @@ import (
 const (
 	// notLeaderHeader marks an answer that says "ask another": nothing was done.
 	notLeaderHeader = "Shoal-Not-Leader"
+	// leftOpenHeader marks an answer that says that nobody knows whether it was done.
+	leftOpenHeader = "Shoal-Left-Open"
+	// requestHeader is the ID of what a call is to create: made twice, it creates one.
+	requestHeader = "Shoal-Request"
 
 	leaderWait    = 10 * time.Second       // default of ForwarderConfig.Wait
 	majorityWait  = 3 * time.Second        // and while too few managers answer to elect one
@@ -135,20 +139,27 @@ func (f *Forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		_ = connect.NewErrorWriter().Write(w, r, connect.NewError(connect.CodeResourceExhausted, fmt.Errorf("request: %w", err)))
 		return
 	}
+	r.Header.Del(requestHeader)
+	if creates(r.URL.Path) {
+		r.Header.Set(requestHeader, spec.NewID())
+	}
 	start := time.Now()
-	var last error
+	var last, open error // open: why nobody knows whether an earlier try was carried out
 	var silent []string
 	elected := start // when it was last seen that managers could elect a leader
 	for {
 		m, h := f.local()
 		if m != nil && m.IsLeader() {
 			r.Body = io.NopCloser(bytes.NewReader(body))
-			lw := &leaderWriter{ResponseWriter: w}
+			lw := &leaderWriter{ResponseWriter: w, again: again(r)}
 			h.ServeHTTP(lw, r)
 			if !lw.refused {
 				return
 			}
-			// It lost its office in between, and did nothing.
+			// It lost its office in between, and did nothing, or nothing that can't be done again.
+			if lw.open {
+				open = errors.New("this manager lost the lead while it worked on it")
+			}
 			clear(w.Header())
 		}
 		addr, quiet, quorum := f.findLeader(r.Context(), m)
@@ -165,7 +176,10 @@ func (f *Forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			if sent {
 				return
 			}
-			last = err
+			var lost *lostError
+			if last = err; errors.As(err, &lost) {
+				open = err
+			}
 			f.forget(addr)
 		}
 		if r.Context().Err() != nil {
@@ -175,6 +189,10 @@ func (f *Forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			break
 		}
 		pause(r.Context(), leaderRetry)
+	}
+	if open != nil && !repeatable(r.URL.Path) {
+		_ = connect.NewErrorWriter().Write(w, r, errLeftOpen(open))
+		return
 	}
 	msg := fmt.Errorf("no manager leads the cluster: see whether a majority of the managers run and reach each other")
 	if len(silent) > 0 {
@@ -207,15 +225,18 @@ func (a answer) wrongToken() bool {
 	return false
 }
 
-// leaderWriter holds back an answer that says "ask another".
+// leaderWriter holds back an answer that says "ask another" and, where a call may be
+// made again, one that leaves open what it did.
 type leaderWriter struct {
 	http.ResponseWriter
-	begun, refused bool
+	again                bool
+	begun, refused, open bool
 }
 
 func (w *leaderWriter) WriteHeader(code int) {
 	if !w.begun {
-		w.begun, w.refused = true, w.Header().Get(notLeaderHeader) != ""
+		w.begun, w.open = true, w.again && w.Header().Get(leftOpenHeader) != ""
+		w.refused = w.open || w.Header().Get(notLeaderHeader) != ""
 	}
 	if !w.refused {
 		w.ResponseWriter.WriteHeader(code)
@@ -378,6 +399,30 @@ func repeatable(path string) bool {
 	return strings.HasPrefix(verb, "List") || verb == "Report" || verb == "Assignments"
 }
 
+// creates tells which calls make an object with an ID of its own.
+func creates(path string) bool {
+	verb := path[strings.LastIndexByte(path, '/')+1:]
+	return verb == "CreateNetwork" || verb == "CreateService" || verb == "CreateTask"
+}
+
+// again tells whether a call whose end is not known may be made again.
+func again(r *http.Request) bool {
+	return repeatable(r.URL.Path) || r.Header.Get(requestHeader) != ""
+}
+
+// requestID is the ID of what a call is to create.
+func requestID(h http.Header) string {
+	if id := h.Get(requestHeader); spec.IsID(id) {
+		return id
+	}
+	return spec.NewID()
+}
+
+// lostError is a call that was sent, and whose answer was lost.
+type lostError struct{ error }
+
+func (e *lostError) Unwrap() error { return e.error }
+
 // forward passes a call on. It returns false when nothing was done and nothing
 // was answered, so that another may be asked.
 func (f *Forwarder) forward(w http.ResponseWriter, r *http.Request, addr string, body []byte) (sent bool, err error) {
@@ -398,8 +443,11 @@ func (f *Forwarder) forward(w http.ResponseWriter, r *http.Request, addr string,
 		var handshake *peer.HandshakeError
 		var dial *net.OpError
 		notSent := errors.As(err, &handshake) || errors.As(err, &dial) && dial.Op == "dial"
-		if notSent || repeatable(r.URL.Path) {
+		if notSent {
 			return false, fmt.Errorf("manager %s: %w", addr, err)
+		}
+		if again(r) {
+			return false, &lostError{fmt.Errorf("manager %s: %w", addr, err)}
 		}
 		_ = connect.NewErrorWriter().Write(w, r, connect.NewError(connect.CodeUnavailable,
 			fmt.Errorf("the leading manager at %s was lost while it worked on this: see whether the change was made: %w", addr, err)))
@@ -408,6 +456,9 @@ func (f *Forwarder) forward(w http.ResponseWriter, r *http.Request, addr string,
 	defer resp.Body.Close()
 	if resp.Header.Get(notLeaderHeader) != "" {
 		return false, fmt.Errorf("manager %s does not lead", addr)
+	}
+	if resp.Header.Get(leftOpenHeader) != "" && again(r) {
+		return false, &lostError{fmt.Errorf("manager %s lost the lead while it worked on it", addr)}
 	}
 	h := w.Header()
 	for k, v := range resp.Header {

@@ -6,6 +6,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"github.com/hashicorp/raft"
 
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/peer"
@@ -206,8 +208,8 @@ func TestForwarderFindsAnotherLeader(t *testing.T) {
 	}
 }
 
-// TestForwarderLostWrite: when the leader is lost while it works on a write, the
-// caller is told that nobody knows, and the write is not made twice. A read is.
+// TestForwarderLostWrite: when the leader is lost while it works on a write that
+// can't be made again, the caller is told that nobody knows, and it is not.
 func TestForwarderLostWrite(t *testing.T) {
 	t.Parallel()
 	var calls atomic.Int32
@@ -221,12 +223,75 @@ func TestForwarderLostWrite(t *testing.T) {
 	n := newAsker(t)
 	n.start()
 	n.sees = []string{self}
-	err := createNetwork(n, "app")
+	_, err := n.ctl.RemoveNetwork(testCtx(t), connect.NewRequest(&shoalv1.RemoveNetworkRequest{Ref: "app"}))
 	if connect.CodeOf(err) != connect.CodeUnavailable || !strings.Contains(err.Error(), "see whether the change was made") {
 		t.Errorf("a lost write: %v", err)
 	}
 	if k := calls.Load(); k != 1 {
 		t.Errorf("it was sent %d times", k)
+	}
+}
+
+// TestForwarderLostCreation: a creation whose answer was lost, or whose leader fell
+// while the managers were to agree, is asked for again, and makes one object. Where
+// no leader comes, the caller is told that nobody knows.
+func TestForwarderLostCreation(t *testing.T) {
+	t.Parallel()
+	nodes := newCluster(t, 1)
+	real := nodes[0].mgr.Handler()
+	creations := map[string]func(*simNode) error{
+		"network": func(n *simNode) error { return createNetwork(n, "app") },
+		"service": func(n *simNode) error {
+			_, err := n.ctl.CreateService(testCtx(t), connect.NewRequest(svc("web", 0, "app")))
+			return err
+		},
+		"task": func(n *simNode) error {
+			_, err := n.ctl.CreateTask(testCtx(t), connect.NewRequest(&shoalv1.CreateTaskRequest{Name: "c1", Node: nodes[0].node.ID, Spec: &shoalv1.TaskSpec{Command: []string{"sleep"}}}))
+			return err
+		},
+	}
+	for _, kind := range []string{"network", "service", "task"} {
+		var calls atomic.Int32
+		var self string
+		self = fakeManager(t, func() string { return self }, func(w http.ResponseWriter, r *http.Request) {
+			switch calls.Add(1) {
+			case 1: // done, and nobody hears of it
+				real.ServeHTTP(httptest.NewRecorder(), r)
+				panic(http.ErrAbortHandler)
+			case 2:
+				_ = connect.NewErrorWriter().Write(w, r, errLeftOpen(raft.ErrLeadershipLost))
+			default:
+				real.ServeHTTP(w, r)
+			}
+		})
+		n := newAsker(t)
+		n.start()
+		n.sees = []string{self}
+		if err := creations[kind](n); err != nil {
+			t.Errorf("a creation of a %s whose answer was lost: %v", kind, err)
+		}
+		if k := calls.Load(); k != 3 {
+			t.Errorf("the creation of a %s was sent %d times, want 3", kind, k)
+		}
+		// Another that asks for the same name is another call.
+		if err := creations[kind](n); connect.CodeOf(err) != connect.CodeAlreadyExists {
+			t.Errorf("a second creation of the %s: %v", kind, err)
+		}
+		var gone atomic.Bool
+		self = fakeManager(t, func() string { return self }, func(w http.ResponseWriter, r *http.Request) {
+			if gone.Swap(true) {
+				notLeader(w, r)
+			} else {
+				panic(http.ErrAbortHandler)
+			}
+		})
+		n = newAsker(t)
+		n.wait = 500 * time.Millisecond
+		n.start()
+		n.sees = []string{self}
+		if err := creations[kind](n); connect.CodeOf(err) != connect.CodeUnavailable || !strings.Contains(err.Error(), "may or may not have been made") {
+			t.Errorf("a creation of a %s of which nobody knows the end: %v", kind, err)
+		}
 	}
 }
 

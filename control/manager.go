@@ -104,8 +104,9 @@ type Manager struct {
 
 const (
 	snapshotsKept  = 2
-	proposeTimeout = 5 * time.Second
-	logCached      = 512 // entries of raft's log that are kept in memory
+	proposeTimeout = 5 * time.Second  // until raft takes a proposal, and of a change of its voters
+	commitTimeout  = 20 * time.Second // and until it has agreed: longer than a leader keeps its office without a majority
+	logCached      = 512              // entries of raft's log that are kept in memory
 )
 
 // NewManager opens raft, which waits to be added by a leader, or for Bootstrap, when
@@ -381,6 +382,28 @@ func errNotLeader() error {
 	return err
 }
 
+// errLeftOpen answers when nobody knows whether a change will have been made. The
+// Forwarder takes the header as leave to make the call again where that does no harm.
+func errLeftOpen(why error) error {
+	err := connect.NewError(connect.CodeUnavailable, fmt.Errorf("the managers did not agree in time, the change may or may not have been made: %w", why))
+	err.Meta().Set(leftOpenHeader, "1")
+	return err
+}
+
+// settle waits until raft has decided, for a time.
+func settle(ctx context.Context, f raft.Future, limit time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	decided := make(chan error, 1)
+	go func() { decided <- f.Error() }() // raft answers when it is applied, when the leader falls, or when it ends
+	select {
+	case err := <-decided:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
 // Propose puts a command through raft and returns what the state made of it.
 func (m *Manager) Propose(ctx context.Context, c state.Command) (state.Result, error) {
 	if !m.IsLeader() {
@@ -399,11 +422,13 @@ func (m *Manager) Propose(ctx context.Context, c state.Command) (state.Result, e
 		timeout = min(timeout, time.Until(d))
 	}
 	f := m.raft.Apply(b, max(timeout, time.Millisecond))
-	switch err := f.Error(); {
+	switch err := settle(ctx, f, commitTimeout); {
 	case errors.Is(err, raft.ErrNotLeader), errors.Is(err, raft.ErrLeadershipTransferInProgress):
 		return state.Result{}, errNotLeader()
+	case errors.Is(err, raft.ErrEnqueueTimeout):
+		return state.Result{}, connect.NewError(connect.CodeUnavailable, fmt.Errorf("the managers have more to do than they can: nothing was changed, try again in a moment: %w", err))
 	case err != nil:
-		return state.Result{}, connect.NewError(connect.CodeUnavailable, fmt.Errorf("the managers did not agree in time, the change may or may not have been made: %w", err))
+		return state.Result{}, errLeftOpen(err)
 	}
 	r, ok := f.Response().(state.Result)
 	if !ok {

@@ -38,7 +38,7 @@ func (s *service) read(fn func(*state.State) error) error {
 
 func (s *service) CreateNetwork(ctx context.Context, req *connect.Request[shoalv1.CreateNetworkRequest]) (*connect.Response[shoalv1.CreateNetworkResponse], error) {
 	r := req.Msg
-	n := spec.Network{ID: spec.NewID(), Name: r.Name, Driver: r.Driver, Labels: r.Labels, MTU: int(r.Mtu), Internal: r.Internal, Options: r.Options, Node: r.Node, Created: time.Now().UnixMilli()}
+	n := spec.Network{ID: requestID(req.Header()), Name: r.Name, Driver: r.Driver, Labels: r.Labels, MTU: int(r.Mtu), Internal: r.Internal, Options: r.Options, Node: r.Node, Created: time.Now().UnixMilli()}
 	var err error
 	if n.Subnets, err = api.Prefixes("subnet", r.Subnets); err != nil {
 		return nil, invalid(err)
@@ -50,10 +50,28 @@ func (s *service) CreateNetwork(ctx context.Context, req *connect.Request[shoalv
 		return nil, invalid(err)
 	}
 	res, err := s.m.Propose(ctx, state.Command{CreateNetwork: &state.CreateNetwork{Network: n, HostRoutes: s.m.cfg.HostRoutes()}})
-	if err != nil {
+	if err := s.unlessMade(err, func(st *state.State) bool {
+		v, err := st.Network(n.ID)
+		res.Network = &v
+		return err == nil && v.ID == n.ID && v.Name == n.Name
+	}); err != nil {
 		return nil, err
 	}
 	return connect.NewResponse(&shoalv1.CreateNetworkResponse{Network: api.Network(*res.Network)}), nil
+}
+
+// unlessMade is the error of a creation, unless an earlier try of the same call has
+// made what it asks for: its answer was lost, or the leader with it.
+func (s *service) unlessMade(err error, made func(*state.State) bool) error {
+	if !errors.Is(err, state.ErrExists) {
+		return err
+	}
+	was := false
+	s.m.fsm.read(func(st *state.State) { was = made(st) })
+	if was {
+		return nil
+	}
+	return err
 }
 
 // pick lists all objects, or those that refs name.
@@ -145,8 +163,13 @@ func (s *service) CreateService(ctx context.Context, req *connect.Request[shoalv
 	if sp.EndpointMode == "" {
 		sp.EndpointMode = spec.EndpointModeVIP
 	}
-	res, err := s.proposeWhenFree(ctx, state.Command{CreateService: &state.CreateService{ID: spec.NewID(), Spec: sp, Created: time.Now().UnixMilli()}})
-	if err != nil {
+	id := requestID(req.Header())
+	res, err := s.proposeWhenFree(ctx, state.Command{CreateService: &state.CreateService{ID: id, Spec: sp, Created: time.Now().UnixMilli()}})
+	if err := s.unlessMade(err, func(st *state.State) bool {
+		v, err := st.Service(id)
+		res.Service = &v
+		return err == nil && v.ID == id && v.Spec.Name == sp.Name
+	}); err != nil {
 		return nil, err
 	}
 	return connect.NewResponse(&shoalv1.CreateServiceResponse{Service: api.Service(*res.Service, 0)}), nil
@@ -208,14 +231,18 @@ func (s *service) CreateTask(ctx context.Context, req *connect.Request[shoalv1.C
 	if err != nil {
 		return nil, invalid(err)
 	}
-	id := spec.NewID()
+	id := requestID(req.Header())
 	name := req.Msg.Name
 	if name == "" {
 		name = "task-" + id[:6]
 	}
 	res, err := s.m.Propose(ctx, state.Command{CreateTask: &state.CreateTask{
 		ID: id, Name: name, Node: req.Msg.Node, Spec: ts, Networks: nets, Ports: ports, Created: time.Now().UnixMilli()}})
-	if err != nil {
+	if err := s.unlessMade(err, func(st *state.State) bool {
+		v, err := st.Task(id)
+		res.Task = &v
+		return err == nil && v.ID == id && v.Name == name
+	}); err != nil {
 		return nil, err
 	}
 	return connect.NewResponse(&shoalv1.CreateTaskResponse{Task: api.Task(*res.Task)}), nil

@@ -26,6 +26,11 @@ func NewID() string {
 	return string(b[:])
 }
 
+// IsID tells whether a text is an ID as [NewID] makes them.
+func IsID(id string) bool {
+	return len(id) == IDLen && strings.Trim(id, idAlphabet) == ""
+}
+
 var (
 	nameRE = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9_.-]*[a-zA-Z0-9])?$`)
 	hostRE = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9-]*[a-zA-Z0-9])?$`)
