@@ -105,9 +105,9 @@ func (a *Agent) doctor(ctx context.Context) *shoalv1.DoctorResponse {
 		check("containers", "ok", "none: "+what, "")
 	}
 	if s := cgroup.Supported(); s.Version == 0 || len(s.Missing) > 0 {
-		check("control groups", "warn", s.String(), "boot with the controllers (cgroup_enable=memory), or let the agent write to /sys/fs/cgroup")
+		check("limits", "warn", "control groups: "+s.String(), "boot with the controllers (cgroup_enable=memory), or let the agent write to /sys/fs/cgroup")
 	} else {
-		check("control groups", "ok", s.String(), "")
+		check("limits", "ok", "control groups "+s.String(), "")
 	}
 	m := a.current()
 	if m == nil {

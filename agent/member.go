@@ -369,6 +369,33 @@ func (m *member) liveness() map[string]spec.Liveness {
 	return out
 }
 
+// blobs implements plumbing.
+func (m *member) blobs(ctx context.Context, ids []string) ([][]byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	resp, err := m.client.TaskBlobs(ctx, connect.NewRequest(&shoalv1.TaskBlobsRequest{Node: m.ident.NodeID, Ids: ids}))
+	switch connect.CodeOf(err) {
+	case connect.CodeNotFound, connect.CodePermissionDenied:
+		if err != nil {
+			return nil, fmt.Errorf("secrets and configs: %w: %w", errNotGiven, err)
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	if len(resp.Msg.Blobs) != len(ids) {
+		return nil, fmt.Errorf("%d secrets and configs came of %d", len(resp.Msg.Blobs), len(ids))
+	}
+	var out [][]byte
+	for i, b := range resp.Msg.Blobs {
+		if b.GetId() != ids[i] {
+			return nil, fmt.Errorf("secret or config %s came in the place of %s", b.GetId(), ids[i])
+		}
+		out = append(out, b.GetData())
+	}
+	return out, nil
+}
+
 // templateContext implements plumbing.
 func (m *member) templateContext(t spec.Task) (spec.TemplateContext, error) {
 	m.mu.Lock()

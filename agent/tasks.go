@@ -47,6 +47,8 @@ type plumbing interface {
 	publish()
 	// wired waits until the task's interfaces and routes are as wanted.
 	wired(ctx context.Context, t spec.Task) error
+	// blobs are secrets and configs by their IDs, in that order.
+	blobs(ctx context.Context, ids []string) ([][]byte, error)
 	// templateContext is what the templates of a service's task see.
 	templateContext(t spec.Task) (spec.TemplateContext, error)
 	// network is what the managers said of a network.
@@ -449,6 +451,14 @@ func (r *runner) live(ctx context.Context, found *runtime.Status) error {
 		// What its image says is the task's from now on.
 		t.Spec = rt.Spec
 		r.set(func() { r.task.Spec = rt.Spec })
+		var err error
+		if rt.Files, err = r.files(ctx, t); err != nil {
+			if r.unwanted() != "" && ctx.Err() == nil {
+				r.state(spec.TaskShutdown, r.unwanted()+" before it started")
+				return nil
+			}
+			return err
+		}
 		rt.ResolvConf, rt.Hosts, rt.Data = resolvConf(t.Spec, r.search()), hosts(t, r.hostAddr), encodeTask(t)
 		made, err := r.rt.Create(ctx, rt)
 		if err != nil {
@@ -511,6 +521,39 @@ func (r *runner) live(ctx context.Context, found *runtime.Status) error {
 }
 
 // prepare fetches what the task needs, its image, for as long as it is wanted.
+// errNotGiven is that managers will not give a node a secret or config.
+var errNotGiven = errors.New("not given to this node")
+
+// files are the contents of a task's secrets and configs. It waits for a manager to
+// answer, as long as the task is wanted.
+func (r *runner) files(ctx context.Context, t spec.Task) (files [][]byte, err error) {
+	var ids []string
+	for _, ref := range append(slices.Clone(t.Spec.Secrets), t.Spec.Configs...) {
+		ids = append(ids, ref.ID)
+	}
+	if len(ids) == 0 {
+		return nil, nil
+	}
+	said := false
+	for wait := 20 * time.Millisecond; ; wait = min(2*wait, time.Second) {
+		files, err = r.plumbing.blobs(ctx, ids)
+		if err == nil || errors.Is(err, errNotGiven) {
+			return files, err
+		}
+		if !said && wait > 500*time.Millisecond {
+			r.state(spec.TaskPreparing, "waiting for a manager to give its secrets and configs: "+err.Error())
+			said = true
+		}
+		r.waitUnless(ctx, wait)
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		if why := r.unwanted(); why != "" {
+			return nil, errors.New(why)
+		}
+	}
+}
+
 func (r *runner) prepare(ctx context.Context, t *runtime.Task) error {
 	if t.Executor == "" {
 		return nil

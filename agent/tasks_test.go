@@ -204,6 +204,13 @@ func (b *bench) wired(ctx context.Context, t spec.Task) error { return b.do(ctx,
 
 func (b *bench) settled(ctx context.Context) error { return b.do(ctx, "settled") }
 
+func (b *bench) blobs(_ context.Context, ids []string) (out [][]byte, err error) {
+	for _, id := range ids {
+		out = append(out, []byte(id))
+	}
+	return out, nil
+}
+
 func (b *bench) templateContext(t spec.Task) (spec.TemplateContext, error) {
 	return spec.NewTemplateContext(spec.Service{ID: t.Service}, spec.Node{Name: "here"}, t), nil
 }

@@ -101,6 +101,7 @@ func TaskSpec(t spec.TaskSpec) *shoalv1.TaskSpec {
 		StopSignal: t.StopSignal, StopGraceMs: t.StopGrace.Milliseconds(),
 		Dns: texts(t.DNS), DnsSearch: t.DNSSearch, DnsOptions: t.DNSOptions, ExtraHosts: t.ExtraHosts, Links: t.Links, Expose: t.Expose,
 		Health: HealthCheck(t.Health), Container: Container(t.Container), Resources: Resources(t.Resources),
+		Secrets: blobRefs(t.Secrets), Configs: blobRefs(t.Configs),
 		Attach: t.Attach, Stdin: t.Stdin, Tty: t.TTY, AutoRemove: t.AutoRemove}
 }
 
@@ -121,6 +122,33 @@ func ToHealthCheck(h *shoalv1.HealthCheck) *spec.HealthCheck {
 	ms := func(n int64) time.Duration { return time.Duration(n) * time.Millisecond }
 	return &spec.HealthCheck{Command: h.GetCommand(), Interval: ms(h.GetIntervalMs()), Timeout: ms(h.GetTimeoutMs()),
 		StartPeriod: ms(h.GetStartPeriodMs()), StartInterval: ms(h.GetStartIntervalMs()), Retries: int(h.GetRetries()), Exec: h.GetExec(), Disabled: h.GetDisabled()}
+}
+
+func blobRefs(in []spec.BlobRef) (out []*shoalv1.BlobRef) {
+	for _, r := range in {
+		out = append(out, &shoalv1.BlobRef{Id: r.ID, Name: r.Name, Target: r.Target, Uid: r.UID, Gid: r.GID, Mode: r.Mode})
+	}
+	return out
+}
+
+func toBlobRefs(in []*shoalv1.BlobRef) (out []spec.BlobRef) {
+	for _, r := range in {
+		out = append(out, spec.BlobRef{ID: r.GetId(), Name: r.GetName(), Target: r.GetTarget(), UID: r.GetUid(), GID: r.GetGid(), Mode: r.GetMode()})
+	}
+	return out
+}
+
+// BlobRefs are refs on the wire.
+func BlobRefs(in []spec.BlobRef) []*shoalv1.BlobRef { return blobRefs(in) }
+
+// Blob is b on the wire.
+func Blob(b spec.Blob) *shoalv1.Blob {
+	return &shoalv1.Blob{Id: b.ID, Kind: string(b.Kind), Name: b.Name, Labels: b.Labels, Data: b.Data, Version: b.Version, CreatedMs: b.Created, UpdatedMs: b.Updated}
+}
+
+// ToBlob is the inverse of Blob.
+func ToBlob(b *shoalv1.Blob) spec.Blob {
+	return spec.Blob{ID: b.GetId(), Kind: spec.BlobKind(b.GetKind()), Name: b.GetName(), Labels: b.GetLabels(), Data: b.GetData(), Version: b.GetVersion(), Created: b.GetCreatedMs(), Updated: b.GetUpdatedMs()}
 }
 
 // Resources are r on the wire.
@@ -145,6 +173,7 @@ func ToTaskSpec(t *shoalv1.TaskSpec) (spec.TaskSpec, error) {
 		StopSignal: t.GetStopSignal(), StopGrace: time.Duration(t.GetStopGraceMs()) * time.Millisecond,
 		DNS: dns, DNSSearch: t.GetDnsSearch(), DNSOptions: t.GetDnsOptions(), ExtraHosts: t.GetExtraHosts(), Links: t.GetLinks(), Expose: t.GetExpose(),
 		Health: ToHealthCheck(t.GetHealth()), Container: ToContainer(t.GetContainer()), Resources: ToResources(t.GetResources()),
+		Secrets: toBlobRefs(t.GetSecrets()), Configs: toBlobRefs(t.GetConfigs()),
 		Attach: t.GetAttach(), Stdin: t.GetStdin(), TTY: t.GetTty(), AutoRemove: t.GetAutoRemove()}, err
 }
 

@@ -39,6 +39,10 @@ var Table = map[string]Rule{
 	"/shoal.v1.Control/CreateTask":        users(),
 	"/shoal.v1.Control/ListTasks":         users(),
 	"/shoal.v1.Control/StopTask":          users(),
+	"/shoal.v1.Control/CreateBlob":        users(),
+	"/shoal.v1.Control/UpdateBlob":        users(),
+	"/shoal.v1.Control/ListBlobs":         users(),
+	"/shoal.v1.Control/RemoveBlob":        users(),
 	"/shoal.v1.Control/UpdateNode":        users(),
 	"/shoal.v1.Control/RemoveNode":        users(),
 	"/shoal.v1.Control/Events":            users(),
@@ -58,6 +62,7 @@ var Table = map[string]Rule{
 	"/shoal.v1.Control/AdmitManager":     {Who: Manager | Local, Body: maxBody}, // of itself
 	"/shoal.v1.Control/LeaveNode":        own(),
 	"/shoal.v1.Control/Assignments":      own(),
+	"/shoal.v1.Control/TaskBlobs":        own(),
 	"/shoal.v1.Control/Report":           own(),
 	LeaderPath:                           {Who: Nodes, Body: 1},
 

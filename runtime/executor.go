@@ -3,6 +3,8 @@ package runtime
 import (
 	"context"
 	"errors"
+	"fmt"
+	"path/filepath"
 	"syscall"
 	"time"
 
@@ -34,8 +36,29 @@ type Box struct {
 	// other end for as long as the box is there. Stdin may be empty: no input. With
 	// a terminal there is no Stderr.
 	Stdin, Stdout, Stderr string
+	// Blobs is a directory in memory with the contents of the task's secrets and
+	// configs (BlobFile); empty: it has none.
+	Blobs string
 	// Cgroup is where the task's control group goes, below the hierarchy's root.
 	Cgroup string
+}
+
+// BlobFile names the file of a task's secret or config, by its place in the spec.
+func BlobFile(kind spec.BlobKind, i int) string { return fmt.Sprintf("%s-%d", kind, i) }
+
+// BlobMount is a secret or a config in a task: a file, and where it goes.
+type BlobMount struct{ File, Path string }
+
+// BlobMounts are those of a task whose files are in dir.
+func BlobMounts(t spec.TaskSpec, dir string) []BlobMount {
+	var out []BlobMount
+	for i, r := range t.Secrets {
+		out = append(out, BlobMount{filepath.Join(dir, BlobFile(spec.KindSecret, i)), r.Path(spec.KindSecret, t.Image != "")})
+	}
+	for i, r := range t.Configs {
+		out = append(out, BlobMount{filepath.Join(dir, BlobFile(spec.KindConfig, i)), r.Path(spec.KindConfig, t.Image != "")})
+	}
+	return out
 }
 
 // Outcome is how far the program of a box is.

@@ -46,6 +46,9 @@ type Task struct {
 	Hosts      []byte `json:"hosts"`
 	// Data is kept for the caller and comes back in Status.
 	Data []byte `json:"data,omitempty"`
+	// Files are the contents of Spec's secrets, then of its configs, in their order.
+	// They are in memory only.
+	Files [][]byte `json:"-"`
 }
 
 // Sandbox is where a task's network goes.

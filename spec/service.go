@@ -42,6 +42,9 @@ type TaskSpec struct {
 
 	Resources Resources `json:"resources,omitzero"`
 
+	Secrets []BlobRef `json:"secrets,omitempty" level:"2"`
+	Configs []BlobRef `json:"configs,omitempty" level:"2"`
+
 	// Of tasks of their own (shoal run) only:
 	Attach     bool `json:"attach,omitempty"`      // somebody is about to attach: the program waits for them, for a moment
 	Stdin      bool `json:"stdin,omitempty"`       // keep standard input open, for who attaches
@@ -60,6 +63,7 @@ func (t TaskSpec) Clone() TaskSpec {
 	t.DNSOptions, t.ExtraHosts = slices.Clone(t.DNSOptions), slices.Clone(t.ExtraHosts)
 	t.Links, t.Expose = slices.Clone(t.Links), slices.Clone(t.Expose)
 	t.Container = t.Container.clone()
+	t.Secrets, t.Configs = slices.Clone(t.Secrets), slices.Clone(t.Configs)
 	if t.Health != nil {
 		h := *t.Health
 		t.Health = &h
@@ -110,6 +114,9 @@ func (t TaskSpec) Validate() error {
 		return err
 	}
 	if err := t.Resources.Validate(); err != nil {
+		return err
+	}
+	if err := t.validateBlobs(); err != nil {
 		return err
 	}
 	return t.validateDNS()

@@ -182,6 +182,7 @@ func (c *cli) svcCreate() *cobra.Command {
 	var tf taskFlags
 	var detach, quiet bool
 	var restartDelay time.Duration
+	var secrets, configs []string
 	cmd := &cobra.Command{
 		Use: "create [flags] IMAGE|-- [COMMAND] [ARG...]", Short: "Create a service", Args: cobra.ArbitraryArgs,
 		Long: `Create makes a service of replicas of an image or, after --, of a program of the
@@ -209,6 +210,12 @@ that all replicas are one image.`,
 			}
 			req.Labels = req.Task.Labels
 			if req.Task.Labels, err = labels(tf.taskLabels); err != nil {
+				return usageError(cmd, err)
+			}
+			if req.Task.Secrets, err = blobRefs(spec.KindSecret, secrets); err != nil {
+				return usageError(cmd, err)
+			}
+			if req.Task.Configs, err = blobRefs(spec.KindConfig, configs); err != nil {
 				return usageError(cmd, err)
 			}
 			req.RestartDelayMs = restartDelay.Milliseconds()
@@ -254,6 +261,10 @@ that all replicas are one image.`,
 	tf.add(f, "")
 	tf.image.add(f, true)
 	tf.resources.add(f, true)
+	f.StringArrayVar(&secrets, "secret", nil, "secret, NAME or source=NAME,target=PATH,uid=N,gid=N,mode=0400 (repeatable)")
+	f.StringArrayVar(&configs, "config", nil, "config, NAME or source=NAME,target=PATH,uid=N,gid=N,mode=0444 (repeatable)")
+	_ = cmd.RegisterFlagCompletionFunc("secret", c.completeBlobs(spec.KindSecret))
+	_ = cmd.RegisterFlagCompletionFunc("config", c.completeBlobs(spec.KindConfig))
 	_ = cmd.RegisterFlagCompletionFunc("network", c.complete(c.networkNames))
 	_ = cmd.RegisterFlagCompletionFunc("endpoint-mode", cobra.FixedCompletions([]string{"vip", "dnsrr"}, cobra.ShellCompDirectiveNoFileComp))
 	return cmd

@@ -32,6 +32,7 @@ func (c *cli) svcUpdate() *cobra.Command {
 	var restartMax int32
 	var health healthFlags
 	var resources resourceFlags
+	var secretAdd, secretRm, configAdd, configRm []string
 	var detach, quiet bool
 	cmd := &cobra.Command{Use: "update SERVICE [-- COMMAND [ARG...]]", Short: "Change a service", Args: atLeast(1),
 		Long: `Update changes a running service. Networks, published ports, labels and the
@@ -296,6 +297,22 @@ running before the old one ends.`,
 				sp.Task.Health, err = health.apply(was)
 				changed = changed || !proto.Equal(was, sp.Task.Health)
 			}
+			set("secret-rm", func() (err error) {
+				sp.Task.Secrets, err = changeBlobs(spec.KindSecret, sp.Task.Secrets, secretRm, nil)
+				return err
+			})
+			set("secret-add", func() (err error) {
+				sp.Task.Secrets, err = changeBlobs(spec.KindSecret, sp.Task.Secrets, nil, secretAdd)
+				return err
+			})
+			set("config-rm", func() (err error) {
+				sp.Task.Configs, err = changeBlobs(spec.KindConfig, sp.Task.Configs, configRm, nil)
+				return err
+			})
+			set("config-add", func() (err error) {
+				sp.Task.Configs, err = changeBlobs(spec.KindConfig, sp.Task.Configs, nil, configAdd)
+				return err
+			})
 			if err == nil {
 				was := api.ToResources(sp.Task.Resources)
 				now, rerr := resources.apply(was)
@@ -375,6 +392,12 @@ running before the old one ends.`,
 	f.StringArrayVar(&hostRm, "host-rm", nil, "remove such a line")
 	health.add(f)
 	resources.add(f, true)
+	f.StringArrayVar(&secretAdd, "secret-add", nil, "give a secret, as with svc create --secret (repeatable)")
+	f.StringArrayVar(&secretRm, "secret-rm", nil, "take a secret away, by name (repeatable)")
+	f.StringArrayVar(&configAdd, "config-add", nil, "give a config, as with svc create --config (repeatable)")
+	f.StringArrayVar(&configRm, "config-rm", nil, "take a config away, by name (repeatable)")
+	_ = cmd.RegisterFlagCompletionFunc("secret-add", c.completeBlobs(spec.KindSecret))
+	_ = cmd.RegisterFlagCompletionFunc("config-add", c.completeBlobs(spec.KindConfig))
 	f.BoolVarP(&detach, "detach", "d", false, "don't wait until the replicas run")
 	f.BoolVarP(&quiet, "quiet", "q", false, "wait, but show no progress")
 	_ = cmd.RegisterFlagCompletionFunc("endpoint-mode", cobra.FixedCompletions([]string{"vip", "dnsrr"}, cobra.ShellCompDirectiveNoFileComp))

@@ -49,6 +49,10 @@ type Command struct {
 	SetGossipKeys *SetGossipKeys `json:"set_gossip_keys,omitempty"`
 	RotateUnlock  *RotateUnlock  `json:"rotate_unlock,omitempty"`
 	RaiseLevel    *RaiseLevel    `json:"raise_level,omitempty" level:"1"`
+
+	CreateBlob *CreateBlob `json:"create_blob,omitempty" level:"2"`
+	UpdateBlob *UpdateBlob `json:"update_blob,omitempty" level:"2"`
+	RemoveBlob *RemoveBlob `json:"remove_blob,omitempty" level:"2"`
 }
 
 // Cluster is what is fixed at init.

@@ -20,12 +20,13 @@ import (
 // by the rules of that level, so that every manager makes the same of the log. When
 // the last manager has a newer build the leader raises it (RaiseLevel), never to go
 // back.
-const Level = 1
+const Level = 2
 
 // Levels tells, by level, what each brings.
 var Levels = []string{
 	0: "clusters made before there were levels",
 	1: "the feature level itself; node ls -o wide and inspect show each node's level and version",
+	2: "secrets and configs",
 }
 
 // RaiseLevel raises the cluster's level. It is refused while a manager has less.

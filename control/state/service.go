@@ -77,6 +77,9 @@ func (s *State) serviceSpec(in spec.ServiceSpec) (spec.ServiceSpec, error) {
 		return sp, failf(ErrInvalid, "service %s: restart delay and restart limit can't be negative", sp.Name)
 	}
 	var err error
+	if sp.Task, err = s.resolveBlobs(sp.Task); err != nil {
+		return sp, fmt.Errorf("service %s: %w", sp.Name, err)
+	}
 	if sp.Networks, err = s.resolve(sp.Networks); err != nil {
 		return sp, failf(ErrInvalid, "service %s: %w", sp.Name, err)
 	}

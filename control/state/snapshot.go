@@ -35,6 +35,7 @@ type snapshot struct {
 	Trust      *Trust            `json:"trust,omitempty"`
 	Expelled   []string          `json:"expelled,omitempty"` // IDs of nodes
 	Level      int               `json:"level,omitempty" level:"1"`
+	Blobs      []spec.Blob       `json:"blobs,omitempty" level:"2"`
 }
 
 type networkSnapshot struct {
@@ -79,6 +80,9 @@ func (s *State) Snapshot() ([]byte, error) {
 		if s.nodes[id].expelled {
 			out.Expelled = append(out.Expelled, id)
 		}
+	}
+	for _, id := range slices.Sorted(maps.Keys(s.blobs)) {
+		out.Blobs = append(out.Blobs, *s.blobs[id])
 	}
 	for _, t := range s.tasks {
 		out.Tasks = append(out.Tasks, taskSnapshot{t.Task, t.seq, t.rev, t.started, t.ended, t.was})
@@ -196,6 +200,15 @@ func restore(b []byte) (*State, error) {
 			}
 			s.svcNames[v.Spec.Name] = v.ID
 		}
+	}
+	for _, b := range in.Blobs {
+		if err := b.Validate(); err != nil {
+			return nil, err
+		}
+		if s.blobs[b.ID] != nil {
+			return nil, fmt.Errorf("%s %s is there twice", b.Kind, b.Name)
+		}
+		s.blobs[b.ID] = &b
 	}
 	for _, ts := range in.Tasks {
 		t := &task{ts.Task, ts.Seq, ts.Rev, ts.Started, ts.Ended, ts.Was}

@@ -25,6 +25,7 @@ type State struct {
 	services   map[string]*service // also those that wait for their last task
 	tasks      map[string]*task
 	nodes      map[string]*node
+	blobs      map[string]*spec.Blob // secrets and configs
 
 	// Next-fit cursors.
 	lastSubnet netip.Prefix
@@ -86,6 +87,7 @@ type Result struct {
 	Service *spec.Service
 	Task    *spec.Task
 	Node    *spec.Node
+	Blob    *spec.Blob
 	Applied int // of Schedule: operations carried out
 	Skipped int // of Schedule: operations whose precondition no longer held
 }
@@ -94,7 +96,7 @@ type Result struct {
 func New() *State {
 	return &State{
 		rules:    Level,
-		networks: map[string]*network{}, services: map[string]*service{}, tasks: map[string]*task{}, nodes: map[string]*node{},
+		networks: map[string]*network{}, services: map[string]*service{}, tasks: map[string]*task{}, nodes: map[string]*node{}, blobs: map[string]*spec.Blob{},
 		netNames: map[string]string{}, svcNames: map[string]string{}, removed: map[string]*service{},
 		taskNames: map[string]string{}, taskFolds: map[string]int{}, nodeNames: map[string][]string{}, vnis: map[uint32]string{}, numbers: map[int]string{},
 		published: map[string]*service{},
@@ -489,6 +491,12 @@ func (s *State) Apply(index uint64, c Command) Result {
 		return s.certify(c.Certify)
 	case c.RotateUnlock != nil:
 		return s.rotateUnlock(c.RotateUnlock)
+	case c.CreateBlob != nil:
+		return s.createBlob(c.CreateBlob)
+	case c.UpdateBlob != nil:
+		return s.updateBlob(c.UpdateBlob)
+	case c.RemoveBlob != nil:
+		return s.removeBlob(c.RemoveBlob)
 	case c.SetGossipKeys != nil:
 		return s.setGossipKeys(c.SetGossipKeys)
 	case c.RaiseLevel != nil:
@@ -510,6 +518,8 @@ func (s *State) checkID(kind, id string) error {
 		taken = "service"
 	} else if _, ok := s.tasks[id]; ok {
 		taken = "task"
+	} else if b, ok := s.blobs[id]; ok {
+		taken = string(b.Kind)
 	} else if _, ok := s.nodes[id]; ok && kind != "node" {
 		taken = "node"
 	}

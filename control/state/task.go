@@ -120,6 +120,10 @@ func (s *State) createTask(c *CreateTask) Result {
 	if err := s.checkTaskName(c.Name); err != nil {
 		return Result{Err: err}
 	}
+	ts, err := s.resolveBlobs(c.Spec)
+	if err != nil {
+		return Result{Err: fmt.Errorf("task %s: %w", c.Name, err)}
+	}
 	nets, err := s.resolve(c.Networks)
 	if err == nil {
 		err = s.checkNames(c.Spec.Names(), nil)
@@ -151,7 +155,7 @@ func (s *State) createTask(c *CreateTask) Result {
 	if err != nil {
 		return Result{Err: err}
 	}
-	t := &task{seq: s.seq + 1, Task: spec.Task{ID: c.ID, Ports: ports, Name: c.Name, Spec: c.Spec.Clone(), Desired: spec.DesiredRunning,
+	t := &task{seq: s.seq + 1, Task: spec.Task{ID: c.ID, Ports: ports, Name: c.Name, Spec: ts, Desired: spec.DesiredRunning,
 		Status: spec.TaskStatus{State: spec.TaskAssigned, At: c.Created}, Version: s.index, Created: c.Created}}
 	if err := s.assign(t, n, nets); err != nil {
 		return Result{Err: fmt.Errorf("task %s: %w", c.Name, err)}

@@ -34,6 +34,11 @@ func (e *Executor) mounts(ctx context.Context, c *client.Client, img client.Imag
 		}
 		out = append(out, specs.Mount{Destination: "/etc/" + f, Type: "bind", Source: filepath.Join(b.Dir, f), Options: []string{"rbind", "rprivate", "rw"}})
 	}
+	if b.Blobs != "" {
+		for _, m := range runtime.BlobMounts(b.Spec, b.Blobs) {
+			out = append(out, specs.Mount{Destination: m.Path, Type: "bind", Source: m.File, Options: []string{"bind", "rprivate", "ro", "nosuid", "nodev", "noexec"}})
+		}
+	}
 	for _, m := range b.Spec.Mounts {
 		var sm specs.Mount
 		switch m.Type {

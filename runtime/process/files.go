@@ -18,6 +18,8 @@ type record struct {
 	Hidden []string `json:"hidden,omitempty"`
 	// Cgroup is the task's control group, below the hierarchy's root; empty: none.
 	Cgroup string `json:"cgroup,omitempty"`
+	// Blobs is where the files of its secrets and configs are; empty: it has none.
+	Blobs string `json:"blobs,omitempty"`
 }
 
 func readJSON(path string, v any) error {

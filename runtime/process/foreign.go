@@ -161,6 +161,7 @@ func (r *Runtime) box(id string) (runtime.Box, runtime.Executor, error) {
 	}
 	dir := r.taskDir(id)
 	b := runtime.Box{Task: t, Dir: dir, Cgroup: r.cgroup(id), Stdout: filepath.Join(dir, fifoDir, fifoOut)}
+	b.Blobs = r.blobDir(t)
 	if !t.Spec.TTY {
 		b.Stderr = filepath.Join(dir, fifoDir, fifoErr)
 	}

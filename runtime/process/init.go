@@ -169,6 +169,9 @@ func setUp(dir string, t record) error {
 			return fmt.Errorf("make %s read-only: %w", p, err)
 		}
 	}
+	if err := bindBlobs(t); err != nil {
+		return err
+	}
 	for _, d := range t.Hidden {
 		if err := hide(d); err != nil {
 			return err

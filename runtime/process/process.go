@@ -138,10 +138,13 @@ func (r *Runtime) Create(ctx context.Context, t runtime.Task) (_ runtime.Sandbox
 		}
 	}()
 	// The record comes first: it names all that is made after it.
-	if err := writeJSON(filepath.Join(dir, taskFile), record{t, r.cfg.Hidden, r.cgroup(t.ID)}); err != nil {
+	if err := writeJSON(filepath.Join(dir, taskFile), record{t, r.cfg.Hidden, r.cgroup(t.ID), r.blobDir(t)}); err != nil {
 		return runtime.Sandbox{}, err
 	}
 	if err := r.makeCgroup(t); err != nil {
+		return runtime.Sandbox{}, err
+	}
+	if err := r.writeBlobs(t); err != nil {
 		return runtime.Sandbox{}, err
 	}
 	if t.Executor != "" {
@@ -597,7 +600,7 @@ func (r *Runtime) Release(ctx context.Context, id string) error {
 	if err := os.Remove(r.socket(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	if err := r.removeCgroup(id); err != nil {
+	if err := errors.Join(r.removeBlobs(id), r.removeCgroup(id)); err != nil {
 		return fmt.Errorf("task %s: %w", st.Name, err)
 	}
 	if st.Sandbox.Netns == "" {
@@ -640,7 +643,7 @@ func (r *Runtime) sweep(id, netns string) error {
 	if err := os.Remove(r.socket(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		errs = append(errs, err)
 	}
-	errs = append(errs, r.removeCgroup(id))
+	errs = append(errs, r.removeBlobs(id), r.removeCgroup(id))
 	if netns != "" {
 		errs = append(errs, nl.Remove(netns))
 	}

@@ -74,6 +74,16 @@ const (
 	ControlListTasksProcedure = "/shoal.v1.Control/ListTasks"
 	// ControlStopTaskProcedure is the fully-qualified name of the Control's StopTask RPC.
 	ControlStopTaskProcedure = "/shoal.v1.Control/StopTask"
+	// ControlCreateBlobProcedure is the fully-qualified name of the Control's CreateBlob RPC.
+	ControlCreateBlobProcedure = "/shoal.v1.Control/CreateBlob"
+	// ControlUpdateBlobProcedure is the fully-qualified name of the Control's UpdateBlob RPC.
+	ControlUpdateBlobProcedure = "/shoal.v1.Control/UpdateBlob"
+	// ControlListBlobsProcedure is the fully-qualified name of the Control's ListBlobs RPC.
+	ControlListBlobsProcedure = "/shoal.v1.Control/ListBlobs"
+	// ControlRemoveBlobProcedure is the fully-qualified name of the Control's RemoveBlob RPC.
+	ControlRemoveBlobProcedure = "/shoal.v1.Control/RemoveBlob"
+	// ControlTaskBlobsProcedure is the fully-qualified name of the Control's TaskBlobs RPC.
+	ControlTaskBlobsProcedure = "/shoal.v1.Control/TaskBlobs"
 	// ControlListNodesProcedure is the fully-qualified name of the Control's ListNodes RPC.
 	ControlListNodesProcedure = "/shoal.v1.Control/ListNodes"
 	// ControlUpdateNodeProcedure is the fully-qualified name of the Control's UpdateNode RPC.
@@ -171,6 +181,13 @@ type ControlClient interface {
 	CreateTask(context.Context, *connect.Request[v1.CreateTaskRequest]) (*connect.Response[v1.CreateTaskResponse], error)
 	ListTasks(context.Context, *connect.Request[v1.ListTasksRequest]) (*connect.Response[v1.ListTasksResponse], error)
 	StopTask(context.Context, *connect.Request[v1.StopTaskRequest]) (*connect.Response[v1.StopTaskResponse], error)
+	// Of secrets and configs, by kind.
+	CreateBlob(context.Context, *connect.Request[v1.CreateBlobRequest]) (*connect.Response[v1.CreateBlobResponse], error)
+	UpdateBlob(context.Context, *connect.Request[v1.UpdateBlobRequest]) (*connect.Response[v1.UpdateBlobResponse], error)
+	ListBlobs(context.Context, *connect.Request[v1.ListBlobsRequest]) (*connect.Response[v1.ListBlobsResponse], error)
+	RemoveBlob(context.Context, *connect.Request[v1.RemoveBlobRequest]) (*connect.Response[v1.RemoveBlobResponse], error)
+	// TaskBlobs gives a node what its tasks need.
+	TaskBlobs(context.Context, *connect.Request[v1.TaskBlobsRequest]) (*connect.Response[v1.TaskBlobsResponse], error)
 	ListNodes(context.Context, *connect.Request[v1.ListNodesRequest]) (*connect.Response[v1.ListNodesResponse], error)
 	UpdateNode(context.Context, *connect.Request[v1.UpdateNodeRequest]) (*connect.Response[v1.UpdateNodeResponse], error)
 	RemoveNode(context.Context, *connect.Request[v1.RemoveNodeRequest]) (*connect.Response[v1.RemoveNodeResponse], error)
@@ -275,6 +292,36 @@ func NewControlClient(httpClient connect.HTTPClient, baseURL string, opts ...con
 			httpClient,
 			baseURL+ControlStopTaskProcedure,
 			connect.WithSchema(controlMethods.ByName("StopTask")),
+			connect.WithClientOptions(opts...),
+		),
+		createBlob: connect.NewClient[v1.CreateBlobRequest, v1.CreateBlobResponse](
+			httpClient,
+			baseURL+ControlCreateBlobProcedure,
+			connect.WithSchema(controlMethods.ByName("CreateBlob")),
+			connect.WithClientOptions(opts...),
+		),
+		updateBlob: connect.NewClient[v1.UpdateBlobRequest, v1.UpdateBlobResponse](
+			httpClient,
+			baseURL+ControlUpdateBlobProcedure,
+			connect.WithSchema(controlMethods.ByName("UpdateBlob")),
+			connect.WithClientOptions(opts...),
+		),
+		listBlobs: connect.NewClient[v1.ListBlobsRequest, v1.ListBlobsResponse](
+			httpClient,
+			baseURL+ControlListBlobsProcedure,
+			connect.WithSchema(controlMethods.ByName("ListBlobs")),
+			connect.WithClientOptions(opts...),
+		),
+		removeBlob: connect.NewClient[v1.RemoveBlobRequest, v1.RemoveBlobResponse](
+			httpClient,
+			baseURL+ControlRemoveBlobProcedure,
+			connect.WithSchema(controlMethods.ByName("RemoveBlob")),
+			connect.WithClientOptions(opts...),
+		),
+		taskBlobs: connect.NewClient[v1.TaskBlobsRequest, v1.TaskBlobsResponse](
+			httpClient,
+			baseURL+ControlTaskBlobsProcedure,
+			connect.WithSchema(controlMethods.ByName("TaskBlobs")),
 			connect.WithClientOptions(opts...),
 		),
 		listNodes: connect.NewClient[v1.ListNodesRequest, v1.ListNodesResponse](
@@ -390,6 +437,11 @@ type controlClient struct {
 	createTask        *connect.Client[v1.CreateTaskRequest, v1.CreateTaskResponse]
 	listTasks         *connect.Client[v1.ListTasksRequest, v1.ListTasksResponse]
 	stopTask          *connect.Client[v1.StopTaskRequest, v1.StopTaskResponse]
+	createBlob        *connect.Client[v1.CreateBlobRequest, v1.CreateBlobResponse]
+	updateBlob        *connect.Client[v1.UpdateBlobRequest, v1.UpdateBlobResponse]
+	listBlobs         *connect.Client[v1.ListBlobsRequest, v1.ListBlobsResponse]
+	removeBlob        *connect.Client[v1.RemoveBlobRequest, v1.RemoveBlobResponse]
+	taskBlobs         *connect.Client[v1.TaskBlobsRequest, v1.TaskBlobsResponse]
 	listNodes         *connect.Client[v1.ListNodesRequest, v1.ListNodesResponse]
 	updateNode        *connect.Client[v1.UpdateNodeRequest, v1.UpdateNodeResponse]
 	removeNode        *connect.Client[v1.RemoveNodeRequest, v1.RemoveNodeResponse]
@@ -466,6 +518,31 @@ func (c *controlClient) ListTasks(ctx context.Context, req *connect.Request[v1.L
 // StopTask calls shoal.v1.Control.StopTask.
 func (c *controlClient) StopTask(ctx context.Context, req *connect.Request[v1.StopTaskRequest]) (*connect.Response[v1.StopTaskResponse], error) {
 	return c.stopTask.CallUnary(ctx, req)
+}
+
+// CreateBlob calls shoal.v1.Control.CreateBlob.
+func (c *controlClient) CreateBlob(ctx context.Context, req *connect.Request[v1.CreateBlobRequest]) (*connect.Response[v1.CreateBlobResponse], error) {
+	return c.createBlob.CallUnary(ctx, req)
+}
+
+// UpdateBlob calls shoal.v1.Control.UpdateBlob.
+func (c *controlClient) UpdateBlob(ctx context.Context, req *connect.Request[v1.UpdateBlobRequest]) (*connect.Response[v1.UpdateBlobResponse], error) {
+	return c.updateBlob.CallUnary(ctx, req)
+}
+
+// ListBlobs calls shoal.v1.Control.ListBlobs.
+func (c *controlClient) ListBlobs(ctx context.Context, req *connect.Request[v1.ListBlobsRequest]) (*connect.Response[v1.ListBlobsResponse], error) {
+	return c.listBlobs.CallUnary(ctx, req)
+}
+
+// RemoveBlob calls shoal.v1.Control.RemoveBlob.
+func (c *controlClient) RemoveBlob(ctx context.Context, req *connect.Request[v1.RemoveBlobRequest]) (*connect.Response[v1.RemoveBlobResponse], error) {
+	return c.removeBlob.CallUnary(ctx, req)
+}
+
+// TaskBlobs calls shoal.v1.Control.TaskBlobs.
+func (c *controlClient) TaskBlobs(ctx context.Context, req *connect.Request[v1.TaskBlobsRequest]) (*connect.Response[v1.TaskBlobsResponse], error) {
+	return c.taskBlobs.CallUnary(ctx, req)
 }
 
 // ListNodes calls shoal.v1.Control.ListNodes.
@@ -562,6 +639,13 @@ type ControlHandler interface {
 	CreateTask(context.Context, *connect.Request[v1.CreateTaskRequest]) (*connect.Response[v1.CreateTaskResponse], error)
 	ListTasks(context.Context, *connect.Request[v1.ListTasksRequest]) (*connect.Response[v1.ListTasksResponse], error)
 	StopTask(context.Context, *connect.Request[v1.StopTaskRequest]) (*connect.Response[v1.StopTaskResponse], error)
+	// Of secrets and configs, by kind.
+	CreateBlob(context.Context, *connect.Request[v1.CreateBlobRequest]) (*connect.Response[v1.CreateBlobResponse], error)
+	UpdateBlob(context.Context, *connect.Request[v1.UpdateBlobRequest]) (*connect.Response[v1.UpdateBlobResponse], error)
+	ListBlobs(context.Context, *connect.Request[v1.ListBlobsRequest]) (*connect.Response[v1.ListBlobsResponse], error)
+	RemoveBlob(context.Context, *connect.Request[v1.RemoveBlobRequest]) (*connect.Response[v1.RemoveBlobResponse], error)
+	// TaskBlobs gives a node what its tasks need.
+	TaskBlobs(context.Context, *connect.Request[v1.TaskBlobsRequest]) (*connect.Response[v1.TaskBlobsResponse], error)
 	ListNodes(context.Context, *connect.Request[v1.ListNodesRequest]) (*connect.Response[v1.ListNodesResponse], error)
 	UpdateNode(context.Context, *connect.Request[v1.UpdateNodeRequest]) (*connect.Response[v1.UpdateNodeResponse], error)
 	RemoveNode(context.Context, *connect.Request[v1.RemoveNodeRequest]) (*connect.Response[v1.RemoveNodeResponse], error)
@@ -662,6 +746,36 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 		ControlStopTaskProcedure,
 		svc.StopTask,
 		connect.WithSchema(controlMethods.ByName("StopTask")),
+		connect.WithHandlerOptions(opts...),
+	)
+	controlCreateBlobHandler := connect.NewUnaryHandler(
+		ControlCreateBlobProcedure,
+		svc.CreateBlob,
+		connect.WithSchema(controlMethods.ByName("CreateBlob")),
+		connect.WithHandlerOptions(opts...),
+	)
+	controlUpdateBlobHandler := connect.NewUnaryHandler(
+		ControlUpdateBlobProcedure,
+		svc.UpdateBlob,
+		connect.WithSchema(controlMethods.ByName("UpdateBlob")),
+		connect.WithHandlerOptions(opts...),
+	)
+	controlListBlobsHandler := connect.NewUnaryHandler(
+		ControlListBlobsProcedure,
+		svc.ListBlobs,
+		connect.WithSchema(controlMethods.ByName("ListBlobs")),
+		connect.WithHandlerOptions(opts...),
+	)
+	controlRemoveBlobHandler := connect.NewUnaryHandler(
+		ControlRemoveBlobProcedure,
+		svc.RemoveBlob,
+		connect.WithSchema(controlMethods.ByName("RemoveBlob")),
+		connect.WithHandlerOptions(opts...),
+	)
+	controlTaskBlobsHandler := connect.NewUnaryHandler(
+		ControlTaskBlobsProcedure,
+		svc.TaskBlobs,
+		connect.WithSchema(controlMethods.ByName("TaskBlobs")),
 		connect.WithHandlerOptions(opts...),
 	)
 	controlListNodesHandler := connect.NewUnaryHandler(
@@ -786,6 +900,16 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 			controlListTasksHandler.ServeHTTP(w, r)
 		case ControlStopTaskProcedure:
 			controlStopTaskHandler.ServeHTTP(w, r)
+		case ControlCreateBlobProcedure:
+			controlCreateBlobHandler.ServeHTTP(w, r)
+		case ControlUpdateBlobProcedure:
+			controlUpdateBlobHandler.ServeHTTP(w, r)
+		case ControlListBlobsProcedure:
+			controlListBlobsHandler.ServeHTTP(w, r)
+		case ControlRemoveBlobProcedure:
+			controlRemoveBlobHandler.ServeHTTP(w, r)
+		case ControlTaskBlobsProcedure:
+			controlTaskBlobsHandler.ServeHTTP(w, r)
 		case ControlListNodesProcedure:
 			controlListNodesHandler.ServeHTTP(w, r)
 		case ControlUpdateNodeProcedure:
@@ -873,6 +997,26 @@ func (UnimplementedControlHandler) ListTasks(context.Context, *connect.Request[v
 
 func (UnimplementedControlHandler) StopTask(context.Context, *connect.Request[v1.StopTaskRequest]) (*connect.Response[v1.StopTaskResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.StopTask is not implemented"))
+}
+
+func (UnimplementedControlHandler) CreateBlob(context.Context, *connect.Request[v1.CreateBlobRequest]) (*connect.Response[v1.CreateBlobResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.CreateBlob is not implemented"))
+}
+
+func (UnimplementedControlHandler) UpdateBlob(context.Context, *connect.Request[v1.UpdateBlobRequest]) (*connect.Response[v1.UpdateBlobResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.UpdateBlob is not implemented"))
+}
+
+func (UnimplementedControlHandler) ListBlobs(context.Context, *connect.Request[v1.ListBlobsRequest]) (*connect.Response[v1.ListBlobsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.ListBlobs is not implemented"))
+}
+
+func (UnimplementedControlHandler) RemoveBlob(context.Context, *connect.Request[v1.RemoveBlobRequest]) (*connect.Response[v1.RemoveBlobResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.RemoveBlob is not implemented"))
+}
+
+func (UnimplementedControlHandler) TaskBlobs(context.Context, *connect.Request[v1.TaskBlobsRequest]) (*connect.Response[v1.TaskBlobsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.TaskBlobs is not implemented"))
 }
 
 func (UnimplementedControlHandler) ListNodes(context.Context, *connect.Request[v1.ListNodesRequest]) (*connect.Response[v1.ListNodesResponse], error) {
