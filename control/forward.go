@@ -180,6 +180,9 @@ func (f *Forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			if last = err; errors.As(err, &lost) {
 				open = err
 			}
+			// A leader that is frozen, or cut off, takes its time to fail: who follows it
+			// is looked for from now on.
+			elected = time.Now()
 			f.forget(addr)
 		}
 		if r.Context().Err() != nil {

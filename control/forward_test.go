@@ -295,6 +295,34 @@ func TestForwarderLostCreation(t *testing.T) {
 	}
 }
 
+// TestForwarderOutlastsAFrozenLeader: a leader whose process is stopped takes connections
+// and never answers. The time that it takes to see that is none in which no leader
+// could be found.
+func TestForwarderOutlastsAFrozenLeader(t *testing.T) {
+	t.Parallel()
+	nodes := newCluster(t, 1)
+	real := nodes[0].mgr.Handler()
+	frozen := listen(t) // nobody accepts
+	defer frozen.Close()
+	var asked atomic.Int32
+	var self string
+	self = fakeManager(t, func() string {
+		if asked.Add(1) == 1 {
+			return frozen.Addr().String()
+		}
+		return self
+	}, real.ServeHTTP)
+	n := newAsker(t)
+	n.start()
+	n.sees = []string{self}
+	if err := createNetwork(n, "app"); err != nil {
+		t.Error(err)
+	}
+	if asked.Load() < 2 {
+		t.Error("the frozen leader was not tried")
+	}
+}
+
 // TestForwarderLoopProtection: what another node calls goes no further, even when
 // two nodes each hold the other to be the leader: it would be made in this one's
 // name.

@@ -107,6 +107,8 @@ func (w *world) client(node string) string { return "client-" + node }
 
 // findings are what some probes found wrong, by what was probed.
 type findings struct {
+	most int // what will do: each further request that gets no answer takes its time
+
 	mu       sync.Mutex
 	wrong    map[string]string
 	requests int
@@ -127,12 +129,11 @@ func (f *findings) asked(n int) {
 	f.mu.Unlock()
 }
 
-// enough tells that what was found will do: each further request that gets no answer
-// takes its time.
+// enough tells that what was found will do.
 func (f *findings) enough() bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return len(f.wrong) >= 20
+	return len(f.wrong) >= f.most
 }
 
 func (f *findings) err() error {
@@ -150,6 +151,9 @@ func (f *findings) err() error {
 // balanced asks one address again and again, and wants each of some servers to
 // answer, nobody else, and every request to be answered.
 func (f *findings) balanced(ctx context.Context, what, ns string, to netip.AddrPort, hosts []string) {
+	if f.enough() {
+		return
+	}
 	if len(hosts) == 0 {
 		f.asked(1)
 		if h, err := get(ctx, ns, to); err == nil {
@@ -181,6 +185,9 @@ func refusedNow(err error) bool {
 
 // named wants a name to have some addresses.
 func (f *findings) named(ctx context.Context, node, ns, name string, want []string) {
+	if f.enough() {
+		return
+	}
 	f.asked(1)
 	slices.Sort(want)
 	got, known, err := ask(ctx, ns, name)
@@ -196,8 +203,8 @@ func (f *findings) named(ctx context.Context, node, ns, name string, want []stri
 }
 
 // probe asks from the client on each of some nodes, for all that it may reach.
-func (w *world) probe(ctx context.Context, l lists, nodes []string) *findings {
-	f := &findings{}
+func (w *world) probe(ctx context.Context, l lists, nodes []string, most int) *findings {
+	f := &findings{most: most}
 	running := map[string][]taskInfo{} // by service's ID
 	for _, t := range l.tasks {
 		if t.runs() {
@@ -228,9 +235,6 @@ func (w *world) probe(ctx context.Context, l lists, nodes []string) *findings {
 
 func (w *world) probeFrom(ctx context.Context, f *findings, n, ns string, c taskInfo, l lists, running map[string][]taskInfo) {
 	for _, s := range l.svcs {
-		if f.enough() {
-			return
-		}
 		var hosts []string
 		for _, t := range running[s.ID] {
 			hosts = append(hosts, t.host())
@@ -268,6 +272,9 @@ func (w *world) probeFrom(ctx context.Context, f *findings, n, ns string, c task
 		}
 	}
 	for _, name := range w.model.removed {
+		if f.enough() {
+			return
+		}
 		f.asked(1)
 		if got, known, err := ask(ctx, ns, name); err == nil && known {
 			f.add(fmt.Sprintf("%s: name %s", n, name), "%v, and it was removed", got)
@@ -276,6 +283,9 @@ func (w *world) probeFrom(ctx context.Context, f *findings, n, ns string, c task
 }
 
 func (w *world) direct(ctx context.Context, f *findings, n, ns, task, addr string) {
+	if f.enough() {
+		return
+	}
 	f.asked(1)
 	what := fmt.Sprintf("%s: %s at %s", n, task, addr)
 	if h, err := get(ctx, ns, netip.AddrPortFrom(netip.MustParseAddr(addr), 80)); err != nil {

@@ -75,7 +75,7 @@ func (w *world) quiet(ctx context.Context) error {
 			return fmt.Errorf("node ls: %v at one manager, %v at %s", l.nodes, ns, n)
 		}
 	}
-	if err := w.probe(ctx, l, sorted(w.model.nodes)).err(); err != nil {
+	if err := w.probe(ctx, l, sorted(w.model.nodes), 20).err(); err != nil {
 		return err
 	}
 	return w.checkDoctors(ctx)
@@ -406,7 +406,7 @@ func (w *world) oracle(ctx context.Context) (wrong error, said string) {
 	if err != nil {
 		return err, said
 	}
-	return w.probe(ctx, l, alive).err(), said
+	return w.probe(ctx, l, alive, 3).err(), said
 }
 
 // bad are lines of a log that must not be there.
