@@ -56,7 +56,7 @@ var kinds = []kind{
 	{name: "kernel", do: (*world).kernel},
 	{name: "full-disk", do: (*world).fullDisk},
 	{name: "loss", do: (*world).loss},
-	{name: "data-path", why: "nothing looks at the data path between two nodes yet", do: (*world).dataPath},
+	{name: "data-path", do: (*world).dataPath},
 }
 
 func (w *world) enabled() []kind {
