@@ -175,16 +175,24 @@ func scaled(d time.Duration) time.Duration {
 // Bounds of a round. The settled time is how long after the last command and fault
 // the oracle is asked: longer than a dead node needs to be noticed (3 s) and its
 // tasks to be made anew.
+//
+// Where no majority of the managers is left each command takes its time to be
+// refused: the steps have a bound, too.
 const (
+	stepsTime = 40 * time.Second
 	settled   = 12 * time.Second
 	quietTime = 90 * time.Second
 )
 
 func (w *world) round(ctx context.Context) {
 	steps := 6 + w.rng.IntN(6)
+	start := time.Now()
 	for range steps {
 		if ctx.Err() != nil {
 			return
+		}
+		if time.Since(start) > stepsTime {
+			break
 		}
 		switch {
 		case len(w.faults) < 2 && w.rng.IntN(3) == 0:

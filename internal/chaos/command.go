@@ -151,7 +151,9 @@ func (w *world) netRemove(ctx context.Context, name string) {
 			if w.model.svcs[s].doubt {
 				return
 			}
-			w.svcRemove(ctx, s)
+			if w.svcRemove(ctx, s); w.model.svcs[s] != nil {
+				return
+			}
 		}
 	}
 	for _, t := range sorted(w.model.tasks) {
@@ -159,7 +161,9 @@ func (w *world) netRemove(ctx context.Context, name string) {
 			if w.model.tasks[t].doubt {
 				return
 			}
-			w.taskRemove(ctx, t)
+			if w.taskRemove(ctx, t); w.model.tasks[t] != nil {
+				return
+			}
 		}
 	}
 	for _, n := range sorted(w.model.nodes) {
