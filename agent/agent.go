@@ -66,6 +66,9 @@ type Config struct {
 	// interface; empty: the address of the default route.
 	AdvertiseAddr string
 	Version       string
+	// MetricsAddr is ADDRESS:PORT to serve Prometheus' metrics at, for anybody who
+	// reaches it; empty: they are on the Socket only.
+	MetricsAddr string
 
 	Runtime runtime.Runtime
 	// Images are the node's; nil: it runs programs of its own file system only.
@@ -113,10 +116,11 @@ type Config struct {
 
 // Agent is one node's process. Make it with New, run it with Run.
 type Agent struct {
-	cfg   Config
-	log   *slog.Logger
-	lock  *os.File
-	evict chan string
+	cfg     Config
+	log     *slog.Logger
+	lock    *os.File
+	evict   chan string
+	metrics *metrics
 
 	mu      sync.Mutex   // held over init, join and leave
 	memberR sync.RWMutex // guards what follows, which only the holder of mu changes
@@ -147,6 +151,9 @@ func (c Config) Validate() error {
 	}
 	if c.ControlPort == c.GossipPort {
 		return fmt.Errorf("--control-port and --gossip-port are both %d: both are TCP, use different ones", c.ControlPort)
+	}
+	if err := c.validateMetricsAddr(); err != nil {
+		return err
 	}
 	if c.DNSStale < 0 || c.DNSStale > maxStale {
 		return fmt.Errorf("--dns-stale %s is out of range: use 0 (never) to %s", c.DNSStale, maxStale)
@@ -183,7 +190,9 @@ func New(cfg Config) (*Agent, error) {
 	if cfg.NodeName != "" && ident.Name != cfg.NodeName {
 		cfg.Log.Warn("the node keeps its name in the cluster: 'shoal node update --name' changes it", "name", ident.Name, "node_name_flag", cfg.NodeName)
 	}
-	return &Agent{cfg: cfg, log: cfg.Log.With("node", ident.Name), lock: lock, ident: ident, unfit: unfit, evict: make(chan string, 1)}, nil
+	a := &Agent{cfg: cfg, log: cfg.Log.With("node", ident.Name), lock: lock, ident: ident, unfit: unfit, evict: make(chan string, 1)}
+	a.metrics = newMetrics(a)
+	return a, nil
 }
 
 // hostName is the machine's, without its domain.
@@ -219,10 +228,18 @@ func (a *Agent) Run(ctx context.Context) error {
 			a.log.Error("API socket closed", "error", err)
 		}
 	})
+	mctx, cancel := context.WithCancel(ctx)
 	defer func() {
+		cancel()
 		srv.Close()
 		wg.Wait()
 	}()
+	if err := a.serveMetrics(mctx, &wg); err != nil {
+		if resume {
+			a.mu.Unlock()
+		}
+		return err
+	}
 	a.log.Info("agent started", "id", id.NodeID, "version", a.cfg.Version, "socket", a.cfg.Socket,
 		"data_path", a.cfg.VIP.Name(), "data_path_reason", a.cfg.VIPReason)
 	if resume {
@@ -284,7 +301,7 @@ func (a *Agent) resume(ctx context.Context) error {
 			return err
 		}
 	}
-	m.evicted = a.evicted
+	m.evicted, m.metrics = a.evicted, a.metrics
 	m.serve(a.handler(false))
 	if a.ident.Role == spec.RoleManager {
 		m.voted = true
@@ -388,6 +405,7 @@ func (a *Agent) handler(local bool) http.Handler {
 		mux.HandleFunc("/debug/pprof/", pprof.Index)
 		mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
 		mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
+		mux.Handle("GET "+peer.MetricsPath, a.metrics.handler(a))
 	}
 	return mux
 }
@@ -525,7 +543,7 @@ func (a *localAPI) Init(ctx context.Context, req *connect.Request[shoalv1.InitRe
 			return nil, connect.NewError(connect.CodeInternal, err)
 		}
 	}
-	m.evicted = a.evicted
+	m.evicted, m.metrics = a.evicted, a.metrics
 	m.serve(a.handler(false))
 	err = func() error {
 		mgr, err := m.startManager(true)
@@ -604,7 +622,7 @@ func (a *localAPI) Join(ctx context.Context, req *connect.Request[shoalv1.JoinRe
 	if err != nil {
 		return nil, connect.NewError(connect.CodeFailedPrecondition, err)
 	}
-	m.evicted = a.evicted
+	m.evicted, m.metrics = a.evicted, a.metrics
 	m.serve(a.handler(false))
 	joiner := peer.Joiner(remote, token.Digest)
 	defer joiner.CloseIdleConnections()

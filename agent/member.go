@@ -77,6 +77,9 @@ type member struct {
 	saveWake    chan struct{}             // size 1
 	progress    *progress
 	paths       *paths
+	metrics     *metrics // the agent's; nil: none
+	seen        seen
+	flows       flows
 	evicted     func(reason string) // told once when the managers no longer know this node
 
 	ctx    context.Context
@@ -264,6 +267,9 @@ func (m *member) start() error {
 	m.overlay = reconcile.New("overlay", overlay.NewTarget(m.cfg.Overlay), reconcile.Options{Log: m.log, OnPass: m.overlayPass})
 	m.vip = reconcile.New("vip", vip.Target{Dataplane: m.cfg.VIP}, reconcile.Options{Log: m.log, OnPass: m.vipPass})
 	m.ingress = reconcile.New("ingress", ingress.Target{Dataplane: m.cfg.Ingress}, reconcile.Options{Log: m.log, OnPass: m.ingressPass})
+	m.overlay.OnObserve(func(s overlay.State) { m.seen.overlay.Store(&s) })
+	m.vip.OnObserve(func(s vip.State) { m.seen.vip.Store(&s) })
+	m.ingress.OnObserve(func(s ingress.State) { m.seen.ingress.Store(&s) })
 
 	m.wg.Go(func() {
 		if err := g.Run(m.ctx); err != nil && m.ctx.Err() == nil {
@@ -478,6 +484,7 @@ func (m *member) compose() {
 }
 
 func (m *member) overlayPass(p reconcile.Pass) {
+	m.metrics.passed("overlay", p)
 	if m.progress.routesMade(p.Gen) {
 		wake(m.composeWake)
 	}
@@ -485,10 +492,12 @@ func (m *member) overlayPass(p reconcile.Pass) {
 }
 
 func (m *member) vipPass(p reconcile.Pass) {
+	m.metrics.passed("vip", p)
 	m.passed(func(g *generations) { g.vip = p.Gen })
 }
 
 func (m *member) ingressPass(p reconcile.Pass) {
+	m.metrics.passed("ingress", p)
 	m.passed(func(g *generations) { g.ingress = p.Gen })
 }
 

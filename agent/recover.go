@@ -142,7 +142,7 @@ func (a *localAPI) restoreNew(advertise string, st *state.State) (*shoalv1.InitR
 	if err != nil {
 		return nil, connect.NewError(connect.CodeFailedPrecondition, err)
 	}
-	m.evicted = a.evicted
+	m.evicted, m.metrics = a.evicted, a.metrics
 	var r control.Recovered
 	err = func() error {
 		if tr.Unlock != "" {

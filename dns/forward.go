@@ -78,13 +78,14 @@ func (u *upstreams) key() string {
 
 // forwarder asks resolvers and keeps what they say.
 type forwarder struct {
-	cfg    Config
-	cache  *lru.Cache[string, *cached]
-	flight singleflight.Group
-	slots  chan struct{}
-	ctx    context.Context
-	cancel context.CancelFunc
-	wg     sync.WaitGroup
+	cfg     Config
+	cache   *lru.Cache[string, *cached]
+	flight  singleflight.Group
+	slots   chan struct{}
+	ctx     context.Context
+	cancel  context.CancelFunc
+	wg      sync.WaitGroup
+	metrics *metrics
 
 	mu     sync.Mutex
 	closed bool
@@ -137,9 +138,9 @@ func (f *forwarder) close() {
 	f.wg.Wait()
 }
 
-// answer returns the answer to req from the cache or from resolvers; SERVFAIL
-// if there is none.
-func (f *forwarder) answer(ctx context.Context, up *upstreams, req *mdns.Msg) *mdns.Msg {
+// answer returns the answer to req from the cache or from resolvers, and which of
+// these (fromCache, …); SERVFAIL if there is none.
+func (f *forwarder) answer(ctx context.Context, up *upstreams, req *mdns.Msg) (*mdns.Msg, int) {
 	q := req.Question[0]
 	do := false
 	if o := req.IsEdns0(); o != nil {
@@ -149,13 +150,13 @@ func (f *forwarder) answer(ctx context.Context, up *upstreams, req *mdns.Msg) *m
 	now := time.Now()
 	have, ok := f.cache.Get(key)
 	if ok && now.Before(have.expires) {
-		return have.reply(req, now, 0)
+		return have.reply(req, now, 0), fromCache
 	}
 	stale := ok && f.cfg.Stale > 0 && now.Before(have.expires.Add(f.cfg.Stale))
 	var patience <-chan time.Time
 	if stale {
 		if f.failedLately(have, now) {
-			return have.reply(req, now, staleTTL)
+			return have.reply(req, now, staleTTL), fromStale
 		}
 		t := time.NewTimer(stalePatience)
 		defer t.Stop()
@@ -183,16 +184,16 @@ func (f *forwarder) answer(ctx context.Context, up *upstreams, req *mdns.Msg) *m
 	}
 	switch {
 	case got != nil && (got.msg.Rcode == mdns.RcodeSuccess || got.msg.Rcode == mdns.RcodeNameError):
-		return got.reply(req, time.Now(), 0)
+		return got.reply(req, time.Now(), 0), fromUpstream
 	case stale:
 		f.mu.Lock()
 		have.failed = time.Now()
 		f.mu.Unlock()
-		return have.reply(req, now, staleTTL)
+		return have.reply(req, now, staleTTL), fromStale
 	case got != nil:
-		return got.reply(req, time.Now(), 0)
+		return got.reply(req, time.Now(), 0), fromUpstream
 	}
-	return failure(req, mdns.RcodeServerFailure)
+	return failure(req, mdns.RcodeServerFailure), fromUpstream
 }
 
 // failedLately tells whether it is too early to ask again for what is stale.
@@ -502,11 +503,19 @@ func (f *forwarder) exchange(ctx context.Context, k serverKey, q mdns.Question, 
 	}
 	switch {
 	case err == nil:
+		if m.Rcode != mdns.RcodeSuccess && m.Rcode != mdns.RcodeNameError {
+			f.metrics.failures[upstreamRcode].Inc()
+		}
 		f.note(k, max(time.Since(start), 1))
 	case isLocal(err):
 		// Says nothing of the resolver.
-	case ctx.Err() == nil || time.Since(start) > hedgeMax:
+		f.metrics.failures[upstreamLocal].Inc()
+	case ctx.Err() == nil:
+		f.metrics.failures[upstreamError].Inc()
+		f.note(k, 0)
+	case time.Since(start) > hedgeMax:
 		// An end from outside says nothing of it, unless it had its time.
+		f.metrics.failures[upstreamTimeout].Inc()
 		f.note(k, 0)
 	}
 	if err != nil {

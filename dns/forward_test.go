@@ -531,7 +531,7 @@ func TestThousandsAtOnce(t *testing.T) {
 			}
 			req := new(mdns.Msg).SetQuestion(name, mdns.TypeA)
 			_, up := s.answer(both, req, mdns.RcodeSuccess)
-			if r := s.forward.answer(context.Background(), up, req); describe(r) == "NOERROR 192.0.2.1" && r.Id == req.Id {
+			if r, _ := s.forward.answer(context.Background(), up, req); describe(r) == "NOERROR 192.0.2.1" && r.Id == req.Id {
 				good.Add(1)
 			}
 		})
@@ -664,6 +664,7 @@ func FuzzResolver(f *testing.F) {
 	f.Add(b[:20])
 	f.Add([]byte{})
 	fw := newForwarder(Config{})
+	fw.metrics = newMetrics(&Server{forward: fw})
 	f.Cleanup(fw.close)
 	f.Fuzz(func(t *testing.T, b []byte) {
 		client, server := net.Pipe()

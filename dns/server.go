@@ -64,7 +64,8 @@ type Server struct {
 	first    sync.Once
 	forward  *forwarder
 	forwards atomic.Int64 // questions being forwarded
-	buffers  sync.Pool    // *[]byte of maxUDP
+	metrics  *metrics
+	buffers  sync.Pool // *[]byte of maxUDP
 }
 
 // NewServer returns a Server, which must be closed. Questions wait for its first
@@ -83,6 +84,8 @@ func NewServer(cfg Config) *Server {
 		}
 	}
 	s := &Server{cfg: cfg, forward: newForwarder(cfg), ready: make(chan struct{})}
+	s.metrics = newMetrics(s)
+	s.forward.metrics = s.metrics
 	s.buffers.New = func() any { b := make([]byte, maxUDP); return &b }
 	s.zone.Store(emptyZone)
 	return s
@@ -148,12 +151,15 @@ func (s *Server) serveUDP(ctx context.Context, wg *sync.WaitGroup, asker func() 
 			// An ICMP error for an answer to a program that has gone.
 			continue
 		}
+		start := time.Now()
 		if b := s.zone.Load().quick(asker(), in[:n], &quick); b != nil {
 			_, _ = udp.WriteToUDPAddrPort(b, from)
+			s.metrics.quick(in[:n], b, start)
 			continue
 		}
 		req, rcode := parse(in[:n])
 		if rcode == drop {
+			s.metrics.dropped.Inc()
 			continue
 		}
 		size := udpSize(req)
@@ -162,14 +168,17 @@ func (s *Server) serveUDP(ctx context.Context, wg *sync.WaitGroup, asker func() 
 			if b := pack(resp, size, out); b != nil {
 				_, _ = udp.WriteToUDPAddrPort(b, from)
 			}
+			s.metrics.replied(resp, fromCluster, start)
 			continue
 		}
 		if s.forwards.Add(1) > maxForwards || mine.Add(1) > taskForwards {
 			s.forwards.Add(-1)
 			mine.Add(-1)
-			if b := pack(failure(req, mdns.RcodeServerFailure), size, out); b != nil {
+			resp := failure(req, mdns.RcodeServerFailure)
+			if b := pack(resp, size, out); b != nil {
 				_, _ = udp.WriteToUDPAddrPort(b, from)
 			}
+			s.metrics.replied(resp, fromCluster, start)
 			continue
 		}
 		wg.Go(func() {
@@ -177,7 +186,9 @@ func (s *Server) serveUDP(ctx context.Context, wg *sync.WaitGroup, asker func() 
 			defer mine.Add(-1)
 			buf := s.buffers.Get().(*[]byte)
 			defer s.buffers.Put(buf)
-			if b := pack(s.forward.answer(ctx, up, req), size, *buf); b != nil {
+			resp, source := s.forward.answer(ctx, up, req)
+			s.metrics.replied(resp, source, start)
+			if b := pack(resp, size, *buf); b != nil {
 				_, _ = udp.WriteToUDPAddrPort(b, from)
 			}
 		})
@@ -301,13 +312,16 @@ func (s *Server) serveConn(ctx context.Context, asker func() *Asker, c *client) 
 			break
 		}
 		c.asked.Store(time.Now().UnixNano())
+		start := time.Now()
 		req, rcode := parse(b)
 		if rcode == drop {
+			s.metrics.dropped.Inc()
 			break
 		}
 		resp, up := s.answer(asker(), req, rcode)
 		if up == nil {
 			write(resp)
+			s.metrics.replied(resp, fromCluster, start)
 			continue
 		}
 		select {
@@ -321,7 +335,9 @@ func (s *Server) serveConn(ctx context.Context, asker func() *Asker, c *client) 
 			defer s.forwards.Add(-1)
 			defer c.running.Add(-1)
 			defer func() { <-running }()
-			write(s.forward.answer(ctx, up, req))
+			resp, source := s.forward.answer(ctx, up, req)
+			s.metrics.replied(resp, source, start)
+			write(resp)
 		})
 	}
 	wg.Wait()

@@ -102,11 +102,15 @@ const LeaderPath = "/shoal.v1.Control/leader"
 // at the port itself.
 const HealthPath = "/health/"
 
+// MetricsPath is where Prometheus' metrics are on the agent's unix socket.
+const MetricsPath = "/metrics"
+
 // trees are paths that are no RPCs, with all below them.
 var trees = map[string]Rule{
 	HealthPath: {Who: Anyone, Body: 1},
 	// Go's profiles: who may use the socket may see where the time goes.
 	"/debug/pprof/": {Who: Local, Body: 1},
+	MetricsPath:     {Who: Local, Body: 1},
 }
 
 func ruleOf(path string) (Rule, bool) {

@@ -64,8 +64,8 @@ func TestWhoMay(t *testing.T) {
 			t.Errorf("a stranger may send %d bytes to %s", r.Body, path)
 		}
 	}
-	if !Allowed("/debug/pprof/heap", Local) || Allowed("/debug/pprof/heap", Manager|Worker|Stranger) || !Allowed("/health/80/udp", Stranger) {
-		t.Error("profiles, or health")
+	if !Allowed("/debug/pprof/heap", Local) || !Allowed(MetricsPath, Local) || Allowed(MetricsPath, Manager|Worker|Stranger) || Allowed("/debug/pprof/heap", Manager|Worker|Stranger) || !Allowed("/health/80/udp", Stranger) {
+		t.Error("profiles, metrics, or health")
 	}
 	if Allowed("/shoal.v1.Control/Nothing", Manager) || Allowed("/", Local) {
 		t.Error("what is not in the table is allowed")

@@ -138,6 +138,7 @@ type Loop[W, H any] struct {
 	log    *slog.Logger
 	wake   chan struct{}
 	looks  chan func(context.Context)
+	seen   func(H)
 
 	mu      sync.Mutex
 	want    W
@@ -159,6 +160,10 @@ func New[W, H any](name string, t Target[W, H], opt Options) *Loop[W, H] {
 	return &Loop[W, H]{name: name, target: t, opt: opt, log: opt.Log.With("reconciler", name),
 		wake: make(chan struct{}, 1), looks: make(chan func(context.Context)), objects: map[string]*object{}}
 }
+
+// OnObserve has fn called with what each pass has observed, which fn must not
+// change, from the loop's goroutine. Call it before Run.
+func (l *Loop[W, H]) OnObserve(fn func(have H)) { l.seen = fn }
 
 // Set replaces what is wanted and wakes the loop. It returns the generation to
 // look for in Pass.Gen and Applied.
@@ -320,6 +325,9 @@ func (l *Loop[W, H]) pass(ctx context.Context) time.Duration {
 		wait = min(wait, l.note(l.name+": observe", "observe", err, start))
 	} else {
 		l.clear(l.name + ": observe")
+		if l.seen != nil {
+			l.seen(have)
+		}
 		ops, next := l.target.Diff(want, have, start)
 		ops = l.heed(ops)
 		if !next.IsZero() {

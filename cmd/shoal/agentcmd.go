@@ -100,6 +100,7 @@ agent's socket rules the cluster.`,
 	f.StringVar(&cfg.AdvertiseAddr, "advertise-addr", "", "address or interface for init and join that name none")
 	f.IntVar(&cfg.ControlPort, "control-port", agent.DefaultControlPort, "TCP port of the managers' and nodes' API")
 	f.IntVar(&cfg.GossipPort, "gossip-port", agent.DefaultGossipPort, "TCP and UDP port of gossip")
+	f.StringVar(&cfg.MetricsAddr, "metrics-addr", "", "ADDRESS:PORT to serve Prometheus' metrics at, to whoever asks (default: on the unix socket only)")
 	f.StringVar(&dataPath, "data-path", "auto", "VIP data path: ipvs, nft, or auto: ipvs where the kernel has it")
 	f.DurationVar(&cfg.DNSStale, "dns-stale", 0, "when no resolver answers, give tasks its last answer for so long after its end (RFC 8767); 0: never")
 	f.StringVar(&ctr.Address, "containerd", container.DefaultAddress, "socket of containerd, which runs tasks from images; empty: this node runs none")

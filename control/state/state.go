@@ -174,6 +174,15 @@ func (s *State) service(ref string) (*service, error) {
 	return byPrefix("service", ref, s.services, func(v *service) bool { return !v.removed })
 }
 
+// TaskStates counts the tasks that are kept, by their state.
+func (s *State) TaskStates() map[spec.TaskState]int {
+	out := map[spec.TaskState]int{}
+	for _, t := range s.tasks {
+		out[t.Status.State]++
+	}
+	return out
+}
+
 // Running counts the replicas of a service that run and are meant to.
 func (s *State) Running(serviceID string) int {
 	v, n := s.services[serviceID], 0
