@@ -851,6 +851,12 @@ func (m *member) report() error {
 			delete(m.acked, id)
 		}
 	}
+	if m.assigned == nil || m.assigned.Level < 2 { // Listened is not told before
+		for id, st := range sent {
+			st.Listened = false
+			sent[id] = st
+		}
+	}
 	maps.DeleteFunc(sent, func(id string, st spec.TaskStatus) bool { return m.acked[id] == st || st.At == 0 })
 	m.mu.Unlock()
 	for id, st := range sent {

@@ -19,51 +19,56 @@ const (
 	// replicas.
 	listenInterval = time.Second            // between looks at whether it still listens
 	doubtInterval  = 200 * time.Millisecond // while it does not
+	slowAfter      = time.Minute            // without ever: looked at as rarely as one that does
 	deafAfter      = 700 * time.Millisecond // without: shorter gaps are a server that accepts one at a time
 	adoptCheck     = 2 * time.Second        // for the first health check of a task that was found running
 	maxCheckOutput = 200                    // bytes of a check's output that are shown
 )
 
+const notListening = "not listening: takes no new connections"
+
 // fitness is what is known of a program that runs. It is guarded by tasks.mu.
 type fitness struct {
-	deaf string // it has listened and does not now; ""
-	ill  string // its health check fails, or has not passed yet; ""
-	dead string // its health check has failed for too long; ""
-}
-
-// awaitReady returns when the program listens, has ended, is unwanted, or has
-// had its time: a replica enters a VIP when it can answer, which Swarm's does
-// before (1 request refused in each rolling update of PEERS.md), while a
-// program that never listens is not kept waiting for long.
-func (r *runner) awaitReady(ctx context.Context) {
-	deadline := time.Now().Add(readyTimeout)
-	for time.Now().Before(deadline) && r.unwanted() == "" {
-		if st, err := r.programState(ctx); err != nil || st.State != runtime.Running {
-			return
-		}
-		if up, err := r.rt.Listening(ctx, r.id); err == nil && up {
-			return
-		}
-		if !sleep(ctx, readyInterval) {
-			return
-		}
-	}
+	quiet bool   // nothing of it has been open to be reached yet, as far as this agent knows
+	idle  bool   // and it has had its time: it runs all the same
+	heard bool   // it has listened as only servers do
+	deaf  string // it has listened and does not now; ""
+	ill   string // its health check fails, or has not passed yet; ""
+	dead  string // its health check has failed for too long, or it listens too late; ""
 }
 
 // firstFitness is what is known of a program that an earlier agent started, or
-// that is yet to be: it is as well as its health check says now, if it has one.
-func (r *runner) firstFitness(ctx context.Context, h *spec.HealthCheck, running bool) fitness {
-	if h == nil {
-		return fitness{}
-	}
-	if running {
-		now := h.WithDefaults()
-		now.Timeout = min(now.Timeout, adoptCheck)
-		if r.check(ctx, now) == nil {
-			return fitness{}
+// that is yet to be: it is as well as its health check says now, if it has one, and
+// in a VIP if it listens now.
+func (r *runner) firstFitness(ctx context.Context, t spec.Task, netns, running bool) fitness {
+	var f fitness
+	if t.Service != "" && netns {
+		// In the node's own namespace others listen, too, and nobody is balanced to.
+		f.quiet = true
+		if running {
+			f.heard = t.Status.Listened
+			up, err := r.rt.Listening(ctx, r.id)
+			switch {
+			case err != nil || up.Serves || !f.heard && len(up.Maybe) > 0:
+				f.quiet = false
+			case f.heard: // it may have connections
+				f.quiet, f.deaf = false, notListening
+			default:
+				f.idle = t.Status.State == spec.TaskRunning
+			}
 		}
 	}
-	return fitness{ill: "not healthy yet"}
+	if h := t.Spec.Health; h != nil {
+		f.ill = "not healthy yet"
+		if running {
+			now := h.WithDefaults()
+			now.Timeout = min(now.Timeout, adoptCheck)
+			if r.check(ctx, now) == nil {
+				f.ill = ""
+			}
+		}
+	}
+	return f
 }
 
 // judge changes the fitness and wakes the runner when that makes a difference.
@@ -79,24 +84,46 @@ func (r *runner) judge(fn func(*fitness)) {
 // tell makes known how the program is: to the other nodes, whether it takes new
 // connections, and to the managers. Connections that it has are its own affair.
 //
-// A replica is said to run once every node's balancer has it: what waits for that,
-// a person or an update about to stop another, may count on it.
+// To run and to be in a VIP are two things. A replica is in one while its program
+// listens; it runs when it listens, or has for readyTimeout not, as workers never
+// do. One that takes the place of a replica that listens runs only when it listens:
+// the other is stopped then.
+//
+// A replica that listens is said to run once every node's balancer has it: what
+// waits for that, a person or an update about to stop another, may count on it.
 func (r *runner) tell(ctx context.Context, pid int) {
 	r.mu.Lock()
-	why := cmp.Or(r.fit.ill, r.fit.deaf)
+	f := r.fit
+	why := cmp.Or(f.ill, f.deaf)
 	first := r.status.State != spec.TaskRunning
+	// Before the first time there are no connections to keep.
+	fresh := r.endpoint == nil || *r.endpoint == spec.EndpointStarting || *r.endpoint == spec.EndpointIdle
 	ep, state := spec.EndpointActive, spec.TaskRunning
-	if why != "" {
-		// Before the first time there are none.
-		if ep = spec.EndpointDraining; r.endpoint != nil && *r.endpoint == spec.EndpointStarting {
+	switch {
+	case why != "":
+		if ep = spec.EndpointDraining; fresh {
 			ep = spec.EndpointStarting
 		}
 		if first {
 			state = spec.TaskStarting
 		}
+	case r.task.ListenWithin > 0 && first && r.looks() && !f.heard:
+		ep, state = spec.EndpointStarting, spec.TaskStarting
+		if f.idle || !f.quiet {
+			why = fmt.Sprintf("does not listen yet, as the one did that it replaces: has %s", r.task.ListenWithin)
+		}
+	case f.quiet:
+		ep = spec.EndpointStarting
+		switch {
+		case f.idle:
+			ep, why = spec.EndpointIdle, "listens on no port: takes no connections"
+		case first:
+			state = spec.TaskStarting
+		}
 	}
+	listened := r.status.Listened || f.heard
 	moved := r.endpoint == nil || *r.endpoint != ep
-	same := !moved && r.status.State == state && r.status.Message == why
+	same := !moved && r.status.State == state && r.status.Message == why && r.status.Listened == listened
 	r.mu.Unlock()
 	if same {
 		return
@@ -113,18 +140,23 @@ func (r *runner) tell(ctx context.Context, pid int) {
 			return // watch sees to what comes next
 		}
 	}
+	r.mu.Lock()
+	r.status.Listened = listened
+	r.mu.Unlock()
 	r.state(state, why)
 }
+
+// looks tells whether anybody looks where the program listens. tasks.mu is held.
+func (r *runner) looks() bool { return r.task.Service != "" && r.sandbox != nil }
 
 // lookAfter follows the fitness of a program that runs until ctx ends.
 func (r *runner) lookAfter(ctx context.Context) {
 	r.mu.Lock()
-	t, ns := r.task, r.sandbox != nil
+	t, looks := r.task, r.looks()
 	r.mu.Unlock()
 	var wg sync.WaitGroup
-	// In the node's own namespace others listen, too.
-	if t.Service != "" && ns {
-		wg.Go(func() { r.watchListening(ctx) })
+	if looks {
+		wg.Go(func() { r.watchListening(ctx, t.ListenWithin) })
 	}
 	if t.Spec.Health != nil {
 		wg.Go(func() { r.watchHealth(ctx, t.Service != "", t.Spec.Health.WithDefaults()) })
@@ -132,31 +164,92 @@ func (r *runner) lookAfter(ctx context.Context) {
 	wg.Wait()
 }
 
-// watchListening takes a replica that has listened, and no longer does, out of
-// the balancers: what they would send it is refused.
-func (r *runner) watchListening(ctx context.Context) {
-	listened := false
-	var since time.Time
+// watchListening puts a replica into the balancers when it listens, which Swarm
+// does before (1 request refused in each rolling update of PEERS.md), and takes one
+// that no longer does out: what they would send it is refused. One that does not
+// within a time, 0: for ever, is given up.
+func (r *runner) watchListening(ctx context.Context, within time.Duration) {
+	r.mu.Lock()
+	open, heard := !r.fit.quiet, r.fit.heard
+	r.mu.Unlock()
+	begun := time.Now()
+	run := begun // as far as that is known of a program that an earlier agent started
+	if st, err := r.programState(ctx); err == nil && !st.StartedAt.IsZero() {
+		run = run.Add(-min(max(time.Since(st.StartedAt), 0), readyTimeout))
+	}
+	var deaf time.Time
+	ports := held{all: open}
 	for {
 		up, err := r.rt.Listening(ctx, r.id)
+		if ctx.Err() != nil {
+			return
+		}
+		now := time.Now()
+		idle := now.Sub(run) >= readyTimeout
+		maybe := ports.look(up.Maybe, now)
 		wait := listenInterval
 		switch {
+		case err == nil && up.Serves, err != nil && !open && idle:
+			// Where that can't be known, time must do.
+			open, heard, deaf = true, true, time.Time{}
+			r.judge(func(f *fitness) { f.quiet, f.idle, f.heard, f.deaf = false, false, true, "" })
 		case err != nil: // not known
-		case up:
-			listened, since = true, time.Time{}
-			r.judge(func(f *fitness) { f.deaf = "" })
-		case !listened:
-		case since.IsZero():
-			since, wait = time.Now(), doubtInterval
-		default:
-			if wait = doubtInterval; time.Since(since) >= deafAfter {
-				r.judge(func(f *fitness) { f.deaf = "not listening: takes no new connections" })
+			wait = doubtInterval
+		case maybe && !heard:
+			open, deaf = true, time.Time{}
+			r.judge(func(f *fitness) { f.quiet, f.idle, f.deaf = false, false, "" })
+		case !open:
+			if wait = readyInterval; idle {
+				wait = doubtInterval
+				r.judge(func(f *fitness) { f.idle = true })
 			}
+			if within <= 0 && now.Sub(begun) > slowAfter {
+				wait = listenInterval
+			}
+		case deaf.IsZero():
+			deaf, wait = now, doubtInterval
+		default:
+			if wait = doubtInterval; now.Sub(deaf) >= deafAfter {
+				r.judge(func(f *fitness) { f.deaf = notListening })
+			}
+		}
+		if within > 0 && !heard {
+			if now.Sub(begun) >= within {
+				r.judge(func(f *fitness) {
+					f.dead = fmt.Sprintf("has not listened within %s, as the one does that it was to replace", within)
+				})
+			}
+			wait = min(wait, doubtInterval)
 		}
 		if !sleep(ctx, wait) {
 			return
 		}
 	}
+}
+
+// held tells ports that a server keeps from those that a client has for as long as
+// it waits for an answer: a server's is the same in every look.
+type held struct {
+	all   bool // those of the first look have been there for long
+	since map[uint16]time.Time
+}
+
+// look takes up what is there now, and tells whether a port has been for readyTimeout.
+func (h *held) look(ports []uint16, now time.Time) bool {
+	long := false
+	next := make(map[uint16]time.Time, len(ports))
+	for _, p := range ports {
+		since, ok := h.since[p]
+		if !ok {
+			if since = now; h.all {
+				since = time.Time{}
+			}
+		}
+		next[p] = since
+		long = long || now.Sub(since) >= readyTimeout
+	}
+	h.all, h.since = false, next
+	return long
 }
 
 // watchHealth runs the health check. A replica that stays unhealthy is given up,

@@ -60,6 +60,7 @@ func TestReplicaWaitsForItsHealthCheck(t *testing.T) {
 	b.give(true, replica(quickly(3)))
 	b.await("start t1")
 	b.sick("t1", "warming up")
+	b.listens("t1", true)
 	open()
 	b.await("t1: starting not healthy yet: exit status 1: warming up")
 	b.never("t1 endpoint: app active", "t1: running")
@@ -126,6 +127,7 @@ func TestAdoptedReplicaIsAsHealthyAsItIs(t *testing.T) {
 	for _, well := range []bool{true, false} {
 		task := replica(quickly(1))
 		b := newBench(t, found(task, runtime.Running, 0))
+		b.listens("t1", true)
 		if !well {
 			b.sick("t1", "no")
 		}
@@ -140,5 +142,96 @@ func TestAdoptedReplicaIsAsHealthyAsItIs(t *testing.T) {
 			b.never("t1 endpoint: app active", "t1: running")
 		}
 		b.cancel()
+	}
+}
+
+// TestReplicaIsInAVIPWhileItListens: to run is another thing, which takes time only.
+func TestReplicaIsInAVIPWhileItListens(t *testing.T) {
+	b := newBench(t)
+	b.give(true, replica(nil))
+	b.await("t1 endpoint: app idle")
+	b.await("t1: running listens on no port: takes no connections")
+	b.never("t1 endpoint: app active")
+	if st := b.statuses()["t1"]; st.Listened {
+		t.Errorf("%+v: it has not listened", st)
+	}
+	b.listens("t1", true)
+	b.await("t1 endpoint: app active")
+	b.await("t1: running")
+	if st := b.statuses()["t1"]; !st.Listened {
+		t.Errorf("%+v: it has listened", st)
+	}
+}
+
+// TestReplicaOfOneThatListensMustListen before it is said to run, whatever else it
+// opens, and has failed if it does not.
+func TestReplicaOfOneThatListensMustListen(t *testing.T) {
+	successor := func(within time.Duration) spec.Task {
+		task := replica(nil)
+		task.ListenWithin = within
+		return task
+	}
+	t.Run("it does", func(t *testing.T) {
+		b := newBench(t)
+		open := b.gate("start t1")
+		b.give(true, successor(time.Hour))
+		b.await("start t1")
+		if err := b.task("t1", func(t *fakeTask) { t.maybe = []uint16{40000} }); err != nil {
+			t.Fatal(err)
+		}
+		open()
+		b.await("t1: starting does not listen yet, as the one did that it replaces: has 1h0m0s")
+		b.never("t1 endpoint: app active", "t1: running")
+		b.listens("t1", true)
+		b.await("t1: running")
+	})
+	t.Run("it does not", func(t *testing.T) {
+		b := newBench(t)
+		b.give(true, successor(time.Millisecond))
+		b.await("t1: failed has not listened within 1ms, as the one does that it was to replace released")
+		b.never("t1 endpoint: app active", "t1: running")
+	})
+	t.Run("it has", func(t *testing.T) { // as its agent of before said
+		task := successor(time.Millisecond)
+		task.Status = spec.TaskStatus{State: spec.TaskRunning, PID: 4711, Listened: true}
+		b := newBench(t, found(task, runtime.Running, 0))
+		if err := b.adopt(b.ctx, nil); err != nil {
+			t.Fatal(err)
+		}
+		b.await("t1 endpoint: app draining")
+		b.looked("t1")
+		b.listens("t1", true)
+		b.await("t1 endpoint: app active")
+	})
+}
+
+// TestAdoptedWorkerStaysNamed: one that runs without listening is not on its way up
+// again because the agent is.
+func TestAdoptedWorkerStaysNamed(t *testing.T) {
+	task := replica(nil)
+	task.Status = spec.TaskStatus{State: spec.TaskRunning, PID: 4711}
+	b := newBench(t, found(task, runtime.Running, 0))
+	if err := b.adopt(b.ctx, nil); err != nil {
+		t.Fatal(err)
+	}
+	b.await("t1 endpoint: app idle")
+	b.looked("t1")
+	b.never("t1 endpoint: app starting", "t1 endpoint: app active", "t1 endpoint: app draining")
+}
+
+// TestHeldPorts: a server's UDP port stays, a client's goes.
+func TestHeldPorts(t *testing.T) {
+	at := func(d time.Duration) time.Time { return time.Unix(1000, 0).Add(d) }
+	var h held
+	for i, step := range []struct {
+		ports []uint16
+		want  bool
+	}{{nil, false}, {[]uint16{40000}, false}, {[]uint16{40001}, false}, {[]uint16{40001, 40002}, false}, {[]uint16{40001}, true}, {nil, false}, {[]uint16{40001}, false}} {
+		if got := h.look(step.ports, at(time.Duration(i)*readyTimeout/2)); got != step.want {
+			t.Errorf("look %d: %t", i, got)
+		}
+	}
+	if h := (held{all: true}); !h.look([]uint16{40000}, at(0)) {
+		t.Error("what was there before is taken for new")
 	}
 }

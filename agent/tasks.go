@@ -471,12 +471,16 @@ func (r *runner) live(ctx context.Context, found *runtime.Status) error {
 			return err
 		}
 	}
-	fit := r.firstFitness(ctx, t.Spec.Health, running)
+	fit := r.firstFitness(ctx, t, sb.Netns != "", running)
 	first := spec.EndpointStarting
 	if running {
-		first = spec.EndpointActive
-		if r.unwanted() != "" || fit.ill != "" {
+		switch {
+		case r.unwanted() != "" || fit.ill != "" || fit.deaf != "":
 			first = spec.EndpointDraining
+		case !fit.quiet:
+			first = spec.EndpointActive
+		case fit.idle:
+			first = spec.EndpointIdle
 		}
 	}
 	r.set(func() {
@@ -512,9 +516,6 @@ func (r *runner) live(ctx context.Context, found *runtime.Status) error {
 				r.set(func() { r.status.ExitCode = st.ExitCode })
 			}
 			return err
-		}
-		if t.Service != "" && t.Spec.Health == nil {
-			r.awaitReady(ctx)
 		}
 	}
 	return r.watch(ctx)

@@ -63,6 +63,7 @@ type fakeTask struct {
 	runtime.Status
 	released  bool
 	listening bool
+	maybe     []uint16
 	looks     int    // at whether it listens
 	sick      string // what the health check says; "": it passes
 	hosts     string // its own name and addresses in its hosts file
@@ -343,10 +344,10 @@ func (b *bench) Usage(context.Context, string) (runtime.Usage, error) {
 }
 func (b *bench) Faults() map[string]string { return nil }
 
-func (b *bench) Listening(_ context.Context, id string) (up bool, err error) {
+func (b *bench) Listening(_ context.Context, id string) (up runtime.Sockets, err error) {
 	err = b.task(id, func(t *fakeTask) {
 		t.looks++
-		up = t.listening
+		up = runtime.Sockets{Serves: t.listening, Maybe: t.maybe}
 	})
 	return up, err
 }

@@ -214,7 +214,7 @@ func ToPorts(in []*shoalv1.Port) ([]spec.Port, error) {
 func ServiceSpec(s spec.ServiceSpec) *shoalv1.ServiceSpec {
 	return &shoalv1.ServiceSpec{Name: s.Name, Labels: s.Labels, Replicas: int32(s.Replicas), EndpointMode: s.EndpointMode,
 		Networks: NetworkAttachments(s.Networks), Constraints: s.Constraints, Task: TaskSpec(s.Task),
-		RestartDelayMs: s.RestartDelay.Milliseconds(), RestartMax: int32(s.RestartMax), Ports: Ports(s.Ports)}
+		RestartDelayMs: s.RestartDelay.Milliseconds(), RestartMax: int32(s.RestartMax), Ports: Ports(s.Ports), ListenTimeoutMs: s.ListenTimeout.Milliseconds()}
 }
 
 // ToServiceSpec is the inverse of ServiceSpec.
@@ -230,7 +230,7 @@ func ToServiceSpec(s *shoalv1.ServiceSpec) (spec.ServiceSpec, error) {
 	ports, err := ToPorts(s.GetPorts())
 	return spec.ServiceSpec{Name: s.GetName(), Labels: s.GetLabels(), Replicas: int(s.GetReplicas()), EndpointMode: s.GetEndpointMode(),
 		Networks: nets, Constraints: s.GetConstraints(), Task: task, Ports: ports,
-		RestartDelay: time.Duration(s.GetRestartDelayMs()) * time.Millisecond, RestartMax: int(s.GetRestartMax())}, err
+		RestartDelay: time.Duration(s.GetRestartDelayMs()) * time.Millisecond, RestartMax: int(s.GetRestartMax()), ListenTimeout: time.Duration(s.GetListenTimeoutMs()) * time.Millisecond}, err
 }
 
 // Service is s on the wire; running is the leader's count.
@@ -265,12 +265,12 @@ func ToService(s *shoalv1.Service) (spec.Service, error) {
 
 // TaskStatus is s on the wire.
 func TaskStatus(s spec.TaskStatus) *shoalv1.TaskStatus {
-	return &shoalv1.TaskStatus{State: s.State.String(), Message: s.Message, ExitCode: int32(s.ExitCode), Pid: int32(s.PID), AtMs: s.At, Released: s.Released, Wired: s.Wired}
+	return &shoalv1.TaskStatus{State: s.State.String(), Message: s.Message, ExitCode: int32(s.ExitCode), Pid: int32(s.PID), AtMs: s.At, Released: s.Released, Wired: s.Wired, Listened: s.Listened}
 }
 
 // ToTaskStatus is the inverse of TaskStatus.
 func ToTaskStatus(s *shoalv1.TaskStatus) (spec.TaskStatus, error) {
-	out := spec.TaskStatus{Message: s.GetMessage(), ExitCode: int(s.GetExitCode()), PID: int(s.GetPid()), At: s.GetAtMs(), Released: s.GetReleased(), Wired: s.GetWired()}
+	out := spec.TaskStatus{Message: s.GetMessage(), ExitCode: int(s.GetExitCode()), PID: int(s.GetPid()), At: s.GetAtMs(), Released: s.GetReleased(), Wired: s.GetWired(), Listened: s.GetListened()}
 	var err error
 	out.State, err = spec.ParseTaskState(s.GetState())
 	return out, err
@@ -279,7 +279,7 @@ func ToTaskStatus(s *shoalv1.TaskStatus) (spec.TaskStatus, error) {
 // Task is t on the wire.
 func Task(t spec.Task) *shoalv1.Task {
 	out := &shoalv1.Task{Id: t.ID, Name: t.Name, Service: t.Service, Slot: int32(t.Slot), Node: t.Node, Spec: TaskSpec(t.Spec), Desired: t.Desired,
-		Status: TaskStatus(t.Status), Version: t.Version, CreatedMs: t.Created, NotBeforeMs: t.NotBefore, Attempt: int32(t.Attempt), Ports: Ports(t.Ports)}
+		Status: TaskStatus(t.Status), Version: t.Version, CreatedMs: t.Created, NotBeforeMs: t.NotBefore, Attempt: int32(t.Attempt), Ports: Ports(t.Ports), ListenWithinMs: t.ListenWithin.Milliseconds()}
 	for _, a := range t.Attachments {
 		out.Attachments = append(out.Attachments, &shoalv1.Attachment{Network: a.Network, Addrs: texts(a.Addrs), Aliases: a.Aliases, Iface: a.Iface, Leaving: a.Leaving, Joined: a.Joined})
 	}
@@ -289,7 +289,7 @@ func Task(t spec.Task) *shoalv1.Task {
 // ToTask is the inverse of Task.
 func ToTask(t *shoalv1.Task) (spec.Task, error) {
 	out := spec.Task{ID: t.GetId(), Name: t.GetName(), Service: t.GetService(), Slot: int(t.GetSlot()), Node: t.GetNode(),
-		Desired: t.GetDesired(), Version: t.GetVersion(), Created: t.GetCreatedMs(), NotBefore: t.GetNotBeforeMs(), Attempt: int(t.GetAttempt())}
+		Desired: t.GetDesired(), Version: t.GetVersion(), Created: t.GetCreatedMs(), NotBefore: t.GetNotBeforeMs(), Attempt: int(t.GetAttempt()), ListenWithin: time.Duration(t.GetListenWithinMs()) * time.Millisecond}
 	var err error
 	if out.Spec, err = ToTaskSpec(t.GetSpec()); err != nil {
 		return out, fmt.Errorf("task %s: %w", out.Name, err)

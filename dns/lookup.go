@@ -120,6 +120,10 @@ func (z *Zone) onNode(buf []target, network, name string) ([]target, bool) {
 	return nil, false
 }
 
+// named are the states of replicas that a service's name stands for: of those that
+// run and listen nowhere, as workers do, only where no other is.
+var named = [...]spec.EndpointState{spec.EndpointActive, spec.EndpointIdle}
+
 // on returns what an unqualified name stands for on one network; with a node,
 // only what is there.
 func (z *Zone) on(buf []target, network, name, node string) ([]target, bool) {
@@ -142,9 +146,15 @@ func (z *Zone) on(buf []target, network, name, node string) ([]target, bool) {
 				continue
 			}
 			here = true // a service is on every node, with or without a replica
-			for _, e := range c.unit.eps {
-				if e.state == spec.EndpointActive && (node == "" || e.node == node) {
-					out = append(out, target{e.name, network, e.addrs})
+			had := len(out)
+			for _, state := range named {
+				if len(out) > had {
+					break
+				}
+				for _, e := range c.unit.eps {
+					if e.state == state && (node == "" || e.node == node) {
+						out = append(out, target{e.name, network, e.addrs})
+					}
 				}
 			}
 		default:
@@ -158,7 +168,7 @@ func (z *Zone) on(buf []target, network, name, node string) ([]target, bool) {
 			switch {
 			case c.kind != claimAlias || c.ep.state == spec.EndpointActive:
 				out = append(out, t)
-			case c.ep.state == spec.EndpointStarting:
+			case c.ep.state == spec.EndpointStarting || c.ep.state == spec.EndpointIdle:
 				starting = append(starting, t)
 			}
 		}
@@ -185,10 +195,15 @@ func (z *Zone) slot(buf []target, network, name, node string) ([]target, bool) {
 		if c.kind != claimService || c.unit.name != name[:i] {
 			continue
 		}
-		for _, e := range c.unit.eps {
-			// Of a replica and the one that follows it, the one that runs.
-			if e.slot == n && e.state == spec.EndpointActive && (node == "" || e.node == node) {
-				out = append(out, target{e.name, network, e.addrs})
+		for _, state := range named {
+			if len(out) > 0 {
+				break
+			}
+			for _, e := range c.unit.eps {
+				// Of a replica and the one that follows it, the one that runs.
+				if e.slot == n && e.state == state && (node == "" || e.node == node) {
+					out = append(out, target{e.name, network, e.addrs})
+				}
 			}
 		}
 	}

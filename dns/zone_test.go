@@ -324,3 +324,31 @@ func TestParseSRV(t *testing.T) {
 		}
 	}
 }
+
+// TestIdleReplicasAreNamedWhereNoOtherIs: the name of workers, which listen nowhere,
+// gives their addresses; that of a server gives those where it listens.
+func TestIdleReplicasAreNamedWhereNoOtherIs(t *testing.T) {
+	idle := func(tasks ...string) *Zone {
+		v := sample()
+		for i := range v.Endpoints {
+			if slices.ContainsFunc(tasks, func(id string) bool { return strings.HasPrefix(v.Endpoints[i].Task, id) }) {
+				v.Endpoints[i].State = spec.EndpointIdle
+			}
+		}
+		return NewZone(v, ZoneOptions{})
+	}
+	for _, k := range []struct {
+		z    *Zone
+		want map[string]string
+	}{
+		{idle("t1", "t4"), map[string]string{"web": "10.0.1.100", "tasks.web.app": "10.0.1.12", "rr": "10.0.1.15", "tasks.rr": "10.0.1.15",
+			"web.1": "10.0.1.11", "rr.1": "10.0.1.14", "web.1.t1aaaaaaaaaa.app": "10.0.1.11", "web.node1.app": "10.0.1.11"}},
+		{idle("t1", "t2", "t4", "t5"), map[string]string{"web": "10.0.1.100", "tasks.web.app": "10.0.1.11 10.0.1.12", "rr": "10.0.1.14 10.0.1.15", "tasks.web.back": "10.0.2.11"}},
+	} {
+		for name, want := range k.want {
+			if got := found(k.z, both, name); got != want {
+				t.Errorf("%s: %s, want %s", name, got, want)
+			}
+		}
+	}
+}

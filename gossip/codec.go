@@ -440,7 +440,7 @@ func (r *reader) content(gone bool) (ep spec.Endpoint) {
 		r.fail(fmt.Errorf("slot %d is out of range", slot))
 	}
 	ep.Slot = int(slot)
-	if ep.State = spec.EndpointState(r.byte()); ep.State > spec.EndpointDraining {
+	if ep.State = spec.EndpointState(r.byte()); int(ep.State) >= spec.EndpointStates {
 		ep.State = spec.EndpointStarting
 	}
 	if n := r.count(maxAddrs, 5); n > 0 {
@@ -661,7 +661,7 @@ func encodable(ep spec.Endpoint) error {
 	if n := len(appendContent(nil, ep, false)); n > maxContent {
 		return fmt.Errorf("endpoint %s: its encoding has %d bytes: at most %d are allowed", ep.Key(), n, maxContent)
 	}
-	if ep.State < spec.EndpointStarting || ep.State > spec.EndpointDraining {
+	if ep.State < spec.EndpointStarting || int(ep.State) >= spec.EndpointStates {
 		return fmt.Errorf("endpoint %s: state %d is unknown", ep.Key(), int(ep.State))
 	}
 	return nil

@@ -2,6 +2,7 @@ package integration
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os/exec"
 	"path/filepath"
@@ -144,6 +145,37 @@ func TestScaleUnderLoadLosesNothing(t *testing.T) {
 	}
 	s.awaitRunning("web", 4)
 	s.fair("after", s.inTask("c1", "-n 80 -timeout %s http://web/", slow(2*time.Second)), 4)
+}
+
+// TestAnUpdateWaitsForTheNewToListen where the old one did: servers that take their
+// time cost no request, and one that never does replaces nothing.
+func TestAnUpdateWaitsForTheNewToListen(t *testing.T) {
+	onlyNative(t) // of the data path, vip's suite has it in the VM
+	s := shared(t)
+	s.ok("node1", "shoal net create app")
+	s.whoami("web", 2, "--network app")
+	s.ok("node1", "shoal run -d --name c1 --network app -- sleep 10000")
+	before := s.running("web")
+	l := s.under("c1", 16, func() {
+		s.ok("node1", "shoal svc update --quiet web -- sh -c 'sleep 5; exec %s/whoami'", bin)
+	})
+	if l.Failed != 0 || l.OK < 50 {
+		t.Errorf("%d of %d failed: %v", l.Failed, l.Requests, l.Errors)
+	}
+	after := s.running("web")
+	if len(after) != 2 || slices.ContainsFunc(after, func(x task) bool { return slices.ContainsFunc(before, func(y task) bool { return x.ID == y.ID }) }) {
+		t.Errorf("running before %v, after %v", before, after)
+	}
+	s.fair("after", s.inTask("c1", "-n 20 -timeout %s http://web/", slow(2*time.Second)), 2)
+
+	s.ok("node1", "shoal svc update --detach --listen-timeout 2s web -- sleep 10000")
+	s.eventually(slow(30*time.Second), func() error {
+		if out := s.ok("node1", "shoal svc ps --no-trunc web"); !strings.Contains(out, "has not listened within 2s") {
+			return errors.New(out)
+		}
+		return nil
+	})
+	s.fair("beside one that does not listen", s.inTask("c1", "-n 20 -timeout %s http://web/", slow(2*time.Second)), 2)
 }
 
 func TestDrainUnderLoadLosesNothing(t *testing.T) {

@@ -94,6 +94,17 @@ type Usage struct {
 	OOMKills    uint64
 }
 
+// Sockets are those of a task that accept traffic on more than loopback.
+type Sockets struct {
+	// Serves: one that only servers have. It listens (TCP, SCTP), or is bound and not
+	// connected (UDP), at a port that the kernel does not choose for clients.
+	Serves bool
+	// Maybe are the UDP ports of sockets that are bound and not connected, at ports
+	// that the kernel chooses for clients: a client's that has sent something, a
+	// question to a name server for instance, looks like this as well. Ascending.
+	Maybe []uint16
+}
+
 // Event tells that a task's Status changed.
 type Event struct{ ID string }
 
@@ -140,10 +151,9 @@ type Runtime interface {
 	// sent to them while nobody read is still there. A task in the node's own
 	// namespace has none.
 	DNSSockets(ctx context.Context, id string) (net.PacketConn, net.Listener, error)
-	// Listening tells whether the task accepts traffic: a TCP socket that
-	// listens, or a UDP socket that is bound, on more than loopback, and a
-	// program that is not stopped (SIGSTOP).
-	Listening(ctx context.Context, id string) (bool, error)
+	// Listening tells what traffic the task accepts; nothing while its program is
+	// stopped (SIGSTOP).
+	Listening(ctx context.Context, id string) (Sockets, error)
 	// Faults tells, by the names of running tasks, what is wrong with what a task
 	// sees of the machine, such as a file of its own that the node's took the
 	// place of. What can be mended is no fault.

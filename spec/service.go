@@ -141,6 +141,32 @@ type ServiceSpec struct {
 	RestartDelay time.Duration       `json:"restart_delay,omitempty"` // first delay; doubles to 30 s; 0: 100 ms
 	RestartMax   int                 `json:"restart_max,omitempty"`   // attempts per slot; 0: no limit
 	Ports        []Port              `json:"ports,omitempty"`
+	// ListenTimeout is how long a replica that takes the place of one that listens
+	// may take to listen; 0: DefaultListenTimeout; NoListenTimeout: it need not.
+	ListenTimeout time.Duration `json:"listen_timeout,omitempty" level:"2"`
+}
+
+// DefaultListenTimeout is enough for servers that load much before they listen.
+const DefaultListenTimeout = 2 * time.Minute
+
+// NoListenTimeout is a ListenTimeout: a replica that takes the place of one that
+// listens runs as others do, listening or not.
+const NoListenTimeout = -time.Millisecond
+
+// ListenWithin is ListenTimeout with its default applied, and at least the time that
+// a health check gives; 0: the replica need not listen.
+func (s ServiceSpec) ListenWithin() time.Duration {
+	within := s.ListenTimeout
+	switch {
+	case within < 0:
+		return 0
+	case within == 0:
+		within = DefaultListenTimeout
+	}
+	if h := s.Task.Health; h != nil {
+		within = max(within, h.WithDefaults().Patience())
+	}
+	return within
 }
 
 // Clone returns a deep copy.
@@ -169,6 +195,9 @@ func (s ServiceSpec) Validate() error {
 	}
 	if s.EndpointMode != EndpointModeVIP && s.EndpointMode != EndpointModeDNSRR {
 		return fmt.Errorf("service %s: endpoint mode %q: use %q or %q", s.Name, s.EndpointMode, EndpointModeVIP, EndpointModeDNSRR)
+	}
+	if (s.ListenTimeout < 0 && s.ListenTimeout != NoListenTimeout) || s.ListenTimeout%time.Millisecond != 0 {
+		return fmt.Errorf("service %s: listen timeout %s: use a whole number of milliseconds, like 90s", s.Name, s.ListenTimeout)
 	}
 	for _, c := range s.Constraints {
 		if _, err := ParseConstraint(c); err != nil {

@@ -5,6 +5,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"time"
 )
 
 // TaskState is how far a task has come. The order is the order of life, as in
@@ -80,6 +81,8 @@ type TaskStatus struct {
 	// out: what left the task before it is off the network, and what joined it
 	// is on it.
 	Wired uint64 `json:"wired,omitempty"`
+	// Listened: its program has listened where others reach it.
+	Listened bool `json:"listened,omitempty" level:"2"`
 }
 
 // Attachment is one network interface of a task.
@@ -117,6 +120,10 @@ type Task struct {
 	NotBefore int64 `json:"not_before,omitempty"`
 	// Attempt counts the runs of this slot since its last long run.
 	Attempt int `json:"attempt,omitempty"`
+	// ListenWithin is set of a task that takes the place of one that listens: it is
+	// running only when it listens, too, and has failed if it does not within this
+	// time of its start.
+	ListenWithin time.Duration `json:"listen_within,omitempty" level:"2"`
 }
 
 // Clone returns a deep copy.

@@ -70,10 +70,14 @@ const (
 	EndpointStarting EndpointState = iota // routed and named by its task name; takes no service traffic yet
 	EndpointActive                        // takes everything
 	EndpointDraining                      // keeps its connections, takes no new ones
+	EndpointIdle                          // its program runs and listens nowhere: named where no other is, takes no service traffic
 )
 
+// EndpointStates is how many there are.
+const EndpointStates = int(EndpointIdle) + 1
+
 func (s EndpointState) String() string {
-	return [...]string{"starting", "active", "draining"}[s]
+	return [...]string{"starting", "active", "draining", "idle"}[s]
 }
 
 // Endpoint is one task on one network, as its node gossips it. Only that node

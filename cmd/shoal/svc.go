@@ -177,11 +177,24 @@ func dockerFlags(_ *pflag.FlagSet, name string) pflag.NormalizedName {
 	return pflag.NormalizedName(name)
 }
 
+const listenTimeoutHelp = "how long a replica may take to listen that replaces one that listens, before it has failed (0: it need not listen)"
+
+// listenTimeoutMs is the value of --listen-timeout as the API has it.
+func listenTimeoutMs(d time.Duration) (int64, error) {
+	switch {
+	case d < 0 || d%time.Millisecond != 0:
+		return 0, fmt.Errorf("--listen-timeout %s: use a whole number of milliseconds, like 90s, or 0", d)
+	case d == 0:
+		return spec.NoListenTimeout.Milliseconds(), nil
+	}
+	return d.Milliseconds(), nil
+}
+
 func (c *cli) svcCreate() *cobra.Command {
 	req := &shoalv1.ServiceSpec{}
 	var tf taskFlags
 	var detach, quiet bool
-	var restartDelay time.Duration
+	var restartDelay, listenTimeout time.Duration
 	var secrets, configs []string
 	cmd := &cobra.Command{
 		Use: "create [flags] IMAGE|-- [COMMAND] [ARG...]", Short: "Create a service", Args: cobra.ArbitraryArgs,
@@ -219,6 +232,11 @@ that all replicas are one image.`,
 				return usageError(cmd, err)
 			}
 			req.RestartDelayMs = restartDelay.Milliseconds()
+			if cmd.Flags().Changed("listen-timeout") {
+				if req.ListenTimeoutMs, err = listenTimeoutMs(listenTimeout); err != nil {
+					return usageError(cmd, err)
+				}
+			}
 			ports, err := client.ParsePublishes(tf.publish, spec.PortIngress)
 			if err != nil {
 				return usageError(cmd, err)
@@ -251,6 +269,7 @@ that all replicas are one image.`,
 	f.StringVar(&req.EndpointMode, "endpoint-mode", spec.EndpointModeVIP, "vip (one balanced address) or dnsrr (the replicas' addresses)")
 	f.StringArrayVar(&req.Constraints, "constraint", nil, "placement: node.name==x, node.role!=manager, node.labels.k==v (repeatable)")
 	f.DurationVar(&restartDelay, "restart-delay", 0, "wait before the first restart; doubles up to 30s (default 100ms)")
+	f.DurationVar(&listenTimeout, "listen-timeout", spec.DefaultListenTimeout, listenTimeoutHelp)
 	f.Int32Var(&req.RestartMax, "restart-max-attempts", 0, "restarts of a replica before it is given up (0: no limit)")
 	f.StringArrayVarP(&tf.publish, "publish", "p", nil, publishHelp)
 	f.StringVar(&tf.ip, "vip", "", "virtual IP on the first network (default: a free one)")

@@ -28,7 +28,7 @@ func (c *cli) svcUpdate() *cobra.Command {
 	var mountRm, tmpfsRm, groupRm, ulimitRm, sysctlRm, deviceRm []string
 	var registryAuthToo, noResolve bool
 	var command, hostname, mode, user, dir, stopSignal, vip string
-	var grace, restartDelay time.Duration
+	var grace, restartDelay, listenTimeout time.Duration
 	var restartMax int32
 	var health healthFlags
 	var resources resourceFlags
@@ -171,6 +171,10 @@ running before the old one ends.`,
 			set("workdir", func() error { sp.Task.Dir = spec.Text(dir); return nil })
 			set("stop-signal", func() error { sp.Task.StopSignal = stopSignal; return nil })
 			set("restart-delay", func() error { sp.RestartDelayMs = restartDelay.Milliseconds(); return nil })
+			set("listen-timeout", func() (err error) {
+				sp.ListenTimeoutMs, err = listenTimeoutMs(listenTimeout)
+				return err
+			})
 			set("restart-max-attempts", func() error { sp.RestartMax = restartMax; return nil })
 			set("container-label-rm", func() error {
 				for _, k := range taskLabelRm {
@@ -357,6 +361,7 @@ running before the old one ends.`,
 	f.StringVarP(&dir, "workdir", "w", "", "working directory")
 	f.StringVar(&stopSignal, "stop-signal", "", "signal that asks the program to stop")
 	f.DurationVar(&restartDelay, "restart-delay", 0, "wait before the first restart; doubles up to 30s")
+	f.DurationVar(&listenTimeout, "listen-timeout", 0, listenTimeoutHelp)
 	f.Int32Var(&restartMax, "restart-max-attempts", 0, "restarts of a replica before it is given up (0: no limit)")
 	f.StringVar(&vip, "vip", "", "virtual IP on the first network")
 	f.StringArrayVar(&envFile, "env-file", nil, "set the environment variables of a file")

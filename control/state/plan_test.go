@@ -1,11 +1,13 @@
 package state
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"maps"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/shoalnet/shoal/spec"
 )
@@ -665,4 +667,108 @@ func BenchmarkAssignment(b *testing.B) {
 			}
 		}
 	})
+}
+
+// TestSuccessorMustListen: a task that takes the place of one that listens has to
+// listen, too, within the service's limit; one that takes nobody's place need not.
+func TestSuccessorMustListen(t *testing.T) {
+	c := newCluster(t)
+	ns := c.joinAll(2)
+	web := c.service(svcSpec("web", 1))
+	c.settle()
+	only := func() spec.Task {
+		t.Helper()
+		var out []spec.Task
+		for _, k := range c.s.Tasks(TaskFilter{Service: web.ID}) {
+			if k.Desired == spec.DesiredRunning && !k.Status.State.Ended() {
+				out = append(out, k)
+			}
+		}
+		if len(out) == 0 {
+			t.Fatal(c.dump())
+		}
+		slices.SortFunc(out, func(a, b spec.Task) int { return cmp.Compare(a.Status.State, b.Status.State) })
+		return out[0] // the one that is on its way, if there is one
+	}
+	listen := func(k spec.Task) {
+		t.Helper()
+		n := c.nodes[k.Node]
+		st := n.tasks[k.ID]
+		st.Listened, st.At = true, c.now
+		n.tasks[k.ID] = st
+		c.must(Command{ReportTasks: &ReportTasks{Node: n.id, Tasks: map[string]spec.TaskStatus{k.ID: st}, Now: c.now}})
+	}
+	update := func(change func(*spec.ServiceSpec)) {
+		t.Helper()
+		v, err := c.s.Service("web")
+		if err != nil {
+			t.Fatal(err)
+		}
+		sp := v.Spec.Clone()
+		change(&sp)
+		c.must(Command{UpdateService: &UpdateService{Ref: "web", Spec: &sp}})
+	}
+	want := func(what string, within time.Duration) spec.Task {
+		t.Helper()
+		k := only()
+		if k.ListenWithin != within {
+			t.Errorf("%s: listens within %s, want %s\n%s", what, k.ListenWithin, within, c.dump())
+		}
+		return k
+	}
+	first := want("the first", 0)
+	// A worker that is updated.
+	update(func(sp *spec.ServiceSpec) { sp.Task.Command = []string{"b"} })
+	c.settle()
+	second := want("after one that never listened", 0)
+	if second.ID == first.ID {
+		t.Fatal("it was not updated")
+	}
+	// A server.
+	listen(second)
+	update(func(sp *spec.ServiceSpec) { sp.Task.Command = []string{"c"} })
+	c.plan()
+	if k := want("after one that listens", spec.DefaultListenTimeout); k.ID == second.ID {
+		t.Fatal(c.dump())
+	}
+	c.settle()
+	third := only()
+	listen(third)
+	// It has run: one that is started in its place after its end need not.
+	c.fail(third)
+	c.settle()
+	fourth := want("restarted", 0)
+	listen(fourth)
+	// One that moves to another node.
+	c.avail(c.nodes[fourth.Node], spec.AvailabilityDrain)
+	c.plan()
+	want("moved", spec.DefaultListenTimeout)
+	c.settle()
+	for _, n := range ns {
+		c.avail(n, spec.AvailabilityActive)
+	}
+	// Its own limit, a health check's patience, and none.
+	for _, k := range []struct {
+		limit  time.Duration
+		health *spec.HealthCheck
+		want   time.Duration
+	}{
+		{7 * time.Second, nil, 7 * time.Second},
+		{7 * time.Second, &spec.HealthCheck{Command: "x", StartPeriod: time.Hour, Interval: time.Second, Timeout: time.Second, Retries: 1}, time.Hour + time.Second},
+		{spec.NoListenTimeout, nil, 0},
+	} {
+		listen(only())
+		update(func(sp *spec.ServiceSpec) {
+			sp.ListenTimeout, sp.Task.Health, sp.Task.Command = k.limit, k.health, append(sp.Task.Command, "x")
+		})
+		c.plan()
+		got := only().ListenWithin
+		if k.health != nil {
+			k.want = k.health.WithDefaults().Patience()
+		}
+		if got != k.want {
+			t.Errorf("limit %s: %s, want %s", k.limit, got, k.want)
+		}
+		c.settle()
+	}
 }

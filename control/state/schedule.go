@@ -151,6 +151,9 @@ func (s *State) createReplica(v *service, op ScheduleOp, now int64) bool {
 	if _, taken := s.taskNames[t.Name]; taken {
 		return false
 	}
+	if v.replacesListener(op.Slot) {
+		t.ListenWithin = v.Spec.ListenWithin()
+	}
 	for _, a := range v.Spec.Networks {
 		t.Attachments = append(t.Attachments, spec.Attachment{Network: a.Network, Aliases: a.Aliases})
 	}
@@ -166,6 +169,21 @@ func (s *State) createReplica(v *service, op ScheduleOp, now int64) bool {
 	s.supersede(v, t)
 	s.trim(v, t.Slot)
 	return true
+}
+
+// replacesListener tells whether a new task of a slot takes the place of one that
+// listens, or did until it was stopped for the new one's sake: of a task of another
+// template the place is open until one of this template has run.
+func (v *service) replacesListener(slot int) bool {
+	had, ran := false, false
+	for _, o := range v.slot(slot) {
+		if o.Live() && running(o) && o.Status.Listened {
+			return true
+		}
+		had = had || o.rev != v.rev && o.Status.Listened
+		ran = ran || o.rev == v.rev && o.started != 0
+	}
+	return had && !ran
 }
 
 // supersede ends the wish to run of a slot's tasks that have ended, now that t

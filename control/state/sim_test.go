@@ -153,7 +153,7 @@ func (c *cluster) join(name string) *simNode {
 }
 
 func simSpec(id, name, role string, k int) spec.Node {
-	return spec.Node{ID: id, Name: name, Role: role, Addr: netip.AddrFrom4([4]byte{192, 168, byte(k >> 8), byte(k)}), ControlPort: 7373, GossipPort: 7946}
+	return spec.Node{ID: id, Name: name, Role: role, Addr: netip.AddrFrom4([4]byte{192, 168, byte(k >> 8), byte(k)}), ControlPort: 7373, GossipPort: 7946, Level: Level}
 }
 
 func (c *cluster) joinAll(n int) []*simNode {

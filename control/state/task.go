@@ -243,6 +243,7 @@ func (s *State) report(t *task, st spec.TaskStatus, now int64) {
 		t.was = 0
 	}
 	st.Wired = max(st.Wired, cur.Wired)
+	st.Listened = st.Listened || cur.Listened
 	t.Status, t.Version = st, s.index
 	if st.State != cur.State {
 		s.taskEvent(t, st.State.String())

@@ -1,21 +1,35 @@
 package nl
 
 import (
+	"bufio"
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"net/netip"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
 
 	vnl "github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
 // Socket states as the kernel numbers them (include/net/tcp_states.h); a UDP
-// socket that is not connected is in tcpClose.
+// socket that is not connected is in tcpClose. Those of SCTP are the same numbers
+// (include/net/sctp/constants.h, SCTP_SS_LISTENING).
 const (
 	tcpClose  = 7
 	tcpListen = 10
 )
+
+// Sockets are those of a namespace that accept traffic from elsewhere.
+type Sockets struct {
+	Serves bool     // one that only servers have
+	Maybe  []uint16 // UDP ports out of net.ipv4.ip_local_port_range, ascending: a client's look the same
+}
 
 // diagRequest is struct inet_diag_req_v2 (linux/inet_diag.h) without an ID:
 // every socket of a family and protocol in one state.
@@ -35,50 +49,168 @@ func (r diagRequest) Serialize() []byte {
 	return b
 }
 
-// Listening tells whether a socket of the calling thread's namespace accepts
-// traffic that comes from elsewhere: a TCP socket that listens or a UDP socket
-// that is bound and not connected, on more than loopback. Use it within Do. It
-// asks sock_diag(7), whose cost is that of the listening sockets alone, where
-// /proc/net/tcp walks every connection. An error satisfies
-// errors.Is(err, errors.ErrUnsupported) where the kernel has no inet_diag.
-func Listening() (bool, error) {
+// Listening tells which sockets of the calling thread's namespace accept traffic
+// that comes from elsewhere: TCP and SCTP sockets that listen, UDP sockets that are
+// bound and not connected, on more than loopback. Use it within Do. It asks
+// sock_diag(7), whose cost is that of the listening sockets alone, where
+// /proc/net/tcp walks every connection; the latter it reads where the kernel has no
+// inet_diag, and the list of SCTP's, as to ask for these would load its module.
+func Listening() (Sockets, error) {
+	out, err := listeningByDiag()
+	if errors.Is(err, errors.ErrUnsupported) {
+		out, err = listeningByProc()
+	}
+	if err == nil && !out.Serves {
+		out.Serves, err = procFile("sctp/eps", sctpListens)
+	}
+	return out, err
+}
+
+// add counts one socket in.
+func (s *Sockets) add(udp bool, a netip.AddrPort, first, last uint16) {
+	switch p := a.Port(); {
+	case !a.IsValid() || a.Addr().Unmap().IsLoopback():
+	case udp && first <= p && p <= last:
+		if i, found := slices.BinarySearch(s.Maybe, p); !found {
+			s.Maybe = slices.Insert(s.Maybe, i, p)
+		}
+	default:
+		s.Serves = true
+	}
+}
+
+// clientPorts is the range out of which the kernel binds sockets that asked for no
+// port; its own (ip-sysctl.rst) where that can't be read.
+func clientPorts() (first, last uint16) {
+	if s, err := Sysctl("net.ipv4.ip_local_port_range"); err == nil {
+		if _, err := fmt.Sscan(s, &first, &last); err == nil {
+			return first, last
+		}
+	}
+	return 32768, 60999
+}
+
+func listeningByDiag() (Sockets, error) {
+	var out Sockets
+	first, last := clientPorts()
 	for _, r := range []diagRequest{
 		{unix.AF_INET, unix.IPPROTO_TCP, tcpListen}, {unix.AF_INET6, unix.IPPROTO_TCP, tcpListen},
 		{unix.AF_INET, unix.IPPROTO_UDP, tcpClose}, {unix.AF_INET6, unix.IPPROTO_UDP, tcpClose},
 	} {
-		found := false
 		_, err := Dump(func() (struct{}, error) {
 			req := vnl.NewNetlinkRequest(vnl.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP)
 			req.AddData(r)
 			return struct{}{}, req.ExecuteIter(unix.NETLINK_INET_DIAG, vnl.SOCK_DIAG_BY_FAMILY, func(msg []byte) bool {
-				a, ok := diagSource(msg)
-				found = found || ok && !a.IsLoopback()
+				out.add(r.protocol == unix.IPPROTO_UDP, diagSource(msg), first, last)
 				return true
 			})
 		})
 		switch {
 		case errors.Is(err, unix.ENOENT), errors.Is(err, unix.EPROTONOSUPPORT):
-			return false, fmt.Errorf("list listening sockets: %w: %w", err, errors.ErrUnsupported)
+			return out, fmt.Errorf("list listening sockets: %w: %w", err, errors.ErrUnsupported)
 		case err != nil:
-			return false, fmt.Errorf("list listening sockets: %w", err)
-		case found:
-			return true, nil
+			return out, fmt.Errorf("list listening sockets: %w", err)
+		case out.Serves:
+			return out, nil
 		}
 	}
-	return false, nil
+	return out, nil
 }
 
 // diagSource reads the local address of a struct inet_diag_msg: family, state,
 // timer and retransmissions take an octet each, two ports two each.
-func diagSource(msg []byte) (netip.Addr, bool) {
-	const at = 8
+func diagSource(msg []byte) netip.AddrPort {
+	const port, at = 4, 8
 	if len(msg) < at+16 {
-		return netip.Addr{}, false
+		return netip.AddrPort{}
 	}
 	n := 16
 	if msg[0] == unix.AF_INET {
 		n = 4
 	}
-	a, ok := netip.AddrFromSlice(msg[at : at+n])
-	return a.Unmap(), ok
+	a, _ := netip.AddrFromSlice(msg[at : at+n])
+	return netip.AddrPortFrom(a, binary.BigEndian.Uint16(msg[port:]))
+}
+
+// procFile reads a file of the calling thread's network namespace (proc(5)); one
+// that is not there holds nothing.
+func procFile[T any](name string, read func(io.Reader) (T, error)) (T, error) {
+	f, err := os.Open("/proc/thread-self/net/" + name)
+	if err != nil {
+		var none T
+		if errors.Is(err, os.ErrNotExist) {
+			err = nil
+		}
+		return none, err
+	}
+	defer f.Close()
+	return read(f)
+}
+
+// listeningByProc is listeningByDiag on a kernel without inet_diag.
+func listeningByProc() (Sockets, error) {
+	var out Sockets
+	first, last := clientPorts()
+	for _, f := range []struct {
+		name  string
+		udp   bool
+		state string
+	}{{"tcp", false, "0A"}, {"tcp6", false, "0A"}, {"udp", true, "07"}, {"udp6", true, "07"}} {
+		as, err := procFile(f.name, func(r io.Reader) ([]netip.AddrPort, error) { return procSources(r, f.state) })
+		if err != nil {
+			return out, fmt.Errorf("list listening sockets: %w", err)
+		}
+		for _, a := range as {
+			out.add(f.udp, a, first, last)
+		}
+		if out.Serves {
+			break
+		}
+	}
+	return out, nil
+}
+
+// procSources lists the local addresses of the sockets in a state, in hexadecimal.
+func procSources(r io.Reader, state string) ([]netip.AddrPort, error) {
+	var out []netip.AddrPort
+	sc := bufio.NewScanner(r)
+	for sc.Scan() {
+		fs := strings.Fields(sc.Text())
+		if len(fs) < 4 || fs[3] != state {
+			continue
+		}
+		addr, port, _ := strings.Cut(fs[1], ":")
+		b, err := hex.DecodeString(addr)
+		p, perr := strconv.ParseUint(port, 16, 16)
+		if err != nil || perr != nil || len(b)%4 != 0 {
+			continue
+		}
+		// Addresses are in host order, four bytes at a time.
+		for i := 0; i < len(b); i += 4 {
+			binary.NativeEndian.PutUint32(b[i:], binary.BigEndian.Uint32(b[i:]))
+		}
+		if a, ok := netip.AddrFromSlice(b); ok {
+			out = append(out, netip.AddrPortFrom(a, uint16(p)))
+		}
+	}
+	return out, sc.Err()
+}
+
+// sctpListens looks through /proc/net/sctp/eps for an endpoint that listens on more
+// than loopback. Its columns are ENDPT SOCK STY SST HBKT LPORT UID INODE LADDRS, the
+// last one address after the other (net/sctp/proc.c).
+func sctpListens(r io.Reader) (bool, error) {
+	sc := bufio.NewScanner(r)
+	for sc.Scan() {
+		fs := strings.Fields(sc.Text())
+		if len(fs) < 9 || fs[3] != strconv.Itoa(tcpListen) {
+			continue
+		}
+		for _, s := range fs[8:] {
+			if a, err := netip.ParseAddr(strings.Trim(s, "*=")); err == nil && !a.Unmap().IsLoopback() {
+				return true, nil
+			}
+		}
+	}
+	return false, sc.Err()
 }

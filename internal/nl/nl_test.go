@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"reflect"
 	"runtime"
 	"strings"
 	"sync"
@@ -172,38 +173,61 @@ func TestSysctlNamesTheKey(t *testing.T) {
 func TestListening(t *testing.T) {
 	needRoot(t)
 	name := namespace(t, "l")
+	serves, maybe, nothing := Sockets{Serves: true}, Sockets{Maybe: []uint16{40000}}, Sockets{}
 	for _, tc := range []struct {
 		network, addr string
-		want          bool
+		want          Sockets
 	}{
-		{"tcp4", "127.0.0.1:80", false}, {"tcp6", "[::1]:80", false}, {"udp4", "127.0.0.11:53", false},
-		{"tcp4", "0.0.0.0:80", true}, {"tcp6", "[::]:80", true}, {"udp4", "0.0.0.0:53", true}, {"udp6", "[::]:53", true},
+		{"tcp4", "127.0.0.1:80", nothing}, {"tcp6", "[::1]:80", nothing}, {"udp4", "127.0.0.11:53", nothing}, {"udp4", "127.0.0.1:40000", nothing},
+		{"tcp4", "0.0.0.0:80", serves}, {"tcp6", "[::]:80", serves}, {"udp4", "0.0.0.0:53", serves}, {"udp6", "[::]:53", serves},
+		{"tcp4", "0.0.0.0:40000", serves}, {"udp4", "0.0.0.0:40000", maybe}, {"udp", "[::]:40000", maybe}, {"udp6", "[::]:61000", serves},
+		{"connected", "127.0.0.1:9", nothing},
 	} {
-		err := Do(name, func() error {
-			var c io.Closer
-			var err error
-			if strings.HasPrefix(tc.network, "udp") {
-				c, err = net.ListenPacket(tc.network, tc.addr)
-			} else {
-				c, err = net.Listen(tc.network, tc.addr)
+		for how, list := range map[string]func() (Sockets, error){"as it is": Listening, "by /proc": listeningByProc, "by sock_diag": listeningByDiag} {
+			err := Do(name, func() error {
+				var c io.Closer
+				var err error
+				switch {
+				case tc.network == "connected":
+					c, err = net.Dial("udp4", tc.addr)
+				case strings.HasPrefix(tc.network, "udp"):
+					c, err = net.ListenPacket(tc.network, tc.addr)
+				default:
+					c, err = net.Listen(tc.network, tc.addr)
+				}
+				if err != nil {
+					return err
+				}
+				defer c.Close()
+				if got, err := list(); err != nil || !reflect.DeepEqual(got, tc.want) {
+					return fmt.Errorf("%s: %s %s: %+v, %w", how, tc.network, tc.addr, got, err)
+				}
+				return nil
+			})
+			if err != nil && !errors.Is(err, errors.ErrUnsupported) {
+				t.Error(err)
 			}
-			if err != nil {
-				return err
-			}
-			defer c.Close()
-			if got, err := Listening(); err != nil || got != tc.want {
-				return fmt.Errorf("%s %s: %t, %w", tc.network, tc.addr, got, err)
-			}
-			return nil
-		})
-		if errors.Is(err, errors.ErrUnsupported) {
-			t.Skip(err) // the runtime falls back to /proc
-		}
-		if err != nil {
-			t.Error(err)
 		}
 	}
-	if got, err := Listening(); err != nil && !errors.Is(err, errors.ErrUnsupported) {
-		t.Errorf("in the host's namespace: %t, %v", got, err)
+	if got, err := Listening(); err != nil {
+		t.Errorf("in the host's namespace: %+v, %v", got, err)
+	}
+}
+
+func TestSCTPListens(t *testing.T) {
+	const head = " ENDPT     SOCK   STY SST HBKT LPORT   UID INODE LADDRS\n"
+	for rows, want := range map[string]bool{
+		"": false,
+		"ffff8 ffff9 2   10  27   7000      0 2117 0.0.0.0 \n":                                  true,
+		"ffff8 ffff9 0   10  27   7000      0 2117 127.0.0.1 \n":                                false,
+		"ffff8 ffff9 0   10  27   7000      0 2117 127.0.0.1 10.0.0.5 \n":                       true,
+		"ffff8 ffff9 0   7   27   7000      0 2117 0.0.0.0 \n":                                  false,
+		"ffff8 ffff9 0   10  27   7000      0 2117 0000:0000:0000:0000:0000:0000:0000:0000 \n":  true,
+		"ffff8 ffff9 0   10  27   7000      0 2117 0000:0000:0000:0000:0000:0000:0000:0001 \n":  false,
+		"nonsense\nffff8 ffff9 0   10  27   7000      0 2117 \nffff8 ffff9 0 10 1 7 0 1 bad \n": false,
+	} {
+		if got, err := sctpListens(strings.NewReader(head + rows)); err != nil || got != want {
+			t.Errorf("%q: %t, %v", rows, got, err)
+		}
 	}
 }

@@ -1,7 +1,6 @@
 package process
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -680,7 +679,7 @@ func (r *Runtime) DNSSockets(ctx context.Context, id string) (net.PacketConn, ne
 }
 
 // Listening implements runtime.Runtime.
-func (r *Runtime) Listening(ctx context.Context, id string) (bool, error) {
+func (r *Runtime) Listening(ctx context.Context, id string) (runtime.Sockets, error) {
 	r.mu.Lock()
 	e := r.tasks[id]
 	initPID, pid, ns := 0, 0, ""
@@ -689,17 +688,14 @@ func (r *Runtime) Listening(ctx context.Context, id string) (bool, error) {
 	}
 	r.mu.Unlock()
 	if initPID == 0 || pid != 0 && stopped(pid) {
-		return false, nil
+		return runtime.Sockets{}, nil
 	}
-	var up bool
+	var up nl.Sockets
 	err := nl.Do(ns, func() (err error) {
 		up, err = nl.Listening()
 		return err
 	})
-	if errors.Is(err, errors.ErrUnsupported) {
-		return listeningByProc(initPID)
-	}
-	return up, err
+	return runtime.Sockets{Serves: up.Serves, Maybe: up.Maybe}, err
 }
 
 // stopped tells whether a process and all that come from it are stopped by a
@@ -720,47 +716,6 @@ func stopped(pid int) bool {
 		}
 	}
 	return true
-}
-
-// listeningByProc is Listening on a kernel without inet_diag. A process's
-// /proc/PID/net is that of its network namespace (proc(5)).
-func listeningByProc(pid int) (bool, error) {
-	for _, f := range []struct{ name, state string }{{"tcp", "0A"}, {"tcp6", "0A"}, {"udp", "07"}, {"udp6", "07"}} { // TCP_LISTEN, TCP_CLOSE: unconnected
-		up, err := bound(fmt.Sprintf("/proc/%d/net/%s", pid, f.name), f.state)
-		if err != nil && !errors.Is(err, os.ErrNotExist) {
-			return false, err
-		}
-		if up {
-			return true, nil
-		}
-	}
-	return false, nil
-}
-
-// bound looks for a socket in a state whose local address is not loopback.
-func bound(file, state string) (bool, error) {
-	f, err := os.Open(file)
-	if err != nil {
-		return false, err
-	}
-	defer f.Close()
-	sc := bufio.NewScanner(f)
-	for sc.Scan() {
-		fs := strings.Fields(sc.Text())
-		if len(fs) < 4 || fs[3] != state {
-			continue
-		}
-		addr, _, _ := strings.Cut(fs[1], ":")
-		// Addresses are hexadecimal in host order, four bytes at a time.
-		switch {
-		case len(addr) == 8 && strings.HasSuffix(addr, "7F"): // 127.0.0.0/8
-		case addr == "00000000000000000000000001000000": // ::1
-		case strings.HasPrefix(addr, "0000000000000000FFFF0000") && strings.HasSuffix(addr, "7F"): // ::ffff:127.0.0.0/104
-		case len(addr) == 8 || len(addr) == 32:
-			return true, nil
-		}
-	}
-	return false, sc.Err()
 }
 
 // ---- exec ----

@@ -751,7 +751,7 @@ func TestListening(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return up
+		return up.Serves
 	}
 	if listening() {
 		t.Fatal("the name server's sockets count")
@@ -841,32 +841,6 @@ func BenchmarkTask(b *testing.B) {
 	}
 }
 
-// TestListeningByProc: a kernel without inet_diag gives the same
-// answer.
-func TestListeningByProc(t *testing.T) {
-	f := setup(t)
-	k := f.running("sleep", "1000")
-	f.mu.Lock()
-	pid := f.tasks[k.ID].initPID
-	f.mu.Unlock()
-	for _, want := range []bool{false, true} {
-		if want {
-			if err := nl.Do(k.Netns, func() error {
-				ln, err := net.Listen("tcp4", "0.0.0.0:80")
-				if err == nil {
-					t.Cleanup(func() { ln.Close() })
-				}
-				return err
-			}); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if up, err := listeningByProc(pid); err != nil || up != want {
-			t.Errorf("%t, %v: want %t", up, err, want)
-		}
-	}
-}
-
 // TestAStoppedProgramDoesNotListen: the kernel still takes connections for it,
 // which nobody answers.
 func TestAStoppedProgramDoesNotListen(t *testing.T) {
@@ -879,11 +853,11 @@ func TestAStoppedProgramDoesNotListen(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if up == want {
+			if up.Serves == want {
 				return
 			}
 			if time.Now().After(end) {
-				t.Fatalf("listening stays %t", up)
+				t.Fatalf("listening stays %t", up.Serves)
 			}
 		}
 	}

@@ -1246,19 +1246,20 @@ func (x *Port) GetNat() bool {
 }
 
 type ServiceSpec struct {
-	state          protoimpl.MessageState `protogen:"open.v1"`
-	Name           string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Labels         map[string]string      `protobuf:"bytes,2,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	Replicas       int32                  `protobuf:"varint,3,opt,name=replicas,proto3" json:"replicas,omitempty"`
-	EndpointMode   string                 `protobuf:"bytes,4,opt,name=endpoint_mode,json=endpointMode,proto3" json:"endpoint_mode,omitempty"`
-	Networks       []*NetworkAttachment   `protobuf:"bytes,5,rep,name=networks,proto3" json:"networks,omitempty"`
-	Constraints    []string               `protobuf:"bytes,6,rep,name=constraints,proto3" json:"constraints,omitempty"`
-	Task           *TaskSpec              `protobuf:"bytes,7,opt,name=task,proto3" json:"task,omitempty"`
-	RestartDelayMs int64                  `protobuf:"varint,8,opt,name=restart_delay_ms,json=restartDelayMs,proto3" json:"restart_delay_ms,omitempty"`
-	RestartMax     int32                  `protobuf:"varint,9,opt,name=restart_max,json=restartMax,proto3" json:"restart_max,omitempty"`
-	Ports          []*Port                `protobuf:"bytes,10,rep,name=ports,proto3" json:"ports,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Name            string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Labels          map[string]string      `protobuf:"bytes,2,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Replicas        int32                  `protobuf:"varint,3,opt,name=replicas,proto3" json:"replicas,omitempty"`
+	EndpointMode    string                 `protobuf:"bytes,4,opt,name=endpoint_mode,json=endpointMode,proto3" json:"endpoint_mode,omitempty"`
+	Networks        []*NetworkAttachment   `protobuf:"bytes,5,rep,name=networks,proto3" json:"networks,omitempty"`
+	Constraints     []string               `protobuf:"bytes,6,rep,name=constraints,proto3" json:"constraints,omitempty"`
+	Task            *TaskSpec              `protobuf:"bytes,7,opt,name=task,proto3" json:"task,omitempty"`
+	RestartDelayMs  int64                  `protobuf:"varint,8,opt,name=restart_delay_ms,json=restartDelayMs,proto3" json:"restart_delay_ms,omitempty"`
+	RestartMax      int32                  `protobuf:"varint,9,opt,name=restart_max,json=restartMax,proto3" json:"restart_max,omitempty"`
+	Ports           []*Port                `protobuf:"bytes,10,rep,name=ports,proto3" json:"ports,omitempty"`
+	ListenTimeoutMs int64                  `protobuf:"varint,11,opt,name=listen_timeout_ms,json=listenTimeoutMs,proto3" json:"listen_timeout_ms,omitempty"` // for a replica that takes the place of one that listens; 0: 2 minutes
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *ServiceSpec) Reset() {
@@ -1359,6 +1360,13 @@ func (x *ServiceSpec) GetPorts() []*Port {
 		return x.Ports
 	}
 	return nil
+}
+
+func (x *ServiceSpec) GetListenTimeoutMs() int64 {
+	if x != nil {
+		return x.ListenTimeoutMs
+	}
+	return 0
 }
 
 type VIPs struct {
@@ -1683,7 +1691,8 @@ type TaskStatus struct {
 	Pid           int32                  `protobuf:"varint,4,opt,name=pid,proto3" json:"pid,omitempty"`
 	AtMs          int64                  `protobuf:"varint,5,opt,name=at_ms,json=atMs,proto3" json:"at_ms,omitempty"`
 	Released      bool                   `protobuf:"varint,6,opt,name=released,proto3" json:"released,omitempty"`
-	Wired         uint64                 `protobuf:"varint,7,opt,name=wired,proto3" json:"wired,omitempty"` // version of the task whose attachments are carried out
+	Wired         uint64                 `protobuf:"varint,7,opt,name=wired,proto3" json:"wired,omitempty"`       // version of the task whose attachments are carried out
+	Listened      bool                   `protobuf:"varint,8,opt,name=listened,proto3" json:"listened,omitempty"` // its program has listened where others reach it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1767,25 +1776,33 @@ func (x *TaskStatus) GetWired() uint64 {
 	return 0
 }
 
+func (x *TaskStatus) GetListened() bool {
+	if x != nil {
+		return x.Listened
+	}
+	return false
+}
+
 type Task struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
-	Service       string                 `protobuf:"bytes,3,opt,name=service,proto3" json:"service,omitempty"` // ID
-	Slot          int32                  `protobuf:"varint,4,opt,name=slot,proto3" json:"slot,omitempty"`
-	Node          string                 `protobuf:"bytes,5,opt,name=node,proto3" json:"node,omitempty"` // ID
-	Spec          *TaskSpec              `protobuf:"bytes,6,opt,name=spec,proto3" json:"spec,omitempty"`
-	Attachments   []*Attachment          `protobuf:"bytes,7,rep,name=attachments,proto3" json:"attachments,omitempty"`
-	Desired       string                 `protobuf:"bytes,8,opt,name=desired,proto3" json:"desired,omitempty"`
-	Status        *TaskStatus            `protobuf:"bytes,9,opt,name=status,proto3" json:"status,omitempty"`
-	Version       uint64                 `protobuf:"varint,10,opt,name=version,proto3" json:"version,omitempty"`
-	CreatedMs     int64                  `protobuf:"varint,11,opt,name=created_ms,json=createdMs,proto3" json:"created_ms,omitempty"`
-	NotBeforeMs   int64                  `protobuf:"varint,12,opt,name=not_before_ms,json=notBeforeMs,proto3" json:"not_before_ms,omitempty"`
-	Attempt       int32                  `protobuf:"varint,13,opt,name=attempt,proto3" json:"attempt,omitempty"`
-	Ports         []*Port                `protobuf:"bytes,14,rep,name=ports,proto3" json:"ports,omitempty"`
-	Faults        []*NodeFault           `protobuf:"bytes,15,rep,name=faults,proto3" json:"faults,omitempty"` // of a task that is no service's, as its node last reported them
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Id             string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Name           string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Service        string                 `protobuf:"bytes,3,opt,name=service,proto3" json:"service,omitempty"` // ID
+	Slot           int32                  `protobuf:"varint,4,opt,name=slot,proto3" json:"slot,omitempty"`
+	Node           string                 `protobuf:"bytes,5,opt,name=node,proto3" json:"node,omitempty"` // ID
+	Spec           *TaskSpec              `protobuf:"bytes,6,opt,name=spec,proto3" json:"spec,omitempty"`
+	Attachments    []*Attachment          `protobuf:"bytes,7,rep,name=attachments,proto3" json:"attachments,omitempty"`
+	Desired        string                 `protobuf:"bytes,8,opt,name=desired,proto3" json:"desired,omitempty"`
+	Status         *TaskStatus            `protobuf:"bytes,9,opt,name=status,proto3" json:"status,omitempty"`
+	Version        uint64                 `protobuf:"varint,10,opt,name=version,proto3" json:"version,omitempty"`
+	CreatedMs      int64                  `protobuf:"varint,11,opt,name=created_ms,json=createdMs,proto3" json:"created_ms,omitempty"`
+	NotBeforeMs    int64                  `protobuf:"varint,12,opt,name=not_before_ms,json=notBeforeMs,proto3" json:"not_before_ms,omitempty"`
+	Attempt        int32                  `protobuf:"varint,13,opt,name=attempt,proto3" json:"attempt,omitempty"`
+	Ports          []*Port                `protobuf:"bytes,14,rep,name=ports,proto3" json:"ports,omitempty"`
+	Faults         []*NodeFault           `protobuf:"bytes,15,rep,name=faults,proto3" json:"faults,omitempty"`                                          // of a task that is no service's, as its node last reported them
+	ListenWithinMs int64                  `protobuf:"varint,16,opt,name=listen_within_ms,json=listenWithinMs,proto3" json:"listen_within_ms,omitempty"` // of a task that takes the place of one that listens; 0: of no other
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Task) Reset() {
@@ -1921,6 +1938,13 @@ func (x *Task) GetFaults() []*NodeFault {
 		return x.Faults
 	}
 	return nil
+}
+
+func (x *Task) GetListenWithinMs() int64 {
+	if x != nil {
+		return x.ListenWithinMs
+	}
+	return 0
 }
 
 type NodeInfo struct {
@@ -9651,7 +9675,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\bprotocol\x18\x03 \x01(\tR\bprotocol\x12\x12\n" +
 	"\x04mode\x18\x04 \x01(\tR\x04mode\x12\x12\n" +
 	"\x04addr\x18\x05 \x01(\tR\x04addr\x12\x10\n" +
-	"\x03nat\x18\x06 \x01(\bR\x03nat\"\xcc\x03\n" +
+	"\x03nat\x18\x06 \x01(\bR\x03nat\"\xf8\x03\n" +
 	"\vServiceSpec\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x129\n" +
 	"\x06labels\x18\x02 \x03(\v2!.shoal.v1.ServiceSpec.LabelsEntryR\x06labels\x12\x1a\n" +
@@ -9664,7 +9688,8 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\vrestart_max\x18\t \x01(\x05R\n" +
 	"restartMax\x12$\n" +
 	"\x05ports\x18\n" +
-	" \x03(\v2\x0e.shoal.v1.PortR\x05ports\x1a9\n" +
+	" \x03(\v2\x0e.shoal.v1.PortR\x05ports\x12*\n" +
+	"\x11listen_timeout_ms\x18\v \x01(\x03R\x0flistenTimeoutMs\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"6\n" +
@@ -9695,7 +9720,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\aaliases\x18\x03 \x03(\tR\aaliases\x12\x14\n" +
 	"\x05iface\x18\x04 \x01(\tR\x05iface\x12\x18\n" +
 	"\aleaving\x18\x05 \x01(\x04R\aleaving\x12\x16\n" +
-	"\x06joined\x18\x06 \x01(\x04R\x06joined\"\xb2\x01\n" +
+	"\x06joined\x18\x06 \x01(\x04R\x06joined\"\xce\x01\n" +
 	"\n" +
 	"TaskStatus\x12\x14\n" +
 	"\x05state\x18\x01 \x01(\tR\x05state\x12\x18\n" +
@@ -9704,7 +9729,8 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x03pid\x18\x04 \x01(\x05R\x03pid\x12\x13\n" +
 	"\x05at_ms\x18\x05 \x01(\x03R\x04atMs\x12\x1a\n" +
 	"\breleased\x18\x06 \x01(\bR\breleased\x12\x14\n" +
-	"\x05wired\x18\a \x01(\x04R\x05wired\"\xde\x03\n" +
+	"\x05wired\x18\a \x01(\x04R\x05wired\x12\x1a\n" +
+	"\blistened\x18\b \x01(\bR\blistened\"\x88\x04\n" +
 	"\x04Task\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n" +
@@ -9722,7 +9748,8 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\rnot_before_ms\x18\f \x01(\x03R\vnotBeforeMs\x12\x18\n" +
 	"\aattempt\x18\r \x01(\x05R\aattempt\x12$\n" +
 	"\x05ports\x18\x0e \x03(\v2\x0e.shoal.v1.PortR\x05ports\x12+\n" +
-	"\x06faults\x18\x0f \x03(\v2\x13.shoal.v1.NodeFaultR\x06faults\"\x8e\x06\n" +
+	"\x06faults\x18\x0f \x03(\v2\x13.shoal.v1.NodeFaultR\x06faults\x12(\n" +
+	"\x10listen_within_ms\x18\x10 \x01(\x03R\x0elistenWithinMs\"\x8e\x06\n" +
 	"\bNodeInfo\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +
