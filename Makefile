@@ -8,7 +8,7 @@ COUNTS := bin/test-counts
 UNIT := $(shell go list ./... 2>/dev/null | grep -v -e /integration$$)
 VM_TESTS := vip/ipvs integration
 
-.PHONY: help build test test-unit test-vet test-e2e test-vm chaos bench demo lab generate fmt clean setup
+.PHONY: deb rpm tarball test-package help build test test-unit test-vet test-e2e test-vm chaos bench demo lab generate fmt clean setup
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -60,6 +60,18 @@ bench: build ## measure, and write docs/PERFORMANCE.md
 
 generate: ## code from the .proto files
 	go run ./internal/tools/genproto api shoal/v1/shoal.proto
+
+deb: ## bin/package/shoal_VERSION_ARCH.deb: the same bytes whenever it is made
+	@scripts/package deb
+
+rpm: ## the same as an RPM package
+	@scripts/package rpm
+
+tarball: ## the same for other distributions, with an install script
+	@scripts/package tarball
+
+test-package: ## packages: reproducible, lintian, installed, upgraded, removed, purged
+	@scripts/test package
 
 fmt: ## gofmt
 	gofmt -w $$(git ls-files '*.go' | grep -v '\.pb\.go$$')

@@ -10,6 +10,7 @@ import (
 	"net/http/pprof"
 	"net/netip"
 	"os"
+	"os/user"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -66,6 +67,10 @@ type Config struct {
 	// interface; empty: the address of the default route.
 	AdvertiseAddr string
 	Version       string
+	// SocketGroup may use the Socket beside root, if there is a group of that name.
+	SocketGroup string
+	// Ready is called once the Socket answers; nil: nobody waits for it.
+	Ready func()
 	// MetricsAddr is ADDRESS:PORT to serve Prometheus' metrics at, for anybody who
 	// reaches it; empty: they are on the Socket only.
 	MetricsAddr string
@@ -213,6 +218,10 @@ func (a *Agent) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := giveToGroup(a.cfg.Socket, a.cfg.SocketGroup); err != nil {
+		ln.Close()
+		return err
+	}
 	srv := peer.New(peer.Config{Log: a.log}).Server(a.handler(true), a.log, func() peer.Caller {
 		id := a.identity()
 		return peer.Caller{Kind: peer.Local, ID: id.NodeID, Cluster: id.Cluster.ID}
@@ -239,6 +248,9 @@ func (a *Agent) Run(ctx context.Context) error {
 			a.mu.Unlock()
 		}
 		return err
+	}
+	if a.cfg.Ready != nil {
+		a.cfg.Ready()
 	}
 	a.log.Info("agent started", "id", id.NodeID, "version", a.cfg.Version, "socket", a.cfg.Socket,
 		"data_path", a.cfg.VIP.Name(), "data_path_reason", a.cfg.VIPReason)
@@ -408,6 +420,32 @@ func (a *Agent) handler(local bool) http.Handler {
 		mux.Handle("GET "+peer.MetricsPath, a.metrics.handler(a))
 	}
 	return mux
+}
+
+// DefaultSocketGroup is made by the packages.
+const DefaultSocketGroup = "shoal"
+
+// giveToGroup lets the members of a group use the API's socket. The default group
+// need not be there, one that was asked for must.
+func giveToGroup(socket, name string) error {
+	if name == "" {
+		return nil
+	}
+	g, err := user.LookupGroup(name)
+	if err != nil {
+		if name == DefaultSocketGroup {
+			return nil
+		}
+		return fmt.Errorf("--socket-group %s: there is no group of that name: make it with 'groupadd --system %s'", name, name)
+	}
+	gid, err := strconv.Atoi(g.Gid)
+	if err != nil {
+		return fmt.Errorf("--socket-group %s has the ID %q: %w", name, g.Gid, err)
+	}
+	if err := os.Chown(socket, -1, gid); err != nil {
+		return fmt.Errorf("--socket-group %s: %w", name, err)
+	}
+	return nil
 }
 
 // listenUnix listens on a socket that root and its group may use. A file left

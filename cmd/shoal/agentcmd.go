@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
 
 	"github.com/shoalnet/shoal/agent"
@@ -100,6 +101,7 @@ agent's socket rules the cluster.`,
 	f.StringVar(&cfg.AdvertiseAddr, "advertise-addr", "", "address or interface for init and join that name none")
 	f.IntVar(&cfg.ControlPort, "control-port", agent.DefaultControlPort, "TCP port of the managers' and nodes' API")
 	f.IntVar(&cfg.GossipPort, "gossip-port", agent.DefaultGossipPort, "TCP and UDP port of gossip")
+	f.StringVar(&cfg.SocketGroup, "socket-group", agent.DefaultSocketGroup, "group whose members may use the socket, which is root's power over the cluster; nobody but root where there is none such")
 	f.StringVar(&cfg.MetricsAddr, "metrics-addr", "", "ADDRESS:PORT to serve Prometheus' metrics at, to whoever asks (default: on the unix socket only)")
 	f.StringVar(&dataPath, "data-path", "auto", "VIP data path: ipvs, nft, or auto: ipvs where the kernel has it")
 	f.DurationVar(&cfg.DNSStale, "dns-stale", 0, "when no resolver answers, give tasks its last answer for so long after its end (RFC 8767); 0: never")
@@ -187,6 +189,8 @@ func runAgent(ctx context.Context, cfg agent.Config, runDir, dataPath string, hi
 		return err
 	}
 	cfg.Runtime = rt
+	// Of a unit of Type=notify; the variable is no affair of tasks.
+	cfg.Ready = func() { _, _ = daemon.SdNotify(true, daemon.SdNotifyReady) }
 	a, err := agent.New(cfg)
 	if err != nil {
 		return errors.Join(err, rt.Close())

@@ -1,0 +1,1 @@
+getent group shoal >/dev/null || groupadd --system shoal
