@@ -320,6 +320,13 @@ func (m *Manager) showing(id, root string) {
 	}
 }
 
+// add notes whom keepVoters adds now; empty: nobody.
+func (m *Manager) add(id string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.adding = id
+}
+
 // managing notes whether a node's raft runs.
 func (m *Manager) managing(id string, ready bool) {
 	m.mu.Lock()
@@ -362,7 +369,10 @@ func (m *Manager) readmit(id string) (Admission, error) {
 	return Admission{Term: term, Leader: string(m.address())}, nil
 }
 
+// addVoter returns once the node's vote is committed, or this manager leads no more.
 func (m *Manager) addVoter(n spec.Node) error {
+	m.add(n.ID)
+	defer m.add("")
 	if err := m.raft.AddVoter(raft.ServerID(n.ID), raftAddress(n), 0, proposeTimeout).Error(); err != nil {
 		return fmt.Errorf("add manager %s at %s: %w", n.Name, raftAddress(n), err)
 	}

@@ -75,6 +75,9 @@ func TestFeatureLevel(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, n := range resp.Msg.Nodes {
+		if !n.Voter {
+			t.Errorf("%s is not said to vote", n.Name)
+		}
 		if n.Level != state.Level || n.Build != fmt.Sprintf("v%d", state.Level) {
 			t.Errorf("%v", n)
 		}
@@ -87,7 +90,7 @@ func TestFeatureLevel(t *testing.T) {
 		old := newNode(t, "old-"+role, role)
 		old.start()
 		_, err := old.joiner(l).JoinNode(testCtx(t), connect.NewRequest(old.joinRequest()))
-		if err == nil || connect.CodeOf(err) != connect.CodeFailedPrecondition || !strings.Contains(err.Error(), "node old-"+role+" can't join: the cluster is at feature level 1, and its shoal has level 0: install a shoal of level 1 or newer on it") {
+		if err == nil || connect.CodeOf(err) != connect.CodeFailedPrecondition || !strings.Contains(err.Error(), fmt.Sprintf("node old-%s can't join: the cluster is at feature level %d, and its shoal has level 0: install a shoal of level %d or newer on it", role, state.Level, state.Level)) {
 			t.Errorf("an old %s joins: %v", role, err)
 		}
 	}

@@ -97,6 +97,7 @@ type Manager struct {
 	shows      map[string]string                         // by node: digest of its certificate's root
 	ready      map[string]bool                           // by node: its raft runs, and may be counted on
 	levels     map[string]int                            // by node: feature level of its build
+	adding     string                                    // node that is in raft's configuration, or about to be, before that is committed
 	dark       map[string][]string                       // by node: those that do not answer it over VXLAN
 	wakeNodes  chan struct{}                             // size 1
 	wakeVoters chan struct{}                             // size 1
@@ -351,8 +352,23 @@ func (m *Manager) lead(ctx context.Context) {
 }
 
 // IsVoter tells whether this manager is in raft's configuration.
-func (m *Manager) IsVoter() bool {
-	return slices.ContainsFunc(m.raft.GetConfiguration().Configuration().Servers, func(s raft.Server) bool { return string(s.ID) == m.cfg.Node.ID })
+func (m *Manager) IsVoter() bool { return m.votes(m.cfg.Node.ID) }
+
+// Counted tells whether a node is in raft's configuration to stay, as this leader
+// knows it: raft has a configuration from when it is proposed, and a leader that ends
+// before a majority has it may take the node's vote along.
+func (m *Manager) Counted(id string) bool {
+	if !m.votes(id) { // asked first: what is added meanwhile is noted before it is seen there
+		return false
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.adding != id
+}
+
+// votes tells whether a node is in raft's configuration.
+func (m *Manager) votes(id string) bool {
+	return slices.ContainsFunc(m.raft.GetConfiguration().Configuration().Servers, func(s raft.Server) bool { return string(s.ID) == id })
 }
 
 // Leader is the leader's node ID and control address; empty while unknown.

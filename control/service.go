@@ -308,6 +308,7 @@ func (s *service) ListNodes(_ context.Context, req *connect.Request[shoalv1.List
 func (s *service) nodeInfo(n spec.Node) *shoalv1.NodeInfo {
 	info := api.Node(n)
 	info.Leader = n.ID == s.m.cfg.Node.ID // only the leader answers
+	info.Voter = n.Role == spec.RoleManager && s.m.Counted(n.ID)
 	return info
 }
 

@@ -192,3 +192,28 @@ func TestSnapshot(t *testing.T) {
 	s.ok("node3", "shoal leave")
 	s.ok("node3", "shoal join --token %s 172.30.0.1", s.ok("node1", "shoal token show -q manager"))
 }
+
+// TestPromoteVotes: what promote has returned of counts: the manager of before may end
+// at once.
+func TestPromoteVotes(t *testing.T) {
+	onlyNative(t)
+	s := own(t, "prom", lab.Options{Nodes: 4, Managers: 1})
+	if err := s.KillAgent("node4"); err != nil {
+		t.Fatal(err)
+	}
+	s.eventually(slow(30*time.Second), func() error {
+		if out := s.ok("node1", "shoal node ls -f name=node4 --format {{.Status}}"); out != "down" {
+			return fmt.Errorf("node4 is %s", out)
+		}
+		return nil
+	})
+	s.fails("node1", "node node4 is to be a manager, and is down: it votes once it is back", "shoal node promote node4")
+	s.ok("node1", "shoal node demote node4")
+	if out := s.ok("node1", "shoal node promote node2 node3"); out != "node2\nnode3" {
+		t.Errorf("promote prints %q", out)
+	}
+	if err := s.KillAgent("node1"); err != nil {
+		t.Fatal(err)
+	}
+	s.ok("node2", "shoal net create after") // waits for a leader by itself
+}

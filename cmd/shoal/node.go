@@ -2,6 +2,7 @@ package main
 
 import (
 	"cmp"
+	"context"
 	"fmt"
 	"slices"
 	"strings"
@@ -171,6 +172,11 @@ func (c *cli) nodeUpdate() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			if role == spec.RoleManager {
+				if err := c.awaitVoter(cmd.Context(), resp.Msg.Node, voterWait); err != nil {
+					return err
+				}
+			}
 			fmt.Fprintln(c.out, resp.Msg.Node.Name)
 			return nil
 		}}
@@ -202,6 +208,51 @@ are free again. Run 'shoal leave' on a node that still works.`,
 		}}
 	cmd.Flags().BoolVarP(&force, "force", "f", false, "also a node that is not down")
 	return cmd
+}
+
+// voterWait bounds the wait for a node that was made a manager: it gets another
+// certificate, starts its raft, says so, and is added, which takes about a second.
+const voterWait = 20 * time.Second
+
+// awaitVoter waits until the managers count on a node that was made one of them. Who
+// stops another manager before that has lost its vote, and not got this one's.
+func (c *cli) awaitVoter(ctx context.Context, n *shoalv1.NodeInfo, limit time.Duration) error {
+	done := c.progress("Waiting for " + n.Name + " to vote")
+	defer done()
+	for end := time.Now().Add(limit); ; {
+		nodes, _, err := c.nodes(ctx)
+		if err == nil {
+			told := false // a leader of an older version says of nobody that he votes
+			for _, o := range nodes {
+				told = told || o.Voter
+				switch {
+				case o.Id != n.Id:
+				case o.Voter:
+					return nil
+				case o.Role != spec.RoleManager:
+					return fmt.Errorf("node %s was made a %s meanwhile", o.Name, o.Role)
+				case o.Status == spec.NodeDown:
+					return fmt.Errorf("node %s is to be a manager, and is down: it votes once it is back; 'shoal node demote %s' takes that back", o.Name, o.Name)
+				}
+			}
+			if !told {
+				return nil
+			}
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if time.Now().After(end) {
+			if err != nil {
+				return fmt.Errorf("node %s is to be a manager, and whether it votes can't be found out: %w", n.Name, err)
+			}
+			return fmt.Errorf("node %s is to be a manager, and does not vote after %s: 'shoal doctor' on it says why; it goes on trying", n.Name, limit)
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
 }
 
 // labels parses key=value; a key alone has an empty value, as Docker has it.

@@ -211,6 +211,11 @@ func (c *cli) nodeRole(verb, role string) *cobra.Command {
 				if err != nil {
 					return err
 				}
+				if role == spec.RoleManager {
+					if err := c.awaitVoter(cmd.Context(), resp.Msg.Node, voterWait); err != nil {
+						return err
+					}
+				}
 				fmt.Fprintln(c.out, resp.Msg.Node.Name)
 			}
 			return nil

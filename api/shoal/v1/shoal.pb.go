@@ -1969,6 +1969,7 @@ type NodeInfo struct {
 	CertificateRoot  string                 `protobuf:"bytes,18,opt,name=certificate_root,json=certificateRoot,proto3" json:"certificate_root,omitempty"`       // digest of the root that signed it
 	Level            int32                  `protobuf:"varint,19,opt,name=level,proto3" json:"level,omitempty"`                                                 // feature level of its build; 0: a build without one, or not known
 	Build            string                 `protobuf:"bytes,20,opt,name=build,proto3" json:"build,omitempty"`                                                  // its version
+	Voter            bool                   `protobuf:"varint,21,opt,name=voter,proto3" json:"voter,omitempty"`                                                 // a manager that is counted on: it is in raft's configuration, as the leader has it
 	Platform         string                 `protobuf:"bytes,40,opt,name=platform,proto3" json:"platform,omitempty"`                                            // linux/amd64
 	Containers       bool                   `protobuf:"varint,41,opt,name=containers,proto3" json:"containers,omitempty"`                                       // it can run images
 	ContainersWhy    string                 `protobuf:"bytes,42,opt,name=containers_why,json=containersWhy,proto3" json:"containers_why,omitempty"`             // why not
@@ -2145,6 +2146,13 @@ func (x *NodeInfo) GetBuild() string {
 		return x.Build
 	}
 	return ""
+}
+
+func (x *NodeInfo) GetVoter() bool {
+	if x != nil {
+		return x.Voter
+	}
+	return false
 }
 
 func (x *NodeInfo) GetPlatform() string {
@@ -9749,7 +9757,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\aattempt\x18\r \x01(\x05R\aattempt\x12$\n" +
 	"\x05ports\x18\x0e \x03(\v2\x0e.shoal.v1.PortR\x05ports\x12+\n" +
 	"\x06faults\x18\x0f \x03(\v2\x13.shoal.v1.NodeFaultR\x06faults\x12(\n" +
-	"\x10listen_within_ms\x18\x10 \x01(\x03R\x0elistenWithinMs\"\x8e\x06\n" +
+	"\x10listen_within_ms\x18\x10 \x01(\x03R\x0elistenWithinMs\"\xa4\x06\n" +
 	"\bNodeInfo\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +
@@ -9774,7 +9782,8 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x12certificate_end_ms\x18\x11 \x01(\x03R\x10certificateEndMs\x12)\n" +
 	"\x10certificate_root\x18\x12 \x01(\tR\x0fcertificateRoot\x12\x14\n" +
 	"\x05level\x18\x13 \x01(\x05R\x05level\x12\x14\n" +
-	"\x05build\x18\x14 \x01(\tR\x05build\x12\x1a\n" +
+	"\x05build\x18\x14 \x01(\tR\x05build\x12\x14\n" +
+	"\x05voter\x18\x15 \x01(\bR\x05voter\x12\x1a\n" +
 	"\bplatform\x18( \x01(\tR\bplatform\x12\x1e\n" +
 	"\n" +
 	"containers\x18) \x01(\bR\n" +
