@@ -1,0 +1,228 @@
+package state
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/shoalnet/shoal/spec"
+)
+
+// find picks a node for one more task of a service, and counts it there. Without
+// one it returns -1 and why.
+func (p *planner) find(sv *servicePlan) (int, string) {
+	if r := p.addressless(sv.v); r != nil {
+		return -1, r.Error()
+	}
+	i, why := p.pick(sv)
+	if i < 0 {
+		return -1, why
+	}
+	for _, a := range sv.v.Spec.Networks {
+		p.room[a.Network].free--
+	}
+	sv.counts[i]++
+	p.total[i]++
+	sv.started++
+	if len(sv.ports) > 0 {
+		p.claimed[i] = append(p.claimed[i], sv.ports...)
+	}
+	return i, ""
+}
+
+// addressless tells why a network of the service has no address for another
+// task; nil if all have.
+func (p *planner) addressless(v *service) error {
+	for _, a := range v.Spec.Networks {
+		r := p.room[a.Network]
+		if r == nil {
+			r = &room{}
+			r.free, r.err = p.s.networks[a.Network].room()
+			p.room[a.Network] = r
+		}
+		if r.free <= 0 {
+			if r.err == nil {
+				// This plan took the last one.
+				n := p.s.networks[a.Network]
+				r.err = fmt.Errorf("network %s: no address is free in %s", n.Name, joinPrefixes(n.Subnets))
+			}
+			return r.err
+		}
+	}
+	return nil
+}
+
+// match finds the nodes that meet the rules.
+func (p *planner) match(sv *servicePlan) {
+	if len(sv.rules) == 0 {
+		return
+	}
+	sv.fits = make([]bool, len(p.nodes))
+	left := len(p.nodes)
+	for i := range sv.fits {
+		sv.fits[i] = true
+	}
+	for _, r := range sv.rules {
+		for i, n := range p.nodes {
+			if sv.fits[i] && !r.fits(n.Node) {
+				sv.fits[i] = false
+				left--
+			}
+		}
+		if left == 0 {
+			sv.unmet = r.name
+			return
+		}
+	}
+}
+
+// stays tells whether a task may stay on its node.
+func (p *planner) stays(sv *servicePlan, t *task) bool {
+	if t.Node == "" {
+		return true
+	}
+	i, ok := p.idx[t.Node]
+	return ok && keeps(p.nodes[i]) && (sv.fits == nil || sv.fits[i])
+}
+
+// prepare counts tasks by node.
+func (p *planner) prepare(sv *servicePlan) {
+	if p.total == nil {
+		p.total = make([]int, len(p.nodes))
+		for i, n := range p.nodes {
+			for _, t := range n.tasks {
+				if t.Live() && !p.lost[t] {
+					p.total[i]++
+				}
+			}
+		}
+	}
+	if sv == nil || sv.ready {
+		return
+	}
+	sv.ready = true
+	sv.counts, sv.fails = make([]int, len(p.nodes)), make([]int, len(p.nodes))
+	if sv.v == nil {
+		return
+	}
+	for _, t := range sv.v.tasks {
+		i, ok := p.idx[t.Node]
+		switch {
+		case !ok || t.rev != sv.v.rev:
+		case t.Live() && !p.lost[t] && p.stays(sv, t):
+			sv.counts[i]++
+		case t.was != 0: // it ended with its node
+		case (t.Status.State == spec.TaskFailed || t.Status.State == spec.TaskRejected) && recent(p.now, t.ended):
+			sv.fails[i]++
+		}
+	}
+}
+
+// pick chooses a node for one more task: fewest tasks of the service (nil: none),
+// then fewest in all, then the lowest ID. Without one it returns -1 and why.
+func (p *planner) pick(sv *servicePlan) (int, string) {
+	p.prepare(sv)
+	best := -1
+	var bestKey [3]int
+	for i, n := range p.nodes {
+		if !assignable(n) || (sv != nil && sv.fits != nil && !sv.fits[i]) || p.portTaken(sv, i) != "" {
+			continue
+		}
+		key := [3]int{2: p.total[i]}
+		if sv != nil {
+			key[1] = sv.counts[i]
+			if sv.fails[i] >= failMost {
+				key[0] = 1
+			}
+		}
+		if best < 0 || slices.Compare(key[:], bestKey[:]) < 0 {
+			best, bestKey = i, key
+		}
+	}
+	if best >= 0 {
+		return best, ""
+	}
+	return -1, p.nowhere(sv)
+}
+
+// portTaken names who has a port, on the node of an index, that a task of the
+// service needs there; "" when nobody has.
+func (p *planner) portTaken(sv *servicePlan, i int) string {
+	if sv == nil {
+		return ""
+	}
+	for _, port := range sv.ports {
+		if slices.ContainsFunc(p.claimed[i], port.Clashes) {
+			return "a task that is being placed"
+		}
+		if owner := p.nodes[i].portHolder(p.s, port, nil); owner != "" {
+			return owner
+		}
+	}
+	return ""
+}
+
+// standalone is what pick needs to know of a task on its own.
+func (p *planner) standalone(nets []spec.NetworkAttachment, ports []spec.Port, t spec.TaskSpec) *servicePlan {
+	level, _ := NeedOf(t)
+	sv := &servicePlan{rules: p.s.taskRules(nil, nets, t.Image, level), ports: ports}
+	p.match(sv)
+	return sv
+}
+
+// nowhere tells why no node fits.
+func (p *planner) nowhere(sv *servicePlan) string {
+	if len(p.nodes) == 0 {
+		return "the cluster has no nodes"
+	}
+	if sv != nil && sv.unmet != "" {
+		if sv.unmet == containerRule {
+			return fmt.Sprintf("no node runs containers: none of the %d nodes has a container runtime: install containerd and runc on some", len(p.nodes))
+		}
+		if len(sv.rules) == 1 {
+			return "no node matches constraint " + sv.unmet
+		}
+		var names []string
+		for _, r := range sv.rules {
+			names = append(names, r.name)
+		}
+		return "no node matches all constraints: " + strings.Join(names, ", ")
+	}
+	match, counts := 0, map[string]int{}
+	for i, n := range p.nodes {
+		if sv != nil && sv.fits != nil && !sv.fits[i] {
+			continue
+		}
+		match++
+		switch {
+		case n.Status == spec.NodeDown:
+			counts["down"]++
+		case n.Status != spec.NodeReady:
+			counts["not heard of yet"]++
+		case n.Availability == spec.AvailabilityDrain:
+			counts["drained"]++
+		case n.Availability == spec.AvailabilityActive:
+			counts["with its published port taken"]++
+		default:
+			counts["paused"]++
+		}
+	}
+	var parts []string
+	for _, k := range []string{"down", "not heard of yet", "drained", "paused", "with its published port taken"} {
+		if counts[k] > 0 {
+			parts = append(parts, fmt.Sprintf("%d %s", counts[k], k))
+		}
+	}
+	what := "nodes"
+	if match == 1 {
+		what = "node"
+	}
+	if match < len(p.nodes) {
+		what += " that match"
+		if match == 1 {
+			what += "es"
+		}
+		what += " the constraints"
+	}
+	return fmt.Sprintf("%d %s: %s", match, what, strings.Join(parts, ", "))
+}
