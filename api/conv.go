@@ -214,7 +214,9 @@ func ToPorts(in []*shoalv1.Port) ([]spec.Port, error) {
 func ServiceSpec(s spec.ServiceSpec) *shoalv1.ServiceSpec {
 	return &shoalv1.ServiceSpec{Name: s.Name, Labels: s.Labels, Replicas: int32(s.Replicas), EndpointMode: s.EndpointMode,
 		Networks: NetworkAttachments(s.Networks), Constraints: s.Constraints, Task: TaskSpec(s.Task),
-		RestartDelayMs: s.RestartDelay.Milliseconds(), RestartMax: int32(s.RestartMax), Ports: Ports(s.Ports), ListenTimeoutMs: s.ListenTimeout.Milliseconds()}
+		RestartDelayMs: s.RestartDelay.Milliseconds(), RestartMax: int32(s.RestartMax), Ports: Ports(s.Ports), ListenTimeoutMs: s.ListenTimeout.Milliseconds(),
+		Update: UpdateConfig(s.Update), Rollback: UpdateConfig(s.Rollback), ForceUpdate: s.ForceUpdate,
+		Mode: s.Mode, MaxConcurrent: int32(s.MaxConcurrent), Preferences: s.Preferences, MaxPerNode: int32(s.MaxPerNode)}
 }
 
 // ToServiceSpec is the inverse of ServiceSpec.
@@ -230,7 +232,36 @@ func ToServiceSpec(s *shoalv1.ServiceSpec) (spec.ServiceSpec, error) {
 	ports, err := ToPorts(s.GetPorts())
 	return spec.ServiceSpec{Name: s.GetName(), Labels: s.GetLabels(), Replicas: int(s.GetReplicas()), EndpointMode: s.GetEndpointMode(),
 		Networks: nets, Constraints: s.GetConstraints(), Task: task, Ports: ports,
-		RestartDelay: time.Duration(s.GetRestartDelayMs()) * time.Millisecond, RestartMax: int(s.GetRestartMax()), ListenTimeout: time.Duration(s.GetListenTimeoutMs()) * time.Millisecond}, err
+		RestartDelay: time.Duration(s.GetRestartDelayMs()) * time.Millisecond, RestartMax: int(s.GetRestartMax()), ListenTimeout: time.Duration(s.GetListenTimeoutMs()) * time.Millisecond,
+		Update: ToUpdateConfig(s.GetUpdate()), Rollback: ToUpdateConfig(s.GetRollback()), ForceUpdate: s.GetForceUpdate(),
+		Mode: s.GetMode(), MaxConcurrent: int(s.GetMaxConcurrent()), Preferences: s.GetPreferences(), MaxPerNode: int(s.GetMaxPerNode())}, err
+}
+
+// UpdateConfig is u on the wire.
+func UpdateConfig(u *spec.UpdateConfig) *shoalv1.UpdateConfig {
+	if u == nil {
+		return nil
+	}
+	return &shoalv1.UpdateConfig{Parallelism: int32(u.Parallelism), DelayMs: u.Delay.Milliseconds(), MonitorMs: u.Monitor.Milliseconds(),
+		MaxFailureRatio: u.MaxFailureRatio, FailureAction: u.FailureAction, Order: u.Order}
+}
+
+// ToUpdateConfig is the inverse of UpdateConfig.
+func ToUpdateConfig(u *shoalv1.UpdateConfig) *spec.UpdateConfig {
+	if u == nil {
+		return nil
+	}
+	return &spec.UpdateConfig{Parallelism: int(u.GetParallelism()), Delay: time.Duration(u.GetDelayMs()) * time.Millisecond,
+		Monitor: time.Duration(u.GetMonitorMs()) * time.Millisecond, MaxFailureRatio: u.GetMaxFailureRatio(),
+		FailureAction: u.GetFailureAction(), Order: u.GetOrder()}
+}
+
+// ToUpdateStatus is u as it came; nil of none.
+func ToUpdateStatus(u *shoalv1.UpdateStatus) *spec.UpdateStatus {
+	if u == nil {
+		return nil
+	}
+	return &spec.UpdateStatus{State: u.GetState(), StartedAt: u.GetStartedAtMs(), CompletedAt: u.GetCompletedAtMs(), Message: u.GetMessage()}
 }
 
 // Service is s on the wire; running is the leader's count.
@@ -239,6 +270,12 @@ func Service(s spec.Service, running int) *shoalv1.Service {
 		Ports: Ports(s.Ports), Ingress: s.Ingress}
 	for _, v := range s.VIPs {
 		out.Vips = append(out.Vips, &shoalv1.VIPs{Network: v.Network, Addrs: texts(v.Addrs)})
+	}
+	if s.Previous != nil {
+		out.PreviousSpec = ServiceSpec(*s.Previous)
+	}
+	if u := s.Update; u != nil {
+		out.UpdateStatus = &shoalv1.UpdateStatus{State: u.State, StartedAtMs: u.StartedAt, CompletedAtMs: u.CompletedAt, Message: u.Message}
 	}
 	return out
 }
@@ -253,6 +290,14 @@ func ToService(s *shoalv1.Service) (spec.Service, error) {
 	if out.Spec, err = ToServiceSpec(s.GetSpec()); err != nil {
 		return out, err
 	}
+	if s.GetPreviousSpec() != nil {
+		p, err := ToServiceSpec(s.GetPreviousSpec())
+		if err != nil {
+			return out, err
+		}
+		out.Previous = &p
+	}
+	out.Update = ToUpdateStatus(s.GetUpdateStatus())
 	for _, v := range s.GetVips() {
 		addrs, err := Addrs("virtual IP of "+out.Spec.Name, v.GetAddrs())
 		if err != nil {

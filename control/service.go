@@ -188,9 +188,17 @@ func (s *service) UpdateService(ctx context.Context, req *connect.Request[shoalv
 		n := int(*req.Msg.Replicas)
 		cmd.Replicas = &n
 	}
-	if cmd.Spec == nil && cmd.Replicas == nil {
+	if cmd.Rollback = req.Msg.Rollback; cmd.Rollback && (cmd.Spec != nil || cmd.Replicas != nil) {
+		return nil, invalid(errors.New("rollback of a service: a spec or replicas are given, too"))
+	}
+	if cmd.Spec == nil && cmd.Replicas == nil && !cmd.Rollback {
 		return nil, invalid(errors.New("update of a service: neither a spec nor replicas are given"))
 	}
+	s.m.fsm.read(func(st *state.State) {
+		if st.Level() >= 2 { // managers of before don't know the field
+			cmd.Now = time.Now().UnixMilli()
+		}
+	})
 	res, err := s.m.Propose(ctx, state.Command{UpdateService: cmd})
 	if err != nil {
 		return nil, err
@@ -205,6 +213,7 @@ func (s *service) ListServices(_ context.Context, req *connect.Request[shoalv1.L
 		faults := s.m.faultsByObject(st)
 		for _, v := range ss {
 			w := api.Service(v, st.Running(v.ID))
+			w.Desired = int32(v.Spec.Replicas)
 			w.Stale, w.Behind, w.Faults = int32(st.Stale(v.ID)), s.m.behind(st, v.Version), faults[v.ID]
 			resp.Services = append(resp.Services, w)
 		}

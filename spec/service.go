@@ -1,6 +1,7 @@
 package spec
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -144,6 +145,18 @@ type ServiceSpec struct {
 	// ListenTimeout is how long a replica that takes the place of one that listens
 	// may take to listen; 0: DefaultListenTimeout; NoListenTimeout: it need not.
 	ListenTimeout time.Duration `json:"listen_timeout,omitempty" level:"2"`
+
+	Update   *UpdateConfig `json:"update,omitempty" level:"2"`   // nil: the defaults, here and below
+	Rollback *UpdateConfig `json:"rollback,omitempty" level:"2"` // FailureRollback is not for it
+	// ForceUpdate grows with each update that is to replace all tasks, changed or not.
+	ForceUpdate uint64 `json:"force_update,omitempty" level:"2"`
+
+	Mode string `json:"mode,omitempty" level:"2"` // empty: ModeReplicated
+	// MaxConcurrent is how many tasks of a replicated job run at a time, of the Replicas
+	// that are to complete; 0: all.
+	MaxConcurrent int      `json:"max_concurrent,omitempty" level:"2"`
+	Preferences   []string `json:"preferences,omitempty" level:"2"`  // spread=node.labels.KEY, the widest first
+	MaxPerNode    int      `json:"max_per_node,omitempty" level:"2"` // replicas; 0: no limit
 }
 
 // DefaultListenTimeout is enough for servers that load much before they listen.
@@ -173,6 +186,8 @@ func (s ServiceSpec) ListenWithin() time.Duration {
 func (s ServiceSpec) Clone() ServiceSpec {
 	s.Labels, s.Constraints, s.Task = maps.Clone(s.Labels), slices.Clone(s.Constraints), s.Task.Clone()
 	s.Networks, s.Ports = cloneAttachments(s.Networks), slices.Clone(s.Ports)
+	s.Preferences = slices.Clone(s.Preferences)
+	s.Update, s.Rollback = s.Update.clone(), s.Rollback.clone()
 	return s
 }
 
@@ -214,6 +229,9 @@ func (s ServiceSpec) Validate() error {
 		return fmt.Errorf("service %s: %w", s.Name, err)
 	}
 	if err := ValidatePorts(s.Ports); err != nil {
+		return fmt.Errorf("service %s: %w", s.Name, err)
+	}
+	if err := cmp.Or(s.Update.validate("update"), s.Rollback.validate("rollback")); err != nil {
 		return fmt.Errorf("service %s: %w", s.Name, err)
 	}
 	if s.EndpointMode == EndpointModeDNSRR && slices.ContainsFunc(s.Ports, func(p Port) bool { return p.Mode != PortHost }) {
@@ -304,11 +322,23 @@ type Service struct {
 	Ingress string `json:"ingress,omitempty"`
 	Version uint64 `json:"version"`
 	Created int64  `json:"created"` // Unix milliseconds
+	// Previous is the spec before the last change; nodes are not told of it, nor of
+	// Update.
+	Previous *ServiceSpec  `json:"previous_spec,omitempty" level:"2"`
+	Update   *UpdateStatus `json:"update_status,omitempty" level:"2"`
 }
 
 // Clone returns a deep copy.
 func (s Service) Clone() Service {
 	s.Spec = s.Spec.Clone()
+	if s.Previous != nil {
+		p := s.Previous.Clone()
+		s.Previous = &p
+	}
+	if s.Update != nil {
+		u := *s.Update
+		s.Update = &u
+	}
 	s.VIPs, s.Ports = slices.Clone(s.VIPs), slices.Clone(s.Ports)
 	for i := range s.VIPs {
 		s.VIPs[i].Addrs = slices.Clone(s.VIPs[i].Addrs)

@@ -26,9 +26,6 @@ var dockerWords = []struct{ docker, instead string }{
 
 	{"node ps", "use 'shoal ps --node NODE'"},
 
-	{"service rollback", "no earlier version is kept: give the old settings to 'shoal svc update'"},
-	{"svc rollback", "no earlier version is kept: give the old settings to 'shoal svc update'"},
-
 	{"stack", "there are no stacks: make each service with 'shoal svc create', each network with 'shoal net create'"},
 	{"stack ls", "there are no stacks: 'shoal svc ls' lists the services"},
 	{"stack ps", "there are no stacks: 'shoal svc ps SERVICE' lists a service's tasks"},

@@ -27,6 +27,17 @@ type serviceJSON struct {
 	IngressName string          `json:"ingress_name,omitempty"`
 	Created     time.Time       `json:"created"`
 	Running     int             `json:"running"`
+	Desired     int             `json:"desired"`
+	Completed   int             `json:"completed,omitempty"`
+
+	Previous *spec.ServiceSpec `json:"previous_spec,omitempty"`
+	Update   *updateStatusJSON `json:"update_status,omitempty"`
+}
+
+type updateStatusJSON struct {
+	spec.UpdateStatus
+	StartedAt   time.Time `json:"started_at"`
+	CompletedAt time.Time `json:"completed_at,omitzero"`
 }
 
 type serviceSpecJSON struct {
@@ -47,7 +58,13 @@ type vipsJSON struct {
 func toServiceJSON(s *shoalv1.Service, nets names) (serviceJSON, error) {
 	v, err := api.ToService(s)
 	v.Spec.Task.RegistryAuth = "" // it is to be seen nowhere
-	out := serviceJSON{Service: v, Spec: serviceSpecJSON{v.Spec, nil}, Created: instant(v.Created), Running: int(s.Running)}
+	out := serviceJSON{Service: v, Spec: serviceSpecJSON{v.Spec, nil}, Created: instant(v.Created), Running: int(s.Running), Desired: int(s.Desired), Completed: int(s.Completed), Previous: v.Previous}
+	if out.Previous != nil {
+		out.Previous.Task.RegistryAuth = ""
+	}
+	if u := v.Update; u != nil {
+		out.Update = &updateStatusJSON{*u, instant(u.StartedAt), instant(u.CompletedAt)}
+	}
 	for _, a := range v.Spec.Networks {
 		out.Spec.Networks = append(out.Spec.Networks, networkAttachmentJSON{a, nets.Of(a.Network)})
 	}

@@ -22,7 +22,7 @@ import (
 )
 
 func (c *cli) svcCmd() *cobra.Command {
-	return group("svc", "Manage services", []string{"service"}, c.svcCreate(), c.svcUpdate(), c.svcLs(), c.svcPs(), c.svcInspect(), c.svcScale(), c.svcLogs(), c.svcRm())
+	return group("svc", "Manage services", []string{"service"}, c.svcCreate(), c.svcUpdate(), c.svcLs(), c.svcPs(), c.svcInspect(), c.svcScale(), c.svcRollback(), c.svcLogs(), c.svcRm())
 }
 
 // taskFlags are the flags that svc create and run share.
@@ -196,6 +196,7 @@ func (c *cli) svcCreate() *cobra.Command {
 	var detach, quiet bool
 	var restartDelay, listenTimeout time.Duration
 	var secrets, configs []string
+	var policy, back policyFlags
 	cmd := &cobra.Command{
 		Use: "create [flags] IMAGE|-- [COMMAND] [ARG...]", Short: "Create a service", Args: cobra.ArbitraryArgs,
 		Long: `Create makes a service of replicas of an image or, after --, of a program of the
@@ -237,6 +238,7 @@ that all replicas are one image.`,
 					return usageError(cmd, err)
 				}
 			}
+			req.Update, req.Rollback = policy.apply(nil), back.apply(nil)
 			ports, err := client.ParsePublishes(tf.publish, spec.PortIngress)
 			if err != nil {
 				return usageError(cmd, err)
@@ -263,6 +265,8 @@ that all replicas are one image.`,
 		},
 	}
 	f := cmd.Flags()
+	policy.add(cmd, "update")
+	back.add(cmd, "rollback")
 	f.SetInterspersed(false) // what follows the program is the program's, as in Docker
 	f.StringVar(&req.Name, "name", "", "name of the service, and its host name on its networks")
 	f.Int32Var(&req.Replicas, "replicas", 1, "number of tasks")
@@ -301,8 +305,13 @@ const followTimeout = 5 * time.Second
 // it takes long.
 func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) error {
 	name, want := s.GetSpec().GetName(), int(s.GetSpec().GetReplicas())
-	ctx, cancel := context.WithTimeout(ctx, convergeTimeout)
+	manual := s.GetUpdateStatus().GetState() == spec.RollbackStarted
+	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	// An update comes to its end by itself, after delays that may be long.
+	patience := time.AfterFunc(convergeTimeout, cancel)
+	defer patience.Stop()
+	var update *shoalv1.UpdateStatus
 	tty := c.terminal() && !quiet
 	last, why, said := "", "", ""
 	var up time.Time   // since when all tasks are as wanted
@@ -334,6 +343,7 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 		var faults []*shoalv1.NodeFault
 		if svcs, serr := c.services(ctx, s.Id); serr == nil {
 			stale, behind, faults = int(svcs[0].Stale), svcs[0].Behind, svcs[0].Faults
+			update, want = svcs[0].UpdateStatus, int(svcs[0].GetDesired())
 		} else if err == nil {
 			err = serr
 		}
@@ -350,7 +360,22 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 		if extra > 0 {
 			line += fmt.Sprintf(", %d stopping", extra)
 		}
-		done := err == nil && running == want && extra+stale+rewiring == 0
+		active := api.ToUpdateStatus(update).Active()
+		if active {
+			patience.Reset(convergeTimeout)
+			if running == want && extra+stale+rewiring == 0 {
+				line += ", being watched"
+			}
+			if update.GetState() == spec.RollbackStarted && !manual {
+				line += ", " + update.GetMessage()
+			}
+		} else if oerr := outcome(update, manual); err == nil && oerr != nil && extra == 0 {
+			if tty {
+				fmt.Fprintln(c.err)
+			}
+			return fmt.Errorf("%w (%s): see 'shoal svc ps %s'", oerr, line, name)
+		}
+		done := err == nil && !active && running == want && extra+stale+rewiring == 0
 		if up.IsZero() || !done {
 			up = time.Now()
 		}
@@ -564,6 +589,9 @@ func (c *cli) svcPs() *cobra.Command {
 			}
 			if l.isTable(c) {
 				for _, s := range svcs {
+					if l := updateLine(s); l != "" {
+						fmt.Fprintln(c.err, l)
+					}
 					c.warn(s.Faults)
 				}
 			}

@@ -10,6 +10,7 @@ import (
 	"connectrpc.com/connect"
 	shellquote "github.com/kballard/go-shellquote"
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/shoalnet/shoal/api"
@@ -33,19 +34,36 @@ func (c *cli) svcUpdate() *cobra.Command {
 	var health healthFlags
 	var resources resourceFlags
 	var secretAdd, secretRm, configAdd, configRm []string
-	var detach, quiet bool
+	var detach, quiet, force, rollback bool
+	var policy, back policyFlags
 	cmd := &cobra.Command{Use: "update SERVICE [-- COMMAND [ARG...]]", Short: "Change a service", Args: atLeast(1),
 		Long: `Update changes a running service. Networks, published ports, labels and the
 number of replicas change without a restart; another command, environment,
 host name or resolver replaces the replicas one after the other, each new one
-running before the old one ends.`,
+running before the old one ends (--update-order, --update-parallelism). When a new
+one fails, or finds no node, within --update-monitor, the update pauses and the old
+ones run on (--update-failure-action). Another update resumes it; --rollback, or
+'shoal svc rollback', takes it back.`,
 		Example: `  shoal svc update --publish-add 8443:443 --publish-rm 8080 web
   shoal svc update --network-add name=backend,alias=www web
   shoal svc update --env-add LEVEL=debug web
+  shoal svc update --update-failure-action rollback --image nginx:1.27 web
+  shoal svc update --update-order stop-first --env-add V=2 db    # what can't run twice
+  shoal svc update --force web                                   # restart, and spread anew
   shoal svc update web -- nginx -c /etc/nginx/new.conf -g 'daemon off;'`,
 		ValidArgsFunction: c.complete(c.serviceNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx, f := cmd.Context(), cmd.Flags()
+			if rollback {
+				given := len(args) > 1
+				f.Visit(func(x *pflag.Flag) {
+					given = given || cmd.InheritedFlags().Lookup(x.Name) == nil && !slices.Contains([]string{"rollback", "detach", "quiet"}, x.Name)
+				})
+				if given {
+					return usageError(cmd, fmt.Errorf("other flags may not be combined with --rollback"))
+				}
+				return c.rollback(ctx, args[0], detach, quiet)
+			}
 			svcs, err := c.services(ctx, args[0])
 			if err != nil {
 				return err
@@ -326,6 +344,14 @@ running before the old one ends.`,
 			if err != nil {
 				return usageError(cmd, err)
 			}
+			if policy.given() || back.given() {
+				sp.Update, sp.Rollback = policy.apply(sp.Update), back.apply(sp.Rollback)
+				changed = true
+			}
+			if force {
+				sp.ForceUpdate++
+				changed = true
+			}
 			if len(sp.Networks) == 0 {
 				return fmt.Errorf("service %s would be on no network: add another with --network-add", sp.Name)
 			}
@@ -337,6 +363,10 @@ running before the old one ends.`,
 				return err
 			}
 			fmt.Fprintln(c.out, sp.Name)
+			if resp.Msg.Service.GetUpdateStatus().GetState() == spec.Updating && sp.Update.GetOrder() != spec.StopFirst &&
+				slices.ContainsFunc(sp.Ports, func(p *shoalv1.Port) bool { return p.Mode == spec.PortHost }) {
+				fmt.Fprintf(c.err, "shoal: service %s publishes a port of the node (mode=host): where no other node has it free, a replica is stopped before the next one starts\n", sp.Name)
+			}
 			if detach {
 				return nil
 			}
@@ -344,6 +374,10 @@ running before the old one ends.`,
 		}}
 	f := cmd.Flags()
 	cf.addUpdate(f)
+	policy.add(cmd, "update")
+	back.add(cmd, "rollback")
+	f.BoolVar(&force, "force", false, "replace all replicas, even if nothing changes that needs it")
+	f.BoolVar(&rollback, "rollback", false, "go back to the spec before the last change")
 	for _, l := range []struct {
 		to         *[]string
 		name, what string

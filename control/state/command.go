@@ -120,6 +120,8 @@ type UpdateService struct {
 	Version  uint64            `json:"version,omitempty"` // refuse with ErrConflict if it is another; 0: any
 	Spec     *spec.ServiceSpec `json:"spec,omitempty"`
 	Replicas *int              `json:"replicas,omitempty"`
+	Rollback bool              `json:"rollback,omitempty" level:"2"` // to its previous spec, instead of Spec
+	Now      int64             `json:"now,omitempty" level:"2"`      // Unix milliseconds, the leader's clock
 }
 
 // RemoveService removes a service at once for readers; its VIPs stay reserved

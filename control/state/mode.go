@@ -6,6 +6,8 @@ import "github.com/shoalnet/shoal/spec"
 type mode interface {
 	// shrink gives up the slots that are too many.
 	shrink(p *planner, sv *servicePlan)
+	// missing tells whether grow would make any.
+	missing(p *planner, sv *servicePlan) bool
 	// grow makes those that are missing.
 	grow(p *planner, sv *servicePlan)
 }
@@ -20,6 +22,8 @@ func (replicated) shrink(p *planner, sv *servicePlan) {
 		p.scaleDown(sv, k)
 	}
 }
+
+func (replicated) missing(p *planner, sv *servicePlan) bool { return len(p.slots) < sv.v.Spec.Replicas }
 
 // grow gives new slots the lowest free numbers.
 func (replicated) grow(p *planner, sv *servicePlan) {

@@ -23,7 +23,6 @@ func (p *planner) find(sv *servicePlan) (int, string) {
 	}
 	sv.counts[i]++
 	p.total[i]++
-	sv.started++
 	if len(sv.ports) > 0 {
 		p.claimed[i] = append(p.claimed[i], sv.ports...)
 	}
@@ -155,7 +154,7 @@ func (p *planner) portTaken(sv *servicePlan, i int) string {
 		if slices.ContainsFunc(p.claimed[i], port.Clashes) {
 			return "a task that is being placed"
 		}
-		if owner := p.nodes[i].portHolder(p.s, port, nil); owner != "" {
+		if owner := p.nodes[i].portHolder(p.s, port, sv.without); owner != "" {
 			return owner
 		}
 	}

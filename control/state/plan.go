@@ -84,6 +84,9 @@ type servicePlan struct {
 	unmet   string      // a rule that no node meets
 	ready   bool        // counts and fails are made
 	started int         // slots on their way to the current template
+	up      updater
+	missing bool  // there are to be more slots
+	without *task // pick looks as if this one were gone
 }
 
 // slotPlan is what is known of one active slot.
@@ -98,6 +101,8 @@ type slotPlan struct {
 	// ending: a task that was stopped has not let go of its addresses yet, which
 	// the slot's next one may be waiting for
 	ending bool
+	begun  bool // counted as being replaced
+	failed bool // its replacement failed, in the eyes of the update
 }
 
 // service plans for one service: its mode decides which slots there are, the updater
@@ -109,6 +114,7 @@ func (p *planner) service(v *service) {
 	p.gather(sv)
 	m := modeOf(v.Spec)
 	m.shrink(p, sv)
+	sv.missing = m.missing(p, sv)
 	if p.update(sv) {
 		m.grow(p, sv)
 	}
@@ -214,9 +220,15 @@ func (p *planner) waits(v *service, t *task) bool {
 	return t.NotBefore > p.now && t.NotBefore-p.now <= restartDelay(v, t.Attempt)
 }
 
-// create makes a task for a slot, with a node if it may start now and one fits.
-func (p *planner) create(sv *servicePlan, slot, attempt int, at int64, last *task) {
-	o := ScheduleOp{Kind: OpCreate, Task: p.newID(sv.v, slot), Service: sv.v.ID, ServiceVersion: sv.v.Version, Slot: slot, Attempt: attempt}
+// creation is the operation that makes a task for a slot.
+func (p *planner) creation(sv *servicePlan, slot, attempt int) ScheduleOp {
+	return ScheduleOp{Kind: OpCreate, Task: p.newID(sv.v, slot), Service: sv.v.ID, ServiceVersion: sv.v.Version, Slot: slot, Attempt: attempt}
+}
+
+// create makes a task for a slot, with a node if it may start now and one fits; it
+// tells whether one does.
+func (p *planner) create(sv *servicePlan, slot, attempt int, at int64, last *task) bool {
+	o := p.creation(sv, slot, attempt)
 	if at > p.now {
 		o.NotBefore = at
 		o.Message = fmt.Sprintf("restart %d in %s", attempt, milliseconds(at-p.now))
@@ -231,6 +243,7 @@ func (p *planner) create(sv *servicePlan, slot, attempt int, at int64, last *tas
 		o.Message = why
 	}
 	p.op(o)
+	return o.Node != ""
 }
 
 // newID makes an ID that is new, and the same for the same state.

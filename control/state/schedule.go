@@ -19,6 +19,7 @@ const (
 	OpStop   OpKind = "stop"   // shut a task down; with By, only while that one runs
 	OpRemove OpKind = "remove" // end and forget all tasks of a slot: scaled down
 	OpLost   OpKind = "lost"   // a task whose node is down
+	OpUpdate OpKind = "update" // a service's update to State
 )
 
 // ScheduleOp is one decision of [Plan]. The versions are those that it was
@@ -35,6 +36,7 @@ type ScheduleOp struct {
 	Attempt        int    `json:"attempt,omitempty"`
 	By             string `json:"by,omitempty"` // ID of the task that replaces Task
 	Message        string `json:"message,omitempty"`
+	State          string `json:"state,omitempty" level:"2"` // of an update
 }
 
 // String is for logs.
@@ -44,6 +46,8 @@ func (o ScheduleOp) String() string {
 		return fmt.Sprintf("create task %s for slot %d of service %s on node %q", o.Task, o.Slot, o.Service, o.Node)
 	case OpRemove:
 		return fmt.Sprintf("remove slot %d of service %s", o.Slot, o.Service)
+	case OpUpdate:
+		return fmt.Sprintf("update of service %s is %s", o.Service, o.State)
 	case OpAssign:
 		return fmt.Sprintf("assign task %s to node %s", o.Task, o.Node)
 	}
@@ -65,9 +69,15 @@ func (s *State) schedule(c *Schedule) Result {
 // scheduleOp carries out one operation, or returns false and changes nothing.
 func (s *State) scheduleOp(op ScheduleOp, now int64) bool {
 	switch op.Kind {
-	case OpCreate, OpRemove:
+	case OpCreate, OpRemove, OpUpdate:
 		v := s.services[op.Service]
-		if v == nil || v.removed || v.Version != op.ServiceVersion || op.Slot < 1 {
+		if v == nil || v.removed || v.Version != op.ServiceVersion {
+			return false
+		}
+		if op.Kind == OpUpdate {
+			return s.turnUpdate(v, op, now)
+		}
+		if op.Slot < 1 {
 			return false
 		}
 		if op.Kind == OpRemove {

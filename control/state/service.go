@@ -178,23 +178,42 @@ func (s *State) updateService(c *UpdateService) Result {
 	if c.Replicas != nil {
 		next.Replicas = *c.Replicas
 	}
-	sp, err := s.serviceSpec(next)
-	if err != nil {
+	if c.Rollback {
+		if v.Previous == nil {
+			return Result{Err: failf(ErrInvalid, "service %s does not have a previous spec", v.Spec.Name)}
+		}
+		next = v.Previous.Clone()
+	}
+	if err := s.respec(v, next, c.Now); err != nil {
 		return Result{Err: err}
 	}
+	if c.Rollback && s.rules >= 2 {
+		v.Update = &spec.UpdateStatus{State: spec.RollbackStarted, StartedAt: c.Now, Message: "manually requested rollback"}
+	}
+	s.event("service", "update", v.ID, v.Spec.Name)
+	out := v.Service
+	return Result{Service: &out}
+}
+
+// respec gives a service another spec, or changes nothing.
+func (s *State) respec(v *service, next spec.ServiceSpec, now int64) error {
+	sp, err := s.serviceSpec(next)
+	if err != nil {
+		return err
+	}
 	if err := s.checkServiceNames(sp, v.Spec); err != nil {
-		return Result{Err: err}
+		return err
 	}
 	for _, as := range [][]spec.NetworkAttachment{v.Spec.Networks, sp.Networks} {
 		if n := s.networks[as[0].Network]; !n.Wired() && sp.Networks[0].Network != v.Spec.Networks[0].Network {
-			return Result{Err: failf(ErrInvalid, "service %s: a running service can't enter or leave network %s: create another", sp.Name, n.Name)}
+			return failf(ErrInvalid, "service %s: a running service can't enter or leave network %s: create another", sp.Name, n.Name)
 		}
 	}
 	var u undo
 	vips, err := s.vips(v.Service, sp, &u)
 	if err != nil {
 		u.run()
-		return Result{Err: err}
+		return err
 	}
 	ports, ingress, err := s.ports(v.Service, sp)
 	if err == nil {
@@ -202,18 +221,33 @@ func (s *State) updateService(c *UpdateService) Result {
 	}
 	if err != nil {
 		u.run()
-		return Result{Err: err}
+		return err
 	}
-	if !sameTemplate(v.Spec, sp) {
+	old, rev := v.Spec, v.rev
+	if !sameTemplate(old, sp) {
 		v.rev = s.index
+		if v.Previous != nil && v.prevRev != 0 && sameTemplate(*v.Previous, sp) {
+			v.rev = v.prevRev // what runs of it may stay
+		}
 	}
 	s.touch(v.Spec.Networks)
 	s.touch(sp.Networks)
 	v.Spec, v.VIPs, v.Version = sp, vips, s.index
 	s.setPorts(v, ports, ingress)
-	s.event("service", "update", v.ID, sp.Name)
-	out := v.Service
-	return Result{Service: &out}
+	if s.rules >= 2 {
+		v.Previous, v.prevRev, v.Update = &old, rev, nil
+		if s.dirty(v) {
+			v.Update = &spec.UpdateStatus{State: spec.Updating, StartedAt: now, Message: "update in progress"}
+		}
+	}
+	return nil
+}
+
+// dirty tells whether a service has tasks that are to be replaced.
+func (s *State) dirty(v *service) bool {
+	return slices.ContainsFunc(v.tasks, func(t *task) bool {
+		return t.Desired == spec.DesiredRunning && (t.rev != v.rev || t.Live() && !s.stays(v, t))
+	})
 }
 
 // sameTemplate tells whether tasks made from a are as tasks made from b.
@@ -222,6 +256,9 @@ func sameTemplate(a, b spec.ServiceSpec) bool {
 	key := func(x spec.ServiceSpec) []byte {
 		out, _ := json.Marshal(x.Task) // plain values: can't fail
 		return out
+	}
+	if a.ForceUpdate != b.ForceUpdate {
+		return false
 	}
 	return bytes.Equal(key(a), key(b))
 }

@@ -94,6 +94,9 @@ func (c *cluster) id(kind string) string {
 
 func (c *cluster) apply(cmd Command) Result {
 	c.Helper()
+	if u := cmd.UpdateService; u != nil && u.Now == 0 {
+		u.Now = c.now
+	}
 	b, err := Encode(cmd.Stamped(Level))
 	if err != nil {
 		c.Fatalf("encode: %v", err)

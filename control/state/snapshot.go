@@ -47,6 +47,7 @@ type serviceSnapshot struct {
 	Service spec.Service `json:"service"`
 	Removed bool         `json:"removed,omitempty"`
 	Rev     uint64       `json:"rev"`
+	PrevRev uint64       `json:"prev_rev,omitempty" level:"2"`
 }
 
 type taskSnapshot struct {
@@ -73,7 +74,7 @@ func (s *State) Snapshot() ([]byte, error) {
 	}
 	for _, id := range slices.Sorted(maps.Keys(s.services)) {
 		v := s.services[id]
-		out.Services = append(out.Services, serviceSnapshot{v.Service, v.removed, v.rev})
+		out.Services = append(out.Services, serviceSnapshot{v.Service, v.removed, v.rev, v.prevRev})
 	}
 	for _, id := range slices.Sorted(maps.Keys(s.nodes)) {
 		out.Nodes = append(out.Nodes, s.nodes[id].Node)
@@ -167,7 +168,7 @@ func restore(b []byte) (*State, error) {
 		s.nodes[id].expelled = true
 	}
 	for _, vs := range in.Services {
-		v := &service{Service: vs.Service, removed: vs.Removed, rev: vs.Rev}
+		v := &service{Service: vs.Service, removed: vs.Removed, rev: vs.Rev, prevRev: vs.PrevRev}
 		if err := v.Spec.Validate(); err != nil {
 			return nil, err
 		}

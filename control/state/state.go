@@ -57,6 +57,7 @@ type service struct {
 	spec.Service
 	removed bool
 	rev     uint64  // index of the last change of what its tasks are made from
+	prevRev uint64  // rev of Previous
 	tasks   []*task // by slot, then age
 }
 
@@ -429,7 +430,9 @@ func (s *State) AssignmentFor(nodeID string) (Assignment, error) {
 	}
 	for _, v := range s.services {
 		if !v.removed && slices.ContainsFunc(v.Spec.Networks, func(at spec.NetworkAttachment) bool { return nets[at.Network] }) {
-			a.Services = append(a.Services, v.Service)
+			told := v.Service
+			told.Previous, told.Update = nil, nil
+			a.Services = append(a.Services, told)
 		}
 	}
 	slices.SortFunc(a.Services, func(x, y spec.Service) int { return cmp.Compare(x.ID, y.ID) })

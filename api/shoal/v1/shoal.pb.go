@@ -1258,6 +1258,13 @@ type ServiceSpec struct {
 	RestartMax      int32                  `protobuf:"varint,9,opt,name=restart_max,json=restartMax,proto3" json:"restart_max,omitempty"`
 	Ports           []*Port                `protobuf:"bytes,10,rep,name=ports,proto3" json:"ports,omitempty"`
 	ListenTimeoutMs int64                  `protobuf:"varint,11,opt,name=listen_timeout_ms,json=listenTimeoutMs,proto3" json:"listen_timeout_ms,omitempty"` // for a replica that takes the place of one that listens; 0: 2 minutes
+	Update          *UpdateConfig          `protobuf:"bytes,12,opt,name=update,proto3" json:"update,omitempty"`                                             // absent: the defaults
+	Rollback        *UpdateConfig          `protobuf:"bytes,13,opt,name=rollback,proto3" json:"rollback,omitempty"`
+	ForceUpdate     uint64                 `protobuf:"varint,14,opt,name=force_update,json=forceUpdate,proto3" json:"force_update,omitempty"`
+	Mode            string                 `protobuf:"bytes,15,opt,name=mode,proto3" json:"mode,omitempty"`                                         // replicated (empty, too), global, replicated-job, global-job
+	MaxConcurrent   int32                  `protobuf:"varint,16,opt,name=max_concurrent,json=maxConcurrent,proto3" json:"max_concurrent,omitempty"` // of a replicated job; 0: all
+	Preferences     []string               `protobuf:"bytes,17,rep,name=preferences,proto3" json:"preferences,omitempty"`                           // spread=node.labels.KEY
+	MaxPerNode      int32                  `protobuf:"varint,18,opt,name=max_per_node,json=maxPerNode,proto3" json:"max_per_node,omitempty"`        // 0: no limit
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1369,6 +1376,208 @@ func (x *ServiceSpec) GetListenTimeoutMs() int64 {
 	return 0
 }
 
+func (x *ServiceSpec) GetUpdate() *UpdateConfig {
+	if x != nil {
+		return x.Update
+	}
+	return nil
+}
+
+func (x *ServiceSpec) GetRollback() *UpdateConfig {
+	if x != nil {
+		return x.Rollback
+	}
+	return nil
+}
+
+func (x *ServiceSpec) GetForceUpdate() uint64 {
+	if x != nil {
+		return x.ForceUpdate
+	}
+	return 0
+}
+
+func (x *ServiceSpec) GetMode() string {
+	if x != nil {
+		return x.Mode
+	}
+	return ""
+}
+
+func (x *ServiceSpec) GetMaxConcurrent() int32 {
+	if x != nil {
+		return x.MaxConcurrent
+	}
+	return 0
+}
+
+func (x *ServiceSpec) GetPreferences() []string {
+	if x != nil {
+		return x.Preferences
+	}
+	return nil
+}
+
+func (x *ServiceSpec) GetMaxPerNode() int32 {
+	if x != nil {
+		return x.MaxPerNode
+	}
+	return 0
+}
+
+// UpdateConfig tells how tasks are replaced (spec.UpdateConfig).
+type UpdateConfig struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Parallelism     int32                  `protobuf:"varint,1,opt,name=parallelism,proto3" json:"parallelism,omitempty"` // 0: all at once
+	DelayMs         int64                  `protobuf:"varint,2,opt,name=delay_ms,json=delayMs,proto3" json:"delay_ms,omitempty"`
+	MonitorMs       int64                  `protobuf:"varint,3,opt,name=monitor_ms,json=monitorMs,proto3" json:"monitor_ms,omitempty"` // 0: the default
+	MaxFailureRatio float64                `protobuf:"fixed64,4,opt,name=max_failure_ratio,json=maxFailureRatio,proto3" json:"max_failure_ratio,omitempty"`
+	FailureAction   string                 `protobuf:"bytes,5,opt,name=failure_action,json=failureAction,proto3" json:"failure_action,omitempty"` // pause, continue, rollback
+	Order           string                 `protobuf:"bytes,6,opt,name=order,proto3" json:"order,omitempty"`                                      // start-first, stop-first
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *UpdateConfig) Reset() {
+	*x = UpdateConfig{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateConfig) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateConfig) ProtoMessage() {}
+
+func (x *UpdateConfig) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateConfig.ProtoReflect.Descriptor instead.
+func (*UpdateConfig) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *UpdateConfig) GetParallelism() int32 {
+	if x != nil {
+		return x.Parallelism
+	}
+	return 0
+}
+
+func (x *UpdateConfig) GetDelayMs() int64 {
+	if x != nil {
+		return x.DelayMs
+	}
+	return 0
+}
+
+func (x *UpdateConfig) GetMonitorMs() int64 {
+	if x != nil {
+		return x.MonitorMs
+	}
+	return 0
+}
+
+func (x *UpdateConfig) GetMaxFailureRatio() float64 {
+	if x != nil {
+		return x.MaxFailureRatio
+	}
+	return 0
+}
+
+func (x *UpdateConfig) GetFailureAction() string {
+	if x != nil {
+		return x.FailureAction
+	}
+	return ""
+}
+
+func (x *UpdateConfig) GetOrder() string {
+	if x != nil {
+		return x.Order
+	}
+	return ""
+}
+
+type UpdateStatus struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	State         string                 `protobuf:"bytes,1,opt,name=state,proto3" json:"state,omitempty"`
+	StartedAtMs   int64                  `protobuf:"varint,2,opt,name=started_at_ms,json=startedAtMs,proto3" json:"started_at_ms,omitempty"`
+	CompletedAtMs int64                  `protobuf:"varint,3,opt,name=completed_at_ms,json=completedAtMs,proto3" json:"completed_at_ms,omitempty"`
+	Message       string                 `protobuf:"bytes,4,opt,name=message,proto3" json:"message,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdateStatus) Reset() {
+	*x = UpdateStatus{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateStatus) ProtoMessage() {}
+
+func (x *UpdateStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateStatus.ProtoReflect.Descriptor instead.
+func (*UpdateStatus) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *UpdateStatus) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *UpdateStatus) GetStartedAtMs() int64 {
+	if x != nil {
+		return x.StartedAtMs
+	}
+	return 0
+}
+
+func (x *UpdateStatus) GetCompletedAtMs() int64 {
+	if x != nil {
+		return x.CompletedAtMs
+	}
+	return 0
+}
+
+func (x *UpdateStatus) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
 type VIPs struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Network       string                 `protobuf:"bytes,1,opt,name=network,proto3" json:"network,omitempty"`
@@ -1379,7 +1588,7 @@ type VIPs struct {
 
 func (x *VIPs) Reset() {
 	*x = VIPs{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[11]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1391,7 +1600,7 @@ func (x *VIPs) String() string {
 func (*VIPs) ProtoMessage() {}
 
 func (x *VIPs) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[11]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1404,7 +1613,7 @@ func (x *VIPs) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VIPs.ProtoReflect.Descriptor instead.
 func (*VIPs) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{11}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *VIPs) GetNetwork() string {
@@ -1434,13 +1643,17 @@ type Service struct {
 	Stale         int32                  `protobuf:"varint,9,opt,name=stale,proto3" json:"stale,omitempty"`     // tasks that an update has not replaced yet, counted by the leader
 	Behind        []string               `protobuf:"bytes,10,rep,name=behind,proto3" json:"behind,omitempty"`   // names of nodes whose kernel is not known to follow this version yet
 	Faults        []*NodeFault           `protobuf:"bytes,11,rep,name=faults,proto3" json:"faults,omitempty"`   // as the nodes last reported them
+	PreviousSpec  *ServiceSpec           `protobuf:"bytes,12,opt,name=previous_spec,json=previousSpec,proto3" json:"previous_spec,omitempty"`
+	UpdateStatus  *UpdateStatus          `protobuf:"bytes,13,opt,name=update_status,json=updateStatus,proto3" json:"update_status,omitempty"` // absent: no task had to be replaced since the last change
+	Desired       int32                  `protobuf:"varint,14,opt,name=desired,proto3" json:"desired,omitempty"`                              // tasks that are to run now
+	Completed     int32                  `protobuf:"varint,15,opt,name=completed,proto3" json:"completed,omitempty"`                          // tasks of a job that have done their work
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Service) Reset() {
 	*x = Service{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[12]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1452,7 +1665,7 @@ func (x *Service) String() string {
 func (*Service) ProtoMessage() {}
 
 func (x *Service) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[12]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1465,7 +1678,7 @@ func (x *Service) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Service.ProtoReflect.Descriptor instead.
 func (*Service) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{12}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Service) GetId() string {
@@ -1545,6 +1758,34 @@ func (x *Service) GetFaults() []*NodeFault {
 	return nil
 }
 
+func (x *Service) GetPreviousSpec() *ServiceSpec {
+	if x != nil {
+		return x.PreviousSpec
+	}
+	return nil
+}
+
+func (x *Service) GetUpdateStatus() *UpdateStatus {
+	if x != nil {
+		return x.UpdateStatus
+	}
+	return nil
+}
+
+func (x *Service) GetDesired() int32 {
+	if x != nil {
+		return x.Desired
+	}
+	return 0
+}
+
+func (x *Service) GetCompleted() int32 {
+	if x != nil {
+		return x.Completed
+	}
+	return 0
+}
+
 // NodeFault is what a node can't do for a service or task now, like publish a port
 // that another program holds. It goes on trying.
 type NodeFault struct {
@@ -1557,7 +1798,7 @@ type NodeFault struct {
 
 func (x *NodeFault) Reset() {
 	*x = NodeFault{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[13]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1569,7 +1810,7 @@ func (x *NodeFault) String() string {
 func (*NodeFault) ProtoMessage() {}
 
 func (x *NodeFault) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[13]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1582,7 +1823,7 @@ func (x *NodeFault) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeFault.ProtoReflect.Descriptor instead.
 func (*NodeFault) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{13}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *NodeFault) GetNode() string {
@@ -1613,7 +1854,7 @@ type Attachment struct {
 
 func (x *Attachment) Reset() {
 	*x = Attachment{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[14]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1625,7 +1866,7 @@ func (x *Attachment) String() string {
 func (*Attachment) ProtoMessage() {}
 
 func (x *Attachment) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[14]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1638,7 +1879,7 @@ func (x *Attachment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attachment.ProtoReflect.Descriptor instead.
 func (*Attachment) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{14}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Attachment) GetNetwork() string {
@@ -1699,7 +1940,7 @@ type TaskStatus struct {
 
 func (x *TaskStatus) Reset() {
 	*x = TaskStatus{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[15]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1711,7 +1952,7 @@ func (x *TaskStatus) String() string {
 func (*TaskStatus) ProtoMessage() {}
 
 func (x *TaskStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[15]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1724,7 +1965,7 @@ func (x *TaskStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskStatus.ProtoReflect.Descriptor instead.
 func (*TaskStatus) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{15}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *TaskStatus) GetState() string {
@@ -1807,7 +2048,7 @@ type Task struct {
 
 func (x *Task) Reset() {
 	*x = Task{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[16]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1819,7 +2060,7 @@ func (x *Task) String() string {
 func (*Task) ProtoMessage() {}
 
 func (x *Task) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[16]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1832,7 +2073,7 @@ func (x *Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Task.ProtoReflect.Descriptor instead.
 func (*Task) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{16}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Task) GetId() string {
@@ -1980,7 +2221,7 @@ type NodeInfo struct {
 
 func (x *NodeInfo) Reset() {
 	*x = NodeInfo{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[17]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1992,7 +2233,7 @@ func (x *NodeInfo) String() string {
 func (*NodeInfo) ProtoMessage() {}
 
 func (x *NodeInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[17]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2005,7 +2246,7 @@ func (x *NodeInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeInfo.ProtoReflect.Descriptor instead.
 func (*NodeInfo) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{17}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *NodeInfo) GetId() string {
@@ -2196,7 +2437,7 @@ type Cluster struct {
 
 func (x *Cluster) Reset() {
 	*x = Cluster{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[18]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2208,7 +2449,7 @@ func (x *Cluster) String() string {
 func (*Cluster) ProtoMessage() {}
 
 func (x *Cluster) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[18]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2221,7 +2462,7 @@ func (x *Cluster) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cluster.ProtoReflect.Descriptor instead.
 func (*Cluster) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{18}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Cluster) GetId() string {
@@ -2270,7 +2511,7 @@ type CreateNetworkRequest struct {
 
 func (x *CreateNetworkRequest) Reset() {
 	*x = CreateNetworkRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[19]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2282,7 +2523,7 @@ func (x *CreateNetworkRequest) String() string {
 func (*CreateNetworkRequest) ProtoMessage() {}
 
 func (x *CreateNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[19]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2295,7 +2536,7 @@ func (x *CreateNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateNetworkRequest.ProtoReflect.Descriptor instead.
 func (*CreateNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{19}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *CreateNetworkRequest) GetName() string {
@@ -2377,7 +2618,7 @@ type CreateNetworkResponse struct {
 
 func (x *CreateNetworkResponse) Reset() {
 	*x = CreateNetworkResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[20]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2389,7 +2630,7 @@ func (x *CreateNetworkResponse) String() string {
 func (*CreateNetworkResponse) ProtoMessage() {}
 
 func (x *CreateNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[20]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2402,7 +2643,7 @@ func (x *CreateNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateNetworkResponse.ProtoReflect.Descriptor instead.
 func (*CreateNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{20}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *CreateNetworkResponse) GetNetwork() *Network {
@@ -2421,7 +2662,7 @@ type ListNetworksRequest struct {
 
 func (x *ListNetworksRequest) Reset() {
 	*x = ListNetworksRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[21]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2433,7 +2674,7 @@ func (x *ListNetworksRequest) String() string {
 func (*ListNetworksRequest) ProtoMessage() {}
 
 func (x *ListNetworksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[21]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2446,7 +2687,7 @@ func (x *ListNetworksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNetworksRequest.ProtoReflect.Descriptor instead.
 func (*ListNetworksRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{21}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ListNetworksRequest) GetRefs() []string {
@@ -2465,7 +2706,7 @@ type ListNetworksResponse struct {
 
 func (x *ListNetworksResponse) Reset() {
 	*x = ListNetworksResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[22]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2477,7 +2718,7 @@ func (x *ListNetworksResponse) String() string {
 func (*ListNetworksResponse) ProtoMessage() {}
 
 func (x *ListNetworksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[22]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2490,7 +2731,7 @@ func (x *ListNetworksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNetworksResponse.ProtoReflect.Descriptor instead.
 func (*ListNetworksResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{22}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ListNetworksResponse) GetNetworks() []*Network {
@@ -2509,7 +2750,7 @@ type RemoveNetworkRequest struct {
 
 func (x *RemoveNetworkRequest) Reset() {
 	*x = RemoveNetworkRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[23]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2521,7 +2762,7 @@ func (x *RemoveNetworkRequest) String() string {
 func (*RemoveNetworkRequest) ProtoMessage() {}
 
 func (x *RemoveNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[23]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2534,7 +2775,7 @@ func (x *RemoveNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNetworkRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{23}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *RemoveNetworkRequest) GetRef() string {
@@ -2552,7 +2793,7 @@ type RemoveNetworkResponse struct {
 
 func (x *RemoveNetworkResponse) Reset() {
 	*x = RemoveNetworkResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[24]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2564,7 +2805,7 @@ func (x *RemoveNetworkResponse) String() string {
 func (*RemoveNetworkResponse) ProtoMessage() {}
 
 func (x *RemoveNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[24]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2577,7 +2818,7 @@ func (x *RemoveNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNetworkResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{24}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{26}
 }
 
 // ConnectNetwork attaches a running task or service, which goes on running.
@@ -2593,7 +2834,7 @@ type ConnectNetworkRequest struct {
 
 func (x *ConnectNetworkRequest) Reset() {
 	*x = ConnectNetworkRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[25]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2605,7 +2846,7 @@ func (x *ConnectNetworkRequest) String() string {
 func (*ConnectNetworkRequest) ProtoMessage() {}
 
 func (x *ConnectNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[25]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2618,7 +2859,7 @@ func (x *ConnectNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnectNetworkRequest.ProtoReflect.Descriptor instead.
 func (*ConnectNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{25}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ConnectNetworkRequest) GetNetwork() string {
@@ -2659,7 +2900,7 @@ type ConnectNetworkResponse struct {
 
 func (x *ConnectNetworkResponse) Reset() {
 	*x = ConnectNetworkResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[26]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2671,7 +2912,7 @@ func (x *ConnectNetworkResponse) String() string {
 func (*ConnectNetworkResponse) ProtoMessage() {}
 
 func (x *ConnectNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[26]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2684,7 +2925,7 @@ func (x *ConnectNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnectNetworkResponse.ProtoReflect.Descriptor instead.
 func (*ConnectNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{26}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ConnectNetworkResponse) GetTask() *Task {
@@ -2711,7 +2952,7 @@ type DisconnectNetworkRequest struct {
 
 func (x *DisconnectNetworkRequest) Reset() {
 	*x = DisconnectNetworkRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[27]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2723,7 +2964,7 @@ func (x *DisconnectNetworkRequest) String() string {
 func (*DisconnectNetworkRequest) ProtoMessage() {}
 
 func (x *DisconnectNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[27]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2736,7 +2977,7 @@ func (x *DisconnectNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisconnectNetworkRequest.ProtoReflect.Descriptor instead.
 func (*DisconnectNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{27}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *DisconnectNetworkRequest) GetNetwork() string {
@@ -2761,7 +3002,7 @@ type DisconnectNetworkResponse struct {
 
 func (x *DisconnectNetworkResponse) Reset() {
 	*x = DisconnectNetworkResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[28]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2773,7 +3014,7 @@ func (x *DisconnectNetworkResponse) String() string {
 func (*DisconnectNetworkResponse) ProtoMessage() {}
 
 func (x *DisconnectNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[28]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2786,7 +3027,7 @@ func (x *DisconnectNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisconnectNetworkResponse.ProtoReflect.Descriptor instead.
 func (*DisconnectNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{28}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{30}
 }
 
 type EventsRequest struct {
@@ -2799,7 +3040,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[29]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2811,7 +3052,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[29]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2824,7 +3065,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{29}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *EventsRequest) GetSinceMs() int64 {
@@ -2855,7 +3096,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[30]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2867,7 +3108,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[30]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2880,7 +3121,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{30}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Event) GetAtMs() int64 {
@@ -2934,7 +3175,7 @@ type CreateServiceRequest struct {
 
 func (x *CreateServiceRequest) Reset() {
 	*x = CreateServiceRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[31]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2946,7 +3187,7 @@ func (x *CreateServiceRequest) String() string {
 func (*CreateServiceRequest) ProtoMessage() {}
 
 func (x *CreateServiceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[31]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2959,7 +3200,7 @@ func (x *CreateServiceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateServiceRequest.ProtoReflect.Descriptor instead.
 func (*CreateServiceRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{31}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *CreateServiceRequest) GetSpec() *ServiceSpec {
@@ -2978,7 +3219,7 @@ type CreateServiceResponse struct {
 
 func (x *CreateServiceResponse) Reset() {
 	*x = CreateServiceResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[32]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2990,7 +3231,7 @@ func (x *CreateServiceResponse) String() string {
 func (*CreateServiceResponse) ProtoMessage() {}
 
 func (x *CreateServiceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[32]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3003,7 +3244,7 @@ func (x *CreateServiceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateServiceResponse.ProtoReflect.Descriptor instead.
 func (*CreateServiceResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{32}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *CreateServiceResponse) GetService() *Service {
@@ -3021,13 +3262,14 @@ type UpdateServiceRequest struct {
 	Version       uint64                 `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"`
 	Spec          *ServiceSpec           `protobuf:"bytes,3,opt,name=spec,proto3" json:"spec,omitempty"`                // unset: keep, but for replicas
 	Replicas      *int32                 `protobuf:"varint,4,opt,name=replicas,proto3,oneof" json:"replicas,omitempty"` // scale
+	Rollback      bool                   `protobuf:"varint,5,opt,name=rollback,proto3" json:"rollback,omitempty"`       // to the previous spec
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *UpdateServiceRequest) Reset() {
 	*x = UpdateServiceRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3039,7 +3281,7 @@ func (x *UpdateServiceRequest) String() string {
 func (*UpdateServiceRequest) ProtoMessage() {}
 
 func (x *UpdateServiceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3052,7 +3294,7 @@ func (x *UpdateServiceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateServiceRequest.ProtoReflect.Descriptor instead.
 func (*UpdateServiceRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{33}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *UpdateServiceRequest) GetRef() string {
@@ -3083,6 +3325,13 @@ func (x *UpdateServiceRequest) GetReplicas() int32 {
 	return 0
 }
 
+func (x *UpdateServiceRequest) GetRollback() bool {
+	if x != nil {
+		return x.Rollback
+	}
+	return false
+}
+
 type UpdateServiceResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Service       *Service               `protobuf:"bytes,1,opt,name=service,proto3" json:"service,omitempty"`
@@ -3092,7 +3341,7 @@ type UpdateServiceResponse struct {
 
 func (x *UpdateServiceResponse) Reset() {
 	*x = UpdateServiceResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3104,7 +3353,7 @@ func (x *UpdateServiceResponse) String() string {
 func (*UpdateServiceResponse) ProtoMessage() {}
 
 func (x *UpdateServiceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3117,7 +3366,7 @@ func (x *UpdateServiceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateServiceResponse.ProtoReflect.Descriptor instead.
 func (*UpdateServiceResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{34}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *UpdateServiceResponse) GetService() *Service {
@@ -3136,7 +3385,7 @@ type ListServicesRequest struct {
 
 func (x *ListServicesRequest) Reset() {
 	*x = ListServicesRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3148,7 +3397,7 @@ func (x *ListServicesRequest) String() string {
 func (*ListServicesRequest) ProtoMessage() {}
 
 func (x *ListServicesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3161,7 +3410,7 @@ func (x *ListServicesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListServicesRequest.ProtoReflect.Descriptor instead.
 func (*ListServicesRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{35}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ListServicesRequest) GetRefs() []string {
@@ -3180,7 +3429,7 @@ type ListServicesResponse struct {
 
 func (x *ListServicesResponse) Reset() {
 	*x = ListServicesResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3192,7 +3441,7 @@ func (x *ListServicesResponse) String() string {
 func (*ListServicesResponse) ProtoMessage() {}
 
 func (x *ListServicesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3205,7 +3454,7 @@ func (x *ListServicesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListServicesResponse.ProtoReflect.Descriptor instead.
 func (*ListServicesResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{36}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ListServicesResponse) GetServices() []*Service {
@@ -3224,7 +3473,7 @@ type RemoveServiceRequest struct {
 
 func (x *RemoveServiceRequest) Reset() {
 	*x = RemoveServiceRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3236,7 +3485,7 @@ func (x *RemoveServiceRequest) String() string {
 func (*RemoveServiceRequest) ProtoMessage() {}
 
 func (x *RemoveServiceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3249,7 +3498,7 @@ func (x *RemoveServiceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveServiceRequest.ProtoReflect.Descriptor instead.
 func (*RemoveServiceRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{37}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *RemoveServiceRequest) GetRef() string {
@@ -3267,7 +3516,7 @@ type RemoveServiceResponse struct {
 
 func (x *RemoveServiceResponse) Reset() {
 	*x = RemoveServiceResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3279,7 +3528,7 @@ func (x *RemoveServiceResponse) String() string {
 func (*RemoveServiceResponse) ProtoMessage() {}
 
 func (x *RemoveServiceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3292,7 +3541,7 @@ func (x *RemoveServiceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveServiceResponse.ProtoReflect.Descriptor instead.
 func (*RemoveServiceResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{38}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{40}
 }
 
 type CreateTaskRequest struct {
@@ -3308,7 +3557,7 @@ type CreateTaskRequest struct {
 
 func (x *CreateTaskRequest) Reset() {
 	*x = CreateTaskRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3320,7 +3569,7 @@ func (x *CreateTaskRequest) String() string {
 func (*CreateTaskRequest) ProtoMessage() {}
 
 func (x *CreateTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3333,7 +3582,7 @@ func (x *CreateTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTaskRequest.ProtoReflect.Descriptor instead.
 func (*CreateTaskRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{39}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *CreateTaskRequest) GetName() string {
@@ -3380,7 +3629,7 @@ type CreateTaskResponse struct {
 
 func (x *CreateTaskResponse) Reset() {
 	*x = CreateTaskResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3392,7 +3641,7 @@ func (x *CreateTaskResponse) String() string {
 func (*CreateTaskResponse) ProtoMessage() {}
 
 func (x *CreateTaskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3405,7 +3654,7 @@ func (x *CreateTaskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTaskResponse.ProtoReflect.Descriptor instead.
 func (*CreateTaskResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{40}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *CreateTaskResponse) GetTask() *Task {
@@ -3427,7 +3676,7 @@ type ListTasksRequest struct {
 
 func (x *ListTasksRequest) Reset() {
 	*x = ListTasksRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3439,7 +3688,7 @@ func (x *ListTasksRequest) String() string {
 func (*ListTasksRequest) ProtoMessage() {}
 
 func (x *ListTasksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3452,7 +3701,7 @@ func (x *ListTasksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTasksRequest.ProtoReflect.Descriptor instead.
 func (*ListTasksRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{41}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ListTasksRequest) GetRefs() []string {
@@ -3492,7 +3741,7 @@ type ListTasksResponse struct {
 
 func (x *ListTasksResponse) Reset() {
 	*x = ListTasksResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3504,7 +3753,7 @@ func (x *ListTasksResponse) String() string {
 func (*ListTasksResponse) ProtoMessage() {}
 
 func (x *ListTasksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3517,7 +3766,7 @@ func (x *ListTasksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTasksResponse.ProtoReflect.Descriptor instead.
 func (*ListTasksResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{42}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ListTasksResponse) GetTasks() []*Task {
@@ -3537,7 +3786,7 @@ type StopTaskRequest struct {
 
 func (x *StopTaskRequest) Reset() {
 	*x = StopTaskRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3549,7 +3798,7 @@ func (x *StopTaskRequest) String() string {
 func (*StopTaskRequest) ProtoMessage() {}
 
 func (x *StopTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3562,7 +3811,7 @@ func (x *StopTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopTaskRequest.ProtoReflect.Descriptor instead.
 func (*StopTaskRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{43}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *StopTaskRequest) GetRef() string {
@@ -3587,7 +3836,7 @@ type StopTaskResponse struct {
 
 func (x *StopTaskResponse) Reset() {
 	*x = StopTaskResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3599,7 +3848,7 @@ func (x *StopTaskResponse) String() string {
 func (*StopTaskResponse) ProtoMessage() {}
 
 func (x *StopTaskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3612,7 +3861,7 @@ func (x *StopTaskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopTaskResponse.ProtoReflect.Descriptor instead.
 func (*StopTaskResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{44}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{46}
 }
 
 type ListNodesRequest struct {
@@ -3624,7 +3873,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3636,7 +3885,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3649,7 +3898,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{45}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ListNodesRequest) GetRefs() []string {
@@ -3668,7 +3917,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3680,7 +3929,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3693,7 +3942,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{46}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ListNodesResponse) GetNodes() []*NodeInfo {
@@ -3717,7 +3966,7 @@ type UpdateNodeRequest struct {
 
 func (x *UpdateNodeRequest) Reset() {
 	*x = UpdateNodeRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3729,7 +3978,7 @@ func (x *UpdateNodeRequest) String() string {
 func (*UpdateNodeRequest) ProtoMessage() {}
 
 func (x *UpdateNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3742,7 +3991,7 @@ func (x *UpdateNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNodeRequest.ProtoReflect.Descriptor instead.
 func (*UpdateNodeRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{47}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *UpdateNodeRequest) GetRef() string {
@@ -3796,7 +4045,7 @@ type UpdateNodeResponse struct {
 
 func (x *UpdateNodeResponse) Reset() {
 	*x = UpdateNodeResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3808,7 +4057,7 @@ func (x *UpdateNodeResponse) String() string {
 func (*UpdateNodeResponse) ProtoMessage() {}
 
 func (x *UpdateNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3821,7 +4070,7 @@ func (x *UpdateNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNodeResponse.ProtoReflect.Descriptor instead.
 func (*UpdateNodeResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{48}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *UpdateNodeResponse) GetNode() *NodeInfo {
@@ -3841,7 +4090,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3853,7 +4102,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3866,7 +4115,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{49}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *RemoveNodeRequest) GetRef() string {
@@ -3891,7 +4140,7 @@ type RemoveNodeResponse struct {
 
 func (x *RemoveNodeResponse) Reset() {
 	*x = RemoveNodeResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3903,7 +4152,7 @@ func (x *RemoveNodeResponse) String() string {
 func (*RemoveNodeResponse) ProtoMessage() {}
 
 func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3916,7 +4165,7 @@ func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{50}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{52}
 }
 
 type JoinNodeRequest struct {
@@ -3931,7 +4180,7 @@ type JoinNodeRequest struct {
 
 func (x *JoinNodeRequest) Reset() {
 	*x = JoinNodeRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3943,7 +4192,7 @@ func (x *JoinNodeRequest) String() string {
 func (*JoinNodeRequest) ProtoMessage() {}
 
 func (x *JoinNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3956,7 +4205,7 @@ func (x *JoinNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinNodeRequest.ProtoReflect.Descriptor instead.
 func (*JoinNodeRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{51}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *JoinNodeRequest) GetNode() *NodeInfo {
@@ -4001,7 +4250,7 @@ type JoinNodeResponse struct {
 
 func (x *JoinNodeResponse) Reset() {
 	*x = JoinNodeResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4013,7 +4262,7 @@ func (x *JoinNodeResponse) String() string {
 func (*JoinNodeResponse) ProtoMessage() {}
 
 func (x *JoinNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4026,7 +4275,7 @@ func (x *JoinNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinNodeResponse.ProtoReflect.Descriptor instead.
 func (*JoinNodeResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{52}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *JoinNodeResponse) GetCluster() *Cluster {
@@ -4082,7 +4331,7 @@ type Certificate struct {
 
 func (x *Certificate) Reset() {
 	*x = Certificate{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4094,7 +4343,7 @@ func (x *Certificate) String() string {
 func (*Certificate) ProtoMessage() {}
 
 func (x *Certificate) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4107,7 +4356,7 @@ func (x *Certificate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Certificate.ProtoReflect.Descriptor instead.
 func (*Certificate) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{53}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *Certificate) GetChain() [][]byte {
@@ -4135,7 +4384,7 @@ type RenewCertificateRequest struct {
 
 func (x *RenewCertificateRequest) Reset() {
 	*x = RenewCertificateRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4147,7 +4396,7 @@ func (x *RenewCertificateRequest) String() string {
 func (*RenewCertificateRequest) ProtoMessage() {}
 
 func (x *RenewCertificateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4160,7 +4409,7 @@ func (x *RenewCertificateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewCertificateRequest.ProtoReflect.Descriptor instead.
 func (*RenewCertificateRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{54}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *RenewCertificateRequest) GetNode() string {
@@ -4180,7 +4429,7 @@ type RenewCertificateResponse struct {
 
 func (x *RenewCertificateResponse) Reset() {
 	*x = RenewCertificateResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4192,7 +4441,7 @@ func (x *RenewCertificateResponse) String() string {
 func (*RenewCertificateResponse) ProtoMessage() {}
 
 func (x *RenewCertificateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4205,7 +4454,7 @@ func (x *RenewCertificateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewCertificateResponse.ProtoReflect.Descriptor instead.
 func (*RenewCertificateResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{55}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *RenewCertificateResponse) GetCertificate() *Certificate {
@@ -4233,7 +4482,7 @@ type Lock struct {
 
 func (x *Lock) Reset() {
 	*x = Lock{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4245,7 +4494,7 @@ func (x *Lock) String() string {
 func (*Lock) ProtoMessage() {}
 
 func (x *Lock) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4258,7 +4507,7 @@ func (x *Lock) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lock.ProtoReflect.Descriptor instead.
 func (*Lock) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{56}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *Lock) GetKey() string {
@@ -4285,7 +4534,7 @@ type LeaveNodeRequest struct {
 
 func (x *LeaveNodeRequest) Reset() {
 	*x = LeaveNodeRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4297,7 +4546,7 @@ func (x *LeaveNodeRequest) String() string {
 func (*LeaveNodeRequest) ProtoMessage() {}
 
 func (x *LeaveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4310,7 +4559,7 @@ func (x *LeaveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveNodeRequest.ProtoReflect.Descriptor instead.
 func (*LeaveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{57}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *LeaveNodeRequest) GetNode() string {
@@ -4328,7 +4577,7 @@ type LeaveNodeResponse struct {
 
 func (x *LeaveNodeResponse) Reset() {
 	*x = LeaveNodeResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4340,7 +4589,7 @@ func (x *LeaveNodeResponse) String() string {
 func (*LeaveNodeResponse) ProtoMessage() {}
 
 func (x *LeaveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4353,7 +4602,7 @@ func (x *LeaveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveNodeResponse.ProtoReflect.Descriptor instead.
 func (*LeaveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{58}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{60}
 }
 
 type ShowTokenRequest struct {
@@ -4365,7 +4614,7 @@ type ShowTokenRequest struct {
 
 func (x *ShowTokenRequest) Reset() {
 	*x = ShowTokenRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4377,7 +4626,7 @@ func (x *ShowTokenRequest) String() string {
 func (*ShowTokenRequest) ProtoMessage() {}
 
 func (x *ShowTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4390,7 +4639,7 @@ func (x *ShowTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowTokenRequest.ProtoReflect.Descriptor instead.
 func (*ShowTokenRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{59}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *ShowTokenRequest) GetRole() string {
@@ -4411,7 +4660,7 @@ type ShowTokenResponse struct {
 
 func (x *ShowTokenResponse) Reset() {
 	*x = ShowTokenResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4423,7 +4672,7 @@ func (x *ShowTokenResponse) String() string {
 func (*ShowTokenResponse) ProtoMessage() {}
 
 func (x *ShowTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4436,7 +4685,7 @@ func (x *ShowTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowTokenResponse.ProtoReflect.Descriptor instead.
 func (*ShowTokenResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{60}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *ShowTokenResponse) GetToken() string {
@@ -4469,7 +4718,7 @@ type RotateTokenRequest struct {
 
 func (x *RotateTokenRequest) Reset() {
 	*x = RotateTokenRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4481,7 +4730,7 @@ func (x *RotateTokenRequest) String() string {
 func (*RotateTokenRequest) ProtoMessage() {}
 
 func (x *RotateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4494,7 +4743,7 @@ func (x *RotateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateTokenRequest.ProtoReflect.Descriptor instead.
 func (*RotateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{61}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *RotateTokenRequest) GetRole() string {
@@ -4513,7 +4762,7 @@ type RotateTokenResponse struct {
 
 func (x *RotateTokenResponse) Reset() {
 	*x = RotateTokenResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4525,7 +4774,7 @@ func (x *RotateTokenResponse) String() string {
 func (*RotateTokenResponse) ProtoMessage() {}
 
 func (x *RotateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4538,7 +4787,7 @@ func (x *RotateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateTokenResponse.ProtoReflect.Descriptor instead.
 func (*RotateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{62}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *RotateTokenResponse) GetToken() string {
@@ -4556,7 +4805,7 @@ type ShowCARequest struct {
 
 func (x *ShowCARequest) Reset() {
 	*x = ShowCARequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4568,7 +4817,7 @@ func (x *ShowCARequest) String() string {
 func (*ShowCARequest) ProtoMessage() {}
 
 func (x *ShowCARequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4581,7 +4830,7 @@ func (x *ShowCARequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowCARequest.ProtoReflect.Descriptor instead.
 func (*ShowCARequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{63}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{65}
 }
 
 type ShowCAResponse struct {
@@ -4597,7 +4846,7 @@ type ShowCAResponse struct {
 
 func (x *ShowCAResponse) Reset() {
 	*x = ShowCAResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4609,7 +4858,7 @@ func (x *ShowCAResponse) String() string {
 func (*ShowCAResponse) ProtoMessage() {}
 
 func (x *ShowCAResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4622,7 +4871,7 @@ func (x *ShowCAResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowCAResponse.ProtoReflect.Descriptor instead.
 func (*ShowCAResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{64}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *ShowCAResponse) GetRoot() *ShowCAResponse_Root {
@@ -4669,7 +4918,7 @@ type UnlockKeyRequest struct {
 
 func (x *UnlockKeyRequest) Reset() {
 	*x = UnlockKeyRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4681,7 +4930,7 @@ func (x *UnlockKeyRequest) String() string {
 func (*UnlockKeyRequest) ProtoMessage() {}
 
 func (x *UnlockKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4694,7 +4943,7 @@ func (x *UnlockKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockKeyRequest.ProtoReflect.Descriptor instead.
 func (*UnlockKeyRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{65}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *UnlockKeyRequest) GetRotate() bool {
@@ -4713,7 +4962,7 @@ type UnlockKeyResponse struct {
 
 func (x *UnlockKeyResponse) Reset() {
 	*x = UnlockKeyResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4725,7 +4974,7 @@ func (x *UnlockKeyResponse) String() string {
 func (*UnlockKeyResponse) ProtoMessage() {}
 
 func (x *UnlockKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4738,7 +4987,7 @@ func (x *UnlockKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockKeyResponse.ProtoReflect.Descriptor instead.
 func (*UnlockKeyResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{66}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *UnlockKeyResponse) GetKey() string {
@@ -4756,7 +5005,7 @@ type RotateCARequest struct {
 
 func (x *RotateCARequest) Reset() {
 	*x = RotateCARequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4768,7 +5017,7 @@ func (x *RotateCARequest) String() string {
 func (*RotateCARequest) ProtoMessage() {}
 
 func (x *RotateCARequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4781,7 +5030,7 @@ func (x *RotateCARequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateCARequest.ProtoReflect.Descriptor instead.
 func (*RotateCARequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{67}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{69}
 }
 
 type RotateCAResponse struct {
@@ -4793,7 +5042,7 @@ type RotateCAResponse struct {
 
 func (x *RotateCAResponse) Reset() {
 	*x = RotateCAResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4805,7 +5054,7 @@ func (x *RotateCAResponse) String() string {
 func (*RotateCAResponse) ProtoMessage() {}
 
 func (x *RotateCAResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4818,7 +5067,7 @@ func (x *RotateCAResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateCAResponse.ProtoReflect.Descriptor instead.
 func (*RotateCAResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{68}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *RotateCAResponse) GetDigest() string {
@@ -4837,7 +5086,7 @@ type AdmitManagerRequest struct {
 
 func (x *AdmitManagerRequest) Reset() {
 	*x = AdmitManagerRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4849,7 +5098,7 @@ func (x *AdmitManagerRequest) String() string {
 func (*AdmitManagerRequest) ProtoMessage() {}
 
 func (x *AdmitManagerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4862,7 +5111,7 @@ func (x *AdmitManagerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AdmitManagerRequest.ProtoReflect.Descriptor instead.
 func (*AdmitManagerRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{69}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *AdmitManagerRequest) GetNode() string {
@@ -4882,7 +5131,7 @@ type AdmitManagerResponse struct {
 
 func (x *AdmitManagerResponse) Reset() {
 	*x = AdmitManagerResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4894,7 +5143,7 @@ func (x *AdmitManagerResponse) String() string {
 func (*AdmitManagerResponse) ProtoMessage() {}
 
 func (x *AdmitManagerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4907,7 +5156,7 @@ func (x *AdmitManagerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AdmitManagerResponse.ProtoReflect.Descriptor instead.
 func (*AdmitManagerResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{70}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *AdmitManagerResponse) GetTerm() uint64 {
@@ -4933,7 +5182,7 @@ type CreateBlobRequest struct {
 
 func (x *CreateBlobRequest) Reset() {
 	*x = CreateBlobRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4945,7 +5194,7 @@ func (x *CreateBlobRequest) String() string {
 func (*CreateBlobRequest) ProtoMessage() {}
 
 func (x *CreateBlobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4958,7 +5207,7 @@ func (x *CreateBlobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateBlobRequest.ProtoReflect.Descriptor instead.
 func (*CreateBlobRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{71}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *CreateBlobRequest) GetBlob() *Blob {
@@ -4977,7 +5226,7 @@ type CreateBlobResponse struct {
 
 func (x *CreateBlobResponse) Reset() {
 	*x = CreateBlobResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4989,7 +5238,7 @@ func (x *CreateBlobResponse) String() string {
 func (*CreateBlobResponse) ProtoMessage() {}
 
 func (x *CreateBlobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5002,7 +5251,7 @@ func (x *CreateBlobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateBlobResponse.ProtoReflect.Descriptor instead.
 func (*CreateBlobResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *CreateBlobResponse) GetBlob() *Blob {
@@ -5023,7 +5272,7 @@ type UpdateBlobRequest struct {
 
 func (x *UpdateBlobRequest) Reset() {
 	*x = UpdateBlobRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5035,7 +5284,7 @@ func (x *UpdateBlobRequest) String() string {
 func (*UpdateBlobRequest) ProtoMessage() {}
 
 func (x *UpdateBlobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5048,7 +5297,7 @@ func (x *UpdateBlobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateBlobRequest.ProtoReflect.Descriptor instead.
 func (*UpdateBlobRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{73}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *UpdateBlobRequest) GetKind() string {
@@ -5081,7 +5330,7 @@ type UpdateBlobResponse struct {
 
 func (x *UpdateBlobResponse) Reset() {
 	*x = UpdateBlobResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[74]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5093,7 +5342,7 @@ func (x *UpdateBlobResponse) String() string {
 func (*UpdateBlobResponse) ProtoMessage() {}
 
 func (x *UpdateBlobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[74]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5106,7 +5355,7 @@ func (x *UpdateBlobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateBlobResponse.ProtoReflect.Descriptor instead.
 func (*UpdateBlobResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{74}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *UpdateBlobResponse) GetBlob() *Blob {
@@ -5126,7 +5375,7 @@ type ListBlobsRequest struct {
 
 func (x *ListBlobsRequest) Reset() {
 	*x = ListBlobsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[75]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5138,7 +5387,7 @@ func (x *ListBlobsRequest) String() string {
 func (*ListBlobsRequest) ProtoMessage() {}
 
 func (x *ListBlobsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[75]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5151,7 +5400,7 @@ func (x *ListBlobsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBlobsRequest.ProtoReflect.Descriptor instead.
 func (*ListBlobsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{75}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *ListBlobsRequest) GetKind() string {
@@ -5177,7 +5426,7 @@ type ListBlobsResponse struct {
 
 func (x *ListBlobsResponse) Reset() {
 	*x = ListBlobsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[76]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5189,7 +5438,7 @@ func (x *ListBlobsResponse) String() string {
 func (*ListBlobsResponse) ProtoMessage() {}
 
 func (x *ListBlobsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[76]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5202,7 +5451,7 @@ func (x *ListBlobsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBlobsResponse.ProtoReflect.Descriptor instead.
 func (*ListBlobsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{76}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *ListBlobsResponse) GetBlobs() []*Blob {
@@ -5222,7 +5471,7 @@ type RemoveBlobRequest struct {
 
 func (x *RemoveBlobRequest) Reset() {
 	*x = RemoveBlobRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[77]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5234,7 +5483,7 @@ func (x *RemoveBlobRequest) String() string {
 func (*RemoveBlobRequest) ProtoMessage() {}
 
 func (x *RemoveBlobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[77]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5247,7 +5496,7 @@ func (x *RemoveBlobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveBlobRequest.ProtoReflect.Descriptor instead.
 func (*RemoveBlobRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{77}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *RemoveBlobRequest) GetKind() string {
@@ -5272,7 +5521,7 @@ type RemoveBlobResponse struct {
 
 func (x *RemoveBlobResponse) Reset() {
 	*x = RemoveBlobResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[78]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5284,7 +5533,7 @@ func (x *RemoveBlobResponse) String() string {
 func (*RemoveBlobResponse) ProtoMessage() {}
 
 func (x *RemoveBlobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[78]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5297,7 +5546,7 @@ func (x *RemoveBlobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveBlobResponse.ProtoReflect.Descriptor instead.
 func (*RemoveBlobResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{78}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{80}
 }
 
 type TaskBlobsRequest struct {
@@ -5310,7 +5559,7 @@ type TaskBlobsRequest struct {
 
 func (x *TaskBlobsRequest) Reset() {
 	*x = TaskBlobsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[79]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5322,7 +5571,7 @@ func (x *TaskBlobsRequest) String() string {
 func (*TaskBlobsRequest) ProtoMessage() {}
 
 func (x *TaskBlobsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[79]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5335,7 +5584,7 @@ func (x *TaskBlobsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskBlobsRequest.ProtoReflect.Descriptor instead.
 func (*TaskBlobsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{79}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *TaskBlobsRequest) GetNode() string {
@@ -5361,7 +5610,7 @@ type TaskBlobsResponse struct {
 
 func (x *TaskBlobsResponse) Reset() {
 	*x = TaskBlobsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5373,7 +5622,7 @@ func (x *TaskBlobsResponse) String() string {
 func (*TaskBlobsResponse) ProtoMessage() {}
 
 func (x *TaskBlobsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5386,7 +5635,7 @@ func (x *TaskBlobsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskBlobsResponse.ProtoReflect.Descriptor instead.
 func (*TaskBlobsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{80}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *TaskBlobsResponse) GetBlobs() []*Blob {
@@ -5405,7 +5654,7 @@ type AssignmentsRequest struct {
 
 func (x *AssignmentsRequest) Reset() {
 	*x = AssignmentsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5417,7 +5666,7 @@ func (x *AssignmentsRequest) String() string {
 func (*AssignmentsRequest) ProtoMessage() {}
 
 func (x *AssignmentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5430,7 +5679,7 @@ func (x *AssignmentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignmentsRequest.ProtoReflect.Descriptor instead.
 func (*AssignmentsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{81}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *AssignmentsRequest) GetNode() string {
@@ -5460,7 +5709,7 @@ type AssignmentsResponse struct {
 
 func (x *AssignmentsResponse) Reset() {
 	*x = AssignmentsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5472,7 +5721,7 @@ func (x *AssignmentsResponse) String() string {
 func (*AssignmentsResponse) ProtoMessage() {}
 
 func (x *AssignmentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5485,7 +5734,7 @@ func (x *AssignmentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignmentsResponse.ProtoReflect.Descriptor instead.
 func (*AssignmentsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{82}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *AssignmentsResponse) GetIndex() uint64 {
@@ -5563,7 +5812,7 @@ type Trust struct {
 
 func (x *Trust) Reset() {
 	*x = Trust{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5575,7 +5824,7 @@ func (x *Trust) String() string {
 func (*Trust) ProtoMessage() {}
 
 func (x *Trust) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5588,7 +5837,7 @@ func (x *Trust) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Trust.ProtoReflect.Descriptor instead.
 func (*Trust) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{83}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *Trust) GetRoots() [][]byte {
@@ -5623,7 +5872,7 @@ type GossipKey struct {
 
 func (x *GossipKey) Reset() {
 	*x = GossipKey{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5635,7 +5884,7 @@ func (x *GossipKey) String() string {
 func (*GossipKey) ProtoMessage() {}
 
 func (x *GossipKey) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5648,7 +5897,7 @@ func (x *GossipKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GossipKey.ProtoReflect.Descriptor instead.
 func (*GossipKey) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{84}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *GossipKey) GetGeneration() uint64 {
@@ -5705,7 +5954,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5717,7 +5966,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5730,7 +5979,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{85}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *ReportRequest) GetNode() string {
@@ -5874,7 +6123,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5886,7 +6135,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5899,7 +6148,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{86}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{88}
 }
 
 type TasksRequest struct {
@@ -5910,7 +6159,7 @@ type TasksRequest struct {
 
 func (x *TasksRequest) Reset() {
 	*x = TasksRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5922,7 +6171,7 @@ func (x *TasksRequest) String() string {
 func (*TasksRequest) ProtoMessage() {}
 
 func (x *TasksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5935,7 +6184,7 @@ func (x *TasksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TasksRequest.ProtoReflect.Descriptor instead.
 func (*TasksRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{87}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{89}
 }
 
 type TasksResponse struct {
@@ -5947,7 +6196,7 @@ type TasksResponse struct {
 
 func (x *TasksResponse) Reset() {
 	*x = TasksResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5959,7 +6208,7 @@ func (x *TasksResponse) String() string {
 func (*TasksResponse) ProtoMessage() {}
 
 func (x *TasksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5972,7 +6221,7 @@ func (x *TasksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TasksResponse.ProtoReflect.Descriptor instead.
 func (*TasksResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{88}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *TasksResponse) GetTasks() []*Task {
@@ -5991,7 +6240,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6003,7 +6252,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6016,7 +6265,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{89}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *StatsRequest) GetTasks() []string {
@@ -6036,7 +6285,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6048,7 +6297,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6061,7 +6310,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{90}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *StatsResponse) GetNode() string {
@@ -6087,7 +6336,7 @@ type KernelRequest struct {
 
 func (x *KernelRequest) Reset() {
 	*x = KernelRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6099,7 +6348,7 @@ func (x *KernelRequest) String() string {
 func (*KernelRequest) ProtoMessage() {}
 
 func (x *KernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6112,7 +6361,7 @@ func (x *KernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelRequest.ProtoReflect.Descriptor instead.
 func (*KernelRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{91}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *KernelRequest) GetService() string {
@@ -6133,7 +6382,7 @@ type KernelResponse struct {
 
 func (x *KernelResponse) Reset() {
 	*x = KernelResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[92]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6145,7 +6394,7 @@ func (x *KernelResponse) String() string {
 func (*KernelResponse) ProtoMessage() {}
 
 func (x *KernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[92]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6158,7 +6407,7 @@ func (x *KernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse.ProtoReflect.Descriptor instead.
 func (*KernelResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{92}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *KernelResponse) GetNode() string {
@@ -6198,7 +6447,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[93]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6210,7 +6459,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[93]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6223,7 +6472,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{93}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *ExecRequest) GetMsg() isExecRequest_Msg {
@@ -6326,7 +6575,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[94]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6338,7 +6587,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[94]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6351,7 +6600,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{94}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *ExecResponse) GetMsg() isExecResponse_Msg {
@@ -6423,7 +6672,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[95]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6435,7 +6684,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[95]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6448,7 +6697,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{95}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *LogsRequest) GetTask() string {
@@ -6501,7 +6750,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[96]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6513,7 +6762,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[96]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6526,7 +6775,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{96}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *LogsResponse) GetStderr() bool {
@@ -6587,7 +6836,7 @@ type WaitRequest struct {
 
 func (x *WaitRequest) Reset() {
 	*x = WaitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[97]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6599,7 +6848,7 @@ func (x *WaitRequest) String() string {
 func (*WaitRequest) ProtoMessage() {}
 
 func (x *WaitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[97]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6612,7 +6861,7 @@ func (x *WaitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitRequest.ProtoReflect.Descriptor instead.
 func (*WaitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{97}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *WaitRequest) GetTask() string {
@@ -6631,7 +6880,7 @@ type WaitResponse struct {
 
 func (x *WaitResponse) Reset() {
 	*x = WaitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[98]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6643,7 +6892,7 @@ func (x *WaitResponse) String() string {
 func (*WaitResponse) ProtoMessage() {}
 
 func (x *WaitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[98]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6656,7 +6905,7 @@ func (x *WaitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitResponse.ProtoReflect.Descriptor instead.
 func (*WaitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{98}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *WaitResponse) GetStatus() *TaskStatus {
@@ -6674,7 +6923,7 @@ type SaveSnapshotRequest struct {
 
 func (x *SaveSnapshotRequest) Reset() {
 	*x = SaveSnapshotRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[99]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6686,7 +6935,7 @@ func (x *SaveSnapshotRequest) String() string {
 func (*SaveSnapshotRequest) ProtoMessage() {}
 
 func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[99]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6699,7 +6948,7 @@ func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{99}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{101}
 }
 
 type SaveSnapshotResponse struct {
@@ -6711,7 +6960,7 @@ type SaveSnapshotResponse struct {
 
 func (x *SaveSnapshotResponse) Reset() {
 	*x = SaveSnapshotResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6723,7 +6972,7 @@ func (x *SaveSnapshotResponse) String() string {
 func (*SaveSnapshotResponse) ProtoMessage() {}
 
 func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6736,7 +6985,7 @@ func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{100}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{102}
 }
 
 func (x *SaveSnapshotResponse) GetSnapshot() []byte {
@@ -6761,7 +7010,7 @@ type Image struct {
 
 func (x *Image) Reset() {
 	*x = Image{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[101]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6773,7 +7022,7 @@ func (x *Image) String() string {
 func (*Image) ProtoMessage() {}
 
 func (x *Image) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[101]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6786,7 +7035,7 @@ func (x *Image) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Image.ProtoReflect.Descriptor instead.
 func (*Image) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{101}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *Image) GetName() string {
@@ -6846,7 +7095,7 @@ type ImageListRequest struct {
 
 func (x *ImageListRequest) Reset() {
 	*x = ImageListRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6858,7 +7107,7 @@ func (x *ImageListRequest) String() string {
 func (*ImageListRequest) ProtoMessage() {}
 
 func (x *ImageListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6871,7 +7120,7 @@ func (x *ImageListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageListRequest.ProtoReflect.Descriptor instead.
 func (*ImageListRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{102}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{104}
 }
 
 type ImageListResponse struct {
@@ -6884,7 +7133,7 @@ type ImageListResponse struct {
 
 func (x *ImageListResponse) Reset() {
 	*x = ImageListResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6896,7 +7145,7 @@ func (x *ImageListResponse) String() string {
 func (*ImageListResponse) ProtoMessage() {}
 
 func (x *ImageListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6909,7 +7158,7 @@ func (x *ImageListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageListResponse.ProtoReflect.Descriptor instead.
 func (*ImageListResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{103}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{105}
 }
 
 func (x *ImageListResponse) GetNode() string {
@@ -6936,7 +7185,7 @@ type ImagePullRequest struct {
 
 func (x *ImagePullRequest) Reset() {
 	*x = ImagePullRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6948,7 +7197,7 @@ func (x *ImagePullRequest) String() string {
 func (*ImagePullRequest) ProtoMessage() {}
 
 func (x *ImagePullRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6961,7 +7210,7 @@ func (x *ImagePullRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagePullRequest.ProtoReflect.Descriptor instead.
 func (*ImagePullRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{104}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{106}
 }
 
 func (x *ImagePullRequest) GetImage() string {
@@ -6988,7 +7237,7 @@ type ImagePullResponse struct {
 
 func (x *ImagePullResponse) Reset() {
 	*x = ImagePullResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7000,7 +7249,7 @@ func (x *ImagePullResponse) String() string {
 func (*ImagePullResponse) ProtoMessage() {}
 
 func (x *ImagePullResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7013,7 +7262,7 @@ func (x *ImagePullResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagePullResponse.ProtoReflect.Descriptor instead.
 func (*ImagePullResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{105}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{107}
 }
 
 func (x *ImagePullResponse) GetProgress() string {
@@ -7040,7 +7289,7 @@ type ImageResolveRequest struct {
 
 func (x *ImageResolveRequest) Reset() {
 	*x = ImageResolveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7052,7 +7301,7 @@ func (x *ImageResolveRequest) String() string {
 func (*ImageResolveRequest) ProtoMessage() {}
 
 func (x *ImageResolveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7065,7 +7314,7 @@ func (x *ImageResolveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageResolveRequest.ProtoReflect.Descriptor instead.
 func (*ImageResolveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{106}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{108}
 }
 
 func (x *ImageResolveRequest) GetImage() string {
@@ -7091,7 +7340,7 @@ type ImageResolveResponse struct {
 
 func (x *ImageResolveResponse) Reset() {
 	*x = ImageResolveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7103,7 +7352,7 @@ func (x *ImageResolveResponse) String() string {
 func (*ImageResolveResponse) ProtoMessage() {}
 
 func (x *ImageResolveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7116,7 +7365,7 @@ func (x *ImageResolveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageResolveResponse.ProtoReflect.Descriptor instead.
 func (*ImageResolveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{107}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{109}
 }
 
 func (x *ImageResolveResponse) GetRef() string {
@@ -7136,7 +7385,7 @@ type ImageRemoveRequest struct {
 
 func (x *ImageRemoveRequest) Reset() {
 	*x = ImageRemoveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7148,7 +7397,7 @@ func (x *ImageRemoveRequest) String() string {
 func (*ImageRemoveRequest) ProtoMessage() {}
 
 func (x *ImageRemoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7161,7 +7410,7 @@ func (x *ImageRemoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageRemoveRequest.ProtoReflect.Descriptor instead.
 func (*ImageRemoveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{108}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{110}
 }
 
 func (x *ImageRemoveRequest) GetImage() string {
@@ -7188,7 +7437,7 @@ type ImagePruneRequest struct {
 
 func (x *ImagePruneRequest) Reset() {
 	*x = ImagePruneRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7200,7 +7449,7 @@ func (x *ImagePruneRequest) String() string {
 func (*ImagePruneRequest) ProtoMessage() {}
 
 func (x *ImagePruneRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7213,7 +7462,7 @@ func (x *ImagePruneRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagePruneRequest.ProtoReflect.Descriptor instead.
 func (*ImagePruneRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{109}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{111}
 }
 
 func (x *ImagePruneRequest) GetAll() bool {
@@ -7240,7 +7489,7 @@ type ImageRemoveResponse struct {
 
 func (x *ImageRemoveResponse) Reset() {
 	*x = ImageRemoveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7252,7 +7501,7 @@ func (x *ImageRemoveResponse) String() string {
 func (*ImageRemoveResponse) ProtoMessage() {}
 
 func (x *ImageRemoveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7265,7 +7514,7 @@ func (x *ImageRemoveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageRemoveResponse.ProtoReflect.Descriptor instead.
 func (*ImageRemoveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{110}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{112}
 }
 
 func (x *ImageRemoveResponse) GetRemoved() []string {
@@ -7291,7 +7540,7 @@ type ImageInspectRequest struct {
 
 func (x *ImageInspectRequest) Reset() {
 	*x = ImageInspectRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7303,7 +7552,7 @@ func (x *ImageInspectRequest) String() string {
 func (*ImageInspectRequest) ProtoMessage() {}
 
 func (x *ImageInspectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7316,7 +7565,7 @@ func (x *ImageInspectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageInspectRequest.ProtoReflect.Descriptor instead.
 func (*ImageInspectRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{111}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{113}
 }
 
 func (x *ImageInspectRequest) GetImage() string {
@@ -7336,7 +7585,7 @@ type ImageInspectResponse struct {
 
 func (x *ImageInspectResponse) Reset() {
 	*x = ImageInspectResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7348,7 +7597,7 @@ func (x *ImageInspectResponse) String() string {
 func (*ImageInspectResponse) ProtoMessage() {}
 
 func (x *ImageInspectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7361,7 +7610,7 @@ func (x *ImageInspectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageInspectResponse.ProtoReflect.Descriptor instead.
 func (*ImageInspectResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{112}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{114}
 }
 
 func (x *ImageInspectResponse) GetImage() *Image {
@@ -7388,7 +7637,7 @@ type ImageLoadRequest struct {
 
 func (x *ImageLoadRequest) Reset() {
 	*x = ImageLoadRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7400,7 +7649,7 @@ func (x *ImageLoadRequest) String() string {
 func (*ImageLoadRequest) ProtoMessage() {}
 
 func (x *ImageLoadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7413,7 +7662,7 @@ func (x *ImageLoadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageLoadRequest.ProtoReflect.Descriptor instead.
 func (*ImageLoadRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{113}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{115}
 }
 
 func (x *ImageLoadRequest) GetName() string {
@@ -7439,7 +7688,7 @@ type ImageLoadResponse struct {
 
 func (x *ImageLoadResponse) Reset() {
 	*x = ImageLoadResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7451,7 +7700,7 @@ func (x *ImageLoadResponse) String() string {
 func (*ImageLoadResponse) ProtoMessage() {}
 
 func (x *ImageLoadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7464,7 +7713,7 @@ func (x *ImageLoadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageLoadResponse.ProtoReflect.Descriptor instead.
 func (*ImageLoadResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{114}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{116}
 }
 
 func (x *ImageLoadResponse) GetImages() []string {
@@ -7483,7 +7732,7 @@ type ImageSaveRequest struct {
 
 func (x *ImageSaveRequest) Reset() {
 	*x = ImageSaveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7495,7 +7744,7 @@ func (x *ImageSaveRequest) String() string {
 func (*ImageSaveRequest) ProtoMessage() {}
 
 func (x *ImageSaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7508,7 +7757,7 @@ func (x *ImageSaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageSaveRequest.ProtoReflect.Descriptor instead.
 func (*ImageSaveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{115}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{117}
 }
 
 func (x *ImageSaveRequest) GetImages() []string {
@@ -7527,7 +7776,7 @@ type ImageSaveResponse struct {
 
 func (x *ImageSaveResponse) Reset() {
 	*x = ImageSaveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[118]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7539,7 +7788,7 @@ func (x *ImageSaveResponse) String() string {
 func (*ImageSaveResponse) ProtoMessage() {}
 
 func (x *ImageSaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[118]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7552,7 +7801,7 @@ func (x *ImageSaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageSaveResponse.ProtoReflect.Descriptor instead.
 func (*ImageSaveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{116}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{118}
 }
 
 func (x *ImageSaveResponse) GetData() []byte {
@@ -7576,7 +7825,7 @@ type Volume struct {
 
 func (x *Volume) Reset() {
 	*x = Volume{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[119]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7588,7 +7837,7 @@ func (x *Volume) String() string {
 func (*Volume) ProtoMessage() {}
 
 func (x *Volume) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[119]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7601,7 +7850,7 @@ func (x *Volume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Volume.ProtoReflect.Descriptor instead.
 func (*Volume) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{117}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{119}
 }
 
 func (x *Volume) GetName() string {
@@ -7654,7 +7903,7 @@ type VolumeListRequest struct {
 
 func (x *VolumeListRequest) Reset() {
 	*x = VolumeListRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[118]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[120]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7666,7 +7915,7 @@ func (x *VolumeListRequest) String() string {
 func (*VolumeListRequest) ProtoMessage() {}
 
 func (x *VolumeListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[118]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[120]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7679,7 +7928,7 @@ func (x *VolumeListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeListRequest.ProtoReflect.Descriptor instead.
 func (*VolumeListRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{118}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{120}
 }
 
 type VolumeListResponse struct {
@@ -7692,7 +7941,7 @@ type VolumeListResponse struct {
 
 func (x *VolumeListResponse) Reset() {
 	*x = VolumeListResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[119]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[121]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7704,7 +7953,7 @@ func (x *VolumeListResponse) String() string {
 func (*VolumeListResponse) ProtoMessage() {}
 
 func (x *VolumeListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[119]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[121]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7717,7 +7966,7 @@ func (x *VolumeListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeListResponse.ProtoReflect.Descriptor instead.
 func (*VolumeListResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{119}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{121}
 }
 
 func (x *VolumeListResponse) GetNode() string {
@@ -7744,7 +7993,7 @@ type VolumeCreateRequest struct {
 
 func (x *VolumeCreateRequest) Reset() {
 	*x = VolumeCreateRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[120]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[122]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7756,7 +8005,7 @@ func (x *VolumeCreateRequest) String() string {
 func (*VolumeCreateRequest) ProtoMessage() {}
 
 func (x *VolumeCreateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[120]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[122]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7769,7 +8018,7 @@ func (x *VolumeCreateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeCreateRequest.ProtoReflect.Descriptor instead.
 func (*VolumeCreateRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{120}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{122}
 }
 
 func (x *VolumeCreateRequest) GetName() string {
@@ -7795,7 +8044,7 @@ type VolumeCreateResponse struct {
 
 func (x *VolumeCreateResponse) Reset() {
 	*x = VolumeCreateResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[121]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[123]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7807,7 +8056,7 @@ func (x *VolumeCreateResponse) String() string {
 func (*VolumeCreateResponse) ProtoMessage() {}
 
 func (x *VolumeCreateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[121]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[123]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7820,7 +8069,7 @@ func (x *VolumeCreateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeCreateResponse.ProtoReflect.Descriptor instead.
 func (*VolumeCreateResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{121}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{123}
 }
 
 func (x *VolumeCreateResponse) GetVolume() *Volume {
@@ -7840,7 +8089,7 @@ type VolumeRemoveRequest struct {
 
 func (x *VolumeRemoveRequest) Reset() {
 	*x = VolumeRemoveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[122]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[124]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7852,7 +8101,7 @@ func (x *VolumeRemoveRequest) String() string {
 func (*VolumeRemoveRequest) ProtoMessage() {}
 
 func (x *VolumeRemoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[122]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[124]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7865,7 +8114,7 @@ func (x *VolumeRemoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeRemoveRequest.ProtoReflect.Descriptor instead.
 func (*VolumeRemoveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{122}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{124}
 }
 
 func (x *VolumeRemoveRequest) GetName() string {
@@ -7890,7 +8139,7 @@ type VolumeRemoveResponse struct {
 
 func (x *VolumeRemoveResponse) Reset() {
 	*x = VolumeRemoveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[123]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[125]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7902,7 +8151,7 @@ func (x *VolumeRemoveResponse) String() string {
 func (*VolumeRemoveResponse) ProtoMessage() {}
 
 func (x *VolumeRemoveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[123]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[125]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7915,7 +8164,7 @@ func (x *VolumeRemoveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeRemoveResponse.ProtoReflect.Descriptor instead.
 func (*VolumeRemoveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{123}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{125}
 }
 
 // RestoreSnapshot makes the cluster of a snapshot, with this node as its manager.
@@ -7930,7 +8179,7 @@ type RestoreSnapshotRequest struct {
 
 func (x *RestoreSnapshotRequest) Reset() {
 	*x = RestoreSnapshotRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[124]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[126]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7942,7 +8191,7 @@ func (x *RestoreSnapshotRequest) String() string {
 func (*RestoreSnapshotRequest) ProtoMessage() {}
 
 func (x *RestoreSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[124]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[126]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7955,7 +8204,7 @@ func (x *RestoreSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*RestoreSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{124}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{126}
 }
 
 func (x *RestoreSnapshotRequest) GetSnapshot() []byte {
@@ -7989,7 +8238,7 @@ type UnlockRequest struct {
 
 func (x *UnlockRequest) Reset() {
 	*x = UnlockRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[125]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[127]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8001,7 +8250,7 @@ func (x *UnlockRequest) String() string {
 func (*UnlockRequest) ProtoMessage() {}
 
 func (x *UnlockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[125]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[127]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8014,7 +8263,7 @@ func (x *UnlockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockRequest.ProtoReflect.Descriptor instead.
 func (*UnlockRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{125}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{127}
 }
 
 func (x *UnlockRequest) GetKey() string {
@@ -8032,7 +8281,7 @@ type UnlockResponse struct {
 
 func (x *UnlockResponse) Reset() {
 	*x = UnlockResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[126]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[128]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8044,7 +8293,7 @@ func (x *UnlockResponse) String() string {
 func (*UnlockResponse) ProtoMessage() {}
 
 func (x *UnlockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[126]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[128]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8057,7 +8306,7 @@ func (x *UnlockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockResponse.ProtoReflect.Descriptor instead.
 func (*UnlockResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{126}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{128}
 }
 
 type InfoRequest struct {
@@ -8068,7 +8317,7 @@ type InfoRequest struct {
 
 func (x *InfoRequest) Reset() {
 	*x = InfoRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[127]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[129]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8080,7 +8329,7 @@ func (x *InfoRequest) String() string {
 func (*InfoRequest) ProtoMessage() {}
 
 func (x *InfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[127]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[129]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8093,7 +8342,7 @@ func (x *InfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoRequest.ProtoReflect.Descriptor instead.
 func (*InfoRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{127}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{129}
 }
 
 type InfoResponse struct {
@@ -8125,7 +8374,7 @@ type InfoResponse struct {
 
 func (x *InfoResponse) Reset() {
 	*x = InfoResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[128]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[130]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8137,7 +8386,7 @@ func (x *InfoResponse) String() string {
 func (*InfoResponse) ProtoMessage() {}
 
 func (x *InfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[128]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[130]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8150,7 +8399,7 @@ func (x *InfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoResponse.ProtoReflect.Descriptor instead.
 func (*InfoResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{128}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{130}
 }
 
 func (x *InfoResponse) GetVersion() string {
@@ -8307,7 +8556,7 @@ type InitRequest struct {
 
 func (x *InitRequest) Reset() {
 	*x = InitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[129]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[131]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8319,7 +8568,7 @@ func (x *InitRequest) String() string {
 func (*InitRequest) ProtoMessage() {}
 
 func (x *InitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[129]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[131]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8332,7 +8581,7 @@ func (x *InitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitRequest.ProtoReflect.Descriptor instead.
 func (*InitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{129}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{131}
 }
 
 func (x *InitRequest) GetAdvertiseAddr() string {
@@ -8392,7 +8641,7 @@ type InitResponse struct {
 
 func (x *InitResponse) Reset() {
 	*x = InitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[130]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[132]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8404,7 +8653,7 @@ func (x *InitResponse) String() string {
 func (*InitResponse) ProtoMessage() {}
 
 func (x *InitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[130]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[132]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8417,7 +8666,7 @@ func (x *InitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitResponse.ProtoReflect.Descriptor instead.
 func (*InitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{130}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{132}
 }
 
 func (x *InitResponse) GetCluster() string {
@@ -8481,7 +8730,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[131]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[133]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8493,7 +8742,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[131]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[133]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8506,7 +8755,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{131}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{133}
 }
 
 func (x *JoinRequest) GetRemote() string {
@@ -8547,7 +8796,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[132]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[134]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8559,7 +8808,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[132]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[134]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8572,7 +8821,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{132}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{134}
 }
 
 func (x *JoinResponse) GetCluster() string {
@@ -8598,7 +8847,7 @@ type LeaveRequest struct {
 
 func (x *LeaveRequest) Reset() {
 	*x = LeaveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[133]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[135]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8610,7 +8859,7 @@ func (x *LeaveRequest) String() string {
 func (*LeaveRequest) ProtoMessage() {}
 
 func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[133]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[135]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8623,7 +8872,7 @@ func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
 func (*LeaveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{133}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{135}
 }
 
 func (x *LeaveRequest) GetForce() bool {
@@ -8641,7 +8890,7 @@ type LeaveResponse struct {
 
 func (x *LeaveResponse) Reset() {
 	*x = LeaveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[134]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[136]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8653,7 +8902,7 @@ func (x *LeaveResponse) String() string {
 func (*LeaveResponse) ProtoMessage() {}
 
 func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[134]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[136]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8666,7 +8915,7 @@ func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveResponse.ProtoReflect.Descriptor instead.
 func (*LeaveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{134}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{136}
 }
 
 type DoctorRequest struct {
@@ -8677,7 +8926,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[135]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[137]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8689,7 +8938,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[135]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[137]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8702,7 +8951,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{135}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{137}
 }
 
 type DoctorResponse struct {
@@ -8715,7 +8964,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[136]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[138]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8727,7 +8976,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[136]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[138]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8740,7 +8989,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{136}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{138}
 }
 
 func (x *DoctorResponse) GetChecks() []*DoctorResponse_Check {
@@ -8769,7 +9018,7 @@ type ShowCAResponse_Root struct {
 
 func (x *ShowCAResponse_Root) Reset() {
 	*x = ShowCAResponse_Root{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[149]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[151]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8781,7 +9030,7 @@ func (x *ShowCAResponse_Root) String() string {
 func (*ShowCAResponse_Root) ProtoMessage() {}
 
 func (x *ShowCAResponse_Root) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[149]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[151]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8794,7 +9043,7 @@ func (x *ShowCAResponse_Root) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowCAResponse_Root.ProtoReflect.Descriptor instead.
 func (*ShowCAResponse_Root) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{64, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{66, 0}
 }
 
 func (x *ShowCAResponse_Root) GetCertificate() []byte {
@@ -8835,7 +9084,7 @@ type ReportRequest_Fault struct {
 
 func (x *ReportRequest_Fault) Reset() {
 	*x = ReportRequest_Fault{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[152]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[154]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8847,7 +9096,7 @@ func (x *ReportRequest_Fault) String() string {
 func (*ReportRequest_Fault) ProtoMessage() {}
 
 func (x *ReportRequest_Fault) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[152]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[154]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8860,7 +9109,7 @@ func (x *ReportRequest_Fault) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest_Fault.ProtoReflect.Descriptor instead.
 func (*ReportRequest_Fault) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{85, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{87, 1}
 }
 
 func (x *ReportRequest_Fault) GetObject() string {
@@ -8903,7 +9152,7 @@ type StatsResponse_Task struct {
 
 func (x *StatsResponse_Task) Reset() {
 	*x = StatsResponse_Task{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[153]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[155]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8915,7 +9164,7 @@ func (x *StatsResponse_Task) String() string {
 func (*StatsResponse_Task) ProtoMessage() {}
 
 func (x *StatsResponse_Task) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[153]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[155]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8928,7 +9177,7 @@ func (x *StatsResponse_Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse_Task.ProtoReflect.Descriptor instead.
 func (*StatsResponse_Task) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{90, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{92, 0}
 }
 
 func (x *StatsResponse_Task) GetId() string {
@@ -9061,7 +9310,7 @@ type KernelResponse_Backend struct {
 
 func (x *KernelResponse_Backend) Reset() {
 	*x = KernelResponse_Backend{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[154]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[156]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9073,7 +9322,7 @@ func (x *KernelResponse_Backend) String() string {
 func (*KernelResponse_Backend) ProtoMessage() {}
 
 func (x *KernelResponse_Backend) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[154]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[156]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9086,7 +9335,7 @@ func (x *KernelResponse_Backend) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse_Backend.ProtoReflect.Descriptor instead.
 func (*KernelResponse_Backend) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{92, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{94, 0}
 }
 
 func (x *KernelResponse_Backend) GetAddr() string {
@@ -9123,7 +9372,7 @@ type KernelResponse_Server struct {
 
 func (x *KernelResponse_Server) Reset() {
 	*x = KernelResponse_Server{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[155]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[157]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9135,7 +9384,7 @@ func (x *KernelResponse_Server) String() string {
 func (*KernelResponse_Server) ProtoMessage() {}
 
 func (x *KernelResponse_Server) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[155]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[157]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9148,7 +9397,7 @@ func (x *KernelResponse_Server) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse_Server.ProtoReflect.Descriptor instead.
 func (*KernelResponse_Server) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{92, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{94, 1}
 }
 
 func (x *KernelResponse_Server) GetService() string {
@@ -9205,7 +9454,7 @@ type ExecRequest_Start struct {
 
 func (x *ExecRequest_Start) Reset() {
 	*x = ExecRequest_Start{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[156]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[158]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9217,7 +9466,7 @@ func (x *ExecRequest_Start) String() string {
 func (*ExecRequest_Start) ProtoMessage() {}
 
 func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[156]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[158]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9230,7 +9479,7 @@ func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Start.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Start) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{93, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{95, 0}
 }
 
 func (x *ExecRequest_Start) GetTask() string {
@@ -9320,7 +9569,7 @@ type ExecRequest_Resize struct {
 
 func (x *ExecRequest_Resize) Reset() {
 	*x = ExecRequest_Resize{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[157]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[159]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9332,7 +9581,7 @@ func (x *ExecRequest_Resize) String() string {
 func (*ExecRequest_Resize) ProtoMessage() {}
 
 func (x *ExecRequest_Resize) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[157]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[159]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9345,7 +9594,7 @@ func (x *ExecRequest_Resize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Resize.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Resize) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{93, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{95, 1}
 }
 
 func (x *ExecRequest_Resize) GetRows() int32 {
@@ -9374,7 +9623,7 @@ type DoctorResponse_Check struct {
 
 func (x *DoctorResponse_Check) Reset() {
 	*x = DoctorResponse_Check{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[160]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[162]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9386,7 +9635,7 @@ func (x *DoctorResponse_Check) String() string {
 func (*DoctorResponse_Check) ProtoMessage() {}
 
 func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[160]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[162]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9399,7 +9648,7 @@ func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Check.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Check) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{136, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{138, 0}
 }
 
 func (x *DoctorResponse_Check) GetName() string {
@@ -9445,7 +9694,7 @@ type DoctorResponse_Object struct {
 
 func (x *DoctorResponse_Object) Reset() {
 	*x = DoctorResponse_Object{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[161]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[163]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9457,7 +9706,7 @@ func (x *DoctorResponse_Object) String() string {
 func (*DoctorResponse_Object) ProtoMessage() {}
 
 func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[161]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[163]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9470,7 +9719,7 @@ func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Object.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Object) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{136, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{138, 1}
 }
 
 func (x *DoctorResponse_Object) GetReconciler() string {
@@ -9683,7 +9932,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\bprotocol\x18\x03 \x01(\tR\bprotocol\x12\x12\n" +
 	"\x04mode\x18\x04 \x01(\tR\x04mode\x12\x12\n" +
 	"\x04addr\x18\x05 \x01(\tR\x04addr\x12\x10\n" +
-	"\x03nat\x18\x06 \x01(\bR\x03nat\"\xf8\x03\n" +
+	"\x03nat\x18\x06 \x01(\bR\x03nat\"\xfe\x05\n" +
 	"\vServiceSpec\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x129\n" +
 	"\x06labels\x18\x02 \x03(\v2!.shoal.v1.ServiceSpec.LabelsEntryR\x06labels\x12\x1a\n" +
@@ -9697,13 +9946,34 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"restartMax\x12$\n" +
 	"\x05ports\x18\n" +
 	" \x03(\v2\x0e.shoal.v1.PortR\x05ports\x12*\n" +
-	"\x11listen_timeout_ms\x18\v \x01(\x03R\x0flistenTimeoutMs\x1a9\n" +
+	"\x11listen_timeout_ms\x18\v \x01(\x03R\x0flistenTimeoutMs\x12.\n" +
+	"\x06update\x18\f \x01(\v2\x16.shoal.v1.UpdateConfigR\x06update\x122\n" +
+	"\brollback\x18\r \x01(\v2\x16.shoal.v1.UpdateConfigR\brollback\x12!\n" +
+	"\fforce_update\x18\x0e \x01(\x04R\vforceUpdate\x12\x12\n" +
+	"\x04mode\x18\x0f \x01(\tR\x04mode\x12%\n" +
+	"\x0emax_concurrent\x18\x10 \x01(\x05R\rmaxConcurrent\x12 \n" +
+	"\vpreferences\x18\x11 \x03(\tR\vpreferences\x12 \n" +
+	"\fmax_per_node\x18\x12 \x01(\x05R\n" +
+	"maxPerNode\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"6\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xd3\x01\n" +
+	"\fUpdateConfig\x12 \n" +
+	"\vparallelism\x18\x01 \x01(\x05R\vparallelism\x12\x19\n" +
+	"\bdelay_ms\x18\x02 \x01(\x03R\adelayMs\x12\x1d\n" +
+	"\n" +
+	"monitor_ms\x18\x03 \x01(\x03R\tmonitorMs\x12*\n" +
+	"\x11max_failure_ratio\x18\x04 \x01(\x01R\x0fmaxFailureRatio\x12%\n" +
+	"\x0efailure_action\x18\x05 \x01(\tR\rfailureAction\x12\x14\n" +
+	"\x05order\x18\x06 \x01(\tR\x05order\"\x8a\x01\n" +
+	"\fUpdateStatus\x12\x14\n" +
+	"\x05state\x18\x01 \x01(\tR\x05state\x12\"\n" +
+	"\rstarted_at_ms\x18\x02 \x01(\x03R\vstartedAtMs\x12&\n" +
+	"\x0fcompleted_at_ms\x18\x03 \x01(\x03R\rcompletedAtMs\x12\x18\n" +
+	"\amessage\x18\x04 \x01(\tR\amessage\"6\n" +
 	"\x04VIPs\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x14\n" +
-	"\x05addrs\x18\x02 \x03(\tR\x05addrs\"\xd6\x02\n" +
+	"\x05addrs\x18\x02 \x03(\tR\x05addrs\"\x87\x04\n" +
 	"\aService\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12)\n" +
 	"\x04spec\x18\x02 \x01(\v2\x15.shoal.v1.ServiceSpecR\x04spec\x12\"\n" +
@@ -9717,7 +9987,11 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x05stale\x18\t \x01(\x05R\x05stale\x12\x16\n" +
 	"\x06behind\x18\n" +
 	" \x03(\tR\x06behind\x12+\n" +
-	"\x06faults\x18\v \x03(\v2\x13.shoal.v1.NodeFaultR\x06faults\"9\n" +
+	"\x06faults\x18\v \x03(\v2\x13.shoal.v1.NodeFaultR\x06faults\x12:\n" +
+	"\rprevious_spec\x18\f \x01(\v2\x15.shoal.v1.ServiceSpecR\fpreviousSpec\x12;\n" +
+	"\rupdate_status\x18\r \x01(\v2\x16.shoal.v1.UpdateStatusR\fupdateStatus\x12\x18\n" +
+	"\adesired\x18\x0e \x01(\x05R\adesired\x12\x1c\n" +
+	"\tcompleted\x18\x0f \x01(\x05R\tcompleted\"9\n" +
 	"\tNodeFault\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\"\x9e\x01\n" +
@@ -9856,12 +10130,13 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x14CreateServiceRequest\x12)\n" +
 	"\x04spec\x18\x01 \x01(\v2\x15.shoal.v1.ServiceSpecR\x04spec\"D\n" +
 	"\x15CreateServiceResponse\x12+\n" +
-	"\aservice\x18\x01 \x01(\v2\x11.shoal.v1.ServiceR\aservice\"\x9b\x01\n" +
+	"\aservice\x18\x01 \x01(\v2\x11.shoal.v1.ServiceR\aservice\"\xb7\x01\n" +
 	"\x14UpdateServiceRequest\x12\x10\n" +
 	"\x03ref\x18\x01 \x01(\tR\x03ref\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x04R\aversion\x12)\n" +
 	"\x04spec\x18\x03 \x01(\v2\x15.shoal.v1.ServiceSpecR\x04spec\x12\x1f\n" +
-	"\breplicas\x18\x04 \x01(\x05H\x00R\breplicas\x88\x01\x01B\v\n" +
+	"\breplicas\x18\x04 \x01(\x05H\x00R\breplicas\x88\x01\x01\x12\x1a\n" +
+	"\brollback\x18\x05 \x01(\bR\brollbackB\v\n" +
 	"\t_replicas\"D\n" +
 	"\x15UpdateServiceResponse\x12+\n" +
 	"\aservice\x18\x01 \x01(\v2\x11.shoal.v1.ServiceR\aservice\")\n" +
@@ -10398,7 +10673,7 @@ func file_shoal_v1_shoal_proto_rawDescGZIP() []byte {
 	return file_shoal_v1_shoal_proto_rawDescData
 }
 
-var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 162)
+var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 164)
 var file_shoal_v1_shoal_proto_goTypes = []any{
 	(*Network)(nil),                   // 0: shoal.v1.Network
 	(*NetworkAttachment)(nil),         // 1: shoal.v1.NetworkAttachment
@@ -10411,371 +10686,377 @@ var file_shoal_v1_shoal_proto_goTypes = []any{
 	(*HealthCheck)(nil),               // 8: shoal.v1.HealthCheck
 	(*Port)(nil),                      // 9: shoal.v1.Port
 	(*ServiceSpec)(nil),               // 10: shoal.v1.ServiceSpec
-	(*VIPs)(nil),                      // 11: shoal.v1.VIPs
-	(*Service)(nil),                   // 12: shoal.v1.Service
-	(*NodeFault)(nil),                 // 13: shoal.v1.NodeFault
-	(*Attachment)(nil),                // 14: shoal.v1.Attachment
-	(*TaskStatus)(nil),                // 15: shoal.v1.TaskStatus
-	(*Task)(nil),                      // 16: shoal.v1.Task
-	(*NodeInfo)(nil),                  // 17: shoal.v1.NodeInfo
-	(*Cluster)(nil),                   // 18: shoal.v1.Cluster
-	(*CreateNetworkRequest)(nil),      // 19: shoal.v1.CreateNetworkRequest
-	(*CreateNetworkResponse)(nil),     // 20: shoal.v1.CreateNetworkResponse
-	(*ListNetworksRequest)(nil),       // 21: shoal.v1.ListNetworksRequest
-	(*ListNetworksResponse)(nil),      // 22: shoal.v1.ListNetworksResponse
-	(*RemoveNetworkRequest)(nil),      // 23: shoal.v1.RemoveNetworkRequest
-	(*RemoveNetworkResponse)(nil),     // 24: shoal.v1.RemoveNetworkResponse
-	(*ConnectNetworkRequest)(nil),     // 25: shoal.v1.ConnectNetworkRequest
-	(*ConnectNetworkResponse)(nil),    // 26: shoal.v1.ConnectNetworkResponse
-	(*DisconnectNetworkRequest)(nil),  // 27: shoal.v1.DisconnectNetworkRequest
-	(*DisconnectNetworkResponse)(nil), // 28: shoal.v1.DisconnectNetworkResponse
-	(*EventsRequest)(nil),             // 29: shoal.v1.EventsRequest
-	(*Event)(nil),                     // 30: shoal.v1.Event
-	(*CreateServiceRequest)(nil),      // 31: shoal.v1.CreateServiceRequest
-	(*CreateServiceResponse)(nil),     // 32: shoal.v1.CreateServiceResponse
-	(*UpdateServiceRequest)(nil),      // 33: shoal.v1.UpdateServiceRequest
-	(*UpdateServiceResponse)(nil),     // 34: shoal.v1.UpdateServiceResponse
-	(*ListServicesRequest)(nil),       // 35: shoal.v1.ListServicesRequest
-	(*ListServicesResponse)(nil),      // 36: shoal.v1.ListServicesResponse
-	(*RemoveServiceRequest)(nil),      // 37: shoal.v1.RemoveServiceRequest
-	(*RemoveServiceResponse)(nil),     // 38: shoal.v1.RemoveServiceResponse
-	(*CreateTaskRequest)(nil),         // 39: shoal.v1.CreateTaskRequest
-	(*CreateTaskResponse)(nil),        // 40: shoal.v1.CreateTaskResponse
-	(*ListTasksRequest)(nil),          // 41: shoal.v1.ListTasksRequest
-	(*ListTasksResponse)(nil),         // 42: shoal.v1.ListTasksResponse
-	(*StopTaskRequest)(nil),           // 43: shoal.v1.StopTaskRequest
-	(*StopTaskResponse)(nil),          // 44: shoal.v1.StopTaskResponse
-	(*ListNodesRequest)(nil),          // 45: shoal.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),         // 46: shoal.v1.ListNodesResponse
-	(*UpdateNodeRequest)(nil),         // 47: shoal.v1.UpdateNodeRequest
-	(*UpdateNodeResponse)(nil),        // 48: shoal.v1.UpdateNodeResponse
-	(*RemoveNodeRequest)(nil),         // 49: shoal.v1.RemoveNodeRequest
-	(*RemoveNodeResponse)(nil),        // 50: shoal.v1.RemoveNodeResponse
-	(*JoinNodeRequest)(nil),           // 51: shoal.v1.JoinNodeRequest
-	(*JoinNodeResponse)(nil),          // 52: shoal.v1.JoinNodeResponse
-	(*Certificate)(nil),               // 53: shoal.v1.Certificate
-	(*RenewCertificateRequest)(nil),   // 54: shoal.v1.RenewCertificateRequest
-	(*RenewCertificateResponse)(nil),  // 55: shoal.v1.RenewCertificateResponse
-	(*Lock)(nil),                      // 56: shoal.v1.Lock
-	(*LeaveNodeRequest)(nil),          // 57: shoal.v1.LeaveNodeRequest
-	(*LeaveNodeResponse)(nil),         // 58: shoal.v1.LeaveNodeResponse
-	(*ShowTokenRequest)(nil),          // 59: shoal.v1.ShowTokenRequest
-	(*ShowTokenResponse)(nil),         // 60: shoal.v1.ShowTokenResponse
-	(*RotateTokenRequest)(nil),        // 61: shoal.v1.RotateTokenRequest
-	(*RotateTokenResponse)(nil),       // 62: shoal.v1.RotateTokenResponse
-	(*ShowCARequest)(nil),             // 63: shoal.v1.ShowCARequest
-	(*ShowCAResponse)(nil),            // 64: shoal.v1.ShowCAResponse
-	(*UnlockKeyRequest)(nil),          // 65: shoal.v1.UnlockKeyRequest
-	(*UnlockKeyResponse)(nil),         // 66: shoal.v1.UnlockKeyResponse
-	(*RotateCARequest)(nil),           // 67: shoal.v1.RotateCARequest
-	(*RotateCAResponse)(nil),          // 68: shoal.v1.RotateCAResponse
-	(*AdmitManagerRequest)(nil),       // 69: shoal.v1.AdmitManagerRequest
-	(*AdmitManagerResponse)(nil),      // 70: shoal.v1.AdmitManagerResponse
-	(*CreateBlobRequest)(nil),         // 71: shoal.v1.CreateBlobRequest
-	(*CreateBlobResponse)(nil),        // 72: shoal.v1.CreateBlobResponse
-	(*UpdateBlobRequest)(nil),         // 73: shoal.v1.UpdateBlobRequest
-	(*UpdateBlobResponse)(nil),        // 74: shoal.v1.UpdateBlobResponse
-	(*ListBlobsRequest)(nil),          // 75: shoal.v1.ListBlobsRequest
-	(*ListBlobsResponse)(nil),         // 76: shoal.v1.ListBlobsResponse
-	(*RemoveBlobRequest)(nil),         // 77: shoal.v1.RemoveBlobRequest
-	(*RemoveBlobResponse)(nil),        // 78: shoal.v1.RemoveBlobResponse
-	(*TaskBlobsRequest)(nil),          // 79: shoal.v1.TaskBlobsRequest
-	(*TaskBlobsResponse)(nil),         // 80: shoal.v1.TaskBlobsResponse
-	(*AssignmentsRequest)(nil),        // 81: shoal.v1.AssignmentsRequest
-	(*AssignmentsResponse)(nil),       // 82: shoal.v1.AssignmentsResponse
-	(*Trust)(nil),                     // 83: shoal.v1.Trust
-	(*GossipKey)(nil),                 // 84: shoal.v1.GossipKey
-	(*ReportRequest)(nil),             // 85: shoal.v1.ReportRequest
-	(*ReportResponse)(nil),            // 86: shoal.v1.ReportResponse
-	(*TasksRequest)(nil),              // 87: shoal.v1.TasksRequest
-	(*TasksResponse)(nil),             // 88: shoal.v1.TasksResponse
-	(*StatsRequest)(nil),              // 89: shoal.v1.StatsRequest
-	(*StatsResponse)(nil),             // 90: shoal.v1.StatsResponse
-	(*KernelRequest)(nil),             // 91: shoal.v1.KernelRequest
-	(*KernelResponse)(nil),            // 92: shoal.v1.KernelResponse
-	(*ExecRequest)(nil),               // 93: shoal.v1.ExecRequest
-	(*ExecResponse)(nil),              // 94: shoal.v1.ExecResponse
-	(*LogsRequest)(nil),               // 95: shoal.v1.LogsRequest
-	(*LogsResponse)(nil),              // 96: shoal.v1.LogsResponse
-	(*WaitRequest)(nil),               // 97: shoal.v1.WaitRequest
-	(*WaitResponse)(nil),              // 98: shoal.v1.WaitResponse
-	(*SaveSnapshotRequest)(nil),       // 99: shoal.v1.SaveSnapshotRequest
-	(*SaveSnapshotResponse)(nil),      // 100: shoal.v1.SaveSnapshotResponse
-	(*Image)(nil),                     // 101: shoal.v1.Image
-	(*ImageListRequest)(nil),          // 102: shoal.v1.ImageListRequest
-	(*ImageListResponse)(nil),         // 103: shoal.v1.ImageListResponse
-	(*ImagePullRequest)(nil),          // 104: shoal.v1.ImagePullRequest
-	(*ImagePullResponse)(nil),         // 105: shoal.v1.ImagePullResponse
-	(*ImageResolveRequest)(nil),       // 106: shoal.v1.ImageResolveRequest
-	(*ImageResolveResponse)(nil),      // 107: shoal.v1.ImageResolveResponse
-	(*ImageRemoveRequest)(nil),        // 108: shoal.v1.ImageRemoveRequest
-	(*ImagePruneRequest)(nil),         // 109: shoal.v1.ImagePruneRequest
-	(*ImageRemoveResponse)(nil),       // 110: shoal.v1.ImageRemoveResponse
-	(*ImageInspectRequest)(nil),       // 111: shoal.v1.ImageInspectRequest
-	(*ImageInspectResponse)(nil),      // 112: shoal.v1.ImageInspectResponse
-	(*ImageLoadRequest)(nil),          // 113: shoal.v1.ImageLoadRequest
-	(*ImageLoadResponse)(nil),         // 114: shoal.v1.ImageLoadResponse
-	(*ImageSaveRequest)(nil),          // 115: shoal.v1.ImageSaveRequest
-	(*ImageSaveResponse)(nil),         // 116: shoal.v1.ImageSaveResponse
-	(*Volume)(nil),                    // 117: shoal.v1.Volume
-	(*VolumeListRequest)(nil),         // 118: shoal.v1.VolumeListRequest
-	(*VolumeListResponse)(nil),        // 119: shoal.v1.VolumeListResponse
-	(*VolumeCreateRequest)(nil),       // 120: shoal.v1.VolumeCreateRequest
-	(*VolumeCreateResponse)(nil),      // 121: shoal.v1.VolumeCreateResponse
-	(*VolumeRemoveRequest)(nil),       // 122: shoal.v1.VolumeRemoveRequest
-	(*VolumeRemoveResponse)(nil),      // 123: shoal.v1.VolumeRemoveResponse
-	(*RestoreSnapshotRequest)(nil),    // 124: shoal.v1.RestoreSnapshotRequest
-	(*UnlockRequest)(nil),             // 125: shoal.v1.UnlockRequest
-	(*UnlockResponse)(nil),            // 126: shoal.v1.UnlockResponse
-	(*InfoRequest)(nil),               // 127: shoal.v1.InfoRequest
-	(*InfoResponse)(nil),              // 128: shoal.v1.InfoResponse
-	(*InitRequest)(nil),               // 129: shoal.v1.InitRequest
-	(*InitResponse)(nil),              // 130: shoal.v1.InitResponse
-	(*JoinRequest)(nil),               // 131: shoal.v1.JoinRequest
-	(*JoinResponse)(nil),              // 132: shoal.v1.JoinResponse
-	(*LeaveRequest)(nil),              // 133: shoal.v1.LeaveRequest
-	(*LeaveResponse)(nil),             // 134: shoal.v1.LeaveResponse
-	(*DoctorRequest)(nil),             // 135: shoal.v1.DoctorRequest
-	(*DoctorResponse)(nil),            // 136: shoal.v1.DoctorResponse
-	nil,                               // 137: shoal.v1.Network.LabelsEntry
-	nil,                               // 138: shoal.v1.Network.OptionsEntry
-	nil,                               // 139: shoal.v1.TaskSpec.LabelsEntry
-	nil,                               // 140: shoal.v1.Blob.LabelsEntry
-	nil,                               // 141: shoal.v1.Container.SysctlsEntry
-	nil,                               // 142: shoal.v1.Mount.LabelsEntry
-	nil,                               // 143: shoal.v1.ServiceSpec.LabelsEntry
-	nil,                               // 144: shoal.v1.NodeInfo.LabelsEntry
-	nil,                               // 145: shoal.v1.CreateNetworkRequest.LabelsEntry
-	nil,                               // 146: shoal.v1.CreateNetworkRequest.OptionsEntry
-	nil,                               // 147: shoal.v1.Event.AttributesEntry
-	nil,                               // 148: shoal.v1.UpdateNodeRequest.SetLabelsEntry
-	(*ShowCAResponse_Root)(nil),       // 149: shoal.v1.ShowCAResponse.Root
-	nil,                               // 150: shoal.v1.UpdateBlobRequest.LabelsEntry
-	nil,                               // 151: shoal.v1.ReportRequest.TasksEntry
-	(*ReportRequest_Fault)(nil),       // 152: shoal.v1.ReportRequest.Fault
-	(*StatsResponse_Task)(nil),        // 153: shoal.v1.StatsResponse.Task
-	(*KernelResponse_Backend)(nil),    // 154: shoal.v1.KernelResponse.Backend
-	(*KernelResponse_Server)(nil),     // 155: shoal.v1.KernelResponse.Server
-	(*ExecRequest_Start)(nil),         // 156: shoal.v1.ExecRequest.Start
-	(*ExecRequest_Resize)(nil),        // 157: shoal.v1.ExecRequest.Resize
-	nil,                               // 158: shoal.v1.Volume.LabelsEntry
-	nil,                               // 159: shoal.v1.VolumeCreateRequest.LabelsEntry
-	(*DoctorResponse_Check)(nil),      // 160: shoal.v1.DoctorResponse.Check
-	(*DoctorResponse_Object)(nil),     // 161: shoal.v1.DoctorResponse.Object
+	(*UpdateConfig)(nil),              // 11: shoal.v1.UpdateConfig
+	(*UpdateStatus)(nil),              // 12: shoal.v1.UpdateStatus
+	(*VIPs)(nil),                      // 13: shoal.v1.VIPs
+	(*Service)(nil),                   // 14: shoal.v1.Service
+	(*NodeFault)(nil),                 // 15: shoal.v1.NodeFault
+	(*Attachment)(nil),                // 16: shoal.v1.Attachment
+	(*TaskStatus)(nil),                // 17: shoal.v1.TaskStatus
+	(*Task)(nil),                      // 18: shoal.v1.Task
+	(*NodeInfo)(nil),                  // 19: shoal.v1.NodeInfo
+	(*Cluster)(nil),                   // 20: shoal.v1.Cluster
+	(*CreateNetworkRequest)(nil),      // 21: shoal.v1.CreateNetworkRequest
+	(*CreateNetworkResponse)(nil),     // 22: shoal.v1.CreateNetworkResponse
+	(*ListNetworksRequest)(nil),       // 23: shoal.v1.ListNetworksRequest
+	(*ListNetworksResponse)(nil),      // 24: shoal.v1.ListNetworksResponse
+	(*RemoveNetworkRequest)(nil),      // 25: shoal.v1.RemoveNetworkRequest
+	(*RemoveNetworkResponse)(nil),     // 26: shoal.v1.RemoveNetworkResponse
+	(*ConnectNetworkRequest)(nil),     // 27: shoal.v1.ConnectNetworkRequest
+	(*ConnectNetworkResponse)(nil),    // 28: shoal.v1.ConnectNetworkResponse
+	(*DisconnectNetworkRequest)(nil),  // 29: shoal.v1.DisconnectNetworkRequest
+	(*DisconnectNetworkResponse)(nil), // 30: shoal.v1.DisconnectNetworkResponse
+	(*EventsRequest)(nil),             // 31: shoal.v1.EventsRequest
+	(*Event)(nil),                     // 32: shoal.v1.Event
+	(*CreateServiceRequest)(nil),      // 33: shoal.v1.CreateServiceRequest
+	(*CreateServiceResponse)(nil),     // 34: shoal.v1.CreateServiceResponse
+	(*UpdateServiceRequest)(nil),      // 35: shoal.v1.UpdateServiceRequest
+	(*UpdateServiceResponse)(nil),     // 36: shoal.v1.UpdateServiceResponse
+	(*ListServicesRequest)(nil),       // 37: shoal.v1.ListServicesRequest
+	(*ListServicesResponse)(nil),      // 38: shoal.v1.ListServicesResponse
+	(*RemoveServiceRequest)(nil),      // 39: shoal.v1.RemoveServiceRequest
+	(*RemoveServiceResponse)(nil),     // 40: shoal.v1.RemoveServiceResponse
+	(*CreateTaskRequest)(nil),         // 41: shoal.v1.CreateTaskRequest
+	(*CreateTaskResponse)(nil),        // 42: shoal.v1.CreateTaskResponse
+	(*ListTasksRequest)(nil),          // 43: shoal.v1.ListTasksRequest
+	(*ListTasksResponse)(nil),         // 44: shoal.v1.ListTasksResponse
+	(*StopTaskRequest)(nil),           // 45: shoal.v1.StopTaskRequest
+	(*StopTaskResponse)(nil),          // 46: shoal.v1.StopTaskResponse
+	(*ListNodesRequest)(nil),          // 47: shoal.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),         // 48: shoal.v1.ListNodesResponse
+	(*UpdateNodeRequest)(nil),         // 49: shoal.v1.UpdateNodeRequest
+	(*UpdateNodeResponse)(nil),        // 50: shoal.v1.UpdateNodeResponse
+	(*RemoveNodeRequest)(nil),         // 51: shoal.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),        // 52: shoal.v1.RemoveNodeResponse
+	(*JoinNodeRequest)(nil),           // 53: shoal.v1.JoinNodeRequest
+	(*JoinNodeResponse)(nil),          // 54: shoal.v1.JoinNodeResponse
+	(*Certificate)(nil),               // 55: shoal.v1.Certificate
+	(*RenewCertificateRequest)(nil),   // 56: shoal.v1.RenewCertificateRequest
+	(*RenewCertificateResponse)(nil),  // 57: shoal.v1.RenewCertificateResponse
+	(*Lock)(nil),                      // 58: shoal.v1.Lock
+	(*LeaveNodeRequest)(nil),          // 59: shoal.v1.LeaveNodeRequest
+	(*LeaveNodeResponse)(nil),         // 60: shoal.v1.LeaveNodeResponse
+	(*ShowTokenRequest)(nil),          // 61: shoal.v1.ShowTokenRequest
+	(*ShowTokenResponse)(nil),         // 62: shoal.v1.ShowTokenResponse
+	(*RotateTokenRequest)(nil),        // 63: shoal.v1.RotateTokenRequest
+	(*RotateTokenResponse)(nil),       // 64: shoal.v1.RotateTokenResponse
+	(*ShowCARequest)(nil),             // 65: shoal.v1.ShowCARequest
+	(*ShowCAResponse)(nil),            // 66: shoal.v1.ShowCAResponse
+	(*UnlockKeyRequest)(nil),          // 67: shoal.v1.UnlockKeyRequest
+	(*UnlockKeyResponse)(nil),         // 68: shoal.v1.UnlockKeyResponse
+	(*RotateCARequest)(nil),           // 69: shoal.v1.RotateCARequest
+	(*RotateCAResponse)(nil),          // 70: shoal.v1.RotateCAResponse
+	(*AdmitManagerRequest)(nil),       // 71: shoal.v1.AdmitManagerRequest
+	(*AdmitManagerResponse)(nil),      // 72: shoal.v1.AdmitManagerResponse
+	(*CreateBlobRequest)(nil),         // 73: shoal.v1.CreateBlobRequest
+	(*CreateBlobResponse)(nil),        // 74: shoal.v1.CreateBlobResponse
+	(*UpdateBlobRequest)(nil),         // 75: shoal.v1.UpdateBlobRequest
+	(*UpdateBlobResponse)(nil),        // 76: shoal.v1.UpdateBlobResponse
+	(*ListBlobsRequest)(nil),          // 77: shoal.v1.ListBlobsRequest
+	(*ListBlobsResponse)(nil),         // 78: shoal.v1.ListBlobsResponse
+	(*RemoveBlobRequest)(nil),         // 79: shoal.v1.RemoveBlobRequest
+	(*RemoveBlobResponse)(nil),        // 80: shoal.v1.RemoveBlobResponse
+	(*TaskBlobsRequest)(nil),          // 81: shoal.v1.TaskBlobsRequest
+	(*TaskBlobsResponse)(nil),         // 82: shoal.v1.TaskBlobsResponse
+	(*AssignmentsRequest)(nil),        // 83: shoal.v1.AssignmentsRequest
+	(*AssignmentsResponse)(nil),       // 84: shoal.v1.AssignmentsResponse
+	(*Trust)(nil),                     // 85: shoal.v1.Trust
+	(*GossipKey)(nil),                 // 86: shoal.v1.GossipKey
+	(*ReportRequest)(nil),             // 87: shoal.v1.ReportRequest
+	(*ReportResponse)(nil),            // 88: shoal.v1.ReportResponse
+	(*TasksRequest)(nil),              // 89: shoal.v1.TasksRequest
+	(*TasksResponse)(nil),             // 90: shoal.v1.TasksResponse
+	(*StatsRequest)(nil),              // 91: shoal.v1.StatsRequest
+	(*StatsResponse)(nil),             // 92: shoal.v1.StatsResponse
+	(*KernelRequest)(nil),             // 93: shoal.v1.KernelRequest
+	(*KernelResponse)(nil),            // 94: shoal.v1.KernelResponse
+	(*ExecRequest)(nil),               // 95: shoal.v1.ExecRequest
+	(*ExecResponse)(nil),              // 96: shoal.v1.ExecResponse
+	(*LogsRequest)(nil),               // 97: shoal.v1.LogsRequest
+	(*LogsResponse)(nil),              // 98: shoal.v1.LogsResponse
+	(*WaitRequest)(nil),               // 99: shoal.v1.WaitRequest
+	(*WaitResponse)(nil),              // 100: shoal.v1.WaitResponse
+	(*SaveSnapshotRequest)(nil),       // 101: shoal.v1.SaveSnapshotRequest
+	(*SaveSnapshotResponse)(nil),      // 102: shoal.v1.SaveSnapshotResponse
+	(*Image)(nil),                     // 103: shoal.v1.Image
+	(*ImageListRequest)(nil),          // 104: shoal.v1.ImageListRequest
+	(*ImageListResponse)(nil),         // 105: shoal.v1.ImageListResponse
+	(*ImagePullRequest)(nil),          // 106: shoal.v1.ImagePullRequest
+	(*ImagePullResponse)(nil),         // 107: shoal.v1.ImagePullResponse
+	(*ImageResolveRequest)(nil),       // 108: shoal.v1.ImageResolveRequest
+	(*ImageResolveResponse)(nil),      // 109: shoal.v1.ImageResolveResponse
+	(*ImageRemoveRequest)(nil),        // 110: shoal.v1.ImageRemoveRequest
+	(*ImagePruneRequest)(nil),         // 111: shoal.v1.ImagePruneRequest
+	(*ImageRemoveResponse)(nil),       // 112: shoal.v1.ImageRemoveResponse
+	(*ImageInspectRequest)(nil),       // 113: shoal.v1.ImageInspectRequest
+	(*ImageInspectResponse)(nil),      // 114: shoal.v1.ImageInspectResponse
+	(*ImageLoadRequest)(nil),          // 115: shoal.v1.ImageLoadRequest
+	(*ImageLoadResponse)(nil),         // 116: shoal.v1.ImageLoadResponse
+	(*ImageSaveRequest)(nil),          // 117: shoal.v1.ImageSaveRequest
+	(*ImageSaveResponse)(nil),         // 118: shoal.v1.ImageSaveResponse
+	(*Volume)(nil),                    // 119: shoal.v1.Volume
+	(*VolumeListRequest)(nil),         // 120: shoal.v1.VolumeListRequest
+	(*VolumeListResponse)(nil),        // 121: shoal.v1.VolumeListResponse
+	(*VolumeCreateRequest)(nil),       // 122: shoal.v1.VolumeCreateRequest
+	(*VolumeCreateResponse)(nil),      // 123: shoal.v1.VolumeCreateResponse
+	(*VolumeRemoveRequest)(nil),       // 124: shoal.v1.VolumeRemoveRequest
+	(*VolumeRemoveResponse)(nil),      // 125: shoal.v1.VolumeRemoveResponse
+	(*RestoreSnapshotRequest)(nil),    // 126: shoal.v1.RestoreSnapshotRequest
+	(*UnlockRequest)(nil),             // 127: shoal.v1.UnlockRequest
+	(*UnlockResponse)(nil),            // 128: shoal.v1.UnlockResponse
+	(*InfoRequest)(nil),               // 129: shoal.v1.InfoRequest
+	(*InfoResponse)(nil),              // 130: shoal.v1.InfoResponse
+	(*InitRequest)(nil),               // 131: shoal.v1.InitRequest
+	(*InitResponse)(nil),              // 132: shoal.v1.InitResponse
+	(*JoinRequest)(nil),               // 133: shoal.v1.JoinRequest
+	(*JoinResponse)(nil),              // 134: shoal.v1.JoinResponse
+	(*LeaveRequest)(nil),              // 135: shoal.v1.LeaveRequest
+	(*LeaveResponse)(nil),             // 136: shoal.v1.LeaveResponse
+	(*DoctorRequest)(nil),             // 137: shoal.v1.DoctorRequest
+	(*DoctorResponse)(nil),            // 138: shoal.v1.DoctorResponse
+	nil,                               // 139: shoal.v1.Network.LabelsEntry
+	nil,                               // 140: shoal.v1.Network.OptionsEntry
+	nil,                               // 141: shoal.v1.TaskSpec.LabelsEntry
+	nil,                               // 142: shoal.v1.Blob.LabelsEntry
+	nil,                               // 143: shoal.v1.Container.SysctlsEntry
+	nil,                               // 144: shoal.v1.Mount.LabelsEntry
+	nil,                               // 145: shoal.v1.ServiceSpec.LabelsEntry
+	nil,                               // 146: shoal.v1.NodeInfo.LabelsEntry
+	nil,                               // 147: shoal.v1.CreateNetworkRequest.LabelsEntry
+	nil,                               // 148: shoal.v1.CreateNetworkRequest.OptionsEntry
+	nil,                               // 149: shoal.v1.Event.AttributesEntry
+	nil,                               // 150: shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	(*ShowCAResponse_Root)(nil),       // 151: shoal.v1.ShowCAResponse.Root
+	nil,                               // 152: shoal.v1.UpdateBlobRequest.LabelsEntry
+	nil,                               // 153: shoal.v1.ReportRequest.TasksEntry
+	(*ReportRequest_Fault)(nil),       // 154: shoal.v1.ReportRequest.Fault
+	(*StatsResponse_Task)(nil),        // 155: shoal.v1.StatsResponse.Task
+	(*KernelResponse_Backend)(nil),    // 156: shoal.v1.KernelResponse.Backend
+	(*KernelResponse_Server)(nil),     // 157: shoal.v1.KernelResponse.Server
+	(*ExecRequest_Start)(nil),         // 158: shoal.v1.ExecRequest.Start
+	(*ExecRequest_Resize)(nil),        // 159: shoal.v1.ExecRequest.Resize
+	nil,                               // 160: shoal.v1.Volume.LabelsEntry
+	nil,                               // 161: shoal.v1.VolumeCreateRequest.LabelsEntry
+	(*DoctorResponse_Check)(nil),      // 162: shoal.v1.DoctorResponse.Check
+	(*DoctorResponse_Object)(nil),     // 163: shoal.v1.DoctorResponse.Object
 }
 var file_shoal_v1_shoal_proto_depIdxs = []int32{
-	137, // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
-	138, // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
-	139, // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
+	139, // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
+	140, // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
+	141, // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
 	8,   // 3: shoal.v1.TaskSpec.health:type_name -> shoal.v1.HealthCheck
 	6,   // 4: shoal.v1.TaskSpec.container:type_name -> shoal.v1.Container
 	5,   // 5: shoal.v1.TaskSpec.resources:type_name -> shoal.v1.Resources
 	3,   // 6: shoal.v1.TaskSpec.secrets:type_name -> shoal.v1.BlobRef
 	3,   // 7: shoal.v1.TaskSpec.configs:type_name -> shoal.v1.BlobRef
-	140, // 8: shoal.v1.Blob.labels:type_name -> shoal.v1.Blob.LabelsEntry
+	142, // 8: shoal.v1.Blob.labels:type_name -> shoal.v1.Blob.LabelsEntry
 	7,   // 9: shoal.v1.Container.mounts:type_name -> shoal.v1.Mount
-	141, // 10: shoal.v1.Container.sysctls:type_name -> shoal.v1.Container.SysctlsEntry
-	142, // 11: shoal.v1.Mount.labels:type_name -> shoal.v1.Mount.LabelsEntry
-	143, // 12: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
+	143, // 10: shoal.v1.Container.sysctls:type_name -> shoal.v1.Container.SysctlsEntry
+	144, // 11: shoal.v1.Mount.labels:type_name -> shoal.v1.Mount.LabelsEntry
+	145, // 12: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
 	1,   // 13: shoal.v1.ServiceSpec.networks:type_name -> shoal.v1.NetworkAttachment
 	2,   // 14: shoal.v1.ServiceSpec.task:type_name -> shoal.v1.TaskSpec
 	9,   // 15: shoal.v1.ServiceSpec.ports:type_name -> shoal.v1.Port
-	10,  // 16: shoal.v1.Service.spec:type_name -> shoal.v1.ServiceSpec
-	11,  // 17: shoal.v1.Service.vips:type_name -> shoal.v1.VIPs
-	9,   // 18: shoal.v1.Service.ports:type_name -> shoal.v1.Port
-	13,  // 19: shoal.v1.Service.faults:type_name -> shoal.v1.NodeFault
-	2,   // 20: shoal.v1.Task.spec:type_name -> shoal.v1.TaskSpec
-	14,  // 21: shoal.v1.Task.attachments:type_name -> shoal.v1.Attachment
-	15,  // 22: shoal.v1.Task.status:type_name -> shoal.v1.TaskStatus
-	9,   // 23: shoal.v1.Task.ports:type_name -> shoal.v1.Port
-	13,  // 24: shoal.v1.Task.faults:type_name -> shoal.v1.NodeFault
-	144, // 25: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
-	145, // 26: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
-	146, // 27: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
-	0,   // 28: shoal.v1.CreateNetworkResponse.network:type_name -> shoal.v1.Network
-	0,   // 29: shoal.v1.ListNetworksResponse.networks:type_name -> shoal.v1.Network
-	16,  // 30: shoal.v1.ConnectNetworkResponse.task:type_name -> shoal.v1.Task
-	12,  // 31: shoal.v1.ConnectNetworkResponse.service:type_name -> shoal.v1.Service
-	147, // 32: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
-	10,  // 33: shoal.v1.CreateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
-	12,  // 34: shoal.v1.CreateServiceResponse.service:type_name -> shoal.v1.Service
-	10,  // 35: shoal.v1.UpdateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
-	12,  // 36: shoal.v1.UpdateServiceResponse.service:type_name -> shoal.v1.Service
-	12,  // 37: shoal.v1.ListServicesResponse.services:type_name -> shoal.v1.Service
-	2,   // 38: shoal.v1.CreateTaskRequest.spec:type_name -> shoal.v1.TaskSpec
-	1,   // 39: shoal.v1.CreateTaskRequest.networks:type_name -> shoal.v1.NetworkAttachment
-	9,   // 40: shoal.v1.CreateTaskRequest.ports:type_name -> shoal.v1.Port
-	16,  // 41: shoal.v1.CreateTaskResponse.task:type_name -> shoal.v1.Task
-	16,  // 42: shoal.v1.ListTasksResponse.tasks:type_name -> shoal.v1.Task
-	17,  // 43: shoal.v1.ListNodesResponse.nodes:type_name -> shoal.v1.NodeInfo
-	148, // 44: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
-	17,  // 45: shoal.v1.UpdateNodeResponse.node:type_name -> shoal.v1.NodeInfo
-	17,  // 46: shoal.v1.JoinNodeRequest.node:type_name -> shoal.v1.NodeInfo
-	18,  // 47: shoal.v1.JoinNodeResponse.cluster:type_name -> shoal.v1.Cluster
-	17,  // 48: shoal.v1.JoinNodeResponse.node:type_name -> shoal.v1.NodeInfo
-	17,  // 49: shoal.v1.JoinNodeResponse.managers:type_name -> shoal.v1.NodeInfo
-	53,  // 50: shoal.v1.JoinNodeResponse.certificate:type_name -> shoal.v1.Certificate
-	83,  // 51: shoal.v1.JoinNodeResponse.trust:type_name -> shoal.v1.Trust
-	56,  // 52: shoal.v1.JoinNodeResponse.lock:type_name -> shoal.v1.Lock
-	53,  // 53: shoal.v1.RenewCertificateResponse.certificate:type_name -> shoal.v1.Certificate
-	56,  // 54: shoal.v1.RenewCertificateResponse.lock:type_name -> shoal.v1.Lock
-	17,  // 55: shoal.v1.ShowTokenResponse.managers:type_name -> shoal.v1.NodeInfo
-	149, // 56: shoal.v1.ShowCAResponse.root:type_name -> shoal.v1.ShowCAResponse.Root
-	149, // 57: shoal.v1.ShowCAResponse.old:type_name -> shoal.v1.ShowCAResponse.Root
-	4,   // 58: shoal.v1.CreateBlobRequest.blob:type_name -> shoal.v1.Blob
-	4,   // 59: shoal.v1.CreateBlobResponse.blob:type_name -> shoal.v1.Blob
-	150, // 60: shoal.v1.UpdateBlobRequest.labels:type_name -> shoal.v1.UpdateBlobRequest.LabelsEntry
-	4,   // 61: shoal.v1.UpdateBlobResponse.blob:type_name -> shoal.v1.Blob
-	4,   // 62: shoal.v1.ListBlobsResponse.blobs:type_name -> shoal.v1.Blob
-	4,   // 63: shoal.v1.TaskBlobsResponse.blobs:type_name -> shoal.v1.Blob
-	16,  // 64: shoal.v1.AssignmentsResponse.tasks:type_name -> shoal.v1.Task
-	0,   // 65: shoal.v1.AssignmentsResponse.networks:type_name -> shoal.v1.Network
-	12,  // 66: shoal.v1.AssignmentsResponse.services:type_name -> shoal.v1.Service
-	17,  // 67: shoal.v1.AssignmentsResponse.nodes:type_name -> shoal.v1.NodeInfo
-	18,  // 68: shoal.v1.AssignmentsResponse.cluster:type_name -> shoal.v1.Cluster
-	83,  // 69: shoal.v1.AssignmentsResponse.trust:type_name -> shoal.v1.Trust
-	84,  // 70: shoal.v1.Trust.gossip_keys:type_name -> shoal.v1.GossipKey
-	151, // 71: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
-	152, // 72: shoal.v1.ReportRequest.faults:type_name -> shoal.v1.ReportRequest.Fault
-	16,  // 73: shoal.v1.TasksResponse.tasks:type_name -> shoal.v1.Task
-	153, // 74: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
-	155, // 75: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
-	156, // 76: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
-	157, // 77: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
-	15,  // 78: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
-	101, // 79: shoal.v1.ImageListResponse.images:type_name -> shoal.v1.Image
-	101, // 80: shoal.v1.ImageInspectResponse.image:type_name -> shoal.v1.Image
-	158, // 81: shoal.v1.Volume.labels:type_name -> shoal.v1.Volume.LabelsEntry
-	117, // 82: shoal.v1.VolumeListResponse.volumes:type_name -> shoal.v1.Volume
-	159, // 83: shoal.v1.VolumeCreateRequest.labels:type_name -> shoal.v1.VolumeCreateRequest.LabelsEntry
-	117, // 84: shoal.v1.VolumeCreateResponse.volume:type_name -> shoal.v1.Volume
-	17,  // 85: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
-	17,  // 86: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
-	17,  // 87: shoal.v1.InitResponse.lost:type_name -> shoal.v1.NodeInfo
-	17,  // 88: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
-	160, // 89: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
-	161, // 90: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
-	15,  // 91: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
-	154, // 92: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
-	19,  // 93: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
-	21,  // 94: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
-	23,  // 95: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
-	25,  // 96: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
-	27,  // 97: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
-	31,  // 98: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
-	33,  // 99: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
-	35,  // 100: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
-	37,  // 101: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
-	39,  // 102: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
-	41,  // 103: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
-	43,  // 104: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
-	71,  // 105: shoal.v1.Control.CreateBlob:input_type -> shoal.v1.CreateBlobRequest
-	73,  // 106: shoal.v1.Control.UpdateBlob:input_type -> shoal.v1.UpdateBlobRequest
-	75,  // 107: shoal.v1.Control.ListBlobs:input_type -> shoal.v1.ListBlobsRequest
-	77,  // 108: shoal.v1.Control.RemoveBlob:input_type -> shoal.v1.RemoveBlobRequest
-	79,  // 109: shoal.v1.Control.TaskBlobs:input_type -> shoal.v1.TaskBlobsRequest
-	45,  // 110: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
-	47,  // 111: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
-	49,  // 112: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
-	29,  // 113: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
-	59,  // 114: shoal.v1.Control.ShowToken:input_type -> shoal.v1.ShowTokenRequest
-	61,  // 115: shoal.v1.Control.RotateToken:input_type -> shoal.v1.RotateTokenRequest
-	63,  // 116: shoal.v1.Control.ShowCA:input_type -> shoal.v1.ShowCARequest
-	67,  // 117: shoal.v1.Control.RotateCA:input_type -> shoal.v1.RotateCARequest
-	65,  // 118: shoal.v1.Control.UnlockKey:input_type -> shoal.v1.UnlockKeyRequest
-	99,  // 119: shoal.v1.Control.SaveSnapshot:input_type -> shoal.v1.SaveSnapshotRequest
-	54,  // 120: shoal.v1.Control.RenewCertificate:input_type -> shoal.v1.RenewCertificateRequest
-	57,  // 121: shoal.v1.Control.LeaveNode:input_type -> shoal.v1.LeaveNodeRequest
-	51,  // 122: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
-	69,  // 123: shoal.v1.Control.AdmitManager:input_type -> shoal.v1.AdmitManagerRequest
-	81,  // 124: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
-	85,  // 125: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
-	102, // 126: shoal.v1.Node.ImageList:input_type -> shoal.v1.ImageListRequest
-	104, // 127: shoal.v1.Node.ImagePull:input_type -> shoal.v1.ImagePullRequest
-	106, // 128: shoal.v1.Node.ImageResolve:input_type -> shoal.v1.ImageResolveRequest
-	108, // 129: shoal.v1.Node.ImageRemove:input_type -> shoal.v1.ImageRemoveRequest
-	109, // 130: shoal.v1.Node.ImagePrune:input_type -> shoal.v1.ImagePruneRequest
-	111, // 131: shoal.v1.Node.ImageInspect:input_type -> shoal.v1.ImageInspectRequest
-	113, // 132: shoal.v1.Node.ImageLoad:input_type -> shoal.v1.ImageLoadRequest
-	115, // 133: shoal.v1.Node.ImageSave:input_type -> shoal.v1.ImageSaveRequest
-	118, // 134: shoal.v1.Node.VolumeList:input_type -> shoal.v1.VolumeListRequest
-	120, // 135: shoal.v1.Node.VolumeCreate:input_type -> shoal.v1.VolumeCreateRequest
-	122, // 136: shoal.v1.Node.VolumeRemove:input_type -> shoal.v1.VolumeRemoveRequest
-	93,  // 137: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
-	95,  // 138: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
-	97,  // 139: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
-	87,  // 140: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
-	89,  // 141: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
-	91,  // 142: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
-	127, // 143: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
-	129, // 144: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
-	131, // 145: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
-	133, // 146: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
-	135, // 147: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
-	125, // 148: shoal.v1.Local.Unlock:input_type -> shoal.v1.UnlockRequest
-	124, // 149: shoal.v1.Local.RestoreSnapshot:input_type -> shoal.v1.RestoreSnapshotRequest
-	20,  // 150: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
-	22,  // 151: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
-	24,  // 152: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
-	26,  // 153: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
-	28,  // 154: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
-	32,  // 155: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
-	34,  // 156: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
-	36,  // 157: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
-	38,  // 158: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
-	40,  // 159: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
-	42,  // 160: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
-	44,  // 161: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
-	72,  // 162: shoal.v1.Control.CreateBlob:output_type -> shoal.v1.CreateBlobResponse
-	74,  // 163: shoal.v1.Control.UpdateBlob:output_type -> shoal.v1.UpdateBlobResponse
-	76,  // 164: shoal.v1.Control.ListBlobs:output_type -> shoal.v1.ListBlobsResponse
-	78,  // 165: shoal.v1.Control.RemoveBlob:output_type -> shoal.v1.RemoveBlobResponse
-	80,  // 166: shoal.v1.Control.TaskBlobs:output_type -> shoal.v1.TaskBlobsResponse
-	46,  // 167: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
-	48,  // 168: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
-	50,  // 169: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
-	30,  // 170: shoal.v1.Control.Events:output_type -> shoal.v1.Event
-	60,  // 171: shoal.v1.Control.ShowToken:output_type -> shoal.v1.ShowTokenResponse
-	62,  // 172: shoal.v1.Control.RotateToken:output_type -> shoal.v1.RotateTokenResponse
-	64,  // 173: shoal.v1.Control.ShowCA:output_type -> shoal.v1.ShowCAResponse
-	68,  // 174: shoal.v1.Control.RotateCA:output_type -> shoal.v1.RotateCAResponse
-	66,  // 175: shoal.v1.Control.UnlockKey:output_type -> shoal.v1.UnlockKeyResponse
-	100, // 176: shoal.v1.Control.SaveSnapshot:output_type -> shoal.v1.SaveSnapshotResponse
-	55,  // 177: shoal.v1.Control.RenewCertificate:output_type -> shoal.v1.RenewCertificateResponse
-	58,  // 178: shoal.v1.Control.LeaveNode:output_type -> shoal.v1.LeaveNodeResponse
-	52,  // 179: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
-	70,  // 180: shoal.v1.Control.AdmitManager:output_type -> shoal.v1.AdmitManagerResponse
-	82,  // 181: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
-	86,  // 182: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
-	103, // 183: shoal.v1.Node.ImageList:output_type -> shoal.v1.ImageListResponse
-	105, // 184: shoal.v1.Node.ImagePull:output_type -> shoal.v1.ImagePullResponse
-	107, // 185: shoal.v1.Node.ImageResolve:output_type -> shoal.v1.ImageResolveResponse
-	110, // 186: shoal.v1.Node.ImageRemove:output_type -> shoal.v1.ImageRemoveResponse
-	110, // 187: shoal.v1.Node.ImagePrune:output_type -> shoal.v1.ImageRemoveResponse
-	112, // 188: shoal.v1.Node.ImageInspect:output_type -> shoal.v1.ImageInspectResponse
-	114, // 189: shoal.v1.Node.ImageLoad:output_type -> shoal.v1.ImageLoadResponse
-	116, // 190: shoal.v1.Node.ImageSave:output_type -> shoal.v1.ImageSaveResponse
-	119, // 191: shoal.v1.Node.VolumeList:output_type -> shoal.v1.VolumeListResponse
-	121, // 192: shoal.v1.Node.VolumeCreate:output_type -> shoal.v1.VolumeCreateResponse
-	123, // 193: shoal.v1.Node.VolumeRemove:output_type -> shoal.v1.VolumeRemoveResponse
-	94,  // 194: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
-	96,  // 195: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
-	98,  // 196: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
-	88,  // 197: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
-	90,  // 198: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
-	92,  // 199: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
-	128, // 200: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
-	130, // 201: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
-	132, // 202: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
-	134, // 203: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
-	136, // 204: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
-	126, // 205: shoal.v1.Local.Unlock:output_type -> shoal.v1.UnlockResponse
-	130, // 206: shoal.v1.Local.RestoreSnapshot:output_type -> shoal.v1.InitResponse
-	150, // [150:207] is the sub-list for method output_type
-	93,  // [93:150] is the sub-list for method input_type
-	93,  // [93:93] is the sub-list for extension type_name
-	93,  // [93:93] is the sub-list for extension extendee
-	0,   // [0:93] is the sub-list for field type_name
+	11,  // 16: shoal.v1.ServiceSpec.update:type_name -> shoal.v1.UpdateConfig
+	11,  // 17: shoal.v1.ServiceSpec.rollback:type_name -> shoal.v1.UpdateConfig
+	10,  // 18: shoal.v1.Service.spec:type_name -> shoal.v1.ServiceSpec
+	13,  // 19: shoal.v1.Service.vips:type_name -> shoal.v1.VIPs
+	9,   // 20: shoal.v1.Service.ports:type_name -> shoal.v1.Port
+	15,  // 21: shoal.v1.Service.faults:type_name -> shoal.v1.NodeFault
+	10,  // 22: shoal.v1.Service.previous_spec:type_name -> shoal.v1.ServiceSpec
+	12,  // 23: shoal.v1.Service.update_status:type_name -> shoal.v1.UpdateStatus
+	2,   // 24: shoal.v1.Task.spec:type_name -> shoal.v1.TaskSpec
+	16,  // 25: shoal.v1.Task.attachments:type_name -> shoal.v1.Attachment
+	17,  // 26: shoal.v1.Task.status:type_name -> shoal.v1.TaskStatus
+	9,   // 27: shoal.v1.Task.ports:type_name -> shoal.v1.Port
+	15,  // 28: shoal.v1.Task.faults:type_name -> shoal.v1.NodeFault
+	146, // 29: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
+	147, // 30: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
+	148, // 31: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
+	0,   // 32: shoal.v1.CreateNetworkResponse.network:type_name -> shoal.v1.Network
+	0,   // 33: shoal.v1.ListNetworksResponse.networks:type_name -> shoal.v1.Network
+	18,  // 34: shoal.v1.ConnectNetworkResponse.task:type_name -> shoal.v1.Task
+	14,  // 35: shoal.v1.ConnectNetworkResponse.service:type_name -> shoal.v1.Service
+	149, // 36: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
+	10,  // 37: shoal.v1.CreateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
+	14,  // 38: shoal.v1.CreateServiceResponse.service:type_name -> shoal.v1.Service
+	10,  // 39: shoal.v1.UpdateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
+	14,  // 40: shoal.v1.UpdateServiceResponse.service:type_name -> shoal.v1.Service
+	14,  // 41: shoal.v1.ListServicesResponse.services:type_name -> shoal.v1.Service
+	2,   // 42: shoal.v1.CreateTaskRequest.spec:type_name -> shoal.v1.TaskSpec
+	1,   // 43: shoal.v1.CreateTaskRequest.networks:type_name -> shoal.v1.NetworkAttachment
+	9,   // 44: shoal.v1.CreateTaskRequest.ports:type_name -> shoal.v1.Port
+	18,  // 45: shoal.v1.CreateTaskResponse.task:type_name -> shoal.v1.Task
+	18,  // 46: shoal.v1.ListTasksResponse.tasks:type_name -> shoal.v1.Task
+	19,  // 47: shoal.v1.ListNodesResponse.nodes:type_name -> shoal.v1.NodeInfo
+	150, // 48: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	19,  // 49: shoal.v1.UpdateNodeResponse.node:type_name -> shoal.v1.NodeInfo
+	19,  // 50: shoal.v1.JoinNodeRequest.node:type_name -> shoal.v1.NodeInfo
+	20,  // 51: shoal.v1.JoinNodeResponse.cluster:type_name -> shoal.v1.Cluster
+	19,  // 52: shoal.v1.JoinNodeResponse.node:type_name -> shoal.v1.NodeInfo
+	19,  // 53: shoal.v1.JoinNodeResponse.managers:type_name -> shoal.v1.NodeInfo
+	55,  // 54: shoal.v1.JoinNodeResponse.certificate:type_name -> shoal.v1.Certificate
+	85,  // 55: shoal.v1.JoinNodeResponse.trust:type_name -> shoal.v1.Trust
+	58,  // 56: shoal.v1.JoinNodeResponse.lock:type_name -> shoal.v1.Lock
+	55,  // 57: shoal.v1.RenewCertificateResponse.certificate:type_name -> shoal.v1.Certificate
+	58,  // 58: shoal.v1.RenewCertificateResponse.lock:type_name -> shoal.v1.Lock
+	19,  // 59: shoal.v1.ShowTokenResponse.managers:type_name -> shoal.v1.NodeInfo
+	151, // 60: shoal.v1.ShowCAResponse.root:type_name -> shoal.v1.ShowCAResponse.Root
+	151, // 61: shoal.v1.ShowCAResponse.old:type_name -> shoal.v1.ShowCAResponse.Root
+	4,   // 62: shoal.v1.CreateBlobRequest.blob:type_name -> shoal.v1.Blob
+	4,   // 63: shoal.v1.CreateBlobResponse.blob:type_name -> shoal.v1.Blob
+	152, // 64: shoal.v1.UpdateBlobRequest.labels:type_name -> shoal.v1.UpdateBlobRequest.LabelsEntry
+	4,   // 65: shoal.v1.UpdateBlobResponse.blob:type_name -> shoal.v1.Blob
+	4,   // 66: shoal.v1.ListBlobsResponse.blobs:type_name -> shoal.v1.Blob
+	4,   // 67: shoal.v1.TaskBlobsResponse.blobs:type_name -> shoal.v1.Blob
+	18,  // 68: shoal.v1.AssignmentsResponse.tasks:type_name -> shoal.v1.Task
+	0,   // 69: shoal.v1.AssignmentsResponse.networks:type_name -> shoal.v1.Network
+	14,  // 70: shoal.v1.AssignmentsResponse.services:type_name -> shoal.v1.Service
+	19,  // 71: shoal.v1.AssignmentsResponse.nodes:type_name -> shoal.v1.NodeInfo
+	20,  // 72: shoal.v1.AssignmentsResponse.cluster:type_name -> shoal.v1.Cluster
+	85,  // 73: shoal.v1.AssignmentsResponse.trust:type_name -> shoal.v1.Trust
+	86,  // 74: shoal.v1.Trust.gossip_keys:type_name -> shoal.v1.GossipKey
+	153, // 75: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
+	154, // 76: shoal.v1.ReportRequest.faults:type_name -> shoal.v1.ReportRequest.Fault
+	18,  // 77: shoal.v1.TasksResponse.tasks:type_name -> shoal.v1.Task
+	155, // 78: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
+	157, // 79: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
+	158, // 80: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
+	159, // 81: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
+	17,  // 82: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
+	103, // 83: shoal.v1.ImageListResponse.images:type_name -> shoal.v1.Image
+	103, // 84: shoal.v1.ImageInspectResponse.image:type_name -> shoal.v1.Image
+	160, // 85: shoal.v1.Volume.labels:type_name -> shoal.v1.Volume.LabelsEntry
+	119, // 86: shoal.v1.VolumeListResponse.volumes:type_name -> shoal.v1.Volume
+	161, // 87: shoal.v1.VolumeCreateRequest.labels:type_name -> shoal.v1.VolumeCreateRequest.LabelsEntry
+	119, // 88: shoal.v1.VolumeCreateResponse.volume:type_name -> shoal.v1.Volume
+	19,  // 89: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
+	19,  // 90: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
+	19,  // 91: shoal.v1.InitResponse.lost:type_name -> shoal.v1.NodeInfo
+	19,  // 92: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
+	162, // 93: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
+	163, // 94: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
+	17,  // 95: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
+	156, // 96: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
+	21,  // 97: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
+	23,  // 98: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
+	25,  // 99: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
+	27,  // 100: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
+	29,  // 101: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
+	33,  // 102: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
+	35,  // 103: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
+	37,  // 104: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
+	39,  // 105: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
+	41,  // 106: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
+	43,  // 107: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
+	45,  // 108: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
+	73,  // 109: shoal.v1.Control.CreateBlob:input_type -> shoal.v1.CreateBlobRequest
+	75,  // 110: shoal.v1.Control.UpdateBlob:input_type -> shoal.v1.UpdateBlobRequest
+	77,  // 111: shoal.v1.Control.ListBlobs:input_type -> shoal.v1.ListBlobsRequest
+	79,  // 112: shoal.v1.Control.RemoveBlob:input_type -> shoal.v1.RemoveBlobRequest
+	81,  // 113: shoal.v1.Control.TaskBlobs:input_type -> shoal.v1.TaskBlobsRequest
+	47,  // 114: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
+	49,  // 115: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
+	51,  // 116: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
+	31,  // 117: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
+	61,  // 118: shoal.v1.Control.ShowToken:input_type -> shoal.v1.ShowTokenRequest
+	63,  // 119: shoal.v1.Control.RotateToken:input_type -> shoal.v1.RotateTokenRequest
+	65,  // 120: shoal.v1.Control.ShowCA:input_type -> shoal.v1.ShowCARequest
+	69,  // 121: shoal.v1.Control.RotateCA:input_type -> shoal.v1.RotateCARequest
+	67,  // 122: shoal.v1.Control.UnlockKey:input_type -> shoal.v1.UnlockKeyRequest
+	101, // 123: shoal.v1.Control.SaveSnapshot:input_type -> shoal.v1.SaveSnapshotRequest
+	56,  // 124: shoal.v1.Control.RenewCertificate:input_type -> shoal.v1.RenewCertificateRequest
+	59,  // 125: shoal.v1.Control.LeaveNode:input_type -> shoal.v1.LeaveNodeRequest
+	53,  // 126: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
+	71,  // 127: shoal.v1.Control.AdmitManager:input_type -> shoal.v1.AdmitManagerRequest
+	83,  // 128: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
+	87,  // 129: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
+	104, // 130: shoal.v1.Node.ImageList:input_type -> shoal.v1.ImageListRequest
+	106, // 131: shoal.v1.Node.ImagePull:input_type -> shoal.v1.ImagePullRequest
+	108, // 132: shoal.v1.Node.ImageResolve:input_type -> shoal.v1.ImageResolveRequest
+	110, // 133: shoal.v1.Node.ImageRemove:input_type -> shoal.v1.ImageRemoveRequest
+	111, // 134: shoal.v1.Node.ImagePrune:input_type -> shoal.v1.ImagePruneRequest
+	113, // 135: shoal.v1.Node.ImageInspect:input_type -> shoal.v1.ImageInspectRequest
+	115, // 136: shoal.v1.Node.ImageLoad:input_type -> shoal.v1.ImageLoadRequest
+	117, // 137: shoal.v1.Node.ImageSave:input_type -> shoal.v1.ImageSaveRequest
+	120, // 138: shoal.v1.Node.VolumeList:input_type -> shoal.v1.VolumeListRequest
+	122, // 139: shoal.v1.Node.VolumeCreate:input_type -> shoal.v1.VolumeCreateRequest
+	124, // 140: shoal.v1.Node.VolumeRemove:input_type -> shoal.v1.VolumeRemoveRequest
+	95,  // 141: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
+	97,  // 142: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
+	99,  // 143: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
+	89,  // 144: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
+	91,  // 145: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
+	93,  // 146: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
+	129, // 147: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
+	131, // 148: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
+	133, // 149: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
+	135, // 150: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
+	137, // 151: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
+	127, // 152: shoal.v1.Local.Unlock:input_type -> shoal.v1.UnlockRequest
+	126, // 153: shoal.v1.Local.RestoreSnapshot:input_type -> shoal.v1.RestoreSnapshotRequest
+	22,  // 154: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
+	24,  // 155: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
+	26,  // 156: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
+	28,  // 157: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
+	30,  // 158: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
+	34,  // 159: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
+	36,  // 160: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
+	38,  // 161: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
+	40,  // 162: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
+	42,  // 163: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
+	44,  // 164: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
+	46,  // 165: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
+	74,  // 166: shoal.v1.Control.CreateBlob:output_type -> shoal.v1.CreateBlobResponse
+	76,  // 167: shoal.v1.Control.UpdateBlob:output_type -> shoal.v1.UpdateBlobResponse
+	78,  // 168: shoal.v1.Control.ListBlobs:output_type -> shoal.v1.ListBlobsResponse
+	80,  // 169: shoal.v1.Control.RemoveBlob:output_type -> shoal.v1.RemoveBlobResponse
+	82,  // 170: shoal.v1.Control.TaskBlobs:output_type -> shoal.v1.TaskBlobsResponse
+	48,  // 171: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
+	50,  // 172: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
+	52,  // 173: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
+	32,  // 174: shoal.v1.Control.Events:output_type -> shoal.v1.Event
+	62,  // 175: shoal.v1.Control.ShowToken:output_type -> shoal.v1.ShowTokenResponse
+	64,  // 176: shoal.v1.Control.RotateToken:output_type -> shoal.v1.RotateTokenResponse
+	66,  // 177: shoal.v1.Control.ShowCA:output_type -> shoal.v1.ShowCAResponse
+	70,  // 178: shoal.v1.Control.RotateCA:output_type -> shoal.v1.RotateCAResponse
+	68,  // 179: shoal.v1.Control.UnlockKey:output_type -> shoal.v1.UnlockKeyResponse
+	102, // 180: shoal.v1.Control.SaveSnapshot:output_type -> shoal.v1.SaveSnapshotResponse
+	57,  // 181: shoal.v1.Control.RenewCertificate:output_type -> shoal.v1.RenewCertificateResponse
+	60,  // 182: shoal.v1.Control.LeaveNode:output_type -> shoal.v1.LeaveNodeResponse
+	54,  // 183: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
+	72,  // 184: shoal.v1.Control.AdmitManager:output_type -> shoal.v1.AdmitManagerResponse
+	84,  // 185: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
+	88,  // 186: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
+	105, // 187: shoal.v1.Node.ImageList:output_type -> shoal.v1.ImageListResponse
+	107, // 188: shoal.v1.Node.ImagePull:output_type -> shoal.v1.ImagePullResponse
+	109, // 189: shoal.v1.Node.ImageResolve:output_type -> shoal.v1.ImageResolveResponse
+	112, // 190: shoal.v1.Node.ImageRemove:output_type -> shoal.v1.ImageRemoveResponse
+	112, // 191: shoal.v1.Node.ImagePrune:output_type -> shoal.v1.ImageRemoveResponse
+	114, // 192: shoal.v1.Node.ImageInspect:output_type -> shoal.v1.ImageInspectResponse
+	116, // 193: shoal.v1.Node.ImageLoad:output_type -> shoal.v1.ImageLoadResponse
+	118, // 194: shoal.v1.Node.ImageSave:output_type -> shoal.v1.ImageSaveResponse
+	121, // 195: shoal.v1.Node.VolumeList:output_type -> shoal.v1.VolumeListResponse
+	123, // 196: shoal.v1.Node.VolumeCreate:output_type -> shoal.v1.VolumeCreateResponse
+	125, // 197: shoal.v1.Node.VolumeRemove:output_type -> shoal.v1.VolumeRemoveResponse
+	96,  // 198: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
+	98,  // 199: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
+	100, // 200: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
+	90,  // 201: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
+	92,  // 202: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
+	94,  // 203: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
+	130, // 204: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
+	132, // 205: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
+	134, // 206: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
+	136, // 207: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
+	138, // 208: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
+	128, // 209: shoal.v1.Local.Unlock:output_type -> shoal.v1.UnlockResponse
+	132, // 210: shoal.v1.Local.RestoreSnapshot:output_type -> shoal.v1.InitResponse
+	154, // [154:211] is the sub-list for method output_type
+	97,  // [97:154] is the sub-list for method input_type
+	97,  // [97:97] is the sub-list for extension type_name
+	97,  // [97:97] is the sub-list for extension extendee
+	0,   // [0:97] is the sub-list for field type_name
 }
 
 func init() { file_shoal_v1_shoal_proto_init() }
@@ -10783,28 +11064,28 @@ func file_shoal_v1_shoal_proto_init() {
 	if File_shoal_v1_shoal_proto != nil {
 		return
 	}
-	file_shoal_v1_shoal_proto_msgTypes[33].OneofWrappers = []any{}
-	file_shoal_v1_shoal_proto_msgTypes[47].OneofWrappers = []any{}
-	file_shoal_v1_shoal_proto_msgTypes[93].OneofWrappers = []any{
+	file_shoal_v1_shoal_proto_msgTypes[35].OneofWrappers = []any{}
+	file_shoal_v1_shoal_proto_msgTypes[49].OneofWrappers = []any{}
+	file_shoal_v1_shoal_proto_msgTypes[95].OneofWrappers = []any{
 		(*ExecRequest_Start_)(nil),
 		(*ExecRequest_Stdin)(nil),
 		(*ExecRequest_StdinEof)(nil),
 		(*ExecRequest_Resize_)(nil),
 		(*ExecRequest_Signal)(nil),
 	}
-	file_shoal_v1_shoal_proto_msgTypes[94].OneofWrappers = []any{
+	file_shoal_v1_shoal_proto_msgTypes[96].OneofWrappers = []any{
 		(*ExecResponse_Stdout)(nil),
 		(*ExecResponse_Stderr)(nil),
 		(*ExecResponse_ExitCode)(nil),
 	}
-	file_shoal_v1_shoal_proto_msgTypes[153].OneofWrappers = []any{}
+	file_shoal_v1_shoal_proto_msgTypes[155].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_shoal_v1_shoal_proto_rawDesc), len(file_shoal_v1_shoal_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   162,
+			NumMessages:   164,
 			NumExtensions: 0,
 			NumServices:   3,
 		},
