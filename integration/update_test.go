@@ -17,8 +17,8 @@ func TestUpdatePolicies(t *testing.T) {
 		s.ok("node1", "shoal svc update --update-order stop-first --env-add V=3 web")
 		s.ok("node1", "shoal svc rollback web")
 		s.ok("node1", "shoal svc update --update-order start-first --update-parallelism 0 --force web")
-		s.fails("node1", "service rolled back: ", "shoal svc update --update-failure-action rollback web -- false")
-		s.fails("node1", "service update paused: ", "shoal svc update --constraint-add node.labels.dsk==ssd web")
+		s.fails("node1", "service rolled back: ", "shoal svc update -q --update-failure-action rollback web -- false")
+		s.fails("node1", "service update paused: ", "shoal svc update -q --constraint-add node.labels.dsk==ssd web")
 	})
 	if l.Failed > 0 || l.OK == 0 {
 		t.Errorf("%d of %d requests failed: %v", l.Failed, l.Requests, l.Errors)
@@ -36,6 +36,6 @@ func TestUpdatePolicies(t *testing.T) {
 
 	// What holds a lock fails beside its successor, and is told how.
 	s.ok("node1", "shoal svc create --name db --constraint node.name==node2 -- sh -c 'exec flock -n /run/updates.lock sleep 10000'")
-	s.fails("node1", "--update-order stop-first", "shoal svc update --env-add A=1 db")
+	s.fails("node1", "--update-order stop-first", "shoal svc update -q --env-add A=1 db")
 	s.ok("node1", "shoal svc update --update-order stop-first --update-monitor 1s --env-add A=2 db")
 }

@@ -84,8 +84,6 @@ func TestDockerLines(t *testing.T) {
 		"swarm join-token --rotate worker":             "'shoal token show worker'",
 		"swarm ca --rotate":                            "'shoal ca rotate'",
 		"node ps self":                                 "'shoal ps --node NODE'",
-		"service rollback --detach web":                "'shoal svc update'",
-		"svc rollback web":                             "'shoal svc update'",
 		"compose up -d":                                "'shoal svc create'",
 		"kill -s HUP c1":                               "'shoal stop TASK'",
 		"restart -t 3 c1":                              "'shoal run'",

@@ -31,7 +31,6 @@ var wrong = []struct {
 	// What is no command.
 	{"nett", 2, `unknown command "shoal nett": did you mean "net"?`},
 	{"net creat", 2, `unknown command "shoal net creat": did you mean "create"?`},
-	{"svc rollback", 2, `unknown command "shoal svc rollback"`},
 	{"lab nix", 2, `unknown command "shoal lab nix"`},
 	{"node promote", 2, "shoal node promote takes at least 1 arguments, 0 are given"},
 	{"token show", 2, "shoal token show takes 1 arguments, 0 are given"},
