@@ -215,8 +215,7 @@ func ServiceSpec(s spec.ServiceSpec) *shoalv1.ServiceSpec {
 	return &shoalv1.ServiceSpec{Name: s.Name, Labels: s.Labels, Replicas: int32(s.Replicas), EndpointMode: s.EndpointMode,
 		Networks: NetworkAttachments(s.Networks), Constraints: s.Constraints, Task: TaskSpec(s.Task),
 		RestartDelayMs: s.RestartDelay.Milliseconds(), RestartMax: int32(s.RestartMax), Ports: Ports(s.Ports), ListenTimeoutMs: s.ListenTimeout.Milliseconds(),
-		Update: UpdateConfig(s.Update), Rollback: UpdateConfig(s.Rollback), ForceUpdate: s.ForceUpdate,
-		Mode: s.Mode, MaxConcurrent: int32(s.MaxConcurrent), Preferences: s.Preferences, MaxPerNode: int32(s.MaxPerNode)}
+		Update: UpdateConfig(s.Update), Rollback: UpdateConfig(s.Rollback), ForceUpdate: s.ForceUpdate}
 }
 
 // ToServiceSpec is the inverse of ServiceSpec.
@@ -233,8 +232,7 @@ func ToServiceSpec(s *shoalv1.ServiceSpec) (spec.ServiceSpec, error) {
 	return spec.ServiceSpec{Name: s.GetName(), Labels: s.GetLabels(), Replicas: int(s.GetReplicas()), EndpointMode: s.GetEndpointMode(),
 		Networks: nets, Constraints: s.GetConstraints(), Task: task, Ports: ports,
 		RestartDelay: time.Duration(s.GetRestartDelayMs()) * time.Millisecond, RestartMax: int(s.GetRestartMax()), ListenTimeout: time.Duration(s.GetListenTimeoutMs()) * time.Millisecond,
-		Update: ToUpdateConfig(s.GetUpdate()), Rollback: ToUpdateConfig(s.GetRollback()), ForceUpdate: s.GetForceUpdate(),
-		Mode: s.GetMode(), MaxConcurrent: int(s.GetMaxConcurrent()), Preferences: s.GetPreferences(), MaxPerNode: int(s.GetMaxPerNode())}, err
+		Update: ToUpdateConfig(s.GetUpdate()), Rollback: ToUpdateConfig(s.GetRollback()), ForceUpdate: s.GetForceUpdate()}, err
 }
 
 // UpdateConfig is u on the wire.

@@ -150,13 +150,6 @@ type ServiceSpec struct {
 	Rollback *UpdateConfig `json:"rollback,omitempty" level:"2"` // FailureRollback is not for it
 	// ForceUpdate grows with each update that is to replace all tasks, changed or not.
 	ForceUpdate uint64 `json:"force_update,omitempty" level:"2"`
-
-	Mode string `json:"mode,omitempty" level:"2"` // empty: ModeReplicated
-	// MaxConcurrent is how many tasks of a replicated job run at a time, of the Replicas
-	// that are to complete; 0: all.
-	MaxConcurrent int      `json:"max_concurrent,omitempty" level:"2"`
-	Preferences   []string `json:"preferences,omitempty" level:"2"`  // spread=node.labels.KEY, the widest first
-	MaxPerNode    int      `json:"max_per_node,omitempty" level:"2"` // replicas; 0: no limit
 }
 
 // DefaultListenTimeout is enough for servers that load much before they listen.
@@ -186,7 +179,6 @@ func (s ServiceSpec) ListenWithin() time.Duration {
 func (s ServiceSpec) Clone() ServiceSpec {
 	s.Labels, s.Constraints, s.Task = maps.Clone(s.Labels), slices.Clone(s.Constraints), s.Task.Clone()
 	s.Networks, s.Ports = cloneAttachments(s.Networks), slices.Clone(s.Ports)
-	s.Preferences = slices.Clone(s.Preferences)
 	s.Update, s.Rollback = s.Update.clone(), s.Rollback.clone()
 	return s
 }

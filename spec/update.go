@@ -6,14 +6,6 @@ import (
 	"time"
 )
 
-// Modes of a service, in Docker's words.
-const (
-	ModeReplicated    = "replicated" // so many replicas
-	ModeGlobal        = "global"     // one on each node that fits
-	ModeReplicatedJob = "replicated-job"
-	ModeGlobalJob     = "global-job"
-)
-
 // Orders of an update: which of a slot's two tasks begins or ends first.
 const (
 	StartFirst = "start-first"
@@ -132,19 +124,3 @@ func (u *UpdateStatus) Paused() bool {
 
 // Back tells whether it is a rollback.
 func (u *UpdateStatus) Back() bool { return u != nil && strings.HasPrefix(u.State, "rollback") }
-
-// ParsePreference parses a placement preference, spread=node.labels.KEY or
-// spread=engine.labels.KEY, to the label's key.
-func ParsePreference(s string) (string, error) {
-	strategy, by, ok := strings.Cut(s, "=")
-	if !ok || strings.TrimSpace(strategy) != "spread" {
-		return "", fmt.Errorf("placement preference %q: want spread=node.labels.KEY", s)
-	}
-	by = strings.TrimSpace(by)
-	for _, p := range []string{"node.labels.", "engine.labels."} {
-		if k, ok := strings.CutPrefix(by, p); ok && k != "" {
-			return k, nil
-		}
-	}
-	return "", fmt.Errorf("placement preference %q: %q can't be spread over: use node.labels.KEY", s, by)
-}

@@ -28,7 +28,6 @@ type serviceJSON struct {
 	Created     time.Time       `json:"created"`
 	Running     int             `json:"running"`
 	Desired     int             `json:"desired"`
-	Completed   int             `json:"completed,omitempty"`
 
 	Previous *spec.ServiceSpec `json:"previous_spec,omitempty"`
 	Update   *updateStatusJSON `json:"update_status,omitempty"`
@@ -58,7 +57,7 @@ type vipsJSON struct {
 func toServiceJSON(s *shoalv1.Service, nets names) (serviceJSON, error) {
 	v, err := api.ToService(s)
 	v.Spec.Task.RegistryAuth = "" // it is to be seen nowhere
-	out := serviceJSON{Service: v, Spec: serviceSpecJSON{v.Spec, nil}, Created: instant(v.Created), Running: int(s.Running), Desired: int(s.Desired), Completed: int(s.Completed), Previous: v.Previous}
+	out := serviceJSON{Service: v, Spec: serviceSpecJSON{v.Spec, nil}, Created: instant(v.Created), Running: int(s.Running), Desired: int(s.Desired), Previous: v.Previous}
 	if out.Previous != nil {
 		out.Previous.Task.RegistryAuth = ""
 	}

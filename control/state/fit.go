@@ -44,7 +44,7 @@ func (s *State) taskRules(constraints []string, nets []spec.NetworkAttachment, i
 // specLevel is the level that a node must have for the tasks of a service.
 func specLevel(sp spec.ServiceSpec) int {
 	// These only the managers look at.
-	sp.Update, sp.Rollback, sp.ForceUpdate, sp.Mode, sp.MaxConcurrent, sp.Preferences, sp.MaxPerNode = nil, nil, 0, "", 0, nil, 0
+	sp.Update, sp.Rollback, sp.ForceUpdate = nil, nil, 0
 	level, _ := NeedOf(sp)
 	return level
 }

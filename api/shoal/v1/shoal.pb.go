@@ -1261,10 +1261,6 @@ type ServiceSpec struct {
 	Update          *UpdateConfig          `protobuf:"bytes,12,opt,name=update,proto3" json:"update,omitempty"`                                             // absent: the defaults
 	Rollback        *UpdateConfig          `protobuf:"bytes,13,opt,name=rollback,proto3" json:"rollback,omitempty"`
 	ForceUpdate     uint64                 `protobuf:"varint,14,opt,name=force_update,json=forceUpdate,proto3" json:"force_update,omitempty"`
-	Mode            string                 `protobuf:"bytes,15,opt,name=mode,proto3" json:"mode,omitempty"`                                         // replicated (empty, too), global, replicated-job, global-job
-	MaxConcurrent   int32                  `protobuf:"varint,16,opt,name=max_concurrent,json=maxConcurrent,proto3" json:"max_concurrent,omitempty"` // of a replicated job; 0: all
-	Preferences     []string               `protobuf:"bytes,17,rep,name=preferences,proto3" json:"preferences,omitempty"`                           // spread=node.labels.KEY
-	MaxPerNode      int32                  `protobuf:"varint,18,opt,name=max_per_node,json=maxPerNode,proto3" json:"max_per_node,omitempty"`        // 0: no limit
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1393,34 +1389,6 @@ func (x *ServiceSpec) GetRollback() *UpdateConfig {
 func (x *ServiceSpec) GetForceUpdate() uint64 {
 	if x != nil {
 		return x.ForceUpdate
-	}
-	return 0
-}
-
-func (x *ServiceSpec) GetMode() string {
-	if x != nil {
-		return x.Mode
-	}
-	return ""
-}
-
-func (x *ServiceSpec) GetMaxConcurrent() int32 {
-	if x != nil {
-		return x.MaxConcurrent
-	}
-	return 0
-}
-
-func (x *ServiceSpec) GetPreferences() []string {
-	if x != nil {
-		return x.Preferences
-	}
-	return nil
-}
-
-func (x *ServiceSpec) GetMaxPerNode() int32 {
-	if x != nil {
-		return x.MaxPerNode
 	}
 	return 0
 }
@@ -1646,7 +1614,6 @@ type Service struct {
 	PreviousSpec  *ServiceSpec           `protobuf:"bytes,12,opt,name=previous_spec,json=previousSpec,proto3" json:"previous_spec,omitempty"`
 	UpdateStatus  *UpdateStatus          `protobuf:"bytes,13,opt,name=update_status,json=updateStatus,proto3" json:"update_status,omitempty"` // absent: no task had to be replaced since the last change
 	Desired       int32                  `protobuf:"varint,14,opt,name=desired,proto3" json:"desired,omitempty"`                              // tasks that are to run now
-	Completed     int32                  `protobuf:"varint,15,opt,name=completed,proto3" json:"completed,omitempty"`                          // tasks of a job that have done their work
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1775,13 +1742,6 @@ func (x *Service) GetUpdateStatus() *UpdateStatus {
 func (x *Service) GetDesired() int32 {
 	if x != nil {
 		return x.Desired
-	}
-	return 0
-}
-
-func (x *Service) GetCompleted() int32 {
-	if x != nil {
-		return x.Completed
 	}
 	return 0
 }
@@ -9932,7 +9892,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\bprotocol\x18\x03 \x01(\tR\bprotocol\x12\x12\n" +
 	"\x04mode\x18\x04 \x01(\tR\x04mode\x12\x12\n" +
 	"\x04addr\x18\x05 \x01(\tR\x04addr\x12\x10\n" +
-	"\x03nat\x18\x06 \x01(\bR\x03nat\"\xfe\x05\n" +
+	"\x03nat\x18\x06 \x01(\bR\x03nat\"\xff\x04\n" +
 	"\vServiceSpec\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x129\n" +
 	"\x06labels\x18\x02 \x03(\v2!.shoal.v1.ServiceSpec.LabelsEntryR\x06labels\x12\x1a\n" +
@@ -9949,12 +9909,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x11listen_timeout_ms\x18\v \x01(\x03R\x0flistenTimeoutMs\x12.\n" +
 	"\x06update\x18\f \x01(\v2\x16.shoal.v1.UpdateConfigR\x06update\x122\n" +
 	"\brollback\x18\r \x01(\v2\x16.shoal.v1.UpdateConfigR\brollback\x12!\n" +
-	"\fforce_update\x18\x0e \x01(\x04R\vforceUpdate\x12\x12\n" +
-	"\x04mode\x18\x0f \x01(\tR\x04mode\x12%\n" +
-	"\x0emax_concurrent\x18\x10 \x01(\x05R\rmaxConcurrent\x12 \n" +
-	"\vpreferences\x18\x11 \x03(\tR\vpreferences\x12 \n" +
-	"\fmax_per_node\x18\x12 \x01(\x05R\n" +
-	"maxPerNode\x1a9\n" +
+	"\fforce_update\x18\x0e \x01(\x04R\vforceUpdate\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xd3\x01\n" +
@@ -9973,7 +9928,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\amessage\x18\x04 \x01(\tR\amessage\"6\n" +
 	"\x04VIPs\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x14\n" +
-	"\x05addrs\x18\x02 \x03(\tR\x05addrs\"\x87\x04\n" +
+	"\x05addrs\x18\x02 \x03(\tR\x05addrs\"\xe9\x03\n" +
 	"\aService\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12)\n" +
 	"\x04spec\x18\x02 \x01(\v2\x15.shoal.v1.ServiceSpecR\x04spec\x12\"\n" +
@@ -9990,8 +9945,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x06faults\x18\v \x03(\v2\x13.shoal.v1.NodeFaultR\x06faults\x12:\n" +
 	"\rprevious_spec\x18\f \x01(\v2\x15.shoal.v1.ServiceSpecR\fpreviousSpec\x12;\n" +
 	"\rupdate_status\x18\r \x01(\v2\x16.shoal.v1.UpdateStatusR\fupdateStatus\x12\x18\n" +
-	"\adesired\x18\x0e \x01(\x05R\adesired\x12\x1c\n" +
-	"\tcompleted\x18\x0f \x01(\x05R\tcompleted\"9\n" +
+	"\adesired\x18\x0e \x01(\x05R\adesired\"9\n" +
 	"\tNodeFault\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\"\x9e\x01\n" +
