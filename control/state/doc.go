@@ -43,7 +43,9 @@
 //     against the node.
 //   - a task of an older template, on a node being drained, or on one that no
 //     longer meets the constraints, is replaced start-first: the old one is
-//     stopped when the new one runs. Of older templates one slot at a time.
+//     stopped when the new one runs. Of older templates as many slots at a
+//     time as the service's policy allows, in its order; failures end that
+//     (updater.go).
 //     Where starting first is impossible (no other node fits, or no address
 //     is free) the old one is stopped first.
 //
