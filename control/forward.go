@@ -285,6 +285,21 @@ func (f *Forwarder) serveLeader(w http.ResponseWriter, m *Manager) {
 	}
 }
 
+// olderLeader refuses a call that this build knows and the leader's does not.
+func (f *Forwarder) olderLeader(path, addr string) error {
+	what := path[strings.LastIndexByte(path, '/')+1:]
+	var level int
+	var behind state.Laggards
+	if m, _ := f.local(); m != nil {
+		m.fsm.read(func(s *state.State) { level, behind = s.Level(), s.Behind(state.Level, nil) })
+	}
+	err := fmt.Errorf("the managers' leader at %s runs an older shoal, which does not know %s: upgrade shoal there ('shoal node ls -o wide' shows the versions)", addr, what)
+	if len(behind) > 0 {
+		err = fmt.Errorf("the managers' leader at %s runs an older shoal, which does not know %s; this node has feature level %d, and the cluster is at level %d, as %s: upgrade shoal there", addr, what, state.Level, level, behind)
+	}
+	return connect.NewError(connect.CodeFailedPrecondition, err)
+}
+
 // findLeader returns the leader's address, "" when nobody knows one; which
 // managers did not answer then, and whether those that did are a majority.
 func (f *Forwarder) findLeader(ctx context.Context, m *Manager) (leader string, silent []string, majority bool) {
@@ -462,6 +477,11 @@ func (f *Forwarder) forward(w http.ResponseWriter, r *http.Request, addr string,
 	}
 	if resp.Header.Get(leftOpenHeader) != "" && again(r) {
 		return false, &lostError{fmt.Errorf("manager %s lost the lead while it worked on it", addr)}
+	}
+	if resp.StatusCode == http.StatusNotImplemented || resp.StatusCode == http.StatusNotFound {
+		// This node would not have passed on what it does not know itself.
+		_ = connect.NewErrorWriter().Write(w, r, f.olderLeader(r.URL.Path, addr))
+		return true, nil
 	}
 	h := w.Header()
 	for k, v := range resp.Header {

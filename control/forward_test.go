@@ -142,6 +142,23 @@ func TestForwarderOfAnotherCluster(t *testing.T) {
 	}
 }
 
+// TestForwarderOfOlderLeader: a leader that does not know a command is of an older
+// build, and that is what the caller is told, not what is there at which path.
+func TestForwarderOfOlderLeader(t *testing.T) {
+	t.Parallel()
+	n := newAsker(t)
+	var addr string
+	addr = fakeManager(t, func() string { return addr }, func(w http.ResponseWriter, r *http.Request) {
+		_ = connect.NewErrorWriter().Write(w, r, connect.NewError(connect.CodeUnimplemented, fmt.Errorf("there is nothing at %q", r.URL.Path)))
+	})
+	n.sees = []string{addr}
+	n.start()
+	_, err := n.ctl.CreateBlob(testCtx(t), connect.NewRequest(&shoalv1.CreateBlobRequest{}))
+	if want := "the managers' leader at " + addr + " runs an older shoal, which does not know CreateBlob: upgrade shoal there"; connect.CodeOf(err) != connect.CodeFailedPrecondition || !strings.Contains(fmt.Sprint(err), want) {
+		t.Errorf("%v\nwant %s", err, want)
+	}
+}
+
 // TestForwarderNamesWhatFailed: an answer that nobody leads also says what was
 // tried last.
 func TestForwarderNamesWhatFailed(t *testing.T) {
