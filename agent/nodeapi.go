@@ -100,11 +100,25 @@ func (a *nodeAPI) task(ctx context.Context, id string) (*member, spec.Task, erro
 	if err != nil {
 		return nil, spec.Task{}, err
 	}
+	if err := a.adopted(ctx, m); err != nil {
+		return nil, spec.Task{}, err
+	}
 	t, _, ok := m.tasks.find(id)
 	if !ok {
 		return nil, spec.Task{}, connect.NewError(connect.CodeNotFound, fmt.Errorf("task %s is not on node %s", id, m.name()))
 	}
 	return m, t, nil
+}
+
+// adopted waits until the tasks of an earlier agent are known: before, a task that is
+// not found may be there.
+func (a *nodeAPI) adopted(ctx context.Context, m *member) error {
+	for limit := time.Now().Add(startWait); !m.tasks.hasAdopted(); {
+		if time.Now().After(limit) || m.ctx.Err() != nil || !sleep(ctx, 10*time.Millisecond) {
+			return connect.NewError(connect.CodeUnavailable, fmt.Errorf("the agent of node %s does not know its tasks yet: see its log", m.ident.Name))
+		}
+	}
+	return nil
 }
 
 // Exec runs a command inside a task.
@@ -169,7 +183,10 @@ func (a *nodeAPI) Exec(ctx context.Context, stream *connect.BidiStream[shoalv1.E
 			msg, err := stream.Receive()
 			if err != nil {
 				if !errors.Is(err, io.EOF) {
-					cancel() // the client is gone: so goes its command
+					// The client is gone: so goes its command. Or this agent ends, which
+					// is not the end of an attached program's input.
+					stdinW.CloseWithError(err)
+					cancel()
 				}
 				return
 			}
@@ -189,6 +206,9 @@ func (a *nodeAPI) Exec(ctx context.Context, stream *connect.BidiStream[shoalv1.E
 		}
 	}()
 	code, err := proc.Wait()
+	if start.Attach && ctx.Err() == nil && !errors.Is(err, runtime.ErrClosing) {
+		m.tasks.hear(t.ID)
+	}
 	if errors.Is(err, runtime.ErrClosing) {
 		return connect.NewError(connect.CodeUnavailable, fmt.Errorf("task %s: %w", t.Name, err))
 	}
@@ -332,6 +352,9 @@ func (a *nodeAPI) Tasks(ctx context.Context, _ *connect.Request[shoalv1.TasksReq
 	if err != nil {
 		return nil, err
 	}
+	if err := a.adopted(ctx, m); err != nil {
+		return nil, err
+	}
 	resp := &shoalv1.TasksResponse{}
 	for id, st := range m.tasks.statuses() {
 		if t, _, ok := m.tasks.find(id); ok {
@@ -390,6 +413,7 @@ func (a *nodeAPI) Wait(ctx context.Context, req *connect.Request[shoalv1.WaitReq
 	for {
 		_, st, ok := m.tasks.find(req.Msg.Task)
 		if !ok || st.State.Ended() {
+			m.tasks.hear(req.Msg.Task)
 			return connect.NewResponse(&shoalv1.WaitResponse{Status: api.TaskStatus(st)}), nil
 		}
 		if err := m.tasks.changed(ctx, req.Msg.Task, st); err != nil {

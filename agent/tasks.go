@@ -93,6 +93,7 @@ type runner struct {
 	asker    atomic.Pointer[dns.Asker]
 	detached uint64 // attachments that left up to this version are off the network
 	fit      fitness
+	heard    bool // who ran it in the foreground knows of its end, or is gone
 
 	named *[]netip.Addr // what the task's hosts file says of it; nil: not known. Of run only
 }
@@ -383,6 +384,10 @@ func (r *runner) run(ctx context.Context, found *runtime.Status) {
 		case <-r.wake:
 		}
 	}
+	r.linger(ctx)
+	if ctx.Err() != nil {
+		return
+	}
 	for {
 		err := r.rt.Remove(ctx, r.id)
 		if err == nil {
@@ -397,6 +402,31 @@ func (r *runner) run(ctx context.Context, found *runtime.Status) {
 	delete(r.runners, r.id)
 	r.mu.Unlock()
 	r.plumbing.publish()
+}
+
+// lingerTime is how long the end of a task that somebody ran in the foreground, and
+// that is forgotten by itself, waits for him: his session was cut as an agent ended.
+const lingerTime = 10 * time.Second
+
+// linger waits for who is to hear of the task's end.
+func (r *runner) linger(ctx context.Context) {
+	for limit := time.Now().Add(lingerTime); time.Now().Before(limit); {
+		r.mu.Lock()
+		over := r.heard || r.left || !r.task.Spec.Attach || !r.task.Spec.AutoRemove || r.status.At == 0
+		r.mu.Unlock()
+		if over || !sleep(ctx, 50*time.Millisecond) {
+			return
+		}
+	}
+}
+
+// hear notes that who ran a task in the foreground knows of its end.
+func (m *tasks) hear(id string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if r := m.runners[id]; r != nil {
+		r.heard = true
+	}
 }
 
 // live runs the task until its program has ended and its final state is set;

@@ -11,6 +11,7 @@ import (
 	"net"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 
 	"connectrpc.com/connect"
@@ -31,7 +32,7 @@ type Client struct {
 
 // New makes a client of the agent at a socket. It makes no connection yet.
 func New(socket string) *Client {
-	h, o := peer.UnixClient(socket), connect.WithInterceptors(explain{socket})
+	h, o := peer.UnixClient(socket), connect.WithInterceptors(explain{socket}, again{new(atomic.Bool)})
 	return &Client{socket, shoalv1connect.NewControlClient(h, "http://shoal", o), shoalv1connect.NewNodeClient(h, "http://shoal", o), shoalv1connect.NewLocalClient(h, "http://shoal", o)}
 }
 

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"sync"
 	"time"
 
@@ -100,7 +101,7 @@ func (c *Client) TaskLogs(ctx context.Context, t *shoalv1.Task, o LogOptions, s 
 			return nil
 		}
 		if quiet > logSpeak && !said && !missing {
-			s.Note(t, "its output can't be read now: "+connectMessage(c.Explain(err))+": waiting")
+			s.Note(t, Silence(err)+": waiting for its output")
 			said = true
 		}
 		if !pause(ctx, logRetry) {
@@ -195,7 +196,7 @@ func (c *Client) ServiceLogs(ctx context.Context, id, name string, o LogOptions,
 				lost = time.Now()
 			}
 			if time.Since(lost) > logSpeak && !said {
-				sink.Note(nil, "further tasks of service "+name+" can't be seen now: "+connectMessage(c.Explain(err))+": waiting")
+				sink.Note(nil, "service "+name+": "+Silence(err)+": waiting")
 				said = true
 			}
 		default:
@@ -309,6 +310,9 @@ func localCut(err error) bool {
 	if err == nil || connect.IsWireError(err) {
 		return false
 	}
+	if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) {
+		return true // in the middle of an answer
+	}
 	switch connect.CodeOf(err) {
 	case connect.CodeUnavailable, connect.CodeUnknown, connect.CodeInternal, connect.CodeAborted, connect.CodeCanceled:
 		return true
@@ -318,6 +322,14 @@ func localCut(err error) bool {
 
 // away tells whether an error says that an agent is not to be reached now.
 func away(err error) bool { return connect.CodeOf(err) == connect.CodeUnavailable || localCut(err) }
+
+// Silence says in words who does not answer, of an error for which Away is true.
+func Silence(err error) string {
+	if localCut(err) {
+		return "the agent does not answer"
+	}
+	return connectMessage(err)
+}
 
 // connectMessage is an error without its code.
 func connectMessage(err error) string {

@@ -428,8 +428,12 @@ func again(r *http.Request) bool {
 	return repeatable(r.URL.Path) || r.Header.Get(requestHeader) != ""
 }
 
-// requestID is the ID of what a call is to create.
-func requestID(h http.Header) string {
+// requestID is the ID of what a call is to create: the one that its client chose, to be
+// able to ask again even when its own agent has ended, else the forwarder's.
+func requestID(asked string, h http.Header) string {
+	if spec.IsID(asked) {
+		return asked
+	}
 	if id := h.Get(requestHeader); spec.IsID(id) {
 		return id
 	}
@@ -467,8 +471,10 @@ func (f *Forwarder) forward(w http.ResponseWriter, r *http.Request, addr string,
 		if again(r) {
 			return false, &lostError{fmt.Errorf("manager %s: %w", addr, err)}
 		}
-		_ = connect.NewErrorWriter().Write(w, r, connect.NewError(connect.CodeUnavailable,
-			fmt.Errorf("the leading manager at %s was lost while it worked on this: see whether the change was made: %w", addr, err)))
+		lost := connect.NewError(connect.CodeUnavailable,
+			fmt.Errorf("the leading manager at %s was lost while it worked on this: see whether the change was made: %w", addr, err))
+		lost.Meta().Set(peer.UnknownHeader, "1")
+		_ = connect.NewErrorWriter().Write(w, r, lost)
 		return true, nil
 	}
 	defer resp.Body.Close()

@@ -38,7 +38,7 @@ func (s *service) read(fn func(*state.State) error) error {
 
 func (s *service) CreateNetwork(ctx context.Context, req *connect.Request[shoalv1.CreateNetworkRequest]) (*connect.Response[shoalv1.CreateNetworkResponse], error) {
 	r := req.Msg
-	n := spec.Network{ID: requestID(req.Header()), Name: r.Name, Driver: r.Driver, Labels: r.Labels, MTU: int(r.Mtu), Internal: r.Internal, Options: r.Options, Node: r.Node, Created: time.Now().UnixMilli()}
+	n := spec.Network{ID: requestID(r.Id, req.Header()), Name: r.Name, Driver: r.Driver, Labels: r.Labels, MTU: int(r.Mtu), Internal: r.Internal, Options: r.Options, Node: r.Node, Created: time.Now().UnixMilli()}
 	var err error
 	if n.Subnets, err = api.Prefixes("subnet", r.Subnets); err != nil {
 		return nil, invalid(err)
@@ -163,7 +163,7 @@ func (s *service) CreateService(ctx context.Context, req *connect.Request[shoalv
 	if sp.EndpointMode == "" {
 		sp.EndpointMode = spec.EndpointModeVIP
 	}
-	id := requestID(req.Header())
+	id := requestID(req.Msg.Id, req.Header())
 	res, err := s.proposeWhenFree(ctx, state.Command{CreateService: &state.CreateService{ID: id, Spec: sp, Created: time.Now().UnixMilli()}})
 	if err := s.unlessMade(err, func(st *state.State) bool {
 		v, err := st.Service(id)
@@ -240,7 +240,7 @@ func (s *service) CreateTask(ctx context.Context, req *connect.Request[shoalv1.C
 	if err != nil {
 		return nil, invalid(err)
 	}
-	id := requestID(req.Header())
+	id := requestID(req.Msg.Id, req.Header())
 	name := req.Msg.Name
 	if name == "" {
 		name = "task-" + id[:6]

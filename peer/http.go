@@ -57,6 +57,9 @@ func protocols() *http.Protocols {
 // that gets it from its own socket passes it on when it is another.
 const NodeHeader = "Shoal-Node"
 
+// UnknownHeader, of an error, says that it is not known whether the change was made.
+const UnknownHeader = "Shoal-Unknown-Outcome"
+
 // RemovedHeader, of an answer, says that the caller is no longer in the cluster.
 const RemovedHeader = "Shoal-Removed"
 
@@ -198,7 +201,7 @@ func (p *Peer) Managers() *http.Client {
 // NodesBy calls nodes by their ID, which is the host in the URL; find tells where
 // a node listens. Only that node gets to see the call.
 func (p *Peer) NodesBy(find func(id string) (addr string, err error)) *http.Client {
-	return client(func(ctx context.Context, _, hostport string) (net.Conn, error) {
+	c := client(func(ctx context.Context, _, hostport string) (net.Conn, error) {
 		id, _, err := net.SplitHostPort(hostport)
 		if err != nil {
 			return nil, err
@@ -213,6 +216,10 @@ func (p *Peer) NodesBy(find func(id string) (addr string, err error)) *http.Clie
 		}
 		return c, nil
 	})
+	// These carry sessions of people, which an agent that stalls for some seconds must
+	// not lose.
+	c.Transport.(*http.Transport).HTTP2 = &http.HTTP2Config{SendPingTimeout: 5 * time.Second, PingTimeout: 10 * time.Second}
+	return c
 }
 
 // A WrongClusterError says that who answers a joining node is not of the cluster

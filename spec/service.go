@@ -363,3 +363,7 @@ func (s Service) AliasesOn(network string) []string {
 func (s Service) On(network string) bool {
 	return slices.ContainsFunc(s.Spec.Networks, func(a NetworkAttachment) bool { return a.Network == network })
 }
+
+// MaxLogLine is how long a line of output is kept as one, bytes; Docker splits there,
+// too.
+const MaxLogLine = 16 << 10

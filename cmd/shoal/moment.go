@@ -14,8 +14,7 @@ var momentForms = []string{
 	"2006-01-02T15:04:05", "2006-01-02T15:04", "2006-01-02T15", "2006-01-02", "2006-01-02 15:04:05",
 }
 
-// moment reads Docker's forms of a time: a duration before now (or, with a sign,
-// after it), seconds since 1970 with nine places at most, a date, or a date and time.
+// moment reads Docker's forms of a time: a duration before now, seconds since 1970 with nine places at most, a date, or a date and time.
 // Without a zone the time is this machine's.
 func moment(s string, now time.Time) (time.Time, error) {
 	if s == "" {
@@ -24,7 +23,7 @@ func moment(s string, now time.Time) (time.Time, error) {
 	if t, ok := unixMoment(s); ok {
 		return t, nil
 	}
-	if d, err := time.ParseDuration(s); err == nil {
+	if d, err := time.ParseDuration(s); err == nil && d >= 0 {
 		return now.Add(-d), nil
 	}
 	for _, form := range momentForms {

@@ -60,11 +60,11 @@ func (c *cli) netCreate() *cobra.Command {
 					return err
 				}
 			}
-			resp, err := c.control().CreateNetwork(cmd.Context(), connect.NewRequest(req))
+			made, err := c.api().CreateNetwork(cmd.Context(), req)
 			if err != nil {
 				return err
 			}
-			fmt.Fprintln(c.out, resp.Msg.Network.Id)
+			fmt.Fprintln(c.out, made.Id)
 			return nil
 		},
 	}

@@ -253,15 +253,15 @@ that all replicas are one image.`,
 			if err := c.pinImage(cmd.Context(), req.Task, &tf.image, "svc create --name "+req.Name, image, command); err != nil {
 				return err
 			}
-			resp, err := c.control().CreateService(cmd.Context(), connect.NewRequest(&shoalv1.CreateServiceRequest{Spec: req}))
+			svc, err := c.api().CreateService(cmd.Context(), req)
 			if err != nil {
 				return err
 			}
-			fmt.Fprintln(c.out, resp.Msg.Service.Id)
+			fmt.Fprintln(c.out, svc.Id)
 			if detach {
 				return nil
 			}
-			return c.converge(cmd.Context(), resp.Msg.Service, quiet)
+			return c.converge(cmd.Context(), svc, quiet)
 		},
 	}
 	f := cmd.Flags()
@@ -316,13 +316,16 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 	last, why, said := "", "", ""
 	var up time.Time   // since when all tasks are as wanted
 	var over time.Time // since when a slot is given up
+	var away time.Time // since when nobody says how it is
 	for {
 		tasks, err := c.tasks(ctx, &shoalv1.ListTasksRequest{Service: s.Id, All: true})
-		if err != nil && ctx.Err() == nil {
+		if err != nil && ctx.Err() == nil && !client.Away(err) && connect.CodeOf(err) != connect.CodeNotFound {
 			return err
 		}
 		running, extra, rewiring := 0, 0, 0
-		why = ""
+		if err == nil {
+			why = ""
+		}
 		for _, t := range tasks {
 			st := t.GetStatus()
 			switch {
@@ -348,8 +351,27 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 			err = serr
 		}
 		if err != nil && ctx.Err() == nil {
-			return err
+			if connect.CodeOf(err) == connect.CodeNotFound {
+				return fmt.Errorf("service %s was removed meanwhile", name)
+			}
+			if !client.Away(err) {
+				return fmt.Errorf("service %s exists, but how far it is can't be learned: %w", name, err)
+			}
+			// Another leader is about to come, or the agent again: it goes on.
+			if away.IsZero() {
+				away = time.Now()
+			}
+			if time.Since(away) > 3*time.Second && !quiet && last != message(err) {
+				last = message(err)
+				fmt.Fprintf(c.err, "%s: %s: waiting\n", name, last)
+			}
+			sleep(ctx, 200*time.Millisecond)
+			if ctx.Err() == nil {
+				continue
+			}
+			why = cmp.Or(why, message(err))
 		}
+		away = time.Time{}
 		line := fmt.Sprintf("%s: %d/%d running", name, running, want)
 		if stale > 0 {
 			line += fmt.Sprintf(", %d to be replaced", stale)
@@ -791,12 +813,12 @@ func (c *cli) svcScale() *cobra.Command {
 			}
 			var scaled []*shoalv1.Service
 			for _, ch := range changes {
-				resp, err := c.control().UpdateService(cmd.Context(), connect.NewRequest(&shoalv1.UpdateServiceRequest{Ref: ch.ref, Replicas: &ch.n}))
+				svc, err := c.api().UpdateService(cmd.Context(), &shoalv1.UpdateServiceRequest{Ref: ch.ref, Replicas: &ch.n})
 				if err != nil {
 					return err
 				}
 				fmt.Fprintf(c.out, "%s scaled to %d\n", ch.ref, ch.n)
-				scaled = append(scaled, resp.Msg.Service)
+				scaled = append(scaled, svc)
 			}
 			if detach {
 				return nil
@@ -818,8 +840,7 @@ func (c *cli) svcRm() *cobra.Command {
 		ValidArgsFunction: c.complete(c.serviceNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return c.forEach(args, func(ref string) error {
-				_, err := c.control().RemoveService(cmd.Context(), connect.NewRequest(&shoalv1.RemoveServiceRequest{Ref: ref}))
-				return err
+				return c.api().RemoveService(cmd.Context(), ref)
 			})
 		}}
 }

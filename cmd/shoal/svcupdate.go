@@ -7,7 +7,6 @@ import (
 	"strings"
 	"time"
 
-	"connectrpc.com/connect"
 	shellquote "github.com/kballard/go-shellquote"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -358,7 +357,7 @@ ones run on (--update-failure-action). Another update resumes it; --rollback, or
 			if !changed {
 				return usageError(cmd, errNoChange)
 			}
-			resp, err := c.control().UpdateService(ctx, connect.NewRequest(&shoalv1.UpdateServiceRequest{Ref: svc.Id, Version: svc.Version, Spec: sp}))
+			updated, err := c.api().UpdateService(ctx, &shoalv1.UpdateServiceRequest{Ref: svc.Id, Version: svc.Version, Spec: sp})
 			if err != nil {
 				return err
 			}
@@ -370,7 +369,7 @@ ones run on (--update-failure-action). Another update resumes it; --rollback, or
 			if detach {
 				return nil
 			}
-			return c.converge(ctx, resp.Msg.Service, quiet)
+			return c.converge(ctx, updated, quiet)
 		}}
 	f := cmd.Flags()
 	cf.addUpdate(f)

@@ -5,21 +5,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
-	"os/signal"
 	"slices"
-	"strconv"
 	"strings"
-	"sync"
-	"syscall"
 	"time"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
-	"golang.org/x/term"
 
-	"github.com/shoalnet/shoal/agent"
 	"github.com/shoalnet/shoal/api"
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/client"
@@ -91,14 +84,14 @@ found; with -d it prints the task's ID once it runs.`,
 					return err
 				}
 			}
-			resp, err := c.control().CreateTask(cmd.Context(), connect.NewRequest(req))
+			t, err := c.api().CreateTask(cmd.Context(), req)
 			if err != nil {
 				return err
 			}
 			if detach {
-				return c.awaitRunning(cmd.Context(), resp.Msg.Task)
+				return c.awaitRunning(cmd.Context(), t)
 			}
-			return c.attend(cmd.Context(), resp.Msg.Task)
+			return c.attend(cmd.Context(), t)
 		},
 	}
 	f := cmd.Flags()
@@ -158,40 +151,9 @@ func (c *cli) awaitRunning(ctx context.Context, t *shoalv1.Task) error {
 	}
 }
 
-// attend is the foreground of a new task: its input, output and exit status.
-func (c *cli) attend(ctx context.Context, t *shoalv1.Task) error {
-	err := c.exec(ctx, t.Node, &shoalv1.ExecRequest_Start{Task: t.Id, Attach: true, Stdin: t.Spec.Stdin, Tty: t.Spec.Tty})
-	var exit *exitError
-	if err != nil && !errors.As(err, &exit) {
-		if connect.CodeOf(err) != connect.CodeFailedPrecondition {
-			return fmt.Errorf("%s: task %s may go on: see 'shoal ps -a'", message(err), t.Name)
-		}
-		exit = &exitError{code: 125, err: err}
-		var failed *connect.Error
-		if errors.As(err, &failed) {
-			if n, aerr := strconv.Atoi(failed.Meta().Get(agent.ExitHeader)); aerr == nil && n != 0 {
-				exit.code = n
-			}
-		}
-		err = exit
-	}
-	// Its name and its addresses are free when this returns.
-	if t.Spec.AutoRemove {
-		_ = c.removeTask(ctx, t.Id)
-	}
-	for limit := time.Now().Add(5 * time.Second); time.Now().Before(limit); {
-		ts, lerr := c.tasks(context.WithoutCancel(ctx), &shoalv1.ListTasksRequest{Refs: []string{t.Id}, All: true})
-		if lerr != nil || len(ts) == 0 || !t.Spec.AutoRemove && ended(ts[0]) {
-			break
-		}
-		time.Sleep(20 * time.Millisecond)
-	}
-	return err
-}
-
 // removeTask makes the managers forget a task; that they have is no error.
 func (c *cli) removeTask(ctx context.Context, id string) error {
-	_, err := c.control().StopTask(context.WithoutCancel(ctx), connect.NewRequest(&shoalv1.StopTaskRequest{Ref: id, Remove: true}))
+	err := c.api().StopTask(context.WithoutCancel(ctx), &shoalv1.StopTaskRequest{Ref: id, Remove: true})
 	if connect.CodeOf(err) == connect.CodeNotFound {
 		return nil
 	}
@@ -279,7 +241,7 @@ func (c *cli) endTasks(ctx context.Context, refs []string, remove bool) error {
 		if t.Service != "" {
 			return fmt.Errorf("task %s is a replica of a service, which would replace it: use 'shoal svc scale' or 'shoal svc rm'", t.Name)
 		}
-		if _, err := c.control().StopTask(ctx, connect.NewRequest(&shoalv1.StopTaskRequest{Ref: t.Id, Remove: remove})); err != nil {
+		if err := c.api().StopTask(ctx, &shoalv1.StopTaskRequest{Ref: t.Id, Remove: remove}); err != nil {
 			return err
 		}
 		done := c.progress("Stopping " + t.Name)
@@ -289,6 +251,9 @@ func (c *cli) endTasks(ctx context.Context, refs []string, remove bool) error {
 			ts, err := c.tasks(ctx, &shoalv1.ListTasksRequest{Refs: []string{t.Id}, All: true})
 			if connect.CodeOf(err) == connect.CodeNotFound && err != nil {
 				return nil
+			}
+			if client.Away(err) && sleep(ctx, 200*time.Millisecond) {
+				continue // the managers will answer again
 			}
 			if err != nil {
 				return err
@@ -360,7 +325,15 @@ as the command is started, which runs on until it or the task ends.`,
 				return usageError(cmd, err)
 			}
 			start.Task, start.Command, start.Env, start.Dir, start.User = t.Id, ts.Command, ts.Env, spec.Text(start.Dir), spec.Text(start.User)
-			return c.exec(cmd.Context(), t.Node, start)
+			err = c.exec(cmd.Context(), t.Node, start)
+			var lost *lostError
+			if errors.As(err, &lost) {
+				if start.Detach {
+					return fmt.Errorf("%w: whether the command was started is not known", lost)
+				}
+				return fmt.Errorf("%w, and the command with it, which is ended: when the agent is back, run it again: shoal %s", lost, quoted(os.Args[1:]))
+			}
+			return err
 		},
 	}
 	f := cmd.Flags()
@@ -373,127 +346,4 @@ as the command is started, which runs on until it or the task ends.`,
 	f.StringVarP(&start.Dir, "workdir", "w", "", "working directory")
 	f.StringVarP(&start.User, "user", "u", "", "user or uid, and group: NAME[:GROUP]")
 	return cmd
-}
-
-// ownTerminal is standard input if it is a terminal; needed tells that it must
-// be.
-func (c *cli) ownTerminal(needed bool) (*os.File, error) {
-	in, ok := c.in.(*os.File)
-	if ok && term.IsTerminal(int(in.Fd())) {
-		return in, nil
-	}
-	if needed {
-		return nil, fmt.Errorf("-t needs a terminal, and standard input is none: leave -t out")
-	}
-	return nil, nil
-}
-
-// exec runs one command over the Node API, or attaches to a task's program.
-func (c *cli) exec(ctx context.Context, node string, start *shoalv1.ExecRequest_Start) error {
-	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx)) // signals are the command's
-	defer cancel()
-	in, err := c.ownTerminal(start.Stdin && start.Tty)
-	if err != nil {
-		return err
-	}
-	if start.Tty {
-		if start.Stdin && in != nil {
-			old, err := term.MakeRaw(int(in.Fd()))
-			if err != nil {
-				return err
-			}
-			defer func() { _ = term.Restore(int(in.Fd()), old) }()
-			if w, h, err := term.GetSize(int(in.Fd())); err == nil {
-				start.Rows, start.Cols = int32(h), int32(w)
-			}
-		} else if in != nil {
-			if w, h, err := term.GetSize(int(in.Fd())); err == nil {
-				start.Rows, start.Cols = int32(h), int32(w)
-			}
-		}
-		start.Env = append([]string{"TERM=" + cmp.Or(os.Getenv("TERM"), "xterm")}, start.Env...)
-	}
-	stream := c.node().Exec(ctx)
-	stream.RequestHeader().Set(agent.NodeHeader, node)
-	var sendMu sync.Mutex
-	send := func(r *shoalv1.ExecRequest) error {
-		sendMu.Lock()
-		defer sendMu.Unlock()
-		return stream.Send(r)
-	}
-	if err := send(&shoalv1.ExecRequest{Msg: &shoalv1.ExecRequest_Start_{Start: start}}); err != nil && !errors.Is(err, io.EOF) {
-		return c.api().Explain(err)
-	}
-	if start.Stdin {
-		go func() { // ends with the process: a read of standard input can't be cut short
-			buf := make([]byte, 32<<10)
-			for {
-				n, err := c.in.Read(buf)
-				if n > 0 {
-					if send(&shoalv1.ExecRequest{Msg: &shoalv1.ExecRequest_Stdin{Stdin: buf[:n]}}) != nil {
-						return
-					}
-				}
-				if err != nil {
-					_ = send(&shoalv1.ExecRequest{Msg: &shoalv1.ExecRequest_StdinEof{StdinEof: true}})
-					return
-				}
-			}
-		}()
-	}
-	sigs := make(chan os.Signal, 8)
-	signal.Notify(sigs, syscall.SIGINT, syscall.SIGTERM, syscall.SIGWINCH)
-	if start.Attach {
-		signal.Notify(sigs, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2)
-	}
-	defer signal.Stop(sigs)
-	go func() {
-		for {
-			select {
-			case <-ctx.Done():
-				return
-			case s := <-sigs:
-				if s == syscall.SIGWINCH {
-					if in != nil && start.Tty {
-						if w, h, err := term.GetSize(int(in.Fd())); err == nil {
-							_ = send(&shoalv1.ExecRequest{Msg: &shoalv1.ExecRequest_Resize_{Resize: &shoalv1.ExecRequest_Resize{Rows: int32(h), Cols: int32(w)}}})
-						}
-					}
-					continue
-				}
-				_ = send(&shoalv1.ExecRequest{Msg: &shoalv1.ExecRequest_Signal{Signal: int32(s.(syscall.Signal))}})
-			}
-		}
-	}()
-	for {
-		msg, err := stream.Receive()
-		if err != nil {
-			if errors.Is(err, io.EOF) {
-				return fmt.Errorf("the node ended the command without an exit status")
-			}
-			if m := message(err); start.Attach {
-				return c.api().Explain(err)
-			} else if strings.Contains(m, "executable file not found") || strings.Contains(m, "no such file") {
-				return &exitError{code: 127, err: err}
-			} else if strings.Contains(m, "permission denied") {
-				return &exitError{code: 126, err: err}
-			}
-			return c.api().Explain(err)
-		}
-		switch v := msg.Msg.(type) {
-		case *shoalv1.ExecResponse_Stdout:
-			if _, err := c.out.Write(v.Stdout); err != nil {
-				return err
-			}
-		case *shoalv1.ExecResponse_Stderr:
-			if _, err := c.err.Write(v.Stderr); err != nil {
-				return err
-			}
-		case *shoalv1.ExecResponse_ExitCode:
-			if v.ExitCode != 0 {
-				return &exitError{code: int(v.ExitCode)}
-			}
-			return nil
-		}
-	}
 }

@@ -17,6 +17,7 @@ import (
 
 	"github.com/shoalnet/shoal/agent"
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/client"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -103,15 +104,18 @@ func (c *cli) eventsCmd() *cobra.Command {
 				_, err := fmt.Fprintln(c.out, line)
 				return err
 			}
-			for {
-				err := c.events(cmd.Context(), &last, end, show)
+			seen := map[string]bool{}
+			for began := false; ; {
+				err := c.events(cmd.Context(), &last, seen, end, &began, show)
 				switch {
 				case cmd.Context().Err() != nil, err == nil && !end.IsZero():
 					return nil
-				case err != nil && connect.CodeOf(err) != connect.CodeUnavailable:
+				case err != nil && !client.Away(err):
 					return err
+				case err != nil && !began && client.Silence(err) != message(err):
+					return c.api().Explain(err) // there is no agent
 				}
-				// Another manager leads, or none yet.
+				// Another manager leads, or none yet, or the agent is started anew.
 				if !sleep(cmd.Context(), 300*time.Millisecond) {
 					return nil
 				}
@@ -134,11 +138,11 @@ func (c *cli) eventsCmd() *cobra.Command {
 }
 
 // events shows those after *last until the stream ends, and keeps *last at the
-// newest, for the next leader to go on from.
-func (c *cli) events(ctx context.Context, last *time.Time, until time.Time, show func(*shoalv1.Event) error) error {
+// newest, for the next leader to go on from; seen are those of that moment.
+func (c *cli) events(ctx context.Context, last *time.Time, seen map[string]bool, until time.Time, began *bool, show func(*shoalv1.Event) error) error {
 	req := &shoalv1.EventsRequest{}
 	if !last.IsZero() {
-		req.SinceMs = last.UnixMilli() + 1
+		req.SinceMs = last.UnixMilli()
 	}
 	if !until.IsZero() {
 		req.UntilMs = until.UnixMilli()
@@ -151,15 +155,22 @@ func (c *cli) events(ctx context.Context, last *time.Time, until time.Time, show
 	if last.IsZero() {
 		*last = time.Now()
 	}
+	*began = true
 	for stream.Receive() {
-		if at := time.UnixMilli(stream.Msg().AtMs); at.After(*last) {
+		e := stream.Msg()
+		key := fmt.Sprint(e.Type, e.Action, e.Id, e.Attributes)
+		if at := time.UnixMilli(e.AtMs); at.After(*last) {
 			*last = at
+			clear(seen)
+		} else if at.Equal(*last) && seen[key] {
+			continue
 		}
-		if err := show(stream.Msg()); err != nil {
+		seen[key] = true
+		if err := show(e); err != nil {
 			return err
 		}
 	}
-	return c.api().Explain(stream.Err())
+	return stream.Err()
 }
 
 // statsRow is one task's counters with the node it runs on.

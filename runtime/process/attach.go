@@ -19,6 +19,9 @@ import (
 const (
 	// attachWait is how long a program waits for who is to attach to it.
 	attachWait = 5 * time.Second
+	// inputWait is how long a program's input stays open that a caller left without a
+	// word: it may be this process that ends.
+	inputWait = 3 * time.Second
 	// sinkRoom is what a pipe takes of the output of a program that has ended,
 	// however slow its reader is: more than was on its way then.
 	sinkRoom = 512 << 10
@@ -98,8 +101,8 @@ func (s *shim) openInput() (err error) {
 }
 
 // attach hands over the ends of pipes that carry the output, and the end of the
-// program's standard input or its terminal. Standard input is then the other's
-// alone, so that the program sees its end.
+// program's standard input or its terminal. Standard input stays open here for who
+// comes next, until closeInput.
 func (s *shim) attach(answer func(error, ...int)) {
 	s.mu.Lock()
 	ended := s.status.State == runtime.Exited
@@ -122,9 +125,7 @@ func (s *shim) attach(answer func(error, ...int)) {
 	s.mu.Lock()
 	in, tty := s.stdin, s.tty
 	if s.foreign != nil && s.task.Spec.TTY {
-		in, tty = nil, s.stdin // a terminal stays open for who comes next
-	} else {
-		s.stdin = nil
+		in, tty = nil, s.stdin
 	}
 	s.mu.Unlock()
 	send := func(uintptr) { answer(nil, fds...) }
@@ -141,10 +142,17 @@ func (s *shim) attach(answer func(error, ...int)) {
 	}); err != nil {
 		answer(err)
 	}
-	if in != nil {
-		in.Close()
-	}
 	s.once.Do(func() { close(s.attached) })
+}
+
+// closeInput ends the program's input, which stays open over the ends of agents.
+func (s *shim) closeInput() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stdin != nil && !s.task.Spec.TTY {
+		s.stdin.Close()
+		s.stdin = nil
+	}
 }
 
 // signal signals the program, or keeps the signal until it runs.
@@ -186,7 +194,11 @@ func (r *Runtime) Attach(ctx context.Context, id string, s runtime.AttachSpec) (
 		return nil, err
 	}
 	r.mu.Lock()
-	e := r.tasks[id]
+	e, nth := r.tasks[id], 0
+	if e != nil {
+		e.attached++
+		nth = e.attached
+	}
 	r.mu.Unlock()
 	if e == nil {
 		return nil, runtime.ErrNotFound
@@ -219,15 +231,32 @@ func (r *Runtime) Attach(ctx context.Context, id string, s runtime.AttachSpec) (
 	stop, stopToo := context.AfterFunc(ctx, hangUp), context.AfterFunc(r.ctx, hangUp)
 	if in != nil {
 		go func() { // ends with the caller's input, or with what is written to
+			var err error
 			if s.Stdin != nil && t.Spec.Stdin {
-				_, _ = io.Copy(in, s.Stdin)
+				_, err = io.Copy(in, s.Stdin)
 				endInput(s.Stdin)
 			}
-			if a.tty == nil {
-				in.Close()
-				if x != nil {
-					r.closeInput(x, id)
+			if a.tty != nil {
+				return
+			}
+			in.Close()
+			if err != nil {
+				// This process ends, or the caller is gone, perhaps to come back.
+				select {
+				case <-r.ctx.Done():
+					return
+				case <-time.After(inputWait):
 				}
+			}
+			r.mu.Lock()
+			mine := e.attached == nth
+			r.mu.Unlock()
+			if !mine {
+				return
+			}
+			_, _, _ = r.call(id, request{Op: "close-input"}, callTimeout)
+			if x != nil {
+				r.closeInput(x, id)
 			}
 		}()
 	}

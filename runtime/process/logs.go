@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/shoalnet/shoal/runtime"
+	"github.com/shoalnet/shoal/spec"
 )
 
 // Output on disk: a line per line, "NANOSECONDS o|e TEXT". A file is closed at
@@ -21,7 +22,7 @@ import (
 const (
 	maxLogSize  = 10 << 20
 	logFiles    = 3
-	maxLogLine  = 16 << 10 // Docker splits there, too
+	maxLogLine  = spec.MaxLogLine
 	logPollTime = 50 * time.Millisecond
 )
 

@@ -65,13 +65,14 @@ type Runtime struct {
 
 // entry is what is known of a task.
 type entry struct {
-	status  runtime.Status
-	initPID int
-	shim    *os.Process   // when it is this process's child, to be waited for
-	watched chan struct{} // closed when the shim's end is known
-	foreign bool          // an executor runs the program, in a file system of its own
-	minded  bool          // its executor is asked for the program's end
-	fault   string        // what the task has lost, see mendMounts
+	status   runtime.Status
+	initPID  int
+	shim     *os.Process   // when it is this process's child, to be waited for
+	watched  chan struct{} // closed when the shim's end is known
+	foreign  bool          // an executor runs the program, in a file system of its own
+	minded   bool          // its executor is asked for the program's end
+	fault    string        // what the task has lost, see mendMounts
+	attached int           // how often somebody attached to it
 }
 
 const callTimeout = 10 * time.Second

@@ -85,7 +85,7 @@ type shim struct {
 	log *logWriter
 
 	programIn *os.File // the program's end of its standard input or terminal, until it runs
-	stdin     *os.File // the other end, until somebody attaches
+	stdin     *os.File // the other end, open until the caller has no more
 	tty       *os.File // the other end of the terminal
 	attached  chan struct{}
 	once      sync.Once
@@ -237,6 +237,9 @@ func (s *shim) serve(c *net.UnixConn) {
 		answer(nil)
 	case "attach":
 		s.attach(answer)
+	case "close-input":
+		s.closeInput()
+		answer(nil)
 	case "watch":
 		s.watch(c)
 	case "dns":

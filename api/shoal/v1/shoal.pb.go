@@ -2465,6 +2465,7 @@ type CreateNetworkRequest struct {
 	Internal      bool                   `protobuf:"varint,8,opt,name=internal,proto3" json:"internal,omitempty"`
 	Options       map[string]string      `protobuf:"bytes,9,rep,name=options,proto3" json:"options,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	Node          string                 `protobuf:"bytes,10,opt,name=node,proto3" json:"node,omitempty"` // ID or name, of driver bridge
+	Id            string                 `protobuf:"bytes,11,opt,name=id,proto3" json:"id,omitempty"`     // as of CreateServiceRequest
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2565,6 +2566,13 @@ func (x *CreateNetworkRequest) GetOptions() map[string]string {
 func (x *CreateNetworkRequest) GetNode() string {
 	if x != nil {
 		return x.Node
+	}
+	return ""
+}
+
+func (x *CreateNetworkRequest) GetId() string {
+	if x != nil {
+		return x.Id
 	}
 	return ""
 }
@@ -3126,9 +3134,12 @@ func (x *Event) GetAttributes() map[string]string {
 	return nil
 }
 
+// CreateServiceRequest with the ID of a service that is there asks for that one: a
+// call whose answer was lost may be made again.
 type CreateServiceRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Spec          *ServiceSpec           `protobuf:"bytes,1,opt,name=spec,proto3" json:"spec,omitempty"`
+	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"` // empty: one is made up
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3168,6 +3179,13 @@ func (x *CreateServiceRequest) GetSpec() *ServiceSpec {
 		return x.Spec
 	}
 	return nil
+}
+
+func (x *CreateServiceRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
 }
 
 type CreateServiceResponse struct {
@@ -3511,6 +3529,7 @@ type CreateTaskRequest struct {
 	Spec          *TaskSpec              `protobuf:"bytes,3,opt,name=spec,proto3" json:"spec,omitempty"`
 	Networks      []*NetworkAttachment   `protobuf:"bytes,4,rep,name=networks,proto3" json:"networks,omitempty"` // empty: the default network
 	Ports         []*Port                `protobuf:"bytes,5,rep,name=ports,proto3" json:"ports,omitempty"`       // on its node
+	Id            string                 `protobuf:"bytes,6,opt,name=id,proto3" json:"id,omitempty"`             // as of CreateServiceRequest
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3578,6 +3597,13 @@ func (x *CreateTaskRequest) GetPorts() []*Port {
 		return x.Ports
 	}
 	return nil
+}
+
+func (x *CreateTaskRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
 }
 
 type CreateTaskResponse struct {
@@ -10026,7 +10052,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\raddress_pools\x18\x02 \x03(\tR\faddressPools\x12\x1f\n" +
 	"\vsubnet_size\x18\x03 \x01(\x05R\n" +
 	"subnetSize\x12$\n" +
-	"\x0edata_path_port\x18\x04 \x01(\x05R\fdataPathPort\"\xd9\x03\n" +
+	"\x0edata_path_port\x18\x04 \x01(\x05R\fdataPathPort\"\xe9\x03\n" +
 	"\x14CreateNetworkRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06driver\x18\x02 \x01(\tR\x06driver\x12B\n" +
@@ -10038,7 +10064,8 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\binternal\x18\b \x01(\bR\binternal\x12E\n" +
 	"\aoptions\x18\t \x03(\v2+.shoal.v1.CreateNetworkRequest.OptionsEntryR\aoptions\x12\x12\n" +
 	"\x04node\x18\n" +
-	" \x01(\tR\x04node\x1a9\n" +
+	" \x01(\tR\x04node\x12\x0e\n" +
+	"\x02id\x18\v \x01(\tR\x02id\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a:\n" +
@@ -10080,9 +10107,10 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"attributes\x1a=\n" +
 	"\x0fAttributesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"A\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"Q\n" +
 	"\x14CreateServiceRequest\x12)\n" +
-	"\x04spec\x18\x01 \x01(\v2\x15.shoal.v1.ServiceSpecR\x04spec\"D\n" +
+	"\x04spec\x18\x01 \x01(\v2\x15.shoal.v1.ServiceSpecR\x04spec\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\"D\n" +
 	"\x15CreateServiceResponse\x12+\n" +
 	"\aservice\x18\x01 \x01(\v2\x11.shoal.v1.ServiceR\aservice\"\xb7\x01\n" +
 	"\x14UpdateServiceRequest\x12\x10\n" +
@@ -10100,13 +10128,14 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\bservices\x18\x01 \x03(\v2\x11.shoal.v1.ServiceR\bservices\"(\n" +
 	"\x14RemoveServiceRequest\x12\x10\n" +
 	"\x03ref\x18\x01 \x01(\tR\x03ref\"\x17\n" +
-	"\x15RemoveServiceResponse\"\xc2\x01\n" +
+	"\x15RemoveServiceResponse\"\xd2\x01\n" +
 	"\x11CreateTaskRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12&\n" +
 	"\x04spec\x18\x03 \x01(\v2\x12.shoal.v1.TaskSpecR\x04spec\x127\n" +
 	"\bnetworks\x18\x04 \x03(\v2\x1b.shoal.v1.NetworkAttachmentR\bnetworks\x12$\n" +
-	"\x05ports\x18\x05 \x03(\v2\x0e.shoal.v1.PortR\x05ports\"8\n" +
+	"\x05ports\x18\x05 \x03(\v2\x0e.shoal.v1.PortR\x05ports\x12\x0e\n" +
+	"\x02id\x18\x06 \x01(\tR\x02id\"8\n" +
 	"\x12CreateTaskResponse\x12\"\n" +
 	"\x04task\x18\x01 \x01(\v2\x0e.shoal.v1.TaskR\x04task\"f\n" +
 	"\x10ListTasksRequest\x12\x12\n" +
