@@ -290,7 +290,7 @@ func (r *runner) watchHealth(ctx context.Context, replica bool, h spec.HealthChe
 
 func (r *runner) unhealthy(replica bool, err error) {
 	r.judge(func(f *fitness) {
-		f.ill = "unhealthy: " + err.Error()
+		f.ill = spec.Unhealthy + err.Error()
 		if replica {
 			f.dead = f.ill
 		}

@@ -79,3 +79,6 @@ func (h HealthCheck) Validate() error {
 	}
 	return nil
 }
+
+// Unhealthy begins the message of a task whose health check has failed for too long.
+const Unhealthy = "unhealthy: "

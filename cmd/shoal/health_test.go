@@ -40,3 +40,33 @@ func TestHealthFlags(t *testing.T) {
 		}
 	}
 }
+
+// TestUnhealthy: run -d waits for a health check as long as that may take, and no
+// longer.
+func TestUnhealthy(t *testing.T) {
+	begun := time.Now()
+	task := func(state spec.TaskState, msg string, h *shoalv1.HealthCheck) *shoalv1.Task {
+		return &shoalv1.Task{Spec: &shoalv1.TaskSpec{Health: h}, Status: &shoalv1.TaskStatus{State: state.String(), Message: msg}}
+	}
+	fast := &shoalv1.HealthCheck{Command: "false", IntervalMs: 1000, Retries: 2, StartPeriodMs: 3000, TimeoutMs: 1000}
+	for _, k := range []struct {
+		t     *shoalv1.Task
+		since time.Time
+		after time.Duration
+		want  string
+	}{
+		{task(spec.TaskStarting, "unhealthy: exit status 1", fast), begun, 0, "exit status 1"},
+		{task(spec.TaskStarting, "unhealthy: exit status 1", nil), begun, 0, "exit status 1"}, // of its image
+		{task(spec.TaskStarting, "not healthy yet: exit status 1", fast), begun, 15 * time.Second, ""},
+		{task(spec.TaskStarting, "not healthy yet: exit status 1", fast), begun, 17 * time.Second, "not healthy yet: exit status 1"},
+		{task(spec.TaskStarting, "", fast), begun, 17 * time.Second, "its health check has not succeeded in 16s"},
+		{task(spec.TaskStarting, "", fast), time.Time{}, 17 * time.Second, ""},
+		{task(spec.TaskStarting, "", nil), begun, time.Hour, ""},
+		{task(spec.TaskPreparing, "pulling", fast), begun, time.Hour, ""},
+		{task(spec.TaskRunning, "unhealthy: exit status 1", fast), begun, time.Hour, ""},
+	} {
+		if got := unhealthy(k.t, k.since, begun.Add(k.after)); got != k.want {
+			t.Errorf("%v after %s: %q, want %q", k.t, k.after, got, k.want)
+		}
+	}
+}

@@ -117,11 +117,15 @@ found; with -d it prints the task's ID once it runs.`,
 // awaitRunning waits until a new task runs, and prints its ID.
 func (c *cli) awaitRunning(ctx context.Context, t *shoalv1.Task) error {
 	id := t.Id
+	var since time.Time // since when its program runs and is not healthy yet
 	for {
 		ts, err := c.tasks(ctx, &shoalv1.ListTasksRequest{Refs: []string{id}, All: true})
 		if connect.CodeOf(err) == connect.CodeNotFound && err != nil && t.Spec.GetAutoRemove() {
 			fmt.Fprintln(c.out, id) // it has run, and is gone already
 			return nil
+		}
+		if client.Away(err) && sleep(ctx, 200*time.Millisecond) {
+			continue // the managers will answer again
 		}
 		if err != nil {
 			return err
@@ -140,6 +144,14 @@ func (c *cli) awaitRunning(ctx context.Context, t *shoalv1.Task) error {
 			}
 			return failed
 		}
+		if st == spec.TaskStarting && since.IsZero() {
+			since = time.Now()
+		}
+		if why := unhealthy(t, since, time.Now()); why != "" {
+			// It is there, and goes on: see the health checks of tasks.
+			fmt.Fprintln(c.out, id)
+			return fmt.Errorf("task %s runs, but is not healthy: %s: see 'shoal logs %s'; 'shoal rm -f %s' ends it", t.Name, why, t.Name, t.Name)
+		}
 		if st >= spec.TaskRunning {
 			fmt.Fprintln(c.out, id)
 			c.warn(t.Faults)
@@ -149,6 +161,29 @@ func (c *cli) awaitRunning(ctx context.Context, t *shoalv1.Task) error {
 			return ctx.Err()
 		}
 	}
+}
+
+// healthSlack is how long after its time a first success of a health check is waited for.
+const healthSlack = 10 * time.Second
+
+// unhealthy tells why a starting task is given up on: its node says that its health
+// check fails, or there was time enough for it to succeed.
+func unhealthy(t *shoalv1.Task, since, now time.Time) string {
+	msg := t.GetStatus().GetMessage()
+	if t.GetStatus().GetState() != spec.TaskStarting.String() {
+		return ""
+	}
+	if why, ok := strings.CutPrefix(msg, spec.Unhealthy); ok {
+		return why
+	}
+	h := api.ToHealthCheck(t.GetSpec().GetHealth())
+	if h == nil || h.Disabled || since.IsZero() {
+		return ""
+	}
+	if bound := h.Patience() + h.WithDefaults().Timeout + healthSlack; now.Sub(since) > bound {
+		return cmp.Or(msg, "its health check has not succeeded in "+bound.String())
+	}
+	return ""
 }
 
 // removeTask makes the managers forget a task; that they have is no error.

@@ -106,14 +106,17 @@ func (c *cli) eventsCmd() *cobra.Command {
 			}
 			seen := map[string]bool{}
 			for began := false; ; {
-				err := c.events(cmd.Context(), &last, seen, end, &began, show)
+				err := c.events(cmd.Context(), &last, seen, end, show)
 				switch {
 				case cmd.Context().Err() != nil, err == nil && !end.IsZero():
 					return nil
 				case err != nil && !client.Away(err):
 					return err
-				case err != nil && !began && client.Silence(err) != message(err):
-					return c.api().Explain(err) // there is no agent
+				}
+				if e := c.api().Explain(err); e == err {
+					began = true
+				} else if !began {
+					return e // there is no agent
 				}
 				// Another manager leads, or none yet, or the agent is started anew.
 				if !sleep(cmd.Context(), 300*time.Millisecond) {
@@ -139,7 +142,7 @@ func (c *cli) eventsCmd() *cobra.Command {
 
 // events shows those after *last until the stream ends, and keeps *last at the
 // newest, for the next leader to go on from; seen are those of that moment.
-func (c *cli) events(ctx context.Context, last *time.Time, seen map[string]bool, until time.Time, began *bool, show func(*shoalv1.Event) error) error {
+func (c *cli) events(ctx context.Context, last *time.Time, seen map[string]bool, until time.Time, show func(*shoalv1.Event) error) error {
 	req := &shoalv1.EventsRequest{}
 	if !last.IsZero() {
 		req.SinceMs = last.UnixMilli()
@@ -155,7 +158,6 @@ func (c *cli) events(ctx context.Context, last *time.Time, seen map[string]bool,
 	if last.IsZero() {
 		*last = time.Now()
 	}
-	*began = true
 	for stream.Receive() {
 		e := stream.Msg()
 		key := fmt.Sprint(e.Type, e.Action, e.Id, e.Attributes)

@@ -228,7 +228,29 @@ func (r *Runtime) Attach(ctx context.Context, id string, s runtime.AttachSpec) (
 			f.Close()
 		}
 	}
-	stop, stopToo := context.AfterFunc(ctx, hangUp), context.AfterFunc(r.ctx, hangUp)
+	// noMore ends the program's input, unless somebody attached since.
+	noMore := func() {
+		r.mu.Lock()
+		mine := e.attached == nth
+		r.mu.Unlock()
+		if in == nil || a.tty != nil || !mine {
+			return
+		}
+		_, _, _ = r.call(id, request{Op: "close-input"}, callTimeout)
+		if x != nil {
+			r.closeInput(x, id)
+		}
+	}
+	stop := context.AfterFunc(ctx, func() {
+		hangUp()
+		// This process ends, or the caller is gone, perhaps to come back.
+		select {
+		case <-r.ctx.Done():
+		case <-time.After(inputWait):
+			noMore()
+		}
+	})
+	stopToo := context.AfterFunc(r.ctx, hangUp)
 	if in != nil {
 		go func() { // ends with the caller's input, or with what is written to
 			var err error
@@ -236,27 +258,11 @@ func (r *Runtime) Attach(ctx context.Context, id string, s runtime.AttachSpec) (
 				_, err = io.Copy(in, s.Stdin)
 				endInput(s.Stdin)
 			}
-			if a.tty != nil {
-				return
-			}
-			in.Close()
-			if err != nil {
-				// This process ends, or the caller is gone, perhaps to come back.
-				select {
-				case <-r.ctx.Done():
-					return
-				case <-time.After(inputWait):
+			if a.tty == nil {
+				in.Close()
+				if err == nil {
+					noMore()
 				}
-			}
-			r.mu.Lock()
-			mine := e.attached == nth
-			r.mu.Unlock()
-			if !mine {
-				return
-			}
-			_, _, _ = r.call(id, request{Op: "close-input"}, callTimeout)
-			if x != nil {
-				r.closeInput(x, id)
 			}
 		}()
 	}
