@@ -74,8 +74,6 @@ var dockerWords = []struct{ docker, instead string }{
 	{"scout", "images are made and pushed with docker or another tool; 'shoal image' has ls, pull, load, save, inspect, rm and prune"},
 	{"search", "images are made and pushed with docker or another tool; 'shoal image' has ls, pull, load, save, inspect, rm and prune"},
 
-	{"secret", "there are no secrets: give a file of the node, or 'shoal svc create --env-file FILE'"},
-	{"config", "there are no configs: give a file of the node, or 'shoal svc create --env-file FILE'"},
 	{"plugin", "there are no plugins"},
 	{"checkpoint", "there are no checkpoints"},
 	{"context", "name another agent's socket with '--socket PATH' or $SHOAL_SOCKET"},

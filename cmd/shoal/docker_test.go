@@ -74,8 +74,6 @@ func TestDockerLines(t *testing.T) {
 		"container inspect --size c1":                  "inspect",
 		"container":                                    "'shoal ps'",
 		"top c1":                                       `'shoal exec TASK ps aux'`,
-		"secret create x -":                            "no secrets",
-		"config ls":                                    "no configs",
 		"plugin install x":                             "no plugins",
 		"builder prune -a":                             "'shoal image'",
 		"context use x":                                "--socket",
