@@ -391,7 +391,7 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 			if update.GetState() == spec.RollbackStarted && !manual {
 				line += ", " + update.GetMessage()
 			}
-		} else if oerr := outcome(update, manual); err == nil && oerr != nil && extra == 0 {
+		} else if oerr := updateOutcome(update, manual); err == nil && oerr != nil && extra == 0 {
 			if tty {
 				fmt.Fprintln(c.err)
 			}

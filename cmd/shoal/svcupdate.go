@@ -362,7 +362,7 @@ ones run on (--update-failure-action). Another update resumes it; --rollback, or
 				return err
 			}
 			fmt.Fprintln(c.out, sp.Name)
-			if resp.Msg.Service.GetUpdateStatus().GetState() == spec.Updating && sp.Update.GetOrder() != spec.StopFirst &&
+			if updated.GetUpdateStatus().GetState() == spec.Updating && sp.Update.GetOrder() != spec.StopFirst &&
 				slices.ContainsFunc(sp.Ports, func(p *shoalv1.Port) bool { return p.Mode == spec.PortHost }) {
 				fmt.Fprintf(c.err, "shoal: service %s publishes a port of the node (mode=host): where no other node has it free, a replica is stopped before the next one starts\n", sp.Name)
 			}

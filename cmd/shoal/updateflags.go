@@ -101,9 +101,9 @@ func (c *cli) rollback(ctx context.Context, ref string, detach, quiet bool) erro
 	return c.converge(ctx, resp.Msg.Service, quiet)
 }
 
-// outcome is what has become of an update that is over: an error of one that did not
+// updateOutcome is what has become of an update that is over: an error of one that did not
 // come to its end, or came to another's.
-func outcome(u *shoalv1.UpdateStatus, manual bool) error {
+func updateOutcome(u *shoalv1.UpdateStatus, manual bool) error {
 	msg := u.GetMessage()
 	switch u.GetState() {
 	case spec.UpdatePaused:
