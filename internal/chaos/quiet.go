@@ -349,7 +349,7 @@ func (w *world) askOracle(ctx context.Context) {
 	}
 	start := time.Now()
 	for {
-		wrong, said := w.oracle(ctx)
+		said, wrong := w.oracle(ctx)
 		switch {
 		case ctx.Err() != nil:
 			return
@@ -373,7 +373,7 @@ func (w *world) askOracle(ctx context.Context) {
 }
 
 // oracle finds what does not work, and what doctors say.
-func (w *world) oracle(ctx context.Context) (wrong error, said string) {
+func (w *world) oracle(ctx context.Context) (said string, wrong error) {
 	var alive []string
 	var wg sync.WaitGroup
 	says := make([]string, len(w.lab.NodeList))
@@ -404,9 +404,9 @@ func (w *world) oracle(ctx context.Context) (wrong error, said string) {
 	}
 	l, err := w.anyLists(ctx, w.model.managers())
 	if err != nil {
-		return err, said
+		return said, err
 	}
-	return w.probe(ctx, l, alive, 3).err(), said
+	return said, w.probe(ctx, l, alive, 3).err()
 }
 
 // bad are lines of a log that must not be there.
