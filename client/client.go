@@ -156,6 +156,9 @@ func (c *Client) RunningTask(ctx context.Context, ref string) (*shoalv1.Task, er
 	return t, err
 }
 
+// ErrNotFound is that no task has a name or an ID.
+var ErrNotFound = errors.New("no such task")
+
 // PickTask is Task among some.
 func PickTask(all []*shoalv1.Task, ref string) (*shoalv1.Task, error) {
 	rank := func(t *shoalv1.Task) int {
@@ -199,7 +202,7 @@ func PickTask(all []*shoalv1.Task, ref string) (*shoalv1.Task, error) {
 		}
 	}
 	if best == nil {
-		return nil, fmt.Errorf("no such task: %s: 'shoal ps -a' lists all of them", ref)
+		return nil, fmt.Errorf("%w: %s: 'shoal ps -a' lists all of them", ErrNotFound, ref)
 	}
 	if ambiguous {
 		return nil, fmt.Errorf("%q is the beginning of several tasks' IDs: give more of it", ref)

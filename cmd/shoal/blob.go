@@ -186,7 +186,7 @@ func (c *cli) blobInspect(k spec.BlobKind) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return inspected(c, cmd, js)
+			return inspected(c, cmd, js, nil)
 		}}
 	c.inspectFlags(cmd)
 	cmd.Flags().BoolVar(&pretty, "pretty", false, "for a person")

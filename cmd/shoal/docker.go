@@ -24,8 +24,6 @@ var dockerWords = []struct{ docker, instead string }{
 	{"swarm unlock-key", "use 'shoal unlock-key', with --rotate for another"},
 	{"swarm update", "what 'shoal init' sets stays; nodes change by 'shoal node update'"},
 
-	{"node ps", "use 'shoal ps --node NODE'"},
-
 	{"stack", "there are no stacks: make each service with 'shoal svc create', each network with 'shoal net create'"},
 	{"stack ls", "there are no stacks: 'shoal svc ls' lists the services"},
 	{"stack ps", "there are no stacks: 'shoal svc ps SERVICE' lists a service's tasks"},
@@ -34,6 +32,8 @@ var dockerWords = []struct{ docker, instead string }{
 	{"compose", "there is no compose: make each service with 'shoal svc create', each network with 'shoal net create'"},
 
 	{"container", "what runs is a task: see 'shoal run', 'shoal exec', 'shoal ps', 'shoal logs', 'shoal stop' and 'shoal rm'"},
+	{"container inspect", "use 'shoal inspect'"},
+	{"container wait", "use 'shoal wait'"},
 	{"container ls", "use 'shoal ps'"},
 	{"container ps", "use 'shoal ps'"},
 	{"container run", "use 'shoal run'"},
@@ -45,7 +45,6 @@ var dockerWords = []struct{ docker, instead string }{
 	{"container stats", "use 'shoal stats'"},
 	{"container prune", "'shoal ps -a --filter status=exited -q' lists what has ended, 'shoal rm TASK...' removes it"},
 	{"prune", "'shoal ps -a --filter status=exited -q' lists what has ended, 'shoal rm TASK...' removes it"},
-	{"inspect", "use 'shoal svc inspect', 'shoal net inspect' or 'shoal node inspect'; of tasks 'shoal ps -a -o json' shows all"},
 	{"attach", "'shoal logs -f TASK' shows the output; only 'shoal run' is attached to input, by -i"},
 	{"create", "'shoal run -d' makes a task and starts it, 'shoal svc create' makes a service"},
 	{"start", "a task runs once: start another with 'shoal run', or keep one running with 'shoal svc create'"},
@@ -54,7 +53,6 @@ var dockerWords = []struct{ docker, instead string }{
 	{"pause", "use 'shoal exec TASK kill -STOP PID'"},
 	{"unpause", "use 'shoal exec TASK kill -CONT PID'"},
 	{"top", "use 'shoal exec TASK ps aux'; 'shoal stats' shows the traffic"},
-	{"wait", "'shoal run' without -d waits, and exits with the task's status"},
 	{"rename", "a task keeps its name: 'shoal rm TASK' and 'shoal run --name NAME' make another"},
 	{"update", "'shoal svc update' changes a service; a task stays as it was made"},
 	{"cp", "a task sees the node's own files; between nodes use 'tar -c FILE | shoal exec -i TASK tar -x'"},

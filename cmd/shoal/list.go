@@ -405,12 +405,13 @@ func newTemplate(text string) (*template.Template, error) {
 
 // inspectFlags are those of every inspect.
 func (c *cli) inspectFlags(cmd *cobra.Command) {
-	cmd.Flags().StringP("format", "f", "", "Go template for each, with the names of the JSON form in Go's spelling, like {{.Name}}; or json")
+	cmd.Flags().StringP("format", "f", "", "Go template for each, with the names of the JSON form in Go's spelling, like {{.Name}}, or with Docker's; or json")
 	c.outputFlag(cmd, "json")
 }
 
-// inspected prints what an inspect found, by its --format.
-func inspected[T any](c *cli, cmd *cobra.Command, vs []T) error {
+// inspected prints what an inspect found, by its --format. A template whose fields are
+// not those of the JSON form is tried on Docker's, where there are such.
+func inspected[T any](c *cli, cmd *cobra.Command, vs []T, docker func(i int) (object, error)) error {
 	format, _ := cmd.Flags().GetString("format")
 	switch format {
 	case "":
@@ -427,9 +428,20 @@ func inspected[T any](c *cli, cmd *cobra.Command, vs []T) error {
 	if err != nil {
 		return usageError(cmd, err)
 	}
-	for _, v := range vs {
+	for i, v := range vs {
 		var b bytes.Buffer
-		if err := t.Execute(&b, v); err != nil {
+		err := t.Execute(&b, v)
+		if err != nil && docker != nil {
+			d, derr := docker(i)
+			if derr != nil {
+				return derr
+			}
+			b.Reset()
+			if t.Execute(&b, d) == nil {
+				err = nil
+			}
+		}
+		if err != nil {
 			return usageError(cmd, fmt.Errorf("--format %q: %w", format, err))
 		}
 		fmt.Fprintln(c.out, b.String())

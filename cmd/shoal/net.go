@@ -385,8 +385,9 @@ func (c *cli) netInspect() *cobra.Command {
 				}
 				out = append(out, j)
 			}
-			return inspected(c, cmd, out)
+			return inspected(c, cmd, out, func(i int) (object, error) { return dockerNetwork(nets[i], tasks) })
 		}}
+	cmd.Flags().BoolP("verbose", "v", false, "as in Docker; all is shown always")
 	c.inspectFlags(cmd)
 	return cmd
 }

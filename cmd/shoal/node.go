@@ -17,7 +17,7 @@ import (
 )
 
 func (c *cli) nodeCmd() *cobra.Command {
-	return group("node", "Manage the cluster's nodes", nil, c.nodeLs(), c.nodeInspect(), c.nodeUpdate(), c.nodeRole("promote", spec.RoleManager), c.nodeRole("demote", spec.RoleWorker), c.nodeRm())
+	return group("node", "Manage the cluster's nodes", nil, c.nodeLs(), c.nodePs(), c.nodeInspect(), c.nodeUpdate(), c.nodeRole("promote", spec.RoleManager), c.nodeRole("demote", spec.RoleWorker), c.nodeRm())
 }
 
 func (c *cli) nodeLs() *cobra.Command {
@@ -117,6 +117,7 @@ func certNote(n *shoalv1.NodeInfo, now time.Time) string {
 }
 
 func (c *cli) nodeInspect() *cobra.Command {
+	var people bool
 	cmd := &cobra.Command{Use: "inspect NODE [NODE...]", Short: "Show nodes in full", Args: atLeast(1),
 		Example:           "  shoal node inspect node2\n  shoal node inspect self",
 		ValidArgsFunction: c.complete(c.nodeNames),
@@ -134,13 +135,64 @@ func (c *cli) nodeInspect() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			if people {
+				for i, n := range nodes {
+					if i > 0 {
+						fmt.Fprintln(c.out)
+					}
+					if err := prettyNode(c.out, n); err != nil {
+						return err
+					}
+				}
+				return nil
+			}
 			js, err := each(nodes, toNodeJSON)
 			if err != nil {
 				return err
 			}
-			return inspected(c, cmd, js)
+			return inspected(c, cmd, js, func(i int) (object, error) { return dockerNode(nodes[i]) })
 		}}
 	c.inspectFlags(cmd)
+	cmd.Flags().BoolVar(&people, "pretty", false, "for a person")
+	return cmd
+}
+
+// nodePs lists tasks by their node.
+func (c *cli) nodePs() *cobra.Command {
+	l := c.taskListing()
+	cmd := &cobra.Command{Use: "ps [NODE...]", Short: "List the tasks of nodes, this one by default", Args: cobra.ArbitraryArgs,
+		Example:           "  shoal node ps\n  shoal node ps --filter desired-state=running node2 node3",
+		ValidArgsFunction: c.complete(c.nodeNames),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				args = []string{"self"}
+			}
+			var tasks []*shoalv1.Task
+			for _, a := range args {
+				if a == "self" {
+					id, err := c.self(cmd.Context())
+					if err != nil {
+						return err
+					}
+					a = id
+				}
+				nodes, _, err := c.nodes(cmd.Context(), a)
+				if err != nil {
+					return err
+				}
+				ts, err := c.tasks(cmd.Context(), &shoalv1.ListTasksRequest{Node: nodes[0].Id, All: true})
+				if err != nil {
+					return err
+				}
+				for _, t := range ts {
+					if !slices.ContainsFunc(tasks, func(o *shoalv1.Task) bool { return o.Id == t.Id }) {
+						tasks = append(tasks, t)
+					}
+				}
+			}
+			return l.show(cmd, tasks)
+		}}
+	l.add(c, cmd)
 	return cmd
 }
 

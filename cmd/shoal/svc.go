@@ -759,6 +759,7 @@ func (l *taskListing) show(cmd *cobra.Command, tasks []*shoalv1.Task) error {
 }
 
 func (c *cli) svcInspect() *cobra.Command {
+	var people bool
 	cmd := &cobra.Command{Use: "inspect SERVICE [SERVICE...]", Short: "Show services in full, with what every node's kernel holds of them", Args: atLeast(1),
 		ValidArgsFunction: c.complete(c.serviceNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -771,9 +772,20 @@ func (c *cli) svcInspect() *cobra.Command {
 				Faults []nodeFault  `json:"faults,omitempty"` // what nodes can't do for it now
 				Kernel []nodeKernel `json:"kernel"`           // read from each live node now
 			}
-			_, nets, err := c.networks(cmd.Context())
+			all, nets, err := c.networks(cmd.Context())
 			if err != nil {
 				return err
+			}
+			if people {
+				for i, s := range svcs {
+					if i > 0 {
+						fmt.Fprintln(c.out)
+					}
+					if err := prettyService(c.out, s, nets); err != nil {
+						return err
+					}
+				}
+				return nil
 			}
 			js, err := each(svcs, func(s *shoalv1.Service) (full, error) {
 				v, err := toServiceJSON(s, nets)
@@ -786,9 +798,10 @@ func (c *cli) svcInspect() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return inspected(c, cmd, js)
+			return inspected(c, cmd, js, func(i int) (object, error) { return dockerService(svcs[i], all) })
 		}}
 	c.inspectFlags(cmd)
+	cmd.Flags().BoolVar(&people, "pretty", false, "for a person: the spec, how far an update is, and where it is reached")
 	return cmd
 }
 
