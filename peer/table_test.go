@@ -36,7 +36,7 @@ func TestTableIsWhole(t *testing.T) {
 func TestWhoMay(t *testing.T) {
 	for who, want := range map[Who][]string{
 		Stranger: {"/shoal.v1.Control/JoinNode"},
-		Worker: {"/shoal.v1.Control/Assignments", "/shoal.v1.Control/TaskBlobs", "/shoal.v1.Control/LeaveNode", "/shoal.v1.Control/ListNodes", "/shoal.v1.Control/RenewCertificate",
+		Worker: {"/shoal.v1.Control/Assignments", "/shoal.v1.Control/LeaveNode", "/shoal.v1.Control/ListNodes", "/shoal.v1.Control/RenewCertificate",
 			"/shoal.v1.Control/Report", "/shoal.v1.Control/TaskBlobs", LeaderPath},
 		Removed: {},
 	} {
