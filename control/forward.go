@@ -484,8 +484,9 @@ func (f *Forwarder) forward(w http.ResponseWriter, r *http.Request, addr string,
 	if resp.Header.Get(leftOpenHeader) != "" && again(r) {
 		return false, &lostError{fmt.Errorf("manager %s lost the lead while it worked on it", addr)}
 	}
-	if resp.StatusCode == http.StatusNotImplemented || resp.StatusCode == http.StatusNotFound {
-		// This node would not have passed on what it does not know itself.
+	if resp.StatusCode == http.StatusNotImplemented {
+		// This node would not have passed on what it does not know itself. (404 is the
+		// status of an answer, too: that there is no such thing.)
 		_ = connect.NewErrorWriter().Write(w, r, f.olderLeader(r.URL.Path, addr))
 		return true, nil
 	}

@@ -159,6 +159,24 @@ func TestForwarderOfOlderLeader(t *testing.T) {
 	}
 }
 
+// TestForwarderOfNothingFound: that there is no such thing is an answer like any, and
+// no sign of a leader's age, although it has the status (404) of a path that is not
+// there.
+func TestForwarderOfNothingFound(t *testing.T) {
+	t.Parallel()
+	n := newAsker(t)
+	var addr string
+	addr = fakeManager(t, func() string { return addr }, func(w http.ResponseWriter, r *http.Request) {
+		_ = connect.NewErrorWriter().Write(w, r, connect.NewError(connect.CodeNotFound, fmt.Errorf("no such task: c1")))
+	})
+	n.sees = []string{addr}
+	n.start()
+	_, err := n.ctl.ListTasks(testCtx(t), connect.NewRequest(&shoalv1.ListTasksRequest{Refs: []string{"c1"}}))
+	if connect.CodeOf(err) != connect.CodeNotFound || !strings.Contains(err.Error(), "no such task: c1") {
+		t.Errorf("%v", err)
+	}
+}
+
 // TestForwarderNamesWhatFailed: an answer that nobody leads also says what was
 // tried last.
 func TestForwarderNamesWhatFailed(t *testing.T) {
