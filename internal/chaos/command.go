@@ -351,7 +351,11 @@ func (w *world) nodeRole(ctx context.Context) {
 	} else {
 		name = pick(w, ms)
 	}
-	switch w.shoal(ctx, "node", verb, name) {
+	v, text := w.shoalOn(ctx, w.manager(), "node", verb, name)
+	if v == refused && strings.Contains(text, "is to be a manager") {
+		v = done // and it says why the node does not vote yet
+	}
+	switch v {
 	case done:
 		w.model.nodes[name].role = to
 	case doubtful:

@@ -526,6 +526,14 @@ func (g *Group) Close() {
 	}
 }
 
+// Opened are the files of Files.
+func (g *Group) Opened() (files []*os.File, own int) {
+	if g == nil {
+		return nil, 0
+	}
+	return append(slices.Clone(g.files), g.back...), len(g.files)
+}
+
 // Files are what Restore needs, for a process that this one starts: their number of
 // the group itself, the others behind them.
 func (g *Group) Files() (fds []uintptr, n int) {

@@ -24,7 +24,7 @@ import (
 // defaultPath is Docker's.
 const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-// initMain is PID 1 of a task: DIR. File 3 takes the error of a start; it is
+// initMain is PID 1 of a task: DIR CGROUP…. File 3 takes the error of a start; it is
 // closed when the program runs.
 func initMain(args []string) int {
 	// Mounts, capabilities and the fork itself belong to one thread.
@@ -34,9 +34,14 @@ func initMain(args []string) int {
 		_, _ = report.WriteString(err.Error())
 		return code
 	}
-	if len(args) != 1 || os.Getpid() != 1 {
+	var cg [3]int // version, files and own ones of the control group: cgroup.Restore
+	if len(args) != 1+len(cg) || os.Getpid() != 1 {
 		return fail(errors.New("task-init is for the task's shim to start"), 125)
 	}
+	for i := range cg {
+		cg[i], _ = strconv.Atoi(args[1+i])
+	}
+	group := cgroup.Restore(cg[0], 4, cg[1], cg[2])
 	sigs := make(chan os.Signal, 64)
 	signal.Notify(sigs)
 	signal.Ignore(syscall.SIGTTIN, syscall.SIGTTOU)
@@ -45,11 +50,6 @@ func initMain(args []string) int {
 		return fail(err, 125)
 	}
 	t := rec.Task
-	// Before the hierarchy is made read-only in here.
-	group, err := cgroup.Open(rec.Cgroup)
-	if err != nil {
-		return fail(err, 125)
-	}
 	if err := setOOMScore(t.Spec.Resources.OOMScoreAdj); err != nil {
 		return fail(err, 125)
 	}

@@ -22,6 +22,7 @@ import (
 
 	"github.com/shoalnet/shoal/internal/nl"
 	"github.com/shoalnet/shoal/runtime"
+	"github.com/shoalnet/shoal/runtime/cgroup"
 )
 
 // Words by which this binary is told to be one of the helpers.
@@ -329,6 +330,14 @@ func (s *shim) start() error {
 // runInit starts task-init, tells on started that the program runs, and waits
 // for the end. An error means that the program did not start.
 func (s *shim) runInit(started chan<- error) error {
+	// Opened out here: in the task's own mount namespace a file that is open for
+	// writing would keep its /sys from being made read-only.
+	group, err := cgroup.Open(s.cgroup)
+	if err != nil {
+		return err
+	}
+	defer group.Close()
+	files, own := group.Opened()
 	errR, errW, err := os.Pipe()
 	if err != nil {
 		return err
@@ -342,7 +351,7 @@ func (s *shim) runInit(started chan<- error) error {
 	if err != nil {
 		return err
 	}
-	cmd := exec.Command("/proc/self/exe", initWord, s.dir)
+	cmd := exec.Command("/proc/self/exe", initWord, s.dir, strconv.Itoa(group.Version()), strconv.Itoa(len(files)), strconv.Itoa(own))
 	cmd.Stdout, cmd.Stderr = outW, logErrW
 	if s.programIn != nil {
 		cmd.Stdin = s.programIn
@@ -350,7 +359,7 @@ func (s *shim) runInit(started chan<- error) error {
 	if s.tty != nil {
 		cmd.Stdout, cmd.Stderr = s.programIn, s.programIn
 	}
-	cmd.ExtraFiles = []*os.File{errW}
+	cmd.ExtraFiles = append([]*os.File{errW}, files...)
 	cmd.Env = []string{}
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC,
