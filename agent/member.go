@@ -86,7 +86,8 @@ type member struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 
-	publishMu sync.Mutex // orders SetEndpoints
+	publishMu sync.Mutex  // orders SetEndpoints
+	said      atomic.Bool // gossip was told of all that runs here
 
 	saveMu sync.Mutex // one writer of each file at a time
 	kept   kept
@@ -434,6 +435,14 @@ func (m *member) compose() {
 	var ticket uint64
 	m.progress.update(func(p *progress) { ticket = p.requested })
 	sandboxes, adopted := m.tasks.sandboxes()
+	if adopted && !m.said.Load() {
+		// The last task was adopted a moment ago, and whoever did it has not published
+		// it yet: a View that is complete must not lack this node's own endpoints. Their
+		// names would be said not to exist, and what is connected to them cut.
+		m.publishMu.Lock()
+		m.say()
+		m.publishMu.Unlock()
+	}
 	m.mu.Lock()
 	assigned := m.assigned
 	m.mu.Unlock()
@@ -520,12 +529,18 @@ func wake(ch chan struct{}) {
 // publish implements plumbing.
 func (m *member) publish() {
 	m.publishMu.Lock()
-	if m.tasks.whole() {
-		m.g.SetEndpoints(m.tasks.endpoints())
-	}
+	m.say()
 	m.publishMu.Unlock()
 	wake(m.composeWake)
 	wake(m.reportWake)
+}
+
+// say tells gossip what runs here, once all of it is known. publishMu is held.
+func (m *member) say() {
+	if m.tasks.whole() {
+		m.g.SetEndpoints(m.tasks.endpoints())
+		m.said.Store(true)
+	}
 }
 
 // applied waits until this node's kernel follows a View made after the call.
