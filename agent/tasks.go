@@ -471,18 +471,14 @@ func (r *runner) live(ctx context.Context, found *runtime.Status) error {
 		sb.Netns, sb.DNSPort = found.Sandbox.Netns, found.Sandbox.DNSPort
 	} else {
 		rt := runtime.Task{ID: t.ID, Name: t.Name, Netns: r.netns(t), Spec: t.Spec, Executor: runtime.ExecutorOf(t.Spec), Hostname: hostname(t)}
-		if err := r.prepare(ctx, &rt); err != nil {
-			if r.unwanted() != "" && ctx.Err() == nil {
-				r.state(spec.TaskShutdown, r.unwanted()+" before it started")
-				return nil
-			}
-			return err
+		err := r.prepare(ctx, &rt)
+		if err == nil {
+			// What its image says is the task's from now on.
+			t.Spec = rt.Spec
+			r.set(func() { r.task.Spec = rt.Spec })
+			rt.Files, err = r.files(ctx, t)
 		}
-		// What its image says is the task's from now on.
-		t.Spec = rt.Spec
-		r.set(func() { r.task.Spec = rt.Spec })
-		var err error
-		if rt.Files, err = r.files(ctx, t); err != nil {
+		if err != nil {
 			if r.unwanted() != "" && ctx.Err() == nil {
 				r.state(spec.TaskShutdown, r.unwanted()+" before it started")
 				return nil
@@ -551,7 +547,6 @@ func (r *runner) live(ctx context.Context, found *runtime.Status) error {
 	return r.watch(ctx)
 }
 
-// prepare fetches what the task needs, its image, for as long as it is wanted.
 // errNotGiven is that managers will not give a node a secret or config.
 var errNotGiven = errors.New("not given to this node")
 
@@ -585,6 +580,7 @@ func (r *runner) files(ctx context.Context, t spec.Task) (files [][]byte, err er
 	}
 }
 
+// prepare fetches what the task needs, its image, for as long as it is wanted.
 func (r *runner) prepare(ctx context.Context, t *runtime.Task) error {
 	if t.Executor == "" {
 		return nil
