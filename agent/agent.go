@@ -27,6 +27,7 @@ import (
 	"github.com/shoalnet/shoal/control/state"
 	"github.com/shoalnet/shoal/ingress"
 	"github.com/shoalnet/shoal/internal/durable"
+	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/overlay"
 	"github.com/shoalnet/shoal/peer"
 	"github.com/shoalnet/shoal/runtime"
@@ -309,7 +310,7 @@ func (a *Agent) resume(ctx context.Context) error {
 		if try == 0 {
 			a.log.Error("the node can't work yet; trying again", "error", err)
 		}
-		if try == 30 || !sleep(ctx, time.Second) {
+		if try == 30 || !sleep.For(ctx, time.Second) {
 			return err
 		}
 	}
@@ -389,7 +390,7 @@ func (a *Agent) need(ctx context.Context) (*member, error) {
 		if id.Cluster.ID == "" || unfit {
 			return nil, a.noMember()
 		}
-		if time.Now().After(limit) || !sleep(ctx, 10*time.Millisecond) {
+		if time.Now().After(limit) || !sleep.For(ctx, 10*time.Millisecond) {
 			return nil, connect.NewError(connect.CodeUnavailable, fmt.Errorf("node %s is in cluster %s, but its agent is still starting: see the agent's log", id.Name, id.Cluster.ID))
 		}
 	}

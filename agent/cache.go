@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/shoalnet/shoal/internal/durable"
+	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -175,7 +176,7 @@ func (m *member) saveLoop() {
 		case <-m.saveWake:
 		}
 		save()
-		if !sleep(m.ctx, saveEvery) {
+		if !sleep.For(m.ctx, saveEvery) {
 			return
 		}
 	}

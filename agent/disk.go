@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shoalnet/shoal/control"
+	"github.com/shoalnet/shoal/internal/sleep"
 )
 
 // fault is something that a person should know of this node at once.
@@ -114,7 +115,7 @@ func (k *kept) err() error {
 
 // keepFiles writes again what the disk refused, until ctx of the member ends.
 func (m *member) keepFiles() {
-	for sleep(m.ctx, keepRetry) {
+	for sleep.For(m.ctx, keepRetry) {
 		m.kept.mu.Lock()
 		n := len(m.kept.bad)
 		m.kept.mu.Unlock()

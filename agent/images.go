@@ -15,6 +15,7 @@ import (
 	"connectrpc.com/connect"
 
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/runtime"
 	"github.com/shoalnet/shoal/runtime/volume"
 	"github.com/shoalnet/shoal/spec"
@@ -84,7 +85,7 @@ func (m *member) imagesLoop() {
 		return
 	}
 	next := time.Now().Add(imagesEvery)
-	for sleep(m.ctx, containersEvery) {
+	for sleep.For(m.ctx, containersEvery) {
 		look()
 		if ok, _ := m.images.state(); !ok || m.cfg.ImageTTL <= 0 || time.Now().Before(next) {
 			continue

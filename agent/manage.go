@@ -9,6 +9,7 @@ import (
 
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/control"
+	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -48,11 +49,11 @@ func (m *member) keepManager() {
 			if errors.As(err, &lost) {
 				if aerr := m.beginAnew(); aerr != nil {
 					m.log.Debug("not admitted yet", "error", aerr)
-					sleep(m.ctx, manageRetry)
+					sleep.For(m.ctx, manageRetry)
 					continue
 				}
 			} else {
-				sleep(m.ctx, manageRetry)
+				sleep.For(m.ctx, manageRetry)
 			}
 			if _, err = m.startManager(false); err == nil {
 				m.log.Info("this node works as a manager")

@@ -28,6 +28,7 @@ import (
 	"github.com/shoalnet/shoal/dns"
 	"github.com/shoalnet/shoal/gossip"
 	"github.com/shoalnet/shoal/ingress"
+	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/overlay"
 	"github.com/shoalnet/shoal/peer"
 	"github.com/shoalnet/shoal/reconcile"
@@ -257,7 +258,7 @@ func (m *member) start() error {
 	m.g = g // the Manager and the Forwarder may run already, and look
 	m.mu.Unlock()
 	m.wg.Go(func() {
-		if sleep(m.ctx, namesWait) {
+		if sleep.For(m.ctx, namesWait) {
 			m.namesDue.Store(true)
 			wake(m.composeWake)
 		}
@@ -599,7 +600,7 @@ func (m *member) wired(ctx context.Context, t spec.Task) error {
 		case err != nil:
 			return errors.Join(fmt.Errorf("network of task %s is not ready after %s", t.Name, wireTimeout), failed)
 		}
-		if !sleep(ctx, 50*time.Millisecond) {
+		if !sleep.For(ctx, 50*time.Millisecond) {
 			return fmt.Errorf("network of task %s is not ready after %s: %w", t.Name, wireTimeout, failed)
 		}
 	}
@@ -621,7 +622,7 @@ func (m *member) runtimeLoop() {
 			break
 		} else if m.ctx.Err() == nil {
 			m.log.Error("running tasks can't be listed; trying again", "error", err)
-			sleep(m.ctx, time.Second)
+			sleep.For(m.ctx, time.Second)
 		}
 	}
 	m.mu.Lock()
@@ -654,7 +655,7 @@ func (m *member) assignLoop() {
 		if removed(err) {
 			m.evicted(err.Error())
 		}
-		sleep(m.ctx, 200*time.Millisecond)
+		sleep.For(m.ctx, 200*time.Millisecond)
 	}
 }
 
@@ -839,7 +840,7 @@ func (m *member) reportLoop() {
 			if removed(err) {
 				m.evicted(err.Error())
 			}
-			sleep(m.ctx, 100*time.Millisecond)
+			sleep.For(m.ctx, 100*time.Millisecond)
 			wake(m.reportWake)
 		}
 	}

@@ -25,6 +25,7 @@ import (
 
 	"github.com/shoalnet/shoal/control"
 	"github.com/shoalnet/shoal/ingress"
+	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/overlay"
 	"github.com/shoalnet/shoal/peer"
 	"github.com/shoalnet/shoal/reconcile"
@@ -167,7 +168,7 @@ func (a *Agent) serveMetrics(ctx context.Context, wg *sync.WaitGroup) error {
 		if err != nil {
 			a.log.Warn("metrics are not served yet; waiting for the address", "address", a.cfg.MetricsAddr, "error", err)
 			for err != nil {
-				if !sleep(ctx, time.Second) {
+				if !sleep.For(ctx, time.Second) {
 					return
 				}
 				ln, err = net.Listen("tcp", a.cfg.MetricsAddr)

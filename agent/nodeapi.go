@@ -22,6 +22,7 @@ import (
 
 	"github.com/shoalnet/shoal/api"
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/peer"
 	"github.com/shoalnet/shoal/runtime"
 	"github.com/shoalnet/shoal/spec"
@@ -114,7 +115,7 @@ func (a *nodeAPI) task(ctx context.Context, id string) (*member, spec.Task, erro
 // not found may be there.
 func (a *nodeAPI) adopted(ctx context.Context, m *member) error {
 	for limit := time.Now().Add(startWait); !m.tasks.hasAdopted(); {
-		if time.Now().After(limit) || m.ctx.Err() != nil || !sleep(ctx, 10*time.Millisecond) {
+		if time.Now().After(limit) || m.ctx.Err() != nil || !sleep.For(ctx, 10*time.Millisecond) {
 			return connect.NewError(connect.CodeUnavailable, fmt.Errorf("the agent of node %s does not know its tasks yet: see its log", m.ident.Name))
 		}
 	}
@@ -251,7 +252,7 @@ func (a *nodeAPI) comingTask(ctx context.Context, id string) (*member, spec.Task
 				limit = time.Now().Add(wireTimeout)
 			}
 		}
-		if !sleep(ctx, readyInterval) || time.Now().After(limit) {
+		if !sleep.For(ctx, readyInterval) || time.Now().After(limit) {
 			if err == nil {
 				err = connect.NewError(connect.CodeUnavailable, fmt.Errorf("task %s is not made after %s: see 'shoal ps -a'", t.Name, wireTimeout))
 			}
@@ -305,7 +306,7 @@ func (a *nodeAPI) Logs(ctx context.Context, req *connect.Request[shoalv1.LogsReq
 		if made || !r.Follow || !ok || st.State.Ended() || !o.Until.IsZero() && time.Now().After(o.Until) {
 			return stream.Send(&shoalv1.LogsResponse{Ended: true})
 		}
-		if !sleep(ctx, readyInterval) || m.ctx.Err() != nil {
+		if !sleep.For(ctx, readyInterval) || m.ctx.Err() != nil {
 			return connect.NewError(connect.CodeUnavailable, fmt.Errorf("output of task %s: %w", t.Name, runtime.ErrClosing))
 		}
 	}
@@ -429,7 +430,7 @@ func (m *tasks) changed(ctx context.Context, id string, was spec.TaskStatus) err
 		if !ok || st != was {
 			return nil
 		}
-		if !sleep(ctx, 20*time.Millisecond) {
+		if !sleep.For(ctx, 20*time.Millisecond) {
 			return ctx.Err()
 		}
 	}

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/runtime"
 	"github.com/shoalnet/shoal/spec"
 )
@@ -221,7 +222,7 @@ func (r *runner) watchListening(ctx context.Context, within time.Duration) {
 			}
 			wait = min(wait, doubtInterval)
 		}
-		if !sleep(ctx, wait) {
+		if !sleep.For(ctx, wait) {
 			return
 		}
 	}
@@ -282,7 +283,7 @@ func (r *runner) watchHealth(ctx context.Context, replica bool, h spec.HealthChe
 			r.judge(func(f *fitness) { f.ill = "not healthy yet: " + err.Error() })
 			wait = h.StartInterval
 		}
-		if !sleep(ctx, wait) {
+		if !sleep.For(ctx, wait) {
 			return
 		}
 	}

@@ -12,6 +12,7 @@ import (
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/control"
 	"github.com/shoalnet/shoal/control/state"
+	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/peer"
 	"github.com/shoalnet/shoal/spec"
 )
@@ -178,7 +179,7 @@ func (a *localAPI) restoreNew(advertise string, st *state.State) (*shoalv1.InitR
 			return err
 		}
 		for end := time.Now().Add(managerWait); !mgr.IsLeader(); {
-			if time.Now().After(end) || !sleep(m.ctx, 20*time.Millisecond) {
+			if time.Now().After(end) || !sleep.For(m.ctx, 20*time.Millisecond) {
 				return connect.NewError(connect.CodeUnavailable, fmt.Errorf("this node does not lead the cluster of the snapshot after %s: see the agent's log", managerWait))
 			}
 		}
@@ -209,7 +210,7 @@ func (m *member) awaitNoLeader(ctx context.Context) error {
 		if time.Now().After(end) {
 			return precondition("the managers have a leader (%s): nothing has to be made anew; managers that are lost are removed with 'shoal node rm --force'", m.nodeName(m.leader()))
 		}
-		if !sleep(ctx, 50*time.Millisecond) {
+		if !sleep.For(ctx, 50*time.Millisecond) {
 			return ctx.Err()
 		}
 	}
@@ -262,7 +263,7 @@ func (m *member) remake(ctx context.Context, replace func(control.ManagerConfig)
 			wake(m.reportWake)
 			return nil
 		}
-		if !sleep(ctx, 20*time.Millisecond) {
+		if !sleep.For(ctx, 20*time.Millisecond) {
 			return connect.NewError(connect.CodeUnavailable, fmt.Errorf("the cluster is made anew, but this node does not lead it after %s: see the agent's log", managerWait))
 		}
 	}

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/shoalnet/shoal/dns"
+	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/runtime"
 	"github.com/shoalnet/shoal/spec"
 )
@@ -394,7 +395,7 @@ func (r *runner) run(ctx context.Context, found *runtime.Status) {
 			break
 		}
 		r.log.Error("task can't be removed; trying again", "task", r.task.Name, "error", err)
-		if !sleep(ctx, time.Second) {
+		if !sleep.For(ctx, time.Second) {
 			return
 		}
 	}
@@ -414,7 +415,7 @@ func (r *runner) linger(ctx context.Context) {
 		r.mu.Lock()
 		over := r.heard || r.left || !r.task.Spec.Attach || !r.task.Spec.AutoRemove || r.status.At == 0
 		r.mu.Unlock()
-		if over || !sleep(ctx, 50*time.Millisecond) {
+		if over || !sleep.For(ctx, 50*time.Millisecond) {
 			return
 		}
 	}
@@ -888,7 +889,7 @@ func (r *runner) release(ctx context.Context) {
 			break
 		}
 		r.log.Error("the task's sandbox can't be removed; trying again", "task", r.task.Name, "error", err)
-		if !sleep(ctx, time.Second) {
+		if !sleep.For(ctx, time.Second) {
 			return
 		}
 	}
@@ -957,18 +958,6 @@ func ndots(options []string) bool {
 		}
 	}
 	return false
-}
-
-// sleep waits for d and tells whether ctx still goes on.
-func sleep(ctx context.Context, d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return false
-	case <-t.C:
-		return true
-	}
 }
 
 // hostname of a task: what was asked for, else its name in letters that a host

@@ -21,6 +21,7 @@ import (
 	"github.com/shoalnet/shoal/control/state"
 	"github.com/shoalnet/shoal/gossip"
 	"github.com/shoalnet/shoal/internal/durable"
+	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/peer"
 	"github.com/shoalnet/shoal/spec"
 )
@@ -294,7 +295,7 @@ func (m *member) awaitManager(ctx context.Context, mgr *control.Manager) error {
 		if id, _ := mgr.Leader(); id != "" && mgr.IsVoter() {
 			return nil
 		}
-		if !sleep(ctx, 10*time.Millisecond) {
+		if !sleep.For(ctx, 10*time.Millisecond) {
 			return connect.NewError(connect.CodeUnavailable, fmt.Errorf("the managers did not make this node one of them in %s: see their logs, and whether they reach it at %s", managerWait, m.listener.Addr()))
 		}
 	}
@@ -437,7 +438,7 @@ func (m *member) keepLock() error {
 // Unlock opens the managers' log of this node.
 func (a *localAPI) Unlock(ctx context.Context, req *connect.Request[shoalv1.UnlockRequest]) (*connect.Response[shoalv1.UnlockResponse], error) {
 	for !a.mu.TryLock() { // it may be starting
-		if !sleep(ctx, 20*time.Millisecond) {
+		if !sleep.For(ctx, 20*time.Millisecond) {
 			return nil, ctx.Err()
 		}
 	}
@@ -463,7 +464,7 @@ func (a *localAPI) Unlock(ctx context.Context, req *connect.Request[shoalv1.Unlo
 	ctx, cancel := context.WithTimeout(ctx, managerWait)
 	defer cancel()
 	for m.fsm.Load() == nil {
-		if !sleep(ctx, 20*time.Millisecond) {
+		if !sleep.For(ctx, 20*time.Millisecond) {
 			return nil, connect.NewError(connect.CodeUnavailable, fmt.Errorf("this node is unlocked, and does not work as a manager after %s: %w", managerWait, m.managerFault()))
 		}
 	}

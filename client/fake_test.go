@@ -15,6 +15,7 @@ import (
 
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/api/shoal/v1/shoalv1connect"
+	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -134,7 +135,7 @@ func (a *fakeAgent) Logs(ctx context.Context, req *connect.Request[shoalv1.LogsR
 		if over || !req.Msg.Follow {
 			return stream.Send(&shoalv1.LogsResponse{Ended: true})
 		}
-		if !pause(ctx, 5*time.Millisecond) {
+		if !sleep.For(ctx, 5*time.Millisecond) {
 			return ctx.Err()
 		}
 	}

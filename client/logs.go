@@ -12,6 +12,7 @@ import (
 	"connectrpc.com/connect"
 
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/peer"
 	"github.com/shoalnet/shoal/spec"
 )
@@ -104,7 +105,7 @@ func (c *Client) TaskLogs(ctx context.Context, t *shoalv1.Task, o LogOptions, s 
 			s.Note(t, Silence(err)+": waiting for its output")
 			said = true
 		}
-		if !pause(ctx, logRetry) {
+		if !sleep.For(ctx, logRetry) {
 			return ctx.Err()
 		}
 	}
@@ -240,7 +241,7 @@ func (c *Client) ServiceLogs(ctx context.Context, id, name string, o LogOptions,
 			defer mu.Unlock()
 			return firstErr
 		}
-		if !pause(ctx, logPoll) {
+		if !sleep.For(ctx, logPoll) {
 			wg.Wait()
 			return ctx.Err()
 		}
@@ -290,18 +291,6 @@ func nanos(t time.Time) int64 {
 		return 0
 	}
 	return max(t.UnixNano(), 1)
-}
-
-// pause waits and tells whether ctx still goes on.
-func pause(ctx context.Context, d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return false
-	case <-t.C:
-		return true
-	}
 }
 
 // localCut tells whether an error is of the connection to the agent rather than an

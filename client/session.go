@@ -14,6 +14,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/peer"
 	"github.com/shoalnet/shoal/spec"
 )
@@ -60,7 +61,7 @@ func (g again) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 			if !neverSent(err) && !repeatable(req.Spec().Procedure) {
 				return nil, connect.NewError(connect.CodeUnavailable, &CutError{err})
 			}
-			if time.Since(since) > patience || !pause(ctx, reAsk) {
+			if time.Since(since) > patience || !sleep.For(ctx, reAsk) {
 				return resp, err
 			}
 		}
@@ -105,7 +106,7 @@ func sure[T any](ctx context.Context, call func() (T, error)) (v T, cut bool, er
 			return v, cut, err
 		}
 		cut = true
-		if time.Since(since) > patience || !pause(ctx, reAsk) {
+		if time.Since(since) > patience || !sleep.For(ctx, reAsk) {
 			return v, cut, err
 		}
 	}

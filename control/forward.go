@@ -20,6 +20,7 @@ import (
 	"connectrpc.com/connect"
 
 	"github.com/shoalnet/shoal/control/state"
+	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/peer"
 	"github.com/shoalnet/shoal/spec"
 )
@@ -191,7 +192,7 @@ func (f *Forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		if time.Since(start) > f.cfg.Wait || time.Since(elected) > min(majorityWait, f.cfg.Wait) {
 			break
 		}
-		pause(r.Context(), leaderRetry)
+		sleep.For(r.Context(), leaderRetry)
 	}
 	if open != nil && !repeatable(r.URL.Path) {
 		_ = connect.NewErrorWriter().Write(w, r, errLeftOpen(open))

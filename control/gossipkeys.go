@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/shoalnet/shoal/control/state"
+	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -73,7 +74,7 @@ func nextKeys(t *state.Trust, nodes []spec.Node, seen map[string]gossipSeen, now
 // keepGossipKeys takes the steps that are due.
 func (m *Manager) keepGossipKeys(ctx context.Context) {
 	for {
-		pause(ctx, gossipInterval)
+		sleep.For(ctx, gossipInterval)
 		if ctx.Err() != nil {
 			return
 		}

@@ -12,6 +12,7 @@ import (
 
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/control/state"
+	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -27,7 +28,7 @@ func (m *Manager) schedule(ctx context.Context) {
 		if len(ops) > 0 {
 			if _, err := m.Propose(ctx, state.Command{Schedule: &state.Schedule{Now: now, Ops: ops}}); err != nil {
 				m.log.Warn("a schedule was not accepted; planning again", "error", err)
-				pause(ctx, 100*time.Millisecond)
+				sleep.For(ctx, 100*time.Millisecond)
 			}
 			continue
 		}
@@ -42,15 +43,6 @@ func (m *Manager) schedule(ctx context.Context) {
 		case <-t.C:
 		}
 		t.Stop()
-	}
-}
-
-func pause(ctx context.Context, d time.Duration) {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-	case <-t.C:
 	}
 }
 

@@ -20,6 +20,7 @@ import (
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/api/shoal/v1/shoalv1connect"
 	"github.com/shoalnet/shoal/control/state"
+	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/peer"
 	"github.com/shoalnet/shoal/spec"
 )
@@ -323,7 +324,7 @@ func (m *Manager) lead(ctx context.Context) {
 		m.log.Warn("this manager was elected, and can't lead", "error", err)
 		for ctx.Err() == nil && m.raft.State() == raft.Leader {
 			if err := m.raft.LeadershipTransfer().Error(); err != nil {
-				pause(ctx, m.cfg.Tuning.Election)
+				sleep.For(ctx, m.cfg.Tuning.Election)
 			}
 		}
 		return

@@ -16,6 +16,7 @@ import (
 	"github.com/shoalnet/shoal/api"
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/control/state"
+	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/peer"
 	"github.com/shoalnet/shoal/spec"
 )
@@ -427,7 +428,7 @@ const rootsInterval = time.Second
 // keepRoots drops a root once all nodes that live have a certificate by the next.
 func (m *Manager) keepRoots(ctx context.Context) {
 	for {
-		pause(ctx, rootsInterval)
+		sleep.For(ctx, rootsInterval)
 		if ctx.Err() != nil {
 			return
 		}

@@ -17,6 +17,7 @@ import (
 
 	"github.com/hashicorp/memberlist"
 
+	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -334,18 +335,6 @@ func (g *Gossip) spawn(fn func(ctx context.Context)) bool {
 	return true
 }
 
-// sleep waits for d or the end of ctx, which gives false.
-func sleep(ctx context.Context, d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return false
-	case <-t.C:
-		return true
-	}
-}
-
 // jitter spreads d by ±20 %, so that nodes don't act in step.
 func jitter(d time.Duration) time.Duration {
 	return time.Duration(float64(d) * (0.8 + 0.4*rand.Float64()))
@@ -601,7 +590,7 @@ func (g *Gossip) metaLoop(ctx context.Context) {
 		if err != nil {
 			g.log.Debug("metadata not taken by anybody yet", "error", err)
 		}
-		if !sleep(ctx, metaEvery) {
+		if !sleep.For(ctx, metaEvery) {
 			return
 		}
 	}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/hashicorp/memberlist"
 
+	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -253,7 +254,7 @@ func (g *Gossip) watchOrphan(ctx context.Context, id string, addr netip.AddrPort
 		if first {
 			g.log.Warn("a node's agent is gone, its machine is not: it is held for suspect", "node", id)
 		}
-		if !sleep(ctx, g.tune.OrphanInterval) {
+		if !sleep.For(ctx, g.tune.OrphanInterval) {
 			return
 		}
 	}
@@ -355,7 +356,7 @@ func (g *Gossip) ping(id string, addr netip.AddrPort, stalledNow bool) {
 // janitorLoop drops what has become old.
 func (g *Gossip) janitorLoop(ctx context.Context) {
 	var told time.Time
-	for sleep(ctx, jitter(time.Second)) {
+	for sleep.For(ctx, jitter(time.Second)) {
 		g.mu.Lock()
 		g.tidy(time.Now())
 		dirty := g.dirty || g.epochDue

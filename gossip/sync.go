@@ -7,6 +7,8 @@ import (
 	"net/netip"
 	"slices"
 	"time"
+
+	"github.com/shoalnet/shoal/internal/sleep"
 )
 
 // receive handles one message. It is called from memberlist's packet loop and
@@ -190,7 +192,7 @@ func (g *Gossip) repair(ctx context.Context, node string, from peerAddr, wait ti
 		}
 		g.mu.Unlock()
 	}()
-	if !sleep(ctx, wait) {
+	if !sleep.For(ctx, wait) {
 		return
 	}
 	for try := range 4 {
@@ -444,7 +446,7 @@ func (g *Gossip) synchronised(ok bool) {
 // syncLoop makes a node without reachable peers synced.
 func (g *Gossip) syncLoop(ctx context.Context) {
 	start := time.Now()
-	for sleep(ctx, 20*time.Millisecond) {
+	for sleep.For(ctx, 20*time.Millisecond) {
 		age := time.Since(start)
 		g.mu.Lock()
 		alone := len(g.peers) == 0 && age > joinGrace
@@ -474,7 +476,7 @@ func (g *Gossip) digestLoop(ctx context.Context) {
 			wait /= 8
 		}
 		g.mu.Unlock()
-		if !sleep(ctx, jitter(wait)) {
+		if !sleep.For(ctx, jitter(wait)) {
 			return
 		}
 		g.mu.Lock()

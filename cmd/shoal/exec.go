@@ -21,6 +21,7 @@ import (
 	"github.com/shoalnet/shoal/agent"
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/client"
+	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -321,7 +322,7 @@ func (s *session) again(t *shoalv1.Task, out, errs io.Writer) error {
 			fmt.Fprintf(s.c.err, "shoal: task %s: %s: waiting\r\n", t.Name, client.Silence(err))
 			said = true
 		}
-		sleep(s.ctx, 200*time.Millisecond)
+		sleep.For(s.ctx, 200*time.Millisecond)
 	}
 	return s.ctx.Err()
 }

@@ -12,6 +12,7 @@ import (
 
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/client"
+	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -161,7 +162,7 @@ func (c *cli) waitCmd() *cobra.Command {
 					continue
 				}
 				for wait := 50 * time.Millisecond; !ended(t); wait = min(2*wait, 500*time.Millisecond) {
-					if !sleep(ctx, wait) {
+					if !sleep.For(ctx, wait) {
 						return ctx.Err()
 					}
 					ts, err := c.tasks(ctx, &shoalv1.ListTasksRequest{Refs: []string{t.Id}, All: true})

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/term"
 
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -222,7 +223,7 @@ func (c *cli) rewired(ctx context.Context, target, task string, done func(*shoal
 		}) {
 			return nil
 		}
-		if !sleep(ctx, 30*time.Millisecond) {
+		if !sleep.For(ctx, 30*time.Millisecond) {
 			return ctx.Err()
 		}
 	}

@@ -18,6 +18,7 @@ import (
 	"github.com/shoalnet/shoal/api"
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/client"
+	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -365,7 +366,7 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 				last = message(err)
 				fmt.Fprintf(c.err, "%s: %s: waiting\n", name, last)
 			}
-			sleep(ctx, 200*time.Millisecond)
+			sleep.For(ctx, 200*time.Millisecond)
 			if ctx.Err() == nil {
 				continue
 			}

@@ -16,6 +16,7 @@ import (
 	"github.com/shoalnet/shoal/api"
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/client"
+	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -124,7 +125,7 @@ func (c *cli) awaitRunning(ctx context.Context, t *shoalv1.Task) error {
 			fmt.Fprintln(c.out, id) // it has run, and is gone already
 			return nil
 		}
-		if client.Away(err) && sleep(ctx, 200*time.Millisecond) {
+		if client.Away(err) && sleep.For(ctx, 200*time.Millisecond) {
 			continue // the managers will answer again
 		}
 		if err != nil {
@@ -157,7 +158,7 @@ func (c *cli) awaitRunning(ctx context.Context, t *shoalv1.Task) error {
 			c.warn(t.Faults)
 			return nil
 		}
-		if !sleep(ctx, 20*time.Millisecond) {
+		if !sleep.For(ctx, 20*time.Millisecond) {
 			return ctx.Err()
 		}
 	}
@@ -202,15 +203,6 @@ func (c *cli) taskFailed(t *shoalv1.Task) error {
 		return &exitError{code: code, err: fmt.Errorf("task %s %s: %s", t.Name, t.GetStatus().GetState(), t.GetStatus().GetMessage())}
 	}
 	return &exitError{code: code, err: fmt.Errorf("task %s %s: %s: see 'shoal logs %s'; 'shoal rm %s' frees its name", t.Name, t.GetStatus().GetState(), t.GetStatus().GetMessage(), t.Name, t.Name)}
-}
-
-func sleep(ctx context.Context, d time.Duration) bool {
-	select {
-	case <-ctx.Done():
-		return false
-	case <-time.After(d):
-		return true
-	}
 }
 
 func (c *cli) psCmd() *cobra.Command {
@@ -287,7 +279,7 @@ func (c *cli) endTasks(ctx context.Context, refs []string, remove bool) error {
 			if connect.CodeOf(err) == connect.CodeNotFound && err != nil {
 				return nil
 			}
-			if client.Away(err) && sleep(ctx, 200*time.Millisecond) {
+			if client.Away(err) && sleep.For(ctx, 200*time.Millisecond) {
 				continue // the managers will answer again
 			}
 			if err != nil {
@@ -296,7 +288,7 @@ func (c *cli) endTasks(ctx context.Context, refs []string, remove bool) error {
 			if len(ts) == 0 || (!remove && ended(ts[0])) {
 				return nil
 			}
-			if !sleep(ctx, 30*time.Millisecond) {
+			if !sleep.For(ctx, 30*time.Millisecond) {
 				return ctx.Err()
 			}
 		}

@@ -18,6 +18,7 @@ import (
 	"github.com/shoalnet/shoal/agent"
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/client"
+	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -119,7 +120,7 @@ func (c *cli) eventsCmd() *cobra.Command {
 					return e // there is no agent
 				}
 				// Another manager leads, or none yet, or the agent is started anew.
-				if !sleep(cmd.Context(), 300*time.Millisecond) {
+				if !sleep.For(cmd.Context(), 300*time.Millisecond) {
 					return nil
 				}
 			}
@@ -272,7 +273,7 @@ Without control groups on its node a task's CPU, memory and processes are "-".`,
 				first := before == nil
 				before, at = seen, now
 				if first && len(rows) > 0 { // rates take two looks
-					if !sleep(cmd.Context(), time.Second) {
+					if !sleep.For(cmd.Context(), time.Second) {
 						return nil
 					}
 					continue
@@ -295,7 +296,7 @@ Without control groups on its node a task's CPU, memory and processes are "-".`,
 					}
 					c.table(table)
 				}
-				if noStream || !sleep(cmd.Context(), time.Second) {
+				if noStream || !sleep.For(cmd.Context(), time.Second) {
 					return nil
 				}
 			}

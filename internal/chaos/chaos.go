@@ -29,6 +29,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/lab"
 )
 
@@ -202,7 +203,7 @@ func (w *world) round(ctx context.Context) {
 		default:
 			w.command(ctx)
 		}
-		pause(ctx, time.Duration(w.rng.IntN(1500))*time.Millisecond)
+		sleep.For(ctx, time.Duration(w.rng.IntN(1500))*time.Millisecond)
 	}
 	if len(w.faults) == 0 {
 		w.injectOne(ctx)
@@ -214,13 +215,6 @@ func (w *world) round(ctx context.Context) {
 		w.heal(ctx, w.faults[0])
 	}
 	w.checkQuiet(ctx)
-}
-
-func pause(ctx context.Context, d time.Duration) {
-	select {
-	case <-ctx.Done():
-	case <-time.After(d):
-	}
 }
 
 // explain shows how things are where something was found.

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/shoalnet/shoal/internal/nl"
+	"github.com/shoalnet/shoal/internal/sleep"
 )
 
 // checkRemoval removes everything, and wants nothing to be left on any node.
@@ -24,7 +25,7 @@ func (w *world) checkRemoval(ctx context.Context) {
 			w.problem("%s after all was to be removed:\n%v", limit.Round(time.Second), err)
 			return
 		}
-		pause(ctx, 500*time.Millisecond)
+		sleep.For(ctx, 500*time.Millisecond)
 	}
 	if ctx.Err() == nil {
 		w.say("  nothing is left, after %s", time.Since(start).Round(100*time.Millisecond))

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/shoalnet/shoal/internal/nl"
+	"github.com/shoalnet/shoal/internal/sleep"
 )
 
 // checkQuiet waits until all is as it must be, and says what is not.
@@ -34,7 +35,7 @@ func (w *world) checkQuiet(ctx context.Context) {
 			w.problem("%s after all faults were healed:\n%v", limit.Round(time.Second), err)
 			break
 		}
-		pause(ctx, 300*time.Millisecond)
+		sleep.For(ctx, 300*time.Millisecond)
 	}
 	if ctx.Err() == nil {
 		w.say("  quiet after %s", time.Since(start).Round(100*time.Millisecond))
@@ -360,7 +361,7 @@ func (w *world) askOracle(ctx context.Context) {
 			w.say("  oracle: said: %s; of %s", said, strings.SplitN(wrong.Error(), "\n", 2)[0])
 			return
 		case time.Since(start) < scaled(settled):
-			pause(ctx, time.Second)
+			sleep.For(ctx, time.Second)
 		default:
 			var fs []string
 			for _, f := range w.faults {
