@@ -541,29 +541,16 @@ func (m *member) collectTasks(out emit) {
 	}
 }
 
-// readFlow reads the counters of the network namespace of a process: /proc/PID/net/dev
-// and /proc/PID/net/snmp in proc(5), whose cost does not grow with connections.
+// readFlow reads the counters of the network namespace of a process: readLinks, and
+// /proc/PID/net/snmp in proc(5), whose cost does not grow with connections.
 func readFlow(pid int) (flow, error) {
-	var fl flow
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/dev", pid))
+	l, err := readLinks(pid)
 	if err != nil {
-		return fl, err
+		return flow{}, err
 	}
-	for line := range bytes.Lines(b) {
-		name, rest, ok := bytes.Cut(line, []byte(":"))
-		f := bytes.Fields(rest)
-		if !ok || len(f) < 16 || string(bytes.TrimSpace(name)) == "lo" {
-			continue
-		}
-		for i, to := range map[int]*float64{0: &fl.rxBytes, 1: &fl.rxPackets, 8: &fl.txBytes, 9: &fl.txPackets} {
-			n, err := strconv.ParseFloat(string(f[i]), 64)
-			if err != nil {
-				return fl, fmt.Errorf("/proc/%d/net/dev: %w", pid, err)
-			}
-			*to += n
-		}
-	}
-	if b, err = os.ReadFile(fmt.Sprintf("/proc/%d/net/snmp", pid)); err != nil {
+	fl := flow{rxBytes: float64(l.rxBytes), rxPackets: float64(l.rxPackets), txBytes: float64(l.txBytes), txPackets: float64(l.txPackets)}
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/snmp", pid))
+	if err != nil {
 		return fl, err
 	}
 	// A line of names, and one of values (RFC 4022's tcpActiveOpens, …).

@@ -21,14 +21,16 @@ var nodeMemory = sync.OnceValue(func() uint64 {
 	return uint64(si.Totalram) * uint64(si.Unit)
 })
 
-// readStats reads the counters of the network namespace of a process: see
-// /proc/PID/net/dev and /proc/PID/net/tcp in proc(5).
-func readStats(pid int) (*shoalv1.StatsResponse_Task, error) {
+// linkCounters are those of all links of a network namespace but lo.
+type linkCounters struct{ rxBytes, rxPackets, txBytes, txPackets, dropped uint64 }
+
+// readLinks reads the counters of the network namespace of a process: see
+// /proc/PID/net/dev in proc(5).
+func readLinks(pid int) (l linkCounters, err error) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/dev", pid))
 	if err != nil {
-		return nil, err
+		return l, err
 	}
-	s := &shoalv1.StatsResponse_Task{}
 	for line := range bytes.Lines(b) {
 		name, rest, ok := bytes.Cut(line, []byte(":"))
 		f := bytes.Fields(rest)
@@ -38,14 +40,25 @@ func readStats(pid int) (*shoalv1.StatsResponse_Task, error) {
 		for _, c := range []struct {
 			column int
 			to     *uint64
-		}{{0, &s.RxBytes}, {1, &s.RxPackets}, {3, &s.Dropped}, {8, &s.TxBytes}, {9, &s.TxPackets}, {11, &s.Dropped}} {
+		}{{0, &l.rxBytes}, {1, &l.rxPackets}, {3, &l.dropped}, {8, &l.txBytes}, {9, &l.txPackets}, {11, &l.dropped}} {
 			n, err := strconv.ParseUint(string(f[c.column]), 10, 64)
 			if err != nil {
-				return nil, fmt.Errorf("/proc/%d/net/dev: %w", pid, err)
+				return l, fmt.Errorf("/proc/%d/net/dev: %w", pid, err)
 			}
 			*c.to += n
 		}
 	}
+	return l, nil
+}
+
+// readStats reads what 'shoal stats' shows of the network namespace of a process:
+// readLinks, and the connections of /proc/PID/net/tcp in proc(5).
+func readStats(pid int) (*shoalv1.StatsResponse_Task, error) {
+	l, err := readLinks(pid)
+	if err != nil {
+		return nil, err
+	}
+	s := &shoalv1.StatsResponse_Task{RxBytes: l.rxBytes, RxPackets: l.rxPackets, TxBytes: l.txBytes, TxPackets: l.txPackets, Dropped: l.dropped}
 	for _, file := range []string{"tcp", "tcp6"} {
 		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/%s", pid, file))
 		if os.IsNotExist(err) {
