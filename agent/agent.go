@@ -304,7 +304,7 @@ func (a *Agent) resume(ctx context.Context) error {
 	}
 	var m *member
 	for try := 0; ; try++ {
-		if m, err = newMember(a.cfg, a.ident, creds, a.log); err == nil {
+		if m, err = a.newMember(a.ident, creds); err == nil {
 			break
 		}
 		if try == 0 {
@@ -314,7 +314,6 @@ func (a *Agent) resume(ctx context.Context) error {
 			return err
 		}
 	}
-	m.evicted, m.metrics = a.evicted, a.metrics
 	m.serve(a.handler(false))
 	if a.ident.Role == spec.RoleManager {
 		m.voted = true
@@ -571,7 +570,7 @@ func (a *localAPI) Init(ctx context.Context, req *connect.Request[shoalv1.InitRe
 		return nil, connect.NewError(connect.CodeInternal, err)
 	}
 	ident.CA = root.Digest()
-	m, err := newMember(a.cfg, ident, creds, a.log)
+	m, err := a.newMember(ident, creds)
 	if err != nil {
 		return nil, connect.NewError(connect.CodeFailedPrecondition, err)
 	}
@@ -582,7 +581,6 @@ func (a *localAPI) Init(ctx context.Context, req *connect.Request[shoalv1.InitRe
 			return nil, connect.NewError(connect.CodeInternal, err)
 		}
 	}
-	m.evicted, m.metrics = a.evicted, a.metrics
 	m.serve(a.handler(false))
 	err = func() error {
 		mgr, err := m.startManager(true)
@@ -657,11 +655,10 @@ func (a *localAPI) Join(ctx context.Context, req *connect.Request[shoalv1.JoinRe
 	if err != nil {
 		return nil, connect.NewError(connect.CodeInternal, err)
 	}
-	m, err := newMember(a.cfg, ident, creds, a.log)
+	m, err := a.newMember(ident, creds)
 	if err != nil {
 		return nil, connect.NewError(connect.CodeFailedPrecondition, err)
 	}
-	m.evicted, m.metrics = a.evicted, a.metrics
 	m.serve(a.handler(false))
 	joiner := peer.Joiner(remote, token.Digest)
 	defer joiner.CloseIdleConnections()
@@ -822,11 +819,21 @@ func (a *Agent) forget() error {
 	return errors.Join(errs...)
 }
 
+// newMember is a member that tells this agent of its end and counts in its metrics.
+func (a *Agent) newMember(ident *identity, creds *peer.Credentials) (*member, error) {
+	m, err := newMember(a.cfg, ident, creds, a.log)
+	if err != nil {
+		return nil, err
+	}
+	m.evicted, m.metrics = a.evicted, a.metrics
+	return m, nil
+}
+
 // removeClusterFiles removes what a life in a cluster leaves on disk: of one
 // that was left, or of an init or join that was cut short by the agent's death.
 func (a *Agent) removeClusterFiles() error {
-	var errs []error
-	for _, p := range []string{control.MarkPath(a.cfg.DataDir), control.RaftDir(a.cfg.DataDir), control.LostPath(a.cfg.DataDir), assignmentPath(a.cfg.DataDir), filepath.Join(a.cfg.DataDir, "gossip"), peer.Path(a.cfg.DataDir), durable.CopyOf(peer.Path(a.cfg.DataDir)), control.LockPath(a.cfg.DataDir)} {
+	errs := []error{durable.RemoveTwice(peer.Path(a.cfg.DataDir))}
+	for _, p := range []string{control.MarkPath(a.cfg.DataDir), control.RaftDir(a.cfg.DataDir), control.LostPath(a.cfg.DataDir), assignmentPath(a.cfg.DataDir), filepath.Join(a.cfg.DataDir, "gossip"), control.LockPath(a.cfg.DataDir)} {
 		errs = append(errs, os.RemoveAll(p))
 	}
 	return errors.Join(errs...)

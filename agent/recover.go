@@ -139,11 +139,10 @@ func (a *localAPI) restoreNew(advertise string, st *state.State) (*shoalv1.InitR
 	if err != nil {
 		return nil, connect.NewError(connect.CodeInternal, err)
 	}
-	m, err := newMember(a.cfg, ident, creds, a.log)
+	m, err := a.newMember(ident, creds)
 	if err != nil {
 		return nil, connect.NewError(connect.CodeFailedPrecondition, err)
 	}
-	m.evicted, m.metrics = a.evicted, a.metrics
 	var r control.Recovered
 	err = func() error {
 		if tr.Unlock != "" {
