@@ -84,7 +84,7 @@ func neverSent(err error) bool {
 
 // repeatable are calls that only read, or that say the same when made twice.
 func repeatable(procedure string) bool {
-	verb := procedure[strings.LastIndexByte(procedure, '/')+1:]
+	verb := peer.Verb(procedure)
 	for _, p := range []string{"List", "Show", "Info", "Doctor", "Tasks", "Stats", "Kernel", "Wait", "ImageList", "ImageInspect", "ImageResolve", "VolumeList", "Top"} {
 		if strings.HasPrefix(verb, p) {
 			return true

@@ -288,7 +288,7 @@ func (f *Forwarder) serveLeader(w http.ResponseWriter, m *Manager) {
 
 // olderLeader refuses a call that this build knows and the leader's does not.
 func (f *Forwarder) olderLeader(path, addr string) error {
-	what := path[strings.LastIndexByte(path, '/')+1:]
+	what := peer.Verb(path)
 	var level int
 	var behind state.Laggards
 	if m, _ := f.local(); m != nil {
@@ -414,13 +414,13 @@ func (f *Forwarder) askLeader(ctx context.Context, addr string) (string, error) 
 // repeatable are calls that may be made twice: reads, and reports, which say
 // the same again.
 func repeatable(path string) bool {
-	verb := path[strings.LastIndexByte(path, '/')+1:]
+	verb := peer.Verb(path)
 	return strings.HasPrefix(verb, "List") || verb == "Report" || verb == "Assignments"
 }
 
 // creates tells which calls make an object with an ID of its own.
 func creates(path string) bool {
-	verb := path[strings.LastIndexByte(path, '/')+1:]
+	verb := peer.Verb(path)
 	return verb == "CreateNetwork" || verb == "CreateService" || verb == "CreateTask"
 }
 

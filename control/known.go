@@ -3,7 +3,7 @@ package control
 import (
 	"context"
 	"fmt"
-	"sort"
+	"slices"
 	"strings"
 
 	"connectrpc.com/connect"
@@ -12,6 +12,7 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 
 	"github.com/shoalnet/shoal/control/state"
+	"github.com/shoalnet/shoal/peer"
 )
 
 // tolerant are the calls in which what is not known is overlooked: agents make them,
@@ -27,7 +28,7 @@ type known struct{ m *Manager }
 // WrapUnary implements connect.Interceptor.
 func (k known) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
-		if m, ok := req.Any().(proto.Message); ok && !isTolerant(req.Spec().Procedure) {
+		if m, ok := req.Any().(proto.Message); ok && !slices.Contains(tolerant, peer.Verb(req.Spec().Procedure)) {
 			if at := unknownFields(m.ProtoReflect(), ""); len(at) > 0 {
 				return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("the command has what the leading manager %s (%s, feature level %d) does not know (%s): upgrade shoal on the managers first",
 					k.m.cfg.Node.Name, k.m.cfg.Node.Build, state.Level, strings.Join(at, ", ")))
@@ -35,16 +36,6 @@ func (k known) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 		}
 		return next(ctx, req)
 	}
-}
-
-func isTolerant(procedure string) bool {
-	verb := procedure[strings.LastIndexByte(procedure, '/')+1:]
-	for _, t := range tolerant {
-		if t == verb {
-			return true
-		}
-	}
-	return false
 }
 
 // WrapStreamingClient implements connect.Interceptor.
@@ -94,6 +85,6 @@ func unknownFields(m protoreflect.Message, path string) []string {
 		}
 		return len(out) < maxUnknown
 	})
-	sort.Strings(out)
+	slices.Sort(out)
 	return out[:min(len(out), maxUnknown)]
 }

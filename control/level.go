@@ -3,6 +3,7 @@ package control
 import (
 	"context"
 	"fmt"
+	"maps"
 
 	"connectrpc.com/connect"
 
@@ -32,11 +33,7 @@ func (m *Manager) heard(level int) map[string]int {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	out := make(map[string]int, len(m.levels))
-	for id, l := range m.levels {
-		out[id] = l
-	}
-	return out
+	return maps.Clone(m.levels)
 }
 
 // raiseLevel raises the cluster's level to the lowest of its managers.

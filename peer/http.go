@@ -83,7 +83,7 @@ func (p *Peer) guard(next http.Handler) http.Handler {
 		case rule.Who&c.Kind == 0 && c.Kind == Stranger:
 			p.deny(w, r, connect.CodeUnauthenticated, errors.New("this needs a certificate of the cluster: nodes get one by 'shoal join'"))
 		case rule.Who&c.Kind == 0:
-			p.deny(w, r, connect.CodePermissionDenied, fmt.Errorf("%s may not call %s: run this on a manager", c, verb(r.URL.Path)))
+			p.deny(w, r, connect.CodePermissionDenied, fmt.Errorf("%s may not call %s: run this on a manager", c, Verb(r.URL.Path)))
 		default:
 			if !p.begin(c) {
 				p.deny(w, r, connect.CodeResourceExhausted, fmt.Errorf("too many calls of %s are being answered: try again when some of them have ended", c))
@@ -140,7 +140,8 @@ func (p *Peer) end(c Caller) {
 	}
 }
 
-func verb(path string) string { return path[strings.LastIndexByte(path, '/')+1:] }
+// Verb is the last part of a procedure's path, the name of the call.
+func Verb(path string) string { return path[strings.LastIndexByte(path, '/')+1:] }
 
 func (p *Peer) deny(w http.ResponseWriter, r *http.Request, code connect.Code, err error) {
 	p.counters.denied.Add(1)
