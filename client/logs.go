@@ -226,7 +226,7 @@ func (c *Client) ServiceLogs(ctx context.Context, id, name string, o LogOptions,
 				if code := connect.CodeOf(err); err == nil || ctx.Err() != nil || errors.Is(err, ErrOutputGone) || code == connect.CodeNotFound {
 					return
 				} else if o.Follow || away(err) {
-					sink.Note(t, "its output can't be read: "+connectMessage(err))
+					sink.Note(t, "its output can't be read: "+Message(err))
 					return
 				}
 				mu.Lock()
@@ -317,11 +317,11 @@ func Silence(err error) string {
 	if localCut(err) {
 		return "the agent does not answer"
 	}
-	return connectMessage(err)
+	return Message(err)
 }
 
-// connectMessage is an error without its code.
-func connectMessage(err error) string {
+// Message is an error as a person reads it: an API error without its code.
+func Message(err error) string {
 	var ce *connect.Error
 	if errors.As(err, &ce) {
 		return ce.Message()

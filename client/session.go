@@ -1,6 +1,7 @@
 package client
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -30,7 +31,7 @@ const (
 type CutError struct{ Err error }
 
 func (e *CutError) Error() string {
-	return fmt.Sprintf("the agent was lost while it worked on this (%s): see whether the change was made", connectMessage(e.Err))
+	return fmt.Sprintf("the agent was lost while it worked on this (%s): see whether the change was made", Message(e.Err))
 }
 
 func (e *CutError) Unwrap() error { return e.Err }
@@ -121,69 +122,60 @@ func (c *Client) unknown(ctx context.Context, err error, what, see string, look 
 	lerr := look(ctx)
 	switch {
 	case lerr == nil:
-		return fmt.Errorf("%s: %s exists: see '%s'", connectMessage(err), what, see)
+		return fmt.Errorf("%s: %s exists: see '%s'", Message(err), what, see)
 	case connect.CodeOf(lerr) == connect.CodeNotFound:
-		return fmt.Errorf("%s: %s was not made", connectMessage(err), what)
+		return fmt.Errorf("%s: %s was not made", Message(err), what)
 	}
-	return fmt.Errorf("%s: whether %s exists is not known: see '%s' when the agent is back", connectMessage(err), what, see)
+	return fmt.Errorf("%s: whether %s exists is not known: see '%s' when the agent is back", Message(err), what, see)
+}
+
+// create makes an object, once, whatever happens to the agent meanwhile: the ID in
+// its request is its own, whichever call of it is the one that is heard.
+func create[T any](ctx context.Context, c *Client, what, see string, call func() (*connect.Response[T], error), look func(context.Context) error) (*T, error) {
+	resp, cut, err := sure(ctx, call)
+	if err == nil {
+		return resp.Msg, nil
+	}
+	if cut && (isCut(err) || Away(err)) || ctx.Err() != nil {
+		err = c.unknown(ctx, err, what, see, look)
+	}
+	return nil, err
 }
 
 // CreateService makes a service, once, whatever happens to the agent meanwhile.
 func (c *Client) CreateService(ctx context.Context, s *shoalv1.ServiceSpec) (*shoalv1.Service, error) {
 	id := spec.NewID()
-	resp, cut, err := sure(ctx, func() (*connect.Response[shoalv1.CreateServiceResponse], error) {
+	made, err := create(ctx, c, "service "+s.GetName(), "shoal svc ps "+s.GetName(), func() (*connect.Response[shoalv1.CreateServiceResponse], error) {
 		return c.Control.CreateService(ctx, connect.NewRequest(&shoalv1.CreateServiceRequest{Spec: s, Id: id}))
+	}, func(ctx context.Context) error {
+		_, err := c.Services(ctx, id)
+		return err
 	})
-	if err == nil {
-		return resp.Msg.Service, nil
-	}
-	if cut && (isCut(err) || Away(err)) || ctx.Err() != nil {
-		err = c.unknown(ctx, err, "service "+s.GetName(), "shoal svc ps "+s.GetName(), func(ctx context.Context) error {
-			_, err := c.Services(ctx, id)
-			return err
-		})
-	}
-	return nil, err
+	return made.GetService(), err
 }
 
 // CreateTask is CreateService for a task.
 func (c *Client) CreateTask(ctx context.Context, req *shoalv1.CreateTaskRequest) (*shoalv1.Task, error) {
 	req.Id = spec.NewID()
-	resp, cut, err := sure(ctx, func() (*connect.Response[shoalv1.CreateTaskResponse], error) {
+	made, err := create(ctx, c, "task "+cmp.Or(req.Name, req.Id), "shoal ps -a", func() (*connect.Response[shoalv1.CreateTaskResponse], error) {
 		return c.Control.CreateTask(ctx, connect.NewRequest(req))
+	}, func(ctx context.Context) error {
+		_, err := c.Tasks(ctx, &shoalv1.ListTasksRequest{Refs: []string{req.Id}, All: true})
+		return err
 	})
-	if err == nil {
-		return resp.Msg.Task, nil
-	}
-	if cut && (isCut(err) || Away(err)) || ctx.Err() != nil {
-		name := req.Name
-		if name == "" {
-			name = req.Id
-		}
-		err = c.unknown(ctx, err, "task "+name, "shoal ps -a", func(ctx context.Context) error {
-			_, err := c.Tasks(ctx, &shoalv1.ListTasksRequest{Refs: []string{req.Id}, All: true})
-			return err
-		})
-	}
-	return nil, err
+	return made.GetTask(), err
 }
 
 // CreateNetwork is CreateService for a network.
 func (c *Client) CreateNetwork(ctx context.Context, req *shoalv1.CreateNetworkRequest) (*shoalv1.Network, error) {
 	req.Id = spec.NewID()
-	resp, cut, err := sure(ctx, func() (*connect.Response[shoalv1.CreateNetworkResponse], error) {
+	made, err := create(ctx, c, "network "+req.Name, "shoal net ls", func() (*connect.Response[shoalv1.CreateNetworkResponse], error) {
 		return c.Control.CreateNetwork(ctx, connect.NewRequest(req))
+	}, func(ctx context.Context) error {
+		_, _, err := c.Networks(ctx, req.Id)
+		return err
 	})
-	if err == nil {
-		return resp.Msg.Network, nil
-	}
-	if cut && (isCut(err) || Away(err)) || ctx.Err() != nil {
-		err = c.unknown(ctx, err, "network "+req.Name, "shoal net ls", func(ctx context.Context) error {
-			_, _, err := c.Networks(ctx, req.Id)
-			return err
-		})
-	}
-	return nil, err
+	return made.GetNetwork(), err
 }
 
 // UpdateService changes a service. Of a change whose answer was lost, which another
@@ -211,25 +203,27 @@ func (c *Client) UpdateService(ctx context.Context, req *shoalv1.UpdateServiceRe
 	return nil, err
 }
 
-// RemoveService removes a service. One that is gone after a call whose answer was
-// lost was removed by that.
-func (c *Client) RemoveService(ctx context.Context, ref string) error {
-	_, cut, err := sure(ctx, func() (*connect.Response[shoalv1.RemoveServiceResponse], error) {
-		return c.Control.RemoveService(ctx, connect.NewRequest(&shoalv1.RemoveServiceRequest{Ref: ref}))
-	})
+// remove makes a call that takes something away. What is gone after a call whose
+// answer was lost was taken away by that.
+func remove[T any](ctx context.Context, call func() (T, error)) error {
+	_, cut, err := sure(ctx, call)
 	if cut && connect.CodeOf(err) == connect.CodeNotFound {
 		return nil
 	}
 	return err
 }
 
+// RemoveService removes a service. One that is gone after a call whose answer was
+// lost was removed by that.
+func (c *Client) RemoveService(ctx context.Context, ref string) error {
+	return remove(ctx, func() (*connect.Response[shoalv1.RemoveServiceResponse], error) {
+		return c.Control.RemoveService(ctx, connect.NewRequest(&shoalv1.RemoveServiceRequest{Ref: ref}))
+	})
+}
+
 // StopTask asks for a task's end. See RemoveService.
 func (c *Client) StopTask(ctx context.Context, req *shoalv1.StopTaskRequest) error {
-	_, cut, err := sure(ctx, func() (*connect.Response[shoalv1.StopTaskResponse], error) {
+	return remove(ctx, func() (*connect.Response[shoalv1.StopTaskResponse], error) {
 		return c.Control.StopTask(ctx, connect.NewRequest(req))
 	})
-	if cut && err != nil && connect.CodeOf(err) == connect.CodeNotFound {
-		return nil
-	}
-	return err
 }

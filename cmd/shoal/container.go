@@ -15,6 +15,7 @@ import (
 	"github.com/shoalnet/shoal/agent"
 	"github.com/shoalnet/shoal/api"
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/client"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -165,7 +166,7 @@ func (c *cli) pin(ctx context.Context, node string, ct *spec.Container) (warning
 		return "", err // no agent answers
 	}
 	if err != nil {
-		return message(err), nil
+		return client.Message(err), nil
 	}
 	ct.Image = resp.Msg.Ref
 	return "", nil

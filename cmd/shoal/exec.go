@@ -212,7 +212,7 @@ func (s *session) once(out, errs io.Writer) error {
 			return &lostError{errors.New("the node ended the session without an exit status")}
 		}
 		if err != nil {
-			m := message(err)
+			m := client.Message(err)
 			switch e := c.api().Explain(err); {
 			case e != err:
 				return e
@@ -291,7 +291,7 @@ func (s *session) attended(t *shoalv1.Task) error {
 		return err
 	}
 	if connect.CodeOf(err) != connect.CodeFailedPrecondition {
-		return fmt.Errorf("%s: task %s may go on: see 'shoal ps -a'", message(err), t.Name)
+		return fmt.Errorf("%s: task %s may go on: see 'shoal ps -a'", client.Message(err), t.Name)
 	}
 	exit = &exitError{code: 125, err: err}
 	var failed *connect.Error

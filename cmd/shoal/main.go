@@ -14,9 +14,9 @@ import (
 	"os/signal"
 	"syscall"
 
-	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 
+	"github.com/shoalnet/shoal/client"
 	"github.com/shoalnet/shoal/runtime/container"
 	"github.com/shoalnet/shoal/runtime/process"
 )
@@ -71,21 +71,12 @@ func run(ctx context.Context, args []string, in io.Reader, out, errOut io.Writer
 	var ee *exitError
 	if errors.As(err, &ee) {
 		if ee.err != nil {
-			fmt.Fprintln(errOut, "shoal:", message(ee.err))
+			fmt.Fprintln(errOut, "shoal:", client.Message(ee.err))
 		}
 		return ee.code
 	}
-	fmt.Fprintln(errOut, "shoal:", message(err))
+	fmt.Fprintln(errOut, "shoal:", client.Message(err))
 	return 1
-}
-
-// message is an error as a person reads it: an API error without its code.
-func message(err error) string {
-	var ce *connect.Error
-	if errors.As(err, &ce) {
-		return ce.Message()
-	}
-	return err.Error()
 }
 
 // usageError is a mistake on the command line; it points to the help.

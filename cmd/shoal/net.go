@@ -18,6 +18,7 @@ import (
 	"golang.org/x/term"
 
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/client"
 	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/spec"
 )
@@ -430,7 +431,7 @@ func (c *cli) forEach(args []string, do func(string) error) error {
 	var errs []error
 	for i, a := range args {
 		if err := <-results[i]; err != nil {
-			errs = append(errs, errors.New(message(err)))
+			errs = append(errs, errors.New(client.Message(err)))
 			continue
 		}
 		fmt.Fprintln(c.out, a)

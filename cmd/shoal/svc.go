@@ -362,15 +362,15 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 			if away.IsZero() {
 				away = time.Now()
 			}
-			if time.Since(away) > 3*time.Second && !quiet && last != message(err) {
-				last = message(err)
+			if time.Since(away) > 3*time.Second && !quiet && last != client.Message(err) {
+				last = client.Message(err)
 				fmt.Fprintf(c.err, "%s: %s: waiting\n", name, last)
 			}
 			sleep.For(ctx, 200*time.Millisecond)
 			if ctx.Err() == nil {
 				continue
 			}
-			why = cmp.Or(why, message(err))
+			why = cmp.Or(why, client.Message(err))
 		}
 		away = time.Time{}
 		line := fmt.Sprintf("%s: %d/%d running", name, running, want)

@@ -398,7 +398,7 @@ func (c *cli) kernel(ctx context.Context, service string, nets names) ([]nodeKer
 			if ctx.Err() != nil {
 				return nil, err
 			}
-			out = append(out, nodeKernel{Node: n.Name, Error: message(err)})
+			out = append(out, nodeKernel{Node: n.Name, Error: client.Message(err)})
 			continue
 		}
 		k := nodeKernel{Node: n.Name, DataPath: resp.Msg.DataPath, VIPs: []kernelVIP{}}
