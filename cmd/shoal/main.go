@@ -29,9 +29,6 @@ func main() {
 	if handled, code := container.Dispatch(os.Args); handled {
 		os.Exit(code)
 	}
-	if handled, code := container.Dispatch(os.Args); handled {
-		os.Exit(code)
-	}
 	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	code := run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr)
 	cancel()
