@@ -110,7 +110,7 @@ func (r BlobRef) FileMode() uint32 {
 	return r.Mode
 }
 
-func (r BlobRef) validate(k BlobKind, image bool) error {
+func (r BlobRef) validate(k BlobKind) error {
 	if r.Name == "" {
 		return fmt.Errorf("%s without a name: give source=NAME", k)
 	}
@@ -132,7 +132,7 @@ func (r BlobRef) validate(k BlobKind, image bool) error {
 func ParseBlobRef(k BlobKind, s string) (BlobRef, error) {
 	if !strings.Contains(s, "=") {
 		r := BlobRef{Name: s}
-		return r, r.validate(k, true)
+		return r, r.validate(k)
 	}
 	fields, err := csv.NewReader(strings.NewReader(s)).Read()
 	if err != nil {
@@ -163,7 +163,7 @@ func ParseBlobRef(k BlobKind, s string) (BlobRef, error) {
 			return r, fmt.Errorf("--%s %q: key %q is unknown: use source, target, uid, gid or mode", k, s, key)
 		}
 	}
-	return r, r.validate(k, true)
+	return r, r.validate(k)
 }
 
 // validateBlobs reports the first thing wrong with what a task is to have.
@@ -174,7 +174,7 @@ func (t TaskSpec) validateBlobs() error {
 		refs []BlobRef
 	}{{KindSecret, t.Secrets}, {KindConfig, t.Configs}} {
 		for _, r := range l.refs {
-			if err := r.validate(l.kind, t.Image != ""); err != nil {
+			if err := r.validate(l.kind); err != nil {
 				return err
 			}
 			p := r.Path(l.kind, t.Image != "")

@@ -2,6 +2,7 @@ package spec
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 )
@@ -60,19 +61,21 @@ func (u *UpdateConfig) clone() *UpdateConfig {
 	return &out
 }
 
+// FailureActions are what can be done when an update, or a rollback, fails.
+func FailureActions(kind string) []string {
+	actions := []string{FailurePause, FailureContinue}
+	if kind == "update" {
+		actions = append(actions, FailureRollback)
+	}
+	return actions
+}
+
 // validate names what is wrong by its flag, without the word update or rollback.
 func (u *UpdateConfig) validate(kind string) error {
 	if u == nil {
 		return nil
 	}
-	actions := []string{FailurePause, FailureContinue}
-	if kind == "update" {
-		actions = append(actions, FailureRollback)
-	}
-	ok := u.FailureAction == ""
-	for _, a := range actions {
-		ok = ok || u.FailureAction == a
-	}
+	actions := FailureActions(kind)
 	switch {
 	case u.Parallelism < 0:
 		return fmt.Errorf("%s parallelism %d is negative: use 1 and up, or 0 for all at once", kind, u.Parallelism)
@@ -84,7 +87,7 @@ func (u *UpdateConfig) validate(kind string) error {
 		return fmt.Errorf("%s delay and monitor: use whole milliseconds", kind)
 	case !(u.MaxFailureRatio >= 0 && u.MaxFailureRatio <= 1): // not a number, too
 		return fmt.Errorf("%s max failure ratio %v: use 0 to 1", kind, u.MaxFailureRatio)
-	case !ok:
+	case u.FailureAction != "" && !slices.Contains(actions, u.FailureAction):
 		return fmt.Errorf("%s failure action %q: use %s", kind, u.FailureAction, strings.Join(actions, ", "))
 	case u.Order != "" && u.Order != StartFirst && u.Order != StopFirst:
 		return fmt.Errorf("%s order %q: use %s or %s", kind, u.Order, StartFirst, StopFirst)

@@ -30,10 +30,7 @@ type policyFlags struct {
 func (p *policyFlags) add(cmd *cobra.Command, kind string) {
 	f := cmd.Flags()
 	p.kind, p.set = kind, f
-	actions := []string{spec.FailurePause, spec.FailureContinue}
-	if kind == "update" {
-		actions = append(actions, spec.FailureRollback)
-	}
+	actions := spec.FailureActions(kind)
 	orders := []string{spec.StartFirst, spec.StopFirst}
 	f.Uint32Var(&p.parallelism, kind+"-parallelism", 1, "replicas replaced at a time (0: all)")
 	f.DurationVar(&p.delay, kind+"-delay", 0, "wait between a replica and the next")
@@ -46,13 +43,9 @@ func (p *policyFlags) add(cmd *cobra.Command, kind string) {
 }
 
 // given tells whether one of the flags is.
-func (p *policyFlags) given() bool {
-	for _, f := range []string{"parallelism", "delay", "monitor", "max-failure-ratio", "failure-action", "order"} {
-		if p.set.Changed(p.kind + "-" + f) {
-			return true
-		}
-	}
-	return false
+func (p *policyFlags) given() (given bool) {
+	p.set.Visit(func(f *pflag.Flag) { given = given || strings.HasPrefix(f.Name, p.kind+"-") })
+	return given
 }
 
 // apply changes was (nil: the defaults) by the flags that were given.

@@ -68,7 +68,7 @@ func probe() Support {
 	case cgroups.Legacy, cgroups.Hybrid:
 		s.Version = 1
 		for _, c := range controllers {
-			if dir(1, c, "/") == "" {
+			if _, err := os.Stat(filepath.Join(mountpoint, c, "tasks")); err != nil {
 				s.Missing = append(s.Missing, c)
 			}
 		}
@@ -97,32 +97,24 @@ func (s Support) String() string {
 	return fmt.Sprintf("v%d", s.Version)
 }
 
+// has tells whether there is a controller.
+func (s Support) has(controller string) bool {
+	return s.Version != 0 && !slices.Contains(s.Missing, controller)
+}
+
 // Lacks names the limits of r that have no effect on this node, by Docker's flags.
 func (s Support) Lacks(r spec.Resources) []string {
 	var out []string
-	no := func(c string) bool { return s.Version == 0 || slices.Contains(s.Missing, c) }
-	if (r.NanoCPUs > 0 || r.CPUShares > 0) && no("cpu") {
+	if (r.NanoCPUs > 0 || r.CPUShares > 0) && !s.has("cpu") {
 		out = append(out, "CPU")
 	}
-	if (r.Memory > 0 || r.MemoryLow > 0) && no("memory") {
+	if (r.Memory > 0 || r.MemoryLow > 0) && !s.has("memory") {
 		out = append(out, "memory")
 	}
-	if r.Pids > 0 && no("pids") {
+	if r.Pids > 0 && !s.has("pids") {
 		out = append(out, "processes")
 	}
 	return out
-}
-
-// dir is where a version 1 controller's groups are, or "".
-func dir(version int, controller, path string) string {
-	if version == 2 {
-		return filepath.Join(mountpoint, path)
-	}
-	d := filepath.Join(mountpoint, controller)
-	if _, err := os.Stat(filepath.Join(d, "tasks")); err != nil {
-		return ""
-	}
-	return filepath.Join(d, path)
 }
 
 // hierarchy is what of version 1 a task is in.
@@ -147,21 +139,20 @@ func hierarchy(cpuset bool) cgroup1.Hierarchy {
 // Linux is r as an OCI runtime takes it, less what this node can't do.
 func Linux(r spec.Resources) *specs.LinuxResources {
 	s := Supported()
-	no := func(c string) bool { return s.Version == 0 || slices.Contains(s.Missing, c) }
 	out := &specs.LinuxResources{}
-	if !no("cpu") && (r.NanoCPUs > 0 || r.CPUShares > 0) || r.CpusetCPUs != "" {
+	if s.has("cpu") && (r.NanoCPUs > 0 || r.CPUShares > 0) || r.CpusetCPUs != "" {
 		out.CPU = &specs.LinuxCPU{Cpus: r.CpusetCPUs}
-		if r.NanoCPUs > 0 && !no("cpu") {
+		if r.NanoCPUs > 0 && s.has("cpu") {
 			// Rounded up: 1 ms, the smallest quota, is what MinNanoCPUs comes to.
 			quota, p := (r.NanoCPUs*period+1e9-1)/1e9, uint64(period)
 			out.CPU.Quota, out.CPU.Period = &quota, &p
 		}
-		if r.CPUShares > 0 && !no("cpu") {
+		if r.CPUShares > 0 && s.has("cpu") {
 			n := uint64(r.CPUShares)
 			out.CPU.Shares = &n
 		}
 	}
-	if !no("memory") && (r.Memory > 0 || r.MemoryLow > 0) {
+	if s.has("memory") && (r.Memory > 0 || r.MemoryLow > 0) {
 		out.Memory = &specs.LinuxMemory{}
 		if r.Memory > 0 {
 			limit := r.Memory
@@ -179,7 +170,7 @@ func Linux(r spec.Resources) *specs.LinuxResources {
 			out.Memory.Reservation = &low
 		}
 	}
-	if n := r.PidsLimit(); n > 0 && !no("pids") {
+	if n := r.PidsLimit(); n > 0 && s.has("pids") {
 		out.Pids = &specs.LinuxPids{Limit: &n}
 	}
 	return out
@@ -526,7 +517,8 @@ func (g *Group) Close() {
 	}
 }
 
-// Opened are the files of Files.
+// Opened are what Restore needs, for a process that this one starts: own of them are
+// the group itself, the others behind them.
 func (g *Group) Opened() (files []*os.File, own int) {
 	if g == nil {
 		return nil, 0
@@ -534,19 +526,7 @@ func (g *Group) Opened() (files []*os.File, own int) {
 	return append(slices.Clone(g.files), g.back...), len(g.files)
 }
 
-// Files are what Restore needs, for a process that this one starts: their number of
-// the group itself, the others behind them.
-func (g *Group) Files() (fds []uintptr, n int) {
-	if g == nil {
-		return nil, 0
-	}
-	for _, f := range append(slices.Clone(g.files), g.back...) {
-		fds = append(fds, f.Fd())
-	}
-	return fds, len(g.files)
-}
-
-// Restore is Open for a process that was started with the Files of one, from file
+// Restore is Open for a process that was started with what one has Opened, from file
 // descriptor first on: all of them, of which n are the group itself.
 func Restore(version, first, all, n int) *Group {
 	if all == 0 {

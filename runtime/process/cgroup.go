@@ -34,11 +34,12 @@ func (r *Runtime) makeCgroup(t runtime.Task) error {
 	if lacks := cgroup.Supported().Lacks(t.Spec.Resources); len(lacks) > 0 {
 		r.log.Warn("limits of a task have no effect on this node", "task", t.Name, "limits", lacks, "cgroups", cgroup.Supported().String())
 	}
-	make := func() error { return cgroup.Create(path, t.Spec.Resources) }
+	var err error
 	if t.Executor != "" {
-		make = func() error { return cgroup.Prepare(path) }
+		err = cgroup.Prepare(path)
+	} else {
+		err = cgroup.Create(path, t.Spec.Resources)
 	}
-	err := make()
 	if err != nil && t.Spec.Resources == (spec.Resources{}) {
 		r.log.Warn("a task has no control group of its own: what it takes is not counted, nor bounded", "task", t.Name, "error", err)
 		return nil

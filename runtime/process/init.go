@@ -512,13 +512,16 @@ func execMain([]string) int {
 		p.path, p.argv = "/proc/self/exe", append([]string{"shoal", detachWord, p.path}, p.argv...)
 	} else {
 		// The keeper is none of the task's processes: it has the group for the command.
-		fds, n := group.Files()
-		k, err := json.Marshal(keep{Credential: p.attr.Sys.Credential, TTY: a.TTY, CgroupVersion: group.Version(), CgroupFiles: len(fds), CgroupOwn: n})
+		files, n := group.Opened()
+		k, err := json.Marshal(keep{Credential: p.attr.Sys.Credential, TTY: a.TTY, CgroupVersion: group.Version(), CgroupFiles: len(files), CgroupOwn: n})
 		if err != nil {
 			return fail(err)
 		}
 		p.path, p.argv = "/proc/self/exe", append([]string{"shoal", keepWord, string(k), p.path}, p.argv...)
-		p.attr.Files = append(append(p.attr.Files, in.Fd()), fds...)
+		p.attr.Files = append(p.attr.Files, in.Fd())
+		for _, f := range files {
+			p.attr.Files = append(p.attr.Files, f.Fd())
+		}
 		p.attr.Sys.Credential, group = nil, nil
 	}
 	pid, err := group.Fork(p.path, p.argv, p.attr)
