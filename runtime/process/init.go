@@ -480,6 +480,9 @@ func execMain([]string) int {
 	}
 	t := rec.Task
 	group, err := cgroup.Open(rec.Cgroup)
+	// To the end: a command is given the numbers of its files, which the garbage
+	// collector closes with the last that holds them.
+	defer group.Close()
 	if err == nil {
 		err = setOOMScore(t.Spec.Resources.OOMScoreAdj)
 	}
