@@ -120,9 +120,23 @@ func (z *Zone) onNode(buf []target, network, name string) ([]target, bool) {
 	return nil, false
 }
 
-// named are the states of replicas that a service's name stands for: of those that
-// run and listen nowhere, as workers do, only where no other is.
-var named = [...]spec.EndpointState{spec.EndpointActive, spec.EndpointIdle}
+// named appends the replicas that a service's name stands for; with a node, what is
+// there, with a slot, that one. Those that run and listen nowhere, as workers do,
+// count only where no other is.
+func (u *unit) named(out []target, network, node string, slot int) []target {
+	had := len(out)
+	for _, state := range [...]spec.EndpointState{spec.EndpointActive, spec.EndpointIdle} {
+		for _, e := range u.eps {
+			if e.state == state && (node == "" || e.node == node) && (slot == 0 || e.slot == slot) {
+				out = append(out, target{e.name, network, e.addrs})
+			}
+		}
+		if len(out) > had {
+			break
+		}
+	}
+	return out
+}
 
 // on returns what an unqualified name stands for on one network; with a node,
 // only what is there.
@@ -146,17 +160,7 @@ func (z *Zone) on(buf []target, network, name, node string) ([]target, bool) {
 				continue
 			}
 			here = true // a service is on every node, with or without a replica
-			had := len(out)
-			for _, state := range named {
-				if len(out) > had {
-					break
-				}
-				for _, e := range c.unit.eps {
-					if e.state == state && (node == "" || e.node == node) {
-						out = append(out, target{e.name, network, e.addrs})
-					}
-				}
-			}
+			out = c.unit.named(out, network, node, 0)
 		default:
 			if node != "" && c.ep.node != node {
 				continue
@@ -195,17 +199,8 @@ func (z *Zone) slot(buf []target, network, name, node string) ([]target, bool) {
 		if c.kind != claimService || c.unit.name != name[:i] {
 			continue
 		}
-		for _, state := range named {
-			if len(out) > 0 {
-				break
-			}
-			for _, e := range c.unit.eps {
-				// Of a replica and the one that follows it, the one that runs.
-				if e.slot == n && e.state == state && (node == "" || e.node == node) {
-					out = append(out, target{e.name, network, e.addrs})
-				}
-			}
-		}
+		// Of a replica and the one that follows it, the one that runs.
+		out = c.unit.named(out, network, node, n)
 	}
 	return out, len(out) > 0
 }
