@@ -116,22 +116,29 @@ func certNote(n *shoalv1.NodeInfo, now time.Time) string {
 	return fmt.Sprintf(" (certificate ends in %d days)", int(left.Hours()/24))
 }
 
+// nodesOrSelf is nodes, of which "self" is the one that this runs on.
+func (c *cli) nodesOrSelf(ctx context.Context, refs []string) ([]*shoalv1.NodeInfo, error) {
+	refs = slices.Clone(refs)
+	for i, r := range refs {
+		if r == "self" {
+			id, err := c.self(ctx)
+			if err != nil {
+				return nil, err
+			}
+			refs[i] = id
+		}
+	}
+	nodes, _, err := c.nodes(ctx, refs...)
+	return nodes, err
+}
+
 func (c *cli) nodeInspect() *cobra.Command {
 	var people bool
 	cmd := &cobra.Command{Use: "inspect NODE [NODE...]", Short: "Show nodes in full", Args: atLeast(1),
 		Example:           "  shoal node inspect node2\n  shoal node inspect self",
 		ValidArgsFunction: c.complete(c.nodeNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			for i, a := range args {
-				if a == "self" {
-					id, err := c.self(cmd.Context())
-					if err != nil {
-						return err
-					}
-					args[i] = id
-				}
-			}
-			nodes, _, err := c.nodes(cmd.Context(), args...)
+			nodes, err := c.nodesOrSelf(cmd.Context(), args)
 			if err != nil {
 				return err
 			}
@@ -167,20 +174,13 @@ func (c *cli) nodePs() *cobra.Command {
 			if len(args) == 0 {
 				args = []string{"self"}
 			}
+			nodes, err := c.nodesOrSelf(cmd.Context(), args)
+			if err != nil {
+				return err
+			}
 			var tasks []*shoalv1.Task
-			for _, a := range args {
-				if a == "self" {
-					id, err := c.self(cmd.Context())
-					if err != nil {
-						return err
-					}
-					a = id
-				}
-				nodes, _, err := c.nodes(cmd.Context(), a)
-				if err != nil {
-					return err
-				}
-				ts, err := c.tasks(cmd.Context(), &shoalv1.ListTasksRequest{Node: nodes[0].Id, All: true})
+			for _, n := range nodes {
+				ts, err := c.tasks(cmd.Context(), &shoalv1.ListTasksRequest{Node: n.Id, All: true})
 				if err != nil {
 					return err
 				}

@@ -7,7 +7,6 @@ import (
 	"os"
 	"os/signal"
 	goruntime "runtime"
-	"strconv"
 	"syscall"
 	"time"
 
@@ -109,12 +108,12 @@ func keepMain(args []string) int {
 func killChildren() {
 	self := os.Getpid()
 	for deadline := time.Now().Add(keepPatience); time.Now().Before(deadline); {
-		es, err := os.ReadDir("/proc")
+		pids, err := processes()
 		if err != nil {
 			return
 		}
-		for _, e := range es {
-			if p, err := strconv.Atoi(e.Name()); err == nil && parentOf(p) == self {
+		for _, p := range pids {
+			if parentOf(p) == self {
 				_ = syscall.Kill(p, syscall.SIGKILL)
 			}
 		}

@@ -480,20 +480,31 @@ func (s *shim) stop(sig syscall.Signal, grace time.Duration) {
 // childOf finds the only child of a process. The program may have ended
 // already: then it is 0.
 func childOf(pid int) int {
-	es, err := os.ReadDir("/proc")
+	pids, err := processes()
 	if err != nil {
 		return 0
 	}
-	for _, e := range es {
-		p, err := strconv.Atoi(e.Name())
-		if err != nil || p <= pid/2 && p == 1 {
-			continue
-		}
+	for _, p := range pids {
 		if parentOf(p) == pid {
 			return p
 		}
 	}
 	return 0
+}
+
+// processes are the IDs of all that this process sees (proc(5)).
+func processes() ([]int, error) {
+	es, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, err
+	}
+	var pids []int
+	for _, e := range es {
+		if p, err := strconv.Atoi(e.Name()); err == nil {
+			pids = append(pids, p)
+		}
+	}
+	return pids, nil
 }
 
 // parentOf is a process's parent; 0 when it is gone.

@@ -43,23 +43,19 @@ func (r *Runtime) shims() map[string]int {
 
 func (r *Runtime) findShims() map[string]int {
 	out := map[string]int{}
-	es, err := os.ReadDir("/proc")
+	pids, err := processes()
 	if err != nil {
 		r.log.Warn("processes can't be listed: tasks that lost their files are not found", "error", err)
 		return out
 	}
 	self, _ := os.Readlink("/proc/self/ns/pid")
 	root, _ := os.Stat("/proc/self/root/.")
-	for _, e := range es {
-		pid, err := strconv.Atoi(e.Name())
-		if err != nil {
-			continue
-		}
+	for _, pid := range pids {
 		id := r.shimOf(pid)
 		if id == "" {
 			continue
 		}
-		proc := "/proc/" + e.Name()
+		proc := "/proc/" + strconv.Itoa(pid)
 		ns, err := os.Readlink(proc + "/ns/pid")
 		its, rerr := os.Stat(proc + "/root/.")
 		if err == nil && rerr == nil && ns == self && os.SameFile(its, root) {
@@ -200,15 +196,13 @@ func (r *Runtime) sweepNamespaces() error {
 		return nil
 	}
 	used := map[string]bool{} // namespaces with a process, as nsfs names them
-	es, err := os.ReadDir("/proc")
+	pids, err := processes()
 	if err != nil {
 		return err
 	}
-	for _, e := range es {
-		if _, err := strconv.Atoi(e.Name()); err == nil {
-			if l, err := os.Readlink("/proc/" + e.Name() + "/ns/net"); err == nil {
-				used[l] = true
-			}
+	for _, pid := range pids {
+		if l, err := os.Readlink("/proc/" + strconv.Itoa(pid) + "/ns/net"); err == nil {
+			used[l] = true
 		}
 	}
 	var errs []error
