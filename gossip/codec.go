@@ -1,6 +1,7 @@
 package gossip
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
@@ -50,13 +51,14 @@ const (
 	msgBarrierAck                    // body: id
 	msgState                         // body: all records in short; in memberlist's push/pull
 	msgHave                          // body: some records in short
+	msgMeta                          // body: the metadata last heard of the node that this is for
 )
 
 func (t msgType) String() string {
-	if t < msgDelta || t > msgHave {
+	if t < msgDelta || t > msgMeta {
 		return fmt.Sprintf("type(%d)", byte(t))
 	}
-	return [...]string{"delta", "digest", "digest sum", "digest reply", "fetch", "fetch reply", "barrier", "barrier ack", "state", "have"}[t-1]
+	return [...]string{"delta", "digest", "digest sum", "digest reply", "fetch", "fetch reply", "barrier", "barrier ack", "state", "have", "metadata"}[t-1]
 }
 
 // Bounds of decoded values.
@@ -107,6 +109,7 @@ type message struct {
 	last    bool
 	unknown bool
 	digest  []digestItem
+	meta    []byte // sealed
 	wants   []want
 	deltas  []*delta
 }
@@ -251,6 +254,8 @@ func (m *message) encode() []byte {
 		return appendDelta(b, m.deltas[0])
 	case msgState, msgHave:
 		return appendDigest(b, m.digest)
+	case msgMeta:
+		return appendBlob(b, m.meta)
 	}
 	b = binary.AppendUvarint(b, m.id)
 	switch m.typ {
@@ -549,6 +554,8 @@ func decode(b []byte) (*message, error) {
 		m.deltas = []*delta{r.delta()}
 	case msgState, msgHave:
 		m.digest = r.digest()
+	case msgMeta:
+		m.meta = bytes.Clone(r.blob(maxMeta))
 	case msgDigest, msgDigestSum, msgDigestRep, msgFetch, msgFetchReply, msgBarrier, msgBarrierAck:
 		m.id = r.uvarint()
 	default:
@@ -699,8 +706,8 @@ func decodeMeta(b []byte) (m meta, err error) {
 	r := &reader{b: b}
 	m.epoch, m.seq = r.uvarint(), r.uvarint()
 	inc := r.uvarint()
-	if r.err == nil && (inc > math.MaxUint32 || m.epoch == 0) {
-		r.fail(fmt.Errorf("epoch %d, incarnation %d", m.epoch, inc))
+	if r.err == nil && (inc > math.MaxUint32 || m.epoch == 0 || m.seq > maxSeq) {
+		r.fail(fmt.Errorf("epoch %d, sequence %d, incarnation %d", m.epoch, m.seq, inc))
 	}
 	m.maxInc = uint32(inc)
 	if r.err == nil && len(r.b) > 0 { // an older node says no more

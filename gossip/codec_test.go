@@ -56,9 +56,9 @@ func drawDelta(t *rapid.T) *delta {
 
 func drawMessage(t *rapid.T) *message {
 	m := &message{}
-	m.typ = msgType(rapid.IntRange(int(msgDelta), int(msgHave)).Draw(t, "type"))
+	m.typ = msgType(rapid.IntRange(int(msgDelta), int(msgMeta)).Draw(t, "type"))
 	m.from, m.addr = "node01", netip.AddrPortFrom(nodeAddr(1).Addr(), rapid.Uint16().Draw(t, "port"))
-	if m.typ != msgDelta && m.typ != msgState && m.typ != msgHave {
+	if m.typ != msgDelta && m.typ != msgState && m.typ != msgHave && m.typ != msgMeta {
 		m.id = rapid.Uint64().Draw(t, "id")
 	}
 	switch m.typ {
@@ -71,6 +71,8 @@ func drawMessage(t *rapid.T) *message {
 		m.unknown = m.typ == msgDigestRep && rapid.Bool().Draw(t, "unknown")
 	case msgDigestSum:
 		m.count, m.sum = rapid.Uint64().Draw(t, "count"), rapid.Uint64().Draw(t, "sum")
+	case msgMeta:
+		m.meta = rapid.SliceOfN(rapid.Byte(), 1, maxMeta).Draw(t, "meta")
 	case msgFetch:
 		for range rapid.IntRange(0, 4).Draw(t, "wants") {
 			m.wants = append(m.wants, want{node: "n", epoch: rapid.Uint64().Draw(t, "epoch"), seq: rapid.Uint64().Draw(t, "seq"), full: rapid.Bool().Draw(t, "full")})

@@ -189,7 +189,9 @@ func Open(cfg Config) (*Gossip, error) {
 	self := newRecord(cfg.NodeID)
 	self.epoch = epoch
 	g.recs[cfg.NodeID] = self
-	g.meta.epoch = epoch
+	// Past what a former process signed at this epoch, if the disk has lost that there
+	// was one: a clock that has gone back as well is outgrowMeta's.
+	g.meta.epoch, g.meta.seq = epoch, uint64(max(0, time.Now().UnixMilli()))
 	if err := g.resignMeta(); err != nil {
 		g.Close()
 		return nil, err
@@ -507,6 +509,31 @@ func (g *Gossip) checkSelf(d *delta) *delta {
 	own := self.since(0, 0, true)
 	g.signRecord(own)
 	return own
+}
+
+// outgrowMeta is checkSelf for metadata: whoever has heard what a former process signed
+// last takes what this one says for old, and it for dead, until it moves past that.
+func (g *Gossip) outgrowMeta(epoch, seq uint64) {
+	g.mu.Lock()
+	newer := epoch > g.meta.epoch || epoch == g.meta.epoch && seq > g.meta.seq
+	if newer {
+		g.meta.epoch, g.meta.seq = epoch, seq
+	}
+	g.mu.Unlock()
+	if newer {
+		g.renewMeta()
+	}
+}
+
+// onMeta hears from a node that has refused this one's metadata for older than what
+// it has heard before.
+func (g *Gossip) onMeta(raw []byte) {
+	m, err := g.openMeta(g.cfg.NodeID, raw)
+	if err != nil {
+		g.stats.forged.Add(1)
+		return
+	}
+	g.outgrowMeta(m.epoch, m.seq)
 }
 
 // Join adds addresses to the durable peer list. Those that no living member has

@@ -342,6 +342,42 @@ func TestEpochLost(t *testing.T) {
 	}
 }
 
+// The disk was lost, and the new process is at the same epoch, with less metadata
+// signed than the one before: to the others all that it says of itself is old.
+func TestMetadataLost(t *testing.T) {
+	c := newCluster(t, Tuning{})
+	c.grow(3)
+	n := c.node(2)
+	for mtu := 1400; mtu < 1405; mtu++ {
+		n.SetPath(mtu, true)
+		c.eventually(10*time.Second, "metadata", func() string {
+			for _, o := range []int{1, 3} {
+				for _, m := range c.node(o).Snapshot().Members {
+					if m.Peer.ID == nodeID(2) && m.Peer.MTU != mtu {
+						return fmt.Sprintf("node %d has MTU %d, want %d", o, m.Peer.MTU, mtu)
+					}
+				}
+			}
+			return ""
+		})
+	}
+	c.kill(2)
+	c.wipe(2)
+	c.eventually(20*time.Second, "dead", func() string {
+		for _, o := range []int{1, 3} {
+			if got := members(c.node(o).Snapshot(), spec.PeerDead); len(got) != 1 {
+				return fmt.Sprintf("node %d holds %v for dead", o, got)
+			}
+		}
+		return ""
+	})
+	n = c.start(2, addrs(1, 3)...)
+	n.put(1, 2, 3)
+	n.put(1, 2)
+	n.put(1)
+	c.eventually(20*time.Second, "alive again", c.agreed)
+}
+
 // The disk was lost and the new process happens to be at the same epoch and
 // sequence, with other content.
 func TestEpochLostSamePlace(t *testing.T) {

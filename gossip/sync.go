@@ -48,6 +48,8 @@ func (g *Gossip) receive(b []byte) {
 		g.onBarrier(m)
 	case msgBarrierAck:
 		g.onBarrierAck(m)
+	case msgMeta:
+		g.onMeta(m.meta)
 	}
 }
 

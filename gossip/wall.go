@@ -103,7 +103,11 @@ type voucher struct {
 	epoch, seq uint64
 	maxInc     uint32
 	path       path
+	told       time.Time // when the node itself was last told of it
 }
+
+// metaTellEvery bounds what those who say something old can have a node sent.
+const metaTellEvery = time.Second
 
 type budget struct {
 	packets, bytes float64
@@ -389,9 +393,10 @@ func (w *wall) alive(m swim) bool {
 			// A former one, told again; of this node that is how it hears which
 			// incarnation its former life has reached.
 			w.refuse(refusedStale)
+			w.tellNode(id, at)
 			return false
 		}
-		v = voucher{bytes.Clone(m.meta), n.epoch, n.seq, n.maxInc, n.path}
+		v = voucher{raw: bytes.Clone(m.meta), epoch: n.epoch, seq: n.seq, maxInc: n.maxInc, path: n.path}
 		w.mu.Lock()
 		w.heard[id] = v
 		w.mu.Unlock()
@@ -401,9 +406,27 @@ func (w *wall) alive(m swim) bool {
 		return false
 	}
 	if id == w.g.cfg.NodeID {
+		w.g.outgrowMeta(v.epoch, v.seq)
 		w.outgrow(m.inc)
 	}
 	return true
+}
+
+// tellNode lets a node know what was heard of it, if what is said of it now is older:
+// where it has lost what it had signed, it can only hear so that it must sign more.
+func (w *wall) tellNode(id string, at netip.AddrPort) {
+	w.mu.Lock()
+	v, now := w.heard[id], time.Now()
+	due := now.Sub(v.told) >= metaTellEvery
+	if due {
+		v.told = now
+		w.heard[id] = v
+	}
+	w.mu.Unlock()
+	if due {
+		m := message{header: w.g.header(msgMeta), meta: v.raw}
+		w.g.packet(id, at, m.encode())
+	}
 }
 
 // said is what a node says of its end of the data path, in metadata that passed
@@ -448,6 +471,13 @@ func (w *wall) accused(m swim) bool {
 		bound = w.bound
 	}
 	w.mu.Unlock()
+	if id == w.g.cfg.NodeID && len(m.meta) > 0 {
+		// A former life of this node died, for the peer: with what it had signed.
+		if n, err := w.g.openMeta(id, m.meta); err == nil {
+			bound = max(bound, n.maxInc)
+			w.g.outgrowMeta(n.epoch, n.seq)
+		}
+	}
 	if m.inc > bound {
 		w.refuse(refusedClaim)
 		return false
