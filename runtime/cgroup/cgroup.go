@@ -293,20 +293,23 @@ func vacate() error {
 	return nil
 }
 
-// Remove removes a group in which nothing runs any more. Absence is no error.
+// reaped bounds the wait for the end of what was killed in a group.
+const reaped = 5 * time.Second
+
+// Remove removes a group in which nothing runs any more: for what is just ending it
+// waits. Absence is no error.
 func Remove(path string) error {
 	if !strings.HasPrefix(path, Root+"/") {
 		return fmt.Errorf("control group %q is not ours", path)
 	}
 	var errs []error
+	limit := time.Now().Add(reaped)
 	for _, d := range dirs(path) {
 		// What was in it may not be reaped yet: rmdir(2), EBUSY.
-		var err error
-		for wait := time.Millisecond; wait < 200*time.Millisecond; wait *= 2 {
-			if err = os.Remove(d); err == nil || !errors.Is(err, unix.EBUSY) {
-				break
-			}
+		err := os.Remove(d)
+		for wait := time.Millisecond; errors.Is(err, unix.EBUSY) && time.Now().Before(limit); wait = min(2*wait, 100*time.Millisecond) {
 			time.Sleep(wait)
+			err = os.Remove(d)
 		}
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			errs = append(errs, err)

@@ -97,6 +97,16 @@ func TestGroup(t *testing.T) {
 			}
 		}
 	}
+	empty := func() {
+		t.Helper()
+		for limit := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+			if u, _ := Read(path); u.Pids == 0 {
+				break
+			} else if time.Now().After(limit) {
+				t.Fatalf("what was forked does not end: %+v", u)
+			}
+		}
+	}
 	if ws := run("grep -q " + path + " /proc/self/cgroup"); ws.ExitStatus() != 0 {
 		t.Errorf("the child is not in its group: %v", ws)
 	}
@@ -107,16 +117,11 @@ func TestGroup(t *testing.T) {
 	if ws := run("sleep 2 & sleep 2 & sleep 2 & sleep 2 & sleep 2 & sleep 2 & echo all"); ws.ExitStatus() == 0 {
 		t.Error("more processes than the limit could be made")
 	}
-	for limit := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		if u, _ := Read(path); u.Pids == 0 {
-			break
-		} else if time.Now().After(limit) {
-			t.Fatalf("what was forked does not end: %+v", u)
-		}
-	}
+	empty()
 	// 128 MiB in one string.
 	run("x=$(head -c 134217728 /dev/zero | tr '\\0' x); echo ${#x}")
 	if u, _ := Read(path); u.OOMKills == 0 || u.CPU == 0 {
 		t.Errorf("nothing was killed at the limit of memory, or no time counted: %+v", u)
 	}
+	empty() // what the shell left
 }

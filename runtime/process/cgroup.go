@@ -64,6 +64,9 @@ func (r *Runtime) sweepCgroups() {
 		if validID(id) == nil && exists(filepath.Join(r.taskDir(id), taskFile)) {
 			continue
 		}
+		if u, err := cgroup.Read(r.cgroup(id)); err == nil && u.Pids > 0 {
+			continue
+		}
 		if err := r.removeCgroup(id); err != nil && !errors.Is(err, syscall.EBUSY) {
 			r.log.Warn("the control group of an earlier task can't be removed", "group", id, "error", err)
 		}
