@@ -1,5 +1,5 @@
 // Testsum reads "go test -json" on standard input, prints what failed in full
-// and a line per package, and adds its counts to a file, so that several runs
+// a line per package and one for each of the slowest tests, and adds its counts to a file, so that several runs
 // end in one summary:
 //
 //	go test -json ./... | testsum -counts FILE -label unit
@@ -10,6 +10,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"encoding/json"
 	"flag"
 	"fmt"
@@ -22,6 +23,12 @@ type event struct {
 	Action, Package, Test, Output, ImportPath string
 	Elapsed                                   float64
 }
+
+// slowTest is from how many seconds on a test may be shown as slow, slowest how many are.
+const (
+	slowTest = 10
+	slowest  = 15
+)
 
 type counts struct{ Passed, Failed, Skipped int }
 
@@ -60,6 +67,11 @@ func errorOr(a, b error) error {
 func read(label string) (c counts) {
 	out := map[string][]string{}
 	var skips []string
+	type timed struct {
+		name    string
+		elapsed float64
+	}
+	var slow []timed
 	sc := bufio.NewScanner(os.Stdin)
 	sc.Buffer(make([]byte, 1<<20), 16<<20)
 	failedIn := map[string]bool{}
@@ -89,6 +101,9 @@ func read(label string) (c counts) {
 				}
 				continue
 			}
+			if e.Elapsed >= slowTest && !strings.Contains(e.Test, "/") {
+				slow = append(slow, timed{e.Test, e.Elapsed})
+			}
 			switch e.Action {
 			case "pass":
 				c.Passed++
@@ -110,6 +125,10 @@ func read(label string) (c counts) {
 	slices.Sort(skips)
 	for _, s := range slices.Compact(skips) {
 		fmt.Println("skip", label, s)
+	}
+	slices.SortFunc(slow, func(a, b timed) int { return cmp.Compare(b.elapsed, a.elapsed) })
+	for _, t := range slow[:min(len(slow), slowest)] {
+		fmt.Printf("slow %s %6.1fs  %s\n", label, t.elapsed, t.name)
 	}
 	return c
 }
