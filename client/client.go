@@ -215,3 +215,53 @@ func Ended(t *shoalv1.Task) bool {
 	s, err := spec.ParseTaskState(t.GetStatus().GetState())
 	return err == nil && s.Ended()
 }
+
+// Match tells how well what a person typed names a thing.
+type Match int
+
+// Matches, the better ones greater: an ID goes before a name, and both before the
+// beginning of an ID, whatever kind of thing it is of.
+const (
+	NotMeant Match = iota
+	MeantByPrefix
+	MeantByName
+	MeantByID
+)
+
+// Meant tells how ref names the thing of an ID and a name, which a lookup by ref has
+// brought.
+func Meant(ref, id, name string) Match {
+	switch {
+	case ref == id:
+		return MeantByID
+	case strings.HasPrefix(id, ref) && !strings.EqualFold(ref, name):
+		return MeantByPrefix
+	}
+	return MeantByName
+}
+
+// ServiceOrTask finds what ref names, as the managers do where either may be meant: a
+// service before a task that it names as well. One of the two is returned. The error
+// names what was not found.
+func (c *Client) ServiceOrTask(ctx context.Context, ref string) (*shoalv1.Service, *shoalv1.Task, error) {
+	var asService, asTask Match
+	svcs, err := c.Services(ctx, ref)
+	if err == nil && len(svcs) == 1 {
+		asService = Meant(ref, svcs[0].Id, svcs[0].GetSpec().GetName())
+	}
+	t, terr := c.Task(ctx, ref)
+	if terr == nil {
+		asTask = Meant(ref, t.Id, t.Name)
+	}
+	switch best := max(asService, asTask); {
+	case err != nil && connect.CodeOf(err) != connect.CodeNotFound && best < MeantByName:
+		return nil, nil, err
+	case terr != nil && !errors.Is(terr, ErrNotFound) && best < MeantByName:
+		return nil, nil, terr
+	case best == NotMeant:
+		return nil, nil, fmt.Errorf("no such service or task: %s", ref)
+	case asService == best:
+		return svcs[0], nil, nil
+	}
+	return nil, t, nil
+}

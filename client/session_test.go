@@ -44,12 +44,18 @@ func (a *fakeAgent) RemoveService(_ context.Context, req *connect.Request[shoalv
 	return connect.NewResponse(&shoalv1.RemoveServiceResponse{}), nil
 }
 
+// ListServices finds as a manager does: by ID, by name, by the beginning of an ID.
 func (a *fakeAgent) ListServices(_ context.Context, req *connect.Request[shoalv1.ListServicesRequest]) (*connect.Response[shoalv1.ListServicesResponse], error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	resp := &shoalv1.ListServicesResponse{}
 	for _, r := range req.Msg.Refs {
 		s := a.services[r]
+		for id, v := range a.services {
+			if s == nil && (v.GetSpec().GetName() == r || strings.HasPrefix(id, r)) {
+				s = v
+			}
+		}
 		if s == nil {
 			return nil, connect.NewError(connect.CodeNotFound, errors.New("no such service"))
 		}

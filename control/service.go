@@ -116,19 +116,28 @@ func (s *service) ConnectNetwork(ctx context.Context, req *connect.Request[shoal
 	if err != nil {
 		return nil, err
 	}
-	resp := &shoalv1.ConnectNetworkResponse{}
-	if res.Task != nil {
-		resp.Task = api.Task(*res.Task)
-	}
-	if res.Service != nil {
-		resp.Service = api.Service(*res.Service, 0)
-	}
-	return connect.NewResponse(resp), nil
+	task, svc := rewired(res)
+	return connect.NewResponse(&shoalv1.ConnectNetworkResponse{Task: task, Service: svc}), nil
 }
 
 func (s *service) DisconnectNetwork(ctx context.Context, req *connect.Request[shoalv1.DisconnectNetworkRequest]) (*connect.Response[shoalv1.DisconnectNetworkResponse], error) {
-	_, err := s.m.Propose(ctx, state.Command{DisconnectNetwork: &state.DisconnectNetwork{Network: req.Msg.Network, Target: req.Msg.Target}})
-	return connect.NewResponse(&shoalv1.DisconnectNetworkResponse{}), err
+	res, err := s.m.Propose(ctx, state.Command{DisconnectNetwork: &state.DisconnectNetwork{Network: req.Msg.Network, Target: req.Msg.Target}})
+	if err != nil {
+		return nil, err
+	}
+	task, svc := rewired(res)
+	return connect.NewResponse(&shoalv1.DisconnectNetworkResponse{Task: task, Service: svc}), nil
+}
+
+// rewired is what a connect or disconnect was done to.
+func rewired(r state.Result) (task *shoalv1.Task, svc *shoalv1.Service) {
+	if r.Task != nil {
+		task = api.Task(*r.Task)
+	}
+	if r.Service != nil {
+		svc = api.Service(*r.Service, 0)
+	}
+	return task, svc
 }
 
 // nameTimeout bounds the wait for a name whose last owner is on its way out: it

@@ -301,6 +301,20 @@ func TestConnectAndDisconnect(t *testing.T) {
 		t.Errorf("tasks were restarted: %v, then %v", before, after)
 	}
 	s.fair("the first network", s.inTask("c", "-n 60 http://web/"), 2)
+	// What is a task's whole name is not taken for the beginning of a service's ID.
+	s.ok("node1", "shoal net connect two web")
+	short := s.ok("node1", "shoal svc ls -f name=web -q")[:4]
+	s.ok("node1", "shoal run -d --name %s --network one --network two -- sleep 1000", short)
+	s.ok("node1", "shoal net disconnect two %s", short)
+	s.ok("node1", "shoal net connect two %s", short)
+	s.ok("node1", "shoal logs %s", short)
+	s.ok("node1", "shoal svc logs %s", short)
+	for _, ref := range []string{short, s.task(short).ID} {
+		if got := s.ok("node1", "shoal inspect --format {{.Name}} %s", ref); got != short {
+			t.Errorf("inspect %s shows %s", ref, got)
+		}
+	}
+	s.ok("node1", "shoal net disconnect two web")
 	s.fails("node1", "is on network one already", "shoal net connect one c")
 	s.fails("node1", "is not on network two", "shoal net disconnect two c")
 	s.fails("node1", "is taken by", "shoal run --network one --ip %s -- true", s.task("c").Attachments[0].Addrs[0])

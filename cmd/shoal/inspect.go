@@ -18,8 +18,9 @@ import (
 
 // found is what inspect shows of one thing.
 type found struct {
-	json   any
-	docker func() (object, error)
+	id, name string
+	json     any
+	docker   func() (object, error)
 }
 
 // finders look for a thing of a kind, in the order in which inspect asks.
@@ -32,7 +33,7 @@ func (c *cli) finders() (kinds []string, find map[string]func(ctx context.Contex
 				return found{}, err
 			}
 			j, err := toBlobJSON(bs[0])
-			return found{json: j}, err
+			return found{id: bs[0].Id, name: bs[0].Name, json: j}, err
 		}
 	}
 	find = map[string]func(ctx context.Context, cmd *cobra.Command, ref string) (found, error){
@@ -50,7 +51,7 @@ func (c *cli) finders() (kinds []string, find map[string]func(ctx context.Contex
 				return found{}, err
 			}
 			j, err := toTaskJSON(t, nodes, nets)
-			return found{j, func() (object, error) { return dockerTask(t, nodes, nets) }}, err
+			return found{t.Id, t.Name, j, func() (object, error) { return dockerTask(t, nodes, nets) }}, err
 		},
 		"service": func(ctx context.Context, _ *cobra.Command, ref string) (found, error) {
 			svcs, err := c.services(ctx, ref)
@@ -62,7 +63,7 @@ func (c *cli) finders() (kinds []string, find map[string]func(ctx context.Contex
 				return found{}, err
 			}
 			j, err := toServiceJSON(svcs[0], nets)
-			return found{j, func() (object, error) { return dockerService(svcs[0], all) }}, err
+			return found{svcs[0].Id, svcs[0].GetSpec().GetName(), j, func() (object, error) { return dockerService(svcs[0], all) }}, err
 		},
 		"network": func(ctx context.Context, _ *cobra.Command, ref string) (found, error) {
 			nets, _, err := c.networks(ctx, ref)
@@ -70,7 +71,7 @@ func (c *cli) finders() (kinds []string, find map[string]func(ctx context.Contex
 				return found{}, err
 			}
 			j, err := toNetworkJSON(nets[0])
-			return found{j, func() (object, error) {
+			return found{nets[0].Id, nets[0].Name, j, func() (object, error) {
 				tasks, err := c.tasks(ctx, &shoalv1.ListTasksRequest{})
 				if err != nil {
 					return nil, err
@@ -84,7 +85,7 @@ func (c *cli) finders() (kinds []string, find map[string]func(ctx context.Contex
 				return found{}, err
 			}
 			j, err := toNodeJSON(nodes[0])
-			return found{j, func() (object, error) { return dockerNode(nodes[0]) }}, err
+			return found{nodes[0].Id, nodes[0].Name, j, func() (object, error) { return dockerNode(nodes[0]) }}, err
 		},
 		"secret": blob(spec.KindSecret),
 		"config": blob(spec.KindConfig),
@@ -95,8 +96,9 @@ func (c *cli) finders() (kinds []string, find map[string]func(ctx context.Contex
 func (c *cli) inspectCmd() *cobra.Command {
 	var kind string
 	cmd := &cobra.Command{Use: "inspect NAME|ID [NAME|ID...]", Short: "Show tasks, services, networks, nodes, secrets or configs in full", Args: atLeast(1),
-		Long: `Inspect shows what a name or an ID is: a task, a service, a network, a node, a
-secret or a config, the first of these that there is; --type says which. A template
+		Long: `Inspect shows what an ID or a name is, or the beginning of an ID: a task, a service,
+a network, a node, a secret or a config, the first of these that there is; --type says
+which. A template
 may use the names of the JSON form, or those of Docker's.`,
 		Example: "  shoal inspect c1\n  shoal inspect --type network app\n  shoal inspect -f '{{.State.Status}}' c1",
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -113,24 +115,31 @@ may use the names of the JSON form, or those of Docker's.`,
 			}
 			var all []found
 			for _, ref := range args {
-				var first error
-				n := len(all)
+				var best found
+				var absent, unclear error
+				how := client.NotMeant
 				for _, k := range kinds {
 					f, err := find[k](ctx, cmd, ref)
-					if err == nil {
-						all = append(all, f)
-						break
+					switch {
+					case err == nil:
+						if m := client.Meant(ref, f.id, f.name); m > how {
+							best, how = f, m
+						}
+					case connect.CodeOf(err) == connect.CodeNotFound || errors.Is(err, client.ErrNotFound):
+						absent = err
+					case unclear == nil:
+						unclear = err
 					}
-					if connect.CodeOf(err) != connect.CodeNotFound && !errors.Is(err, client.ErrNotFound) {
-						return err
-					}
-					first = err
 				}
-				if len(all) == n {
-					if len(kinds) > 1 {
-						first = fmt.Errorf("no such object: %s: there is no task, service, network, node, secret or config of that name or ID", ref)
-					}
-					return first
+				switch {
+				case unclear != nil && how < client.MeantByName:
+					return unclear
+				case how > client.NotMeant:
+					all = append(all, best)
+				case len(kinds) > 1:
+					return fmt.Errorf("no such object: %s: there is no task, service, network, node, secret or config of that name or ID", ref)
+				default:
+					return absent
 				}
 			}
 			js := each1(all, func(f found) any { return f.json })

@@ -204,18 +204,13 @@ is removed.`,
 			}
 			ctx := cmd.Context()
 			lf.prefix = !raw
-			svcs, err := c.services(ctx, args[0])
-			if connect.CodeOf(err) == connect.CodeNotFound {
-				t, terr := c.task(ctx, args[0])
-				if terr != nil {
-					return err
-				}
-				return untilStopped(ctx, c.api().TaskLogs(ctx, t, o, c.logSink(lf)))
-			}
+			svc, t, err := c.api().ServiceOrTask(ctx, args[0])
 			if err != nil {
 				return err
 			}
-			svc := svcs[0]
+			if t != nil {
+				return untilStopped(ctx, c.api().TaskLogs(ctx, t, o, c.logSink(lf)))
+			}
 			lf.labels = svc.GetSpec().GetLabels()
 			sink := c.logSink(lf)
 			if lf.follow {

@@ -162,7 +162,7 @@ is restarted; connections over its other networks go on.`,
 			if err != nil {
 				return err
 			}
-			return c.rewired(cmd.Context(), args[1], resp.Msg.GetTask().GetId(), func(n *shoalv1.Network, t *shoalv1.Task) bool {
+			return c.rewired(cmd.Context(), resp.Msg.GetService().GetId(), resp.Msg.GetTask().GetId(), func(n *shoalv1.Network, t *shoalv1.Task) bool {
 				return slices.ContainsFunc(t.Attachments, func(a *shoalv1.Attachment) bool {
 					return a.Network == n.Id && a.Joined <= t.GetStatus().GetWired()
 				})
@@ -182,18 +182,11 @@ func (c *cli) netDisconnect() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if _, err := c.control().DisconnectNetwork(cmd.Context(), connect.NewRequest(&shoalv1.DisconnectNetworkRequest{Network: nets[0].Id, Target: args[1]})); err != nil {
+			resp, err := c.control().DisconnectNetwork(cmd.Context(), connect.NewRequest(&shoalv1.DisconnectNetworkRequest{Network: nets[0].Id, Target: args[1]}))
+			if err != nil {
 				return err
 			}
-			task := ""
-			if _, err := c.services(cmd.Context(), args[1]); err != nil {
-				t, err := c.task(cmd.Context(), args[1])
-				if err != nil {
-					return err
-				}
-				task = t.Id
-			}
-			return c.rewired(cmd.Context(), args[1], task, func(n *shoalv1.Network, t *shoalv1.Task) bool {
+			return c.rewired(cmd.Context(), resp.Msg.GetService().GetId(), resp.Msg.GetTask().GetId(), func(n *shoalv1.Network, t *shoalv1.Task) bool {
 				return !slices.ContainsFunc(t.Attachments, func(a *shoalv1.Attachment) bool { return a.Network == n.Id })
 			}, nets[0].Id)
 		}}
@@ -203,17 +196,21 @@ func (c *cli) netDisconnect() *cobra.Command {
 }
 
 // rewired waits until the tasks of a service, or one task, are as a connect or
-// disconnect wants them.
-func (c *cli) rewired(ctx context.Context, target, task string, done func(*shoalv1.Network, *shoalv1.Task) bool, network string) error {
+// disconnect wants them: of an ID, since what was typed may be the name of the one and
+// the beginning of the other's. A manager of an older version may give neither.
+func (c *cli) rewired(ctx context.Context, service, task string, done func(*shoalv1.Network, *shoalv1.Task) bool, network string) error {
+	req := &shoalv1.ListTasksRequest{Service: service}
+	switch {
+	case task != "":
+		req = &shoalv1.ListTasksRequest{Refs: []string{task}}
+	case service == "":
+		return nil
+	}
 	nets, _, err := c.networks(ctx, network)
 	if err != nil {
 		return err
 	}
-	defer c.progress("Rewiring " + target)()
-	req := &shoalv1.ListTasksRequest{Service: target}
-	if task != "" {
-		req = &shoalv1.ListTasksRequest{Refs: []string{task}}
-	}
+	defer c.progress("Waiting for the nodes")()
 	for limit := time.Now().Add(20 * time.Second); time.Now().Before(limit); {
 		ts, err := c.tasks(ctx, req)
 		if err != nil {

@@ -8,7 +8,6 @@ import (
 	"strconv"
 	"strings"
 
-	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 
 	"github.com/shoalnet/shoal/api"
@@ -111,24 +110,18 @@ func (c *cli) portCmd() *cobra.Command {
 }
 
 func (c *cli) publishedOf(ctx context.Context, ref string) ([]spec.Port, error) {
-	svcs, err := c.services(ctx, ref)
-	if err != nil && connect.CodeOf(err) != connect.CodeNotFound {
+	v, t, err := c.api().ServiceOrTask(ctx, ref)
+	if err != nil {
 		return nil, err
 	}
-	t, terr := c.task(ctx, ref)
-	switch {
-	case err == nil && (terr != nil || t.Id != ref) && (svcs[0].GetSpec().GetName() == ref || svcs[0].Id == ref):
-		return api.ToPorts(svcs[0].Ports)
-	case err == nil && (terr != nil || t.Name != ref && t.Id != ref): // by the beginning of its ID, and no task has that name
-		return api.ToPorts(svcs[0].Ports)
-	case terr != nil:
-		return nil, fmt.Errorf("no such service or task: %s", ref)
+	if v != nil {
+		return api.ToPorts(v.Ports)
 	}
 	ports, err := api.ToPorts(t.Ports)
 	if err != nil || t.Service == "" {
 		return ports, err
 	}
-	svcs, err = c.services(ctx, t.Service)
+	svcs, err := c.services(ctx, t.Service)
 	if err != nil {
 		return nil, err
 	}

@@ -2964,6 +2964,8 @@ func (x *DisconnectNetworkRequest) GetTarget() string {
 
 type DisconnectNetworkResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Task          *Task                  `protobuf:"bytes,1,opt,name=task,proto3" json:"task,omitempty"`
+	Service       *Service               `protobuf:"bytes,2,opt,name=service,proto3" json:"service,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2996,6 +2998,20 @@ func (x *DisconnectNetworkResponse) ProtoReflect() protoreflect.Message {
 // Deprecated: Use DisconnectNetworkResponse.ProtoReflect.Descriptor instead.
 func (*DisconnectNetworkResponse) Descriptor() ([]byte, []int) {
 	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *DisconnectNetworkResponse) GetTask() *Task {
+	if x != nil {
+		return x.Task
+	}
+	return nil
+}
+
+func (x *DisconnectNetworkResponse) GetService() *Service {
+	if x != nil {
+		return x.Service
+	}
+	return nil
 }
 
 type EventsRequest struct {
@@ -10091,8 +10107,10 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\aservice\x18\x02 \x01(\v2\x11.shoal.v1.ServiceR\aservice\"L\n" +
 	"\x18DisconnectNetworkRequest\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x16\n" +
-	"\x06target\x18\x02 \x01(\tR\x06target\"\x1b\n" +
-	"\x19DisconnectNetworkResponse\"E\n" +
+	"\x06target\x18\x02 \x01(\tR\x06target\"l\n" +
+	"\x19DisconnectNetworkResponse\x12\"\n" +
+	"\x04task\x18\x01 \x01(\v2\x0e.shoal.v1.TaskR\x04task\x12+\n" +
+	"\aservice\x18\x02 \x01(\v2\x11.shoal.v1.ServiceR\aservice\"E\n" +
 	"\rEventsRequest\x12\x19\n" +
 	"\bsince_ms\x18\x01 \x01(\x03R\asinceMs\x12\x19\n" +
 	"\buntil_ms\x18\x02 \x01(\x03R\auntilMs\"\xec\x01\n" +
@@ -10860,186 +10878,188 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	0,   // 33: shoal.v1.ListNetworksResponse.networks:type_name -> shoal.v1.Network
 	18,  // 34: shoal.v1.ConnectNetworkResponse.task:type_name -> shoal.v1.Task
 	14,  // 35: shoal.v1.ConnectNetworkResponse.service:type_name -> shoal.v1.Service
-	149, // 36: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
-	10,  // 37: shoal.v1.CreateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
-	14,  // 38: shoal.v1.CreateServiceResponse.service:type_name -> shoal.v1.Service
-	10,  // 39: shoal.v1.UpdateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
-	14,  // 40: shoal.v1.UpdateServiceResponse.service:type_name -> shoal.v1.Service
-	14,  // 41: shoal.v1.ListServicesResponse.services:type_name -> shoal.v1.Service
-	2,   // 42: shoal.v1.CreateTaskRequest.spec:type_name -> shoal.v1.TaskSpec
-	1,   // 43: shoal.v1.CreateTaskRequest.networks:type_name -> shoal.v1.NetworkAttachment
-	9,   // 44: shoal.v1.CreateTaskRequest.ports:type_name -> shoal.v1.Port
-	18,  // 45: shoal.v1.CreateTaskResponse.task:type_name -> shoal.v1.Task
-	18,  // 46: shoal.v1.ListTasksResponse.tasks:type_name -> shoal.v1.Task
-	19,  // 47: shoal.v1.ListNodesResponse.nodes:type_name -> shoal.v1.NodeInfo
-	150, // 48: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
-	19,  // 49: shoal.v1.UpdateNodeResponse.node:type_name -> shoal.v1.NodeInfo
-	19,  // 50: shoal.v1.JoinNodeRequest.node:type_name -> shoal.v1.NodeInfo
-	20,  // 51: shoal.v1.JoinNodeResponse.cluster:type_name -> shoal.v1.Cluster
-	19,  // 52: shoal.v1.JoinNodeResponse.node:type_name -> shoal.v1.NodeInfo
-	19,  // 53: shoal.v1.JoinNodeResponse.managers:type_name -> shoal.v1.NodeInfo
-	55,  // 54: shoal.v1.JoinNodeResponse.certificate:type_name -> shoal.v1.Certificate
-	85,  // 55: shoal.v1.JoinNodeResponse.trust:type_name -> shoal.v1.Trust
-	58,  // 56: shoal.v1.JoinNodeResponse.lock:type_name -> shoal.v1.Lock
-	55,  // 57: shoal.v1.RenewCertificateResponse.certificate:type_name -> shoal.v1.Certificate
-	58,  // 58: shoal.v1.RenewCertificateResponse.lock:type_name -> shoal.v1.Lock
-	19,  // 59: shoal.v1.ShowTokenResponse.managers:type_name -> shoal.v1.NodeInfo
-	151, // 60: shoal.v1.ShowCAResponse.root:type_name -> shoal.v1.ShowCAResponse.Root
-	151, // 61: shoal.v1.ShowCAResponse.old:type_name -> shoal.v1.ShowCAResponse.Root
-	4,   // 62: shoal.v1.CreateBlobRequest.blob:type_name -> shoal.v1.Blob
-	4,   // 63: shoal.v1.CreateBlobResponse.blob:type_name -> shoal.v1.Blob
-	152, // 64: shoal.v1.UpdateBlobRequest.labels:type_name -> shoal.v1.UpdateBlobRequest.LabelsEntry
-	4,   // 65: shoal.v1.UpdateBlobResponse.blob:type_name -> shoal.v1.Blob
-	4,   // 66: shoal.v1.ListBlobsResponse.blobs:type_name -> shoal.v1.Blob
-	4,   // 67: shoal.v1.TaskBlobsResponse.blobs:type_name -> shoal.v1.Blob
-	18,  // 68: shoal.v1.AssignmentsResponse.tasks:type_name -> shoal.v1.Task
-	0,   // 69: shoal.v1.AssignmentsResponse.networks:type_name -> shoal.v1.Network
-	14,  // 70: shoal.v1.AssignmentsResponse.services:type_name -> shoal.v1.Service
-	19,  // 71: shoal.v1.AssignmentsResponse.nodes:type_name -> shoal.v1.NodeInfo
-	20,  // 72: shoal.v1.AssignmentsResponse.cluster:type_name -> shoal.v1.Cluster
-	85,  // 73: shoal.v1.AssignmentsResponse.trust:type_name -> shoal.v1.Trust
-	86,  // 74: shoal.v1.Trust.gossip_keys:type_name -> shoal.v1.GossipKey
-	153, // 75: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
-	154, // 76: shoal.v1.ReportRequest.faults:type_name -> shoal.v1.ReportRequest.Fault
-	18,  // 77: shoal.v1.TasksResponse.tasks:type_name -> shoal.v1.Task
-	155, // 78: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
-	157, // 79: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
-	158, // 80: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
-	159, // 81: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
-	17,  // 82: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
-	103, // 83: shoal.v1.ImageListResponse.images:type_name -> shoal.v1.Image
-	103, // 84: shoal.v1.ImageInspectResponse.image:type_name -> shoal.v1.Image
-	160, // 85: shoal.v1.Volume.labels:type_name -> shoal.v1.Volume.LabelsEntry
-	119, // 86: shoal.v1.VolumeListResponse.volumes:type_name -> shoal.v1.Volume
-	161, // 87: shoal.v1.VolumeCreateRequest.labels:type_name -> shoal.v1.VolumeCreateRequest.LabelsEntry
-	119, // 88: shoal.v1.VolumeCreateResponse.volume:type_name -> shoal.v1.Volume
-	19,  // 89: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
-	19,  // 90: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
-	19,  // 91: shoal.v1.InitResponse.lost:type_name -> shoal.v1.NodeInfo
-	19,  // 92: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
-	162, // 93: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
-	163, // 94: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
-	17,  // 95: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
-	156, // 96: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
-	21,  // 97: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
-	23,  // 98: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
-	25,  // 99: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
-	27,  // 100: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
-	29,  // 101: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
-	33,  // 102: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
-	35,  // 103: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
-	37,  // 104: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
-	39,  // 105: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
-	41,  // 106: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
-	43,  // 107: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
-	45,  // 108: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
-	73,  // 109: shoal.v1.Control.CreateBlob:input_type -> shoal.v1.CreateBlobRequest
-	75,  // 110: shoal.v1.Control.UpdateBlob:input_type -> shoal.v1.UpdateBlobRequest
-	77,  // 111: shoal.v1.Control.ListBlobs:input_type -> shoal.v1.ListBlobsRequest
-	79,  // 112: shoal.v1.Control.RemoveBlob:input_type -> shoal.v1.RemoveBlobRequest
-	81,  // 113: shoal.v1.Control.TaskBlobs:input_type -> shoal.v1.TaskBlobsRequest
-	47,  // 114: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
-	49,  // 115: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
-	51,  // 116: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
-	31,  // 117: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
-	61,  // 118: shoal.v1.Control.ShowToken:input_type -> shoal.v1.ShowTokenRequest
-	63,  // 119: shoal.v1.Control.RotateToken:input_type -> shoal.v1.RotateTokenRequest
-	65,  // 120: shoal.v1.Control.ShowCA:input_type -> shoal.v1.ShowCARequest
-	69,  // 121: shoal.v1.Control.RotateCA:input_type -> shoal.v1.RotateCARequest
-	67,  // 122: shoal.v1.Control.UnlockKey:input_type -> shoal.v1.UnlockKeyRequest
-	101, // 123: shoal.v1.Control.SaveSnapshot:input_type -> shoal.v1.SaveSnapshotRequest
-	56,  // 124: shoal.v1.Control.RenewCertificate:input_type -> shoal.v1.RenewCertificateRequest
-	59,  // 125: shoal.v1.Control.LeaveNode:input_type -> shoal.v1.LeaveNodeRequest
-	53,  // 126: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
-	71,  // 127: shoal.v1.Control.AdmitManager:input_type -> shoal.v1.AdmitManagerRequest
-	83,  // 128: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
-	87,  // 129: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
-	104, // 130: shoal.v1.Node.ImageList:input_type -> shoal.v1.ImageListRequest
-	106, // 131: shoal.v1.Node.ImagePull:input_type -> shoal.v1.ImagePullRequest
-	108, // 132: shoal.v1.Node.ImageResolve:input_type -> shoal.v1.ImageResolveRequest
-	110, // 133: shoal.v1.Node.ImageRemove:input_type -> shoal.v1.ImageRemoveRequest
-	111, // 134: shoal.v1.Node.ImagePrune:input_type -> shoal.v1.ImagePruneRequest
-	113, // 135: shoal.v1.Node.ImageInspect:input_type -> shoal.v1.ImageInspectRequest
-	115, // 136: shoal.v1.Node.ImageLoad:input_type -> shoal.v1.ImageLoadRequest
-	117, // 137: shoal.v1.Node.ImageSave:input_type -> shoal.v1.ImageSaveRequest
-	120, // 138: shoal.v1.Node.VolumeList:input_type -> shoal.v1.VolumeListRequest
-	122, // 139: shoal.v1.Node.VolumeCreate:input_type -> shoal.v1.VolumeCreateRequest
-	124, // 140: shoal.v1.Node.VolumeRemove:input_type -> shoal.v1.VolumeRemoveRequest
-	95,  // 141: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
-	97,  // 142: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
-	99,  // 143: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
-	89,  // 144: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
-	91,  // 145: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
-	93,  // 146: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
-	129, // 147: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
-	131, // 148: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
-	133, // 149: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
-	135, // 150: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
-	137, // 151: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
-	127, // 152: shoal.v1.Local.Unlock:input_type -> shoal.v1.UnlockRequest
-	126, // 153: shoal.v1.Local.RestoreSnapshot:input_type -> shoal.v1.RestoreSnapshotRequest
-	22,  // 154: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
-	24,  // 155: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
-	26,  // 156: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
-	28,  // 157: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
-	30,  // 158: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
-	34,  // 159: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
-	36,  // 160: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
-	38,  // 161: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
-	40,  // 162: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
-	42,  // 163: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
-	44,  // 164: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
-	46,  // 165: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
-	74,  // 166: shoal.v1.Control.CreateBlob:output_type -> shoal.v1.CreateBlobResponse
-	76,  // 167: shoal.v1.Control.UpdateBlob:output_type -> shoal.v1.UpdateBlobResponse
-	78,  // 168: shoal.v1.Control.ListBlobs:output_type -> shoal.v1.ListBlobsResponse
-	80,  // 169: shoal.v1.Control.RemoveBlob:output_type -> shoal.v1.RemoveBlobResponse
-	82,  // 170: shoal.v1.Control.TaskBlobs:output_type -> shoal.v1.TaskBlobsResponse
-	48,  // 171: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
-	50,  // 172: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
-	52,  // 173: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
-	32,  // 174: shoal.v1.Control.Events:output_type -> shoal.v1.Event
-	62,  // 175: shoal.v1.Control.ShowToken:output_type -> shoal.v1.ShowTokenResponse
-	64,  // 176: shoal.v1.Control.RotateToken:output_type -> shoal.v1.RotateTokenResponse
-	66,  // 177: shoal.v1.Control.ShowCA:output_type -> shoal.v1.ShowCAResponse
-	70,  // 178: shoal.v1.Control.RotateCA:output_type -> shoal.v1.RotateCAResponse
-	68,  // 179: shoal.v1.Control.UnlockKey:output_type -> shoal.v1.UnlockKeyResponse
-	102, // 180: shoal.v1.Control.SaveSnapshot:output_type -> shoal.v1.SaveSnapshotResponse
-	57,  // 181: shoal.v1.Control.RenewCertificate:output_type -> shoal.v1.RenewCertificateResponse
-	60,  // 182: shoal.v1.Control.LeaveNode:output_type -> shoal.v1.LeaveNodeResponse
-	54,  // 183: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
-	72,  // 184: shoal.v1.Control.AdmitManager:output_type -> shoal.v1.AdmitManagerResponse
-	84,  // 185: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
-	88,  // 186: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
-	105, // 187: shoal.v1.Node.ImageList:output_type -> shoal.v1.ImageListResponse
-	107, // 188: shoal.v1.Node.ImagePull:output_type -> shoal.v1.ImagePullResponse
-	109, // 189: shoal.v1.Node.ImageResolve:output_type -> shoal.v1.ImageResolveResponse
-	112, // 190: shoal.v1.Node.ImageRemove:output_type -> shoal.v1.ImageRemoveResponse
-	112, // 191: shoal.v1.Node.ImagePrune:output_type -> shoal.v1.ImageRemoveResponse
-	114, // 192: shoal.v1.Node.ImageInspect:output_type -> shoal.v1.ImageInspectResponse
-	116, // 193: shoal.v1.Node.ImageLoad:output_type -> shoal.v1.ImageLoadResponse
-	118, // 194: shoal.v1.Node.ImageSave:output_type -> shoal.v1.ImageSaveResponse
-	121, // 195: shoal.v1.Node.VolumeList:output_type -> shoal.v1.VolumeListResponse
-	123, // 196: shoal.v1.Node.VolumeCreate:output_type -> shoal.v1.VolumeCreateResponse
-	125, // 197: shoal.v1.Node.VolumeRemove:output_type -> shoal.v1.VolumeRemoveResponse
-	96,  // 198: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
-	98,  // 199: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
-	100, // 200: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
-	90,  // 201: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
-	92,  // 202: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
-	94,  // 203: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
-	130, // 204: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
-	132, // 205: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
-	134, // 206: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
-	136, // 207: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
-	138, // 208: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
-	128, // 209: shoal.v1.Local.Unlock:output_type -> shoal.v1.UnlockResponse
-	132, // 210: shoal.v1.Local.RestoreSnapshot:output_type -> shoal.v1.InitResponse
-	154, // [154:211] is the sub-list for method output_type
-	97,  // [97:154] is the sub-list for method input_type
-	97,  // [97:97] is the sub-list for extension type_name
-	97,  // [97:97] is the sub-list for extension extendee
-	0,   // [0:97] is the sub-list for field type_name
+	18,  // 36: shoal.v1.DisconnectNetworkResponse.task:type_name -> shoal.v1.Task
+	14,  // 37: shoal.v1.DisconnectNetworkResponse.service:type_name -> shoal.v1.Service
+	149, // 38: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
+	10,  // 39: shoal.v1.CreateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
+	14,  // 40: shoal.v1.CreateServiceResponse.service:type_name -> shoal.v1.Service
+	10,  // 41: shoal.v1.UpdateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
+	14,  // 42: shoal.v1.UpdateServiceResponse.service:type_name -> shoal.v1.Service
+	14,  // 43: shoal.v1.ListServicesResponse.services:type_name -> shoal.v1.Service
+	2,   // 44: shoal.v1.CreateTaskRequest.spec:type_name -> shoal.v1.TaskSpec
+	1,   // 45: shoal.v1.CreateTaskRequest.networks:type_name -> shoal.v1.NetworkAttachment
+	9,   // 46: shoal.v1.CreateTaskRequest.ports:type_name -> shoal.v1.Port
+	18,  // 47: shoal.v1.CreateTaskResponse.task:type_name -> shoal.v1.Task
+	18,  // 48: shoal.v1.ListTasksResponse.tasks:type_name -> shoal.v1.Task
+	19,  // 49: shoal.v1.ListNodesResponse.nodes:type_name -> shoal.v1.NodeInfo
+	150, // 50: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	19,  // 51: shoal.v1.UpdateNodeResponse.node:type_name -> shoal.v1.NodeInfo
+	19,  // 52: shoal.v1.JoinNodeRequest.node:type_name -> shoal.v1.NodeInfo
+	20,  // 53: shoal.v1.JoinNodeResponse.cluster:type_name -> shoal.v1.Cluster
+	19,  // 54: shoal.v1.JoinNodeResponse.node:type_name -> shoal.v1.NodeInfo
+	19,  // 55: shoal.v1.JoinNodeResponse.managers:type_name -> shoal.v1.NodeInfo
+	55,  // 56: shoal.v1.JoinNodeResponse.certificate:type_name -> shoal.v1.Certificate
+	85,  // 57: shoal.v1.JoinNodeResponse.trust:type_name -> shoal.v1.Trust
+	58,  // 58: shoal.v1.JoinNodeResponse.lock:type_name -> shoal.v1.Lock
+	55,  // 59: shoal.v1.RenewCertificateResponse.certificate:type_name -> shoal.v1.Certificate
+	58,  // 60: shoal.v1.RenewCertificateResponse.lock:type_name -> shoal.v1.Lock
+	19,  // 61: shoal.v1.ShowTokenResponse.managers:type_name -> shoal.v1.NodeInfo
+	151, // 62: shoal.v1.ShowCAResponse.root:type_name -> shoal.v1.ShowCAResponse.Root
+	151, // 63: shoal.v1.ShowCAResponse.old:type_name -> shoal.v1.ShowCAResponse.Root
+	4,   // 64: shoal.v1.CreateBlobRequest.blob:type_name -> shoal.v1.Blob
+	4,   // 65: shoal.v1.CreateBlobResponse.blob:type_name -> shoal.v1.Blob
+	152, // 66: shoal.v1.UpdateBlobRequest.labels:type_name -> shoal.v1.UpdateBlobRequest.LabelsEntry
+	4,   // 67: shoal.v1.UpdateBlobResponse.blob:type_name -> shoal.v1.Blob
+	4,   // 68: shoal.v1.ListBlobsResponse.blobs:type_name -> shoal.v1.Blob
+	4,   // 69: shoal.v1.TaskBlobsResponse.blobs:type_name -> shoal.v1.Blob
+	18,  // 70: shoal.v1.AssignmentsResponse.tasks:type_name -> shoal.v1.Task
+	0,   // 71: shoal.v1.AssignmentsResponse.networks:type_name -> shoal.v1.Network
+	14,  // 72: shoal.v1.AssignmentsResponse.services:type_name -> shoal.v1.Service
+	19,  // 73: shoal.v1.AssignmentsResponse.nodes:type_name -> shoal.v1.NodeInfo
+	20,  // 74: shoal.v1.AssignmentsResponse.cluster:type_name -> shoal.v1.Cluster
+	85,  // 75: shoal.v1.AssignmentsResponse.trust:type_name -> shoal.v1.Trust
+	86,  // 76: shoal.v1.Trust.gossip_keys:type_name -> shoal.v1.GossipKey
+	153, // 77: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
+	154, // 78: shoal.v1.ReportRequest.faults:type_name -> shoal.v1.ReportRequest.Fault
+	18,  // 79: shoal.v1.TasksResponse.tasks:type_name -> shoal.v1.Task
+	155, // 80: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
+	157, // 81: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
+	158, // 82: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
+	159, // 83: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
+	17,  // 84: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
+	103, // 85: shoal.v1.ImageListResponse.images:type_name -> shoal.v1.Image
+	103, // 86: shoal.v1.ImageInspectResponse.image:type_name -> shoal.v1.Image
+	160, // 87: shoal.v1.Volume.labels:type_name -> shoal.v1.Volume.LabelsEntry
+	119, // 88: shoal.v1.VolumeListResponse.volumes:type_name -> shoal.v1.Volume
+	161, // 89: shoal.v1.VolumeCreateRequest.labels:type_name -> shoal.v1.VolumeCreateRequest.LabelsEntry
+	119, // 90: shoal.v1.VolumeCreateResponse.volume:type_name -> shoal.v1.Volume
+	19,  // 91: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
+	19,  // 92: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
+	19,  // 93: shoal.v1.InitResponse.lost:type_name -> shoal.v1.NodeInfo
+	19,  // 94: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
+	162, // 95: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
+	163, // 96: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
+	17,  // 97: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
+	156, // 98: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
+	21,  // 99: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
+	23,  // 100: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
+	25,  // 101: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
+	27,  // 102: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
+	29,  // 103: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
+	33,  // 104: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
+	35,  // 105: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
+	37,  // 106: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
+	39,  // 107: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
+	41,  // 108: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
+	43,  // 109: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
+	45,  // 110: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
+	73,  // 111: shoal.v1.Control.CreateBlob:input_type -> shoal.v1.CreateBlobRequest
+	75,  // 112: shoal.v1.Control.UpdateBlob:input_type -> shoal.v1.UpdateBlobRequest
+	77,  // 113: shoal.v1.Control.ListBlobs:input_type -> shoal.v1.ListBlobsRequest
+	79,  // 114: shoal.v1.Control.RemoveBlob:input_type -> shoal.v1.RemoveBlobRequest
+	81,  // 115: shoal.v1.Control.TaskBlobs:input_type -> shoal.v1.TaskBlobsRequest
+	47,  // 116: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
+	49,  // 117: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
+	51,  // 118: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
+	31,  // 119: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
+	61,  // 120: shoal.v1.Control.ShowToken:input_type -> shoal.v1.ShowTokenRequest
+	63,  // 121: shoal.v1.Control.RotateToken:input_type -> shoal.v1.RotateTokenRequest
+	65,  // 122: shoal.v1.Control.ShowCA:input_type -> shoal.v1.ShowCARequest
+	69,  // 123: shoal.v1.Control.RotateCA:input_type -> shoal.v1.RotateCARequest
+	67,  // 124: shoal.v1.Control.UnlockKey:input_type -> shoal.v1.UnlockKeyRequest
+	101, // 125: shoal.v1.Control.SaveSnapshot:input_type -> shoal.v1.SaveSnapshotRequest
+	56,  // 126: shoal.v1.Control.RenewCertificate:input_type -> shoal.v1.RenewCertificateRequest
+	59,  // 127: shoal.v1.Control.LeaveNode:input_type -> shoal.v1.LeaveNodeRequest
+	53,  // 128: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
+	71,  // 129: shoal.v1.Control.AdmitManager:input_type -> shoal.v1.AdmitManagerRequest
+	83,  // 130: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
+	87,  // 131: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
+	104, // 132: shoal.v1.Node.ImageList:input_type -> shoal.v1.ImageListRequest
+	106, // 133: shoal.v1.Node.ImagePull:input_type -> shoal.v1.ImagePullRequest
+	108, // 134: shoal.v1.Node.ImageResolve:input_type -> shoal.v1.ImageResolveRequest
+	110, // 135: shoal.v1.Node.ImageRemove:input_type -> shoal.v1.ImageRemoveRequest
+	111, // 136: shoal.v1.Node.ImagePrune:input_type -> shoal.v1.ImagePruneRequest
+	113, // 137: shoal.v1.Node.ImageInspect:input_type -> shoal.v1.ImageInspectRequest
+	115, // 138: shoal.v1.Node.ImageLoad:input_type -> shoal.v1.ImageLoadRequest
+	117, // 139: shoal.v1.Node.ImageSave:input_type -> shoal.v1.ImageSaveRequest
+	120, // 140: shoal.v1.Node.VolumeList:input_type -> shoal.v1.VolumeListRequest
+	122, // 141: shoal.v1.Node.VolumeCreate:input_type -> shoal.v1.VolumeCreateRequest
+	124, // 142: shoal.v1.Node.VolumeRemove:input_type -> shoal.v1.VolumeRemoveRequest
+	95,  // 143: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
+	97,  // 144: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
+	99,  // 145: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
+	89,  // 146: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
+	91,  // 147: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
+	93,  // 148: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
+	129, // 149: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
+	131, // 150: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
+	133, // 151: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
+	135, // 152: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
+	137, // 153: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
+	127, // 154: shoal.v1.Local.Unlock:input_type -> shoal.v1.UnlockRequest
+	126, // 155: shoal.v1.Local.RestoreSnapshot:input_type -> shoal.v1.RestoreSnapshotRequest
+	22,  // 156: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
+	24,  // 157: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
+	26,  // 158: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
+	28,  // 159: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
+	30,  // 160: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
+	34,  // 161: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
+	36,  // 162: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
+	38,  // 163: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
+	40,  // 164: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
+	42,  // 165: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
+	44,  // 166: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
+	46,  // 167: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
+	74,  // 168: shoal.v1.Control.CreateBlob:output_type -> shoal.v1.CreateBlobResponse
+	76,  // 169: shoal.v1.Control.UpdateBlob:output_type -> shoal.v1.UpdateBlobResponse
+	78,  // 170: shoal.v1.Control.ListBlobs:output_type -> shoal.v1.ListBlobsResponse
+	80,  // 171: shoal.v1.Control.RemoveBlob:output_type -> shoal.v1.RemoveBlobResponse
+	82,  // 172: shoal.v1.Control.TaskBlobs:output_type -> shoal.v1.TaskBlobsResponse
+	48,  // 173: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
+	50,  // 174: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
+	52,  // 175: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
+	32,  // 176: shoal.v1.Control.Events:output_type -> shoal.v1.Event
+	62,  // 177: shoal.v1.Control.ShowToken:output_type -> shoal.v1.ShowTokenResponse
+	64,  // 178: shoal.v1.Control.RotateToken:output_type -> shoal.v1.RotateTokenResponse
+	66,  // 179: shoal.v1.Control.ShowCA:output_type -> shoal.v1.ShowCAResponse
+	70,  // 180: shoal.v1.Control.RotateCA:output_type -> shoal.v1.RotateCAResponse
+	68,  // 181: shoal.v1.Control.UnlockKey:output_type -> shoal.v1.UnlockKeyResponse
+	102, // 182: shoal.v1.Control.SaveSnapshot:output_type -> shoal.v1.SaveSnapshotResponse
+	57,  // 183: shoal.v1.Control.RenewCertificate:output_type -> shoal.v1.RenewCertificateResponse
+	60,  // 184: shoal.v1.Control.LeaveNode:output_type -> shoal.v1.LeaveNodeResponse
+	54,  // 185: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
+	72,  // 186: shoal.v1.Control.AdmitManager:output_type -> shoal.v1.AdmitManagerResponse
+	84,  // 187: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
+	88,  // 188: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
+	105, // 189: shoal.v1.Node.ImageList:output_type -> shoal.v1.ImageListResponse
+	107, // 190: shoal.v1.Node.ImagePull:output_type -> shoal.v1.ImagePullResponse
+	109, // 191: shoal.v1.Node.ImageResolve:output_type -> shoal.v1.ImageResolveResponse
+	112, // 192: shoal.v1.Node.ImageRemove:output_type -> shoal.v1.ImageRemoveResponse
+	112, // 193: shoal.v1.Node.ImagePrune:output_type -> shoal.v1.ImageRemoveResponse
+	114, // 194: shoal.v1.Node.ImageInspect:output_type -> shoal.v1.ImageInspectResponse
+	116, // 195: shoal.v1.Node.ImageLoad:output_type -> shoal.v1.ImageLoadResponse
+	118, // 196: shoal.v1.Node.ImageSave:output_type -> shoal.v1.ImageSaveResponse
+	121, // 197: shoal.v1.Node.VolumeList:output_type -> shoal.v1.VolumeListResponse
+	123, // 198: shoal.v1.Node.VolumeCreate:output_type -> shoal.v1.VolumeCreateResponse
+	125, // 199: shoal.v1.Node.VolumeRemove:output_type -> shoal.v1.VolumeRemoveResponse
+	96,  // 200: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
+	98,  // 201: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
+	100, // 202: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
+	90,  // 203: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
+	92,  // 204: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
+	94,  // 205: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
+	130, // 206: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
+	132, // 207: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
+	134, // 208: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
+	136, // 209: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
+	138, // 210: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
+	128, // 211: shoal.v1.Local.Unlock:output_type -> shoal.v1.UnlockResponse
+	132, // 212: shoal.v1.Local.RestoreSnapshot:output_type -> shoal.v1.InitResponse
+	156, // [156:213] is the sub-list for method output_type
+	99,  // [99:156] is the sub-list for method input_type
+	99,  // [99:99] is the sub-list for extension type_name
+	99,  // [99:99] is the sub-list for extension extendee
+	0,   // [0:99] is the sub-list for field type_name
 }
 
 func init() { file_shoal_v1_shoal_proto_init() }
