@@ -157,16 +157,20 @@ func (c *cli) netConnect() *cobra.Command {
 is restarted; connections over its other networks go on.`,
 		Example: "  shoal net connect backend web\n  shoal net connect --alias db --ip 10.9.0.20 backend c1",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			req.Network, req.Target = args[0], args[1]
+			nets, _, err := c.networks(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			req.Network, req.Target = nets[0].Id, args[1]
 			resp, err := c.control().ConnectNetwork(cmd.Context(), connect.NewRequest(req))
 			if err != nil {
 				return err
 			}
-			return c.rewired(cmd.Context(), resp.Msg.GetService().GetId(), resp.Msg.GetTask().GetId(), func(n *shoalv1.Network, t *shoalv1.Task) bool {
+			return c.rewired(cmd.Context(), resp.Msg.GetService().GetId(), resp.Msg.GetTask().GetId(), func(t *shoalv1.Task) bool {
 				return slices.ContainsFunc(t.Attachments, func(a *shoalv1.Attachment) bool {
-					return a.Network == n.Id && a.Joined <= t.GetStatus().GetWired()
+					return a.Network == nets[0].Id && a.Joined <= t.GetStatus().GetWired()
 				})
-			}, args[0])
+			})
 		}}
 	cmd.Flags().StringSliceVar(&req.Aliases, "alias", nil, "further name on the network (repeatable)")
 	cmd.Flags().StringSliceVar(&req.Addrs, "ip", nil, "address of the task there, or virtual IP of the service")
@@ -186,9 +190,9 @@ func (c *cli) netDisconnect() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return c.rewired(cmd.Context(), resp.Msg.GetService().GetId(), resp.Msg.GetTask().GetId(), func(n *shoalv1.Network, t *shoalv1.Task) bool {
-				return !slices.ContainsFunc(t.Attachments, func(a *shoalv1.Attachment) bool { return a.Network == n.Id })
-			}, nets[0].Id)
+			return c.rewired(cmd.Context(), resp.Msg.GetService().GetId(), resp.Msg.GetTask().GetId(), func(t *shoalv1.Task) bool {
+				return !slices.ContainsFunc(t.Attachments, func(a *shoalv1.Attachment) bool { return a.Network == nets[0].Id })
+			})
 		}}
 	cmd.Flags().BoolP("force", "f", false, "accepted for Docker's sake")
 	_ = cmd.Flags().MarkHidden("force")
@@ -198,7 +202,7 @@ func (c *cli) netDisconnect() *cobra.Command {
 // rewired waits until the tasks of a service, or one task, are as a connect or
 // disconnect wants them: of an ID, since what was typed may be the name of the one and
 // the beginning of the other's. A manager of an older version may give neither.
-func (c *cli) rewired(ctx context.Context, service, task string, done func(*shoalv1.Network, *shoalv1.Task) bool, network string) error {
+func (c *cli) rewired(ctx context.Context, service, task string, done func(*shoalv1.Task) bool) error {
 	req := &shoalv1.ListTasksRequest{Service: service}
 	switch {
 	case task != "":
@@ -206,18 +210,17 @@ func (c *cli) rewired(ctx context.Context, service, task string, done func(*shoa
 	case service == "":
 		return nil
 	}
-	nets, _, err := c.networks(ctx, network)
-	if err != nil {
-		return err
-	}
 	defer c.progress("Waiting for the nodes")()
 	for limit := time.Now().Add(20 * time.Second); time.Now().Before(limit); {
 		ts, err := c.tasks(ctx, req)
+		if client.Away(err) && sleep.For(ctx, 200*time.Millisecond) {
+			continue // the managers will answer again
+		}
 		if err != nil {
 			return err
 		}
 		if !slices.ContainsFunc(ts, func(t *shoalv1.Task) bool {
-			return t.Desired == spec.DesiredRunning && !ended(t) && t.Node != "" && !done(nets[0], t)
+			return t.Desired == spec.DesiredRunning && !ended(t) && t.Node != "" && !done(t)
 		}) {
 			return nil
 		}

@@ -26,7 +26,7 @@ const commandTime = 40 * time.Second
 
 // leftOpen are errors that say that a change may have been made. All others say
 // that it was not, and are held to that.
-var leftOpen = regexp.MustCompile(`may or may not|whether the change was made|may have been made|connection reset|unexpected EOF|broken pipe|http2: |stream error`)
+var leftOpen = regexp.MustCompile(`may or may not|whether the change was made|may have been made|connection reset|unexpected EOF|broken pipe|http2: |stream error|confirmed it`)
 
 // shoal runs a command, by a node that is not known to be dead.
 func (w *world) shoal(ctx context.Context, args ...string) verdict {
