@@ -215,7 +215,8 @@ func ServiceSpec(s spec.ServiceSpec) *shoalv1.ServiceSpec {
 	return &shoalv1.ServiceSpec{Name: s.Name, Labels: s.Labels, Replicas: int32(s.Replicas), EndpointMode: s.EndpointMode,
 		Networks: NetworkAttachments(s.Networks), Constraints: s.Constraints, Task: TaskSpec(s.Task),
 		RestartDelayMs: s.RestartDelay.Milliseconds(), RestartMax: int32(s.RestartMax), Ports: Ports(s.Ports), ListenTimeoutMs: s.ListenTimeout.Milliseconds(),
-		Update: UpdateConfig(s.Update), Rollback: UpdateConfig(s.Rollback), ForceUpdate: s.ForceUpdate}
+		Update: UpdateConfig(s.Update), Rollback: UpdateConfig(s.Rollback), ForceUpdate: s.ForceUpdate,
+		Mode: s.Mode, Spread: s.Spread, MaxPerNode: int32(s.MaxPerNode), RestartCondition: s.RestartCondition, RestartWindowMs: s.RestartWindow.Milliseconds()}
 }
 
 // ToServiceSpec is the inverse of ServiceSpec.
@@ -232,7 +233,8 @@ func ToServiceSpec(s *shoalv1.ServiceSpec) (spec.ServiceSpec, error) {
 	return spec.ServiceSpec{Name: s.GetName(), Labels: s.GetLabels(), Replicas: int(s.GetReplicas()), EndpointMode: s.GetEndpointMode(),
 		Networks: nets, Constraints: s.GetConstraints(), Task: task, Ports: ports,
 		RestartDelay: time.Duration(s.GetRestartDelayMs()) * time.Millisecond, RestartMax: int(s.GetRestartMax()), ListenTimeout: time.Duration(s.GetListenTimeoutMs()) * time.Millisecond,
-		Update: ToUpdateConfig(s.GetUpdate()), Rollback: ToUpdateConfig(s.GetRollback()), ForceUpdate: s.GetForceUpdate()}, err
+		Update: ToUpdateConfig(s.GetUpdate()), Rollback: ToUpdateConfig(s.GetRollback()), ForceUpdate: s.GetForceUpdate(),
+		Mode: s.GetMode(), Spread: s.GetSpread(), MaxPerNode: int(s.GetMaxPerNode()), RestartCondition: s.GetRestartCondition(), RestartWindow: time.Duration(s.GetRestartWindowMs()) * time.Millisecond}, err
 }
 
 // UpdateConfig is u on the wire.

@@ -108,7 +108,7 @@ func (m *Manager) Collect(ch chan<- prometheus.Metric) {
 			if i >= MaxServiceSeries {
 				name = OtherServices
 			}
-			desired[name] += v.Spec.Replicas
+			desired[name] += st.Desired(v.ID)
 			running[name] += st.Running(v.ID)
 		}
 	})

@@ -222,7 +222,7 @@ func (s *service) ListServices(_ context.Context, req *connect.Request[shoalv1.L
 		faults := s.m.faultsByObject(st)
 		for _, v := range ss {
 			w := api.Service(v, st.Running(v.ID))
-			w.Desired = int32(v.Spec.Replicas)
+			w.Desired = int32(st.Desired(v.ID))
 			w.Stale, w.Behind, w.Faults = int32(st.Stale(v.ID)), s.m.behind(st, v.Version), faults[v.ID]
 			resp.Services = append(resp.Services, w)
 		}

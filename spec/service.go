@@ -16,6 +16,20 @@ const (
 	EndpointModeDNSRR = "dnsrr"
 )
 
+// Service modes, in Docker's words.
+const (
+	ModeReplicated = "replicated" // as many tasks as replicas, wherever there is room
+	ModeGlobal     = "global"     // one task on each node that the service's tasks may be on
+)
+
+// Restart conditions, in Docker's words: of which ends of its program a task is
+// replaced. One that was lost with its node is replaced as one that has failed.
+const (
+	RestartAny       = "any"
+	RestartOnFailure = "on-failure"
+	RestartNone      = "none"
+)
+
 // MaxReplicas bounds a service: 2^16 replicas fit one /16.
 const MaxReplicas = 65535
 
@@ -148,6 +162,17 @@ type ServiceSpec struct {
 
 	Update   *UpdateConfig `json:"update,omitempty" level:"2"`   // nil: the defaults, here and below
 	Rollback *UpdateConfig `json:"rollback,omitempty" level:"2"` // FailureRollback is not for it
+	Mode     string        `json:"mode,omitempty" level:"2"`     // empty: ModeReplicated
+	// Spread are the node labels (node.labels.KEY) over whose values replicas are spread
+	// evenly, the first before the second. A node without the label counts as one with
+	// an empty value.
+	Spread []string `json:"spread,omitempty" level:"2"`
+	// MaxPerNode is the most replicas on one node; 0: no limit.
+	MaxPerNode       int    `json:"max_per_node,omitempty" level:"2"`
+	RestartCondition string `json:"restart_condition,omitempty" level:"2"` // empty: RestartAny
+	// RestartWindow is how long a run lasts that counts as a success, after which
+	// attempts are counted anew; 0: 10 s.
+	RestartWindow time.Duration `json:"restart_window,omitempty" level:"2"`
 	// ForceUpdate grows with each update that is to replace all tasks, changed or not.
 	ForceUpdate uint64 `json:"force_update,omitempty" level:"2"`
 }
@@ -175,8 +200,23 @@ func (s ServiceSpec) ListenWithin() time.Duration {
 	return within
 }
 
+// Restarts tells whether a task that ended in a state is replaced.
+func (s ServiceSpec) Restarts(ended TaskState) bool {
+	switch s.RestartCondition {
+	case RestartNone:
+		return false
+	case RestartOnFailure:
+		return ended != TaskComplete
+	}
+	return true
+}
+
+// Global tells whether there is a task on each node.
+func (s ServiceSpec) Global() bool { return s.Mode == ModeGlobal }
+
 // Clone returns a deep copy.
 func (s ServiceSpec) Clone() ServiceSpec {
+	s.Spread = slices.Clone(s.Spread)
 	s.Labels, s.Constraints, s.Task = maps.Clone(s.Labels), slices.Clone(s.Constraints), s.Task.Clone()
 	s.Networks, s.Ports = cloneAttachments(s.Networks), slices.Clone(s.Ports)
 	s.Update, s.Rollback = s.Update.clone(), s.Rollback.clone()
@@ -199,6 +239,9 @@ func (s ServiceSpec) Validate() error {
 	}
 	if s.Replicas < 0 || s.Replicas > MaxReplicas {
 		return fmt.Errorf("service %s: %d replicas is out of range: use 0 to %d", s.Name, s.Replicas, MaxReplicas)
+	}
+	if err := s.validatePlacement(); err != nil {
+		return fmt.Errorf("service %s: %w", s.Name, err)
 	}
 	if s.EndpointMode != EndpointModeVIP && s.EndpointMode != EndpointModeDNSRR {
 		return fmt.Errorf("service %s: endpoint mode %q: use %q or %q", s.Name, s.EndpointMode, EndpointModeVIP, EndpointModeDNSRR)
@@ -230,6 +273,53 @@ func (s ServiceSpec) Validate() error {
 		return fmt.Errorf("service %s: endpoint mode dnsrr has no virtual IP for ports to go to: publish with mode=host, or use endpoint mode vip", s.Name)
 	}
 	return nil
+}
+
+func (s ServiceSpec) validatePlacement() error {
+	switch s.Mode {
+	case "", ModeReplicated:
+	case ModeGlobal:
+		if s.Replicas != 0 {
+			return fmt.Errorf("%d replicas: a service of mode global has one task on each node, and no number of replicas", s.Replicas)
+		}
+		if s.MaxPerNode != 0 {
+			return fmt.Errorf("most replicas per node: a service of mode global has one on each")
+		}
+	default:
+		return fmt.Errorf("mode %q: use %s or %s", s.Mode, ModeReplicated, ModeGlobal)
+	}
+	if s.MaxPerNode < 0 {
+		return fmt.Errorf("most replicas per node: %d is negative: use 0 for no limit", s.MaxPerNode)
+	}
+	if len(s.Spread) > maxSpread {
+		return fmt.Errorf("%d placement preferences: use %d at most", len(s.Spread), maxSpread)
+	}
+	for _, d := range s.Spread {
+		if _, err := SpreadLabel(d); err != nil {
+			return err
+		}
+	}
+	switch s.RestartCondition {
+	case "", RestartAny, RestartOnFailure, RestartNone:
+	default:
+		return fmt.Errorf("restart condition %q: use %s, %s or %s", s.RestartCondition, RestartAny, RestartOnFailure, RestartNone)
+	}
+	if s.RestartWindow < 0 || s.RestartWindow%time.Millisecond != 0 {
+		return fmt.Errorf("restart window %s: use a whole number of milliseconds, like 2m", s.RestartWindow)
+	}
+	return nil
+}
+
+// maxSpread is more than anybody nests: region, zone, rack, host.
+const maxSpread = 10
+
+// SpreadLabel is the key of the node label that a spread descriptor names.
+func SpreadLabel(d string) (string, error) {
+	key, ok := strings.CutPrefix(d, "node.labels.")
+	if !ok || key == "" {
+		return "", fmt.Errorf("placement preference spread=%s: use a label of the nodes, like spread=node.labels.zone", d)
+	}
+	return key, nil
 }
 
 func validateAttachments(as []NetworkAttachment) error {

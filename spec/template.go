@@ -20,7 +20,8 @@ type TemplateContext struct {
 	}
 	Task struct {
 		ID, Name string
-		Slot     int
+		// Slot is the replica's number; of a task of a global service its node's ID.
+		Slot any
 	}
 }
 
@@ -31,6 +32,9 @@ func NewTemplateContext(s Service, n Node, t Task) TemplateContext {
 	c.Node.ID, c.Node.Hostname = n.ID, n.Name
 	c.Node.Platform.Architecture, c.Node.Platform.OS = runtime.GOARCH, runtime.GOOS
 	c.Task.ID, c.Task.Name, c.Task.Slot = t.ID, t.Name, t.Slot
+	if s.Spec.Global() {
+		c.Task.Slot = n.ID
+	}
 	return c
 }
 

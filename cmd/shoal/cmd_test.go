@@ -257,7 +257,8 @@ func TestUpdateFlags(t *testing.T) {
 	create.Flags().VisitAll(func(f *pflag.Flag) {
 		name := cmp.Or(renamed[f.Name], f.Name)
 		has := func(n string) bool { return update.Flags().Lookup(n) != nil }
-		if f.Name != "name" && !has(name) && (!has(name+"-add") || !has(name+"-rm")) {
+		// What a service is called and of which mode it is stays, as in Docker.
+		if f.Name != "name" && f.Name != "mode" && !has(name) && (!has(name+"-add") || !has(name+"-rm")) {
 			t.Errorf("svc update can't change --%s", f.Name)
 		}
 	})

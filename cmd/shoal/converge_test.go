@@ -30,9 +30,25 @@ func TestGivenUp(t *testing.T) {
 		{"second slot", 1, []*shoalv1.Task{task(1, 1, 1, running), task(2, 1, 1, failed)}, 2},
 		{"taken away by scale", 1, []*shoalv1.Task{task(1, 1, 1, running), task(2, 1, 1, pending), task(3, 1, 1, failed)}, 0},
 	} {
-		got := givenUp(c.tasks, 2, c.limit)
+		got := givenUp(c.tasks, 2, &shoalv1.ServiceSpec{RestartMax: int32(c.limit)})
 		if got.GetSlot() != c.slot {
 			t.Errorf("%s: given up is slot %d, want %d", c.name, got.GetSlot(), c.slot)
+		}
+	}
+}
+
+func TestCompleted(t *testing.T) {
+	task := func(slot int32, at int64, st spec.TaskState) *shoalv1.Task {
+		return &shoalv1.Task{Slot: slot, CreatedMs: at, Desired: spec.DesiredRunning, Status: &shoalv1.TaskStatus{State: st.String()}}
+	}
+	tasks := []*shoalv1.Task{task(1, 1, spec.TaskComplete), task(2, 1, spec.TaskComplete), task(2, 2, spec.TaskRunning), task(3, 1, spec.TaskFailed)}
+	for condition, want := range map[string]struct {
+		complete int
+		givenUp  int32
+	}{"": {}, spec.RestartAny: {}, spec.RestartOnFailure: {1, 0}, spec.RestartNone: {1, 3}} {
+		sp := &shoalv1.ServiceSpec{RestartCondition: condition}
+		if n, g := completed(tasks, sp), givenUp(tasks, 3, sp).GetSlot(); n != want.complete || g != want.givenUp {
+			t.Errorf("%q: %d complete, slot %d given up, want %+v", condition, n, g, want)
 		}
 	}
 }

@@ -107,9 +107,17 @@ func dockerServiceSpec(s spec.ServiceSpec) object {
 		nets = append(nets, object{"Target": n.Network, "Aliases": n.Aliases})
 	}
 	t["Networks"], t["ForceUpdate"] = nets, s.ForceUpdate
-	t["RestartPolicy"] = object{"Condition": "any", "Delay": s.RestartDelay.Nanoseconds(), "MaxAttempts": s.RestartMax}
-	t["Placement"] = object{"Constraints": s.Constraints}
-	return object{"Name": s.Name, "Labels": orEmpty(s.Labels), "TaskTemplate": t, "Mode": object{"Replicated": object{"Replicas": s.Replicas}},
+	t["RestartPolicy"] = object{"Condition": cmp.Or(s.RestartCondition, spec.RestartAny), "Delay": s.RestartDelay.Nanoseconds(), "MaxAttempts": s.RestartMax, "Window": s.RestartWindow.Nanoseconds()}
+	prefs := []object{}
+	for _, d := range s.Spread {
+		prefs = append(prefs, object{"Spread": object{"SpreadDescriptor": d}})
+	}
+	t["Placement"] = object{"Constraints": s.Constraints, "Preferences": prefs, "MaxReplicas": s.MaxPerNode}
+	mode := object{"Replicated": object{"Replicas": s.Replicas}}
+	if s.Global() {
+		mode = object{"Global": object{}}
+	}
+	return object{"Name": s.Name, "Labels": orEmpty(s.Labels), "TaskTemplate": t, "Mode": mode,
 		"UpdateConfig": dockerPolicy(s.Update), "RollbackConfig": dockerPolicy(s.Rollback), "Networks": nets,
 		"EndpointSpec": object{"Mode": s.EndpointMode, "Ports": dockerPorts(s.Ports)}}
 }
@@ -317,8 +325,13 @@ func prettyService(w io.Writer, s *shoalv1.Service, nets names) error {
 	p.line(0, "ID", v.ID)
 	p.line(0, "Name", v.Spec.Name)
 	p.labels(v.Spec.Labels)
-	p.line(0, "Service Mode", "Replicated")
-	p.line(1, "Replicas", fmt.Sprintf("%d (%d running)", v.Spec.Replicas, s.Running))
+	if v.Spec.Global() {
+		p.line(0, "Service Mode", "Global")
+		p.line(1, "Tasks", fmt.Sprintf("%d (%d running)", s.GetDesired(), s.Running))
+	} else {
+		p.line(0, "Service Mode", "Replicated")
+		p.line(1, "Replicas", fmt.Sprintf("%d (%d running)", v.Spec.Replicas, s.Running))
+	}
 	if u := v.Update; u != nil {
 		p.head("UpdateStatus")
 		p.line(1, "State", u.State)
@@ -330,9 +343,17 @@ func prettyService(w io.Writer, s *shoalv1.Service, nets names) error {
 		}
 		p.line(1, "Message", u.Message)
 	}
-	if len(v.Spec.Constraints) > 0 {
+	if len(v.Spec.Constraints)+len(v.Spec.Spread)+v.Spec.MaxPerNode > 0 {
 		p.head("Placement")
-		p.line(1, "Constraints", v.Spec.Constraints)
+		if len(v.Spec.Constraints) > 0 {
+			p.line(1, "Constraints", v.Spec.Constraints)
+		}
+		if len(v.Spec.Spread) > 0 {
+			p.line(1, "Preferences", v.Spec.Spread)
+		}
+		if v.Spec.MaxPerNode > 0 {
+			p.line(1, "Max Replicas Per Node", v.Spec.MaxPerNode)
+		}
 	}
 	p.policy("UpdateConfig", "Update order", v.Spec.Update)
 	p.policy("RollbackConfig", "Rollback order", v.Spec.Rollback)

@@ -195,7 +195,8 @@ func (c *cli) svcCreate() *cobra.Command {
 	req := &shoalv1.ServiceSpec{}
 	var tf taskFlags
 	var detach, quiet bool
-	var restartDelay, listenTimeout time.Duration
+	var restartDelay, restartWindow, listenTimeout time.Duration
+	var prefs []string
 	var secrets, configs []string
 	var policy, back policyFlags
 	cmd := &cobra.Command{
@@ -233,7 +234,19 @@ that all replicas are one image.`,
 			if req.Task.Configs, err = blobRefs(spec.KindConfig, configs); err != nil {
 				return usageError(cmd, err)
 			}
-			req.RestartDelayMs = restartDelay.Milliseconds()
+			req.RestartDelayMs, req.RestartWindowMs = restartDelay.Milliseconds(), restartWindow.Milliseconds()
+			if req.Mode == spec.ModeReplicated {
+				req.Mode = "" // which managers of before know, too
+			}
+			if req.Mode == spec.ModeGlobal {
+				if cmd.Flags().Changed("replicas") {
+					return usageError(cmd, fmt.Errorf("replicas can only be used with mode %s", spec.ModeReplicated))
+				}
+				req.Replicas = 0
+			}
+			if req.Spread, err = spreads(prefs); err != nil {
+				return usageError(cmd, err)
+			}
 			if cmd.Flags().Changed("listen-timeout") {
 				if req.ListenTimeoutMs, err = listenTimeoutMs(listenTimeout); err != nil {
 					return usageError(cmd, err)
@@ -273,6 +286,11 @@ that all replicas are one image.`,
 	f.Int32Var(&req.Replicas, "replicas", 1, "number of tasks")
 	f.StringVar(&req.EndpointMode, "endpoint-mode", spec.EndpointModeVIP, "vip (one balanced address) or dnsrr (the replicas' addresses)")
 	f.StringArrayVar(&req.Constraints, "constraint", nil, "placement: node.name==x, node.role!=manager, node.labels.k==v (repeatable)")
+	f.StringVar(&req.Mode, "mode", spec.ModeReplicated, "replicated, or global: one task on each node that the constraints allow")
+	f.StringArrayVar(&prefs, "placement-pref", nil, placementPrefHelp)
+	f.Int32Var(&req.MaxPerNode, "replicas-max-per-node", 0, "most replicas on one node (0: no limit)")
+	f.StringVar(&req.RestartCondition, "restart-condition", "", restartConditionHelp)
+	f.DurationVar(&restartWindow, "restart-window", 0, restartWindowHelp)
 	f.DurationVar(&restartDelay, "restart-delay", 0, "wait before the first restart; doubles up to 30s (default 100ms)")
 	f.DurationVar(&listenTimeout, "listen-timeout", spec.DefaultListenTimeout, listenTimeoutHelp)
 	f.Int32Var(&req.RestartMax, "restart-max-attempts", 0, "restarts of a replica before it is given up (0: no limit)")
@@ -291,7 +309,35 @@ that all replicas are one image.`,
 	_ = cmd.RegisterFlagCompletionFunc("config", c.completeBlobs(spec.KindConfig))
 	_ = cmd.RegisterFlagCompletionFunc("network", c.complete(c.networkNames))
 	_ = cmd.RegisterFlagCompletionFunc("endpoint-mode", cobra.FixedCompletions([]string{"vip", "dnsrr"}, cobra.ShellCompDirectiveNoFileComp))
+	_ = cmd.RegisterFlagCompletionFunc("mode", cobra.FixedCompletions([]string{spec.ModeReplicated, spec.ModeGlobal}, cobra.ShellCompDirectiveNoFileComp))
+	completeConditions(cmd)
 	return cmd
+}
+
+const (
+	placementPrefHelp    = "spread=node.labels.KEY: spread the replicas over the label's values (repeatable, the outer first)"
+	restartConditionHelp = "of which ends a task is replaced: any (default), on-failure or none"
+	restartWindowHelp    = "how long a run lasts that counts as a success; attempts are counted anew then (default 10s)"
+)
+
+func completeConditions(cmd *cobra.Command) {
+	_ = cmd.RegisterFlagCompletionFunc("restart-condition", cobra.FixedCompletions([]string{spec.RestartAny, spec.RestartOnFailure, spec.RestartNone}, cobra.ShellCompDirectiveNoFileComp))
+}
+
+// spreads reads placement preferences, of which there is one strategy.
+func spreads(prefs []string) ([]string, error) {
+	var out []string
+	for _, p := range prefs {
+		d, ok := strings.CutPrefix(p, "spread=")
+		if !ok {
+			return nil, fmt.Errorf("placement preference %q: use spread=node.labels.KEY", p)
+		}
+		if _, err := spec.SpreadLabel(d); err != nil {
+			return nil, err
+		}
+		out = append(out, d)
+	}
+	return out, nil
 }
 
 // convergeTimeout bounds the wait of svc create and scale.
@@ -374,6 +420,10 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 		}
 		away = time.Time{}
 		line := fmt.Sprintf("%s: %d/%d running", name, running, want)
+		complete := completed(tasks, s.GetSpec())
+		if complete > 0 {
+			line += fmt.Sprintf(", %d complete", complete)
+		}
 		if stale > 0 {
 			line += fmt.Sprintf(", %d to be replaced", stale)
 		}
@@ -386,7 +436,7 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 		active := api.ToUpdateStatus(update).Active()
 		if active {
 			patience.Reset(convergeTimeout)
-			if running == want && extra+stale+rewiring == 0 {
+			if running+complete == want && extra+stale+rewiring == 0 {
 				line += ", being watched"
 			}
 			if update.GetState() == spec.RollbackStarted && !manual {
@@ -398,7 +448,7 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 			}
 			return fmt.Errorf("%w (%s): see 'shoal svc ps %s'", oerr, line, name)
 		}
-		done := err == nil && !active && running == want && extra+stale+rewiring == 0
+		done := err == nil && !active && running+complete == want && extra+stale+rewiring == 0
 		if up.IsZero() || !done {
 			up = time.Now()
 		}
@@ -415,7 +465,7 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 			c.warn(faults)
 			return nil
 		}
-		if t := givenUp(tasks, want, int(s.GetSpec().GetRestartMax())); t == nil || err != nil || stale+extra > 0 {
+		if t := givenUp(tasks, want, s.GetSpec()); t == nil || err != nil || stale+extra > 0 {
 			over = time.Time{}
 		} else if over.IsZero() {
 			over = time.Now()
@@ -423,8 +473,12 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 			if tty {
 				fmt.Fprintln(c.err)
 			}
-			return fmt.Errorf("service %s exists, but its replicas are not restarted any more (--restart-max-attempts %d): %s: task %s %s: %s: see 'shoal svc ps %s'",
-				name, s.GetSpec().GetRestartMax(), line, t.Name, t.GetStatus().GetState(), t.GetStatus().GetMessage(), name)
+			limit := fmt.Sprintf("--restart-max-attempts %d", s.GetSpec().GetRestartMax())
+			if c := s.GetSpec().GetRestartCondition(); c == spec.RestartNone {
+				limit = "--restart-condition " + c
+			}
+			return fmt.Errorf("service %s exists, but its replicas are not restarted any more (%s): %s: task %s %s: %s: see 'shoal svc ps %s'",
+				name, limit, line, t.Name, t.GetStatus().GetState(), t.GetStatus().GetMessage(), name)
 		}
 		// A terminal's line is written over, so a reason, whole, has lines of its own.
 		show, reason := line, strings.Join(strings.Fields(why), " ")
@@ -460,18 +514,39 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 // giveUpAfter is how long a slot must look given up: its next task may be on its way.
 const giveUpAfter = time.Second
 
-// givenUp is the last task of a slot that gets no other, as it has had its limit of
-// runs and none is live; nil if there is no such slot, or if as many others as are
-// wanted live: it is one that scale took away. A limit of 0 is none.
-func givenUp(tasks []*shoalv1.Task, want, limit int) *shoalv1.Task {
-	newest := map[int32]*shoalv1.Task{}
-	live := map[int32]bool{}
+// slots are the newest task of each slot, and whether one lives there.
+func slots(tasks []*shoalv1.Task) (newest map[int32]*shoalv1.Task, live map[int32]bool) {
+	newest, live = map[int32]*shoalv1.Task{}, map[int32]bool{}
 	for _, t := range tasks {
 		live[t.Slot] = live[t.Slot] || !ended(t)
 		if n := newest[t.Slot]; n == nil || t.CreatedMs > n.CreatedMs || t.CreatedMs == n.CreatedMs && t.Attempt > n.Attempt {
 			newest[t.Slot] = t
 		}
 	}
+	return newest, live
+}
+
+// completed counts the slots whose program came to its end in good order and is not
+// started again, as the restart condition wants it.
+func completed(tasks []*shoalv1.Task, sp *shoalv1.ServiceSpec) (n int) {
+	if c := sp.GetRestartCondition(); c != spec.RestartNone && c != spec.RestartOnFailure {
+		return 0
+	}
+	newest, live := slots(tasks)
+	for slot, t := range newest {
+		if !live[slot] && t.Desired == spec.DesiredRunning && t.GetStatus().GetState() == spec.TaskComplete.String() {
+			n++
+		}
+	}
+	return n
+}
+
+// givenUp is the last task of a slot that gets no other, as it has had its limit of
+// runs and none is live; nil if there is no such slot, or if as many others as are
+// wanted live: it is one that scale took away. A limit of 0 is none.
+func givenUp(tasks []*shoalv1.Task, want int, sp *shoalv1.ServiceSpec) *shoalv1.Task {
+	limit := int(sp.GetRestartMax())
+	newest, live := slots(tasks)
 	for _, l := range live {
 		if l {
 			want--
@@ -481,7 +556,9 @@ func givenUp(tasks []*shoalv1.Task, want, limit int) *shoalv1.Task {
 		return nil
 	}
 	for _, slot := range slices.Sorted(maps.Keys(newest)) {
-		if t := newest[slot]; limit > 0 && !live[slot] && int(t.Attempt) >= limit {
+		t := newest[slot]
+		over := limit > 0 && int(t.Attempt) >= limit || sp.GetRestartCondition() == spec.RestartNone && t.GetStatus().GetState() == spec.TaskFailed.String()
+		if over && !live[slot] {
 			return t
 		}
 	}
@@ -503,8 +580,9 @@ func wired(t *shoalv1.Task) bool {
 	})
 }
 
-// replicated is Docker's word for a service that has a number of replicas.
-const replicated = "replicated"
+func serviceMode(s *shoalv1.Service) string {
+	return cmp.Or(s.GetSpec().GetMode(), spec.ModeReplicated)
+}
 
 // image is the program, which stands where Docker shows an image.
 func image(t *shoalv1.TaskSpec) string {
@@ -538,7 +616,7 @@ func (c *cli) svcLs() *cobra.Command {
 		columns: []column[service]{
 			{"ID", false, func(s service) string { return s.Id }},
 			{"NAME", false, func(s service) string { return s.GetSpec().GetName() }},
-			{"REPLICAS", false, func(s service) string { return fmt.Sprintf("%d/%d", s.Running, s.GetSpec().GetReplicas()) }},
+			{"REPLICAS", false, func(s service) string { return fmt.Sprintf("%d/%d", s.Running, s.GetDesired()) }},
 			{"NETWORK", false, func(s service) string {
 				return strings.Join(each1(s.GetSpec().GetNetworks(), func(a *shoalv1.NetworkAttachment) string { return nets.Of(a.Network) }), ",")
 			}},
@@ -550,6 +628,7 @@ func (c *cli) svcLs() *cobra.Command {
 				return cmp.Or(strings.Join(vips, ","), "-")
 			}},
 			{"PORTS", false, func(s service) string { return cmp.Or(portsText(s.Ports), "-") }},
+			{"MODE", true, serviceMode},
 			{"ENDPOINT MODE", true, func(s service) string { return s.GetSpec().GetEndpointMode() }},
 			{"KIND", true, func(s service) string { return kindText(s.GetSpec().GetTask()) }},
 			{"COMMAND", true, func(s service) string { return commandText(s.GetSpec().GetTask()) }},
@@ -557,15 +636,14 @@ func (c *cli) svcLs() *cobra.Command {
 		filters: map[string]func(service, string) bool{
 			"id":   func(s service, v string) bool { return strings.HasPrefix(s.Id, v) },
 			"name": func(s service, v string) bool { return nameMatches(s.GetSpec().GetName(), v) },
-			// Docker's mode is of the replicas, of which there is one kind here.
-			"mode": func(s service, v string) bool { return v == replicated || s.GetSpec().GetEndpointMode() == v },
+			// Docker's mode is of the replicas.
+			"mode": func(s service, v string) bool { return serviceMode(s) == v || s.GetSpec().GetEndpointMode() == v },
 			"network": func(s service, v string) bool {
 				return slices.ContainsFunc(s.GetSpec().GetNetworks(), func(a *shoalv1.NetworkAttachment) bool { return nets.Of(a.Network) == v || a.Network == v })
 			},
 		},
-		values: map[string][]string{"mode": {replicated, "global", spec.EndpointModeVIP, spec.EndpointModeDNSRR}},
+		values: map[string][]string{"mode": {spec.ModeReplicated, spec.ModeGlobal, spec.EndpointModeVIP, spec.EndpointModeDNSRR}},
 		fields: map[string]func(service) string{
-			"Mode":  func(service) string { return replicated },
 			"Image": func(s service) string { return image(s.GetSpec().GetTask()) },
 		},
 	}

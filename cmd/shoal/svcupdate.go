@@ -28,7 +28,10 @@ func (c *cli) svcUpdate() *cobra.Command {
 	var mountRm, tmpfsRm, groupRm, ulimitRm, sysctlRm, deviceRm []string
 	var registryAuthToo, noResolve bool
 	var command, hostname, mode, user, dir, stopSignal, vip string
-	var grace, restartDelay, listenTimeout time.Duration
+	var grace, restartDelay, restartWindow, listenTimeout time.Duration
+	var prefAdd, prefRm []string
+	var maxPerNode int32
+	var restartCondition string
 	var restartMax int32
 	var health healthFlags
 	var resources resourceFlags
@@ -79,7 +82,26 @@ ones run on (--update-failure-action). Another update resumes it; --rollback, or
 					err = fn()
 				}
 			}
-			set("replicas", func() error { sp.Replicas = replicas; return nil })
+			set("replicas", func() error {
+				if sp.Mode == spec.ModeGlobal {
+					return fmt.Errorf("replicas can only be used with mode %s: service %s is %s", spec.ModeReplicated, sp.Name, sp.Mode)
+				}
+				sp.Replicas = replicas
+				return nil
+			})
+			set("replicas-max-per-node", func() error { sp.MaxPerNode = maxPerNode; return nil })
+			set("placement-pref-rm", func() error {
+				rm, err := spreads(prefRm)
+				sp.Spread = drop(sp.Spread, rm)
+				return err
+			})
+			set("placement-pref-add", func() error {
+				add, err := spreads(prefAdd)
+				sp.Spread = more(sp.Spread, add)
+				return err
+			})
+			set("restart-condition", func() error { sp.RestartCondition = restartCondition; return nil })
+			set("restart-window", func() error { sp.RestartWindowMs = restartWindow.Milliseconds(); return nil })
 			set("args", func() error {
 				words, err := shellquote.Split(command)
 				if err != nil {
@@ -393,6 +415,12 @@ ones run on (--update-failure-action). Another update resumes it; --rollback, or
 	f.StringVarP(&user, "user", "u", "", "user or uid, and group: NAME[:GROUP]")
 	f.StringVarP(&dir, "workdir", "w", "", "working directory")
 	f.StringVar(&stopSignal, "stop-signal", "", "signal that asks the program to stop")
+	f.StringArrayVar(&prefAdd, "placement-pref-add", nil, placementPrefHelp)
+	f.StringArrayVar(&prefRm, "placement-pref-rm", nil, "remove a placement preference, spread=node.labels.KEY")
+	f.Int32Var(&maxPerNode, "replicas-max-per-node", 0, "most replicas on one node (0: no limit)")
+	f.StringVar(&restartCondition, "restart-condition", "", restartConditionHelp)
+	f.DurationVar(&restartWindow, "restart-window", 0, restartWindowHelp)
+	completeConditions(cmd)
 	f.DurationVar(&restartDelay, "restart-delay", 0, "wait before the first restart; doubles up to 30s")
 	f.DurationVar(&listenTimeout, "listen-timeout", 0, listenTimeoutHelp)
 	f.Int32Var(&restartMax, "restart-max-attempts", 0, "restarts of a replica before it is given up (0: no limit)")

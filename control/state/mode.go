@@ -1,6 +1,10 @@
 package state
 
-import "github.com/shoalnet/shoal/spec"
+import (
+	"slices"
+
+	"github.com/shoalnet/shoal/spec"
+)
 
 // mode is the strategy of a service: which slots it has.
 type mode interface {
@@ -10,9 +14,25 @@ type mode interface {
 	missing(p *planner, sv *servicePlan) bool
 	// grow makes those that are missing.
 	grow(p *planner, sv *servicePlan)
+	// home is the index of the node that a slot belongs to, anywhere of none, or
+	// nowhere, if that node is no more.
+	home(p *planner, slot int) int
+	// asleep tells whether a slot is left as it is: its node is away, or takes nothing.
+	asleep(p *planner, sv *servicePlan, sp *slotPlan) bool
 }
 
-func modeOf(spec.ServiceSpec) mode { return replicated{} }
+// What home may be besides a node.
+const (
+	anywhere = -1
+	nowhere  = -2
+)
+
+func modeOf(sp spec.ServiceSpec) mode {
+	if sp.Global() {
+		return global{}
+	}
+	return replicated{}
+}
 
 // replicated services have as many slots as replicas, wherever there is room.
 type replicated struct{}
@@ -38,12 +58,111 @@ func (replicated) grow(p *planner, sv *servicePlan) {
 	}
 }
 
+func (replicated) home(*planner, int) int { return anywhere }
+
+func (replicated) asleep(*planner, *servicePlan, *slotPlan) bool { return false }
+
+// global services have a slot on each node that their rules allow, with the node's
+// number. A node that is away keeps its slot, for what may still run there; one that
+// gives its tasks away, or that the rules no longer allow, loses it.
+type global struct{}
+
+func (global) shrink(p *planner, sv *servicePlan) {
+	for i := range p.slots {
+		if p.full() {
+			return
+		}
+		if sp := &p.slots[i]; !p.s.hasHome(sv.v, sp.slot) {
+			sp.gone = true
+			p.op(ScheduleOp{Kind: OpRemove, Service: sv.v.ID, ServiceVersion: sv.v.Version, Slot: sp.slot})
+		}
+	}
+}
+
+func (global) missing(p *planner, sv *servicePlan) bool {
+	return slices.ContainsFunc(p.nodes, func(n *node) bool { return p.lacks(sv, n) })
+}
+
+func (global) grow(p *planner, sv *servicePlan) {
+	for _, n := range p.nodes {
+		if p.full() {
+			return
+		}
+		if p.lacks(sv, n) {
+			p.create(sv, n.Number, 0, 0, nil)
+		}
+	}
+}
+
+// lacks tells whether a node is to get a slot of a global service.
+func (p *planner) lacks(sv *servicePlan, n *node) bool {
+	return assignable(n) && (sv.fits == nil || sv.fits[p.idx[n.ID]]) &&
+		!slices.ContainsFunc(p.slots, func(sp slotPlan) bool { return sp.slot == n.Number })
+}
+
+func (global) home(p *planner, slot int) int {
+	if i, ok := p.idx[p.s.numbers[slot]]; ok {
+		return i
+	}
+	return nowhere
+}
+
+func (g global) asleep(p *planner, sv *servicePlan, sp *slotPlan) bool {
+	i := g.home(p, sp.slot)
+	return i < 0 || !assignable(p.nodes[i])
+}
+
+// hasHome tells whether a slot of a service has a node that it belongs to: always, but
+// for global ones. One of whose rules no node meets any more keeps what it has, as one
+// with replicas does: the rule may be mistyped.
+func (s *State) hasHome(v *service, slot int) bool {
+	if !v.Spec.Global() {
+		return true
+	}
+	n := s.nodes[s.numbers[slot]]
+	if !keeps(n) {
+		return false
+	}
+	rules := s.taskRules(v.Spec.Constraints, v.Spec.Networks, v.Spec.Task.Image, specLevel(v.Spec))
+	if allow(rules, n.Node) {
+		return true
+	}
+	for _, o := range s.nodes {
+		if allow(rules, o.Node) {
+			return false
+		}
+	}
+	return true
+}
+
+// Desired is how many tasks a service should have: its replicas, or one on each node
+// that is there for it.
+func (s *State) Desired(serviceID string) int {
+	v := s.services[serviceID]
+	if v == nil {
+		return 0
+	}
+	if !v.Spec.Global() {
+		return v.Spec.Replicas
+	}
+	rules := s.taskRules(v.Spec.Constraints, v.Spec.Networks, v.Spec.Task.Image, specLevel(v.Spec))
+	want := 0
+	for _, n := range s.nodes {
+		runs := slices.ContainsFunc(v.slot(n.Number), func(t *task) bool { return t.Live() && t.Desired == spec.DesiredRunning })
+		if n.Status == spec.NodeReady && keeps(n) && allow(rules, n.Node) && (assignable(n) || runs) {
+			want++
+		}
+	}
+	return want
+}
+
 // scaleDown removes k slots, such that the rest can be spread evenly. Slots whose
 // task has no place yet, or must give its place to another anyway, can still go
 // anywhere: they are removed first while enough of them are left to fill the
 // other nodes up. Else it is the turn of the node with most.
 func (p *planner) scaleDown(sv *servicePlan, k int) {
 	p.prepare(nil)
+	p.group(sv)
 	byNode := make([][]int, len(p.nodes)) // indices into slots, ascending
 	var free, stale []int
 	for i := range p.slots {
@@ -62,7 +181,7 @@ func (p *planner) scaleDown(sv *servicePlan, k int) {
 		most := -1
 		for i := range p.nodes {
 			c := len(byNode[i])
-			if most < 0 || c > len(byNode[most]) || (c == len(byNode[most]) && p.total[i] >= p.total[most]) {
+			if most < 0 || sv.over(byNode, i, most) > 0 || (sv.over(byNode, i, most) == 0 && (c > len(byNode[most]) || c == len(byNode[most]) && p.total[i] >= p.total[most])) {
 				most = i
 			}
 		}

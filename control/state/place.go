@@ -1,6 +1,7 @@
 package state
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -8,9 +9,10 @@ import (
 	"github.com/shoalnet/shoal/spec"
 )
 
-// find picks a node for one more task of a service, and counts it there. Without
-// one it returns -1 and why.
-func (p *planner) find(sv *servicePlan) (int, string) {
+// find picks a node for one more task of a service, for a slot, and counts it there.
+// Without one it returns -1 and why.
+func (p *planner) find(sv *servicePlan, slot int) (int, string) {
+	sv.home = sv.mode.home(p, slot)
 	if r := p.addressless(sv.v); r != nil {
 		return -1, r.Error()
 	}
@@ -23,6 +25,9 @@ func (p *planner) find(sv *servicePlan) (int, string) {
 	}
 	sv.counts[i]++
 	p.total[i]++
+	if sv.here != nil {
+		sv.here[i]++
+	}
 	if len(sv.ports) > 0 {
 		p.claimed[i] = append(p.claimed[i], sv.ports...)
 	}
@@ -104,8 +109,15 @@ func (p *planner) prepare(sv *servicePlan) {
 	if sv.v == nil {
 		return
 	}
+	if sv.v.Spec.MaxPerNode > 0 {
+		sv.here = make([]int, len(p.nodes))
+	}
+	p.group(sv)
 	for _, t := range sv.v.tasks {
 		i, ok := p.idx[t.Node]
+		if ok && sv.here != nil && t.Live() {
+			sv.here[i]++
+		}
 		switch {
 		case !ok || t.rev != sv.v.rev:
 		case t.Live() && !p.lost[t] && p.stays(sv, t):
@@ -117,31 +129,112 @@ func (p *planner) prepare(sv *servicePlan) {
 	}
 }
 
-// pick chooses a node for one more task: fewest tasks of the service (nil: none),
-// then fewest in all, then the lowest ID. Without one it returns -1 and why.
+// group finds out which nodes have the same values of the labels that a service is
+// spread over: those of one value of the second are of one value of the first.
+func (p *planner) group(sv *servicePlan) {
+	if sv.groups != nil {
+		return
+	}
+	above := make([]int, len(p.nodes)) // by node: its group of the preference before
+	for _, d := range sv.v.Spec.Spread {
+		label, err := spec.SpreadLabel(d)
+		if err != nil {
+			continue // validated when the service was made
+		}
+		type value struct {
+			above int
+			text  string
+		}
+		ids := map[value]int{}
+		g := make([]int, len(p.nodes))
+		for i, n := range p.nodes {
+			v := value{above[i], n.Labels[label]}
+			if _, ok := ids[v]; !ok {
+				ids[v] = len(ids)
+			}
+			g[i] = ids[v]
+		}
+		sv.groups, above = append(sv.groups, g), g
+	}
+}
+
+// crowd is how many of the tasks counted by node are in the group of a node.
+func crowd(g, counts []int, i int) (n int) {
+	for j, c := range counts {
+		if g[j] == g[i] {
+			n += c
+		}
+	}
+	return n
+}
+
+// over compares how crowded the groups of two nodes are by the slots of each node,
+// the outermost groups first.
+func (sv *servicePlan) over(byNode [][]int, a, b int) int {
+	if len(sv.groups) == 0 {
+		return 0
+	}
+	counts := make([]int, len(byNode))
+	for i, l := range byNode {
+		counts[i] = len(l)
+	}
+	for _, g := range sv.groups {
+		if d := cmp.Compare(crowd(g, counts, a), crowd(g, counts, b)); d != 0 {
+			return d
+		}
+	}
+	return 0
+}
+
+// pick chooses a node for one more task: fewest tasks of the service (nil: none) in
+// its groups, fewest on itself, then fewest in all, then the lowest ID. Without one it
+// returns -1 and why.
 func (p *planner) pick(sv *servicePlan) (int, string) {
 	p.prepare(sv)
 	best := -1
-	var bestKey [3]int
+	var key, bestKey []int
 	for i, n := range p.nodes {
-		if !assignable(n) || (sv != nil && sv.fits != nil && !sv.fits[i]) || p.portTaken(sv, i) != "" {
+		if !assignable(n) || (sv != nil && sv.fits != nil && !sv.fits[i]) || p.elsewhere(sv, i) || p.portTaken(sv, i) != "" || p.enough(sv, i) {
 			continue
 		}
-		key := [3]int{2: p.total[i]}
+		key = key[:0]
 		if sv != nil {
-			key[1] = sv.counts[i]
+			failing := 0
 			if sv.fails[i] >= failMost {
-				key[0] = 1
+				failing = 1
 			}
+			key = append(key, failing)
+			for _, g := range sv.groups {
+				key = append(key, crowd(g, sv.counts, i))
+			}
+			key = append(key, sv.counts[i])
 		}
-		if best < 0 || slices.Compare(key[:], bestKey[:]) < 0 {
-			best, bestKey = i, key
+		key = append(key, p.total[i])
+		if best < 0 || slices.Compare(key, bestKey) < 0 {
+			best, bestKey = i, slices.Clone(key)
 		}
 	}
 	if best >= 0 {
 		return best, ""
 	}
 	return -1, p.nowhere(sv)
+}
+
+// elsewhere tells whether the slot at hand belongs to another node.
+func (p *planner) elsewhere(sv *servicePlan, i int) bool {
+	return sv != nil && sv.home != anywhere && sv.home != i
+}
+
+// enough tells whether a node has as many tasks of the service as it may.
+func (p *planner) enough(sv *servicePlan, i int) bool {
+	if sv == nil || sv.here == nil {
+		return false
+	}
+	n := sv.here[i]
+	if sv.without != nil && sv.without.Node == p.nodes[i].ID && sv.without.Live() {
+		n--
+	}
+	return n >= sv.v.Spec.MaxPerNode
 }
 
 // portTaken names who has a port, on the node of an index, that a task of the
@@ -164,10 +257,13 @@ func (p *planner) portTaken(sv *servicePlan, i int) string {
 // standalone is what pick needs to know of a task on its own.
 func (p *planner) standalone(nets []spec.NetworkAttachment, ports []spec.Port, t spec.TaskSpec) *servicePlan {
 	level, _ := NeedOf(t)
-	sv := &servicePlan{rules: p.s.taskRules(nil, nets, t.Image, level), ports: ports}
+	sv := &servicePlan{rules: p.s.taskRules(nil, nets, t.Image, level), ports: ports, home: anywhere}
 	p.match(sv)
 	return sv
 }
+
+// fullNode is what is said of a node at --replicas-max-per-node.
+const fullNode = "with as many replicas as it may have"
 
 // nowhere tells why no node fits.
 func (p *planner) nowhere(sv *servicePlan) string {
@@ -189,7 +285,7 @@ func (p *planner) nowhere(sv *servicePlan) string {
 	}
 	match, counts := 0, map[string]int{}
 	for i, n := range p.nodes {
-		if sv != nil && sv.fits != nil && !sv.fits[i] {
+		if sv != nil && sv.fits != nil && !sv.fits[i] || p.elsewhere(sv, i) {
 			continue
 		}
 		match++
@@ -200,6 +296,8 @@ func (p *planner) nowhere(sv *servicePlan) string {
 			counts["not heard of yet"]++
 		case n.Availability == spec.AvailabilityDrain:
 			counts["drained"]++
+		case n.Availability == spec.AvailabilityActive && p.portTaken(sv, i) == "" && p.enough(sv, i):
+			counts[fullNode]++
 		case n.Availability == spec.AvailabilityActive:
 			counts["with its published port taken"]++
 		default:
@@ -207,7 +305,7 @@ func (p *planner) nowhere(sv *servicePlan) string {
 		}
 	}
 	var parts []string
-	for _, k := range []string{"down", "not heard of yet", "drained", "paused", "with its published port taken"} {
+	for _, k := range []string{"down", "not heard of yet", "drained", "paused", "with its published port taken", fullNode} {
 		if counts[k] > 0 {
 			parts = append(parts, fmt.Sprintf("%d %s", counts[k], k))
 		}

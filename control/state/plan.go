@@ -87,6 +87,10 @@ type servicePlan struct {
 	up      updater
 	missing bool  // there are to be more slots
 	without *task // pick looks as if this one were gone
+	mode    mode
+	home    int     // of the slot that pick looks for a node for, see mode
+	here    []int   // by node: tasks that have not ended; made with counts, where they are limited
+	groups  [][]int // by preference and node: which value of its label a node has
 }
 
 // slotPlan is what is known of one active slot.
@@ -103,20 +107,23 @@ type slotPlan struct {
 	ending bool
 	begun  bool // counted as being replaced
 	failed bool // its replacement failed, in the eyes of the update
+	asleep bool // its node is away, or takes nothing: nothing is decided for it
 }
 
 // service plans for one service: its mode decides which slots there are, the updater
 // what runs in each.
 func (p *planner) service(v *service) {
-	sv := &servicePlan{v: v}
+	sv := &servicePlan{v: v, mode: modeOf(v.Spec), home: anywhere}
 	sv.rules, sv.ports = p.s.taskRules(v.Spec.Constraints, v.Spec.Networks, v.Spec.Task.Image, specLevel(v.Spec)), HostPorts(v.Service)
 	p.match(sv)
 	p.gather(sv)
-	m := modeOf(v.Spec)
-	m.shrink(p, sv)
-	sv.missing = m.missing(p, sv)
+	sv.mode.shrink(p, sv)
+	for i := range p.slots {
+		p.slots[i].asleep = sv.mode.asleep(p, sv, &p.slots[i])
+	}
+	sv.missing = sv.mode.missing(p, sv)
 	if p.update(sv) {
-		m.grow(p, sv)
+		sv.mode.grow(p, sv)
 	}
 }
 
@@ -182,11 +189,13 @@ func (p *planner) restart(v *service, last *task) (attempt int, at int64, ok boo
 	switch {
 	case last.rev != v.rev:
 		return 0, 0, true
+	case !v.Spec.Restarts(last.Status.State):
+		return 0, 0, false
 	case last.Status.State == spec.TaskLost || last.was != 0 || p.lost[last]:
 		return last.Attempt, 0, true // the node's end, not the program's
 	}
 	attempt = last.Attempt + 1
-	if last.started > 0 && last.ended-last.started >= longRun {
+	if last.started > 0 && last.ended-last.started >= v.successAfter() {
 		attempt = 1
 	}
 	if v.Spec.RestartMax > 0 && attempt > v.Spec.RestartMax {
@@ -196,6 +205,14 @@ func (p *planner) restart(v *service, last *task) (attempt int, at int64, ok boo
 	// The end was noted by the clock of a leader, perhaps another one's, that may have
 	// been hours ahead: nobody waits longer than the delay itself.
 	return attempt, min(last.ended+delay, p.now+delay), true
+}
+
+// successAfter is how long a run lasts that counts as a success, in milliseconds.
+func (v *service) successAfter() int64 {
+	if w := v.Spec.RestartWindow.Milliseconds(); w > 0 {
+		return w
+	}
+	return longRun
 }
 
 // recent tells whether a failure counts against its node. One that lies ahead was noted
@@ -237,7 +254,7 @@ func (p *planner) create(sv *servicePlan, slot, attempt int, at int64, last *tas
 			o.Message = last.Status.Message + "; " + o.Message
 		}
 		p.again(at)
-	} else if i, why := p.find(sv); i >= 0 {
+	} else if i, why := p.find(sv, slot); i >= 0 {
 		o.Node = p.nodes[i].ID
 	} else {
 		o.Message = why

@@ -92,7 +92,10 @@ func (s *State) scheduleOp(op ScheduleOp, now int64) bool {
 	switch op.Kind {
 	case OpAssign:
 		v, n := s.services[t.Service], s.nodes[op.Node]
-		if v == nil || t.Node != "" || t.Desired != spec.DesiredRunning || !assignable(n) || s.assign(t, n, taskNetworks(v.Spec)) != nil {
+		if v == nil || v.Spec.Global() && s.numbers[t.Slot] != op.Node {
+			return false
+		}
+		if t.Node != "" || t.Desired != spec.DesiredRunning || !assignable(n) || s.assign(t, n, taskNetworks(v.Spec)) != nil {
 			return false
 		}
 		t.Status = spec.TaskStatus{State: spec.TaskAssigned, At: now}
@@ -148,14 +151,22 @@ func (s *State) createReplica(v *service, op ScheduleOp, now int64) bool {
 			return false // there is one already
 		}
 	}
-	if !slotActive && v.active() >= v.Spec.Replicas {
+	if !slotActive && !v.Spec.Global() && v.active() >= v.Spec.Replicas {
 		return false
 	}
 	n := s.nodes[op.Node]
+	name := fmt.Sprintf("%s.%d.%s", v.Spec.Name, op.Slot, op.Task)
+	if v.Spec.Global() {
+		home := s.nodes[s.numbers[op.Slot]]
+		if !keeps(home) || n != nil && n != home {
+			return false
+		}
+		name = fmt.Sprintf("%s.%s.%s", v.Spec.Name, home.ID, op.Task)
+	}
 	if s.checkID("task", op.Task) != nil || (op.Node != "" && !assignable(n)) {
 		return false
 	}
-	t := &task{seq: s.seq + 1, rev: v.rev, Task: spec.Task{ID: op.Task, Name: fmt.Sprintf("%s.%d.%s", v.Spec.Name, op.Slot, op.Task),
+	t := &task{seq: s.seq + 1, rev: v.rev, Task: spec.Task{ID: op.Task, Name: name,
 		Service: v.ID, Slot: op.Slot, Spec: v.Spec.Task, Desired: spec.DesiredRunning, Version: s.index, Created: now,
 		NotBefore: op.NotBefore, Attempt: op.Attempt, Status: spec.TaskStatus{State: spec.TaskPending, Message: op.Message, At: now}}}
 	if _, taken := s.taskNames[t.Name]; taken {
@@ -207,10 +218,13 @@ func (s *State) supersede(v *service, t *task) {
 }
 
 // removeSlot ends and forgets what is in a slot, if there are more slots than
-// replicas.
+// replicas, or the node that it belongs to is not to have it.
 func (s *State) removeSlot(v *service, slot int) bool {
 	ts := slices.Clone(v.slot(slot))
-	if !slices.ContainsFunc(ts, func(t *task) bool { return t.Desired == spec.DesiredRunning }) || v.active() <= v.Spec.Replicas {
+	if !slices.ContainsFunc(ts, func(t *task) bool { return t.Desired == spec.DesiredRunning }) {
+		return false
+	}
+	if v.Spec.Global() && s.hasHome(v, slot) || !v.Spec.Global() && v.active() <= v.Spec.Replicas {
 		return false
 	}
 	for _, t := range ts {

@@ -176,6 +176,9 @@ func (s *State) updateService(c *UpdateService) Result {
 		}
 	}
 	if c.Replicas != nil {
+		if v.Spec.Global() {
+			return Result{Err: failf(ErrInvalid, "service %s can't be scaled: it is of mode global, with one task on each node", v.Spec.Name)}
+		}
 		next.Replicas = *c.Replicas
 	}
 	if c.Rollback {
@@ -183,6 +186,9 @@ func (s *State) updateService(c *UpdateService) Result {
 			return Result{Err: failf(ErrInvalid, "service %s does not have a previous spec", v.Spec.Name)}
 		}
 		next = v.Previous.Clone()
+	}
+	if next.Global() != v.Spec.Global() {
+		return Result{Err: failf(ErrInvalid, "service %s: the mode of a service can't be changed: create another", v.Spec.Name)}
 	}
 	if err := s.respec(v, next, c.Now); err != nil {
 		return Result{Err: err}

@@ -38,7 +38,7 @@ func (p *planner) update(sv *servicePlan) bool {
 		}
 	}
 	for i := range p.slots {
-		if sp := &p.slots[i]; !sp.gone && p.underway(sv, sp) {
+		if sp := &p.slots[i]; !sp.gone && !sp.asleep && p.underway(sv, sp) {
 			sv.begin(sp)
 		}
 	}
@@ -49,7 +49,7 @@ func (p *planner) update(sv *servicePlan) bool {
 			if p.full() {
 				return false
 			}
-			if sp := &p.slots[i]; !sp.gone && (sp.best == nil && sp.stale != nil) == only {
+			if sp := &p.slots[i]; !sp.gone && !sp.asleep && (sp.best == nil && sp.stale != nil) == only {
 				p.slot(sv, sp)
 			}
 		}
@@ -114,7 +114,7 @@ func (p *planner) judge(sv *servicePlan) {
 	replaced := false
 	for i := range p.slots {
 		sp := &p.slots[i]
-		if sp.gone {
+		if sp.gone || sp.asleep {
 			continue
 		}
 		slots++
@@ -128,7 +128,7 @@ func (p *planner) judge(sv *servicePlan) {
 		if u.ofUpdate(v, sp.best) && running(sp.best) {
 			last, replaced = max(last, sp.best.started), true
 		}
-		if t == nil && (!running(sp.best) || sp.stale != nil) {
+		if t == nil && (!running(sp.best) || sp.stale != nil) && !p.givenUp(sv, sp) {
 			open++
 		}
 	}
@@ -141,6 +141,15 @@ func (p *planner) judge(sv *servicePlan) {
 			state, what = spec.RollbackStarted, "update rolled back"
 		}
 		p.turn(sv, state, what+because(u, firstSlot, first, unplaced))
+		return
+	}
+	if sv.unmet != "" && sv.v.Spec.Global() && slots > 0 {
+		// What runs stays, as it does of a service with replicas.
+		state, what := spec.UpdatePaused, "update paused"
+		if u.st.Back() {
+			state, what = spec.RollbackPaused, "rollback paused"
+		}
+		p.turn(sv, state, what+": "+p.nowhere(sv))
 		return
 	}
 	// What is missing comes after this: a mode may have more slots than there are now.
@@ -202,7 +211,17 @@ func (p *planner) underway(sv *servicePlan, sp *slotPlan) bool {
 		}
 		return !running(sp.best) && (sp.stale != nil || sp.ending || sp.best.Node != "" || p.waits(v, sp.best))
 	}
-	return sp.last != nil && sp.last.rev == v.rev && sp.last.Status.State != spec.TaskLost && !p.lost[sp.last]
+	return sp.last != nil && sp.last.rev == v.rev && sp.last.Status.State != spec.TaskLost && !p.lost[sp.last] && !p.givenUp(sv, sp)
+}
+
+// givenUp tells whether nothing runs in a slot, nor will until somebody changes the
+// service.
+func (p *planner) givenUp(sv *servicePlan, sp *slotPlan) bool {
+	if sp.best != nil || sp.stale != nil || sp.last == nil {
+		return false
+	}
+	_, _, ok := p.restart(sv.v, sp.last)
+	return !ok
 }
 
 // slot decides for one active slot.
@@ -304,7 +323,7 @@ func (p *planner) createAfter(sv *servicePlan, sp *slotPlan, attempt int, at int
 // nowhereBut tells why no node has room for the successor of a slot's old task, were
 // that gone; empty: one has.
 func (p *planner) nowhereBut(sv *servicePlan, sp *slotPlan) string {
-	sv.without = sp.stale
+	sv.without, sv.home = sp.stale, sv.mode.home(p, sp.slot)
 	defer func() { sv.without = nil }()
 	i, why := p.pick(sv)
 	if i >= 0 {
@@ -346,7 +365,7 @@ func (p *planner) place(sv *servicePlan, sp *slotPlan) {
 			return
 		}
 	}
-	i, why := p.find(sv)
+	i, why := p.find(sv, sp.slot)
 	if i >= 0 {
 		p.op(ScheduleOp{Kind: OpAssign, Task: t.ID, Version: t.Version, Node: p.nodes[i].ID})
 		sv.begin(sp)

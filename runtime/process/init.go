@@ -480,13 +480,13 @@ func execMain([]string) int {
 	}
 	t := rec.Task
 	group, err := cgroup.Open(rec.Cgroup)
+	if err != nil {
+		return fail(err)
+	}
 	// To the end: a command is given the numbers of its files, which the garbage
 	// collector closes with the last that holds them.
 	defer group.Close()
-	if err == nil {
-		err = setOOMScore(t.Spec.Resources.OOMScoreAdj)
-	}
-	if err != nil {
+	if err := setOOMScore(t.Spec.Resources.OOMScoreAdj); err != nil {
 		return fail(err)
 	}
 	sigs := make(chan os.Signal, 64)

@@ -1246,23 +1246,28 @@ func (x *Port) GetNat() bool {
 }
 
 type ServiceSpec struct {
-	state           protoimpl.MessageState `protogen:"open.v1"`
-	Name            string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Labels          map[string]string      `protobuf:"bytes,2,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	Replicas        int32                  `protobuf:"varint,3,opt,name=replicas,proto3" json:"replicas,omitempty"`
-	EndpointMode    string                 `protobuf:"bytes,4,opt,name=endpoint_mode,json=endpointMode,proto3" json:"endpoint_mode,omitempty"`
-	Networks        []*NetworkAttachment   `protobuf:"bytes,5,rep,name=networks,proto3" json:"networks,omitempty"`
-	Constraints     []string               `protobuf:"bytes,6,rep,name=constraints,proto3" json:"constraints,omitempty"`
-	Task            *TaskSpec              `protobuf:"bytes,7,opt,name=task,proto3" json:"task,omitempty"`
-	RestartDelayMs  int64                  `protobuf:"varint,8,opt,name=restart_delay_ms,json=restartDelayMs,proto3" json:"restart_delay_ms,omitempty"`
-	RestartMax      int32                  `protobuf:"varint,9,opt,name=restart_max,json=restartMax,proto3" json:"restart_max,omitempty"`
-	Ports           []*Port                `protobuf:"bytes,10,rep,name=ports,proto3" json:"ports,omitempty"`
-	ListenTimeoutMs int64                  `protobuf:"varint,11,opt,name=listen_timeout_ms,json=listenTimeoutMs,proto3" json:"listen_timeout_ms,omitempty"` // for a replica that takes the place of one that listens; 0: 2 minutes
-	Update          *UpdateConfig          `protobuf:"bytes,12,opt,name=update,proto3" json:"update,omitempty"`                                             // absent: the defaults
-	Rollback        *UpdateConfig          `protobuf:"bytes,13,opt,name=rollback,proto3" json:"rollback,omitempty"`
-	ForceUpdate     uint64                 `protobuf:"varint,14,opt,name=force_update,json=forceUpdate,proto3" json:"force_update,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	state            protoimpl.MessageState `protogen:"open.v1"`
+	Name             string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Labels           map[string]string      `protobuf:"bytes,2,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Replicas         int32                  `protobuf:"varint,3,opt,name=replicas,proto3" json:"replicas,omitempty"`
+	EndpointMode     string                 `protobuf:"bytes,4,opt,name=endpoint_mode,json=endpointMode,proto3" json:"endpoint_mode,omitempty"`
+	Networks         []*NetworkAttachment   `protobuf:"bytes,5,rep,name=networks,proto3" json:"networks,omitempty"`
+	Constraints      []string               `protobuf:"bytes,6,rep,name=constraints,proto3" json:"constraints,omitempty"`
+	Task             *TaskSpec              `protobuf:"bytes,7,opt,name=task,proto3" json:"task,omitempty"`
+	RestartDelayMs   int64                  `protobuf:"varint,8,opt,name=restart_delay_ms,json=restartDelayMs,proto3" json:"restart_delay_ms,omitempty"`
+	RestartMax       int32                  `protobuf:"varint,9,opt,name=restart_max,json=restartMax,proto3" json:"restart_max,omitempty"`
+	Ports            []*Port                `protobuf:"bytes,10,rep,name=ports,proto3" json:"ports,omitempty"`
+	ListenTimeoutMs  int64                  `protobuf:"varint,11,opt,name=listen_timeout_ms,json=listenTimeoutMs,proto3" json:"listen_timeout_ms,omitempty"` // for a replica that takes the place of one that listens; 0: 2 minutes
+	Update           *UpdateConfig          `protobuf:"bytes,12,opt,name=update,proto3" json:"update,omitempty"`                                             // absent: the defaults
+	Rollback         *UpdateConfig          `protobuf:"bytes,13,opt,name=rollback,proto3" json:"rollback,omitempty"`
+	ForceUpdate      uint64                 `protobuf:"varint,14,opt,name=force_update,json=forceUpdate,proto3" json:"force_update,omitempty"`
+	Mode             string                 `protobuf:"bytes,15,opt,name=mode,proto3" json:"mode,omitempty"`                                                 // replicated (empty), global
+	Spread           []string               `protobuf:"bytes,16,rep,name=spread,proto3" json:"spread,omitempty"`                                             // node.labels.KEY
+	MaxPerNode       int32                  `protobuf:"varint,17,opt,name=max_per_node,json=maxPerNode,proto3" json:"max_per_node,omitempty"`                // 0: no limit
+	RestartCondition string                 `protobuf:"bytes,18,opt,name=restart_condition,json=restartCondition,proto3" json:"restart_condition,omitempty"` // any (empty), on-failure, none
+	RestartWindowMs  int64                  `protobuf:"varint,19,opt,name=restart_window_ms,json=restartWindowMs,proto3" json:"restart_window_ms,omitempty"` // 0: the default
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *ServiceSpec) Reset() {
@@ -1389,6 +1394,41 @@ func (x *ServiceSpec) GetRollback() *UpdateConfig {
 func (x *ServiceSpec) GetForceUpdate() uint64 {
 	if x != nil {
 		return x.ForceUpdate
+	}
+	return 0
+}
+
+func (x *ServiceSpec) GetMode() string {
+	if x != nil {
+		return x.Mode
+	}
+	return ""
+}
+
+func (x *ServiceSpec) GetSpread() []string {
+	if x != nil {
+		return x.Spread
+	}
+	return nil
+}
+
+func (x *ServiceSpec) GetMaxPerNode() int32 {
+	if x != nil {
+		return x.MaxPerNode
+	}
+	return 0
+}
+
+func (x *ServiceSpec) GetRestartCondition() string {
+	if x != nil {
+		return x.RestartCondition
+	}
+	return ""
+}
+
+func (x *ServiceSpec) GetRestartWindowMs() int64 {
+	if x != nil {
+		return x.RestartWindowMs
 	}
 	return 0
 }
@@ -9934,7 +9974,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\bprotocol\x18\x03 \x01(\tR\bprotocol\x12\x12\n" +
 	"\x04mode\x18\x04 \x01(\tR\x04mode\x12\x12\n" +
 	"\x04addr\x18\x05 \x01(\tR\x04addr\x12\x10\n" +
-	"\x03nat\x18\x06 \x01(\bR\x03nat\"\xff\x04\n" +
+	"\x03nat\x18\x06 \x01(\bR\x03nat\"\xa6\x06\n" +
 	"\vServiceSpec\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x129\n" +
 	"\x06labels\x18\x02 \x03(\v2!.shoal.v1.ServiceSpec.LabelsEntryR\x06labels\x12\x1a\n" +
@@ -9951,7 +9991,13 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x11listen_timeout_ms\x18\v \x01(\x03R\x0flistenTimeoutMs\x12.\n" +
 	"\x06update\x18\f \x01(\v2\x16.shoal.v1.UpdateConfigR\x06update\x122\n" +
 	"\brollback\x18\r \x01(\v2\x16.shoal.v1.UpdateConfigR\brollback\x12!\n" +
-	"\fforce_update\x18\x0e \x01(\x04R\vforceUpdate\x1a9\n" +
+	"\fforce_update\x18\x0e \x01(\x04R\vforceUpdate\x12\x12\n" +
+	"\x04mode\x18\x0f \x01(\tR\x04mode\x12\x16\n" +
+	"\x06spread\x18\x10 \x03(\tR\x06spread\x12 \n" +
+	"\fmax_per_node\x18\x11 \x01(\x05R\n" +
+	"maxPerNode\x12+\n" +
+	"\x11restart_condition\x18\x12 \x01(\tR\x10restartCondition\x12*\n" +
+	"\x11restart_window_ms\x18\x13 \x01(\x03R\x0frestartWindowMs\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xd3\x01\n" +

@@ -1,0 +1,88 @@
+package integration
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// TestModes: a global service has one task on each node, whatever becomes of the
+// nodes; preferences and limits say where replicas go, and conditions when they are
+// replaced.
+func TestModes(t *testing.T) {
+	onlyNative(t)
+	s := shared(t)
+	s.ok("node1", "shoal net create app")
+	s.ok("node1", "shoal svc create --name web --mode global --network app --update-monitor 1s --env 'ME={{.Task.Slot}}' -- %s/whoami", bin)
+	s.ok("node1", "shoal run -d --name c --network app -- sleep 10000")
+	shown := func(want string) {
+		t.Helper()
+		s.eventually(slow(20*time.Second), func() error {
+			if got := s.ok("node1", "shoal svc ls -f mode=global --format '{{.Name}} {{.Mode}} {{.Replicas}}'"); got != "web global "+want {
+				return fmt.Errorf("svc ls: %q, want %s", got, want)
+			}
+			return nil
+		})
+	}
+	on := func(name string) (out []string) {
+		for _, x := range s.running(name) {
+			out = append(out, x.NodeName)
+		}
+		slices.Sort(out)
+		return out
+	}
+	shown("3/3")
+	if got := on("web"); !slices.Equal(got, []string{"node1", "node2", "node3"}) {
+		t.Errorf("on %v", got)
+	}
+	for _, x := range s.running("web") {
+		if id := s.ok("node1", "shoal node ls -f name=%s -q", x.NodeName); !strings.HasPrefix(x.Name, "web."+id+".") {
+			t.Errorf("%s of node %s", x.Name, id)
+		}
+	}
+	s.fair("all nodes", s.inTask("c", "-n 60 http://web/"), 3)
+	l := s.under("c", 8, func() {
+		s.ok("node1", "shoal svc update --env-add V=2 web")
+		s.ok("node1", "shoal node update --availability drain node2")
+		shown("2/2")
+		s.ok("node1", "shoal node update --availability active node2")
+		shown("3/3")
+	})
+	if l.Failed > 0 || l.OK == 0 {
+		t.Errorf("%d of %d requests failed: %v", l.Failed, l.Requests, l.Errors)
+	}
+	s.fails("node1", "mode global", "shoal svc scale web=2")
+	s.fails("node1", "replicas can only be used with mode replicated", "shoal svc create --mode global --replicas 2 -- true")
+	s.fails("node1", "replicas can only be used with mode replicated", "shoal svc update --replicas 2 web")
+	s.fails("node1", "use replicated or global", "shoal svc create --mode daemon -- true")
+
+	for n, z := range map[string]string{"node1": "a", "node2": "b", "node3": "b"} {
+		s.ok("node1", "shoal node update --label-add zone=%s %s", z, n)
+		t.Cleanup(func() { s.on("node1", "shoal", "node", "update", "--label-rm", "zone", n) })
+	}
+	s.whoami("pool", 4, "--network app --placement-pref spread=node.labels.zone")
+	if got := on("pool"); !slices.Equal(got, []string{"node1", "node1", "node2", "node3"}) {
+		t.Errorf("spread over zones: %v", got)
+	}
+	s.ok("node1", "shoal svc create -d --name few --replicas 4 --replicas-max-per-node 1 --network app -- sleep 10000")
+	s.eventually(slow(20*time.Second), func() error {
+		r := s.ok("node1", "shoal svc ps few --no-trunc")
+		if len(s.running("few")) != 3 || !strings.Contains(r, "with as many replicas as it may have") {
+			return fmt.Errorf("%s", r)
+		}
+		return nil
+	})
+
+	s.ok("node1", "shoal svc create --name once --restart-condition none -- true")
+	s.ok("node1", "shoal svc create --name twice --restart-condition on-failure --restart-delay 10ms -- sh -c 'test -e /dev/shm/twice || { touch /dev/shm/twice; exit 1; }'")
+	s.fails("node1", "--restart-condition none", "shoal svc create -q --name never --restart-condition none -- false")
+	for name, runs := range map[string]int{"once": 1, "never": 1} {
+		if got := strings.Fields(s.ok("node1", "shoal svc ps --all -q %s", name)); len(got) != runs {
+			t.Errorf("%s was run %d times", name, len(got))
+		}
+	}
+	s.fails("node1", "use any, on-failure or none", "shoal svc create --restart-condition often -- true")
+	s.fails("node1", "spread=node.labels.KEY", "shoal svc create --placement-pref binpack=cpu -- true")
+}
