@@ -339,6 +339,10 @@ func (b *bench) SetHosts(_ context.Context, id, name string, addrs []netip.Addr)
 	return b.task(id, func(t *fakeTask) { t.hosts = fmt.Sprint(name, " ", addrs) })
 }
 
+func (b *bench) Signal(_ context.Context, id, signal string) error {
+	return b.do(context.Background(), "signal "+id+" "+signal)
+}
+
 func (b *bench) Usage(context.Context, string) (runtime.Usage, error) {
 	return runtime.Usage{}, os.ErrNotExist
 }

@@ -2,6 +2,8 @@ package integration
 
 import (
 	"encoding/json"
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -186,6 +188,61 @@ func TestWatching(t *testing.T) {
 	}
 	s.fails("node2", "type is one of", "shoal events -f type=color")
 	s.fails("node2", "is not a time", "shoal events --since yesterday")
+}
+
+// TestKillTopAttach: a task on another node hears signals, shows its processes, and is
+// attached to.
+func TestKillTopAttach(t *testing.T) {
+	onlyNative(t)
+	s := shared(t)
+	s.ok("node1", "shoal run -d --name k --node node2 -- sh -c 'trap \"echo hup\" HUP; trap \"echo bye; exit 3\" TERM; while :; do echo tick; sleep 0.1; done'")
+	if got := s.ok("node1", "shoal kill -s HUP k"); got != "k" {
+		t.Errorf("kill says %q", got)
+	}
+	s.eventually(slow(10*time.Second), func() error {
+		if got := s.ok("node1", "shoal logs k"); !strings.Contains(got, "hup") {
+			return fmt.Errorf("logs: %q", got)
+		}
+		return nil
+	})
+	if got := s.ok("node1", "shoal top k"); !strings.HasPrefix(got, "UID") || !strings.Contains(got, "echo tick") || strings.Contains(got, "shoal agent") {
+		t.Errorf("top: %s", got)
+	}
+	if got := s.ok("node1", "shoal top k -o pid,rss,args"); strings.Contains(got, "UID") || !strings.Contains(got, "echo tick") {
+		t.Errorf("top with options: %s", got)
+	}
+	if r := s.on("node1", words("timeout -s INT 2 shoal attach --sig-proxy=false --no-stdin k")...); !strings.Contains(r.out, "tick") {
+		t.Errorf("attach shows %q, %s", r.out, r.err)
+	}
+	if got := s.task("k").Status.State; got != "running" {
+		t.Errorf("after an interrupted attach it is %s", got)
+	}
+	attached := make(chan result)
+	go func() { attached <- s.on("node3", "shoal", "attach", "k") }()
+	s.eventually(slow(10*time.Second), func() error { // it may not be connected yet
+		s.on("node1", "shoal", "kill", "-s", "TERM", "k")
+		select {
+		case r := <-attached:
+			if r.code != 3 {
+				t.Errorf("attach ends with %d: %s%s", r.code, r.out, r.err)
+			}
+			return nil
+		case <-time.After(200 * time.Millisecond):
+			return errors.New("attach does not end with the program")
+		}
+	})
+	s.ok("node1", "shoal run -d --name l -- sleep 1000")
+	s.ok("node1", "shoal kill l")
+	if got := s.ok("node1", "shoal wait l"); got != "137" {
+		t.Errorf("killed: exit status %s", got)
+	}
+	s.whoami("web", 1, "")
+	s.fails("node1", "l does not run", "shoal kill l")
+	s.fails("node1", "web is a service", "shoal kill web")
+	s.fails("node1", "web is a service", "shoal top web")
+	s.fails("node1", "no such task", "shoal attach nosuch")
+	s.fails("node1", "BLAH", "shoal kill -s BLAH %s", s.running("web")[0].Name)
+	s.fails("node1", "column PID", "shoal top %s -o args", s.running("web")[0].Name)
 }
 
 func TestServiceUpdate(t *testing.T) {

@@ -80,6 +80,8 @@ var Table = map[string]Rule{
 	"/shoal.v1.Node/VolumeRemove": {Who: Users},
 	"/shoal.v1.Node/Logs":         onNode(),
 	"/shoal.v1.Node/Wait":         onNode(),
+	"/shoal.v1.Node/Kill":         onNode(),
+	"/shoal.v1.Node/Top":          onNode(),
 	"/shoal.v1.Node/Tasks":        onNode(),
 	"/shoal.v1.Node/Stats":        onNode(),
 	"/shoal.v1.Node/Kernel":       onNode(),

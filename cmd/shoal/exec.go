@@ -99,7 +99,7 @@ func (s *session) use(stream *connect.BidiStreamForClient[shoalv1.ExecRequest, s
 // exec runs one command over the Node API, or attaches to a task's program. A
 // connection that is cut is a *lostError.
 func (c *cli) exec(ctx context.Context, node string, start *shoalv1.ExecRequest_Start) error {
-	s, end, err := c.session(ctx, node, start)
+	s, end, err := c.session(ctx, node, start, true)
 	if err != nil {
 		return err
 	}
@@ -108,8 +108,12 @@ func (c *cli) exec(ctx context.Context, node string, start *shoalv1.ExecRequest_
 }
 
 // session prepares the terminal and begins to read input and signals; end undoes it.
-func (c *cli) session(ctx context.Context, node string, start *shoalv1.ExecRequest_Start) (s *session, end func(), err error) {
-	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx)) // signals are the command's
+// Without proxy, signals are this program's own.
+func (c *cli) session(ctx context.Context, node string, start *shoalv1.ExecRequest_Start, proxy bool) (s *session, end func(), err error) {
+	if proxy {
+		ctx = context.WithoutCancel(ctx) // signals are the command's
+	}
+	ctx, cancel := context.WithCancel(ctx)
 	s = &session{c: c, node: node, start: start, ctx: ctx, changed: make(chan struct{})}
 	end = cancel
 	in, err := c.ownTerminal(start.Stdin && start.Tty)
@@ -150,8 +154,11 @@ func (c *cli) session(ctx context.Context, node string, start *shoalv1.ExecReque
 		}()
 	}
 	sigs := make(chan os.Signal, 8)
-	signal.Notify(sigs, syscall.SIGINT, syscall.SIGTERM, syscall.SIGWINCH)
-	if start.Attach {
+	signal.Notify(sigs, syscall.SIGWINCH)
+	if proxy {
+		signal.Notify(sigs, syscall.SIGINT, syscall.SIGTERM)
+	}
+	if start.Attach && proxy {
 		signal.Notify(sigs, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2)
 	}
 	stop := end
@@ -254,7 +261,7 @@ func exitStatus(code int) error {
 // attend is the foreground of a new task: its input, output and exit status.
 func (c *cli) attend(ctx context.Context, t *shoalv1.Task) error {
 	start := &shoalv1.ExecRequest_Start{Task: t.Id, Attach: true, Stdin: t.Spec.Stdin, Tty: t.Spec.Tty}
-	s, end, err := c.session(ctx, t.Node, start)
+	s, end, err := c.session(ctx, t.Node, start, true)
 	if err != nil {
 		return err
 	}

@@ -506,6 +506,23 @@ func (r *Runtime) Start(ctx context.Context, id string) error {
 	return err
 }
 
+// Signal implements runtime.Runtime.
+func (r *Runtime) Signal(ctx context.Context, id, signal string) error {
+	sig, err := ParseSignal(signal)
+	if err != nil {
+		return err
+	}
+	st, err := r.Status(ctx, id)
+	if err != nil {
+		return err
+	}
+	if st.State != runtime.Running {
+		return errors.New("its program does not run")
+	}
+	_, _, err = r.call(id, request{Op: "signal", Signal: int(sig)}, callTimeout)
+	return err
+}
+
 // Stop implements runtime.Runtime.
 func (r *Runtime) Stop(ctx context.Context, id, signal string, grace time.Duration) error {
 	sig, err := ParseSignal(signal)

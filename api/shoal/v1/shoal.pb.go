@@ -6869,6 +6869,190 @@ func (x *LogsResponse) GetBegin() bool {
 	return false
 }
 
+type KillRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Task          string                 `protobuf:"bytes,1,opt,name=task,proto3" json:"task,omitempty"`     // ID
+	Signal        string                 `protobuf:"bytes,2,opt,name=signal,proto3" json:"signal,omitempty"` // a name or a number
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KillRequest) Reset() {
+	*x = KillRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[99]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KillRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KillRequest) ProtoMessage() {}
+
+func (x *KillRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[99]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KillRequest.ProtoReflect.Descriptor instead.
+func (*KillRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{99}
+}
+
+func (x *KillRequest) GetTask() string {
+	if x != nil {
+		return x.Task
+	}
+	return ""
+}
+
+func (x *KillRequest) GetSignal() string {
+	if x != nil {
+		return x.Signal
+	}
+	return ""
+}
+
+type KillResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KillResponse) Reset() {
+	*x = KillResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KillResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KillResponse) ProtoMessage() {}
+
+func (x *KillResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KillResponse.ProtoReflect.Descriptor instead.
+func (*KillResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{100}
+}
+
+type TopRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Task          string                 `protobuf:"bytes,1,opt,name=task,proto3" json:"task,omitempty"` // ID
+	Args          []string               `protobuf:"bytes,2,rep,name=args,proto3" json:"args,omitempty"` // of ps; none: -ef
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TopRequest) Reset() {
+	*x = TopRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[101]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TopRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TopRequest) ProtoMessage() {}
+
+func (x *TopRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[101]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TopRequest.ProtoReflect.Descriptor instead.
+func (*TopRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{101}
+}
+
+func (x *TopRequest) GetTask() string {
+	if x != nil {
+		return x.Task
+	}
+	return ""
+}
+
+func (x *TopRequest) GetArgs() []string {
+	if x != nil {
+		return x.Args
+	}
+	return nil
+}
+
+type TopResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Lines         []string               `protobuf:"bytes,1,rep,name=lines,proto3" json:"lines,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TopResponse) Reset() {
+	*x = TopResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TopResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TopResponse) ProtoMessage() {}
+
+func (x *TopResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TopResponse.ProtoReflect.Descriptor instead.
+func (*TopResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{102}
+}
+
+func (x *TopResponse) GetLines() []string {
+	if x != nil {
+		return x.Lines
+	}
+	return nil
+}
+
 type WaitRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Task          string                 `protobuf:"bytes,1,opt,name=task,proto3" json:"task,omitempty"`
@@ -6878,7 +7062,7 @@ type WaitRequest struct {
 
 func (x *WaitRequest) Reset() {
 	*x = WaitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[99]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6890,7 +7074,7 @@ func (x *WaitRequest) String() string {
 func (*WaitRequest) ProtoMessage() {}
 
 func (x *WaitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[99]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6903,7 +7087,7 @@ func (x *WaitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitRequest.ProtoReflect.Descriptor instead.
 func (*WaitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{99}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *WaitRequest) GetTask() string {
@@ -6922,7 +7106,7 @@ type WaitResponse struct {
 
 func (x *WaitResponse) Reset() {
 	*x = WaitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6934,7 +7118,7 @@ func (x *WaitResponse) String() string {
 func (*WaitResponse) ProtoMessage() {}
 
 func (x *WaitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6947,7 +7131,7 @@ func (x *WaitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitResponse.ProtoReflect.Descriptor instead.
 func (*WaitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{100}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *WaitResponse) GetStatus() *TaskStatus {
@@ -6965,7 +7149,7 @@ type SaveSnapshotRequest struct {
 
 func (x *SaveSnapshotRequest) Reset() {
 	*x = SaveSnapshotRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[101]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6977,7 +7161,7 @@ func (x *SaveSnapshotRequest) String() string {
 func (*SaveSnapshotRequest) ProtoMessage() {}
 
 func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[101]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6990,7 +7174,7 @@ func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{101}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{105}
 }
 
 type SaveSnapshotResponse struct {
@@ -7002,7 +7186,7 @@ type SaveSnapshotResponse struct {
 
 func (x *SaveSnapshotResponse) Reset() {
 	*x = SaveSnapshotResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7014,7 +7198,7 @@ func (x *SaveSnapshotResponse) String() string {
 func (*SaveSnapshotResponse) ProtoMessage() {}
 
 func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7027,7 +7211,7 @@ func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{102}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{106}
 }
 
 func (x *SaveSnapshotResponse) GetSnapshot() []byte {
@@ -7052,7 +7236,7 @@ type Image struct {
 
 func (x *Image) Reset() {
 	*x = Image{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7064,7 +7248,7 @@ func (x *Image) String() string {
 func (*Image) ProtoMessage() {}
 
 func (x *Image) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7077,7 +7261,7 @@ func (x *Image) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Image.ProtoReflect.Descriptor instead.
 func (*Image) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{103}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{107}
 }
 
 func (x *Image) GetName() string {
@@ -7137,7 +7321,7 @@ type ImageListRequest struct {
 
 func (x *ImageListRequest) Reset() {
 	*x = ImageListRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7149,7 +7333,7 @@ func (x *ImageListRequest) String() string {
 func (*ImageListRequest) ProtoMessage() {}
 
 func (x *ImageListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7162,7 +7346,7 @@ func (x *ImageListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageListRequest.ProtoReflect.Descriptor instead.
 func (*ImageListRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{104}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{108}
 }
 
 type ImageListResponse struct {
@@ -7175,7 +7359,7 @@ type ImageListResponse struct {
 
 func (x *ImageListResponse) Reset() {
 	*x = ImageListResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7187,7 +7371,7 @@ func (x *ImageListResponse) String() string {
 func (*ImageListResponse) ProtoMessage() {}
 
 func (x *ImageListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7200,7 +7384,7 @@ func (x *ImageListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageListResponse.ProtoReflect.Descriptor instead.
 func (*ImageListResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{105}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{109}
 }
 
 func (x *ImageListResponse) GetNode() string {
@@ -7227,7 +7411,7 @@ type ImagePullRequest struct {
 
 func (x *ImagePullRequest) Reset() {
 	*x = ImagePullRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7239,7 +7423,7 @@ func (x *ImagePullRequest) String() string {
 func (*ImagePullRequest) ProtoMessage() {}
 
 func (x *ImagePullRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7252,7 +7436,7 @@ func (x *ImagePullRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagePullRequest.ProtoReflect.Descriptor instead.
 func (*ImagePullRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{106}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{110}
 }
 
 func (x *ImagePullRequest) GetImage() string {
@@ -7279,7 +7463,7 @@ type ImagePullResponse struct {
 
 func (x *ImagePullResponse) Reset() {
 	*x = ImagePullResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7291,7 +7475,7 @@ func (x *ImagePullResponse) String() string {
 func (*ImagePullResponse) ProtoMessage() {}
 
 func (x *ImagePullResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7304,7 +7488,7 @@ func (x *ImagePullResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagePullResponse.ProtoReflect.Descriptor instead.
 func (*ImagePullResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{107}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{111}
 }
 
 func (x *ImagePullResponse) GetProgress() string {
@@ -7331,7 +7515,7 @@ type ImageResolveRequest struct {
 
 func (x *ImageResolveRequest) Reset() {
 	*x = ImageResolveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7343,7 +7527,7 @@ func (x *ImageResolveRequest) String() string {
 func (*ImageResolveRequest) ProtoMessage() {}
 
 func (x *ImageResolveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7356,7 +7540,7 @@ func (x *ImageResolveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageResolveRequest.ProtoReflect.Descriptor instead.
 func (*ImageResolveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{108}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{112}
 }
 
 func (x *ImageResolveRequest) GetImage() string {
@@ -7382,7 +7566,7 @@ type ImageResolveResponse struct {
 
 func (x *ImageResolveResponse) Reset() {
 	*x = ImageResolveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7394,7 +7578,7 @@ func (x *ImageResolveResponse) String() string {
 func (*ImageResolveResponse) ProtoMessage() {}
 
 func (x *ImageResolveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7407,7 +7591,7 @@ func (x *ImageResolveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageResolveResponse.ProtoReflect.Descriptor instead.
 func (*ImageResolveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{109}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{113}
 }
 
 func (x *ImageResolveResponse) GetRef() string {
@@ -7427,7 +7611,7 @@ type ImageRemoveRequest struct {
 
 func (x *ImageRemoveRequest) Reset() {
 	*x = ImageRemoveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7439,7 +7623,7 @@ func (x *ImageRemoveRequest) String() string {
 func (*ImageRemoveRequest) ProtoMessage() {}
 
 func (x *ImageRemoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7452,7 +7636,7 @@ func (x *ImageRemoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageRemoveRequest.ProtoReflect.Descriptor instead.
 func (*ImageRemoveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{110}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{114}
 }
 
 func (x *ImageRemoveRequest) GetImage() string {
@@ -7479,7 +7663,7 @@ type ImagePruneRequest struct {
 
 func (x *ImagePruneRequest) Reset() {
 	*x = ImagePruneRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7491,7 +7675,7 @@ func (x *ImagePruneRequest) String() string {
 func (*ImagePruneRequest) ProtoMessage() {}
 
 func (x *ImagePruneRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7504,7 +7688,7 @@ func (x *ImagePruneRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagePruneRequest.ProtoReflect.Descriptor instead.
 func (*ImagePruneRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{111}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{115}
 }
 
 func (x *ImagePruneRequest) GetAll() bool {
@@ -7531,7 +7715,7 @@ type ImageRemoveResponse struct {
 
 func (x *ImageRemoveResponse) Reset() {
 	*x = ImageRemoveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7543,7 +7727,7 @@ func (x *ImageRemoveResponse) String() string {
 func (*ImageRemoveResponse) ProtoMessage() {}
 
 func (x *ImageRemoveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7556,7 +7740,7 @@ func (x *ImageRemoveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageRemoveResponse.ProtoReflect.Descriptor instead.
 func (*ImageRemoveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{112}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{116}
 }
 
 func (x *ImageRemoveResponse) GetRemoved() []string {
@@ -7582,7 +7766,7 @@ type ImageInspectRequest struct {
 
 func (x *ImageInspectRequest) Reset() {
 	*x = ImageInspectRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7594,7 +7778,7 @@ func (x *ImageInspectRequest) String() string {
 func (*ImageInspectRequest) ProtoMessage() {}
 
 func (x *ImageInspectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7607,7 +7791,7 @@ func (x *ImageInspectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageInspectRequest.ProtoReflect.Descriptor instead.
 func (*ImageInspectRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{113}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{117}
 }
 
 func (x *ImageInspectRequest) GetImage() string {
@@ -7627,7 +7811,7 @@ type ImageInspectResponse struct {
 
 func (x *ImageInspectResponse) Reset() {
 	*x = ImageInspectResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[118]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7639,7 +7823,7 @@ func (x *ImageInspectResponse) String() string {
 func (*ImageInspectResponse) ProtoMessage() {}
 
 func (x *ImageInspectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[118]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7652,7 +7836,7 @@ func (x *ImageInspectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageInspectResponse.ProtoReflect.Descriptor instead.
 func (*ImageInspectResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{114}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{118}
 }
 
 func (x *ImageInspectResponse) GetImage() *Image {
@@ -7679,7 +7863,7 @@ type ImageLoadRequest struct {
 
 func (x *ImageLoadRequest) Reset() {
 	*x = ImageLoadRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[119]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7691,7 +7875,7 @@ func (x *ImageLoadRequest) String() string {
 func (*ImageLoadRequest) ProtoMessage() {}
 
 func (x *ImageLoadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[119]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7704,7 +7888,7 @@ func (x *ImageLoadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageLoadRequest.ProtoReflect.Descriptor instead.
 func (*ImageLoadRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{115}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{119}
 }
 
 func (x *ImageLoadRequest) GetName() string {
@@ -7730,7 +7914,7 @@ type ImageLoadResponse struct {
 
 func (x *ImageLoadResponse) Reset() {
 	*x = ImageLoadResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[120]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7742,7 +7926,7 @@ func (x *ImageLoadResponse) String() string {
 func (*ImageLoadResponse) ProtoMessage() {}
 
 func (x *ImageLoadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[120]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7755,7 +7939,7 @@ func (x *ImageLoadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageLoadResponse.ProtoReflect.Descriptor instead.
 func (*ImageLoadResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{116}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{120}
 }
 
 func (x *ImageLoadResponse) GetImages() []string {
@@ -7774,7 +7958,7 @@ type ImageSaveRequest struct {
 
 func (x *ImageSaveRequest) Reset() {
 	*x = ImageSaveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[121]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7786,7 +7970,7 @@ func (x *ImageSaveRequest) String() string {
 func (*ImageSaveRequest) ProtoMessage() {}
 
 func (x *ImageSaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[121]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7799,7 +7983,7 @@ func (x *ImageSaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageSaveRequest.ProtoReflect.Descriptor instead.
 func (*ImageSaveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{117}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{121}
 }
 
 func (x *ImageSaveRequest) GetImages() []string {
@@ -7818,7 +8002,7 @@ type ImageSaveResponse struct {
 
 func (x *ImageSaveResponse) Reset() {
 	*x = ImageSaveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[118]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[122]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7830,7 +8014,7 @@ func (x *ImageSaveResponse) String() string {
 func (*ImageSaveResponse) ProtoMessage() {}
 
 func (x *ImageSaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[118]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[122]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7843,7 +8027,7 @@ func (x *ImageSaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageSaveResponse.ProtoReflect.Descriptor instead.
 func (*ImageSaveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{118}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{122}
 }
 
 func (x *ImageSaveResponse) GetData() []byte {
@@ -7867,7 +8051,7 @@ type Volume struct {
 
 func (x *Volume) Reset() {
 	*x = Volume{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[119]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[123]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7879,7 +8063,7 @@ func (x *Volume) String() string {
 func (*Volume) ProtoMessage() {}
 
 func (x *Volume) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[119]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[123]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7892,7 +8076,7 @@ func (x *Volume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Volume.ProtoReflect.Descriptor instead.
 func (*Volume) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{119}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{123}
 }
 
 func (x *Volume) GetName() string {
@@ -7945,7 +8129,7 @@ type VolumeListRequest struct {
 
 func (x *VolumeListRequest) Reset() {
 	*x = VolumeListRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[120]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[124]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7957,7 +8141,7 @@ func (x *VolumeListRequest) String() string {
 func (*VolumeListRequest) ProtoMessage() {}
 
 func (x *VolumeListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[120]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[124]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7970,7 +8154,7 @@ func (x *VolumeListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeListRequest.ProtoReflect.Descriptor instead.
 func (*VolumeListRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{120}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{124}
 }
 
 type VolumeListResponse struct {
@@ -7983,7 +8167,7 @@ type VolumeListResponse struct {
 
 func (x *VolumeListResponse) Reset() {
 	*x = VolumeListResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[121]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[125]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7995,7 +8179,7 @@ func (x *VolumeListResponse) String() string {
 func (*VolumeListResponse) ProtoMessage() {}
 
 func (x *VolumeListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[121]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[125]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8008,7 +8192,7 @@ func (x *VolumeListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeListResponse.ProtoReflect.Descriptor instead.
 func (*VolumeListResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{121}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{125}
 }
 
 func (x *VolumeListResponse) GetNode() string {
@@ -8035,7 +8219,7 @@ type VolumeCreateRequest struct {
 
 func (x *VolumeCreateRequest) Reset() {
 	*x = VolumeCreateRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[122]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[126]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8047,7 +8231,7 @@ func (x *VolumeCreateRequest) String() string {
 func (*VolumeCreateRequest) ProtoMessage() {}
 
 func (x *VolumeCreateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[122]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[126]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8060,7 +8244,7 @@ func (x *VolumeCreateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeCreateRequest.ProtoReflect.Descriptor instead.
 func (*VolumeCreateRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{122}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{126}
 }
 
 func (x *VolumeCreateRequest) GetName() string {
@@ -8086,7 +8270,7 @@ type VolumeCreateResponse struct {
 
 func (x *VolumeCreateResponse) Reset() {
 	*x = VolumeCreateResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[123]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[127]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8098,7 +8282,7 @@ func (x *VolumeCreateResponse) String() string {
 func (*VolumeCreateResponse) ProtoMessage() {}
 
 func (x *VolumeCreateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[123]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[127]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8111,7 +8295,7 @@ func (x *VolumeCreateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeCreateResponse.ProtoReflect.Descriptor instead.
 func (*VolumeCreateResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{123}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{127}
 }
 
 func (x *VolumeCreateResponse) GetVolume() *Volume {
@@ -8131,7 +8315,7 @@ type VolumeRemoveRequest struct {
 
 func (x *VolumeRemoveRequest) Reset() {
 	*x = VolumeRemoveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[124]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[128]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8143,7 +8327,7 @@ func (x *VolumeRemoveRequest) String() string {
 func (*VolumeRemoveRequest) ProtoMessage() {}
 
 func (x *VolumeRemoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[124]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[128]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8156,7 +8340,7 @@ func (x *VolumeRemoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeRemoveRequest.ProtoReflect.Descriptor instead.
 func (*VolumeRemoveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{124}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{128}
 }
 
 func (x *VolumeRemoveRequest) GetName() string {
@@ -8181,7 +8365,7 @@ type VolumeRemoveResponse struct {
 
 func (x *VolumeRemoveResponse) Reset() {
 	*x = VolumeRemoveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[125]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[129]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8193,7 +8377,7 @@ func (x *VolumeRemoveResponse) String() string {
 func (*VolumeRemoveResponse) ProtoMessage() {}
 
 func (x *VolumeRemoveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[125]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[129]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8206,7 +8390,7 @@ func (x *VolumeRemoveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeRemoveResponse.ProtoReflect.Descriptor instead.
 func (*VolumeRemoveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{125}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{129}
 }
 
 // RestoreSnapshot makes the cluster of a snapshot, with this node as its manager.
@@ -8221,7 +8405,7 @@ type RestoreSnapshotRequest struct {
 
 func (x *RestoreSnapshotRequest) Reset() {
 	*x = RestoreSnapshotRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[126]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[130]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8233,7 +8417,7 @@ func (x *RestoreSnapshotRequest) String() string {
 func (*RestoreSnapshotRequest) ProtoMessage() {}
 
 func (x *RestoreSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[126]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[130]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8246,7 +8430,7 @@ func (x *RestoreSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*RestoreSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{126}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{130}
 }
 
 func (x *RestoreSnapshotRequest) GetSnapshot() []byte {
@@ -8280,7 +8464,7 @@ type UnlockRequest struct {
 
 func (x *UnlockRequest) Reset() {
 	*x = UnlockRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[127]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[131]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8292,7 +8476,7 @@ func (x *UnlockRequest) String() string {
 func (*UnlockRequest) ProtoMessage() {}
 
 func (x *UnlockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[127]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[131]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8305,7 +8489,7 @@ func (x *UnlockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockRequest.ProtoReflect.Descriptor instead.
 func (*UnlockRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{127}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{131}
 }
 
 func (x *UnlockRequest) GetKey() string {
@@ -8323,7 +8507,7 @@ type UnlockResponse struct {
 
 func (x *UnlockResponse) Reset() {
 	*x = UnlockResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[128]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[132]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8335,7 +8519,7 @@ func (x *UnlockResponse) String() string {
 func (*UnlockResponse) ProtoMessage() {}
 
 func (x *UnlockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[128]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[132]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8348,7 +8532,7 @@ func (x *UnlockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockResponse.ProtoReflect.Descriptor instead.
 func (*UnlockResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{128}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{132}
 }
 
 type InfoRequest struct {
@@ -8359,7 +8543,7 @@ type InfoRequest struct {
 
 func (x *InfoRequest) Reset() {
 	*x = InfoRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[129]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[133]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8371,7 +8555,7 @@ func (x *InfoRequest) String() string {
 func (*InfoRequest) ProtoMessage() {}
 
 func (x *InfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[129]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[133]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8384,7 +8568,7 @@ func (x *InfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoRequest.ProtoReflect.Descriptor instead.
 func (*InfoRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{129}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{133}
 }
 
 type InfoResponse struct {
@@ -8416,7 +8600,7 @@ type InfoResponse struct {
 
 func (x *InfoResponse) Reset() {
 	*x = InfoResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[130]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[134]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8428,7 +8612,7 @@ func (x *InfoResponse) String() string {
 func (*InfoResponse) ProtoMessage() {}
 
 func (x *InfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[130]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[134]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8441,7 +8625,7 @@ func (x *InfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoResponse.ProtoReflect.Descriptor instead.
 func (*InfoResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{130}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{134}
 }
 
 func (x *InfoResponse) GetVersion() string {
@@ -8598,7 +8782,7 @@ type InitRequest struct {
 
 func (x *InitRequest) Reset() {
 	*x = InitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[131]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[135]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8610,7 +8794,7 @@ func (x *InitRequest) String() string {
 func (*InitRequest) ProtoMessage() {}
 
 func (x *InitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[131]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[135]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8623,7 +8807,7 @@ func (x *InitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitRequest.ProtoReflect.Descriptor instead.
 func (*InitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{131}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{135}
 }
 
 func (x *InitRequest) GetAdvertiseAddr() string {
@@ -8683,7 +8867,7 @@ type InitResponse struct {
 
 func (x *InitResponse) Reset() {
 	*x = InitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[132]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[136]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8695,7 +8879,7 @@ func (x *InitResponse) String() string {
 func (*InitResponse) ProtoMessage() {}
 
 func (x *InitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[132]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[136]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8708,7 +8892,7 @@ func (x *InitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitResponse.ProtoReflect.Descriptor instead.
 func (*InitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{132}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{136}
 }
 
 func (x *InitResponse) GetCluster() string {
@@ -8772,7 +8956,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[133]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[137]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8784,7 +8968,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[133]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[137]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8797,7 +8981,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{133}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{137}
 }
 
 func (x *JoinRequest) GetRemote() string {
@@ -8838,7 +9022,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[134]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[138]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8850,7 +9034,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[134]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[138]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8863,7 +9047,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{134}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{138}
 }
 
 func (x *JoinResponse) GetCluster() string {
@@ -8889,7 +9073,7 @@ type LeaveRequest struct {
 
 func (x *LeaveRequest) Reset() {
 	*x = LeaveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[135]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[139]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8901,7 +9085,7 @@ func (x *LeaveRequest) String() string {
 func (*LeaveRequest) ProtoMessage() {}
 
 func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[135]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[139]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8914,7 +9098,7 @@ func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
 func (*LeaveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{135}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{139}
 }
 
 func (x *LeaveRequest) GetForce() bool {
@@ -8932,7 +9116,7 @@ type LeaveResponse struct {
 
 func (x *LeaveResponse) Reset() {
 	*x = LeaveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[136]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[140]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8944,7 +9128,7 @@ func (x *LeaveResponse) String() string {
 func (*LeaveResponse) ProtoMessage() {}
 
 func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[136]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[140]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8957,7 +9141,7 @@ func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveResponse.ProtoReflect.Descriptor instead.
 func (*LeaveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{136}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{140}
 }
 
 type DoctorRequest struct {
@@ -8968,7 +9152,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[137]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[141]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8980,7 +9164,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[137]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[141]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8993,7 +9177,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{137}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{141}
 }
 
 type DoctorResponse struct {
@@ -9006,7 +9190,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[138]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[142]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9018,7 +9202,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[138]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[142]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9031,7 +9215,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{138}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{142}
 }
 
 func (x *DoctorResponse) GetChecks() []*DoctorResponse_Check {
@@ -9060,7 +9244,7 @@ type ShowCAResponse_Root struct {
 
 func (x *ShowCAResponse_Root) Reset() {
 	*x = ShowCAResponse_Root{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[151]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[155]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9072,7 +9256,7 @@ func (x *ShowCAResponse_Root) String() string {
 func (*ShowCAResponse_Root) ProtoMessage() {}
 
 func (x *ShowCAResponse_Root) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[151]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[155]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9126,7 +9310,7 @@ type ReportRequest_Fault struct {
 
 func (x *ReportRequest_Fault) Reset() {
 	*x = ReportRequest_Fault{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[154]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[158]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9138,7 +9322,7 @@ func (x *ReportRequest_Fault) String() string {
 func (*ReportRequest_Fault) ProtoMessage() {}
 
 func (x *ReportRequest_Fault) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[154]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[158]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9194,7 +9378,7 @@ type StatsResponse_Task struct {
 
 func (x *StatsResponse_Task) Reset() {
 	*x = StatsResponse_Task{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[155]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[159]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9206,7 +9390,7 @@ func (x *StatsResponse_Task) String() string {
 func (*StatsResponse_Task) ProtoMessage() {}
 
 func (x *StatsResponse_Task) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[155]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[159]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9352,7 +9536,7 @@ type KernelResponse_Backend struct {
 
 func (x *KernelResponse_Backend) Reset() {
 	*x = KernelResponse_Backend{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[156]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[160]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9364,7 +9548,7 @@ func (x *KernelResponse_Backend) String() string {
 func (*KernelResponse_Backend) ProtoMessage() {}
 
 func (x *KernelResponse_Backend) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[156]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[160]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9414,7 +9598,7 @@ type KernelResponse_Server struct {
 
 func (x *KernelResponse_Server) Reset() {
 	*x = KernelResponse_Server{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[157]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[161]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9426,7 +9610,7 @@ func (x *KernelResponse_Server) String() string {
 func (*KernelResponse_Server) ProtoMessage() {}
 
 func (x *KernelResponse_Server) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[157]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[161]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9496,7 +9680,7 @@ type ExecRequest_Start struct {
 
 func (x *ExecRequest_Start) Reset() {
 	*x = ExecRequest_Start{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[158]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[162]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9508,7 +9692,7 @@ func (x *ExecRequest_Start) String() string {
 func (*ExecRequest_Start) ProtoMessage() {}
 
 func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[158]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[162]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9611,7 +9795,7 @@ type ExecRequest_Resize struct {
 
 func (x *ExecRequest_Resize) Reset() {
 	*x = ExecRequest_Resize{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[159]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[163]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9623,7 +9807,7 @@ func (x *ExecRequest_Resize) String() string {
 func (*ExecRequest_Resize) ProtoMessage() {}
 
 func (x *ExecRequest_Resize) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[159]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[163]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9665,7 +9849,7 @@ type DoctorResponse_Check struct {
 
 func (x *DoctorResponse_Check) Reset() {
 	*x = DoctorResponse_Check{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[162]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[166]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9677,7 +9861,7 @@ func (x *DoctorResponse_Check) String() string {
 func (*DoctorResponse_Check) ProtoMessage() {}
 
 func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[162]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[166]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9690,7 +9874,7 @@ func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Check.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Check) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{138, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{142, 0}
 }
 
 func (x *DoctorResponse_Check) GetName() string {
@@ -9736,7 +9920,7 @@ type DoctorResponse_Object struct {
 
 func (x *DoctorResponse_Object) Reset() {
 	*x = DoctorResponse_Object{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[163]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[167]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9748,7 +9932,7 @@ func (x *DoctorResponse_Object) String() string {
 func (*DoctorResponse_Object) ProtoMessage() {}
 
 func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[163]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[167]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9761,7 +9945,7 @@ func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Object.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Object) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{138, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{142, 1}
 }
 
 func (x *DoctorResponse_Object) GetReconciler() string {
@@ -10478,7 +10662,17 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x05at_ns\x18\x04 \x01(\x03R\x04atNs\x12\x12\n" +
 	"\x04note\x18\x05 \x01(\tR\x04note\x12\x14\n" +
 	"\x05ended\x18\x06 \x01(\bR\x05ended\x12\x14\n" +
-	"\x05begin\x18\a \x01(\bR\x05begin\"!\n" +
+	"\x05begin\x18\a \x01(\bR\x05begin\"9\n" +
+	"\vKillRequest\x12\x12\n" +
+	"\x04task\x18\x01 \x01(\tR\x04task\x12\x16\n" +
+	"\x06signal\x18\x02 \x01(\tR\x06signal\"\x0e\n" +
+	"\fKillResponse\"4\n" +
+	"\n" +
+	"TopRequest\x12\x12\n" +
+	"\x04task\x18\x01 \x01(\tR\x04task\x12\x12\n" +
+	"\x04args\x18\x02 \x03(\tR\x04args\"#\n" +
+	"\vTopResponse\x12\x14\n" +
+	"\x05lines\x18\x01 \x03(\tR\x05lines\"!\n" +
 	"\vWaitRequest\x12\x12\n" +
 	"\x04task\x18\x01 \x01(\tR\x04task\"<\n" +
 	"\fWaitResponse\x12,\n" +
@@ -10678,7 +10872,8 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\bJoinNode\x12\x19.shoal.v1.JoinNodeRequest\x1a\x1a.shoal.v1.JoinNodeResponse\x12M\n" +
 	"\fAdmitManager\x12\x1d.shoal.v1.AdmitManagerRequest\x1a\x1e.shoal.v1.AdmitManagerResponse\x12L\n" +
 	"\vAssignments\x12\x1c.shoal.v1.AssignmentsRequest\x1a\x1d.shoal.v1.AssignmentsResponse0\x01\x12;\n" +
-	"\x06Report\x12\x17.shoal.v1.ReportRequest\x1a\x18.shoal.v1.ReportResponse2\x9b\t\n" +
+	"\x06Report\x12\x17.shoal.v1.ReportRequest\x1a\x18.shoal.v1.ReportResponse2\x86\n" +
+	"\n" +
 	"\x04Node\x12D\n" +
 	"\tImageList\x12\x1a.shoal.v1.ImageListRequest\x1a\x1b.shoal.v1.ImageListResponse\x12F\n" +
 	"\tImagePull\x12\x1a.shoal.v1.ImagePullRequest\x1a\x1b.shoal.v1.ImagePullResponse0\x01\x12M\n" +
@@ -10695,7 +10890,9 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\fVolumeRemove\x12\x1d.shoal.v1.VolumeRemoveRequest\x1a\x1e.shoal.v1.VolumeRemoveResponse\x129\n" +
 	"\x04Exec\x12\x15.shoal.v1.ExecRequest\x1a\x16.shoal.v1.ExecResponse(\x010\x01\x127\n" +
 	"\x04Logs\x12\x15.shoal.v1.LogsRequest\x1a\x16.shoal.v1.LogsResponse0\x01\x125\n" +
-	"\x04Wait\x12\x15.shoal.v1.WaitRequest\x1a\x16.shoal.v1.WaitResponse\x128\n" +
+	"\x04Wait\x12\x15.shoal.v1.WaitRequest\x1a\x16.shoal.v1.WaitResponse\x125\n" +
+	"\x04Kill\x12\x15.shoal.v1.KillRequest\x1a\x16.shoal.v1.KillResponse\x122\n" +
+	"\x03Top\x12\x14.shoal.v1.TopRequest\x1a\x15.shoal.v1.TopResponse\x128\n" +
 	"\x05Tasks\x12\x16.shoal.v1.TasksRequest\x1a\x17.shoal.v1.TasksResponse\x128\n" +
 	"\x05Stats\x12\x16.shoal.v1.StatsRequest\x1a\x17.shoal.v1.StatsResponse\x12;\n" +
 	"\x06Kernel\x12\x17.shoal.v1.KernelRequest\x1a\x18.shoal.v1.KernelResponse2\xad\x03\n" +
@@ -10720,7 +10917,7 @@ func file_shoal_v1_shoal_proto_rawDescGZIP() []byte {
 	return file_shoal_v1_shoal_proto_rawDescData
 }
 
-var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 164)
+var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 168)
 var file_shoal_v1_shoal_proto_goTypes = []any{
 	(*Network)(nil),                   // 0: shoal.v1.Network
 	(*NetworkAttachment)(nil),         // 1: shoal.v1.NetworkAttachment
@@ -10821,86 +11018,90 @@ var file_shoal_v1_shoal_proto_goTypes = []any{
 	(*ExecResponse)(nil),              // 96: shoal.v1.ExecResponse
 	(*LogsRequest)(nil),               // 97: shoal.v1.LogsRequest
 	(*LogsResponse)(nil),              // 98: shoal.v1.LogsResponse
-	(*WaitRequest)(nil),               // 99: shoal.v1.WaitRequest
-	(*WaitResponse)(nil),              // 100: shoal.v1.WaitResponse
-	(*SaveSnapshotRequest)(nil),       // 101: shoal.v1.SaveSnapshotRequest
-	(*SaveSnapshotResponse)(nil),      // 102: shoal.v1.SaveSnapshotResponse
-	(*Image)(nil),                     // 103: shoal.v1.Image
-	(*ImageListRequest)(nil),          // 104: shoal.v1.ImageListRequest
-	(*ImageListResponse)(nil),         // 105: shoal.v1.ImageListResponse
-	(*ImagePullRequest)(nil),          // 106: shoal.v1.ImagePullRequest
-	(*ImagePullResponse)(nil),         // 107: shoal.v1.ImagePullResponse
-	(*ImageResolveRequest)(nil),       // 108: shoal.v1.ImageResolveRequest
-	(*ImageResolveResponse)(nil),      // 109: shoal.v1.ImageResolveResponse
-	(*ImageRemoveRequest)(nil),        // 110: shoal.v1.ImageRemoveRequest
-	(*ImagePruneRequest)(nil),         // 111: shoal.v1.ImagePruneRequest
-	(*ImageRemoveResponse)(nil),       // 112: shoal.v1.ImageRemoveResponse
-	(*ImageInspectRequest)(nil),       // 113: shoal.v1.ImageInspectRequest
-	(*ImageInspectResponse)(nil),      // 114: shoal.v1.ImageInspectResponse
-	(*ImageLoadRequest)(nil),          // 115: shoal.v1.ImageLoadRequest
-	(*ImageLoadResponse)(nil),         // 116: shoal.v1.ImageLoadResponse
-	(*ImageSaveRequest)(nil),          // 117: shoal.v1.ImageSaveRequest
-	(*ImageSaveResponse)(nil),         // 118: shoal.v1.ImageSaveResponse
-	(*Volume)(nil),                    // 119: shoal.v1.Volume
-	(*VolumeListRequest)(nil),         // 120: shoal.v1.VolumeListRequest
-	(*VolumeListResponse)(nil),        // 121: shoal.v1.VolumeListResponse
-	(*VolumeCreateRequest)(nil),       // 122: shoal.v1.VolumeCreateRequest
-	(*VolumeCreateResponse)(nil),      // 123: shoal.v1.VolumeCreateResponse
-	(*VolumeRemoveRequest)(nil),       // 124: shoal.v1.VolumeRemoveRequest
-	(*VolumeRemoveResponse)(nil),      // 125: shoal.v1.VolumeRemoveResponse
-	(*RestoreSnapshotRequest)(nil),    // 126: shoal.v1.RestoreSnapshotRequest
-	(*UnlockRequest)(nil),             // 127: shoal.v1.UnlockRequest
-	(*UnlockResponse)(nil),            // 128: shoal.v1.UnlockResponse
-	(*InfoRequest)(nil),               // 129: shoal.v1.InfoRequest
-	(*InfoResponse)(nil),              // 130: shoal.v1.InfoResponse
-	(*InitRequest)(nil),               // 131: shoal.v1.InitRequest
-	(*InitResponse)(nil),              // 132: shoal.v1.InitResponse
-	(*JoinRequest)(nil),               // 133: shoal.v1.JoinRequest
-	(*JoinResponse)(nil),              // 134: shoal.v1.JoinResponse
-	(*LeaveRequest)(nil),              // 135: shoal.v1.LeaveRequest
-	(*LeaveResponse)(nil),             // 136: shoal.v1.LeaveResponse
-	(*DoctorRequest)(nil),             // 137: shoal.v1.DoctorRequest
-	(*DoctorResponse)(nil),            // 138: shoal.v1.DoctorResponse
-	nil,                               // 139: shoal.v1.Network.LabelsEntry
-	nil,                               // 140: shoal.v1.Network.OptionsEntry
-	nil,                               // 141: shoal.v1.TaskSpec.LabelsEntry
-	nil,                               // 142: shoal.v1.Blob.LabelsEntry
-	nil,                               // 143: shoal.v1.Container.SysctlsEntry
-	nil,                               // 144: shoal.v1.Mount.LabelsEntry
-	nil,                               // 145: shoal.v1.ServiceSpec.LabelsEntry
-	nil,                               // 146: shoal.v1.NodeInfo.LabelsEntry
-	nil,                               // 147: shoal.v1.CreateNetworkRequest.LabelsEntry
-	nil,                               // 148: shoal.v1.CreateNetworkRequest.OptionsEntry
-	nil,                               // 149: shoal.v1.Event.AttributesEntry
-	nil,                               // 150: shoal.v1.UpdateNodeRequest.SetLabelsEntry
-	(*ShowCAResponse_Root)(nil),       // 151: shoal.v1.ShowCAResponse.Root
-	nil,                               // 152: shoal.v1.UpdateBlobRequest.LabelsEntry
-	nil,                               // 153: shoal.v1.ReportRequest.TasksEntry
-	(*ReportRequest_Fault)(nil),       // 154: shoal.v1.ReportRequest.Fault
-	(*StatsResponse_Task)(nil),        // 155: shoal.v1.StatsResponse.Task
-	(*KernelResponse_Backend)(nil),    // 156: shoal.v1.KernelResponse.Backend
-	(*KernelResponse_Server)(nil),     // 157: shoal.v1.KernelResponse.Server
-	(*ExecRequest_Start)(nil),         // 158: shoal.v1.ExecRequest.Start
-	(*ExecRequest_Resize)(nil),        // 159: shoal.v1.ExecRequest.Resize
-	nil,                               // 160: shoal.v1.Volume.LabelsEntry
-	nil,                               // 161: shoal.v1.VolumeCreateRequest.LabelsEntry
-	(*DoctorResponse_Check)(nil),      // 162: shoal.v1.DoctorResponse.Check
-	(*DoctorResponse_Object)(nil),     // 163: shoal.v1.DoctorResponse.Object
+	(*KillRequest)(nil),               // 99: shoal.v1.KillRequest
+	(*KillResponse)(nil),              // 100: shoal.v1.KillResponse
+	(*TopRequest)(nil),                // 101: shoal.v1.TopRequest
+	(*TopResponse)(nil),               // 102: shoal.v1.TopResponse
+	(*WaitRequest)(nil),               // 103: shoal.v1.WaitRequest
+	(*WaitResponse)(nil),              // 104: shoal.v1.WaitResponse
+	(*SaveSnapshotRequest)(nil),       // 105: shoal.v1.SaveSnapshotRequest
+	(*SaveSnapshotResponse)(nil),      // 106: shoal.v1.SaveSnapshotResponse
+	(*Image)(nil),                     // 107: shoal.v1.Image
+	(*ImageListRequest)(nil),          // 108: shoal.v1.ImageListRequest
+	(*ImageListResponse)(nil),         // 109: shoal.v1.ImageListResponse
+	(*ImagePullRequest)(nil),          // 110: shoal.v1.ImagePullRequest
+	(*ImagePullResponse)(nil),         // 111: shoal.v1.ImagePullResponse
+	(*ImageResolveRequest)(nil),       // 112: shoal.v1.ImageResolveRequest
+	(*ImageResolveResponse)(nil),      // 113: shoal.v1.ImageResolveResponse
+	(*ImageRemoveRequest)(nil),        // 114: shoal.v1.ImageRemoveRequest
+	(*ImagePruneRequest)(nil),         // 115: shoal.v1.ImagePruneRequest
+	(*ImageRemoveResponse)(nil),       // 116: shoal.v1.ImageRemoveResponse
+	(*ImageInspectRequest)(nil),       // 117: shoal.v1.ImageInspectRequest
+	(*ImageInspectResponse)(nil),      // 118: shoal.v1.ImageInspectResponse
+	(*ImageLoadRequest)(nil),          // 119: shoal.v1.ImageLoadRequest
+	(*ImageLoadResponse)(nil),         // 120: shoal.v1.ImageLoadResponse
+	(*ImageSaveRequest)(nil),          // 121: shoal.v1.ImageSaveRequest
+	(*ImageSaveResponse)(nil),         // 122: shoal.v1.ImageSaveResponse
+	(*Volume)(nil),                    // 123: shoal.v1.Volume
+	(*VolumeListRequest)(nil),         // 124: shoal.v1.VolumeListRequest
+	(*VolumeListResponse)(nil),        // 125: shoal.v1.VolumeListResponse
+	(*VolumeCreateRequest)(nil),       // 126: shoal.v1.VolumeCreateRequest
+	(*VolumeCreateResponse)(nil),      // 127: shoal.v1.VolumeCreateResponse
+	(*VolumeRemoveRequest)(nil),       // 128: shoal.v1.VolumeRemoveRequest
+	(*VolumeRemoveResponse)(nil),      // 129: shoal.v1.VolumeRemoveResponse
+	(*RestoreSnapshotRequest)(nil),    // 130: shoal.v1.RestoreSnapshotRequest
+	(*UnlockRequest)(nil),             // 131: shoal.v1.UnlockRequest
+	(*UnlockResponse)(nil),            // 132: shoal.v1.UnlockResponse
+	(*InfoRequest)(nil),               // 133: shoal.v1.InfoRequest
+	(*InfoResponse)(nil),              // 134: shoal.v1.InfoResponse
+	(*InitRequest)(nil),               // 135: shoal.v1.InitRequest
+	(*InitResponse)(nil),              // 136: shoal.v1.InitResponse
+	(*JoinRequest)(nil),               // 137: shoal.v1.JoinRequest
+	(*JoinResponse)(nil),              // 138: shoal.v1.JoinResponse
+	(*LeaveRequest)(nil),              // 139: shoal.v1.LeaveRequest
+	(*LeaveResponse)(nil),             // 140: shoal.v1.LeaveResponse
+	(*DoctorRequest)(nil),             // 141: shoal.v1.DoctorRequest
+	(*DoctorResponse)(nil),            // 142: shoal.v1.DoctorResponse
+	nil,                               // 143: shoal.v1.Network.LabelsEntry
+	nil,                               // 144: shoal.v1.Network.OptionsEntry
+	nil,                               // 145: shoal.v1.TaskSpec.LabelsEntry
+	nil,                               // 146: shoal.v1.Blob.LabelsEntry
+	nil,                               // 147: shoal.v1.Container.SysctlsEntry
+	nil,                               // 148: shoal.v1.Mount.LabelsEntry
+	nil,                               // 149: shoal.v1.ServiceSpec.LabelsEntry
+	nil,                               // 150: shoal.v1.NodeInfo.LabelsEntry
+	nil,                               // 151: shoal.v1.CreateNetworkRequest.LabelsEntry
+	nil,                               // 152: shoal.v1.CreateNetworkRequest.OptionsEntry
+	nil,                               // 153: shoal.v1.Event.AttributesEntry
+	nil,                               // 154: shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	(*ShowCAResponse_Root)(nil),       // 155: shoal.v1.ShowCAResponse.Root
+	nil,                               // 156: shoal.v1.UpdateBlobRequest.LabelsEntry
+	nil,                               // 157: shoal.v1.ReportRequest.TasksEntry
+	(*ReportRequest_Fault)(nil),       // 158: shoal.v1.ReportRequest.Fault
+	(*StatsResponse_Task)(nil),        // 159: shoal.v1.StatsResponse.Task
+	(*KernelResponse_Backend)(nil),    // 160: shoal.v1.KernelResponse.Backend
+	(*KernelResponse_Server)(nil),     // 161: shoal.v1.KernelResponse.Server
+	(*ExecRequest_Start)(nil),         // 162: shoal.v1.ExecRequest.Start
+	(*ExecRequest_Resize)(nil),        // 163: shoal.v1.ExecRequest.Resize
+	nil,                               // 164: shoal.v1.Volume.LabelsEntry
+	nil,                               // 165: shoal.v1.VolumeCreateRequest.LabelsEntry
+	(*DoctorResponse_Check)(nil),      // 166: shoal.v1.DoctorResponse.Check
+	(*DoctorResponse_Object)(nil),     // 167: shoal.v1.DoctorResponse.Object
 }
 var file_shoal_v1_shoal_proto_depIdxs = []int32{
-	139, // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
-	140, // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
-	141, // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
+	143, // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
+	144, // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
+	145, // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
 	8,   // 3: shoal.v1.TaskSpec.health:type_name -> shoal.v1.HealthCheck
 	6,   // 4: shoal.v1.TaskSpec.container:type_name -> shoal.v1.Container
 	5,   // 5: shoal.v1.TaskSpec.resources:type_name -> shoal.v1.Resources
 	3,   // 6: shoal.v1.TaskSpec.secrets:type_name -> shoal.v1.BlobRef
 	3,   // 7: shoal.v1.TaskSpec.configs:type_name -> shoal.v1.BlobRef
-	142, // 8: shoal.v1.Blob.labels:type_name -> shoal.v1.Blob.LabelsEntry
+	146, // 8: shoal.v1.Blob.labels:type_name -> shoal.v1.Blob.LabelsEntry
 	7,   // 9: shoal.v1.Container.mounts:type_name -> shoal.v1.Mount
-	143, // 10: shoal.v1.Container.sysctls:type_name -> shoal.v1.Container.SysctlsEntry
-	144, // 11: shoal.v1.Mount.labels:type_name -> shoal.v1.Mount.LabelsEntry
-	145, // 12: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
+	147, // 10: shoal.v1.Container.sysctls:type_name -> shoal.v1.Container.SysctlsEntry
+	148, // 11: shoal.v1.Mount.labels:type_name -> shoal.v1.Mount.LabelsEntry
+	149, // 12: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
 	1,   // 13: shoal.v1.ServiceSpec.networks:type_name -> shoal.v1.NetworkAttachment
 	2,   // 14: shoal.v1.ServiceSpec.task:type_name -> shoal.v1.TaskSpec
 	9,   // 15: shoal.v1.ServiceSpec.ports:type_name -> shoal.v1.Port
@@ -10917,16 +11118,16 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	17,  // 26: shoal.v1.Task.status:type_name -> shoal.v1.TaskStatus
 	9,   // 27: shoal.v1.Task.ports:type_name -> shoal.v1.Port
 	15,  // 28: shoal.v1.Task.faults:type_name -> shoal.v1.NodeFault
-	146, // 29: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
-	147, // 30: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
-	148, // 31: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
+	150, // 29: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
+	151, // 30: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
+	152, // 31: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
 	0,   // 32: shoal.v1.CreateNetworkResponse.network:type_name -> shoal.v1.Network
 	0,   // 33: shoal.v1.ListNetworksResponse.networks:type_name -> shoal.v1.Network
 	18,  // 34: shoal.v1.ConnectNetworkResponse.task:type_name -> shoal.v1.Task
 	14,  // 35: shoal.v1.ConnectNetworkResponse.service:type_name -> shoal.v1.Service
 	18,  // 36: shoal.v1.DisconnectNetworkResponse.task:type_name -> shoal.v1.Task
 	14,  // 37: shoal.v1.DisconnectNetworkResponse.service:type_name -> shoal.v1.Service
-	149, // 38: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
+	153, // 38: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
 	10,  // 39: shoal.v1.CreateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
 	14,  // 40: shoal.v1.CreateServiceResponse.service:type_name -> shoal.v1.Service
 	10,  // 41: shoal.v1.UpdateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
@@ -10938,7 +11139,7 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	18,  // 47: shoal.v1.CreateTaskResponse.task:type_name -> shoal.v1.Task
 	18,  // 48: shoal.v1.ListTasksResponse.tasks:type_name -> shoal.v1.Task
 	19,  // 49: shoal.v1.ListNodesResponse.nodes:type_name -> shoal.v1.NodeInfo
-	150, // 50: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	154, // 50: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
 	19,  // 51: shoal.v1.UpdateNodeResponse.node:type_name -> shoal.v1.NodeInfo
 	19,  // 52: shoal.v1.JoinNodeRequest.node:type_name -> shoal.v1.NodeInfo
 	20,  // 53: shoal.v1.JoinNodeResponse.cluster:type_name -> shoal.v1.Cluster
@@ -10950,11 +11151,11 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	55,  // 59: shoal.v1.RenewCertificateResponse.certificate:type_name -> shoal.v1.Certificate
 	58,  // 60: shoal.v1.RenewCertificateResponse.lock:type_name -> shoal.v1.Lock
 	19,  // 61: shoal.v1.ShowTokenResponse.managers:type_name -> shoal.v1.NodeInfo
-	151, // 62: shoal.v1.ShowCAResponse.root:type_name -> shoal.v1.ShowCAResponse.Root
-	151, // 63: shoal.v1.ShowCAResponse.old:type_name -> shoal.v1.ShowCAResponse.Root
+	155, // 62: shoal.v1.ShowCAResponse.root:type_name -> shoal.v1.ShowCAResponse.Root
+	155, // 63: shoal.v1.ShowCAResponse.old:type_name -> shoal.v1.ShowCAResponse.Root
 	4,   // 64: shoal.v1.CreateBlobRequest.blob:type_name -> shoal.v1.Blob
 	4,   // 65: shoal.v1.CreateBlobResponse.blob:type_name -> shoal.v1.Blob
-	152, // 66: shoal.v1.UpdateBlobRequest.labels:type_name -> shoal.v1.UpdateBlobRequest.LabelsEntry
+	156, // 66: shoal.v1.UpdateBlobRequest.labels:type_name -> shoal.v1.UpdateBlobRequest.LabelsEntry
 	4,   // 67: shoal.v1.UpdateBlobResponse.blob:type_name -> shoal.v1.Blob
 	4,   // 68: shoal.v1.ListBlobsResponse.blobs:type_name -> shoal.v1.Blob
 	4,   // 69: shoal.v1.TaskBlobsResponse.blobs:type_name -> shoal.v1.Blob
@@ -10965,28 +11166,28 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	20,  // 74: shoal.v1.AssignmentsResponse.cluster:type_name -> shoal.v1.Cluster
 	85,  // 75: shoal.v1.AssignmentsResponse.trust:type_name -> shoal.v1.Trust
 	86,  // 76: shoal.v1.Trust.gossip_keys:type_name -> shoal.v1.GossipKey
-	153, // 77: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
-	154, // 78: shoal.v1.ReportRequest.faults:type_name -> shoal.v1.ReportRequest.Fault
+	157, // 77: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
+	158, // 78: shoal.v1.ReportRequest.faults:type_name -> shoal.v1.ReportRequest.Fault
 	18,  // 79: shoal.v1.TasksResponse.tasks:type_name -> shoal.v1.Task
-	155, // 80: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
-	157, // 81: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
-	158, // 82: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
-	159, // 83: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
+	159, // 80: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
+	161, // 81: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
+	162, // 82: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
+	163, // 83: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
 	17,  // 84: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
-	103, // 85: shoal.v1.ImageListResponse.images:type_name -> shoal.v1.Image
-	103, // 86: shoal.v1.ImageInspectResponse.image:type_name -> shoal.v1.Image
-	160, // 87: shoal.v1.Volume.labels:type_name -> shoal.v1.Volume.LabelsEntry
-	119, // 88: shoal.v1.VolumeListResponse.volumes:type_name -> shoal.v1.Volume
-	161, // 89: shoal.v1.VolumeCreateRequest.labels:type_name -> shoal.v1.VolumeCreateRequest.LabelsEntry
-	119, // 90: shoal.v1.VolumeCreateResponse.volume:type_name -> shoal.v1.Volume
+	107, // 85: shoal.v1.ImageListResponse.images:type_name -> shoal.v1.Image
+	107, // 86: shoal.v1.ImageInspectResponse.image:type_name -> shoal.v1.Image
+	164, // 87: shoal.v1.Volume.labels:type_name -> shoal.v1.Volume.LabelsEntry
+	123, // 88: shoal.v1.VolumeListResponse.volumes:type_name -> shoal.v1.Volume
+	165, // 89: shoal.v1.VolumeCreateRequest.labels:type_name -> shoal.v1.VolumeCreateRequest.LabelsEntry
+	123, // 90: shoal.v1.VolumeCreateResponse.volume:type_name -> shoal.v1.Volume
 	19,  // 91: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
 	19,  // 92: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
 	19,  // 93: shoal.v1.InitResponse.lost:type_name -> shoal.v1.NodeInfo
 	19,  // 94: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
-	162, // 95: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
-	163, // 96: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
+	166, // 95: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
+	167, // 96: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
 	17,  // 97: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
-	156, // 98: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
+	160, // 98: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
 	21,  // 99: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
 	23,  // 100: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
 	25,  // 101: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
@@ -11013,96 +11214,100 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	65,  // 122: shoal.v1.Control.ShowCA:input_type -> shoal.v1.ShowCARequest
 	69,  // 123: shoal.v1.Control.RotateCA:input_type -> shoal.v1.RotateCARequest
 	67,  // 124: shoal.v1.Control.UnlockKey:input_type -> shoal.v1.UnlockKeyRequest
-	101, // 125: shoal.v1.Control.SaveSnapshot:input_type -> shoal.v1.SaveSnapshotRequest
+	105, // 125: shoal.v1.Control.SaveSnapshot:input_type -> shoal.v1.SaveSnapshotRequest
 	56,  // 126: shoal.v1.Control.RenewCertificate:input_type -> shoal.v1.RenewCertificateRequest
 	59,  // 127: shoal.v1.Control.LeaveNode:input_type -> shoal.v1.LeaveNodeRequest
 	53,  // 128: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
 	71,  // 129: shoal.v1.Control.AdmitManager:input_type -> shoal.v1.AdmitManagerRequest
 	83,  // 130: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
 	87,  // 131: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
-	104, // 132: shoal.v1.Node.ImageList:input_type -> shoal.v1.ImageListRequest
-	106, // 133: shoal.v1.Node.ImagePull:input_type -> shoal.v1.ImagePullRequest
-	108, // 134: shoal.v1.Node.ImageResolve:input_type -> shoal.v1.ImageResolveRequest
-	110, // 135: shoal.v1.Node.ImageRemove:input_type -> shoal.v1.ImageRemoveRequest
-	111, // 136: shoal.v1.Node.ImagePrune:input_type -> shoal.v1.ImagePruneRequest
-	113, // 137: shoal.v1.Node.ImageInspect:input_type -> shoal.v1.ImageInspectRequest
-	115, // 138: shoal.v1.Node.ImageLoad:input_type -> shoal.v1.ImageLoadRequest
-	117, // 139: shoal.v1.Node.ImageSave:input_type -> shoal.v1.ImageSaveRequest
-	120, // 140: shoal.v1.Node.VolumeList:input_type -> shoal.v1.VolumeListRequest
-	122, // 141: shoal.v1.Node.VolumeCreate:input_type -> shoal.v1.VolumeCreateRequest
-	124, // 142: shoal.v1.Node.VolumeRemove:input_type -> shoal.v1.VolumeRemoveRequest
+	108, // 132: shoal.v1.Node.ImageList:input_type -> shoal.v1.ImageListRequest
+	110, // 133: shoal.v1.Node.ImagePull:input_type -> shoal.v1.ImagePullRequest
+	112, // 134: shoal.v1.Node.ImageResolve:input_type -> shoal.v1.ImageResolveRequest
+	114, // 135: shoal.v1.Node.ImageRemove:input_type -> shoal.v1.ImageRemoveRequest
+	115, // 136: shoal.v1.Node.ImagePrune:input_type -> shoal.v1.ImagePruneRequest
+	117, // 137: shoal.v1.Node.ImageInspect:input_type -> shoal.v1.ImageInspectRequest
+	119, // 138: shoal.v1.Node.ImageLoad:input_type -> shoal.v1.ImageLoadRequest
+	121, // 139: shoal.v1.Node.ImageSave:input_type -> shoal.v1.ImageSaveRequest
+	124, // 140: shoal.v1.Node.VolumeList:input_type -> shoal.v1.VolumeListRequest
+	126, // 141: shoal.v1.Node.VolumeCreate:input_type -> shoal.v1.VolumeCreateRequest
+	128, // 142: shoal.v1.Node.VolumeRemove:input_type -> shoal.v1.VolumeRemoveRequest
 	95,  // 143: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
 	97,  // 144: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
-	99,  // 145: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
-	89,  // 146: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
-	91,  // 147: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
-	93,  // 148: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
-	129, // 149: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
-	131, // 150: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
-	133, // 151: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
-	135, // 152: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
-	137, // 153: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
-	127, // 154: shoal.v1.Local.Unlock:input_type -> shoal.v1.UnlockRequest
-	126, // 155: shoal.v1.Local.RestoreSnapshot:input_type -> shoal.v1.RestoreSnapshotRequest
-	22,  // 156: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
-	24,  // 157: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
-	26,  // 158: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
-	28,  // 159: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
-	30,  // 160: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
-	34,  // 161: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
-	36,  // 162: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
-	38,  // 163: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
-	40,  // 164: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
-	42,  // 165: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
-	44,  // 166: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
-	46,  // 167: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
-	74,  // 168: shoal.v1.Control.CreateBlob:output_type -> shoal.v1.CreateBlobResponse
-	76,  // 169: shoal.v1.Control.UpdateBlob:output_type -> shoal.v1.UpdateBlobResponse
-	78,  // 170: shoal.v1.Control.ListBlobs:output_type -> shoal.v1.ListBlobsResponse
-	80,  // 171: shoal.v1.Control.RemoveBlob:output_type -> shoal.v1.RemoveBlobResponse
-	82,  // 172: shoal.v1.Control.TaskBlobs:output_type -> shoal.v1.TaskBlobsResponse
-	48,  // 173: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
-	50,  // 174: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
-	52,  // 175: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
-	32,  // 176: shoal.v1.Control.Events:output_type -> shoal.v1.Event
-	62,  // 177: shoal.v1.Control.ShowToken:output_type -> shoal.v1.ShowTokenResponse
-	64,  // 178: shoal.v1.Control.RotateToken:output_type -> shoal.v1.RotateTokenResponse
-	66,  // 179: shoal.v1.Control.ShowCA:output_type -> shoal.v1.ShowCAResponse
-	70,  // 180: shoal.v1.Control.RotateCA:output_type -> shoal.v1.RotateCAResponse
-	68,  // 181: shoal.v1.Control.UnlockKey:output_type -> shoal.v1.UnlockKeyResponse
-	102, // 182: shoal.v1.Control.SaveSnapshot:output_type -> shoal.v1.SaveSnapshotResponse
-	57,  // 183: shoal.v1.Control.RenewCertificate:output_type -> shoal.v1.RenewCertificateResponse
-	60,  // 184: shoal.v1.Control.LeaveNode:output_type -> shoal.v1.LeaveNodeResponse
-	54,  // 185: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
-	72,  // 186: shoal.v1.Control.AdmitManager:output_type -> shoal.v1.AdmitManagerResponse
-	84,  // 187: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
-	88,  // 188: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
-	105, // 189: shoal.v1.Node.ImageList:output_type -> shoal.v1.ImageListResponse
-	107, // 190: shoal.v1.Node.ImagePull:output_type -> shoal.v1.ImagePullResponse
-	109, // 191: shoal.v1.Node.ImageResolve:output_type -> shoal.v1.ImageResolveResponse
-	112, // 192: shoal.v1.Node.ImageRemove:output_type -> shoal.v1.ImageRemoveResponse
-	112, // 193: shoal.v1.Node.ImagePrune:output_type -> shoal.v1.ImageRemoveResponse
-	114, // 194: shoal.v1.Node.ImageInspect:output_type -> shoal.v1.ImageInspectResponse
-	116, // 195: shoal.v1.Node.ImageLoad:output_type -> shoal.v1.ImageLoadResponse
-	118, // 196: shoal.v1.Node.ImageSave:output_type -> shoal.v1.ImageSaveResponse
-	121, // 197: shoal.v1.Node.VolumeList:output_type -> shoal.v1.VolumeListResponse
-	123, // 198: shoal.v1.Node.VolumeCreate:output_type -> shoal.v1.VolumeCreateResponse
-	125, // 199: shoal.v1.Node.VolumeRemove:output_type -> shoal.v1.VolumeRemoveResponse
-	96,  // 200: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
-	98,  // 201: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
-	100, // 202: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
-	90,  // 203: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
-	92,  // 204: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
-	94,  // 205: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
-	130, // 206: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
-	132, // 207: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
-	134, // 208: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
-	136, // 209: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
-	138, // 210: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
-	128, // 211: shoal.v1.Local.Unlock:output_type -> shoal.v1.UnlockResponse
-	132, // 212: shoal.v1.Local.RestoreSnapshot:output_type -> shoal.v1.InitResponse
-	156, // [156:213] is the sub-list for method output_type
-	99,  // [99:156] is the sub-list for method input_type
+	103, // 145: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
+	99,  // 146: shoal.v1.Node.Kill:input_type -> shoal.v1.KillRequest
+	101, // 147: shoal.v1.Node.Top:input_type -> shoal.v1.TopRequest
+	89,  // 148: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
+	91,  // 149: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
+	93,  // 150: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
+	133, // 151: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
+	135, // 152: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
+	137, // 153: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
+	139, // 154: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
+	141, // 155: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
+	131, // 156: shoal.v1.Local.Unlock:input_type -> shoal.v1.UnlockRequest
+	130, // 157: shoal.v1.Local.RestoreSnapshot:input_type -> shoal.v1.RestoreSnapshotRequest
+	22,  // 158: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
+	24,  // 159: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
+	26,  // 160: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
+	28,  // 161: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
+	30,  // 162: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
+	34,  // 163: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
+	36,  // 164: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
+	38,  // 165: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
+	40,  // 166: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
+	42,  // 167: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
+	44,  // 168: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
+	46,  // 169: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
+	74,  // 170: shoal.v1.Control.CreateBlob:output_type -> shoal.v1.CreateBlobResponse
+	76,  // 171: shoal.v1.Control.UpdateBlob:output_type -> shoal.v1.UpdateBlobResponse
+	78,  // 172: shoal.v1.Control.ListBlobs:output_type -> shoal.v1.ListBlobsResponse
+	80,  // 173: shoal.v1.Control.RemoveBlob:output_type -> shoal.v1.RemoveBlobResponse
+	82,  // 174: shoal.v1.Control.TaskBlobs:output_type -> shoal.v1.TaskBlobsResponse
+	48,  // 175: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
+	50,  // 176: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
+	52,  // 177: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
+	32,  // 178: shoal.v1.Control.Events:output_type -> shoal.v1.Event
+	62,  // 179: shoal.v1.Control.ShowToken:output_type -> shoal.v1.ShowTokenResponse
+	64,  // 180: shoal.v1.Control.RotateToken:output_type -> shoal.v1.RotateTokenResponse
+	66,  // 181: shoal.v1.Control.ShowCA:output_type -> shoal.v1.ShowCAResponse
+	70,  // 182: shoal.v1.Control.RotateCA:output_type -> shoal.v1.RotateCAResponse
+	68,  // 183: shoal.v1.Control.UnlockKey:output_type -> shoal.v1.UnlockKeyResponse
+	106, // 184: shoal.v1.Control.SaveSnapshot:output_type -> shoal.v1.SaveSnapshotResponse
+	57,  // 185: shoal.v1.Control.RenewCertificate:output_type -> shoal.v1.RenewCertificateResponse
+	60,  // 186: shoal.v1.Control.LeaveNode:output_type -> shoal.v1.LeaveNodeResponse
+	54,  // 187: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
+	72,  // 188: shoal.v1.Control.AdmitManager:output_type -> shoal.v1.AdmitManagerResponse
+	84,  // 189: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
+	88,  // 190: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
+	109, // 191: shoal.v1.Node.ImageList:output_type -> shoal.v1.ImageListResponse
+	111, // 192: shoal.v1.Node.ImagePull:output_type -> shoal.v1.ImagePullResponse
+	113, // 193: shoal.v1.Node.ImageResolve:output_type -> shoal.v1.ImageResolveResponse
+	116, // 194: shoal.v1.Node.ImageRemove:output_type -> shoal.v1.ImageRemoveResponse
+	116, // 195: shoal.v1.Node.ImagePrune:output_type -> shoal.v1.ImageRemoveResponse
+	118, // 196: shoal.v1.Node.ImageInspect:output_type -> shoal.v1.ImageInspectResponse
+	120, // 197: shoal.v1.Node.ImageLoad:output_type -> shoal.v1.ImageLoadResponse
+	122, // 198: shoal.v1.Node.ImageSave:output_type -> shoal.v1.ImageSaveResponse
+	125, // 199: shoal.v1.Node.VolumeList:output_type -> shoal.v1.VolumeListResponse
+	127, // 200: shoal.v1.Node.VolumeCreate:output_type -> shoal.v1.VolumeCreateResponse
+	129, // 201: shoal.v1.Node.VolumeRemove:output_type -> shoal.v1.VolumeRemoveResponse
+	96,  // 202: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
+	98,  // 203: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
+	104, // 204: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
+	100, // 205: shoal.v1.Node.Kill:output_type -> shoal.v1.KillResponse
+	102, // 206: shoal.v1.Node.Top:output_type -> shoal.v1.TopResponse
+	90,  // 207: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
+	92,  // 208: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
+	94,  // 209: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
+	134, // 210: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
+	136, // 211: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
+	138, // 212: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
+	140, // 213: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
+	142, // 214: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
+	132, // 215: shoal.v1.Local.Unlock:output_type -> shoal.v1.UnlockResponse
+	136, // 216: shoal.v1.Local.RestoreSnapshot:output_type -> shoal.v1.InitResponse
+	158, // [158:217] is the sub-list for method output_type
+	99,  // [99:158] is the sub-list for method input_type
 	99,  // [99:99] is the sub-list for extension type_name
 	99,  // [99:99] is the sub-list for extension extendee
 	0,   // [0:99] is the sub-list for field type_name
@@ -11127,14 +11332,14 @@ func file_shoal_v1_shoal_proto_init() {
 		(*ExecResponse_Stderr)(nil),
 		(*ExecResponse_ExitCode)(nil),
 	}
-	file_shoal_v1_shoal_proto_msgTypes[155].OneofWrappers = []any{}
+	file_shoal_v1_shoal_proto_msgTypes[159].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_shoal_v1_shoal_proto_rawDesc), len(file_shoal_v1_shoal_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   164,
+			NumMessages:   168,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

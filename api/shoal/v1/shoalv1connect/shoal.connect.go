@@ -145,6 +145,10 @@ const (
 	NodeLogsProcedure = "/shoal.v1.Node/Logs"
 	// NodeWaitProcedure is the fully-qualified name of the Node's Wait RPC.
 	NodeWaitProcedure = "/shoal.v1.Node/Wait"
+	// NodeKillProcedure is the fully-qualified name of the Node's Kill RPC.
+	NodeKillProcedure = "/shoal.v1.Node/Kill"
+	// NodeTopProcedure is the fully-qualified name of the Node's Top RPC.
+	NodeTopProcedure = "/shoal.v1.Node/Top"
 	// NodeTasksProcedure is the fully-qualified name of the Node's Tasks RPC.
 	NodeTasksProcedure = "/shoal.v1.Node/Tasks"
 	// NodeStatsProcedure is the fully-qualified name of the Node's Stats RPC.
@@ -1100,6 +1104,10 @@ type NodeClient interface {
 	Exec(context.Context) *connect.BidiStreamForClient[v1.ExecRequest, v1.ExecResponse]
 	Logs(context.Context, *connect.Request[v1.LogsRequest]) (*connect.ServerStreamForClient[v1.LogsResponse], error)
 	Wait(context.Context, *connect.Request[v1.WaitRequest]) (*connect.Response[v1.WaitResponse], error)
+	// Kill sends a signal to a task's program.
+	Kill(context.Context, *connect.Request[v1.KillRequest]) (*connect.Response[v1.KillResponse], error)
+	// Top lists the processes of a task, as ps(1) of the node does.
+	Top(context.Context, *connect.Request[v1.TopRequest]) (*connect.Response[v1.TopResponse], error)
 	// Tasks are those that the node runs, as it sees them: the managers needn't
 	// answer for that.
 	Tasks(context.Context, *connect.Request[v1.TasksRequest]) (*connect.Response[v1.TasksResponse], error)
@@ -1204,6 +1212,18 @@ func NewNodeClient(httpClient connect.HTTPClient, baseURL string, opts ...connec
 			connect.WithSchema(nodeMethods.ByName("Wait")),
 			connect.WithClientOptions(opts...),
 		),
+		kill: connect.NewClient[v1.KillRequest, v1.KillResponse](
+			httpClient,
+			baseURL+NodeKillProcedure,
+			connect.WithSchema(nodeMethods.ByName("Kill")),
+			connect.WithClientOptions(opts...),
+		),
+		top: connect.NewClient[v1.TopRequest, v1.TopResponse](
+			httpClient,
+			baseURL+NodeTopProcedure,
+			connect.WithSchema(nodeMethods.ByName("Top")),
+			connect.WithClientOptions(opts...),
+		),
 		tasks: connect.NewClient[v1.TasksRequest, v1.TasksResponse](
 			httpClient,
 			baseURL+NodeTasksProcedure,
@@ -1241,6 +1261,8 @@ type nodeClient struct {
 	exec         *connect.Client[v1.ExecRequest, v1.ExecResponse]
 	logs         *connect.Client[v1.LogsRequest, v1.LogsResponse]
 	wait         *connect.Client[v1.WaitRequest, v1.WaitResponse]
+	kill         *connect.Client[v1.KillRequest, v1.KillResponse]
+	top          *connect.Client[v1.TopRequest, v1.TopResponse]
 	tasks        *connect.Client[v1.TasksRequest, v1.TasksResponse]
 	stats        *connect.Client[v1.StatsRequest, v1.StatsResponse]
 	kernel       *connect.Client[v1.KernelRequest, v1.KernelResponse]
@@ -1316,6 +1338,16 @@ func (c *nodeClient) Wait(ctx context.Context, req *connect.Request[v1.WaitReque
 	return c.wait.CallUnary(ctx, req)
 }
 
+// Kill calls shoal.v1.Node.Kill.
+func (c *nodeClient) Kill(ctx context.Context, req *connect.Request[v1.KillRequest]) (*connect.Response[v1.KillResponse], error) {
+	return c.kill.CallUnary(ctx, req)
+}
+
+// Top calls shoal.v1.Node.Top.
+func (c *nodeClient) Top(ctx context.Context, req *connect.Request[v1.TopRequest]) (*connect.Response[v1.TopResponse], error) {
+	return c.top.CallUnary(ctx, req)
+}
+
 // Tasks calls shoal.v1.Node.Tasks.
 func (c *nodeClient) Tasks(ctx context.Context, req *connect.Request[v1.TasksRequest]) (*connect.Response[v1.TasksResponse], error) {
 	return c.tasks.CallUnary(ctx, req)
@@ -1348,6 +1380,10 @@ type NodeHandler interface {
 	Exec(context.Context, *connect.BidiStream[v1.ExecRequest, v1.ExecResponse]) error
 	Logs(context.Context, *connect.Request[v1.LogsRequest], *connect.ServerStream[v1.LogsResponse]) error
 	Wait(context.Context, *connect.Request[v1.WaitRequest]) (*connect.Response[v1.WaitResponse], error)
+	// Kill sends a signal to a task's program.
+	Kill(context.Context, *connect.Request[v1.KillRequest]) (*connect.Response[v1.KillResponse], error)
+	// Top lists the processes of a task, as ps(1) of the node does.
+	Top(context.Context, *connect.Request[v1.TopRequest]) (*connect.Response[v1.TopResponse], error)
 	// Tasks are those that the node runs, as it sees them: the managers needn't
 	// answer for that.
 	Tasks(context.Context, *connect.Request[v1.TasksRequest]) (*connect.Response[v1.TasksResponse], error)
@@ -1448,6 +1484,18 @@ func NewNodeHandler(svc NodeHandler, opts ...connect.HandlerOption) (string, htt
 		connect.WithSchema(nodeMethods.ByName("Wait")),
 		connect.WithHandlerOptions(opts...),
 	)
+	nodeKillHandler := connect.NewUnaryHandler(
+		NodeKillProcedure,
+		svc.Kill,
+		connect.WithSchema(nodeMethods.ByName("Kill")),
+		connect.WithHandlerOptions(opts...),
+	)
+	nodeTopHandler := connect.NewUnaryHandler(
+		NodeTopProcedure,
+		svc.Top,
+		connect.WithSchema(nodeMethods.ByName("Top")),
+		connect.WithHandlerOptions(opts...),
+	)
 	nodeTasksHandler := connect.NewUnaryHandler(
 		NodeTasksProcedure,
 		svc.Tasks,
@@ -1496,6 +1544,10 @@ func NewNodeHandler(svc NodeHandler, opts ...connect.HandlerOption) (string, htt
 			nodeLogsHandler.ServeHTTP(w, r)
 		case NodeWaitProcedure:
 			nodeWaitHandler.ServeHTTP(w, r)
+		case NodeKillProcedure:
+			nodeKillHandler.ServeHTTP(w, r)
+		case NodeTopProcedure:
+			nodeTopHandler.ServeHTTP(w, r)
 		case NodeTasksProcedure:
 			nodeTasksHandler.ServeHTTP(w, r)
 		case NodeStatsProcedure:
@@ -1565,6 +1617,14 @@ func (UnimplementedNodeHandler) Logs(context.Context, *connect.Request[v1.LogsRe
 
 func (UnimplementedNodeHandler) Wait(context.Context, *connect.Request[v1.WaitRequest]) (*connect.Response[v1.WaitResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Node.Wait is not implemented"))
+}
+
+func (UnimplementedNodeHandler) Kill(context.Context, *connect.Request[v1.KillRequest]) (*connect.Response[v1.KillResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Node.Kill is not implemented"))
+}
+
+func (UnimplementedNodeHandler) Top(context.Context, *connect.Request[v1.TopRequest]) (*connect.Response[v1.TopResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Node.Top is not implemented"))
 }
 
 func (UnimplementedNodeHandler) Tasks(context.Context, *connect.Request[v1.TasksRequest]) (*connect.Response[v1.TasksResponse], error) {
