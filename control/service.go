@@ -200,7 +200,10 @@ func (s *service) UpdateService(ctx context.Context, req *connect.Request[shoalv
 	if cmd.Rollback = req.Msg.Rollback; cmd.Rollback && (cmd.Spec != nil || cmd.Replicas != nil) {
 		return nil, invalid(errors.New("rollback of a service: a spec or replicas are given, too"))
 	}
-	if cmd.Spec == nil && cmd.Replicas == nil && !cmd.Rollback {
+	if cmd.Rebalance = req.Msg.Rebalance; cmd.Rebalance && (cmd.Spec != nil || cmd.Replicas != nil || cmd.Rollback) {
+		return nil, invalid(errors.New("rebalancing a service: a change of it is given, too"))
+	}
+	if cmd.Spec == nil && cmd.Replicas == nil && !cmd.Rollback && !cmd.Rebalance {
 		return nil, invalid(errors.New("update of a service: neither a spec nor replicas are given"))
 	}
 	s.m.fsm.read(func(st *state.State) {

@@ -66,6 +66,20 @@ func TestModes(t *testing.T) {
 	if got := on("pool"); !slices.Equal(got, []string{"node1", "node1", "node2", "node3"}) {
 		t.Errorf("spread over zones: %v", got)
 	}
+	// All away from node1, which then comes back.
+	s.ok("node1", "shoal node update --availability drain node1")
+	s.eventually(slow(20*time.Second), func() error {
+		if got := on("pool"); len(got) != 4 || slices.Contains(got, "node1") {
+			return fmt.Errorf("on %v", got)
+		}
+		return nil
+	})
+	s.ok("node1", "shoal node update --availability active node1")
+	s.ok("node1", "shoal svc rebalance pool")
+	if got := on("pool"); !slices.Equal(got, []string{"node1", "node1", "node2", "node3"}) {
+		t.Errorf("rebalanced: %v", got)
+	}
+	s.fails("node1", "mode global", "shoal svc rebalance web")
 	s.ok("node1", "shoal svc create -d --name few --replicas 4 --replicas-max-per-node 1 --network app -- sleep 10000")
 	s.eventually(slow(20*time.Second), func() error {
 		r := s.ok("node1", "shoal svc ps few --no-trunc")

@@ -23,7 +23,7 @@ import (
 )
 
 func (c *cli) svcCmd() *cobra.Command {
-	return group("svc", "Manage services", []string{"service"}, c.svcCreate(), c.svcUpdate(), c.svcLs(), c.svcPs(), c.svcInspect(), c.svcScale(), c.svcRollback(), c.svcLogs(), c.svcRm())
+	return group("svc", "Manage services", []string{"service"}, c.svcCreate(), c.svcUpdate(), c.svcLs(), c.svcPs(), c.svcInspect(), c.svcScale(), c.svcRollback(), c.svcRebalance(), c.svcLogs(), c.svcRm())
 }
 
 // taskFlags are the flags that svc create and run share.

@@ -94,6 +94,33 @@ func (c *cli) rollback(ctx context.Context, ref string, detach, quiet bool) erro
 	return c.converge(ctx, resp.Msg.Service, quiet)
 }
 
+func (c *cli) svcRebalance() *cobra.Command {
+	var detach, quiet bool
+	cmd := &cobra.Command{Use: "rebalance SERVICE [SERVICE...]", Short: "Spread replicas anew over the nodes that there are", Args: atLeast(1),
+		Long: `Rebalance replaces as few replicas as it takes to spread a service as one that is
+made anew: what moved away when a node died or was drained does not come back by
+itself. They are replaced by the service's --update-… policy.`,
+		Example:           "  shoal svc rebalance web",
+		ValidArgsFunction: c.complete(c.serviceNames),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx := cmd.Context()
+			return c.forEach(args, func(ref string) error {
+				resp, err := c.control().UpdateService(ctx, connect.NewRequest(&shoalv1.UpdateServiceRequest{Ref: ref, Rebalance: true}))
+				if err != nil {
+					return err
+				}
+				fmt.Fprintln(c.out, resp.Msg.Service.GetSpec().GetName())
+				if detach {
+					return nil
+				}
+				return c.converge(ctx, resp.Msg.Service, quiet)
+			})
+		}}
+	cmd.Flags().BoolVarP(&detach, "detach", "d", false, "don't wait until the replicas run")
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "wait, but show no progress")
+	return cmd
+}
+
 // updateOutcome is what has become of an update that is over: an error of one that did not
 // come to its end, or came to another's.
 func updateOutcome(u *shoalv1.UpdateStatus, manual bool) error {

@@ -122,6 +122,9 @@ type UpdateService struct {
 	Replicas *int              `json:"replicas,omitempty"`
 	Rollback bool              `json:"rollback,omitempty" level:"2"` // to its previous spec, instead of Spec
 	Now      int64             `json:"now,omitempty" level:"2"`      // Unix milliseconds, the leader's clock
+	// Rebalance has replicas replaced, instead of all else, until the service is spread
+	// as one that is made anew.
+	Rebalance bool `json:"rebalance,omitempty" level:"2"`
 }
 
 // RemoveService removes a service at once for readers; its VIPs stay reserved

@@ -270,6 +270,119 @@ func TestMaxPerNode(t *testing.T) {
 	checkInvariants(t, c.s)
 }
 
+// TestRebalance: what moved away when a node died comes back, no more than that, and
+// never fewer run.
+func TestRebalance(t *testing.T) {
+	c := newCluster(t)
+	ns := c.joinAll(3)
+	web := c.service(svcSpec("web", 6))
+	c.settle()
+	c.down(ns[2])
+	c.settle()
+	c.back(ns[2])
+	c.settle()
+	c.wantSpread(web.ID, map[string]int{"n1": 3, "n2": 3})
+	was := map[string]bool{}
+	for _, x := range c.live(web.ID) {
+		was[x.ID] = true
+	}
+	rebalance := func() error {
+		return c.apply(Command{UpdateService: &UpdateService{Ref: "web", Rebalance: true}}).Err
+	}
+	if err := rebalance(); err != nil {
+		t.Fatal(err)
+	}
+	if n := c.s.Stale(web.ID); n != 2 {
+		t.Fatalf("%d are to be replaced, want 2\n%s", n, c.dump())
+	}
+	c.watch(func() {
+		if n := len(c.live(web.ID)); n < 6 {
+			t.Fatalf("%d run\n%s", n, c.dump())
+		}
+	})
+	c.wantSpread(web.ID, map[string]int{"n1": 2, "n2": 2, "n3": 2})
+	moved := 0
+	for _, x := range c.live(web.ID) {
+		if !was[x.ID] {
+			moved++
+		}
+	}
+	if moved != 2 {
+		t.Errorf("%d were replaced, want 2", moved)
+	}
+	if err := rebalance(); err != nil || c.s.Stale(web.ID) != 0 {
+		t.Errorf("again: %v, %d to be replaced", err, c.s.Stale(web.ID))
+	}
+	c.settle()
+	c.broken("2")
+	c.change(web.ID, env("2"))
+	if err := rebalance(); !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), "is being updated") {
+		t.Error(err)
+	}
+	c.settle()
+	if err := rebalance(); !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), "is paused") {
+		t.Error(err)
+	}
+	c.service(globalSpec("mon"))
+	if r := c.apply(Command{UpdateService: &UpdateService{Ref: "mon", Rebalance: true}}); !errors.Is(r.Err, ErrInvalid) {
+		t.Error(r.Err)
+	}
+	checkInvariants(t, c.s)
+	c.checkReplay(len(c.log) - 10)
+}
+
+// TestRebalanceSpread: zones first, then nodes, as for a service that is made anew.
+func TestRebalanceSpread(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		c := newCluster(t)
+		c.strict = false
+		zones := rapid.IntRange(1, 3).Draw(t, "zones")
+		ns := c.joinAll(rapid.IntRange(1, 6).Draw(t, "nodes"))
+		zoneOf := map[string]int{}
+		for _, n := range ns {
+			z := rapid.IntRange(1, zones).Draw(t, "zone")
+			zoneOf[n.id] = z
+			c.label(n, "zone", fmt.Sprint(z))
+		}
+		sp := svcSpec("web", rapid.IntRange(0, 10).Draw(t, "replicas"))
+		if rapid.Bool().Draw(t, "spread") {
+			sp.Spread = []string{"node.labels.zone"}
+		}
+		web := c.service(sp)
+		c.settle()
+		for range rapid.IntRange(0, 3).Draw(t, "outages") {
+			n := rapid.SampledFrom(ns).Draw(t, "node")
+			c.down(n)
+			c.settle()
+			c.back(n)
+			c.settle()
+		}
+		c.must(Command{UpdateService: &UpdateService{Ref: "web", Rebalance: true}})
+		c.settle()
+		if got := len(c.live(web.ID)); got != sp.Replicas {
+			t.Fatalf("%d of %d run\n%s", got, sp.Replicas, c.dump())
+		}
+		byNode, byZone := map[string]int{}, map[int]int{}
+		for _, n := range ns {
+			byNode[n.id], byZone[zoneOf[n.id]] = 0, 0
+		}
+		for _, x := range c.live(web.ID) {
+			byNode[x.Node]++
+			byZone[zoneOf[x.Node]]++
+		}
+		for _, a := range ns {
+			for _, b := range ns {
+				za, zb := zoneOf[a.id], zoneOf[b.id]
+				if len(sp.Spread) > 0 && byZone[za]-byZone[zb] > 1 || (len(sp.Spread) == 0 || za == zb) && byNode[a.id]-byNode[b.id] > 1 {
+					t.Fatalf("zones %v, nodes %v\n%s", byZone, byNode, c.dump())
+				}
+			}
+		}
+		checkInvariants(t, c.s)
+		c.checkReplay(len(c.log) / 2)
+	})
+}
+
 // TestRestartCondition: of which ends a task is replaced.
 func TestRestartCondition(t *testing.T) {
 	for _, tc := range []struct {

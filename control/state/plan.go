@@ -113,9 +113,7 @@ type slotPlan struct {
 // service plans for one service: its mode decides which slots there are, the updater
 // what runs in each.
 func (p *planner) service(v *service) {
-	sv := &servicePlan{v: v, mode: modeOf(v.Spec), home: anywhere}
-	sv.rules, sv.ports = p.s.taskRules(v.Spec.Constraints, v.Spec.Networks, v.Spec.Task.Image, specLevel(v.Spec)), HostPorts(v.Service)
-	p.match(sv)
+	sv := p.known(v)
 	p.gather(sv)
 	sv.mode.shrink(p, sv)
 	for i := range p.slots {
@@ -125,6 +123,14 @@ func (p *planner) service(v *service) {
 	if p.update(sv) {
 		sv.mode.grow(p, sv)
 	}
+}
+
+// known is what a service's rules make of the nodes.
+func (p *planner) known(v *service) *servicePlan {
+	sv := &servicePlan{v: v, mode: modeOf(v.Spec), home: anywhere}
+	sv.rules, sv.ports = p.s.taskRules(v.Spec.Constraints, v.Spec.Networks, v.Spec.Task.Image, specLevel(v.Spec)), HostPorts(v.Service)
+	p.match(sv)
+	return sv
 }
 
 // gather finds the active slots, and what is in them.

@@ -165,6 +165,14 @@ func (s *State) updateService(c *UpdateService) Result {
 	if c.Version != 0 && c.Version != v.Version {
 		return Result{Err: failf(ErrConflict, "service %s was changed by someone else meanwhile: look at it and try again", v.Spec.Name)}
 	}
+	if c.Rebalance {
+		if err := s.rebalance(v); err != nil {
+			return Result{Err: err}
+		}
+		s.event("service", "update", v.ID, v.Spec.Name)
+		out := v.Service
+		return Result{Service: &out}
+	}
 	next := v.Spec
 	if c.Spec != nil {
 		next = c.Spec.Clone()

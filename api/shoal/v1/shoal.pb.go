@@ -3297,6 +3297,7 @@ type UpdateServiceRequest struct {
 	Spec          *ServiceSpec           `protobuf:"bytes,3,opt,name=spec,proto3" json:"spec,omitempty"`                // unset: keep, but for replicas
 	Replicas      *int32                 `protobuf:"varint,4,opt,name=replicas,proto3,oneof" json:"replicas,omitempty"` // scale
 	Rollback      bool                   `protobuf:"varint,5,opt,name=rollback,proto3" json:"rollback,omitempty"`       // to the previous spec
+	Rebalance     bool                   `protobuf:"varint,6,opt,name=rebalance,proto3" json:"rebalance,omitempty"`     // have replicas replaced until they are spread as new ones would be
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3362,6 +3363,13 @@ func (x *UpdateServiceRequest) GetReplicas() int32 {
 func (x *UpdateServiceRequest) GetRollback() bool {
 	if x != nil {
 		return x.Rollback
+	}
+	return false
+}
+
+func (x *UpdateServiceRequest) GetRebalance() bool {
+	if x != nil {
+		return x.Rebalance
 	}
 	return false
 }
@@ -10360,13 +10368,14 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x04spec\x18\x01 \x01(\v2\x15.shoal.v1.ServiceSpecR\x04spec\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\"D\n" +
 	"\x15CreateServiceResponse\x12+\n" +
-	"\aservice\x18\x01 \x01(\v2\x11.shoal.v1.ServiceR\aservice\"\xb7\x01\n" +
+	"\aservice\x18\x01 \x01(\v2\x11.shoal.v1.ServiceR\aservice\"\xd5\x01\n" +
 	"\x14UpdateServiceRequest\x12\x10\n" +
 	"\x03ref\x18\x01 \x01(\tR\x03ref\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x04R\aversion\x12)\n" +
 	"\x04spec\x18\x03 \x01(\v2\x15.shoal.v1.ServiceSpecR\x04spec\x12\x1f\n" +
 	"\breplicas\x18\x04 \x01(\x05H\x00R\breplicas\x88\x01\x01\x12\x1a\n" +
-	"\brollback\x18\x05 \x01(\bR\brollbackB\v\n" +
+	"\brollback\x18\x05 \x01(\bR\brollback\x12\x1c\n" +
+	"\trebalance\x18\x06 \x01(\bR\trebalanceB\v\n" +
 	"\t_replicas\"D\n" +
 	"\x15UpdateServiceResponse\x12+\n" +
 	"\aservice\x18\x01 \x01(\v2\x11.shoal.v1.ServiceR\aservice\")\n" +
