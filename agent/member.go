@@ -6,10 +6,12 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"math"
 	"net"
 	"net/http"
 	"net/netip"
 	"os"
+	goruntime "runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -849,7 +851,7 @@ func (m *member) reportLoop() {
 func (m *member) report() error {
 	req := &shoalv1.ReportRequest{Node: m.ident.NodeID, Tasks: map[string]*shoalv1.TaskStatus{}, Addr: m.ident.Addr.String(),
 		ControlPort: int32(m.ident.ControlPort), GossipPort: int32(m.ident.GossipPort), DataPath: m.cfg.VIP.Name(), Platform: platform,
-		Level: state.Level, Build: m.cfg.Version}
+		Level: state.Level, Build: m.cfg.Version, NanoCpus: int64(goruntime.NumCPU()) * 1e9, Memory: int64(min(nodeMemory(), math.MaxInt64))}
 	req.Containers, req.ContainersWhy = m.images.state()
 	sent := m.tasks.statuses()
 	failed := slices.Concat(m.vip.Failed(), m.ingress.Failed())

@@ -111,6 +111,18 @@ func (m *Manager) withLevel(n spec.Node, level int32, build string) spec.Node {
 	return n
 }
 
+// withCapacity is the same of what the node has.
+func (m *Manager) withCapacity(n spec.Node, nanoCPUs, memory int64) spec.Node {
+	at := 0
+	m.fsm.read(func(s *state.State) { at = s.Level() })
+	if at < 2 {
+		n.NanoCPUs, n.Memory = 0, 0
+		return n
+	}
+	n.NanoCPUs, n.Memory = max(nanoCPUs, 0), max(memory, 0)
+	return n
+}
+
 // Bounds of what a node says of its build.
 const (
 	maxLevel = 1 << 20

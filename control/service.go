@@ -578,9 +578,11 @@ func (s *service) Report(ctx context.Context, req *connect.Request[shoalv1.Repor
 		now.ControlPort, now.GossipPort, now.DataPath = int(r.ControlPort), int(r.GossipPort), r.DataPath
 		now.Platform, now.Containers, now.ContainersWhy = r.Platform, r.Containers, r.ContainersWhy
 		now = s.m.withLevel(now, r.Level, r.Build)
+		now = s.m.withCapacity(now, r.NanoCpus, r.Memory)
 	}
 	if known.Status != spec.NodeReady || now.Addr != known.Addr || now.ControlPort != known.ControlPort || now.GossipPort != known.GossipPort || now.DataPath != known.DataPath ||
-		now.Platform != known.Platform || now.Containers != known.Containers || now.ContainersWhy != known.ContainersWhy || now.Level != known.Level || now.Build != known.Build {
+		now.Platform != known.Platform || now.Containers != known.Containers || now.ContainersWhy != known.ContainersWhy || now.Level != known.Level || now.Build != known.Build ||
+		now.NanoCPUs != known.NanoCPUs || now.Memory != known.Memory {
 		if _, err := s.m.Propose(ctx, state.Command{UpsertNode: &state.UpsertNode{Node: now}}); err != nil {
 			return nil, err
 		}

@@ -88,6 +88,17 @@ func TestModes(t *testing.T) {
 		}
 		return nil
 	})
+	s.ok("node1", "shoal svc create -d --name much --reserve-cpu 4000 -- sleep 10000")
+	s.ok("node1", "shoal svc create -d --name other --constraint node.platform.os!=linux -- sleep 10000")
+	s.ok("node1", "shoal svc create -q --name same --constraint node.platform.os==linux --reserve-memory 16m -- sleep 10000")
+	for name, why := range map[string]string{"much": "3 with less CPU or memory left than is to be reserved", "other": "no node matches constraint node.platform.os!=linux"} {
+		s.eventually(slow(20*time.Second), func() error {
+			if got := s.ok("node1", "shoal svc ps --no-trunc %s", name); !strings.Contains(got, why) {
+				return fmt.Errorf("%s", got)
+			}
+			return nil
+		})
+	}
 
 	s.ok("node1", "shoal svc create --name once --restart-condition none -- true")
 	s.ok("node1", "shoal svc create --name twice --restart-condition on-failure --restart-delay 10ms -- sh -c 'test -e /dev/shm/twice || { touch /dev/shm/twice; exit 1; }'")

@@ -343,7 +343,7 @@ func validateAttachments(as []NetworkAttachment) error {
 
 // Constraint is one parsed placement constraint.
 type Constraint struct {
-	Key   string // node.id, node.name (also node.hostname), node.role, node.labels.KEY
+	Key   string // node.id, node.name (also node.hostname), node.role, node.platform.os, node.platform.arch, node.labels.KEY
 	Equal bool   // == or !=
 	Value string
 }
@@ -356,10 +356,10 @@ func ParseConstraint(s string) (Constraint, error) {
 			switch {
 			case c.Key == "node.hostname":
 				c.Key = "node.name"
-			case c.Key == "node.id", c.Key == "node.name", c.Key == "node.role":
+			case c.Key == "node.id", c.Key == "node.name", c.Key == "node.role", c.Key == "node.platform.os", c.Key == "node.platform.arch":
 			case strings.HasPrefix(c.Key, "node.labels.") && len(c.Key) > len("node.labels."):
 			default:
-				return c, fmt.Errorf("constraint %q: key %q is unknown: use node.id, node.name, node.role or node.labels.KEY", s, c.Key)
+				return c, fmt.Errorf("constraint %q: key %q is unknown: use node.id, node.name, node.role, node.platform.os, node.platform.arch or node.labels.KEY", s, c.Key)
 			}
 			if c.Value == "" {
 				return c, fmt.Errorf("constraint %q: the value is empty", s)
@@ -380,10 +380,27 @@ func (c Constraint) Match(n Node) bool {
 		v = n.Name
 	case "node.role":
 		v = n.Role
+	case "node.platform.os":
+		v, _, _ = strings.Cut(n.Platform, "/")
+	case "node.platform.arch":
+		_, v, _ = strings.Cut(n.Platform, "/")
+		return archName(v) == archName(c.Value) == c.Equal
 	default:
 		v = n.Labels[strings.TrimPrefix(c.Key, "node.labels.")]
 	}
 	return (v == c.Value) == c.Equal
+}
+
+// archName is the name that images give a machine's architecture, whose own (uname(2))
+// Docker takes, too.
+func archName(s string) string {
+	switch s {
+	case "x86_64":
+		return "amd64"
+	case "aarch64":
+		return "arm64"
+	}
+	return s
 }
 
 // VIPs are a service's virtual addresses on one network.

@@ -106,7 +106,7 @@ func TestTaskStateText(t *testing.T) {
 }
 
 func TestConstraint(t *testing.T) {
-	n := Node{ID: "id1", Name: "node2", Role: RoleWorker, Labels: map[string]string{"disk": "ssd"}}
+	n := Node{ID: "id1", Name: "node2", Role: RoleWorker, Platform: "linux/amd64", Labels: map[string]string{"disk": "ssd"}}
 	for _, tc := range []struct {
 		in    string
 		match bool
@@ -116,6 +116,11 @@ func TestConstraint(t *testing.T) {
 		{"node.hostname == node2", true, ""},
 		{"node.name!=node2", false, ""},
 		{"node.role==manager", false, ""},
+		{"node.platform.os==linux", true, ""},
+		{"node.platform.arch==x86_64", true, ""},
+		{"node.platform.arch==amd64", true, ""},
+		{"node.platform.arch!=arm64", true, ""},
+		{"node.platform.arch==aarch64", false, ""},
 		{"node.labels.disk==ssd", true, ""},
 		{"node.labels.zone!=a", true, ""},
 		{"node.labels.==x", false, "unknown"},

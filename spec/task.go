@@ -198,6 +198,9 @@ type Node struct {
 	// Level is the feature level of its build (state.Level), Build the version.
 	Level int    `json:"level,omitempty" level:"1"`
 	Build string `json:"build,omitempty" level:"1"`
+	// NanoCPUs and Memory (bytes) are what the node has; 0: not known.
+	NanoCPUs int64 `json:"nano_cpus,omitempty" level:"2"`
+	Memory   int64 `json:"memory,omitempty" level:"2"`
 }
 
 // Clone returns a deep copy.

@@ -176,7 +176,7 @@ func dockerNode(w *shoalv1.NodeInfo) (object, error) {
 	os, arch, _ := strings.Cut(n.Platform, "/")
 	out := object{"ID": n.ID, "Version": object{"Index": n.Version}, "CreatedAt": dockerTime(n.Created), "UpdatedAt": dockerTime(n.Created),
 		"Spec":        object{"Name": n.Name, "Role": n.Role, "Availability": n.Availability, "Labels": orEmpty(n.Labels)},
-		"Description": object{"Hostname": n.Name, "Platform": object{"OS": os, "Architecture": dockerArch(arch)}, "Engine": object{"EngineVersion": n.Build, "Labels": map[string]string{}}},
+		"Description": object{"Hostname": n.Name, "Platform": object{"OS": os, "Architecture": dockerArch(arch)}, "Resources": object{"NanoCPUs": n.NanoCPUs, "MemoryBytes": n.Memory}, "Engine": object{"EngineVersion": n.Build, "Labels": map[string]string{}}},
 		"Status":      object{"State": n.Status, "Addr": n.Addr.String(), "Message": n.Message}}
 	if n.Role == spec.RoleManager {
 		reach := "reachable"
@@ -441,6 +441,11 @@ func prettyNode(w io.Writer, n *shoalv1.NodeInfo) error {
 		p.head("Platform")
 		p.line(1, "Operating System", os)
 		p.line(1, "Architecture", dockerArch(arch))
+	}
+	if v.NanoCPUs > 0 || v.Memory > 0 {
+		p.head("Resources")
+		p.line(1, "CPUs", spec.FormatCPUs(v.NanoCPUs))
+		p.line(1, "Memory", fmt.Sprintf("%.4gGiB", float64(v.Memory)/(1<<30)))
 	}
 	p.line(0, "Engine Version", v.Build)
 	p.line(0, "Data Path", v.DataPath)

@@ -270,6 +270,66 @@ func TestMaxPerNode(t *testing.T) {
 	checkInvariants(t, c.s)
 }
 
+// TestReservations: no node promises more than it has, whoever asks; what finds no
+// place says why, and an update goes on in the places that there are.
+func TestReservations(t *testing.T) {
+	c := newCluster(t)
+	ns := c.joinAll(2)
+	for _, n := range ns {
+		x, _ := c.s.Node(n.id)
+		x.NanoCPUs, x.Memory = 2e9, 1<<30
+		c.must(Command{UpsertNode: &UpsertNode{Node: x}})
+	}
+	sp := svcSpec("web", 5)
+	env("1")(&sp)
+	sp.Task.Resources.ReserveMemory = 400 << 20
+	web := c.service(sp)
+	c.settle()
+	c.wantSpread(web.ID, map[string]int{"n1": 2, "n2": 2})
+	why := ""
+	for _, x := range c.s.Tasks(TaskFilter{Service: web.ID}) {
+		if x.Node == "" {
+			why = x.Status.Message
+		}
+	}
+	if why != "2 nodes: 2 with less CPU or memory left than is to be reserved" {
+		t.Errorf("%q\n%s", why, c.dump())
+	}
+	c.scale("web", 4)
+	c.settle()
+	c.change(web.ID, env("2"))
+	c.settle()
+	c.wantUpdate(web.ID, spec.UpdateCompleted, "")
+	c.wantVersions(web.ID, map[string]int{"V=2": 4})
+	c.wantSpread(web.ID, map[string]int{"n1": 2, "n2": 2})
+
+	// CPUs are counted apart, and over all services.
+	for i, want := range []int{2, 0} {
+		cpu := svcSpec(fmt.Sprintf("cpu%d", i), 3)
+		cpu.Task.Resources.ReserveNanoCPUs = 15e8
+		v := c.service(cpu)
+		c.settle()
+		if got := len(c.live(v.ID)); got != want {
+			t.Errorf("%s: %d run, want %d\n%s", cpu.Name, got, want, c.dump())
+		}
+	}
+	most := svcSpec("most", 1)
+	most.Task.Resources.ReserveMemory = 1 << 62
+	v := c.service(most)
+	c.settle()
+	if got := len(c.live(v.ID)); got != 0 {
+		t.Errorf("%d run of a service that wants more than there is", got)
+	}
+	// A node that comes has room.
+	c.join("n3")
+	c.settle()
+	if got := len(c.live(v.ID)); got != 1 {
+		t.Errorf("a node that does not say what it has gets %d, want 1", got)
+	}
+	checkInvariants(t, c.s)
+	c.checkReplay(len(c.log) - 5)
+}
+
 // TestRebalance: what moved away when a node died comes back, no more than that, and
 // never fewer run.
 func TestRebalance(t *testing.T) {

@@ -48,6 +48,7 @@ func (s *State) upsertNode(c *UpsertNode) Result {
 		next.DataPath, next.Status, next.Message = in.DataPath, spec.NodeReady, ""
 		next.Platform, next.Containers, next.ContainersWhy = in.Platform, in.Containers, in.ContainersWhy
 		next.Level, next.Build = in.Level, in.Build
+		next.NanoCPUs, next.Memory = in.NanoCPUs, in.Memory
 		s.renameNode(n, next.Name)
 		s.setNode(n, next)
 		s.returned(n)
@@ -138,7 +139,8 @@ func (s *State) setNode(n *node, next spec.Node) {
 	same := was.Name == next.Name && was.Role == next.Role && was.Availability == next.Availability && was.Addr == next.Addr &&
 		was.ControlPort == next.ControlPort && was.GossipPort == next.GossipPort && was.Status == next.Status &&
 		was.Message == next.Message && was.DataPath == next.DataPath &&
-		was.Platform == next.Platform && was.Containers == next.Containers && was.ContainersWhy == next.ContainersWhy && was.Level == next.Level && was.Build == next.Build && maps.Equal(was.Labels, next.Labels)
+		was.Platform == next.Platform && was.Containers == next.Containers && was.ContainersWhy == next.ContainersWhy && was.Level == next.Level && was.Build == next.Build &&
+		was.NanoCPUs == next.NanoCPUs && was.Memory == next.Memory && maps.Equal(was.Labels, next.Labels)
 	if same {
 		return
 	}

@@ -28,6 +28,10 @@ func (p *planner) find(sv *servicePlan, slot int) (int, string) {
 	if sv.here != nil {
 		sv.here[i]++
 	}
+	if need := reservationOf(sv.v.Spec.Task.Resources); need != (reservation{}) {
+		p.reserved[i].nanoCPUs += need.nanoCPUs
+		p.reserved[i].memory += need.memory
+	}
 	if len(sv.ports) > 0 {
 		p.claimed[i] = append(p.claimed[i], sv.ports...)
 	}
@@ -194,7 +198,7 @@ func (p *planner) pick(sv *servicePlan) (int, string) {
 	best := -1
 	var key, bestKey []int
 	for i, n := range p.nodes {
-		if !assignable(n) || (sv != nil && sv.fits != nil && !sv.fits[i]) || p.elsewhere(sv, i) || p.portTaken(sv, i) != "" || p.enough(sv, i) {
+		if !assignable(n) || (sv != nil && sv.fits != nil && !sv.fits[i]) || p.elsewhere(sv, i) || p.portTaken(sv, i) != "" || p.enough(sv, i) || p.short(sv, i) {
 			continue
 		}
 		key = key[:0]
@@ -237,6 +241,39 @@ func (p *planner) enough(sv *servicePlan, i int) bool {
 	return n >= sv.v.Spec.MaxPerNode
 }
 
+// short tells whether a node has less CPU or memory left, of what it has and has not
+// promised to others, than a task of the service is promised. A node that does not say
+// what it has is taken to have enough.
+func (p *planner) short(sv *servicePlan, i int) bool {
+	if sv == nil || sv.v == nil {
+		return false
+	}
+	need := reservationOf(sv.v.Spec.Task.Resources)
+	if need == (reservation{}) {
+		return false
+	}
+	if p.reserved == nil {
+		p.reserved = make([]reservation, len(p.nodes))
+		for j, n := range p.nodes {
+			for _, t := range n.tasks {
+				if t.Live() && !p.lost[t] {
+					r := reservationOf(t.Spec.Resources)
+					p.reserved[j].nanoCPUs += r.nanoCPUs
+					p.reserved[j].memory += r.memory
+				}
+			}
+		}
+	}
+	n, r := p.nodes[i], p.reserved[i]
+	if w := sv.without; w != nil && w.Node == n.ID && w.Live() {
+		held := reservationOf(w.Spec.Resources)
+		r.nanoCPUs -= held.nanoCPUs
+		r.memory -= held.memory
+	}
+	// In this order, as a sum may be more than there are numbers for.
+	return n.NanoCPUs > 0 && need.nanoCPUs > n.NanoCPUs-r.nanoCPUs || n.Memory > 0 && need.memory > n.Memory-r.memory
+}
+
 // portTaken names who has a port, on the node of an index, that a task of the
 // service needs there; "" when nobody has.
 func (p *planner) portTaken(sv *servicePlan, i int) string {
@@ -262,8 +299,12 @@ func (p *planner) standalone(nets []spec.NetworkAttachment, ports []spec.Port, t
 	return sv
 }
 
-// fullNode is what is said of a node at --replicas-max-per-node.
-const fullNode = "with as many replicas as it may have"
+// What is said of nodes at --replicas-max-per-node, and without what --reserve-cpu and
+// --reserve-memory want.
+const (
+	fullNode  = "with as many replicas as it may have"
+	shortNode = "with less CPU or memory left than is to be reserved"
+)
 
 // nowhere tells why no node fits.
 func (p *planner) nowhere(sv *servicePlan) string {
@@ -298,6 +339,8 @@ func (p *planner) nowhere(sv *servicePlan) string {
 			counts["drained"]++
 		case n.Availability == spec.AvailabilityActive && p.portTaken(sv, i) == "" && p.enough(sv, i):
 			counts[fullNode]++
+		case n.Availability == spec.AvailabilityActive && p.portTaken(sv, i) == "" && p.short(sv, i):
+			counts[shortNode]++
 		case n.Availability == spec.AvailabilityActive:
 			counts["with its published port taken"]++
 		default:
@@ -305,7 +348,7 @@ func (p *planner) nowhere(sv *servicePlan) string {
 		}
 	}
 	var parts []string
-	for _, k := range []string{"down", "not heard of yet", "drained", "paused", "with its published port taken", fullNode} {
+	for _, k := range []string{"down", "not heard of yet", "drained", "paused", "with its published port taken", fullNode, shortNode} {
 		if counts[k] > 0 {
 			parts = append(parts, fmt.Sprintf("%d %s", counts[k], k))
 		}

@@ -14,18 +14,26 @@ import (
 
 // planner is one run of Plan.
 type planner struct {
-	s     *State
-	now   int64
-	ops   []ScheduleOp
-	next  int64
-	nodes []*node // by ID
-	idx   map[string]int
-	total []int // tasks by node; made when first needed
-	lost  map[*task]bool
-	room  map[string]*room // by network; made when first needed
+	s        *State
+	now      int64
+	ops      []ScheduleOp
+	next     int64
+	nodes    []*node // by ID
+	idx      map[string]int
+	total    []int // tasks by node; made when first needed
+	lost     map[*task]bool
+	room     map[string]*room // by network; made when first needed
+	reserved []reservation    // by node; made when first needed
 	// claimed are the ports (mode host) of what this plan puts on a node.
 	claimed map[int][]spec.Port
 	slots   []slotPlan // of the service at hand; kept for its memory
+}
+
+// reservation is what tasks are promised of their node.
+type reservation struct{ nanoCPUs, memory int64 }
+
+func reservationOf(r spec.Resources) reservation {
+	return reservation{r.ReserveNanoCPUs, r.ReserveMemory}
 }
 
 type room struct {

@@ -52,7 +52,7 @@ func (p *planner) move(sv *servicePlan, at [][]*task, above, g []int) bool {
 		if m, ok := most[above[i]]; len(at[i]) > 0 && (!ok || c > m.crowd || c == m.crowd && sv.counts[i] > sv.counts[m.node]) {
 			most[above[i]] = end{i, c}
 		}
-		if !assignable(n) || sv.fits != nil && !sv.fits[i] || p.portTaken(sv, i) != "" || p.enough(sv, i) {
+		if !assignable(n) || sv.fits != nil && !sv.fits[i] || p.portTaken(sv, i) != "" || p.enough(sv, i) || p.short(sv, i) {
 			continue
 		}
 		if l, ok := least[above[i]]; !ok || c < l.crowd || c == l.crowd && sv.counts[i] < sv.counts[l.node] {
@@ -72,6 +72,11 @@ func (p *planner) move(sv *servicePlan, at [][]*task, above, g []int) bool {
 		sv.counts[to.node]++
 		if sv.here != nil {
 			sv.here[to.node]++
+		}
+		if p.reserved != nil {
+			r := reservationOf(sv.v.Spec.Task.Resources)
+			p.reserved[to.node].nanoCPUs += r.nanoCPUs
+			p.reserved[to.node].memory += r.memory
 		}
 		return true
 	}

@@ -2214,6 +2214,8 @@ type NodeInfo struct {
 	Platform         string                 `protobuf:"bytes,40,opt,name=platform,proto3" json:"platform,omitempty"`                                            // linux/amd64
 	Containers       bool                   `protobuf:"varint,41,opt,name=containers,proto3" json:"containers,omitempty"`                                       // it can run images
 	ContainersWhy    string                 `protobuf:"bytes,42,opt,name=containers_why,json=containersWhy,proto3" json:"containers_why,omitempty"`             // why not
+	NanoCpus         int64                  `protobuf:"varint,44,opt,name=nano_cpus,json=nanoCpus,proto3" json:"nano_cpus,omitempty"`                           // that it has; 0: not known
+	Memory           int64                  `protobuf:"varint,45,opt,name=memory,proto3" json:"memory,omitempty"`                                               // bytes, the same
 	Unreached        []string               `protobuf:"bytes,43,rep,name=unreached,proto3" json:"unreached,omitempty"`                                          // names of live nodes that it does not reach over VXLAN, or that do not reach it
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
@@ -2415,6 +2417,20 @@ func (x *NodeInfo) GetContainersWhy() string {
 		return x.ContainersWhy
 	}
 	return ""
+}
+
+func (x *NodeInfo) GetNanoCpus() int64 {
+	if x != nil {
+		return x.NanoCpus
+	}
+	return 0
+}
+
+func (x *NodeInfo) GetMemory() int64 {
+	if x != nil {
+		return x.Memory
+	}
+	return 0
 }
 
 func (x *NodeInfo) GetUnreached() []string {
@@ -5998,6 +6014,8 @@ type ReportRequest struct {
 	Build           string                 `protobuf:"bytes,15,opt,name=build,proto3" json:"build,omitempty"`                                            // its version
 	// Nodes that don't answer this one over VXLAN though they live.
 	DarkPeers     []string `protobuf:"bytes,16,rep,name=dark_peers,json=darkPeers,proto3" json:"dark_peers,omitempty"`
+	NanoCpus      int64    `protobuf:"varint,17,opt,name=nano_cpus,json=nanoCpus,proto3" json:"nano_cpus,omitempty"` // that the node has
+	Memory        int64    `protobuf:"varint,18,opt,name=memory,proto3" json:"memory,omitempty"`                     // bytes
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -6163,6 +6181,20 @@ func (x *ReportRequest) GetDarkPeers() []string {
 		return x.DarkPeers
 	}
 	return nil
+}
+
+func (x *ReportRequest) GetNanoCpus() int64 {
+	if x != nil {
+		return x.NanoCpus
+	}
+	return 0
+}
+
+func (x *ReportRequest) GetMemory() int64 {
+	if x != nil {
+		return x.Memory
+	}
+	return 0
 }
 
 type ReportResponse struct {
@@ -10265,7 +10297,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\aattempt\x18\r \x01(\x05R\aattempt\x12$\n" +
 	"\x05ports\x18\x0e \x03(\v2\x0e.shoal.v1.PortR\x05ports\x12+\n" +
 	"\x06faults\x18\x0f \x03(\v2\x13.shoal.v1.NodeFaultR\x06faults\x12(\n" +
-	"\x10listen_within_ms\x18\x10 \x01(\x03R\x0elistenWithinMs\"\xa4\x06\n" +
+	"\x10listen_within_ms\x18\x10 \x01(\x03R\x0elistenWithinMs\"\xd9\x06\n" +
 	"\bNodeInfo\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +
@@ -10296,7 +10328,9 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\n" +
 	"containers\x18) \x01(\bR\n" +
 	"containers\x12%\n" +
-	"\x0econtainers_why\x18* \x01(\tR\rcontainersWhy\x12\x1c\n" +
+	"\x0econtainers_why\x18* \x01(\tR\rcontainersWhy\x12\x1b\n" +
+	"\tnano_cpus\x18, \x01(\x03R\bnanoCpus\x12\x16\n" +
+	"\x06memory\x18- \x01(\x03R\x06memory\x12\x1c\n" +
 	"\tunreached\x18+ \x03(\tR\tunreached\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
@@ -10542,7 +10576,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"generation\x18\x01 \x01(\x04R\n" +
 	"generation\x12\x10\n" +
 	"\x03key\x18\x02 \x01(\fR\x03key\x12\x18\n" +
-	"\aprimary\x18\x03 \x01(\bR\aprimary\"\x92\x06\n" +
+	"\aprimary\x18\x03 \x01(\bR\aprimary\"\xc7\x06\n" +
 	"\rReportRequest\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x128\n" +
 	"\x05tasks\x18\x02 \x03(\v2\".shoal.v1.ReportRequest.TasksEntryR\x05tasks\x12\x1d\n" +
@@ -10569,7 +10603,9 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x05level\x18\x0e \x01(\x05R\x05level\x12\x14\n" +
 	"\x05build\x18\x0f \x01(\tR\x05build\x12\x1d\n" +
 	"\n" +
-	"dark_peers\x18\x10 \x03(\tR\tdarkPeers\x1aN\n" +
+	"dark_peers\x18\x10 \x03(\tR\tdarkPeers\x12\x1b\n" +
+	"\tnano_cpus\x18\x11 \x01(\x03R\bnanoCpus\x12\x16\n" +
+	"\x06memory\x18\x12 \x01(\x03R\x06memory\x1aN\n" +
 	"\n" +
 	"TasksEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12*\n" +
