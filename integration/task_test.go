@@ -2,7 +2,6 @@ package integration
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -218,19 +217,18 @@ func TestKillTopAttach(t *testing.T) {
 		t.Errorf("after an interrupted attach it is %s", got)
 	}
 	attached := make(chan result)
-	go func() { attached <- s.on("node3", "shoal", "attach", "k") }()
-	s.eventually(slow(10*time.Second), func() error { // it may not be connected yet
-		s.on("node1", "shoal", "kill", "-s", "TERM", "k")
-		select {
-		case r := <-attached:
-			if r.code != 3 {
-				t.Errorf("attach ends with %d: %s%s", r.code, r.out, r.err)
-			}
-			return nil
-		case <-time.After(200 * time.Millisecond):
-			return errors.New("attach does not end with the program")
+	shown := filepath.Join(t.TempDir(), "shown")
+	go func() { attached <- s.on("node3", "sh", "-c", "exec shoal attach k >"+shown) }()
+	s.eventually(slow(10*time.Second), func() error {
+		if b, err := os.ReadFile(shown); err != nil || !strings.Contains(string(b), "tick") {
+			return fmt.Errorf("attach shows %q, %v", b, err)
 		}
+		return nil
 	})
+	s.ok("node1", "shoal kill -s TERM k")
+	if r := <-attached; r.code != 3 {
+		t.Errorf("attach ends with %d: %s%s", r.code, r.out, r.err)
+	}
 	s.ok("node1", "shoal run -d --name l -- sleep 1000")
 	s.ok("node1", "shoal kill l")
 	if got := s.ok("node1", "shoal wait l"); got != "137" {

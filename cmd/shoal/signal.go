@@ -31,11 +31,8 @@ or another. A replica of a service that ends by it is replaced.`,
 				}
 				req := connect.NewRequest(&shoalv1.KillRequest{Task: t.Id, Signal: sig})
 				req.Header().Set(agent.NodeHeader, t.Node)
-				if _, err := c.node().Kill(ctx, req); err != nil {
-					return older(err, "kill", t.Name)
-				}
-				fmt.Fprintln(c.out, ref)
-				return nil
+				_, err = c.node().Kill(ctx, req)
+				return older(err, "kill", t.Name)
 			})
 		}}
 	cmd.Flags().StringVarP(&sig, "signal", "s", "KILL", "signal: a name, such as HUP, or a number")

@@ -104,17 +104,24 @@ itself. They are replaced by the service's --update-… policy.`,
 		ValidArgsFunction: c.complete(c.serviceNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx := cmd.Context()
-			return c.forEach(args, func(ref string) error {
+			var begun []*shoalv1.Service
+			for _, ref := range args {
 				resp, err := c.control().UpdateService(ctx, connect.NewRequest(&shoalv1.UpdateServiceRequest{Ref: ref, Rebalance: true}))
 				if err != nil {
 					return err
 				}
 				fmt.Fprintln(c.out, resp.Msg.Service.GetSpec().GetName())
+				begun = append(begun, resp.Msg.Service)
+			}
+			for _, s := range begun {
 				if detach {
-					return nil
+					break
 				}
-				return c.converge(ctx, resp.Msg.Service, quiet)
-			})
+				if err := c.converge(ctx, s, quiet); err != nil {
+					return err
+				}
+			}
+			return nil
 		}}
 	cmd.Flags().BoolVarP(&detach, "detach", "d", false, "don't wait until the replicas run")
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "wait, but show no progress")
