@@ -68,6 +68,20 @@ type inputs struct {
 	// sandboxes here; adopted tells that those of an earlier agent are among them
 	sandboxes []spec.Sandbox
 	adopted   bool
+	// first: no View was complete yet, and there is time to meet the other nodes
+	first bool
+}
+
+// met tells whether gossip has heard of every node that the managers call ready: the
+// peer by which it came back in may not have named one that it suspects just then, as
+// after an upgrade of that one, and what runs there would be missing.
+func (in inputs) met() bool {
+	for _, n := range in.assigned.Nodes {
+		if n.ID != in.self && n.Status == spec.NodeReady && !slices.ContainsFunc(in.gossip.Members, func(m gossip.Member) bool { return m.Peer.ID == n.ID }) {
+			return false
+		}
+	}
+	return true
 }
 
 // compose joins the sources into a View. It is pure.
@@ -81,7 +95,7 @@ func compose(in inputs) *spec.View {
 		Self:     in.self,
 		Instance: in.instance,
 		Underlay: in.underlay,
-		Complete: in.assigned.known() && in.gossip != nil && in.gossip.Synced && in.adopted,
+		Complete: in.assigned.known() && in.gossip != nil && in.gossip.Synced && in.adopted && (!in.first || in.met()),
 	}
 	present := map[string]bool{}
 	for _, s := range in.sandboxes {

@@ -78,11 +78,36 @@ func TestComposeIsIncompleteUntilEverySourceReported(t *testing.T) {
 		"no gossip":         func(in *inputs) { in.gossip = nil },
 		"gossip not synced": func(in *inputs) { s := *in.gossip; s.Synced = false; in.gossip = &s },
 		"not adopted":       func(in *inputs) { in.adopted = false },
+		"a node not met": func(in *inputs) {
+			in.first = true
+			in.assigned.Nodes = []spec.Node{{ID: "n1", Status: spec.NodeReady}, {ID: "n2", Status: spec.NodeReady}, {ID: "n3", Status: spec.NodeReady}}
+		},
 	} {
 		in := sources()
 		change(&in)
 		if v := compose(in); v.Complete {
 			t.Errorf("%s: complete", name)
+		}
+	}
+}
+
+// Who is down, or is met as dead, is not waited for, nor anybody once there was time.
+func TestComposeWaitsForReadyNodesAtFirst(t *testing.T) {
+	for name, change := range map[string]func(*inputs){
+		"down": func(in *inputs) { in.assigned.Nodes[2].Status = spec.NodeDown },
+		"met as dead": func(in *inputs) {
+			s := *in.gossip
+			s.Members = append(s.Members[:2:2], gossip.Member{Peer: spec.Peer{ID: "n3", Liveness: spec.PeerDead}})
+			in.gossip = &s
+		},
+		"later": func(in *inputs) { in.first = false },
+	} {
+		in := sources()
+		in.first = true
+		in.assigned.Nodes = []spec.Node{{ID: "n1", Status: spec.NodeReady}, {ID: "n2", Status: spec.NodeReady}, {ID: "n3", Status: spec.NodeReady}}
+		change(&in)
+		if v := compose(in); !v.Complete {
+			t.Errorf("%s: not complete", name)
 		}
 	}
 }

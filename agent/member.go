@@ -43,7 +43,10 @@ const (
 	reportInterval = time.Second     // sign of life to the leader; it takes 3 s of silence for suspicion
 	reportTimeout  = 2 * time.Second // one report
 	streamSilence  = 5 * time.Second // of an assignment stream that sends one each second
-	namesWait      = 3 * time.Second // for all names to be known, after a start; stub resolvers ask again after 5 s
+	// meetWait is for gossip to hear of every node that is ready, after a start: a restarted
+	// agent's peers hold it for suspect for a second or two.
+	meetWait  = 2500 * time.Millisecond
+	namesWait = 3 * time.Second // for all names to be known, after a start; stub resolvers ask again after 5 s
 )
 
 // member is the node's life in one cluster.
@@ -67,6 +70,7 @@ type member struct {
 	tasks    *tasks
 	images   imageKeeper
 	dns      *dns.Server
+	waited   atomic.Bool // a View was complete, or every node has had its time to be met
 	namesDue atomic.Bool // names are answered from whatever is known
 	overlay  *reconcile.Loop[overlay.State, overlay.State]
 	vip      *reconcile.Loop[vip.State, vip.State]
@@ -260,6 +264,12 @@ func (m *member) start() error {
 	m.g = g // the Manager and the Forwarder may run already, and look
 	m.mu.Unlock()
 	m.wg.Go(func() {
+		if sleep.For(m.ctx, meetWait) {
+			m.waited.Store(true)
+			wake(m.composeWake)
+		}
+	})
+	m.wg.Go(func() {
 		if sleep.For(m.ctx, namesWait) {
 			m.namesDue.Store(true)
 			wake(m.composeWake)
@@ -452,8 +462,11 @@ func (m *member) compose() {
 	snap := m.g.Snapshot()
 	v := compose(inputs{
 		self: m.ident.NodeID, instance: m.cfg.Instance, assigned: assigned, gossip: snap, sandboxes: sandboxes, adopted: adopted,
-		underlay: spec.Underlay{Addr: m.ident.Addr, VXLANPort: m.ident.Cluster.DataPathPort},
+		underlay: spec.Underlay{Addr: m.ident.Addr, VXLANPort: m.ident.Cluster.DataPathPort}, first: !m.waited.Load(),
 	})
+	if v.Complete {
+		m.waited.Store(true) // who joins later is waited for by nobody
+	}
 	m.paths.follow(v)
 	m.paths.darken(v)
 	var nodes []spec.Node
