@@ -114,15 +114,24 @@ func (s *Server) Serve(ctx context.Context, asker func() *Asker, pc net.PacketCo
 		ln.Close()
 		return fmt.Errorf("name server: %T is not a UDP socket", pc)
 	}
+	defer udp.Close()
+	fctx, give := context.WithCancel(context.WithoutCancel(ctx))
+	defer give()
 	ctx, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer cancel()
-	stop := context.AfterFunc(ctx, func() { udp.Close(); ln.Close() })
+	// At the end no further question is taken out of the socket, where the next server
+	// will find it; one that was is answered: nobody will see it again.
+	stop := context.AfterFunc(ctx, func() {
+		_ = udp.SetReadDeadline(time.Unix(1, 0))
+		ln.Close()
+		time.AfterFunc(lastAnswers, give)
+	})
 	defer func() {
-		if stop() {
-			udp.Close()
+		if stop() { // the socket has failed
 			ln.Close()
+			give()
 		}
 	}()
 	select {
@@ -131,20 +140,25 @@ func (s *Server) Serve(ctx context.Context, asker func() *Asker, pc net.PacketCo
 		return nil
 	}
 	wg.Go(func() { s.serveTCP(ctx, asker, ln) })
-	return s.serveUDP(ctx, &wg, asker, udp)
+	return s.serveUDP(ctx, fctx, &wg, asker, udp)
 }
 
-func (s *Server) serveUDP(ctx context.Context, wg *sync.WaitGroup, asker func() *Asker, udp *net.UDPConn) error {
+// lastAnswers is for how long the end of a server waits for other name servers' answers
+// to what was asked before; then those who asked hear that there is none, and ask again.
+const lastAnswers = 500 * time.Millisecond
+
+// serveUDP takes questions until ctx ends; those that are forwarded go on until fctx does.
+func (s *Server) serveUDP(ctx, fctx context.Context, wg *sync.WaitGroup, asker func() *Asker, udp *net.UDPConn) error {
 	in := make([]byte, 65535)
 	out := make([]byte, maxUDP)
 	var quick scratch
 	var mine atomic.Int64 // questions being forwarded
 	for {
 		n, from, err := udp.ReadFromUDPAddrPort(in)
-		if ctx.Err() != nil {
-			return nil
-		}
 		if err != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
 			if errors.Is(err, net.ErrClosed) {
 				return err
 			}
@@ -186,7 +200,7 @@ func (s *Server) serveUDP(ctx context.Context, wg *sync.WaitGroup, asker func() 
 			defer mine.Add(-1)
 			buf := s.buffers.Get().(*[]byte)
 			defer s.buffers.Put(buf)
-			resp, source := s.forward.answer(ctx, up, req)
+			resp, source := s.forward.answer(fctx, up, req)
 			s.metrics.replied(resp, source, start)
 			if b := pack(resp, size, *buf); b != nil {
 				_, _ = udp.WriteToUDPAddrPort(b, from)

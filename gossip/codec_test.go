@@ -204,7 +204,7 @@ func TestEncodableIsWhatDecodes(t *testing.T) {
 }
 
 func TestMeta(t *testing.T) {
-	m := meta{epoch: math.MaxUint64, seq: math.MaxUint64, maxInc: math.MaxUint32, path: path{mtu: maxMTU, answers: true}}
+	m := meta{epoch: math.MaxUint64, seq: maxSeq, maxInc: math.MaxUint32, path: path{mtu: maxMTU, answers: true}}
 	b := m.encode()
 	for _, b := range [][]byte{b, append(b, "more"...)} {
 		if got, err := decodeMeta(b); err != nil || got != m {
@@ -222,6 +222,10 @@ func TestMeta(t *testing.T) {
 		case i != short && err == nil:
 			t.Fatalf("%d bytes are understood as %+v", i, got)
 		}
+	}
+	m.seq++ // which nobody could go past
+	if got, err := decodeMeta(m.encode()); err == nil {
+		t.Fatalf("understood as %+v", got)
 	}
 	// What can't be a link's MTU is as if it was not said.
 	for _, mtu := range []uint64{maxMTU + 1, math.MaxUint32, math.MaxUint64} {

@@ -10,6 +10,7 @@ package integration
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -107,7 +108,7 @@ type site struct {
 
 func up(t *testing.T, o lab.Options) site {
 	t.Helper()
-	o.Binary = filepath.Join(bin, "shoal")
+	o.Binary = cmp.Or(o.Binary, filepath.Join(bin, "shoal"))
 	if inVM {
 		o.DataPath = "ipvs"
 	}

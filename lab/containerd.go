@@ -110,7 +110,6 @@ func (l *Lab) stopContainerd(ctx context.Context) error {
 	}
 	// What a node that was killed has left: containerd's shims name its socket, and
 	// their containers go with them.
-	var errs []error
 	for _, pid := range l.containerdShims() {
 		for _, child := range childrenOf(pid) {
 			_ = syscall.Kill(child, syscall.SIGKILL)
@@ -120,12 +119,17 @@ func (l *Lab) stopContainerd(ctx context.Context) error {
 	for limit := time.Now().Add(5 * time.Second); len(l.containerdShims()) > 0 && time.Now().Before(limit); {
 		time.Sleep(10 * time.Millisecond)
 	}
+	return unmountBelow(l.containerdDir())
+}
+
+// unmountBelow unmounts what is mounted below a directory, the inner mounts first.
+func unmountBelow(dir string) error {
 	b, err := os.ReadFile("/proc/self/mountinfo")
-	errs = append(errs, err)
+	errs := []error{err}
 	lines := strings.Split(string(b), "\n")
 	for i := len(lines) - 1; i >= 0; i-- {
 		// proc(5): the fifth field is the mount point.
-		if f := strings.Fields(lines[i]); len(f) > 4 && strings.HasPrefix(f[4], l.containerdDir()+"/") {
+		if f := strings.Fields(lines[i]); len(f) > 4 && strings.HasPrefix(f[4], dir+"/") {
 			if err := syscall.Unmount(f[4], syscall.MNT_DETACH); err != nil {
 				errs = append(errs, fmt.Errorf("unmount %s: %w", f[4], err))
 			}

@@ -693,6 +693,7 @@ func (l *Lab) Down(ctx context.Context) error {
 	for _, n := range nodes {
 		errs = append(errs, cgroup.Clear(cgroup.Root+"/"+n.Netns))
 	}
+	errs = append(errs, unmountBelow(l.Dir)) // secrets of tasks that were killed
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("lab %s: %w", l.Name, err)
 	}
