@@ -216,7 +216,7 @@ func ServiceSpec(s spec.ServiceSpec) *shoalv1.ServiceSpec {
 		Networks: NetworkAttachments(s.Networks), Constraints: s.Constraints, Task: TaskSpec(s.Task),
 		RestartDelayMs: s.RestartDelay.Milliseconds(), RestartMax: int32(s.RestartMax), Ports: Ports(s.Ports), ListenTimeoutMs: s.ListenTimeout.Milliseconds(),
 		Update: UpdateConfig(s.Update), Rollback: UpdateConfig(s.Rollback), ForceUpdate: s.ForceUpdate,
-		Mode: s.Mode, Spread: s.Spread, MaxPerNode: int32(s.MaxPerNode), RestartCondition: s.RestartCondition, RestartWindowMs: s.RestartWindow.Milliseconds()}
+		Mode: s.Mode, Spread: s.Spread, MaxPerNode: int32(s.MaxPerNode), RestartCondition: s.RestartCondition, RestartWindowMs: s.RestartWindow.Milliseconds(), MaxConcurrent: int32(s.MaxConcurrent)}
 }
 
 // ToServiceSpec is the inverse of ServiceSpec.
@@ -234,7 +234,7 @@ func ToServiceSpec(s *shoalv1.ServiceSpec) (spec.ServiceSpec, error) {
 		Networks: nets, Constraints: s.GetConstraints(), Task: task, Ports: ports,
 		RestartDelay: time.Duration(s.GetRestartDelayMs()) * time.Millisecond, RestartMax: int(s.GetRestartMax()), ListenTimeout: time.Duration(s.GetListenTimeoutMs()) * time.Millisecond,
 		Update: ToUpdateConfig(s.GetUpdate()), Rollback: ToUpdateConfig(s.GetRollback()), ForceUpdate: s.GetForceUpdate(),
-		Mode: s.GetMode(), Spread: s.GetSpread(), MaxPerNode: int(s.GetMaxPerNode()), RestartCondition: s.GetRestartCondition(), RestartWindow: time.Duration(s.GetRestartWindowMs()) * time.Millisecond}, err
+		Mode: s.GetMode(), Spread: s.GetSpread(), MaxPerNode: int(s.GetMaxPerNode()), RestartCondition: s.GetRestartCondition(), RestartWindow: time.Duration(s.GetRestartWindowMs()) * time.Millisecond, MaxConcurrent: int(s.GetMaxConcurrent())}, err
 }
 
 // UpdateConfig is u on the wire.

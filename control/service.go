@@ -226,6 +226,8 @@ func (s *service) ListServices(_ context.Context, req *connect.Request[shoalv1.L
 		for _, v := range ss {
 			w := api.Service(v, st.Running(v.ID))
 			w.Desired = int32(st.Desired(v.ID))
+			done, total := st.Completed(v.ID)
+			w.Completed, w.ToComplete = int32(done), int32(total)
 			w.Stale, w.Behind, w.Faults = int32(st.Stale(v.ID)), s.m.behind(st, v.Version), faults[v.ID]
 			resp.Services = append(resp.Services, w)
 		}

@@ -2,6 +2,7 @@ package integration
 
 import (
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -54,9 +55,9 @@ func TestModes(t *testing.T) {
 		t.Errorf("%d of %d requests failed: %v", l.Failed, l.Requests, l.Errors)
 	}
 	s.fails("node1", "mode global", "shoal svc scale web=2")
-	s.fails("node1", "replicas can only be used with mode replicated", "shoal svc create --mode global --replicas 2 -- true")
+	s.fails("node1", "replicas can only be used with mode replicated or replicated-job", "shoal svc create --mode global --replicas 2 -- true")
 	s.fails("node1", "replicas can only be used with mode replicated", "shoal svc update --replicas 2 web")
-	s.fails("node1", "use replicated or global", "shoal svc create --mode daemon -- true")
+	s.fails("node1", "use replicated, global, replicated-job or global-job", "shoal svc create --mode daemon -- true")
 
 	for n, z := range map[string]string{"node1": "a", "node2": "b", "node3": "b"} {
 		s.ok("node1", "shoal node update --label-add zone=%s %s", z, n)
@@ -99,6 +100,27 @@ func TestModes(t *testing.T) {
 			return nil
 		})
 	}
+
+	// Jobs: each slot once, some at a time; a failed run again; anew with --force.
+	s.ok("node1", "shoal svc create --name batch --mode replicated-job --replicas 4 --max-concurrent 2 --restart-delay 10ms --env 'N={{.Task.Slot}}' -- "+
+		"sh -c 'echo run $N; test $N != 2 || test -e /dev/shm/%s || { touch /dev/shm/%s; exit 1; }'", s.Name, s.Name)
+	t.Cleanup(func() { _ = os.Remove("/dev/shm/" + s.Name) })
+	if got := s.ok("node1", "shoal svc ls -f mode=replicated-job --format '{{.Name}} {{.Replicas}}'"); got != "batch 0/0 (4/4 completed)" {
+		t.Errorf("after the job: %q", got)
+	}
+	if got := strings.Fields(s.ok("node1", "shoal svc ps --all -q batch")); len(got) != 5 {
+		t.Errorf("%d tasks were made, want 5", len(got))
+	}
+	s.ok("node1", "shoal svc update --force batch")
+	if got := s.ok("node1", "shoal svc logs --raw batch"); strings.Count(got, "run 1") != 2 || strings.Count(got, "run 2") != 3 {
+		t.Errorf("logs: %s", got)
+	}
+	s.ok("node1", "shoal svc create --name sweep --mode global-job -- true")
+	if got := s.ok("node1", "shoal svc ls -f name=sweep --format '{{.Mode}} {{.Replicas}}'"); got != "global-job 0/0 (3/3 completed)" {
+		t.Errorf("after the job on each node: %q", got)
+	}
+	s.fails("node1", "run to their end", "shoal svc create --mode global-job --restart-condition any -- true")
+	s.fails("node1", "is for mode replicated-job", "shoal svc create --max-concurrent 2 -- true")
 
 	s.ok("node1", "shoal svc create --name once --restart-condition none -- true")
 	s.ok("node1", "shoal svc create --name twice --restart-condition on-failure --restart-delay 10ms -- sh -c 'test -e /dev/shm/twice || { touch /dev/shm/twice; exit 1; }'")

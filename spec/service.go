@@ -20,6 +20,9 @@ const (
 const (
 	ModeReplicated = "replicated" // as many tasks as replicas, wherever there is room
 	ModeGlobal     = "global"     // one task on each node that the service's tasks may be on
+	// Jobs' tasks run to their end.
+	ModeReplicatedJob = "replicated-job" // as many times as replicas
+	ModeGlobalJob     = "global-job"     // once on each node
 )
 
 // Restart conditions, in Docker's words: of which ends of its program a task is
@@ -169,7 +172,9 @@ type ServiceSpec struct {
 	Spread []string `json:"spread,omitempty" level:"2"`
 	// MaxPerNode is the most replicas on one node; 0: no limit.
 	MaxPerNode       int    `json:"max_per_node,omitempty" level:"2"`
-	RestartCondition string `json:"restart_condition,omitempty" level:"2"` // empty: RestartAny
+	RestartCondition string `json:"restart_condition,omitempty" level:"2"` // empty: RestartAny; of jobs RestartOnFailure
+	// MaxConcurrent is how many tasks of a replicated job run at once; 0: all.
+	MaxConcurrent int `json:"max_concurrent,omitempty" level:"2"`
 	// RestartWindow is how long a run lasts that counts as a success, after which
 	// attempts are counted anew; 0: 10 s.
 	RestartWindow time.Duration `json:"restart_window,omitempty" level:"2"`
@@ -202,17 +207,20 @@ func (s ServiceSpec) ListenWithin() time.Duration {
 
 // Restarts tells whether a task that ended in a state is replaced.
 func (s ServiceSpec) Restarts(ended TaskState) bool {
-	switch s.RestartCondition {
-	case RestartNone:
+	switch {
+	case s.RestartCondition == RestartNone:
 		return false
-	case RestartOnFailure:
+	case s.RestartCondition == RestartOnFailure || s.Job():
 		return ended != TaskComplete
 	}
 	return true
 }
 
 // Global tells whether there is a task on each node.
-func (s ServiceSpec) Global() bool { return s.Mode == ModeGlobal }
+func (s ServiceSpec) Global() bool { return s.Mode == ModeGlobal || s.Mode == ModeGlobalJob }
+
+// Job tells whether tasks run to their end, once.
+func (s ServiceSpec) Job() bool { return s.Mode == ModeReplicatedJob || s.Mode == ModeGlobalJob }
 
 // Clone returns a deep copy.
 func (s ServiceSpec) Clone() ServiceSpec {
@@ -277,16 +285,23 @@ func (s ServiceSpec) Validate() error {
 
 func (s ServiceSpec) validatePlacement() error {
 	switch s.Mode {
-	case "", ModeReplicated:
-	case ModeGlobal:
-		if s.Replicas != 0 {
-			return fmt.Errorf("%d replicas: a service of mode global has one task on each node, and no number of replicas", s.Replicas)
-		}
-		if s.MaxPerNode != 0 {
-			return fmt.Errorf("most replicas per node: a service of mode global has one on each")
-		}
+	case "", ModeReplicated, ModeGlobal, ModeReplicatedJob, ModeGlobalJob:
 	default:
-		return fmt.Errorf("mode %q: use %s or %s", s.Mode, ModeReplicated, ModeGlobal)
+		return fmt.Errorf("mode %q: use %s, %s, %s or %s", s.Mode, ModeReplicated, ModeGlobal, ModeReplicatedJob, ModeGlobalJob)
+	}
+	switch {
+	case s.Global() && s.Replicas != 0:
+		return fmt.Errorf("%d replicas: a service of mode %s has one task on each node, and no number of replicas", s.Replicas, s.Mode)
+	case s.Global() && s.MaxPerNode != 0:
+		return fmt.Errorf("most replicas per node: a service of mode %s has one on each", s.Mode)
+	case s.MaxConcurrent < 0 || s.MaxConcurrent > MaxReplicas:
+		return fmt.Errorf("most at once: %d is out of range: use 0 to %d", s.MaxConcurrent, MaxReplicas)
+	case s.MaxConcurrent != 0 && s.Mode != ModeReplicatedJob:
+		return fmt.Errorf("most at once is for mode %s", ModeReplicatedJob)
+	case s.Job() && s.RestartCondition == RestartAny:
+		return fmt.Errorf("restart condition %s: the tasks of a job run to their end: use %s or %s", RestartAny, RestartOnFailure, RestartNone)
+	case s.Job() && (s.Update != nil || s.Rollback != nil):
+		return fmt.Errorf("a policy for updates or rollbacks: a job begins anew with each change of what it runs, all at once")
 	}
 	if s.MaxPerNode < 0 {
 		return fmt.Errorf("most replicas per node: %d is negative: use 0 for no limit", s.MaxPerNode)

@@ -208,7 +208,7 @@ func TestCompletion(t *testing.T) {
 		"node ls -f availability=d":       "availability=active availability=pause availability=drain",
 		"net ls -f driver=":               "driver=overlay driver=bridge driver=host driver=null",
 		"events -f type=":                 "type=network type=service type=task type=node type=cluster",
-		"svc ls -f mode=":                 "mode=replicated mode=global mode=vip mode=dnsrr",
+		"svc ls -f mode=":                 "mode=replicated mode=global mode=replicated-job mode=global-job mode=vip mode=dnsrr",
 		"service update --endpoint-mode ": "vip dnsrr",
 	} {
 		words, last := strings.Fields(line), ""

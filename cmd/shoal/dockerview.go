@@ -114,8 +114,13 @@ func dockerServiceSpec(s spec.ServiceSpec) object {
 	}
 	t["Placement"] = object{"Constraints": s.Constraints, "Preferences": prefs, "MaxReplicas": s.MaxPerNode}
 	mode := object{"Replicated": object{"Replicas": s.Replicas}}
-	if s.Global() {
+	switch s.Mode {
+	case spec.ModeGlobal:
 		mode = object{"Global": object{}}
+	case spec.ModeReplicatedJob:
+		mode = object{"ReplicatedJob": object{"MaxConcurrent": cmp.Or(s.MaxConcurrent, s.Replicas), "TotalCompletions": s.Replicas}}
+	case spec.ModeGlobalJob:
+		mode = object{"GlobalJob": object{}}
 	}
 	return object{"Name": s.Name, "Labels": orEmpty(s.Labels), "TaskTemplate": t, "Mode": mode,
 		"UpdateConfig": dockerPolicy(s.Update), "RollbackConfig": dockerPolicy(s.Rollback), "Networks": nets,
@@ -325,10 +330,17 @@ func prettyService(w io.Writer, s *shoalv1.Service, nets names) error {
 	p.line(0, "ID", v.ID)
 	p.line(0, "Name", v.Spec.Name)
 	p.labels(v.Spec.Labels)
-	if v.Spec.Global() {
+	switch {
+	case v.Spec.Job():
+		p.line(0, "Service Mode", map[bool]string{true: "GlobalJob", false: "ReplicatedJob"}[v.Spec.Global()])
+		if v.Spec.MaxConcurrent > 0 {
+			p.line(1, "Max Concurrent", v.Spec.MaxConcurrent)
+		}
+		p.line(1, "Completions", fmt.Sprintf("%d of %d (%d running)", s.Completed, s.ToComplete, s.Running))
+	case v.Spec.Global():
 		p.line(0, "Service Mode", "Global")
 		p.line(1, "Tasks", fmt.Sprintf("%d (%d running)", s.GetDesired(), s.Running))
-	} else {
+	default:
 		p.line(0, "Service Mode", "Replicated")
 		p.line(1, "Replicas", fmt.Sprintf("%d (%d running)", v.Spec.Replicas, s.Running))
 	}

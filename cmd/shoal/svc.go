@@ -238,9 +238,9 @@ that all replicas are one image.`,
 			if req.Mode == spec.ModeReplicated {
 				req.Mode = "" // which managers of before know, too
 			}
-			if req.Mode == spec.ModeGlobal {
+			if global(req.Mode) {
 				if cmd.Flags().Changed("replicas") {
-					return usageError(cmd, fmt.Errorf("replicas can only be used with mode %s", spec.ModeReplicated))
+					return usageError(cmd, errReplicas)
 				}
 				req.Replicas = 0
 			}
@@ -286,7 +286,8 @@ that all replicas are one image.`,
 	f.Int32Var(&req.Replicas, "replicas", 1, "number of tasks")
 	f.StringVar(&req.EndpointMode, "endpoint-mode", spec.EndpointModeVIP, "vip (one balanced address) or dnsrr (the replicas' addresses)")
 	f.StringArrayVar(&req.Constraints, "constraint", nil, "placement: node.name==x, node.role!=manager, node.labels.k==v (repeatable)")
-	f.StringVar(&req.Mode, "mode", spec.ModeReplicated, "replicated, or global: one task on each node that the constraints allow")
+	f.StringVar(&req.Mode, "mode", spec.ModeReplicated, "replicated, global (one task on each node), replicated-job or global-job (tasks that run to their end)")
+	f.Int32Var(&req.MaxConcurrent, "max-concurrent", 0, "tasks of a replicated-job that run at once (default: all)")
 	f.StringArrayVar(&prefs, "placement-pref", nil, placementPrefHelp)
 	f.Int32Var(&req.MaxPerNode, "replicas-max-per-node", 0, "most replicas on one node (0: no limit)")
 	f.StringVar(&req.RestartCondition, "restart-condition", "", restartConditionHelp)
@@ -309,7 +310,7 @@ that all replicas are one image.`,
 	_ = cmd.RegisterFlagCompletionFunc("config", c.completeBlobs(spec.KindConfig))
 	_ = cmd.RegisterFlagCompletionFunc("network", c.complete(c.networkNames))
 	_ = cmd.RegisterFlagCompletionFunc("endpoint-mode", cobra.FixedCompletions([]string{"vip", "dnsrr"}, cobra.ShellCompDirectiveNoFileComp))
-	_ = cmd.RegisterFlagCompletionFunc("mode", cobra.FixedCompletions([]string{spec.ModeReplicated, spec.ModeGlobal}, cobra.ShellCompDirectiveNoFileComp))
+	_ = cmd.RegisterFlagCompletionFunc("mode", cobra.FixedCompletions(modes, cobra.ShellCompDirectiveNoFileComp))
 	completeConditions(cmd)
 	return cmd
 }
@@ -319,6 +320,14 @@ const (
 	restartConditionHelp = "of which ends a task is replaced: any (default), on-failure or none"
 	restartWindowHelp    = "how long a run lasts that counts as a success; attempts are counted anew then (default 10s)"
 )
+
+var modes = []string{spec.ModeReplicated, spec.ModeGlobal, spec.ModeReplicatedJob, spec.ModeGlobalJob}
+
+// errReplicas has Docker's words.
+var errReplicas = fmt.Errorf("replicas can only be used with mode %s or %s", spec.ModeReplicated, spec.ModeReplicatedJob)
+
+func global(mode string) bool { return spec.ServiceSpec{Mode: mode}.Global() }
+func job(mode string) bool    { return spec.ServiceSpec{Mode: mode}.Job() }
 
 func completeConditions(cmd *cobra.Command) {
 	_ = cmd.RegisterFlagCompletionFunc("restart-condition", cobra.FixedCompletions([]string{spec.RestartAny, spec.RestartOnFailure, spec.RestartNone}, cobra.ShellCompDirectiveNoFileComp))
@@ -388,12 +397,13 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 				why = fmt.Sprintf("%s: %s: %s", t.Name, st.GetState(), st.GetMessage())
 			}
 		}
-		stale := 0
+		stale, done, todo := 0, 0, 0
 		var behind []string
 		var faults []*shoalv1.NodeFault
 		if svcs, serr := c.services(ctx, s.Id); serr == nil {
 			stale, behind, faults = int(svcs[0].Stale), svcs[0].Behind, svcs[0].Faults
 			update, want = svcs[0].UpdateStatus, int(svcs[0].GetDesired())
+			done, todo = int(svcs[0].Completed), int(svcs[0].ToComplete)
 		} else if err == nil {
 			err = serr
 		}
@@ -421,7 +431,14 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 		away = time.Time{}
 		line := fmt.Sprintf("%s: %d/%d running", name, running, want)
 		complete := completed(tasks, s.GetSpec())
-		if complete > 0 {
+		if job(s.GetSpec().GetMode()) {
+			// It may take long, and what ran before a change does not count.
+			if running > 0 {
+				patience.Reset(convergeTimeout)
+			}
+			complete, want = done, todo
+			line = fmt.Sprintf("%s: %d/%d complete, %d running", name, done, todo, running)
+		} else if complete > 0 {
 			line += fmt.Sprintf(", %d complete", complete)
 		}
 		if stale > 0 {
@@ -448,15 +465,18 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 			}
 			return fmt.Errorf("%w (%s): see 'shoal svc ps %s'", oerr, line, name)
 		}
-		done := err == nil && !active && running+complete == want && extra+stale+rewiring == 0
-		if up.IsZero() || !done {
+		if job(s.GetSpec().GetMode()) {
+			running = 0
+		}
+		settled := err == nil && !active && running+complete == want && extra+stale+rewiring == 0
+		if up.IsZero() || !settled {
 			up = time.Now()
 		}
-		if done && len(behind) > 0 {
+		if settled && len(behind) > 0 {
 			line += ", not followed yet by " + strings.Join(behind, ", ")
-			done = time.Since(up) > followTimeout
+			settled = time.Since(up) > followTimeout
 		}
-		if done {
+		if settled {
 			if tty {
 				fmt.Fprintf(c.err, "\r\033[K%s\n", line)
 			} else if !quiet {
@@ -529,16 +549,19 @@ func slots(tasks []*shoalv1.Task) (newest map[int32]*shoalv1.Task, live map[int3
 // completed counts the slots whose program came to its end in good order and is not
 // started again, as the restart condition wants it.
 func completed(tasks []*shoalv1.Task, sp *shoalv1.ServiceSpec) (n int) {
-	if c := sp.GetRestartCondition(); c != spec.RestartNone && c != spec.RestartOnFailure {
-		return 0
-	}
 	newest, live := slots(tasks)
 	for slot, t := range newest {
-		if !live[slot] && t.Desired == spec.DesiredRunning && t.GetStatus().GetState() == spec.TaskComplete.String() {
+		if !live[slot] && t.Desired == spec.DesiredRunning && endsWell(t, sp) {
 			n++
 		}
 	}
 	return n
+}
+
+// endsWell tells whether a task has completed where that is the end of its slot.
+func endsWell(t *shoalv1.Task, sp *shoalv1.ServiceSpec) bool {
+	v := spec.ServiceSpec{Mode: sp.GetMode(), RestartCondition: sp.GetRestartCondition()}
+	return t.GetStatus().GetState() == spec.TaskComplete.String() && !v.Restarts(spec.TaskComplete)
 }
 
 // givenUp is the last task of a slot that gets no other, as it has had its limit of
@@ -558,7 +581,7 @@ func givenUp(tasks []*shoalv1.Task, want int, sp *shoalv1.ServiceSpec) *shoalv1.
 	for _, slot := range slices.Sorted(maps.Keys(newest)) {
 		t := newest[slot]
 		over := limit > 0 && int(t.Attempt) >= limit || sp.GetRestartCondition() == spec.RestartNone && t.GetStatus().GetState() == spec.TaskFailed.String()
-		if over && !live[slot] {
+		if over && !live[slot] && !endsWell(t, sp) {
 			return t
 		}
 	}
@@ -616,7 +639,13 @@ func (c *cli) svcLs() *cobra.Command {
 		columns: []column[service]{
 			{"ID", false, func(s service) string { return s.Id }},
 			{"NAME", false, func(s service) string { return s.GetSpec().GetName() }},
-			{"REPLICAS", false, func(s service) string { return fmt.Sprintf("%d/%d", s.Running, s.GetDesired()) }},
+			{"REPLICAS", false, func(s service) string {
+				out := fmt.Sprintf("%d/%d", s.Running, s.GetDesired())
+				if job(s.GetSpec().GetMode()) {
+					out += fmt.Sprintf(" (%d/%d completed)", s.Completed, s.ToComplete)
+				}
+				return out
+			}},
 			{"NETWORK", false, func(s service) string {
 				return strings.Join(each1(s.GetSpec().GetNetworks(), func(a *shoalv1.NetworkAttachment) string { return nets.Of(a.Network) }), ",")
 			}},
@@ -642,7 +671,7 @@ func (c *cli) svcLs() *cobra.Command {
 				return slices.ContainsFunc(s.GetSpec().GetNetworks(), func(a *shoalv1.NetworkAttachment) bool { return nets.Of(a.Network) == v || a.Network == v })
 			},
 		},
-		values: map[string][]string{"mode": {spec.ModeReplicated, spec.ModeGlobal, spec.EndpointModeVIP, spec.EndpointModeDNSRR}},
+		values: map[string][]string{"mode": append(slices.Clone(modes), spec.EndpointModeVIP, spec.EndpointModeDNSRR)},
 		fields: map[string]func(service) string{
 			"Image": func(s service) string { return image(s.GetSpec().GetTask()) },
 		},

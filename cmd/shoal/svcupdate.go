@@ -30,7 +30,7 @@ func (c *cli) svcUpdate() *cobra.Command {
 	var command, hostname, mode, user, dir, stopSignal, vip string
 	var grace, restartDelay, restartWindow, listenTimeout time.Duration
 	var prefAdd, prefRm []string
-	var maxPerNode int32
+	var maxPerNode, maxConcurrent int32
 	var restartCondition string
 	var restartMax int32
 	var health healthFlags
@@ -83,12 +83,13 @@ ones run on (--update-failure-action). Another update resumes it; --rollback, or
 				}
 			}
 			set("replicas", func() error {
-				if sp.Mode == spec.ModeGlobal {
-					return fmt.Errorf("replicas can only be used with mode %s: service %s is %s", spec.ModeReplicated, sp.Name, sp.Mode)
+				if global(sp.Mode) {
+					return fmt.Errorf("%w: service %s is %s", errReplicas, sp.Name, sp.Mode)
 				}
 				sp.Replicas = replicas
 				return nil
 			})
+			set("max-concurrent", func() error { sp.MaxConcurrent = maxConcurrent; return nil })
 			set("replicas-max-per-node", func() error { sp.MaxPerNode = maxPerNode; return nil })
 			set("placement-pref-rm", func() error {
 				rm, err := spreads(prefRm)
@@ -417,6 +418,7 @@ ones run on (--update-failure-action). Another update resumes it; --rollback, or
 	f.StringVar(&stopSignal, "stop-signal", "", "signal that asks the program to stop")
 	f.StringArrayVar(&prefAdd, "placement-pref-add", nil, placementPrefHelp)
 	f.StringArrayVar(&prefRm, "placement-pref-rm", nil, "remove a placement preference, spread=node.labels.KEY")
+	f.Int32Var(&maxConcurrent, "max-concurrent", 0, "tasks of a replicated-job that run at once (0: all)")
 	f.Int32Var(&maxPerNode, "replicas-max-per-node", 0, "most replicas on one node (0: no limit)")
 	f.StringVar(&restartCondition, "restart-condition", "", restartConditionHelp)
 	f.DurationVar(&restartWindow, "restart-window", 0, restartWindowHelp)

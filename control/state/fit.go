@@ -45,7 +45,7 @@ func (s *State) taskRules(constraints []string, nets []spec.NetworkAttachment, i
 func specLevel(sp spec.ServiceSpec) int {
 	// These only the managers look at.
 	sp.Update, sp.Rollback, sp.ForceUpdate = nil, nil, 0
-	sp.Mode, sp.Spread, sp.MaxPerNode, sp.RestartCondition, sp.RestartWindow = "", nil, 0, "", 0
+	sp.Mode, sp.Spread, sp.MaxPerNode, sp.RestartCondition, sp.RestartWindow, sp.MaxConcurrent = "", nil, 0, "", 0, 0
 	level, _ := NeedOf(sp)
 	return level
 }

@@ -28,8 +28,11 @@ const (
 )
 
 func modeOf(sp spec.ServiceSpec) mode {
-	if sp.Global() {
+	switch {
+	case sp.Global():
 		return global{}
+	case sp.Job():
+		return replicatedJob{}
 	}
 	return replicated{}
 }
@@ -135,25 +138,33 @@ func (s *State) hasHome(v *service, slot int) bool {
 	return true
 }
 
-// Desired is how many tasks a service should have: its replicas, or one on each node
-// that is there for it.
+// Desired is how many tasks a service should have now: its replicas, or one on each node
+// that is there for it; of a job, as many as may run at once of those that are not done.
 func (s *State) Desired(serviceID string) int {
 	v := s.services[serviceID]
 	if v == nil {
 		return 0
 	}
+	if v.Spec.Job() {
+		done, total := s.Completed(serviceID)
+		return min(v.concurrency(len(s.nodes)), total-done)
+	}
 	if !v.Spec.Global() {
 		return v.Spec.Replicas
 	}
+	return len(s.homes(v))
+}
+
+// homes are the nodes that are there for a global service.
+func (s *State) homes(v *service) (out []*node) {
 	rules := s.taskRules(v.Spec.Constraints, v.Spec.Networks, v.Spec.Task.Image, specLevel(v.Spec))
-	want := 0
 	for _, n := range s.nodes {
 		runs := slices.ContainsFunc(v.slot(n.Number), func(t *task) bool { return t.Live() && t.Desired == spec.DesiredRunning })
 		if n.Status == spec.NodeReady && keeps(n) && allow(rules, n.Node) && (assignable(n) || runs) {
-			want++
+			out = append(out, n)
 		}
 	}
-	return want
+	return out
 }
 
 // scaleDown removes k slots, such that the rest can be spread evenly. Slots whose

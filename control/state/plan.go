@@ -127,6 +127,10 @@ func (p *planner) service(v *service) {
 	for i := range p.slots {
 		p.slots[i].asleep = sv.mode.asleep(p, sv, &p.slots[i])
 	}
+	if v.Spec.Job() {
+		p.job(sv)
+		return
+	}
 	sv.missing = sv.mode.missing(p, sv)
 	if p.update(sv) {
 		sv.mode.grow(p, sv)

@@ -7,6 +7,8 @@ import "slices"
 // them. What moved away when a node died does not come back by itself.
 func (s *State) rebalance(v *service) error {
 	switch u := v.Update; {
+	case v.Spec.Job():
+		return failf(ErrInvalid, "service %s can't be rebalanced: it is a job, whose tasks run to their end where they are", v.Spec.Name)
 	case v.Spec.Global():
 		return failf(ErrInvalid, "service %s can't be rebalanced: it is of mode global, with one task on each node", v.Spec.Name)
 	case u.Active():

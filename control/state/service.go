@@ -185,7 +185,7 @@ func (s *State) updateService(c *UpdateService) Result {
 	}
 	if c.Replicas != nil {
 		if v.Spec.Global() {
-			return Result{Err: failf(ErrInvalid, "service %s can't be scaled: it is of mode global, with one task on each node", v.Spec.Name)}
+			return Result{Err: failf(ErrInvalid, "service %s can't be scaled: it is of mode %s, with one task on each node", v.Spec.Name, v.Spec.Mode)}
 		}
 		next.Replicas = *c.Replicas
 	}
@@ -195,7 +195,7 @@ func (s *State) updateService(c *UpdateService) Result {
 		}
 		next = v.Previous.Clone()
 	}
-	if next.Global() != v.Spec.Global() {
+	if next.Global() != v.Spec.Global() || next.Job() != v.Spec.Job() {
 		return Result{Err: failf(ErrInvalid, "service %s: the mode of a service can't be changed: create another", v.Spec.Name)}
 	}
 	if err := s.respec(v, next, c.Now); err != nil {
@@ -250,7 +250,7 @@ func (s *State) respec(v *service, next spec.ServiceSpec, now int64) error {
 	s.setPorts(v, ports, ingress)
 	if s.rules >= 2 {
 		v.Previous, v.prevRev, v.Update = &old, rev, nil
-		if s.dirty(v) {
+		if s.dirty(v) && !sp.Job() { // a job begins anew
 			v.Update = &spec.UpdateStatus{State: spec.Updating, StartedAt: now, Message: "update in progress"}
 		}
 	}

@@ -1261,11 +1261,12 @@ type ServiceSpec struct {
 	Update           *UpdateConfig          `protobuf:"bytes,12,opt,name=update,proto3" json:"update,omitempty"`                                             // absent: the defaults
 	Rollback         *UpdateConfig          `protobuf:"bytes,13,opt,name=rollback,proto3" json:"rollback,omitempty"`
 	ForceUpdate      uint64                 `protobuf:"varint,14,opt,name=force_update,json=forceUpdate,proto3" json:"force_update,omitempty"`
-	Mode             string                 `protobuf:"bytes,15,opt,name=mode,proto3" json:"mode,omitempty"`                                                 // replicated (empty), global
+	Mode             string                 `protobuf:"bytes,15,opt,name=mode,proto3" json:"mode,omitempty"`                                                 // replicated (empty), global, replicated-job, global-job
 	Spread           []string               `protobuf:"bytes,16,rep,name=spread,proto3" json:"spread,omitempty"`                                             // node.labels.KEY
 	MaxPerNode       int32                  `protobuf:"varint,17,opt,name=max_per_node,json=maxPerNode,proto3" json:"max_per_node,omitempty"`                // 0: no limit
 	RestartCondition string                 `protobuf:"bytes,18,opt,name=restart_condition,json=restartCondition,proto3" json:"restart_condition,omitempty"` // any (empty), on-failure, none
 	RestartWindowMs  int64                  `protobuf:"varint,19,opt,name=restart_window_ms,json=restartWindowMs,proto3" json:"restart_window_ms,omitempty"` // 0: the default
+	MaxConcurrent    int32                  `protobuf:"varint,20,opt,name=max_concurrent,json=maxConcurrent,proto3" json:"max_concurrent,omitempty"`         // of a replicated job; 0: all
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -1429,6 +1430,13 @@ func (x *ServiceSpec) GetRestartCondition() string {
 func (x *ServiceSpec) GetRestartWindowMs() int64 {
 	if x != nil {
 		return x.RestartWindowMs
+	}
+	return 0
+}
+
+func (x *ServiceSpec) GetMaxConcurrent() int32 {
+	if x != nil {
+		return x.MaxConcurrent
 	}
 	return 0
 }
@@ -1654,6 +1662,8 @@ type Service struct {
 	PreviousSpec  *ServiceSpec           `protobuf:"bytes,12,opt,name=previous_spec,json=previousSpec,proto3" json:"previous_spec,omitempty"`
 	UpdateStatus  *UpdateStatus          `protobuf:"bytes,13,opt,name=update_status,json=updateStatus,proto3" json:"update_status,omitempty"` // absent: no task had to be replaced since the last change
 	Desired       int32                  `protobuf:"varint,14,opt,name=desired,proto3" json:"desired,omitempty"`                              // tasks that are to run now
+	Completed     int32                  `protobuf:"varint,15,opt,name=completed,proto3" json:"completed,omitempty"`                          // of a job: slots that are done
+	ToComplete    int32                  `protobuf:"varint,16,opt,name=to_complete,json=toComplete,proto3" json:"to_complete,omitempty"`      // and how many there are
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1782,6 +1792,20 @@ func (x *Service) GetUpdateStatus() *UpdateStatus {
 func (x *Service) GetDesired() int32 {
 	if x != nil {
 		return x.Desired
+	}
+	return 0
+}
+
+func (x *Service) GetCompleted() int32 {
+	if x != nil {
+		return x.Completed
+	}
+	return 0
+}
+
+func (x *Service) GetToComplete() int32 {
+	if x != nil {
+		return x.ToComplete
 	}
 	return 0
 }
@@ -10198,7 +10222,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\bprotocol\x18\x03 \x01(\tR\bprotocol\x12\x12\n" +
 	"\x04mode\x18\x04 \x01(\tR\x04mode\x12\x12\n" +
 	"\x04addr\x18\x05 \x01(\tR\x04addr\x12\x10\n" +
-	"\x03nat\x18\x06 \x01(\bR\x03nat\"\xa6\x06\n" +
+	"\x03nat\x18\x06 \x01(\bR\x03nat\"\xcd\x06\n" +
 	"\vServiceSpec\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x129\n" +
 	"\x06labels\x18\x02 \x03(\v2!.shoal.v1.ServiceSpec.LabelsEntryR\x06labels\x12\x1a\n" +
@@ -10221,7 +10245,8 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\fmax_per_node\x18\x11 \x01(\x05R\n" +
 	"maxPerNode\x12+\n" +
 	"\x11restart_condition\x18\x12 \x01(\tR\x10restartCondition\x12*\n" +
-	"\x11restart_window_ms\x18\x13 \x01(\x03R\x0frestartWindowMs\x1a9\n" +
+	"\x11restart_window_ms\x18\x13 \x01(\x03R\x0frestartWindowMs\x12%\n" +
+	"\x0emax_concurrent\x18\x14 \x01(\x05R\rmaxConcurrent\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xd3\x01\n" +
@@ -10240,7 +10265,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\amessage\x18\x04 \x01(\tR\amessage\"6\n" +
 	"\x04VIPs\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x14\n" +
-	"\x05addrs\x18\x02 \x03(\tR\x05addrs\"\xe9\x03\n" +
+	"\x05addrs\x18\x02 \x03(\tR\x05addrs\"\xa8\x04\n" +
 	"\aService\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12)\n" +
 	"\x04spec\x18\x02 \x01(\v2\x15.shoal.v1.ServiceSpecR\x04spec\x12\"\n" +
@@ -10257,7 +10282,10 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x06faults\x18\v \x03(\v2\x13.shoal.v1.NodeFaultR\x06faults\x12:\n" +
 	"\rprevious_spec\x18\f \x01(\v2\x15.shoal.v1.ServiceSpecR\fpreviousSpec\x12;\n" +
 	"\rupdate_status\x18\r \x01(\v2\x16.shoal.v1.UpdateStatusR\fupdateStatus\x12\x18\n" +
-	"\adesired\x18\x0e \x01(\x05R\adesired\"9\n" +
+	"\adesired\x18\x0e \x01(\x05R\adesired\x12\x1c\n" +
+	"\tcompleted\x18\x0f \x01(\x05R\tcompleted\x12\x1f\n" +
+	"\vto_complete\x18\x10 \x01(\x05R\n" +
+	"toComplete\"9\n" +
 	"\tNodeFault\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\"\x9e\x01\n" +
