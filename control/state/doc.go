@@ -49,9 +49,14 @@
 //     Where starting first is impossible (no other node fits, or no address
 //     is free) the old one is stopped first.
 //
+// Which slots there are is the mode's (mode.go): as many as replicas, or one for each
+// node, numbered as the node is. A job's (job.go) are run to their end, once for each
+// template. Where a task goes is place.go's, for all of them, and what marks tasks to be
+// moved is rebalance.go.
+//
 // Tried and dropped: delays that the node waits out (clock skew turns 100 ms
-// into minutes), moving tasks to nodes that join (Swarm does not either: it
-// interrupts for cosmetics), a budget of one for drains (slow, and start-first
+// into minutes), moving tasks to nodes that join by itself (Swarm does not
+// either: it interrupts for cosmetics; who wants it asks for it), a budget of one for drains (slow, and start-first
 // loses no capacity anyway).
 //
 // # Sharing
