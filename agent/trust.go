@@ -302,7 +302,7 @@ func (m *member) awaitManager(ctx context.Context, mgr *control.Manager) error {
 }
 
 // managerWait bounds the time that a joining manager waits for the others.
-const managerWait = 20 * time.Second
+const managerWait = time.Minute
 
 func controlAddrOf(n *shoalv1.NodeInfo) string {
 	return net.JoinHostPort(n.Addr, strconv.Itoa(int(n.ControlPort)))

@@ -264,7 +264,7 @@ are free again. Run 'shoal leave' on a node that still works.`,
 
 // voterWait bounds the wait for a node that was made a manager: it gets another
 // certificate, starts its raft, says so, and is added, which takes about a second.
-const voterWait = 20 * time.Second
+const voterWait = time.Minute
 
 // awaitVoter waits until the managers count on a node that was made one of them. Who
 // stops another manager before that has lost its vote, and not got this one's.
