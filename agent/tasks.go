@@ -32,13 +32,16 @@ const dnsPort = 53 // RFC 1035 section 4.2
 // if only its agent is dead, is waited for no more; so what is waited for are nodes
 // that live and are slow.
 const (
-	wireTimeout   = 15 * time.Second       // for its interfaces and routes
-	routeTimeout  = 300 * time.Millisecond // for the other nodes' routes to it: none sends it traffic before it has one, see hold
-	takeTimeout   = 15 * time.Second       // for every node's balancer to choose it, before it is said to run
-	leftTimeout   = 2 * time.Second        // the same, once the node has left the cluster and nobody answers it
-	drainTimeout  = 30 * time.Second       // for every node's balancer to stop choosing it, before it is stopped
-	readyTimeout  = 3 * time.Second        // for its program to listen
-	readyInterval = 15 * time.Millisecond  // between looks at it
+	wireTimeout  = 15 * time.Second       // for its interfaces and routes
+	routeTimeout = 300 * time.Millisecond // for the other nodes' routes to it: none sends it traffic before it has one, see hold
+	takeTimeout  = 15 * time.Second       // for every node's balancer to choose it, before it is said to run
+	leftTimeout  = 2 * time.Second        // the same, once the node has left the cluster and nobody answers it
+	drainTimeout = 30 * time.Second       // for every node's balancer to stop choosing it, before it is stopped
+	// inFlight is for what a balancer has sent to a replica before it let go of it, and
+	// the replica has yet to accept: packets on the way, or in a busy kernel's queues.
+	inFlight      = 100 * time.Millisecond
+	readyTimeout  = 3 * time.Second       // for its program to listen
+	readyInterval = 15 * time.Millisecond // between looks at it
 )
 
 // plumbing is what a runner needs of the rest of the agent.
@@ -828,6 +831,9 @@ func (r *runner) netns(t spec.Task) string {
 // stop ends the task in good order: it is out of every balancer before its
 // program hears of it. as and why are what it is then said to be.
 func (r *runner) stop(ctx context.Context, as spec.TaskState, why string) error {
+	r.mu.Lock()
+	served := r.task.Service != "" && r.endpoint != nil && *r.endpoint == spec.EndpointActive
+	r.mu.Unlock()
 	r.announce(spec.EndpointDraining)
 	r.state(spec.TaskStopping, "draining")
 	r.mu.Lock()
@@ -837,6 +843,12 @@ func (r *runner) stop(ctx context.Context, as spec.TaskState, why string) error 
 	}
 	r.mu.Unlock()
 	err := r.whileRuns(ctx, bound, r.plumbing.settled)
+	if err == nil && served {
+		_ = r.whileRuns(ctx, 2*inFlight, func(ctx context.Context) error {
+			sleep.For(ctx, inFlight)
+			return nil
+		})
+	}
 	if st, serr := r.programState(ctx); err != nil && ctx.Err() == nil && (serr != nil || st.State == runtime.Running) {
 		r.log.Warn("stopping a task that not every node is known to have drained", "task", r.task.Name, "error", err)
 	}
