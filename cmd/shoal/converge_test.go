@@ -52,3 +52,18 @@ func TestCompleted(t *testing.T) {
 		}
 	}
 }
+
+// TestDesired: of a replicated service the spec says it, whatever a leader of an older
+// version leaves out.
+func TestDesired(t *testing.T) {
+	for want, s := range map[int]*shoalv1.Service{
+		3: {Spec: &shoalv1.ServiceSpec{Replicas: 3}},
+		2: {Spec: &shoalv1.ServiceSpec{Replicas: 2}, Desired: 2},
+		4: {Spec: &shoalv1.ServiceSpec{Mode: spec.ModeGlobal}, Desired: 4},
+		1: {Spec: &shoalv1.ServiceSpec{Mode: spec.ModeReplicatedJob, Replicas: 9}, Desired: 1},
+	} {
+		if got := desired(s); got != want {
+			t.Errorf("%v: %d, want %d", s, got, want)
+		}
+	}
+}

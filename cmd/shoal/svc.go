@@ -402,7 +402,7 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 		var faults []*shoalv1.NodeFault
 		if svcs, serr := c.services(ctx, s.Id); serr == nil {
 			stale, behind, faults = int(svcs[0].Stale), svcs[0].Behind, svcs[0].Faults
-			update, want = svcs[0].UpdateStatus, int(svcs[0].GetDesired())
+			update, want = svcs[0].UpdateStatus, desired(svcs[0])
 			done, todo = int(svcs[0].Completed), int(svcs[0].ToComplete)
 		} else if err == nil {
 			err = serr
@@ -603,6 +603,15 @@ func wired(t *shoalv1.Task) bool {
 	})
 }
 
+// desired is how many tasks a service should have now. Leaders of before there were
+// modes do not say.
+func desired(s *shoalv1.Service) int {
+	if serviceMode(s) == spec.ModeReplicated {
+		return int(s.GetSpec().GetReplicas())
+	}
+	return int(s.GetDesired())
+}
+
 func serviceMode(s *shoalv1.Service) string {
 	return cmp.Or(s.GetSpec().GetMode(), spec.ModeReplicated)
 }
@@ -640,7 +649,7 @@ func (c *cli) svcLs() *cobra.Command {
 			{"ID", false, func(s service) string { return s.Id }},
 			{"NAME", false, func(s service) string { return s.GetSpec().GetName() }},
 			{"REPLICAS", false, func(s service) string {
-				out := fmt.Sprintf("%d/%d", s.Running, s.GetDesired())
+				out := fmt.Sprintf("%d/%d", s.Running, desired(s))
 				if job(s.GetSpec().GetMode()) {
 					out += fmt.Sprintf(" (%d/%d completed)", s.Completed, s.ToComplete)
 				}
