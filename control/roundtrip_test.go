@@ -22,7 +22,8 @@ func TestAssignmentIsWhole(t *testing.T) {
 				switch f.FullName() {
 				case "shoal.v1.AssignmentsResponse.unchanged", // of a sign of life
 					// What the leader counts for people.
-					"shoal.v1.Task.faults", "shoal.v1.Service.running", "shoal.v1.Service.stale", "shoal.v1.Service.behind", "shoal.v1.Service.faults", "shoal.v1.Service.desired", "shoal.v1.NodeInfo.leader", "shoal.v1.NodeInfo.unreached", "shoal.v1.NodeInfo.voter":
+					"shoal.v1.Task.faults", "shoal.v1.Service.running", "shoal.v1.Service.stale", "shoal.v1.Service.behind", "shoal.v1.Service.faults", "shoal.v1.Service.desired", "shoal.v1.Service.completed", "shoal.v1.Service.to_complete",
+					"shoal.v1.NodeInfo.leader", "shoal.v1.NodeInfo.unreached", "shoal.v1.NodeInfo.voter":
 				default:
 					t.Errorf("%s is not set", f.FullName())
 				}
