@@ -207,7 +207,7 @@ func (a *nodeAPI) Exec(ctx context.Context, stream *connect.BidiStream[shoalv1.E
 		}
 	}()
 	code, err := proc.Wait()
-	if start.Attach && ctx.Err() == nil && !errors.Is(err, runtime.ErrClosing) {
+	if start.Attach && !start.Rest && ctx.Err() == nil && !errors.Is(err, runtime.ErrClosing) {
 		m.tasks.hear(t.ID)
 	}
 	if errors.Is(err, runtime.ErrClosing) {

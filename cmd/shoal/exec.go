@@ -348,6 +348,9 @@ func (s *session) rest(t *shoalv1.Task) error {
 		o.Since, skip = s.at, [2]int64{}
 		fmt.Fprintln(s.c.err, "shoal: the session was cut: some of the output may be missing here, and is in 'shoal logs "+t.Name+"'")
 	}
+	// The end of the session is not the end of the output: a task that is removed by
+	// itself stays until it is read (and removed by who began it).
+	s.start.Rest = true
 	result := make(chan error, 1)
 	go func() { result <- s.again(t, io.Discard, io.Discard) }() // ends with the task or s.ctx
 	err := s.c.api().TaskLogs(s.ctx, t, o, client.LogSink{

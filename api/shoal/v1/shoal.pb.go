@@ -9738,6 +9738,7 @@ type ExecRequest_Start struct {
 	Stdin         bool                   `protobuf:"varint,9,opt,name=stdin,proto3" json:"stdin,omitempty"`
 	Attach        bool                   `protobuf:"varint,10,opt,name=attach,proto3" json:"attach,omitempty"` // no command: to the program of the task itself, which may be yet to start
 	Detach        bool                   `protobuf:"varint,11,opt,name=detach,proto3" json:"detach,omitempty"` // it runs on by itself; the exit status tells whether it was started
+	Rest          bool                   `protobuf:"varint,12,opt,name=rest,proto3" json:"rest,omitempty"`     // with attach: the output is read from what is kept of it, for which the task stays
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -9845,6 +9846,13 @@ func (x *ExecRequest_Start) GetAttach() bool {
 func (x *ExecRequest_Start) GetDetach() bool {
 	if x != nil {
 		return x.Detach
+	}
+	return false
+}
+
+func (x *ExecRequest_Start) GetRest() bool {
+	if x != nil {
+		return x.Rest
 	}
 	return false
 }
@@ -10693,13 +10701,13 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\anetwork\x18\x02 \x01(\tR\anetwork\x12\x10\n" +
 	"\x03vip\x18\x03 \x01(\tR\x03vip\x12\x12\n" +
 	"\x04open\x18\x04 \x01(\bR\x04open\x12<\n" +
-	"\bbackends\x18\x05 \x03(\v2 .shoal.v1.KernelResponse.BackendR\bbackends\"\xf4\x03\n" +
+	"\bbackends\x18\x05 \x03(\v2 .shoal.v1.KernelResponse.BackendR\bbackends\"\x88\x04\n" +
 	"\vExecRequest\x123\n" +
 	"\x05start\x18\x01 \x01(\v2\x1b.shoal.v1.ExecRequest.StartH\x00R\x05start\x12\x16\n" +
 	"\x05stdin\x18\x02 \x01(\fH\x00R\x05stdin\x12\x1d\n" +
 	"\tstdin_eof\x18\x03 \x01(\bH\x00R\bstdinEof\x126\n" +
 	"\x06resize\x18\x04 \x01(\v2\x1c.shoal.v1.ExecRequest.ResizeH\x00R\x06resize\x12\x18\n" +
-	"\x06signal\x18\x05 \x01(\x05H\x00R\x06signal\x1a\xed\x01\n" +
+	"\x06signal\x18\x05 \x01(\x05H\x00R\x06signal\x1a\x81\x02\n" +
 	"\x05Start\x12\x12\n" +
 	"\x04task\x18\x01 \x01(\tR\x04task\x12\x18\n" +
 	"\acommand\x18\x02 \x03(\tR\acommand\x12\x10\n" +
@@ -10712,7 +10720,8 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x05stdin\x18\t \x01(\bR\x05stdin\x12\x16\n" +
 	"\x06attach\x18\n" +
 	" \x01(\bR\x06attach\x12\x16\n" +
-	"\x06detach\x18\v \x01(\bR\x06detach\x1a0\n" +
+	"\x06detach\x18\v \x01(\bR\x06detach\x12\x12\n" +
+	"\x04rest\x18\f \x01(\bR\x04rest\x1a0\n" +
 	"\x06Resize\x12\x12\n" +
 	"\x04rows\x18\x01 \x01(\x05R\x04rows\x12\x12\n" +
 	"\x04cols\x18\x02 \x01(\x05R\x04colsB\x05\n" +
