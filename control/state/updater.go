@@ -89,8 +89,8 @@ func (p *planner) failure(sv *servicePlan, sp *slotPlan) (t *task, unplaced bool
 				return t, false
 			}
 		case spec.TaskPending:
-			if t != sp.best || sp.ending || p.waits(sv.v, t) {
-				continue
+			if t != sp.best || sp.ending || t.Status.Message == afterOld || p.waits(sv.v, t) {
+				continue // nobody has looked for its node yet
 			}
 			if until := max(t.Created, t.NotBefore) + monitor; p.now > until {
 				return t, true

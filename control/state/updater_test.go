@@ -422,3 +422,24 @@ func TestRandomUpdates(t *testing.T) {
 		c.checkReplay(len(c.log) / 2)
 	})
 }
+
+// TestOldEndsSlowly: a replica that takes longer to stop than the update is watched for
+// is no failure of its successor, whose node nobody has looked for yet.
+func TestOldEndsSlowly(t *testing.T) {
+	c, id := updateCluster(t, 2, 2, func(sp *spec.ServiceSpec) {
+		sp.Update = &spec.UpdateConfig{Order: spec.StopFirst, Parallelism: 1, Monitor: time.Second}
+	})
+	c.change(id, env("2"))
+	c.round()
+	for _, n := range c.nodes {
+		n.frozen = true
+	}
+	c.round()
+	c.now += 5000
+	for _, n := range c.nodes {
+		n.frozen = false
+	}
+	c.settle()
+	c.wantUpdate(id, spec.UpdateCompleted, "")
+	c.wantVersions(id, map[string]int{"V=2": 2})
+}
