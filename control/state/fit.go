@@ -41,6 +41,11 @@ func (s *State) taskRules(constraints []string, nets []spec.NetworkAttachment, i
 	return out
 }
 
+// rulesOf are those of a service's tasks.
+func (s *State) rulesOf(v *service) []rule {
+	return s.taskRules(v.Spec.Constraints, v.Spec.Networks, v.Spec.Task.Image, specLevel(v.Spec))
+}
+
 // specLevel is the level that a node must have for the tasks of a service.
 func specLevel(sp spec.ServiceSpec) int {
 	// These only the managers look at.
@@ -79,5 +84,5 @@ func (s *State) stays(v *service, t *task) bool {
 		return true
 	}
 	n := s.nodes[t.Node]
-	return keeps(n) && allow(s.taskRules(v.Spec.Constraints, v.Spec.Networks, v.Spec.Task.Image, specLevel(v.Spec)), n.Node)
+	return keeps(n) && allow(s.rulesOf(v), n.Node)
 }

@@ -1,6 +1,10 @@
 package state
 
-import "github.com/shoalnet/shoal/spec"
+import (
+	"slices"
+
+	"github.com/shoalnet/shoal/spec"
+)
 
 // A job's slots are run to their end, once for each template: with every change of it,
 // or --force, all begin anew. A slot is done when its newest task of this template has
@@ -12,10 +16,13 @@ type replicatedJob struct{ replicated }
 // shrink gives up the last slots: what the others have done is done.
 func (replicatedJob) shrink(p *planner, sv *servicePlan) {
 	for i := len(p.slots) - 1; i >= 0 && p.slots[i].slot > sv.v.Spec.Replicas && !p.full(); i-- {
-		p.slots[i].gone = true
-		p.op(ScheduleOp{Kind: OpRemove, Service: sv.v.ID, ServiceVersion: sv.v.Version, Slot: p.slots[i].slot})
+		p.remove(sv, &p.slots[i])
 	}
 }
+
+func (replicatedJob) room(v *service, slot int) bool { return slot <= v.Spec.Replicas }
+
+func (j replicatedJob) needs(_ *State, v *service, slot int) bool { return j.room(v, slot) }
 
 // job plans for a job: what is of an earlier template ends, and what has not completed
 // runs, as many at once as may.
@@ -56,16 +63,11 @@ func (p *planner) job(sv *servicePlan) {
 		sv.mode.grow(p, sv)
 		return
 	}
-	at := 0
 	for slot := 1; slot <= v.Spec.Replicas && active < limit && !p.full(); slot++ {
-		for at < len(p.slots) && p.slots[at].slot < slot {
-			at++
+		if !p.active(slot) {
+			p.create(sv, slot, 0, 0, nil)
+			active++
 		}
-		if at < len(p.slots) && p.slots[at].slot == slot {
-			continue
-		}
-		p.create(sv, slot, 0, 0, nil)
-		active++
 	}
 }
 
@@ -89,7 +91,7 @@ func (s *State) Completed(serviceID string) (done, total int) {
 	}
 	last := -1
 	for _, t := range v.tasks {
-		if t.rev == v.rev && t.Desired == spec.DesiredRunning && t.Status.State == spec.TaskComplete && t.Slot != last {
+		if t.Slot != last && t.done(v) {
 			done, last = done+1, t.Slot
 		}
 	}
@@ -99,19 +101,14 @@ func (s *State) Completed(serviceID string) (done, total int) {
 	// What is done on a node that is away stays done.
 	open := 0
 	for _, n := range s.homes(v) {
-		if !s.done(v, n.Number) {
+		if !slices.ContainsFunc(v.slot(n.Number), func(t *task) bool { return t.done(v) }) {
 			open++
 		}
 	}
 	return done, done + open
 }
 
-// done tells whether a slot of a job has completed.
-func (s *State) done(v *service, slot int) bool {
-	for _, t := range v.slot(slot) {
-		if t.rev == v.rev && t.Desired == spec.DesiredRunning && t.Status.State == spec.TaskComplete {
-			return true
-		}
-	}
-	return false
+// done tells whether a task has completed its slot of a job.
+func (t *task) done(v *service) bool {
+	return t.rev == v.rev && t.Desired == spec.DesiredRunning && t.Status.State == spec.TaskComplete
 }

@@ -1,6 +1,7 @@
 package state
 
 import (
+	"cmp"
 	"slices"
 
 	"github.com/shoalnet/shoal/spec"
@@ -18,7 +19,14 @@ type mode interface {
 	// nowhere, if that node is no more.
 	home(p *planner, slot int) int
 	// asleep tells whether a slot is left as it is: its node is away, or takes nothing.
-	asleep(p *planner, sv *servicePlan, sp *slotPlan) bool
+	asleep(p *planner, sp *slotPlan) bool
+
+	// What carries a plan out asks again, as things may have changed.
+
+	// room tells whether a service may have a slot besides those that it has.
+	room(v *service, slot int) bool
+	// needs tells whether a service needs a slot that it has.
+	needs(s *State, v *service, slot int) bool
 }
 
 // What home may be besides a node.
@@ -63,21 +71,29 @@ func (replicated) grow(p *planner, sv *servicePlan) {
 
 func (replicated) home(*planner, int) int { return anywhere }
 
-func (replicated) asleep(*planner, *servicePlan, *slotPlan) bool { return false }
+func (replicated) asleep(*planner, *slotPlan) bool { return false }
+
+func (replicated) room(v *service, _ int) bool { return v.active() < v.Spec.Replicas }
+
+func (replicated) needs(_ *State, v *service, _ int) bool { return v.active() <= v.Spec.Replicas }
 
 // global services have a slot on each node that their rules allow, with the node's
 // number. A node that is away keeps its slot, for what may still run there; one that
 // gives its tasks away, or that the rules no longer allow, loses it.
 type global struct{}
 
-func (global) shrink(p *planner, sv *servicePlan) {
+// keeping tells whether a node keeps its slot. Those of rules that no node meets any
+// more keep what they have, as services with replicas do: the rule may be mistyped.
+func (global) keeping(n *node, met, anyMet bool) bool { return keeps(n) && (met || !anyMet) }
+
+func (g global) shrink(p *planner, sv *servicePlan) {
 	for i := range p.slots {
 		if p.full() {
 			return
 		}
-		if sp := &p.slots[i]; !p.s.hasHome(sv.v, sp.slot) {
-			sp.gone = true
-			p.op(ScheduleOp{Kind: OpRemove, Service: sv.v.ID, ServiceVersion: sv.v.Version, Slot: sp.slot})
+		sp := &p.slots[i]
+		if at := g.home(p, sp.slot); at < 0 || !g.keeping(p.nodes[at], sv.fits == nil || sv.fits[at], sv.unmet == "") {
+			p.remove(sv, sp)
 		}
 	}
 }
@@ -100,7 +116,14 @@ func (global) grow(p *planner, sv *servicePlan) {
 // lacks tells whether a node is to get a slot of a global service.
 func (p *planner) lacks(sv *servicePlan, n *node) bool {
 	return assignable(n) && (sv.fits == nil || sv.fits[p.idx[n.ID]]) &&
-		!slices.ContainsFunc(p.slots, func(sp slotPlan) bool { return sp.slot == n.Number })
+		!p.active(n.Number)
+}
+
+// active tells whether a slot of the service at hand is: they are in the order of
+// their numbers.
+func (p *planner) active(slot int) bool {
+	_, found := slices.BinarySearchFunc(p.slots, slot, func(sp slotPlan, slot int) int { return cmp.Compare(sp.slot, slot) })
+	return found
 }
 
 func (global) home(p *planner, slot int) int {
@@ -110,32 +133,23 @@ func (global) home(p *planner, slot int) int {
 	return nowhere
 }
 
-func (g global) asleep(p *planner, sv *servicePlan, sp *slotPlan) bool {
+func (g global) asleep(p *planner, sp *slotPlan) bool {
 	i := g.home(p, sp.slot)
 	return i < 0 || !assignable(p.nodes[i])
 }
 
-// hasHome tells whether a slot of a service has a node that it belongs to: always, but
-// for global ones. One of whose rules no node meets any more keeps what it has, as one
-// with replicas does: the rule may be mistyped.
-func (s *State) hasHome(v *service, slot int) bool {
-	if !v.Spec.Global() {
-		return true
-	}
+func (global) room(*service, int) bool { return true }
+
+func (g global) needs(s *State, v *service, slot int) bool {
 	n := s.nodes[s.numbers[slot]]
-	if !keeps(n) {
+	if n == nil {
 		return false
 	}
-	rules := s.taskRules(v.Spec.Constraints, v.Spec.Networks, v.Spec.Task.Image, specLevel(v.Spec))
-	if allow(rules, n.Node) {
-		return true
-	}
+	rules, anyMet := s.rulesOf(v), false
 	for _, o := range s.nodes {
-		if allow(rules, o.Node) {
-			return false
-		}
+		anyMet = anyMet || allow(rules, o.Node)
 	}
-	return true
+	return g.keeping(n, allow(rules, n.Node), anyMet)
 }
 
 // Desired is how many tasks a service should have now: its replicas, or one on each node
@@ -157,7 +171,7 @@ func (s *State) Desired(serviceID string) int {
 
 // homes are the nodes that are there for a global service.
 func (s *State) homes(v *service) (out []*node) {
-	rules := s.taskRules(v.Spec.Constraints, v.Spec.Networks, v.Spec.Task.Image, specLevel(v.Spec))
+	rules := s.rulesOf(v)
 	for _, n := range s.nodes {
 		runs := slices.ContainsFunc(v.slot(n.Number), func(t *task) bool { return t.Live() && t.Desired == spec.DesiredRunning })
 		if n.Status == spec.NodeReady && keeps(n) && allow(rules, n.Node) && (assignable(n) || runs) {
@@ -188,12 +202,17 @@ func (p *planner) scaleDown(sv *servicePlan, k int) {
 		}
 	}
 	free = append(stale, free...) // taken from the end: those that run go last
+	counts := make([]int, len(byNode))
+	for i, l := range byNode {
+		counts[i] = len(l)
+	}
 	for ; k > 0 && !p.full(); k-- {
 		most := -1
+		var key, mostKey []int
+		crowds := sv.crowds(counts)
 		for i := range p.nodes {
-			c := len(byNode[i])
-			if most < 0 || sv.over(byNode, i, most) > 0 || (sv.over(byNode, i, most) == 0 && (c > len(byNode[most]) || c == len(byNode[most]) && p.total[i] >= p.total[most])) {
-				most = i
+			if key = append(crowds.of(key[:0], i), counts[i], p.total[i]); most < 0 || slices.Compare(key, mostKey) >= 0 {
+				most, mostKey = i, slices.Clone(key)
 			}
 		}
 		even := len(free) > 0
@@ -212,9 +231,9 @@ func (p *planner) scaleDown(sv *servicePlan, k int) {
 		} else {
 			l := byNode[most]
 			victim, byNode[most] = l[len(l)-1], l[:len(l)-1]
+			counts[most]--
 			p.total[most]--
 		}
-		p.slots[victim].gone = true
-		p.op(ScheduleOp{Kind: OpRemove, Service: sv.v.ID, ServiceVersion: sv.v.Version, Slot: p.slots[victim].slot})
+		p.remove(sv, &p.slots[victim])
 	}
 }

@@ -1,7 +1,6 @@
 package state
 
 import (
-	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -25,17 +24,21 @@ func (p *planner) find(sv *servicePlan, slot int) (int, string) {
 	}
 	sv.counts[i]++
 	p.total[i]++
-	if sv.here != nil {
-		sv.here[i]++
-	}
-	if need := reservationOf(sv.v.Spec.Task.Resources); need != (reservation{}) {
-		p.reserved[i].nanoCPUs += need.nanoCPUs
-		p.reserved[i].memory += need.memory
-	}
+	p.promise(sv, i)
 	if len(sv.ports) > 0 {
 		p.claimed[i] = append(p.claimed[i], sv.ports...)
 	}
 	return i, ""
+}
+
+// promise counts one more task of a service against what bounds a node's.
+func (p *planner) promise(sv *servicePlan, i int) {
+	if sv.here != nil {
+		sv.here[i]++
+	}
+	if p.reserved != nil {
+		p.reserved[i].add(reservationOf(sv.v.Spec.Task.Resources))
+	}
 }
 
 // addressless tells why a network of the service has no address for another
@@ -162,32 +165,33 @@ func (p *planner) group(sv *servicePlan) {
 	}
 }
 
-// crowd is how many of the tasks counted by node are in the group of a node.
-func crowd(g, counts []int, i int) (n int) {
-	for j, c := range counts {
-		if g[j] == g[i] {
-			n += c
-		}
+// crowds are, by preference and group, how many of the tasks that are counted by node
+// are there.
+func (sv *servicePlan) crowds(counts []int) crowds {
+	c := crowds{groups: sv.groups, sizes: make([][]int, len(sv.groups))}
+	for l, g := range sv.groups {
+		c.sizes[l] = crowd(g, counts)
 	}
-	return n
+	return c
 }
 
-// over compares how crowded the groups of two nodes are by the slots of each node,
-// the outermost groups first.
-func (sv *servicePlan) over(byNode [][]int, a, b int) int {
-	if len(sv.groups) == 0 {
-		return 0
+type crowds struct{ groups, sizes [][]int }
+
+// of appends the sizes of a node's groups, the outermost first.
+func (c crowds) of(key []int, i int) []int {
+	for l, g := range c.groups {
+		key = append(key, c.sizes[l][g[i]])
 	}
-	counts := make([]int, len(byNode))
-	for i, l := range byNode {
-		counts[i] = len(l)
+	return key
+}
+
+// crowd is how many of the tasks that are counted by node are in each group.
+func crowd(g, counts []int) []int {
+	sizes := make([]int, len(g))
+	for i, n := range counts {
+		sizes[g[i]] += n
 	}
-	for _, g := range sv.groups {
-		if d := cmp.Compare(crowd(g, counts, a), crowd(g, counts, b)); d != 0 {
-			return d
-		}
-	}
-	return 0
+	return sizes
 }
 
 // pick chooses a node for one more task: fewest tasks of the service (nil: none) in
@@ -197,8 +201,12 @@ func (p *planner) pick(sv *servicePlan) (int, string) {
 	p.prepare(sv)
 	best := -1
 	var key, bestKey []int
-	for i, n := range p.nodes {
-		if !assignable(n) || (sv != nil && sv.fits != nil && !sv.fits[i]) || p.elsewhere(sv, i) || p.portTaken(sv, i) != "" || p.enough(sv, i) || p.short(sv, i) {
+	var in crowds
+	if sv != nil {
+		in = sv.crowds(sv.counts)
+	}
+	for i := range p.nodes {
+		if !p.takes(sv, i) {
 			continue
 		}
 		key = key[:0]
@@ -207,11 +215,7 @@ func (p *planner) pick(sv *servicePlan) (int, string) {
 			if sv.fails[i] >= failMost {
 				failing = 1
 			}
-			key = append(key, failing)
-			for _, g := range sv.groups {
-				key = append(key, crowd(g, sv.counts, i))
-			}
-			key = append(key, sv.counts[i])
+			key = append(in.of(append(key, failing), i), sv.counts[i])
 		}
 		key = append(key, p.total[i])
 		if best < 0 || slices.Compare(key, bestKey) < 0 {
@@ -222,6 +226,12 @@ func (p *planner) pick(sv *servicePlan) (int, string) {
 		return best, ""
 	}
 	return -1, p.nowhere(sv)
+}
+
+// takes tells whether one more task of a service may go to a node; with nil, any task.
+func (p *planner) takes(sv *servicePlan, i int) bool {
+	return assignable(p.nodes[i]) && (sv == nil || sv.fits == nil || sv.fits[i]) && !p.elsewhere(sv, i) &&
+		p.portTaken(sv, i) == "" && !p.enough(sv, i) && !p.short(sv, i)
 }
 
 // elsewhere tells whether the slot at hand belongs to another node.
@@ -257,9 +267,7 @@ func (p *planner) short(sv *servicePlan, i int) bool {
 		for j, n := range p.nodes {
 			for _, t := range n.tasks {
 				if t.Live() && !p.lost[t] {
-					r := reservationOf(t.Spec.Resources)
-					p.reserved[j].nanoCPUs += r.nanoCPUs
-					p.reserved[j].memory += r.memory
+					p.reserved[j].add(reservationOf(t.Spec.Resources))
 				}
 			}
 		}

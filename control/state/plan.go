@@ -32,6 +32,11 @@ type planner struct {
 // reservation is what tasks are promised of their node.
 type reservation struct{ nanoCPUs, memory int64 }
 
+func (r *reservation) add(o reservation) {
+	r.nanoCPUs += o.nanoCPUs
+	r.memory += o.memory
+}
+
 func reservationOf(r spec.Resources) reservation {
 	return reservation{r.ReserveNanoCPUs, r.ReserveMemory}
 }
@@ -48,6 +53,12 @@ func newPlanner(s *State, now int64) *planner {
 		p.idx[id] = i
 	}
 	return p
+}
+
+// remove gives a slot up.
+func (p *planner) remove(sv *servicePlan, sp *slotPlan) {
+	sp.gone = true
+	p.op(ScheduleOp{Kind: OpRemove, Service: sv.v.ID, ServiceVersion: sv.v.Version, Slot: sp.slot})
 }
 
 func (p *planner) op(o ScheduleOp) { p.ops = append(p.ops, o) }
@@ -98,7 +109,7 @@ type servicePlan struct {
 	mode    mode
 	home    int     // of the slot that pick looks for a node for, see mode
 	here    []int   // by node: tasks that have not ended; made with counts, where they are limited
-	groups  [][]int // by preference and node: which value of its label a node has
+	groups  [][]int // by preference and node, numbers less than there are nodes: which value of its label a node has
 }
 
 // slotPlan is what is known of one active slot.
@@ -125,7 +136,7 @@ func (p *planner) service(v *service) {
 	p.gather(sv)
 	sv.mode.shrink(p, sv)
 	for i := range p.slots {
-		p.slots[i].asleep = sv.mode.asleep(p, sv, &p.slots[i])
+		p.slots[i].asleep = sv.mode.asleep(p, &p.slots[i])
 	}
 	if v.Spec.Job() {
 		p.job(sv)
@@ -140,7 +151,7 @@ func (p *planner) service(v *service) {
 // known is what a service's rules make of the nodes.
 func (p *planner) known(v *service) *servicePlan {
 	sv := &servicePlan{v: v, mode: modeOf(v.Spec), home: anywhere}
-	sv.rules, sv.ports = p.s.taskRules(v.Spec.Constraints, v.Spec.Networks, v.Spec.Task.Image, specLevel(v.Spec)), HostPorts(v.Service)
+	sv.rules, sv.ports = p.s.rulesOf(v), HostPorts(v.Service)
 	p.match(sv)
 	return sv
 }

@@ -45,16 +45,13 @@ func (s *State) rebalance(v *service) error {
 func (p *planner) move(sv *servicePlan, at [][]*task, above, g []int) bool {
 	type end struct{ node, crowd int }
 	most, least := map[int]end{}, map[int]end{} // by the group above
-	crowds := map[int]int{}
-	for i, c := range sv.counts {
-		crowds[g[i]] += c
-	}
-	for i, n := range p.nodes {
-		c := crowds[g[i]]
+	sizes := crowd(g, sv.counts)
+	for i := range p.nodes {
+		c := sizes[g[i]]
 		if m, ok := most[above[i]]; len(at[i]) > 0 && (!ok || c > m.crowd || c == m.crowd && sv.counts[i] > sv.counts[m.node]) {
 			most[above[i]] = end{i, c}
 		}
-		if !assignable(n) || sv.fits != nil && !sv.fits[i] || p.portTaken(sv, i) != "" || p.enough(sv, i) || p.short(sv, i) {
+		if !p.takes(sv, i) {
 			continue
 		}
 		if l, ok := least[above[i]]; !ok || c < l.crowd || c == l.crowd && sv.counts[i] < sv.counts[l.node] {
@@ -72,14 +69,7 @@ func (p *planner) move(sv *servicePlan, at [][]*task, above, g []int) bool {
 		at[from.node] = at[from.node][:last]
 		sv.counts[from.node]--
 		sv.counts[to.node]++
-		if sv.here != nil {
-			sv.here[to.node]++
-		}
-		if p.reserved != nil {
-			r := reservationOf(sv.v.Spec.Task.Resources)
-			p.reserved[to.node].nanoCPUs += r.nanoCPUs
-			p.reserved[to.node].memory += r.memory
-		}
+		p.promise(sv, to.node)
 		return true
 	}
 	return false

@@ -151,7 +151,7 @@ func (s *State) createReplica(v *service, op ScheduleOp, now int64) bool {
 			return false // there is one already
 		}
 	}
-	if !slotActive && !v.room(op.Slot) {
+	if !slotActive && !modeOf(v.Spec).room(v, op.Slot) {
 		return false
 	}
 	n := s.nodes[op.Node]
@@ -217,28 +217,6 @@ func (s *State) supersede(v *service, t *task) {
 	}
 }
 
-// room tells whether a service may have a slot besides those that it has.
-func (v *service) room(slot int) bool {
-	switch {
-	case v.Spec.Global():
-		return true
-	case v.Spec.Job():
-		return slot <= v.Spec.Replicas
-	}
-	return v.active() < v.Spec.Replicas
-}
-
-// keepsSlot tells whether a service needs a slot that it has.
-func (s *State) keepsSlot(v *service, slot int) bool {
-	switch {
-	case v.Spec.Global():
-		return s.hasHome(v, slot)
-	case v.Spec.Job():
-		return slot <= v.Spec.Replicas
-	}
-	return v.active() <= v.Spec.Replicas
-}
-
 // removeSlot ends and forgets what is in a slot, if there are more slots than
 // replicas, or the node that it belongs to is not to have it.
 func (s *State) removeSlot(v *service, slot int) bool {
@@ -246,7 +224,7 @@ func (s *State) removeSlot(v *service, slot int) bool {
 	if !slices.ContainsFunc(ts, func(t *task) bool { return t.Desired == spec.DesiredRunning }) {
 		return false
 	}
-	if s.keepsSlot(v, slot) {
+	if modeOf(v.Spec).needs(s, v, slot) {
 		return false
 	}
 	for _, t := range ts {

@@ -70,6 +70,14 @@ func (sv *servicePlan) mayBegin(sp *slotPlan) bool {
 	return sp.begun || (!sv.up.st.Paused() && (sv.up.Parallelism == 0 || sv.started < sv.up.Parallelism))
 }
 
+// paused is the state in which the update waits for somebody, and how that begins.
+func (u *updater) paused() (state, message string) {
+	if u.st.Back() {
+		return spec.RollbackPaused, "rollback paused"
+	}
+	return spec.UpdatePaused, "update paused"
+}
+
 // ofUpdate tells whether a task was made by the update that is on.
 func (u *updater) ofUpdate(v *service, t *task) bool {
 	return t != nil && t.rev == v.rev && t.Created >= u.st.StartedAt
@@ -133,11 +141,8 @@ func (p *planner) judge(sv *servicePlan) {
 		}
 	}
 	if failed > 0 && u.FailureAction != spec.FailureContinue && float64(failed) > u.MaxFailureRatio*float64(slots) {
-		state, what := spec.UpdatePaused, "update paused"
-		switch {
-		case u.st.Back():
-			state, what = spec.RollbackPaused, "rollback paused"
-		case u.FailureAction == spec.FailureRollback && v.Previous != nil:
+		state, what := u.paused()
+		if !u.st.Back() && u.FailureAction == spec.FailureRollback && v.Previous != nil {
 			state, what = spec.RollbackStarted, "update rolled back"
 		}
 		p.turn(sv, state, what+because(u, firstSlot, first, unplaced))
@@ -145,10 +150,7 @@ func (p *planner) judge(sv *servicePlan) {
 	}
 	if sv.unmet != "" && sv.v.Spec.Global() && slots > 0 {
 		// What runs stays, as it does of a service with replicas.
-		state, what := spec.UpdatePaused, "update paused"
-		if u.st.Back() {
-			state, what = spec.RollbackPaused, "rollback paused"
-		}
+		state, what := u.paused()
 		p.turn(sv, state, what+": "+p.nowhere(sv))
 		return
 	}
