@@ -263,18 +263,8 @@ func (m *member) start() error {
 	m.mu.Lock()
 	m.g = g // the Manager and the Forwarder may run already, and look
 	m.mu.Unlock()
-	m.wg.Go(func() {
-		if sleep.For(m.ctx, meetWait) {
-			m.waited.Store(true)
-			wake(m.composeWake)
-		}
-	})
-	m.wg.Go(func() {
-		if sleep.For(m.ctx, namesWait) {
-			m.namesDue.Store(true)
-			wake(m.composeWake)
-		}
-	})
+	m.wg.Go(func() { m.due(meetWait, &m.waited) })
+	m.wg.Go(func() { m.due(namesWait, &m.namesDue) })
 	m.dns = dns.NewServer(dns.Config{Upstreams: m.cfg.Upstreams, Dial: m.cfg.Dial, Stale: m.cfg.DNSStale, Log: m.log})
 	m.tasks = &tasks{rt: m.cfg.Runtime, dns: m.dns, instance: m.cfg.Instance, hostAddr: m.ident.Addr, search: m.cfg.SearchDomains,
 		log: m.log, plumbing: m, ctx: m.ctx, runners: map[string]*runner{}}
@@ -317,6 +307,14 @@ func (m *member) start() error {
 	m.wg.Go(m.imagesLoop)
 	m.wg.Go(m.pathLoop)
 	return nil
+}
+
+// due sets flag after d, and has a View composed that heeds it.
+func (m *member) due(d time.Duration, flag *atomic.Bool) {
+	if sleep.For(m.ctx, d) {
+		flag.Store(true)
+		wake(m.composeWake)
+	}
 }
 
 // refuses implements gossip.Config's Refuses: it asks for a TCP connection.

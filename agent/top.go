@@ -15,6 +15,7 @@ import (
 	"connectrpc.com/connect"
 
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/internal/proc"
 	"github.com/shoalnet/shoal/runtime"
 )
 
@@ -98,20 +99,14 @@ func ofProcesses(ps string, pids []int) ([]string, error) {
 // pidsBeside are the processes in the PID namespace of one (pid_namespaces(7)), the
 // task's own init process included; none if it has just ended.
 func pidsBeside(pid int) []int {
-	ns := func(p string) string {
-		l, _ := os.Readlink("/proc/" + p + "/ns/pid")
+	ns := func(p int) string {
+		l, _ := os.Readlink(fmt.Sprintf("/proc/%d/ns/pid", p))
 		return l
 	}
-	own := ns(strconv.Itoa(pid))
-	es, err := os.ReadDir("/proc")
+	own := ns(pid)
+	pids, err := proc.PIDs()
 	if own == "" || err != nil {
 		return nil
 	}
-	var out []int
-	for _, e := range es {
-		if p, err := strconv.Atoi(e.Name()); err == nil && ns(e.Name()) == own {
-			out = append(out, p)
-		}
-	}
-	return out
+	return slices.DeleteFunc(pids, func(p int) bool { return ns(p) != own })
 }

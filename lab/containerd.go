@@ -11,6 +11,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/shoalnet/shoal/internal/proc"
 )
 
 // A lab has a containerd of its own where that is installed, for all nodes, each
@@ -93,11 +95,11 @@ func (l *Lab) startContainerd(ctx context.Context) error {
 	}
 }
 
-// stopContainerd ends the lab's containerd and every container that is left, and
-// unmounts what they had.
-func (l *Lab) stopContainerd(ctx context.Context) error {
+// stopContainerd ends the lab's containerd and every container that is left. What they
+// had mounted stays.
+func (l *Lab) stopContainerd(ctx context.Context) {
 	if _, err := os.Stat(l.containerdDir()); errors.Is(err, os.ErrNotExist) {
-		return nil
+		return
 	}
 	if alive(l.Containerd) {
 		_ = syscall.Kill(l.Containerd, syscall.SIGTERM)
@@ -119,7 +121,6 @@ func (l *Lab) stopContainerd(ctx context.Context) error {
 	for limit := time.Now().Add(5 * time.Second); len(l.containerdShims()) > 0 && time.Now().Before(limit); {
 		time.Sleep(10 * time.Millisecond)
 	}
-	return unmountBelow(l.containerdDir())
 }
 
 // unmountBelow unmounts what is mounted below a directory, the inner mounts first.
@@ -140,25 +141,14 @@ func unmountBelow(dir string) error {
 
 // containerdShims are the processes that hold containers of this lab.
 func (l *Lab) containerdShims() (out []int) {
-	for _, pid := range pids() {
-		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-		if err == nil && strings.Contains(string(b), "containerd-shim") && strings.Contains(string(b), l.containerdSocket()) {
-			out = append(out, pid)
-		}
-	}
-	return out
-}
-
-// pids are all processes.
-func pids() (out []int) {
-	es, err := os.ReadDir("/proc")
+	pids, err := proc.PIDs()
 	if err != nil {
 		return nil
 	}
-	for _, e := range es {
-		n := 0
-		if _, err := fmt.Sscanf(e.Name(), "%d", &n); err == nil && n > 1 {
-			out = append(out, n)
+	for _, pid := range pids {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+		if err == nil && strings.Contains(string(b), "containerd-shim") && strings.Contains(string(b), l.containerdSocket()) {
+			out = append(out, pid)
 		}
 	}
 	return out

@@ -686,14 +686,14 @@ func (l *Lab) Down(ctx context.Context) error {
 		all = append(append(all, n.Netns), l.namespaces(n)...)
 	}
 	all = append(all, l.underlay())
-	errs = append(errs, l.stopContainerd(ctx))
+	l.stopContainerd(ctx)
 	for _, ns := range all {
 		errs = append(errs, nl.Remove(ns))
 	}
 	for _, n := range nodes {
 		errs = append(errs, cgroup.Clear(cgroup.Root+"/"+n.Netns))
 	}
-	errs = append(errs, unmountBelow(l.Dir)) // secrets of tasks that were killed
+	errs = append(errs, unmountBelow(l.Dir)) // what containers, and tasks that were killed, had
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("lab %s: %w", l.Name, err)
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"strings"
@@ -12,6 +13,19 @@ import (
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 )
 
+// livingTask finds a task to act on where it runs. Of one that does not, the error ends
+// with what to do instead, a text with its NAME.
+func (c *cli) livingTask(ctx context.Context, ref, instead string) (*shoalv1.Task, error) {
+	t, err := c.runningTask(ctx, ref)
+	if err != nil {
+		return nil, c.pointTo(ctx, ref, err, "its tasks are REPLICAS")
+	}
+	if t.Node == "" || ended(t) {
+		return nil, fmt.Errorf("task %s does not run: it is %s%s", t.Name, t.GetStatus().GetState(), strings.ReplaceAll(instead, "NAME", t.Name))
+	}
+	return t, nil
+}
+
 func (c *cli) killCmd() *cobra.Command {
 	var sig string
 	cmd := &cobra.Command{Use: "kill [flags] TASK [TASK...]", Short: "Send a signal to tasks' programs", Args: atLeast(1),
@@ -22,12 +36,9 @@ or another. A replica of a service that ends by it is replaced.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx := cmd.Context()
 			return c.forEach(args, func(ref string) error {
-				t, err := c.runningTask(ctx, ref)
+				t, err := c.livingTask(ctx, ref, "")
 				if err != nil {
-					return c.pointTo(ctx, ref, err, "its tasks are REPLICAS")
-				}
-				if t.Node == "" || ended(t) {
-					return fmt.Errorf("task %s does not run: it is %s", t.Name, t.GetStatus().GetState())
+					return err
 				}
 				req := connect.NewRequest(&shoalv1.KillRequest{Task: t.Id, Signal: sig})
 				req.Header().Set(agent.NodeHeader, t.Node)
@@ -56,12 +67,9 @@ other options, which have to give a column PID. The PIDs are the node's.`,
 		ValidArgsFunction: c.complete(c.taskNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx := cmd.Context()
-			t, err := c.runningTask(ctx, args[0])
+			t, err := c.livingTask(ctx, args[0], "")
 			if err != nil {
-				return c.pointTo(ctx, args[0], err, "its tasks are REPLICAS")
-			}
-			if t.Node == "" || ended(t) {
-				return fmt.Errorf("task %s does not run: it is %s", t.Name, t.GetStatus().GetState())
+				return err
 			}
 			req := connect.NewRequest(&shoalv1.TopRequest{Task: t.Id, Args: args[1:]})
 			req.Header().Set(agent.NodeHeader, t.Node)
@@ -90,12 +98,9 @@ status, when that ends. With --sig-proxy=false an interrupt ends attach only.`,
 		ValidArgsFunction: c.complete(c.taskNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx := cmd.Context()
-			t, err := c.runningTask(ctx, args[0])
+			t, err := c.livingTask(ctx, args[0], ": see 'shoal logs NAME'")
 			if err != nil {
-				return c.pointTo(ctx, args[0], err, "its tasks are REPLICAS")
-			}
-			if t.Node == "" || ended(t) {
-				return fmt.Errorf("task %s does not run: it is %s: see 'shoal logs %s'", t.Name, t.GetStatus().GetState(), t.Name)
+				return err
 			}
 			start := &shoalv1.ExecRequest_Start{Task: t.Id, Attach: true, Stdin: t.Spec.Stdin && !noStdin, Tty: t.Spec.Tty}
 			if start.Tty && start.Stdin {

@@ -356,6 +356,19 @@ const convergeTimeout = 2 * time.Minute
 // change: one that hangs is for the managers to notice.
 const followTimeout = 5 * time.Second
 
+// convergeAll is converge for one service after the other, unless the user does not wait.
+func (c *cli) convergeAll(ctx context.Context, ss []*shoalv1.Service, detach, quiet bool) error {
+	if detach {
+		return nil
+	}
+	for _, s := range ss {
+		if err := c.converge(ctx, s, quiet); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // converge waits until a service has as many running tasks as it wants, and every
 // node's kernel follows, shows how far it is, and says what stands in the way when
 // it takes long.
@@ -431,16 +444,18 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 		away = time.Time{}
 		line := fmt.Sprintf("%s: %d/%d running", name, running, want)
 		complete := completed(tasks, s.GetSpec())
+		there := running+complete == want
 		if job(s.GetSpec().GetMode()) {
 			// It may take long, and what ran before a change does not count.
 			if running > 0 {
 				patience.Reset(convergeTimeout)
 			}
-			complete, want = done, todo
+			there, want = done == todo, todo
 			line = fmt.Sprintf("%s: %d/%d complete, %d running", name, done, todo, running)
 		} else if complete > 0 {
 			line += fmt.Sprintf(", %d complete", complete)
 		}
+		there = there && extra+stale+rewiring == 0
 		if stale > 0 {
 			line += fmt.Sprintf(", %d to be replaced", stale)
 		}
@@ -453,7 +468,7 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 		active := api.ToUpdateStatus(update).Active()
 		if active {
 			patience.Reset(convergeTimeout)
-			if running+complete == want && extra+stale+rewiring == 0 {
+			if there {
 				line += ", being watched"
 			}
 			if update.GetState() == spec.RollbackStarted && !manual {
@@ -465,10 +480,7 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 			}
 			return fmt.Errorf("%w (%s): see 'shoal svc ps %s'", oerr, line, name)
 		}
-		if job(s.GetSpec().GetMode()) {
-			running = 0
-		}
-		settled := err == nil && !active && running+complete == want && extra+stale+rewiring == 0
+		settled := err == nil && !active && there
 		if up.IsZero() || !settled {
 			up = time.Now()
 		}
@@ -950,15 +962,7 @@ func (c *cli) svcScale() *cobra.Command {
 				fmt.Fprintf(c.out, "%s scaled to %d\n", ch.ref, ch.n)
 				scaled = append(scaled, svc)
 			}
-			if detach {
-				return nil
-			}
-			for _, s := range scaled {
-				if err := c.converge(cmd.Context(), s, quiet); err != nil {
-					return err
-				}
-			}
-			return nil
+			return c.convergeAll(cmd.Context(), scaled, detach, quiet)
 		}}
 	cmd.Flags().BoolVarP(&detach, "detach", "d", false, "don't wait until the replicas run")
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "wait, but show no progress")

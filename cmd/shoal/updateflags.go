@@ -113,15 +113,7 @@ itself. They are replaced by the service's --update-… policy.`,
 				fmt.Fprintln(c.out, resp.Msg.Service.GetSpec().GetName())
 				begun = append(begun, resp.Msg.Service)
 			}
-			for _, s := range begun {
-				if detach {
-					break
-				}
-				if err := c.converge(ctx, s, quiet); err != nil {
-					return err
-				}
-			}
-			return nil
+			return c.convergeAll(ctx, begun, detach, quiet)
 		}}
 	cmd.Flags().BoolVarP(&detach, "detach", "d", false, "don't wait until the replicas run")
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "wait, but show no progress")

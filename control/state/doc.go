@@ -55,9 +55,9 @@
 // moved is rebalance.go.
 //
 // Tried and dropped: delays that the node waits out (clock skew turns 100 ms
-// into minutes), moving tasks to nodes that join by itself (Swarm does not
-// either: it interrupts for cosmetics; who wants it asks for it), a budget of one for drains (slow, and start-first
-// loses no capacity anyway).
+// into minutes), moving tasks to nodes that join by itself (Swarm does not either: it
+// interrupts for cosmetics; who wants it asks for it), a budget of one for drains
+// (slow, and start-first loses no capacity anyway).
 //
 // # Sharing
 //

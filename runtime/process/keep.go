@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/shoalnet/shoal/internal/proc"
 	"github.com/shoalnet/shoal/runtime/cgroup"
 )
 
@@ -108,7 +109,7 @@ func keepMain(args []string) int {
 func killChildren() {
 	self := os.Getpid()
 	for deadline := time.Now().Add(keepPatience); time.Now().Before(deadline); {
-		pids, err := processes()
+		pids, err := proc.PIDs()
 		if err != nil {
 			return
 		}

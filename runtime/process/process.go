@@ -506,17 +506,22 @@ func (r *Runtime) Start(ctx context.Context, id string) error {
 	return err
 }
 
-// Signal implements runtime.Runtime.
-func (r *Runtime) Signal(ctx context.Context, id, signal string) error {
-	sig, err := ParseSignal(signal)
-	if err != nil {
-		return err
+// addressee reads a signal, and tells whether the task that it is for runs.
+func (r *Runtime) addressee(ctx context.Context, id, signal string) (sig syscall.Signal, runs bool, err error) {
+	if sig, err = ParseSignal(signal); err != nil {
+		return 0, false, err
 	}
 	st, err := r.Status(ctx, id)
+	return sig, err == nil && st.State == runtime.Running, err
+}
+
+// Signal implements runtime.Runtime.
+func (r *Runtime) Signal(ctx context.Context, id, signal string) error {
+	sig, runs, err := r.addressee(ctx, id, signal)
 	if err != nil {
 		return err
 	}
-	if st.State != runtime.Running {
+	if !runs {
 		return errors.New("its program does not run")
 	}
 	_, _, err = r.call(id, request{Op: "signal", Signal: int(sig)}, callTimeout)
@@ -525,15 +530,11 @@ func (r *Runtime) Signal(ctx context.Context, id, signal string) error {
 
 // Stop implements runtime.Runtime.
 func (r *Runtime) Stop(ctx context.Context, id, signal string, grace time.Duration) error {
-	sig, err := ParseSignal(signal)
+	sig, runs, err := r.addressee(ctx, id, signal)
 	if err != nil {
 		return err
 	}
-	st, err := r.Status(ctx, id)
-	if err != nil {
-		return err
-	}
-	if st.State != runtime.Running {
+	if !runs {
 		return nil
 	}
 	if _, x, err := r.box(id); err != nil {

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shoalnet/shoal/internal/nl"
+	"github.com/shoalnet/shoal/internal/proc"
 	"github.com/shoalnet/shoal/runtime"
 	"github.com/shoalnet/shoal/runtime/cgroup"
 )
@@ -480,7 +481,7 @@ func (s *shim) stop(sig syscall.Signal, grace time.Duration) {
 // childOf finds the only child of a process. The program may have ended
 // already: then it is 0.
 func childOf(pid int) int {
-	pids, err := processes()
+	pids, err := proc.PIDs()
 	if err != nil {
 		return 0
 	}
@@ -490,21 +491,6 @@ func childOf(pid int) int {
 		}
 	}
 	return 0
-}
-
-// processes are the IDs of all that this process sees (proc(5)).
-func processes() ([]int, error) {
-	es, err := os.ReadDir("/proc")
-	if err != nil {
-		return nil, err
-	}
-	var pids []int
-	for _, e := range es {
-		if p, err := strconv.Atoi(e.Name()); err == nil {
-			pids = append(pids, p)
-		}
-	}
-	return pids, nil
 }
 
 // parentOf is a process's parent; 0 when it is gone.

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shoalnet/shoal/internal/nl"
+	"github.com/shoalnet/shoal/internal/proc"
 	"github.com/shoalnet/shoal/runtime"
 )
 
@@ -43,7 +44,7 @@ func (r *Runtime) shims() map[string]int {
 
 func (r *Runtime) findShims() map[string]int {
 	out := map[string]int{}
-	pids, err := processes()
+	pids, err := proc.PIDs()
 	if err != nil {
 		r.log.Warn("processes can't be listed: tasks that lost their files are not found", "error", err)
 		return out
@@ -55,9 +56,9 @@ func (r *Runtime) findShims() map[string]int {
 		if id == "" {
 			continue
 		}
-		proc := "/proc/" + strconv.Itoa(pid)
-		ns, err := os.Readlink(proc + "/ns/pid")
-		its, rerr := os.Stat(proc + "/root/.")
+		at := "/proc/" + strconv.Itoa(pid)
+		ns, err := os.Readlink(at + "/ns/pid")
+		its, rerr := os.Stat(at + "/root/.")
 		if err == nil && rerr == nil && ns == self && os.SameFile(its, root) {
 			out[id] = pid
 		}
@@ -196,7 +197,7 @@ func (r *Runtime) sweepNamespaces() error {
 		return nil
 	}
 	used := map[string]bool{} // namespaces with a process, as nsfs names them
-	pids, err := processes()
+	pids, err := proc.PIDs()
 	if err != nil {
 		return err
 	}

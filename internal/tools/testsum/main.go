@@ -1,6 +1,6 @@
 // Testsum reads "go test -json" on standard input, prints what failed in full
-// a line per package and one for each of the slowest tests, and adds its counts to a file, so that several runs
-// end in one summary:
+// a line per package and one for each of the slowest tests, and adds its counts to
+// a file, so that several runs end in one summary:
 //
 //	go test -json ./... | testsum -counts FILE -label unit
 //	testsum -counts FILE -total
