@@ -67,9 +67,7 @@ func (m *Manager) allowed(c state.Command) (int, error) {
 		return max(c.InitCluster.Level, 1), nil
 	case c.RaiseLevel != nil:
 		// By the rules of before: it is what changes them.
-		level := 0
-		m.fsm.read(func(s *state.State) { level = s.Level() })
-		return level, nil
+		return m.level(), nil
 	}
 	var level, needs int
 	var what string
@@ -98,12 +96,16 @@ type levelError struct{ error }
 // Is makes it an ErrLevel.
 func (*levelError) Is(target error) bool { return target == state.ErrLevel }
 
+// level is the cluster's feature level, as this manager has it.
+func (m *Manager) level() (level int) {
+	m.fsm.read(func(s *state.State) { level = s.Level() })
+	return level
+}
+
 // withLevel is n with what a report or a request to join says of its build, as far as
 // the log may have that yet.
 func (m *Manager) withLevel(n spec.Node, level int32, build string) spec.Node {
-	at := 0
-	m.fsm.read(func(s *state.State) { at = s.Level() })
-	if at < 1 {
+	if m.level() < 1 {
 		n.Level, n.Build = 0, ""
 		return n
 	}
@@ -113,9 +115,7 @@ func (m *Manager) withLevel(n spec.Node, level int32, build string) spec.Node {
 
 // withCapacity is the same of what the node has.
 func (m *Manager) withCapacity(n spec.Node, nanoCPUs, memory int64) spec.Node {
-	at := 0
-	m.fsm.read(func(s *state.State) { at = s.Level() })
-	if at < 2 {
+	if m.level() < 2 {
 		n.NanoCPUs, n.Memory = 0, 0
 		return n
 	}

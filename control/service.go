@@ -206,11 +206,9 @@ func (s *service) UpdateService(ctx context.Context, req *connect.Request[shoalv
 	if cmd.Spec == nil && cmd.Replicas == nil && !cmd.Rollback && !cmd.Rebalance {
 		return nil, invalid(errors.New("update of a service: neither a spec nor replicas are given"))
 	}
-	s.m.fsm.read(func(st *state.State) {
-		if st.Level() >= 2 { // managers of before don't know the field
-			cmd.Now = time.Now().UnixMilli()
-		}
-	})
+	if s.m.level() >= 2 { // managers of before don't know the field
+		cmd.Now = time.Now().UnixMilli()
+	}
 	res, err := s.m.Propose(ctx, state.Command{UpdateService: cmd})
 	if err != nil {
 		return nil, err
@@ -582,9 +580,7 @@ func (s *service) Report(ctx context.Context, req *connect.Request[shoalv1.Repor
 		now = s.m.withLevel(now, r.Level, r.Build)
 		now = s.m.withCapacity(now, r.NanoCpus, r.Memory)
 	}
-	if known.Status != spec.NodeReady || now.Addr != known.Addr || now.ControlPort != known.ControlPort || now.GossipPort != known.GossipPort || now.DataPath != known.DataPath ||
-		now.Platform != known.Platform || now.Containers != known.Containers || now.ContainersWhy != known.ContainersWhy || now.Level != known.Level || now.Build != known.Build ||
-		now.NanoCPUs != known.NanoCPUs || now.Memory != known.Memory {
+	if known.Status != spec.NodeReady || !now.SameOfItself(known) {
 		if _, err := s.m.Propose(ctx, state.Command{UpsertNode: &state.UpsertNode{Node: now}}); err != nil {
 			return nil, err
 		}

@@ -203,6 +203,14 @@ type Node struct {
 	Memory   int64 `json:"memory,omitempty" level:"2"`
 }
 
+// SameOfItself tells whether two records of a node have the same of what the node says
+// of itself: where it is, what it is and what it has.
+func (n Node) SameOfItself(o Node) bool {
+	return n.Addr == o.Addr && n.ControlPort == o.ControlPort && n.GossipPort == o.GossipPort && n.DataPath == o.DataPath &&
+		n.Platform == o.Platform && n.Containers == o.Containers && n.ContainersWhy == o.ContainersWhy &&
+		n.Level == o.Level && n.Build == o.Build && n.NanoCPUs == o.NanoCPUs && n.Memory == o.Memory
+}
+
 // Clone returns a deep copy.
 func (n Node) Clone() Node {
 	n.Labels = maps.Clone(n.Labels)

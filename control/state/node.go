@@ -136,11 +136,8 @@ func (s *State) renameNode(n *node, name string) {
 // setNode replaces a node's record, if that changes anything.
 func (s *State) setNode(n *node, next spec.Node) {
 	was := n.Node
-	same := was.Name == next.Name && was.Role == next.Role && was.Availability == next.Availability && was.Addr == next.Addr &&
-		was.ControlPort == next.ControlPort && was.GossipPort == next.GossipPort && was.Status == next.Status &&
-		was.Message == next.Message && was.DataPath == next.DataPath &&
-		was.Platform == next.Platform && was.Containers == next.Containers && was.ContainersWhy == next.ContainersWhy && was.Level == next.Level && was.Build == next.Build &&
-		was.NanoCPUs == next.NanoCPUs && was.Memory == next.Memory && maps.Equal(was.Labels, next.Labels)
+	same := was.Name == next.Name && was.Role == next.Role && was.Availability == next.Availability && was.Status == next.Status &&
+		was.Message == next.Message && was.SameOfItself(next) && maps.Equal(was.Labels, next.Labels)
 	if same {
 		return
 	}
