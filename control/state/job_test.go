@@ -212,14 +212,9 @@ func TestRandomJobs(t *testing.T) {
 			n := rapid.SampledFrom(c.sorted()).Draw(t, "node")
 			switch rapid.IntRange(0, 5).Draw(t, "change") {
 			case 0:
-				c.avail(n, rapid.SampledFrom([]string{spec.AvailabilityActive, spec.AvailabilityPause, spec.AvailabilityDrain}).Draw(t, "availability"))
+				c.avail(n, availability(t))
 			case 1:
-				if n.up {
-					c.down(n)
-				} else {
-					c.back(n)
-					c.reportAll(n)
-				}
+				c.toggle(n)
 				changed = true // what is taken back may be one more than are let run
 			case 2:
 				c.change(job.ID, env(fmt.Sprint(i)))
@@ -242,8 +237,7 @@ func TestRandomJobs(t *testing.T) {
 		}
 		for _, n := range c.sorted() {
 			if !n.up {
-				c.back(n)
-				c.reportAll(n)
+				c.toggle(n)
 			}
 			c.avail(n, spec.AvailabilityActive)
 		}

@@ -22,6 +22,22 @@ func (c *cluster) label(n *simNode, key, value string) {
 	c.must(Command{UpdateNode: &UpdateNode{Ref: n.id, SetLabels: map[string]string{key: value}}})
 }
 
+// toggle cuts a node off, or has it back with all that it ran.
+func (c *cluster) toggle(n *simNode) {
+	c.Helper()
+	if n.up {
+		c.down(n)
+		return
+	}
+	c.back(n)
+	c.reportAll(n)
+}
+
+// availability draws one.
+func availability(t *rapid.T) string {
+	return rapid.SampledFrom([]string{spec.AvailabilityActive, spec.AvailabilityPause, spec.AvailabilityDrain}).Draw(t, "availability")
+}
+
 func (c *cluster) wantDesired(id string, want int) {
 	c.Helper()
 	if got := c.s.Desired(id); got != want {
@@ -256,7 +272,7 @@ func TestMaxPerNode(t *testing.T) {
 	c.change(web.ID, env("2"))
 	c.watch(func() {
 		for _, n := range ns {
-			if k := c.spread(web.ID)[n.id]; k > 2 {
+			if k := c.spread(web.ID)[c.s.nodes[n.id].Name]; k > 2 {
 				t.Fatalf("%d on %s\n%s", k, n.id, c.dump())
 			}
 		}
@@ -520,14 +536,9 @@ func TestRandomGlobal(t *testing.T) {
 			n := rapid.SampledFrom(c.sorted()).Draw(t, "node")
 			switch rapid.IntRange(0, 6).Draw(t, "change") {
 			case 0:
-				c.avail(n, rapid.SampledFrom([]string{spec.AvailabilityActive, spec.AvailabilityPause, spec.AvailabilityDrain}).Draw(t, "availability"))
+				c.avail(n, availability(t))
 			case 1:
-				if n.up {
-					c.down(n)
-				} else {
-					c.back(n)
-					c.reportAll(n)
-				}
+				c.toggle(n)
 			case 2:
 				c.change(mon.ID, env(fmt.Sprint(i)))
 			case 3:
@@ -551,8 +562,7 @@ func TestRandomGlobal(t *testing.T) {
 		}
 		for _, n := range c.sorted() {
 			if !n.up {
-				c.back(n)
-				c.reportAll(n)
+				c.toggle(n)
 			}
 			if c.s.nodes[n.id].Availability == spec.AvailabilityPause {
 				c.avail(n, spec.AvailabilityActive)
