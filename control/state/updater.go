@@ -267,6 +267,10 @@ func (p *planner) replace(sv *servicePlan, sp *slotPlan) {
 	leave := !p.leaves(sp.stale) // it may run on where it is until it has a successor
 	if sp.last != nil && sp.last.rev == sv.v.rev {
 		if leave && running(sp.stale) && sv.up.st.Paused() {
+			// Nobody wants what failed to run before somebody changes the service again.
+			for _, t := range sp.over {
+				p.stop(t, sp.stale.ID)
+			}
 			return
 		}
 		if attempt, at, ok = p.restart(sv.v, sp.last); !leave && running(sp.stale) && attempt > lockTries {

@@ -162,6 +162,11 @@ func TestUpdatePaused(t *testing.T) {
 	c.wantUpdate(id, spec.UpdatePaused, "update paused due to failure or early termination of task ")
 	c.wantUpdate(id, spec.UpdatePaused, "--update-order stop-first")
 	c.wantVersions(id, map[string]int{"V=1": 3})
+	for _, x := range c.s.services[id].tasks {
+		if x.Status.State.Ended() && x.Desired != spec.DesiredShutdown {
+			t.Errorf("%s has %s, and is wanted %s", x.Name, x.Status.State, x.Desired)
+		}
+	}
 	// A node that comes changes nothing of that, time neither.
 	c.join("n4")
 	c.now += 3_600_000
