@@ -410,15 +410,19 @@ func (r *runner) run(ctx context.Context, found *runtime.Status) {
 
 // lingerTime is how long the end of a task that somebody ran in the foreground, and
 // that is forgotten by itself, waits for him: his session was cut as an agent ended.
-const lingerTime = 10 * time.Second
+const (
+	lingerTime = 10 * time.Second
+	lingerPoll = 50 * time.Millisecond
+)
 
-// linger waits for who is to hear of the task's end.
+// linger waits for who is to hear of the task's end. The time is counted as it is
+// waited: an agent that stood still heard nobody meanwhile.
 func (r *runner) linger(ctx context.Context) {
-	for limit := time.Now().Add(lingerTime); time.Now().Before(limit); {
+	for waited := time.Duration(0); waited < lingerTime; waited += lingerPoll {
 		r.mu.Lock()
 		over := r.heard || r.left || !r.task.Spec.Attach || !r.task.Spec.AutoRemove || r.status.At == 0
 		r.mu.Unlock()
-		if over || !sleep.For(ctx, 50*time.Millisecond) {
+		if over || !sleep.For(ctx, lingerPoll) {
 			return
 		}
 	}

@@ -33,6 +33,7 @@ type fakeAgent struct {
 	tasks    map[string]*shoalv1.Task
 	lines    map[string][]string // of a task; absent: its node does not have it
 	over     map[string]bool     // the task has no more
+	away     int                 // so many calls for output find no node
 	creates  int
 	cut      func() // called while a service is made, once it is
 }
@@ -106,11 +107,18 @@ func (a *fakeAgent) Logs(ctx context.Context, req *connect.Request[shoalv1.LogsR
 	id := req.Msg.Task
 	a.mu.Lock()
 	_, ok := a.lines[id]
+	away := a.away > 0
+	if away {
+		a.away--
+	}
 	next := 0
 	if req.Msg.Tail < 0 {
 		next = len(a.lines[id])
 	}
 	a.mu.Unlock()
+	if away {
+		return connect.NewError(connect.CodeUnavailable, errors.New("node n1 does not answer"))
+	}
 	if !ok {
 		return connect.NewError(connect.CodeNotFound, errors.New("task is not on this node"))
 	}

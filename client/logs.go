@@ -74,6 +74,9 @@ func (c *Client) TaskLogs(ctx context.Context, t *shoalv1.Task, o LogOptions, s 
 		switch {
 		case ctx.Err() != nil:
 			return ctx.Err()
+		case ferr == nil && now == nil && !missing && time.Since(lost) < logComing:
+			// Forgotten by the managers; its node, which has not answered yet, keeps the
+			// output of what is removed by itself for a moment.
 		case ferr == nil && now == nil: // forgotten: so is its output
 			if shown || o.Follow {
 				return nil

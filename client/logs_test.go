@@ -198,3 +198,18 @@ func TestLogsOfComingTask(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestLastWordsOutlastTheirTask: a node keeps the output of a task that the managers
+// have forgotten for a moment, also one that does not answer at first.
+func TestLastWordsOutlastTheirTask(t *testing.T) {
+	a := newFakeAgent(t)
+	a.put("t1", "", spec.TaskComplete, "done")
+	a.do(func() { delete(a.tasks, "t1"); a.away = 2 })
+	h := &heard{}
+	if err := New(a.socket).TaskLogs(t.Context(), &shoalv1.Task{Id: "t1", Name: "t1", Node: "n1"}, LogOptions{Follow: true}, h.sink()); err != nil {
+		t.Error(err)
+	}
+	if got := h.of("t1"); !slices.Equal(got, []string{"done"}) {
+		t.Errorf("got %q, want its last line", got)
+	}
+}
