@@ -575,6 +575,13 @@ func (m *member) network(id string) (spec.Network, bool) {
 	return m.assigned.network(id)
 }
 
+// served implements plumbing, as far as is known here.
+func (m *member) served(t spec.Task) bool {
+	return slices.ContainsFunc(m.g.Snapshot().Endpoints, func(e spec.Endpoint) bool {
+		return e.Service == t.Service && e.Task != t.ID && e.State == spec.EndpointActive
+	})
+}
+
 // settled implements plumbing.
 func (m *member) settled(ctx context.Context) error {
 	local := make(chan error, 1)

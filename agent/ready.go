@@ -48,9 +48,9 @@ func (r *runner) firstFitness(ctx context.Context, t spec.Task, netns, running b
 		f.quiet = true
 		if running {
 			f.heard = t.Status.Listened
-			up, err := r.rt.Listening(ctx, r.id)
+			up, err := r.rt.Listening(ctx, r.id, false)
 			switch {
-			case err != nil || up.Serves || !f.heard && len(up.Maybe) > 0:
+			case err != nil || up.Serves > 0 || !f.heard && len(up.Maybe) > 0:
 				f.quiet = false
 			case f.heard: // it may have connections
 				f.quiet, f.deaf = false, notListening
@@ -157,7 +157,7 @@ func (r *runner) lookAfter(ctx context.Context) {
 	r.mu.Unlock()
 	var wg sync.WaitGroup
 	if looks {
-		wg.Go(func() { r.watchListening(ctx, t.ListenWithin) })
+		wg.Go(func() { r.watchListening(ctx, t) })
 	}
 	if t.Spec.Health != nil {
 		wg.Go(func() { r.watchHealth(ctx, t.Service != "", t.Spec.Health.WithDefaults()) })
@@ -169,9 +169,14 @@ func (r *runner) lookAfter(ctx context.Context) {
 // does before (1 request refused in each rolling update of PEERS.md), and takes one
 // that no longer does out: what they would send it is refused. One that does not
 // within a time, 0: for ever, is given up.
-func (r *runner) watchListening(ctx context.Context, within time.Duration) {
+//
+// Where others take connections, a new one has time to open all its sockets; where none
+// does, any is better than none.
+func (r *runner) watchListening(ctx context.Context, t spec.Task) {
+	within := t.ListenWithin
 	r.mu.Lock()
 	open, heard := !r.fit.quiet, r.fit.heard
+	in := open && r.fit.deaf == "" // it is in the balancers, as far as this goes
 	r.mu.Unlock()
 	begun := time.Now()
 	run := begun // as far as that is known of a program that an earlier agent started
@@ -180,8 +185,10 @@ func (r *runner) watchListening(ctx context.Context, within time.Duration) {
 	}
 	var deaf time.Time
 	ports := held{all: open}
+	var opens opening
+	others := !in && r.plumbing.served(t)
 	for {
-		up, err := r.rt.Listening(ctx, r.id)
+		up, err := r.rt.Listening(ctx, r.id, !in && others)
 		if ctx.Err() != nil {
 			return
 		}
@@ -189,15 +196,21 @@ func (r *runner) watchListening(ctx context.Context, within time.Duration) {
 		idle := now.Sub(run) >= readyTimeout
 		maybe := ports.look(up.Maybe, now)
 		wait := listenInterval
+		serves := err == nil && up.Serves > 0
+		if !serves {
+			opens = opening{}
+		}
 		switch {
-		case err == nil && up.Serves, err != nil && !open && idle:
+		case serves && !in && others && !opens.done(up.Serves, now):
+			wait = readyInterval
+		case serves, err != nil && !open && idle:
 			// Where that can't be known, time must do.
-			open, heard, deaf = true, true, time.Time{}
+			open, heard, deaf, in = true, true, time.Time{}, true
 			r.judge(func(f *fitness) { f.quiet, f.idle, f.heard, f.deaf = false, false, true, "" })
 		case err != nil: // not known
 			wait = doubtInterval
 		case maybe && !heard:
-			open, deaf = true, time.Time{}
+			open, deaf, in = true, time.Time{}, true
 			r.judge(func(f *fitness) { f.quiet, f.idle, f.deaf = false, false, "" })
 		case !open:
 			if wait = readyInterval; idle {
@@ -211,6 +224,7 @@ func (r *runner) watchListening(ctx context.Context, within time.Duration) {
 			deaf, wait = now, doubtInterval
 		default:
 			if wait = doubtInterval; now.Sub(deaf) >= deafAfter {
+				in, others = false, r.plumbing.served(t)
 				r.judge(func(f *fitness) { f.deaf = notListening })
 			}
 		}
@@ -226,6 +240,30 @@ func (r *runner) watchListening(ctx context.Context, within time.Duration) {
 			return
 		}
 	}
+}
+
+// opening tells when a program has opened what it serves: one socket after another, and
+// the first may not be the one that its clients call.
+type opening struct {
+	n            int
+	first, since time.Time // since there is any, since there are n
+}
+
+// openTime is how long no further socket has come of a program that has opened them all.
+// They are a few system calls apart; a program that needs longer between its ports has a
+// health check.
+const openTime = 100 * time.Millisecond
+
+// done takes how many there are now. It does not wait longer for a program that opens
+// and closes all the time than for one that opens none.
+func (o *opening) done(n int, now time.Time) bool {
+	if o.n == 0 {
+		o.first = now
+	}
+	if o.n != n {
+		o.n, o.since = n, now
+	}
+	return now.Sub(o.since) >= openTime || now.Sub(o.first) >= readyTimeout
 }
 
 // held tells ports that a server keeps from those that a client has for as long as

@@ -219,6 +219,55 @@ func TestAdoptedWorkerStaysNamed(t *testing.T) {
 	b.never("t1 endpoint: app starting", "t1 endpoint: app active", "t1 endpoint: app draining")
 }
 
+// TestReplicaOpensAllItsSockets before it takes the connections of others that do.
+func TestReplicaOpensAllItsSockets(t *testing.T) {
+	for _, others := range []bool{true, false} {
+		b := newBench(t)
+		b.others = others
+		open := b.gate("start t1")
+		b.give(true, replica(nil))
+		b.await("start t1")
+		if err := b.task("t1", func(t *fakeTask) { t.listening, t.opening = true, 20 }); err != nil {
+			t.Fatal(err)
+		}
+		open()
+		b.await("t1 endpoint: app active")
+		_ = b.task("t1", func(f *fakeTask) {
+			if (f.opening == 0) != others {
+				t.Errorf("others %t: it is in the balancers with %d sockets to open", others, f.opening)
+			}
+		})
+		b.cancel()
+	}
+}
+
+// TestOpening: a program that opens one socket after another is waited for until it has
+// opened no more for a moment; one that never comes to an end of it, not for ever.
+func TestOpening(t *testing.T) {
+	at := time.Unix(1000, 0)
+	var o opening
+	for i, step := range []struct {
+		n     int
+		after time.Duration
+		want  bool
+	}{{1, 0, false}, {1, openTime - 1, false}, {2, 1, false}, {3, openTime - 1, false}, {3, openTime - 1, false}, {3, 1, true}} {
+		at = at.Add(step.after)
+		if got := o.done(step.n, at); got != step.want {
+			t.Errorf("step %d: %t", i, got)
+		}
+	}
+	o = opening{}
+	n := 0
+	for begun := at; !o.done(1+n%2, at); n++ {
+		if at = at.Add(openTime / 2); at.Sub(begun) > readyTimeout {
+			t.Fatal("it waits for ever")
+		}
+	}
+	if n < int(readyTimeout/(openTime/2)) {
+		t.Errorf("it was taken for open after %d looks", n)
+	}
+}
+
 // TestHeldPorts: a server's UDP port stays, a client's goes.
 func TestHeldPorts(t *testing.T) {
 	at := func(d time.Duration) time.Time { return time.Unix(1000, 0).Add(d) }

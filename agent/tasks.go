@@ -57,6 +57,8 @@ type plumbing interface {
 	templateContext(t spec.Task) (spec.TemplateContext, error)
 	// network is what the managers said of a network.
 	network(id string) (spec.Network, bool)
+	// served tells whether another replica of a task's service takes connections.
+	served(t spec.Task) bool
 	// settled waits until this node and every live one has applied what was
 	// published before the call.
 	settled(ctx context.Context) error

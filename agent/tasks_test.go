@@ -50,19 +50,21 @@ type bench struct {
 	t      *testing.T
 	cancel context.CancelFunc
 
-	bmu   sync.Mutex
-	trace []string
-	said  map[string]string        // by task: what publish last found
-	have  map[string]*fakeTask     // of the runtime
-	gates map[string]chan struct{} // by trace line: it waits there until this is closed
-	fails map[string]error         // by trace line: what it returns
-	hosts map[string]bool          // networks that are the node's own
+	bmu    sync.Mutex
+	trace  []string
+	said   map[string]string        // by task: what publish last found
+	have   map[string]*fakeTask     // of the runtime
+	gates  map[string]chan struct{} // by trace line: it waits there until this is closed
+	fails  map[string]error         // by trace line: what it returns
+	hosts  map[string]bool          // networks that are the node's own
+	others bool                     // other replicas take connections
 }
 
 type fakeTask struct {
 	runtime.Status
 	released  bool
 	listening bool
+	opening   int // so many sockets are still to be opened, one between two looks
 	maybe     []uint16
 	looks     int    // at whether it listens
 	sick      string // what the health check says; "": it passes
@@ -202,6 +204,8 @@ func (b *bench) publish() {
 }
 
 func (b *bench) wired(ctx context.Context, t spec.Task) error { return b.do(ctx, "wired "+t.ID) }
+
+func (b *bench) served(spec.Task) bool { return b.others }
 
 func (b *bench) settled(ctx context.Context) error { return b.do(ctx, "settled") }
 
@@ -348,10 +352,17 @@ func (b *bench) Usage(context.Context, string) (runtime.Usage, error) {
 }
 func (b *bench) Faults() map[string]string { return nil }
 
-func (b *bench) Listening(_ context.Context, id string) (up runtime.Sockets, err error) {
+func (b *bench) Listening(_ context.Context, id string, all bool) (up runtime.Sockets, err error) {
 	err = b.task(id, func(t *fakeTask) {
 		t.looks++
-		up = runtime.Sockets{Serves: t.listening, Maybe: t.maybe}
+		up = runtime.Sockets{Maybe: t.maybe}
+		if t.listening {
+			up.Serves = 1
+		}
+		if all && t.opening > 0 {
+			t.opening--
+			up.Serves += t.opening
+		}
 	})
 	return up, err
 }

@@ -51,12 +51,7 @@ func TestModes(t *testing.T) {
 		s.ok("node1", "shoal node update --availability active node2")
 		shown("3/3")
 	})
-	// TODO: none may. Beside a busy virtual machine one or two of 400 were refused, in two
-	// of five runs, and in none of eleven beside eight busy loops: not understood yet.
-	if l.Failed > 0 {
-		t.Logf("%d of %d requests failed: %v", l.Failed, l.Requests, l.Errors)
-	}
-	if l.Failed > 4 || l.OK == 0 {
+	if l.Failed > 0 || l.OK == 0 {
 		t.Errorf("%d of %d requests failed: %v", l.Failed, l.Requests, l.Errors)
 	}
 	s.fails("node1", "mode global", "shoal svc scale web=2")

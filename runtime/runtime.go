@@ -96,9 +96,10 @@ type Usage struct {
 
 // Sockets are those of a task that accept traffic on more than loopback.
 type Sockets struct {
-	// Serves: one that only servers have. It listens (TCP, SCTP), or is bound and not
-	// connected (UDP), at a port that the kernel does not choose for clients.
-	Serves bool
+	// Serves counts those that only servers have: such a one listens (TCP, SCTP), or is
+	// bound and not connected (UDP), at a port that the kernel does not choose for
+	// clients.
+	Serves int
 	// Maybe are the UDP ports of sockets that are bound and not connected, at ports
 	// that the kernel chooses for clients: a client's that has sent something, a
 	// question to a name server for instance, looks like this as well. Ascending.
@@ -155,8 +156,9 @@ type Runtime interface {
 	// namespace has none.
 	DNSSockets(ctx context.Context, id string) (net.PacketConn, net.Listener, error)
 	// Listening tells what traffic the task accepts; nothing while its program is
-	// stopped (SIGSTOP).
-	Listening(ctx context.Context, id string) (Sockets, error)
+	// stopped (SIGSTOP). Without all, some that Serves are as good as all, and cost
+	// less.
+	Listening(ctx context.Context, id string, all bool) (Sockets, error)
 	// Faults tells, by the names of running tasks, what is wrong with what a task
 	// sees of the machine, such as a file of its own that the node's took the
 	// place of. What can be mended is no fault.

@@ -27,7 +27,7 @@ const (
 
 // Sockets are those of a namespace that accept traffic from elsewhere.
 type Sockets struct {
-	Serves bool     // one that only servers have
+	Serves int      // how many are such as only servers have, see Listening
 	Maybe  []uint16 // UDP ports out of net.ipv4.ip_local_port_range, ascending: a client's look the same
 }
 
@@ -51,17 +51,20 @@ func (r diagRequest) Serialize() []byte {
 
 // Listening tells which sockets of the calling thread's namespace accept traffic
 // that comes from elsewhere: TCP and SCTP sockets that listen, UDP sockets that are
-// bound and not connected, on more than loopback. Use it within Do. It asks
+// bound and not connected, on more than loopback. Unless it is to find all, those of
+// the first kind that there is are enough, which costs less. Use it within Do. It asks
 // sock_diag(7), whose cost is that of the listening sockets alone, where
 // /proc/net/tcp walks every connection; the latter it reads where the kernel has no
 // inet_diag, and the list of SCTP's, as to ask for these would load its module.
-func Listening() (Sockets, error) {
-	out, err := listeningByDiag()
+func Listening(all bool) (Sockets, error) {
+	out, err := listeningByDiag(all)
 	if errors.Is(err, errors.ErrUnsupported) {
-		out, err = listeningByProc()
+		out, err = listeningByProc(all)
 	}
-	if err == nil && !out.Serves {
-		out.Serves, err = procFile("sctp/eps", sctpListens)
+	if err == nil && (all || out.Serves == 0) {
+		n := 0
+		n, err = procFile("sctp/eps", sctpListens)
+		out.Serves += n
 	}
 	return out, err
 }
@@ -75,7 +78,7 @@ func (s *Sockets) add(udp bool, a netip.AddrPort, first, last uint16) {
 			s.Maybe = slices.Insert(s.Maybe, i, p)
 		}
 	default:
-		s.Serves = true
+		s.Serves++
 	}
 }
 
@@ -90,27 +93,31 @@ func clientPorts() (first, last uint16) {
 	return 32768, 60999
 }
 
-func listeningByDiag() (Sockets, error) {
+func listeningByDiag(all bool) (Sockets, error) {
 	var out Sockets
 	first, last := clientPorts()
 	for _, r := range []diagRequest{
 		{unix.AF_INET, unix.IPPROTO_TCP, tcpListen}, {unix.AF_INET6, unix.IPPROTO_TCP, tcpListen},
 		{unix.AF_INET, unix.IPPROTO_UDP, tcpClose}, {unix.AF_INET6, unix.IPPROTO_UDP, tcpClose},
 	} {
-		_, err := Dump(func() (struct{}, error) {
+		as, err := Dump(func() (as []netip.AddrPort, err error) { // perhaps more than once
 			req := vnl.NewNetlinkRequest(vnl.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP)
 			req.AddData(r)
-			return struct{}{}, req.ExecuteIter(unix.NETLINK_INET_DIAG, vnl.SOCK_DIAG_BY_FAMILY, func(msg []byte) bool {
-				out.add(r.protocol == unix.IPPROTO_UDP, diagSource(msg), first, last)
+			err = req.ExecuteIter(unix.NETLINK_INET_DIAG, vnl.SOCK_DIAG_BY_FAMILY, func(msg []byte) bool {
+				as = append(as, diagSource(msg))
 				return true
 			})
+			return as, err
 		})
+		for _, a := range as {
+			out.add(r.protocol == unix.IPPROTO_UDP, a, first, last)
+		}
 		switch {
 		case errors.Is(err, unix.ENOENT), errors.Is(err, unix.EPROTONOSUPPORT):
 			return out, fmt.Errorf("list listening sockets: %w: %w", err, errors.ErrUnsupported)
 		case err != nil:
 			return out, fmt.Errorf("list listening sockets: %w", err)
-		case out.Serves:
+		case out.Serves > 0 && !all:
 			return out, nil
 		}
 	}
@@ -148,7 +155,7 @@ func procFile[T any](name string, read func(io.Reader) (T, error)) (T, error) {
 }
 
 // listeningByProc is listeningByDiag on a kernel without inet_diag.
-func listeningByProc() (Sockets, error) {
+func listeningByProc(all bool) (Sockets, error) {
 	var out Sockets
 	first, last := clientPorts()
 	for _, f := range []struct {
@@ -163,7 +170,7 @@ func listeningByProc() (Sockets, error) {
 		for _, a := range as {
 			out.add(f.udp, a, first, last)
 		}
-		if out.Serves {
+		if out.Serves > 0 && !all {
 			break
 		}
 	}
@@ -196,21 +203,22 @@ func procSources(r io.Reader, state string) ([]netip.AddrPort, error) {
 	return out, sc.Err()
 }
 
-// sctpListens looks through /proc/net/sctp/eps for an endpoint that listens on more
-// than loopback. Its columns are ENDPT SOCK STY SST HBKT LPORT UID INODE LADDRS, the
+// sctpListens counts in /proc/net/sctp/eps the endpoints that listen on more than
+// loopback. Its columns are ENDPT SOCK STY SST HBKT LPORT UID INODE LADDRS, the
 // last one address after the other (net/sctp/proc.c).
-func sctpListens(r io.Reader) (bool, error) {
+func sctpListens(r io.Reader) (n int, err error) {
 	sc := bufio.NewScanner(r)
 	for sc.Scan() {
 		fs := strings.Fields(sc.Text())
 		if len(fs) < 9 || fs[3] != strconv.Itoa(tcpListen) {
 			continue
 		}
-		for _, s := range fs[8:] {
-			if a, err := netip.ParseAddr(strings.Trim(s, "*=")); err == nil && !a.Unmap().IsLoopback() {
-				return true, nil
-			}
+		if slices.ContainsFunc(fs[8:], func(s string) bool {
+			a, err := netip.ParseAddr(strings.Trim(s, "*="))
+			return err == nil && !a.Unmap().IsLoopback()
+		}) {
+			n++
 		}
 	}
-	return false, sc.Err()
+	return n, sc.Err()
 }

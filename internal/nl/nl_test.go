@@ -173,7 +173,7 @@ func TestSysctlNamesTheKey(t *testing.T) {
 func TestListening(t *testing.T) {
 	needRoot(t)
 	name := namespace(t, "l")
-	serves, maybe, nothing := Sockets{Serves: true}, Sockets{Maybe: []uint16{40000}}, Sockets{}
+	serves, maybe, nothing := Sockets{Serves: 1}, Sockets{Maybe: []uint16{40000}}, Sockets{}
 	for _, tc := range []struct {
 		network, addr string
 		want          Sockets
@@ -183,7 +183,7 @@ func TestListening(t *testing.T) {
 		{"tcp4", "0.0.0.0:40000", serves}, {"udp4", "0.0.0.0:40000", maybe}, {"udp", "[::]:40000", maybe}, {"udp6", "[::]:61000", serves},
 		{"connected", "127.0.0.1:9", nothing},
 	} {
-		for how, list := range map[string]func() (Sockets, error){"as it is": Listening, "by /proc": listeningByProc, "by sock_diag": listeningByDiag} {
+		for how, list := range map[string]func(bool) (Sockets, error){"as it is": Listening, "by /proc": listeningByProc, "by sock_diag": listeningByDiag} {
 			err := Do(name, func() error {
 				var c io.Closer
 				var err error
@@ -199,7 +199,10 @@ func TestListening(t *testing.T) {
 					return err
 				}
 				defer c.Close()
-				if got, err := list(); err != nil || !reflect.DeepEqual(got, tc.want) {
+				if got, err := list(true); err != nil || !reflect.DeepEqual(got, tc.want) {
+					return fmt.Errorf("%s: %s %s: all: %+v, %w", how, tc.network, tc.addr, got, err)
+				}
+				if got, err := list(false); err != nil || !reflect.DeepEqual(got, tc.want) {
 					return fmt.Errorf("%s: %s %s: %+v, %w", how, tc.network, tc.addr, got, err)
 				}
 				return nil
@@ -209,25 +212,50 @@ func TestListening(t *testing.T) {
 			}
 		}
 	}
-	if got, err := Listening(); err != nil {
+	// A program opens one after another.
+	for how, list := range map[string]func(bool) (Sockets, error){"as it is": Listening, "by /proc": listeningByProc, "by sock_diag": listeningByDiag} {
+		err := Do(name, func() error {
+			for i, open := range []func() (io.Closer, error){
+				func() (io.Closer, error) { return net.ListenPacket("udp4", "0.0.0.0:53") },
+				func() (io.Closer, error) { return net.Listen("tcp4", "0.0.0.0:80") },
+				func() (io.Closer, error) { return net.Listen("tcp4", "0.0.0.0:443") },
+				func() (io.Closer, error) { return net.Listen("tcp6", "[::]:443") },
+			} {
+				c, err := open()
+				if err != nil {
+					return err
+				}
+				defer c.Close()
+				if got, err := list(true); err != nil || got.Serves != i+1 {
+					return fmt.Errorf("%s: %+v, want %d: %w", how, got, i+1, err)
+				}
+			}
+			return nil
+		})
+		if err != nil && !errors.Is(err, errors.ErrUnsupported) {
+			t.Error(err)
+		}
+	}
+	if got, err := Listening(false); err != nil {
 		t.Errorf("in the host's namespace: %+v, %v", got, err)
 	}
 }
 
 func TestSCTPListens(t *testing.T) {
 	const head = " ENDPT     SOCK   STY SST HBKT LPORT   UID INODE LADDRS\n"
-	for rows, want := range map[string]bool{
-		"": false,
-		"ffff8 ffff9 2   10  27   7000      0 2117 0.0.0.0 \n":                                  true,
-		"ffff8 ffff9 0   10  27   7000      0 2117 127.0.0.1 \n":                                false,
-		"ffff8 ffff9 0   10  27   7000      0 2117 127.0.0.1 10.0.0.5 \n":                       true,
-		"ffff8 ffff9 0   7   27   7000      0 2117 0.0.0.0 \n":                                  false,
-		"ffff8 ffff9 0   10  27   7000      0 2117 0000:0000:0000:0000:0000:0000:0000:0000 \n":  true,
-		"ffff8 ffff9 0   10  27   7000      0 2117 0000:0000:0000:0000:0000:0000:0000:0001 \n":  false,
-		"nonsense\nffff8 ffff9 0   10  27   7000      0 2117 \nffff8 ffff9 0 10 1 7 0 1 bad \n": false,
+	for rows, want := range map[string]int{
+		"": 0,
+		"ffff8 ffff9 2   10  27   7000      0 2117 0.0.0.0 \n":                                  1,
+		"ffff8 ffff9 0   10  27   7000      0 2117 127.0.0.1 \n":                                0,
+		"ffff8 ffff9 0   10  27   7000      0 2117 127.0.0.1 10.0.0.5 \n":                       1,
+		"ffff8 ffff9 0   7   27   7000      0 2117 0.0.0.0 \n":                                  0,
+		"ffff8 ffff9 0   10  27   7000      0 2117 0000:0000:0000:0000:0000:0000:0000:0000 \n":  1,
+		"ffff8 ffff9 0   10  27   7000      0 2117 0000:0000:0000:0000:0000:0000:0000:0001 \n":  0,
+		"f f 2 10 27 7000 0 1 0.0.0.0\nf f 2 10 27 7001 0 2 10.0.0.5\n":                         2,
+		"nonsense\nffff8 ffff9 0   10  27   7000      0 2117 \nffff8 ffff9 0 10 1 7 0 1 bad \n": 0,
 	} {
 		if got, err := sctpListens(strings.NewReader(head + rows)); err != nil || got != want {
-			t.Errorf("%q: %t, %v", rows, got, err)
+			t.Errorf("%q: %d, %v", rows, got, err)
 		}
 	}
 }

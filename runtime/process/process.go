@@ -698,7 +698,7 @@ func (r *Runtime) DNSSockets(ctx context.Context, id string) (net.PacketConn, ne
 }
 
 // Listening implements runtime.Runtime.
-func (r *Runtime) Listening(ctx context.Context, id string) (runtime.Sockets, error) {
+func (r *Runtime) Listening(ctx context.Context, id string, all bool) (runtime.Sockets, error) {
 	r.mu.Lock()
 	e := r.tasks[id]
 	initPID, pid, ns := 0, 0, ""
@@ -711,7 +711,7 @@ func (r *Runtime) Listening(ctx context.Context, id string) (runtime.Sockets, er
 	}
 	var up nl.Sockets
 	err := nl.Do(ns, func() (err error) {
-		up, err = nl.Listening()
+		up, err = nl.Listening(all)
 		return err
 	})
 	return runtime.Sockets{Serves: up.Serves, Maybe: up.Maybe}, err
