@@ -17,6 +17,7 @@ import (
 // removed while it is used.
 func TestSecretsAndConfigs(t *testing.T) {
 	onlyNative(t)
+	t.Parallel()
 	s := own(t, "sec", lab.Options{Nodes: 2, Managers: 1})
 	s.ok("node1", "shoal net create app")
 	const one, two = "correct-horse-battery", "staple-two"

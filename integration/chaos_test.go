@@ -15,6 +15,7 @@ import (
 // run, SHOAL_CHAOS_SECONDS makes it longer, or shorter.
 func TestChaos(t *testing.T) {
 	onlyNative(t)
+	t.Parallel()
 	seed, length := rand.Uint64N(1_000_000), 2*time.Minute
 	for name, set := range map[string]func(uint64){"SHOAL_CHAOS_SEED": func(n uint64) { seed = n }, "SHOAL_CHAOS_SECONDS": func(n uint64) { length = time.Duration(n) * time.Second }} {
 		if v := os.Getenv(name); v != "" {

@@ -94,6 +94,7 @@ func image(t *testing.T, name, arch string, files map[string]string, config map[
 // TestContainers: services and tasks from images, as users of Docker type them.
 func TestContainers(t *testing.T) {
 	onlyNative(t)
+	t.Parallel()
 	for _, p := range []string{"containerd", "runc", "busybox"} {
 		if _, err := exec.LookPath(p); err != nil {
 			t.Fatalf("%s is not installed: run scripts/setup test", p)

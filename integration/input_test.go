@@ -106,6 +106,7 @@ func (s site) agentFails(want string, args ...string) {
 
 func TestAgentRefuses(t *testing.T) {
 	onlyNative(t)
+	t.Parallel()
 	s := own(t, "itagentin", lab.Options{Nodes: 2, NoInit: true})
 	socket := s.Nodes()[0].Socket
 	// A second agent on the same state.

@@ -37,6 +37,7 @@ func promtool(t *testing.T, stdin string, args ...string) string {
 // there, and every metric that the board and the alerts ask for exists.
 func TestMetrics(t *testing.T) {
 	onlyNative(t)
+	t.Parallel()
 	promtool(t, "", "check", "config", "prometheus.yml")
 	promtool(t, "", "test", "rules", "alerts_test.yml")
 	s := own(t, "met", lab.Options{AgentArgs: []string{"--metrics-addr", ":9947"}})

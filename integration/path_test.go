@@ -24,6 +24,7 @@ func (s site) switchRun(args ...string) {
 // so it is when one of them has a smaller MTU.
 func TestAPathThatIsDead(t *testing.T) {
 	onlyNative(t) // the View decides, and what it says of peers vip's suite has in the VM
+	t.Parallel()
 	s := own(t, "pa", labOptions())
 	s.ok("node1", "shoal net create app")
 	s.whoami("web", 3, "--network app -p 8080:80")

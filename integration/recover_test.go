@@ -17,6 +17,7 @@ import (
 // also when both of them come back, which is a majority of what they know.
 func TestForceNewCluster(t *testing.T) {
 	onlyNative(t)
+	t.Parallel()
 	s := own(t, "anew", lab.Options{Nodes: 4, Managers: 3})
 	s.fails("node4", "is a worker", "shoal init --force-new-cluster")
 	s.fails("node2", "managers have a leader", "shoal init --force-new-cluster")
@@ -114,6 +115,7 @@ func TestForceNewCluster(t *testing.T) {
 // the cluster again, the worker follows, and what ran runs on.
 func TestSnapshot(t *testing.T) {
 	onlyNative(t)
+	t.Parallel()
 	s := own(t, "snap", lab.Options{Nodes: 3, Managers: 1})
 	file := filepath.Join(t.TempDir(), "cluster.snap")
 	s.ok("node1", "shoal net create app")
@@ -197,6 +199,7 @@ func TestSnapshot(t *testing.T) {
 // at once.
 func TestPromoteVotes(t *testing.T) {
 	onlyNative(t)
+	t.Parallel()
 	s := own(t, "prom", lab.Options{Nodes: 4, Managers: 1})
 	if err := s.KillAgent("node4"); err != nil {
 		t.Fatal(err)

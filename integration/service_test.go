@@ -324,6 +324,7 @@ func TestANodeDiesAndComesBack(t *testing.T) {
 // when it is back, and nothing leaks.
 func TestAnAgentDies(t *testing.T) {
 	onlyNative(t) // of the data path, vip's suite has it in the VM
+	t.Parallel()
 	s := own(t, "itagent", labOptions())
 	s.ok("node1", "shoal net create app")
 	s.whoami("web", 3, "--network app")
@@ -561,6 +562,7 @@ func missing(a, b string) (out []string) {
 // after it heals.
 func TestPartition(t *testing.T) {
 	onlyNative(t)
+	t.Parallel()
 	s := own(t, "itpart", labOptions())
 	s.ok("node1", "shoal net create app")
 	s.whoami("web", 3, "--network app")
@@ -610,6 +612,7 @@ func TestPartition(t *testing.T) {
 
 func TestALeaderDies(t *testing.T) {
 	onlyNative(t)
+	t.Parallel()
 	s := own(t, "itlead", labOptions())
 	s.whoami("web", 2, "")
 	leader := ""
@@ -640,6 +643,7 @@ func TestALeaderDies(t *testing.T) {
 // TestLeave: a node that leaves keeps nothing of ours, and what was there before.
 func TestLeave(t *testing.T) {
 	onlyNative(t)
+	t.Parallel()
 	s := own(t, "itleave", labOptions())
 	s.ok("node3", "ip link add keep0 type veth peer name keep1")
 	s.ok("node3", "nft add table ip keep")

@@ -17,6 +17,7 @@ import (
 // acknowledged outlives the leader. A promotion after a demotion goes the same way.
 func TestAManagerLosesItsStore(t *testing.T) {
 	onlyNative(t)
+	t.Parallel()
 	s := own(t, "store", lab.Options{Nodes: 3})
 	s.ok("node1", "shoal net create before")
 	victim := "node2"
@@ -112,6 +113,7 @@ func TestAManagerLosesItsStore(t *testing.T) {
 // its agent is started with.
 func TestANodeIsRenamed(t *testing.T) {
 	onlyNative(t)
+	t.Parallel()
 	s := own(t, "rename", lab.Options{Nodes: 2})
 	s.fails("node1", "node name NODE2 is taken by node", "shoal node update --name NODE2 node1")
 	s.fails("node1", `node name "a b"`, "shoal node update --name 'a b' node1")

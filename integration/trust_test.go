@@ -65,6 +65,7 @@ func (s site) steal(node string) *peer.Credentials {
 // with connections that take their time.
 func TestTrust(t *testing.T) {
 	onlyNative(t)
+	t.Parallel()
 	s := own(t, "ittrust", lab.Options{Nodes: 3, Managers: 1})
 	s.ok("node1", "shoal net create app")
 	s.whoami("web", 3, "--network app")
@@ -336,6 +337,7 @@ func (s site) nodeIDs() (out [][2]string) {
 // unlock key, which a manager asks for after a start.
 func TestAutolock(t *testing.T) {
 	onlyNative(t)
+	t.Parallel()
 	s := own(t, "itlock", lab.Options{Nodes: 3, NoInit: true})
 	out := s.ok("node1", "shoal init --autolock --advertise-addr 172.30.0.1")
 	key := strings.TrimSpace(out[strings.Index(out, "SHOALKEY-1-"):])

@@ -141,6 +141,7 @@ func (s site) levels(node string) levels {
 // a node that would not understand it is kept out.
 func TestUpgrade(t *testing.T) {
 	onlyNative(t)
+	t.Parallel()
 	const oldLevel = 1
 	now, old := filepath.Join(bin, "shoal"), oldest(t)
 	s := site{t, &lab.Lab{Binary: filepath.Join(t.TempDir(), "shoal")}}
