@@ -1,6 +1,8 @@
 package dns
 
 import (
+	"context"
+	"fmt"
 	"net"
 	"runtime"
 	"slices"
@@ -121,5 +123,63 @@ func BenchmarkUDP(b *testing.B) {
 	}
 	b.ReportMetric(float64(n)/time.Since(start).Seconds(), "answers/s")
 	slices.Sort(took)
+	b.ReportMetric(float64(took[len(took)*99/100].Microseconds()), "p99-µs")
+}
+
+// BenchmarkBesideAFlood is a task's question for a name of the cluster while another
+// task asks for 3,000 names of others, of which each takes a resolver 20 ms.
+func BenchmarkBesideAFlood(b *testing.B) {
+	u := upstream(b, func(w mdns.ResponseWriter, r *mdns.Msg) {
+		time.Sleep(20 * time.Millisecond)
+		says("192.0.2.1", 0)(w, r)
+	})
+	s, addr := serving(b, by(u), &Asker{Networks: []string{"net"}})
+	s.SetZone(NewZone(dnstest.Large(100, 3), ZoneOptions{}))
+	flood := serve(b, s, func() *Asker { return &Asker{Networks: []string{"net"}} })
+	c, err := net.Dial("udp", addr)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer c.Close()
+	f, err := net.Dial("udp", flood)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer f.Close()
+	done := make(chan struct{})
+	ctx, stop := context.WithCancel(b.Context())
+	defer func() {
+		stop()
+		<-done
+	}()
+	go func() { // 3,000 are under way at any time
+		defer close(done)
+		in := make([]byte, 4096)
+		for i := 0; ctx.Err() == nil; i++ {
+			q, _ := new(mdns.Msg).SetQuestion(fmt.Sprintf("n%d.example.", i), mdns.TypeA).Pack()
+			_, _ = f.Write(q)
+			if i >= 3000 {
+				_ = f.SetReadDeadline(time.Now().Add(10 * time.Millisecond))
+				_, _ = f.Read(in)
+			}
+		}
+	}()
+	q, _ := new(mdns.Msg).SetQuestion("svc50.", mdns.TypeA).Pack()
+	in := make([]byte, 4096)
+	var took []time.Duration
+	for b.Loop() {
+		begun := time.Now()
+		if _, err := c.Write(q); err != nil {
+			b.Fatal(err)
+		}
+		_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
+		if _, err := c.Read(in); err != nil {
+			b.Fatal(err)
+		}
+		took = append(took, time.Since(begun))
+		time.Sleep(time.Millisecond)
+	}
+	slices.Sort(took)
+	b.ReportMetric(float64(took[len(took)/2].Microseconds()), "p50-µs")
 	b.ReportMetric(float64(took[len(took)*99/100].Microseconds()), "p99-µs")
 }

@@ -11,6 +11,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -65,6 +66,7 @@ const (
 type upstreams struct {
 	servers []netip.AddrPort
 	netns   string // namespace to ask from; "": the node's
+	who     *asking
 }
 
 // key identifies them in the cache. The node's are all one: what they said
@@ -82,6 +84,7 @@ type forwarder struct {
 	cache   *lru.Cache[string, *cached]
 	flight  singleflight.Group
 	slots   chan struct{}
+	turns   *turns // to send
 	ctx     context.Context
 	cancel  context.CancelFunc
 	wg      sync.WaitGroup
@@ -118,7 +121,7 @@ func newForwarder(cfg Config) *forwarder {
 		panic(err) // only for a size that is not positive
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	return &forwarder{cfg: cfg, cache: c, slots: make(chan struct{}, socketLimit()), ctx: ctx, cancel: cancel, health: map[serverKey]*health{}}
+	return &forwarder{cfg: cfg, cache: c, slots: make(chan struct{}, socketLimit()), turns: newTurns(max(1, runtime.GOMAXPROCS(0)/2)), ctx: ctx, cancel: cancel, health: map[serverKey]*health{}}
 }
 
 // socketLimit is the number of sockets that may be open to resolvers.
@@ -349,7 +352,7 @@ func (f *forwarder) race(ctx context.Context, up *upstreams, q mdns.Question, do
 	defer cancel()
 	running, sent := 0, 0
 	// send asks the next resolver, and returns when to ask another. Only the first
-	// waits for a socket: where they are short, nobody gets a second one.
+	// waits for a socket and its turn: where they are short, nobody gets a second one.
 	send := func() time.Duration {
 		select {
 		case f.slots <- struct{}{}:
@@ -363,12 +366,18 @@ func (f *forwarder) race(ctx context.Context, up *upstreams, q mdns.Question, do
 				return hedgeMax
 			}
 		}
+		if running > 0 && !f.turns.try() || running == 0 && f.turns.take(ctx, up.who) != nil {
+			<-f.slots
+			return hedgeMax
+		}
 		s := order[sent%len(order)]
 		sent++
 		running++
 		wg.Go(func() {
 			defer func() { <-f.slots }()
-			m, err := f.exchange(ctx, s, q, do, cd)
+			gone := sync.OnceFunc(f.turns.give)
+			defer gone()
+			m, err := f.exchange(ctx, s, q, do, cd, gone)
 			select {
 			case results <- result{m, err}:
 			case <-ctx.Done():
@@ -486,15 +495,15 @@ var errForged = errors.New("answers that look forged")
 
 // exchange asks one resolver: by UDP, and by TCP where the answer is cut short
 // or looks forged; with EDNS0, and without where that is rejected (RFC 6891
-// section 7).
-func (f *forwarder) exchange(ctx context.Context, k serverKey, q mdns.Question, do, cd bool) (*mdns.Msg, error) {
+// section 7). It calls gone when the first question is on its way.
+func (f *forwarder) exchange(ctx context.Context, k serverKey, q mdns.Question, do, cd bool, gone func()) (*mdns.Msg, error) {
 	start := time.Now()
 	f.mu.Lock()
 	plain := start.Before(f.healthOf(k).plain)
 	f.mu.Unlock()
-	m, err := f.exchangeWith(ctx, k, q, flags{plain: plain, do: do, cd: cd})
+	m, err := f.exchangeWith(ctx, k, q, flags{plain: plain, do: do, cd: cd, gone: gone})
 	if err == nil && !plain && rejectsEDNS(m.Rcode) {
-		if second, err := f.exchangeWith(ctx, k, q, flags{plain: true, cd: cd}); err == nil && !rejectsEDNS(second.Rcode) {
+		if second, err := f.exchangeWith(ctx, k, q, flags{plain: true, cd: cd, gone: gone}); err == nil && !rejectsEDNS(second.Rcode) {
 			m = second
 			f.mu.Lock()
 			f.healthOf(k).plain = time.Now().Add(plainTime)
@@ -542,6 +551,7 @@ func isLocal(err error) bool {
 type flags struct {
 	plain  bool // without EDNS0
 	do, cd bool
+	gone   func() // called when it is on its way
 }
 
 // exchangeWith is exchange in one way.
@@ -588,6 +598,9 @@ func (f *forwarder) exchangeBy(ctx context.Context, network string, k serverKey,
 	}
 	if _, err := c.Write(b); err != nil {
 		return nil, err
+	}
+	if fl.gone != nil {
+		fl.gone()
 	}
 	buf := make([]byte, 4096)
 	for forged := 0; ; {

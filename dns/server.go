@@ -119,6 +119,7 @@ func (s *Server) Serve(ctx context.Context, asker func() *Asker, pc net.PacketCo
 	defer give()
 	ctx, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
+	who := new(asking)
 	defer wg.Wait()
 	defer cancel()
 	// At the end no further question is taken out of the socket, where the next server
@@ -139,8 +140,8 @@ func (s *Server) Serve(ctx context.Context, asker func() *Asker, pc net.PacketCo
 	case <-ctx.Done():
 		return nil
 	}
-	wg.Go(func() { s.serveTCP(ctx, asker, ln) })
-	return s.serveUDP(ctx, fctx, &wg, asker, udp)
+	wg.Go(func() { s.serveTCP(ctx, who, asker, ln) })
+	return s.serveUDP(ctx, fctx, &wg, who, asker, udp)
 }
 
 // lastAnswers is for how long the end of a server waits for other name servers' answers
@@ -148,7 +149,7 @@ func (s *Server) Serve(ctx context.Context, asker func() *Asker, pc net.PacketCo
 const lastAnswers = 500 * time.Millisecond
 
 // serveUDP takes questions until ctx ends; those that are forwarded go on until fctx does.
-func (s *Server) serveUDP(ctx, fctx context.Context, wg *sync.WaitGroup, asker func() *Asker, udp *net.UDPConn) error {
+func (s *Server) serveUDP(ctx, fctx context.Context, wg *sync.WaitGroup, who *asking, asker func() *Asker, udp *net.UDPConn) error {
 	in := make([]byte, 65535)
 	out := make([]byte, maxUDP)
 	var quick scratch
@@ -195,6 +196,7 @@ func (s *Server) serveUDP(ctx, fctx context.Context, wg *sync.WaitGroup, asker f
 			s.metrics.replied(resp, fromCluster, start)
 			continue
 		}
+		up.who = who
 		wg.Go(func() {
 			defer s.forwards.Add(-1)
 			defer mine.Add(-1)
@@ -209,7 +211,7 @@ func (s *Server) serveUDP(ctx, fctx context.Context, wg *sync.WaitGroup, asker f
 	}
 }
 
-func (s *Server) serveTCP(ctx context.Context, asker func() *Asker, ln net.Listener) {
+func (s *Server) serveTCP(ctx context.Context, who *asking, asker func() *Asker, ln net.Listener) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	var open clients
@@ -233,7 +235,7 @@ func (s *Server) serveTCP(ctx context.Context, asker func() *Asker, ln net.Liste
 		}
 		wg.Go(func() {
 			defer open.remove(cl)
-			s.serveConn(ctx, asker, cl)
+			s.serveConn(ctx, who, asker, cl)
 		})
 	}
 }
@@ -285,7 +287,7 @@ func (cs *clients) remove(c *client) {
 
 // serveConn answers the questions of one TCP connection, in the order that
 // answers are known (RFC 7766 section 7).
-func (s *Server) serveConn(ctx context.Context, asker func() *Asker, c *client) {
+func (s *Server) serveConn(ctx context.Context, who *asking, asker func() *Asker, c *client) {
 	var wg sync.WaitGroup
 	defer c.Close()
 	defer wg.Wait()
@@ -343,6 +345,7 @@ func (s *Server) serveConn(ctx context.Context, asker func() *Asker, c *client) 
 		case <-ctx.Done():
 			return
 		}
+		up.who = who
 		s.forwards.Add(1)
 		c.running.Add(1)
 		wg.Go(func() {
