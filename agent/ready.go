@@ -180,8 +180,8 @@ func (r *runner) watchListening(ctx context.Context, t spec.Task) {
 	r.mu.Unlock()
 	begun := time.Now()
 	run := begun // as far as that is known of a program that an earlier agent started
-	if st, err := r.programState(ctx); err == nil && !st.StartedAt.IsZero() {
-		run = run.Add(-min(max(time.Since(st.StartedAt), 0), readyTimeout))
+	if st, err := r.programState(ctx); err == nil {
+		run = run.Add(-min(st.Age(), readyTimeout))
 	}
 	var deaf time.Time
 	ports := held{all: open}
@@ -298,8 +298,8 @@ func (r *runner) watchHealth(ctx context.Context, replica bool, h spec.HealthChe
 	well := r.fit.ill == ""
 	r.mu.Unlock()
 	begun := time.Now()
-	if st, err := r.programState(ctx); err == nil && !st.StartedAt.IsZero() {
-		begun = st.StartedAt
+	if st, err := r.programState(ctx); err == nil {
+		begun = begun.Add(-st.Age())
 	}
 	for fails := 0; ; {
 		err := r.check(ctx, h)

@@ -145,6 +145,24 @@ func TestAdoptedReplicaIsAsHealthyAsItIs(t *testing.T) {
 	}
 }
 
+// TestAClockThatIsSet hastens no end: what an adopted replica has of its start period is
+// by how long it has run, not by the node's clock.
+func TestAClockThatIsSet(t *testing.T) {
+	h := quickly(1)
+	h.StartPeriod = time.Minute
+	task := replica(h)
+	run := found(task, runtime.Running, 0)
+	run.Begin()
+	run.StartedAt = run.StartedAt.Add(-time.Hour)
+	b := newBench(t, run)
+	b.sick("t1", "warming up")
+	if err := b.adopt(b.ctx, nil); err != nil {
+		t.Fatal(err)
+	}
+	b.await("t1: starting not healthy yet: exit status 1: warming up")
+	b.never("t1: stopping draining")
+}
+
 // TestReplicaIsInAVIPWhileItListens: to run is another thing, which takes time only.
 func TestReplicaIsInAVIPWhileItListens(t *testing.T) {
 	b := newBench(t)

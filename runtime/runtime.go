@@ -21,6 +21,8 @@ import (
 	"net/netip"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -77,9 +79,35 @@ type Status struct {
 	ExitCode  int       `json:"exit_code,omitempty"` // 128+N after signal N
 	Err       string    `json:"err,omitempty"`       // why it ended, when that is not its exit status
 	StartedAt time.Time `json:"started_at,omitzero"`
-	ExitedAt  time.Time `json:"exited_at,omitzero"`
-	Sandbox   Sandbox   `json:"sandbox"`
-	Data      []byte    `json:"data,omitempty"`
+	// Booted is how long the machine had been up then (CLOCK_BOOTTIME, clock_gettime(2)),
+	// 0 where that is not known. The clock of StartedAt may have been set since.
+	Booted   time.Duration `json:"booted,omitempty"`
+	ExitedAt time.Time     `json:"exited_at,omitzero"`
+	Sandbox  Sandbox       `json:"sandbox"`
+	Data     []byte        `json:"data,omitempty"`
+}
+
+// Begin notes that the program starts now.
+func (s *Status) Begin() { s.StartedAt, s.Booted = time.Now(), uptime() }
+
+// Age is for how long a program that runs has, 0 where that is not known.
+func (s Status) Age() time.Duration {
+	switch {
+	case s.Booted > 0:
+		return max(0, uptime()-s.Booted)
+	case s.StartedAt.IsZero():
+		return 0
+	}
+	return max(0, time.Since(s.StartedAt))
+}
+
+// uptime is how long the machine has been up, 0 where it does not say so.
+func uptime() time.Duration {
+	var t unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &t); err != nil {
+		return 0
+	}
+	return time.Duration(t.Nano())
 }
 
 // Usage is what a task has used of its node, as its control group counts.

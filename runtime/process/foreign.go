@@ -115,7 +115,10 @@ func (s *shim) runs(pid int) {
 	if !created {
 		return
 	}
-	s.set(func(st *runtime.Status) { st.State, st.PID, st.StartedAt = runtime.Running, pid, time.Now() })
+	s.set(func(st *runtime.Status) {
+		st.State, st.PID = runtime.Running, pid
+		st.Begin()
+	})
 	for _, sig := range early {
 		s.signal(sig)
 	}

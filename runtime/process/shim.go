@@ -396,7 +396,8 @@ func (s *shim) runInit(started chan<- error) error {
 		early := s.early
 		s.mu.Unlock()
 		s.set(func(st *runtime.Status) {
-			st.State, st.PID, st.StartedAt = runtime.Running, pid, time.Now()
+			st.State, st.PID = runtime.Running, pid
+			st.Begin()
 		})
 		for _, sig := range early {
 			s.signal(sig)
