@@ -774,6 +774,20 @@ func (r *runner) rewire(ctx context.Context) bool {
 		t, told, target := r.task, r.status.Wired, r.detached
 		var on []netip.Addr
 		for _, a := range t.Attachments {
+	r.mu.Lock()
+	var addrs []netip.Addr
+	for _, a := range r.task.Attachments {
+		if a.Leaving > r.detached && a.Leaving <= leaving {
+			addrs = append(addrs, a.Addrs...)
+		}
+	}
+	r.mu.Unlock()
+	// Who is connected over it would wait for hours, on either side.
+	if err := r.rt.Reset(ctx, r.id, addrs); errors.Is(err, errors.ErrUnsupported) {
+		r.log.Warn("connections over a network that a task leaves are not reset, and hang until their own end", "task", r.task.Name, "error", err)
+	} else if err != nil && !errors.Is(err, runtime.ErrNotFound) {
+		r.log.Error("connections over a network that a task leaves can't be reset", "task", r.task.Name, "error", err)
+	}
 			if a.Leaving > r.detached {
 				r.mu.Unlock()
 				return false

@@ -350,6 +350,10 @@ func (b *bench) Signal(_ context.Context, id, signal string) error {
 func (b *bench) Usage(context.Context, string) (runtime.Usage, error) {
 	return runtime.Usage{}, os.ErrNotExist
 }
+func (b *bench) Reset(ctx context.Context, id string, addrs []netip.Addr) error {
+	return b.do(ctx, fmt.Sprint("reset ", id, " ", addrs))
+}
+
 func (b *bench) Faults() map[string]string { return nil }
 
 func (b *bench) Listening(_ context.Context, id string, all bool) (up runtime.Sockets, err error) {
@@ -738,7 +742,7 @@ func TestDetach(t *testing.T) {
 	b.await("t1: running")
 	b.forget()
 	b.give(true, connected(2, 2))
-	b.expect("t1 endpoint: app active, db draining", "settled", "t1 endpoint: app active", "wired t1", "t1: running wired 2")
+	b.expect("t1 endpoint: app active, db draining", "settled", "reset t1 [10.0.1.5]", "t1 endpoint: app active", "wired t1", "t1: running wired 2")
 	if sb, _ := b.sandboxes(); len(sb) != 1 || len(sb[0].Attachments) != 1 || sb[0].Attachments[0].Network != "app" {
 		t.Errorf("sandboxes %+v", sb)
 	}

@@ -94,6 +94,19 @@ func (c *conn) say(text string) {
 	}
 }
 
+// ends wants the connection to end without a word.
+func (c *conn) ends() {
+	c.s.Helper()
+	select {
+	case l, ok := <-c.lines:
+		if ok {
+			c.s.Errorf("heard %q, want the end of the connection", l)
+		}
+	case <-time.After(slow(10 * time.Second)):
+		c.s.Error("the connection does not end")
+	}
+}
+
 func (c *conn) close() {
 	c.in.Close()
 	// Not SIGKILL, which would leave its child with the other end of the pipe.

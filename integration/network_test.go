@@ -254,6 +254,7 @@ func TestConnectAndDisconnect(t *testing.T) {
 	}
 	s.whoami("web", 2, "--network one")
 	s.ok("node1", "shoal run -d --name c --network one -- sleep 1000")
+	s.ok("node1", "shoal run -d --name other --network two -- sleep 1000")
 	// A connection that lives through all that follows: a line, an answer.
 	live := s.line("c", "web", 9000)
 	defer live.close()
@@ -284,9 +285,18 @@ func TestConnectAndDisconnect(t *testing.T) {
 		return nil
 	})
 	live.say("after connect")
+	// One over a network that is left is reset, whoever leaves it.
+	over, served := s.line("c", "shop", 9000), s.line("other", "shop", 9000)
+	defer over.close()
+	defer served.close()
+	over.say("over two")
+	served.say("over two, too")
 	s.ok("node1", "shoal net connect three c")
 	s.ok("node1", "shoal net disconnect two c")
+	over.ends()
+	served.say("after another has left")
 	s.ok("node1", "shoal net disconnect two web")
+	served.ends()
 	live.say("after disconnect")
 	if got := s.ok("node1", "shoal exec c ip -br -4 addr"); strings.Contains(got, ".77/") || !strings.Contains(got, "eth0") || !strings.Contains(got, "eth2") {
 		t.Errorf("interfaces: %s", got)

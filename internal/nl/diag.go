@@ -21,8 +21,9 @@ import (
 // socket that is not connected is in tcpClose. Those of SCTP are the same numbers
 // (include/net/sctp/constants.h, SCTP_SS_LISTENING).
 const (
-	tcpClose  = 7
-	tcpListen = 10
+	tcpTimeWait = 6
+	tcpClose    = 7
+	tcpListen   = 10
 )
 
 // Sockets are those of a namespace that accept traffic from elsewhere.
@@ -31,11 +32,12 @@ type Sockets struct {
 	Maybe  []uint16 // UDP ports out of net.ipv4.ip_local_port_range, ascending: a client's look the same
 }
 
-// diagRequest is struct inet_diag_req_v2 (linux/inet_diag.h) without an ID:
-// every socket of a family and protocol in one state.
+// diagRequest is struct inet_diag_req_v2 (linux/inet_diag.h): every socket of a family
+// and protocol in one of some states, or the one with an ID.
 type diagRequest struct {
 	family, protocol uint8
-	state            uint
+	states           uint32 // bit n: state n
+	id               []byte // struct inet_diag_sockid
 }
 
 const sizeofDiagRequest = 56
@@ -45,7 +47,8 @@ func (r diagRequest) Len() int { return sizeofDiagRequest }
 func (r diagRequest) Serialize() []byte {
 	b := make([]byte, sizeofDiagRequest)
 	b[0], b[1] = r.family, r.protocol
-	binary.NativeEndian.PutUint32(b[4:], 1<<r.state)
+	binary.NativeEndian.PutUint32(b[4:], r.states)
+	copy(b[8:], r.id)
 	return b
 }
 
@@ -97,8 +100,8 @@ func listeningByDiag(all bool) (Sockets, error) {
 	var out Sockets
 	first, last := clientPorts()
 	for _, r := range []diagRequest{
-		{unix.AF_INET, unix.IPPROTO_TCP, tcpListen}, {unix.AF_INET6, unix.IPPROTO_TCP, tcpListen},
-		{unix.AF_INET, unix.IPPROTO_UDP, tcpClose}, {unix.AF_INET6, unix.IPPROTO_UDP, tcpClose},
+		{unix.AF_INET, unix.IPPROTO_TCP, 1 << tcpListen, nil}, {unix.AF_INET6, unix.IPPROTO_TCP, 1 << tcpListen, nil},
+		{unix.AF_INET, unix.IPPROTO_UDP, 1 << tcpClose, nil}, {unix.AF_INET6, unix.IPPROTO_UDP, 1 << tcpClose, nil},
 	} {
 		as, err := Dump(func() (as []netip.AddrPort, err error) { // perhaps more than once
 			req := vnl.NewNetlinkRequest(vnl.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP)
@@ -137,6 +140,54 @@ func diagSource(msg []byte) netip.AddrPort {
 	}
 	a, _ := netip.AddrFromSlice(msg[at : at+n])
 	return netip.AddrPortFrom(a, binary.BigEndian.Uint16(msg[port:]))
+}
+
+// sizeofSockID is that of struct inet_diag_sockid, which follows the first four octets
+// of a struct inet_diag_msg.
+const sizeofSockID = 48
+
+// ResetTCP ends the connections that sockets of the calling thread's namespace have at
+// some addresses, as ss -K does: their programs and whoever is at the other end hear of
+// a reset (SOCK_DESTROY, sock_diag(7)). It returns how many; errors.ErrUnsupported where
+// the kernel can't (CONFIG_INET_DIAG_DESTROY). Use it within Do.
+func ResetTCP(addrs []netip.Addr) (n int, err error) {
+	const connected = (1<<13 - 1) &^ (1<<tcpTimeWait | 1<<tcpClose | 1<<tcpListen | 1) // TCP_ESTABLISHED is 1, TCP_NEW_SYN_RECV 12
+	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {                      // a socket of IPv6 may have IPv4's
+		ids, err := Dump(func() (ids [][]byte, err error) {
+			req := vnl.NewNetlinkRequest(vnl.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP)
+			req.AddData(diagRequest{family: family, protocol: unix.IPPROTO_TCP, states: connected})
+			err = req.ExecuteIter(unix.NETLINK_INET_DIAG, vnl.SOCK_DIAG_BY_FAMILY, func(msg []byte) bool {
+				if a := diagSource(msg).Addr(); slices.Contains(addrs, a.Unmap()) && len(msg) >= 4+sizeofSockID {
+					ids = append(ids, slices.Clone(msg[4:4+sizeofSockID]))
+				}
+				return true
+			})
+			return ids, err
+		})
+		if err != nil {
+			return n, fmt.Errorf("list connections: %w", diagError(err))
+		}
+		for _, id := range ids {
+			req := vnl.NewNetlinkRequest(vnl.SOCK_DESTROY, unix.NLM_F_ACK)
+			req.AddData(diagRequest{family: family, protocol: unix.IPPROTO_TCP, states: connected, id: id})
+			switch _, err := req.Execute(unix.NETLINK_INET_DIAG, 0); {
+			case err == nil:
+				n++
+			case errors.Is(err, unix.ENOENT): // it has ended
+			default:
+				return n, fmt.Errorf("reset a connection: %w", diagError(err))
+			}
+		}
+	}
+	return n, nil
+}
+
+// diagError is err, and errors.ErrUnsupported where that is what it comes to.
+func diagError(err error) error {
+	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPROTONOSUPPORT) {
+		return fmt.Errorf("%w: %w", err, errors.ErrUnsupported)
+	}
+	return err
 }
 
 // procFile reads a file of the calling thread's network namespace (proc(5)); one

@@ -6,12 +6,14 @@ import (
 	"io"
 	"io/fs"
 	"net"
+	"net/netip"
 	"os"
 	"reflect"
 	"runtime"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -238,6 +240,92 @@ func TestListening(t *testing.T) {
 	}
 	if got, err := Listening(false); err != nil {
 		t.Errorf("in the host's namespace: %+v, %v", got, err)
+	}
+}
+
+// TestResetTCP: both ends of the connections at an address hear that it is gone, and
+// nobody else does.
+func TestResetTCP(t *testing.T) {
+	needRoot(t)
+	name := namespace(t, "r")
+	type end struct {
+		addr string
+		a, b net.Conn
+	}
+	var ends []end
+	err := Do(name, func() error {
+		lo, err := netlink.LinkByName("lo")
+		if err != nil {
+			return err
+		}
+		for _, a := range []string{"10.9.0.1/32", "10.9.0.2/32", "fd09::1/128"} {
+			addr, err := netlink.ParseAddr(a)
+			if err != nil {
+				return err
+			}
+			addr.Flags = unix.IFA_F_NODAD
+			if err := netlink.AddrAdd(lo, addr); err != nil {
+				return err
+			}
+		}
+		if err := netlink.LinkSetUp(lo); err != nil {
+			return err
+		}
+		for _, x := range []struct{ network, listen, addr string }{
+			{"tcp4", "0.0.0.0:0", "10.9.0.1"}, {"tcp", "[::]:0", "10.9.0.1"}, {"tcp6", "[::]:0", "fd09::1"}, {"tcp4", "0.0.0.0:0", "10.9.0.2"}, {"tcp4", "127.0.0.1:0", "127.0.0.1"},
+		} {
+			ln, err := net.Listen(x.network, x.listen)
+			if err != nil {
+				return err
+			}
+			defer ln.Close()
+			_, port, _ := net.SplitHostPort(ln.Addr().String())
+			d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(x.addr)}}
+			if x.addr == "10.9.0.1" {
+				d.LocalAddr = &net.TCPAddr{IP: net.ParseIP("127.0.0.1")} // one end only is at the address
+			}
+			a, err := d.Dial("tcp", net.JoinHostPort(x.addr, port))
+			if err != nil {
+				return err
+			}
+			b, err := ln.Accept()
+			if err != nil {
+				return err
+			}
+			ends = append(ends, end{x.addr, a, b})
+		}
+		n, err := ResetTCP([]netip.Addr{netip.MustParseAddr("10.9.0.1"), netip.MustParseAddr("fd09::1")})
+		if errors.Is(err, errors.ErrUnsupported) {
+			t.Skip(err)
+		}
+		if err != nil || n < 3 {
+			t.Errorf("%d reset, %v", n, err)
+		}
+		n, err = ResetTCP([]netip.Addr{netip.MustParseAddr("10.9.0.1")})
+		if err != nil || n != 0 {
+			t.Errorf("again: %d reset, %v", n, err)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, e := range ends {
+		defer e.a.Close()
+		defer e.b.Close()
+		for side, c := range map[string]net.Conn{"client": e.a, "server": e.b} {
+			if i < 3 {
+				_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
+				if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+					t.Errorf("%s at %s reads on: %v", side, e.addr, err)
+				}
+				continue
+			}
+			_ = c.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+			if _, err := c.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Errorf("%s at %s is cut: %v", side, e.addr, err)
+			}
+		}
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -715,6 +716,27 @@ func (r *Runtime) Listening(ctx context.Context, id string, all bool) (runtime.S
 		return err
 	})
 	return runtime.Sockets{Serves: up.Serves, Maybe: up.Maybe}, err
+}
+
+// Reset implements runtime.Runtime.
+func (r *Runtime) Reset(_ context.Context, id string, addrs []netip.Addr) error {
+	r.mu.Lock()
+	e := r.tasks[id]
+	ns := ""
+	if e != nil {
+		ns = e.status.Sandbox.Netns
+	}
+	r.mu.Unlock()
+	if e == nil {
+		return runtime.ErrNotFound
+	}
+	if ns == "" {
+		return nil // the node's own: none of its addresses is the task's
+	}
+	return nl.Do(ns, func() error {
+		_, err := nl.ResetTCP(addrs)
+		return err
+	})
 }
 
 // stopped tells whether a process and all that come from it are stopped by a
