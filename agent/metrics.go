@@ -383,17 +383,29 @@ func collectVIPs(out emit, v *spec.View, s vip.State) {
 
 // collectDrops tells what the rules dropped.
 func (m *member) collectDrops(out emit) {
-	if m.cfg.Drops == nil {
-		return
+	by, err := m.drops(m.ctx)
+	if err != nil && m.ctx.Err() == nil {
+		out.ch <- prometheus.NewInvalidMetric(descDropped, err)
 	}
-	ctx, cancel := context.WithTimeout(m.ctx, dropsTimeout)
+	for k, x := range by {
+		out.counter(descDropped, float64(x.Packets), k.network, k.reason)
+		out.counter(descDroppedBytes, float64(x.Bytes), k.network, k.reason)
+	}
+}
+
+// dropKey is what drops are counted by.
+type dropKey struct{ network, reason string } // names
+
+// drops are what the rules of this node have dropped.
+func (m *member) drops(ctx context.Context) (map[dropKey]overlay.Drop, error) {
+	if m.cfg.Drops == nil {
+		return nil, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, dropsTimeout)
 	defer cancel()
 	drops, err := m.cfg.Drops(ctx)
 	if err != nil {
-		if m.ctx.Err() == nil {
-			out.ch <- prometheus.NewInvalidMetric(descDropped, fmt.Errorf("the rules' counters can't be read: %w", err))
-		}
-		return
+		return nil, fmt.Errorf("the rules' counters can't be read: %w", err)
 	}
 	networks := map[string]string{"": hostNetwork}
 	if v := m.view.Load(); v != nil {
@@ -405,22 +417,18 @@ func (m *member) collectDrops(out emit) {
 			networks[spec.OverlayNetns(m.cfg.Instance, n)] = name
 		}
 	}
-	type key struct{ network, reason string }
-	by := map[key]overlay.Drop{}
+	by := map[dropKey]overlay.Drop{}
 	for _, d := range drops {
 		name, ok := networks[d.Netns]
 		if !ok {
 			continue // of a network that goes
 		}
-		k := key{name, d.Reason}
+		k := dropKey{name, d.Reason}
 		x := by[k]
 		x.Packets, x.Bytes = x.Packets+d.Packets, x.Bytes+d.Bytes
 		by[k] = x
 	}
-	for k, x := range by {
-		out.counter(descDropped, float64(x.Packets), k.network, k.reason)
-		out.counter(descDroppedBytes, float64(x.Bytes), k.network, k.reason)
-	}
+	return by, nil
 }
 
 // flow is what a task, or all of a service's here, has sent and received.

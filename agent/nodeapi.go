@@ -319,13 +319,26 @@ func unixNano(ns int64) time.Time {
 	return time.Unix(0, ns)
 }
 
-// Stats counts what the node's tasks have sent and received.
+// Stats counts what the node's tasks have sent and received, or what its rules dropped.
 func (a *nodeAPI) Stats(ctx context.Context, req *connect.Request[shoalv1.StatsRequest]) (*connect.Response[shoalv1.StatsResponse], error) {
 	m, err := a.need(ctx)
 	if err != nil {
 		return nil, err
 	}
 	resp := &shoalv1.StatsResponse{Node: m.name()}
+	if req.Msg.Drops {
+		by, err := m.drops(ctx)
+		if err != nil {
+			return nil, connect.NewError(connect.CodeInternal, fmt.Errorf("node %s: %w", m.name(), err))
+		}
+		for k, d := range by {
+			resp.Drops = append(resp.Drops, &shoalv1.StatsResponse_Drop{Network: k.network, Reason: k.reason, Packets: d.Packets, Bytes: d.Bytes})
+		}
+		slices.SortFunc(resp.Drops, func(a, b *shoalv1.StatsResponse_Drop) int {
+			return cmp.Or(strings.Compare(a.Network, b.Network), strings.Compare(a.Reason, b.Reason))
+		})
+		return connect.NewResponse(resp), nil
+	}
 	for id, st := range m.tasks.statuses() {
 		t, _, ok := m.tasks.find(id)
 		if !ok || st.PID == 0 || len(req.Msg.Tasks) > 0 && !slices.Contains(req.Msg.Tasks, id) {

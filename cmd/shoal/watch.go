@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"text/template"
 	"time"
@@ -230,17 +231,27 @@ var (
 )
 
 func (c *cli) statsCmd() *cobra.Command {
-	var noStream bool
+	var noStream, drops bool
 	cmd := &cobra.Command{Use: "stats [TASK|SERVICE...]", Short: "Show what tasks use, send and receive, live", Args: cobra.ArbitraryArgs,
 		Long: `Stats shows, for each running task of the cluster or for those named, its share of
 a CPU's time over the last second, its memory (without what the kernel can take
 back at once) and the limit, the bytes received and sent over all its networks,
 and its processes and threads. With -o wide also packets, those dropped at its
 interfaces, established TCP connections, and what it read and wrote of disks.
-Without control groups on its node a task's CPU, memory and processes are "-".`,
-		Example:           "  shoal stats\n  shoal stats --no-stream -o json web",
+Without control groups on its node a task's CPU, memory and processes are "-".
+
+With --drops it shows instead, once, what the rules of the ready nodes have dropped
+or refused, by network and reason, since they were last written: packets with a
+forged source, VXLAN from elsewhere than nodes, ways between networks.`,
+		Example:           "  shoal stats\n  shoal stats --no-stream -o json web\n  shoal stats --drops",
 		ValidArgsFunction: c.complete(c.taskNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if drops {
+				if len(args) > 0 {
+					return fmt.Errorf("--drops is of nodes and their networks, not of task %q: leave that out", args[0])
+				}
+				return c.showDrops(cmd.Context())
+			}
 			var before map[string]statsRow
 			var at time.Time
 			tty := c.terminal()
@@ -302,8 +313,60 @@ Without control groups on its node a task's CPU, memory and processes are "-".`,
 			}
 		}}
 	cmd.Flags().BoolVar(&noStream, "no-stream", false, "once, then end")
+	cmd.Flags().BoolVar(&drops, "drops", false, "what the nodes' rules dropped, once")
 	c.outputFlag(cmd, "json", "wide")
 	return cmd
+}
+
+// dropRow is what one node's rules dropped of a network for one reason.
+type dropRow struct {
+	Node    string `json:"node"`
+	Network string `json:"network"`
+	Reason  string `json:"reason"`
+	Packets uint64 `json:"packets"`
+	Bytes   uint64 `json:"bytes"`
+}
+
+// showDrops asks the ready nodes, and names those that don't answer.
+func (c *cli) showDrops(ctx context.Context) error {
+	nodes, _, err := c.nodes(ctx)
+	if err != nil {
+		return err
+	}
+	rows := []dropRow{}
+	var errs []error
+	for _, n := range nodes {
+		if n.Status != spec.NodeReady {
+			continue
+		}
+		req := connect.NewRequest(&shoalv1.StatsRequest{Drops: true})
+		req.Header().Set(agent.NodeHeader, n.Id)
+		nctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+		resp, err := c.node().Stats(nctx, req)
+		cancel()
+		if err != nil {
+			if ctx.Err() != nil {
+				return err
+			}
+			errs = append(errs, fmt.Errorf("node %s: %s", n.Name, client.Message(err)))
+			continue
+		}
+		for _, d := range resp.Msg.Drops {
+			if d.Packets > 0 || c.output == "wide" {
+				rows = append(rows, dropRow{n.Name, d.Network, d.Reason, d.Packets, d.Bytes})
+			}
+		}
+	}
+	if c.output == "json" {
+		err = c.json(rows)
+	} else {
+		table := [][]string{{"NODE", "NETWORK", "REASON", "PACKETS", "SIZE"}}
+		for _, r := range rows {
+			table = append(table, []string{r.Node, r.Network, r.Reason, strconv.FormatUint(r.Packets, 10), size(float64(r.Bytes))})
+		}
+		c.table(table)
+	}
+	return errors.Join(append(errs, err)...)
 }
 
 // stats asks every node that runs one of the tasks.

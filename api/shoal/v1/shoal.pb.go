@@ -2229,18 +2229,19 @@ type NodeInfo struct {
 	CreatedMs        int64                  `protobuf:"varint,13,opt,name=created_ms,json=createdMs,proto3" json:"created_ms,omitempty"`
 	Leader           bool                   `protobuf:"varint,14,opt,name=leader,proto3" json:"leader,omitempty"`
 	DataPath         string                 `protobuf:"bytes,15,opt,name=data_path,json=dataPath,proto3" json:"data_path,omitempty"`
-	PublicKey        []byte                 `protobuf:"bytes,16,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"`                         // of its certificate; PKIX, DER
-	CertificateEndMs int64                  `protobuf:"varint,17,opt,name=certificate_end_ms,json=certificateEndMs,proto3" json:"certificate_end_ms,omitempty"` // when its certificate ends, as the managers signed it last; 0: not known
-	CertificateRoot  string                 `protobuf:"bytes,18,opt,name=certificate_root,json=certificateRoot,proto3" json:"certificate_root,omitempty"`       // digest of the root that signed it
-	Level            int32                  `protobuf:"varint,19,opt,name=level,proto3" json:"level,omitempty"`                                                 // feature level of its build; 0: a build without one, or not known
-	Build            string                 `protobuf:"bytes,20,opt,name=build,proto3" json:"build,omitempty"`                                                  // its version
-	Voter            bool                   `protobuf:"varint,21,opt,name=voter,proto3" json:"voter,omitempty"`                                                 // a manager that is counted on: it is in raft's configuration, as the leader has it
-	Platform         string                 `protobuf:"bytes,40,opt,name=platform,proto3" json:"platform,omitempty"`                                            // linux/amd64
-	Containers       bool                   `protobuf:"varint,41,opt,name=containers,proto3" json:"containers,omitempty"`                                       // it can run images
-	ContainersWhy    string                 `protobuf:"bytes,42,opt,name=containers_why,json=containersWhy,proto3" json:"containers_why,omitempty"`             // why not
-	NanoCpus         int64                  `protobuf:"varint,44,opt,name=nano_cpus,json=nanoCpus,proto3" json:"nano_cpus,omitempty"`                           // that it has; 0: not known
-	Memory           int64                  `protobuf:"varint,45,opt,name=memory,proto3" json:"memory,omitempty"`                                               // bytes, the same
-	Unreached        []string               `protobuf:"bytes,43,rep,name=unreached,proto3" json:"unreached,omitempty"`                                          // names of live nodes that it does not reach over VXLAN, or that do not reach it
+	PublicKey        []byte                 `protobuf:"bytes,16,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"`                                                                                    // of its certificate; PKIX, DER
+	CertificateEndMs int64                  `protobuf:"varint,17,opt,name=certificate_end_ms,json=certificateEndMs,proto3" json:"certificate_end_ms,omitempty"`                                                            // when its certificate ends, as the managers signed it last; 0: not known
+	CertificateRoot  string                 `protobuf:"bytes,18,opt,name=certificate_root,json=certificateRoot,proto3" json:"certificate_root,omitempty"`                                                                  // digest of the root that signed it
+	Level            int32                  `protobuf:"varint,19,opt,name=level,proto3" json:"level,omitempty"`                                                                                                            // feature level of its build; 0: a build without one, or not known
+	Build            string                 `protobuf:"bytes,20,opt,name=build,proto3" json:"build,omitempty"`                                                                                                             // its version
+	Voter            bool                   `protobuf:"varint,21,opt,name=voter,proto3" json:"voter,omitempty"`                                                                                                            // a manager that is counted on: it is in raft's configuration, as the leader has it
+	Platform         string                 `protobuf:"bytes,40,opt,name=platform,proto3" json:"platform,omitempty"`                                                                                                       // linux/amd64
+	Containers       bool                   `protobuf:"varint,41,opt,name=containers,proto3" json:"containers,omitempty"`                                                                                                  // it can run images
+	ContainersWhy    string                 `protobuf:"bytes,42,opt,name=containers_why,json=containersWhy,proto3" json:"containers_why,omitempty"`                                                                        // why not
+	NanoCpus         int64                  `protobuf:"varint,44,opt,name=nano_cpus,json=nanoCpus,proto3" json:"nano_cpus,omitempty"`                                                                                      // that it has; 0: not known
+	Memory           int64                  `protobuf:"varint,45,opt,name=memory,proto3" json:"memory,omitempty"`                                                                                                          // bytes, the same
+	EngineLabels     map[string]string      `protobuf:"bytes,46,rep,name=engine_labels,json=engineLabels,proto3" json:"engine_labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // that its agent was started with
+	Unreached        []string               `protobuf:"bytes,43,rep,name=unreached,proto3" json:"unreached,omitempty"`                                                                                                     // names of live nodes that it does not reach over VXLAN, or that do not reach it
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -2455,6 +2456,13 @@ func (x *NodeInfo) GetMemory() int64 {
 		return x.Memory
 	}
 	return 0
+}
+
+func (x *NodeInfo) GetEngineLabels() map[string]string {
+	if x != nil {
+		return x.EngineLabels
+	}
+	return nil
 }
 
 func (x *NodeInfo) GetUnreached() []string {
@@ -6037,9 +6045,13 @@ type ReportRequest struct {
 	Level           int32                  `protobuf:"varint,14,opt,name=level,proto3" json:"level,omitempty"`                                           // feature level of its build
 	Build           string                 `protobuf:"bytes,15,opt,name=build,proto3" json:"build,omitempty"`                                            // its version
 	// Nodes that don't answer this one over VXLAN though they live.
-	DarkPeers     []string `protobuf:"bytes,16,rep,name=dark_peers,json=darkPeers,proto3" json:"dark_peers,omitempty"`
-	NanoCpus      int64    `protobuf:"varint,17,opt,name=nano_cpus,json=nanoCpus,proto3" json:"nano_cpus,omitempty"` // that the node has
-	Memory        int64    `protobuf:"varint,18,opt,name=memory,proto3" json:"memory,omitempty"`                     // bytes
+	DarkPeers []string `protobuf:"bytes,16,rep,name=dark_peers,json=darkPeers,proto3" json:"dark_peers,omitempty"`
+	NanoCpus  int64    `protobuf:"varint,17,opt,name=nano_cpus,json=nanoCpus,proto3" json:"nano_cpus,omitempty"` // that the node has
+	Memory    int64    `protobuf:"varint,18,opt,name=memory,proto3" json:"memory,omitempty"`                     // bytes
+	// The node has said how each of its tasks is: none of them is as it was when the
+	// machine went down.
+	TasksKnown    bool              `protobuf:"varint,19,opt,name=tasks_known,json=tasksKnown,proto3" json:"tasks_known,omitempty"`
+	EngineLabels  map[string]string `protobuf:"bytes,20,rep,name=engine_labels,json=engineLabels,proto3" json:"engine_labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // that its agent was started with
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -6221,6 +6233,20 @@ func (x *ReportRequest) GetMemory() int64 {
 	return 0
 }
 
+func (x *ReportRequest) GetTasksKnown() bool {
+	if x != nil {
+		return x.TasksKnown
+	}
+	return false
+}
+
+func (x *ReportRequest) GetEngineLabels() map[string]string {
+	if x != nil {
+		return x.EngineLabels
+	}
+	return nil
+}
+
 type ReportResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -6339,7 +6365,8 @@ func (x *TasksResponse) GetTasks() []*Task {
 
 type StatsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Tasks         []string               `protobuf:"bytes,1,rep,name=tasks,proto3" json:"tasks,omitempty"`
+	Tasks         []string               `protobuf:"bytes,1,rep,name=tasks,proto3" json:"tasks,omitempty"`  // IDs; empty: all of the node
+	Drops         bool                   `protobuf:"varint,2,opt,name=drops,proto3" json:"drops,omitempty"` // instead, what the rules of the node have dropped
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -6381,10 +6408,18 @@ func (x *StatsRequest) GetTasks() []string {
 	return nil
 }
 
+func (x *StatsRequest) GetDrops() bool {
+	if x != nil {
+		return x.Drops
+	}
+	return false
+}
+
 type StatsResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
 	Tasks         []*StatsResponse_Task  `protobuf:"bytes,2,rep,name=tasks,proto3" json:"tasks,omitempty"`
+	Drops         []*StatsResponse_Drop  `protobuf:"bytes,3,rep,name=drops,proto3" json:"drops,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -6429,6 +6464,13 @@ func (x *StatsResponse) GetNode() string {
 func (x *StatsResponse) GetTasks() []*StatsResponse_Task {
 	if x != nil {
 		return x.Tasks
+	}
+	return nil
+}
+
+func (x *StatsResponse) GetDrops() []*StatsResponse_Drop {
+	if x != nil {
+		return x.Drops
 	}
 	return nil
 }
@@ -9308,7 +9350,7 @@ type ShowCAResponse_Root struct {
 
 func (x *ShowCAResponse_Root) Reset() {
 	*x = ShowCAResponse_Root{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[155]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[156]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9320,7 +9362,7 @@ func (x *ShowCAResponse_Root) String() string {
 func (*ShowCAResponse_Root) ProtoMessage() {}
 
 func (x *ShowCAResponse_Root) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[155]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[156]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9374,7 +9416,7 @@ type ReportRequest_Fault struct {
 
 func (x *ReportRequest_Fault) Reset() {
 	*x = ReportRequest_Fault{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[158]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[160]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9386,7 +9428,7 @@ func (x *ReportRequest_Fault) String() string {
 func (*ReportRequest_Fault) ProtoMessage() {}
 
 func (x *ReportRequest_Fault) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[158]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[160]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9399,7 +9441,7 @@ func (x *ReportRequest_Fault) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest_Fault.ProtoReflect.Descriptor instead.
 func (*ReportRequest_Fault) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{87, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{87, 2}
 }
 
 func (x *ReportRequest_Fault) GetObject() string {
@@ -9442,7 +9484,7 @@ type StatsResponse_Task struct {
 
 func (x *StatsResponse_Task) Reset() {
 	*x = StatsResponse_Task{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[159]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[161]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9454,7 +9496,7 @@ func (x *StatsResponse_Task) String() string {
 func (*StatsResponse_Task) ProtoMessage() {}
 
 func (x *StatsResponse_Task) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[159]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[161]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9589,6 +9631,76 @@ func (x *StatsResponse_Task) GetNodeCpus() uint32 {
 	return 0
 }
 
+// Drop is what the rules of one network, or of the node itself, dropped or refused
+// for one reason, since they were last written.
+type StatsResponse_Drop struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Network       string                 `protobuf:"bytes,1,opt,name=network,proto3" json:"network,omitempty"` // its name; "(host)": of the node itself
+	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`   // a word such as "spoofed-source"
+	Packets       uint64                 `protobuf:"varint,3,opt,name=packets,proto3" json:"packets,omitempty"`
+	Bytes         uint64                 `protobuf:"varint,4,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatsResponse_Drop) Reset() {
+	*x = StatsResponse_Drop{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[162]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatsResponse_Drop) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatsResponse_Drop) ProtoMessage() {}
+
+func (x *StatsResponse_Drop) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[162]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatsResponse_Drop.ProtoReflect.Descriptor instead.
+func (*StatsResponse_Drop) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{92, 1}
+}
+
+func (x *StatsResponse_Drop) GetNetwork() string {
+	if x != nil {
+		return x.Network
+	}
+	return ""
+}
+
+func (x *StatsResponse_Drop) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *StatsResponse_Drop) GetPackets() uint64 {
+	if x != nil {
+		return x.Packets
+	}
+	return 0
+}
+
+func (x *StatsResponse_Drop) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
 type KernelResponse_Backend struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Addr          string                 `protobuf:"bytes,1,opt,name=addr,proto3" json:"addr,omitempty"`
@@ -9600,7 +9712,7 @@ type KernelResponse_Backend struct {
 
 func (x *KernelResponse_Backend) Reset() {
 	*x = KernelResponse_Backend{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[160]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[163]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9612,7 +9724,7 @@ func (x *KernelResponse_Backend) String() string {
 func (*KernelResponse_Backend) ProtoMessage() {}
 
 func (x *KernelResponse_Backend) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[160]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[163]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9662,7 +9774,7 @@ type KernelResponse_Server struct {
 
 func (x *KernelResponse_Server) Reset() {
 	*x = KernelResponse_Server{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[161]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[164]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9674,7 +9786,7 @@ func (x *KernelResponse_Server) String() string {
 func (*KernelResponse_Server) ProtoMessage() {}
 
 func (x *KernelResponse_Server) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[161]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[164]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9745,7 +9857,7 @@ type ExecRequest_Start struct {
 
 func (x *ExecRequest_Start) Reset() {
 	*x = ExecRequest_Start{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[162]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[165]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9757,7 +9869,7 @@ func (x *ExecRequest_Start) String() string {
 func (*ExecRequest_Start) ProtoMessage() {}
 
 func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[162]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[165]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9867,7 +9979,7 @@ type ExecRequest_Resize struct {
 
 func (x *ExecRequest_Resize) Reset() {
 	*x = ExecRequest_Resize{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[163]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[166]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9879,7 +9991,7 @@ func (x *ExecRequest_Resize) String() string {
 func (*ExecRequest_Resize) ProtoMessage() {}
 
 func (x *ExecRequest_Resize) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[163]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[166]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9921,7 +10033,7 @@ type DoctorResponse_Check struct {
 
 func (x *DoctorResponse_Check) Reset() {
 	*x = DoctorResponse_Check{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[166]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[169]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9933,7 +10045,7 @@ func (x *DoctorResponse_Check) String() string {
 func (*DoctorResponse_Check) ProtoMessage() {}
 
 func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[166]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[169]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9992,7 +10104,7 @@ type DoctorResponse_Object struct {
 
 func (x *DoctorResponse_Object) Reset() {
 	*x = DoctorResponse_Object{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[167]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[170]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10004,7 +10116,7 @@ func (x *DoctorResponse_Object) String() string {
 func (*DoctorResponse_Object) ProtoMessage() {}
 
 func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[167]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[170]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10333,7 +10445,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\aattempt\x18\r \x01(\x05R\aattempt\x12$\n" +
 	"\x05ports\x18\x0e \x03(\v2\x0e.shoal.v1.PortR\x05ports\x12+\n" +
 	"\x06faults\x18\x0f \x03(\v2\x13.shoal.v1.NodeFaultR\x06faults\x12(\n" +
-	"\x10listen_within_ms\x18\x10 \x01(\x03R\x0elistenWithinMs\"\xd9\x06\n" +
+	"\x10listen_within_ms\x18\x10 \x01(\x03R\x0elistenWithinMs\"\xe5\a\n" +
 	"\bNodeInfo\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +
@@ -10366,9 +10478,13 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"containers\x12%\n" +
 	"\x0econtainers_why\x18* \x01(\tR\rcontainersWhy\x12\x1b\n" +
 	"\tnano_cpus\x18, \x01(\x03R\bnanoCpus\x12\x16\n" +
-	"\x06memory\x18- \x01(\x03R\x06memory\x12\x1c\n" +
+	"\x06memory\x18- \x01(\x03R\x06memory\x12I\n" +
+	"\rengine_labels\x18. \x03(\v2$.shoal.v1.NodeInfo.EngineLabelsEntryR\fengineLabels\x12\x1c\n" +
 	"\tunreached\x18+ \x03(\tR\tunreached\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a?\n" +
+	"\x11EngineLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x85\x01\n" +
 	"\aCluster\x12\x0e\n" +
@@ -10612,7 +10728,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"generation\x18\x01 \x01(\x04R\n" +
 	"generation\x12\x10\n" +
 	"\x03key\x18\x02 \x01(\fR\x03key\x12\x18\n" +
-	"\aprimary\x18\x03 \x01(\bR\aprimary\"\xc7\x06\n" +
+	"\aprimary\x18\x03 \x01(\bR\aprimary\"\xf9\a\n" +
 	"\rReportRequest\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x128\n" +
 	"\x05tasks\x18\x02 \x03(\v2\".shoal.v1.ReportRequest.TasksEntryR\x05tasks\x12\x1d\n" +
@@ -10641,23 +10757,31 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\n" +
 	"dark_peers\x18\x10 \x03(\tR\tdarkPeers\x12\x1b\n" +
 	"\tnano_cpus\x18\x11 \x01(\x03R\bnanoCpus\x12\x16\n" +
-	"\x06memory\x18\x12 \x01(\x03R\x06memory\x1aN\n" +
+	"\x06memory\x18\x12 \x01(\x03R\x06memory\x12\x1f\n" +
+	"\vtasks_known\x18\x13 \x01(\bR\n" +
+	"tasksKnown\x12N\n" +
+	"\rengine_labels\x18\x14 \x03(\v2).shoal.v1.ReportRequest.EngineLabelsEntryR\fengineLabels\x1aN\n" +
 	"\n" +
 	"TasksEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12*\n" +
-	"\x05value\x18\x02 \x01(\v2\x14.shoal.v1.TaskStatusR\x05value:\x028\x01\x1a9\n" +
+	"\x05value\x18\x02 \x01(\v2\x14.shoal.v1.TaskStatusR\x05value:\x028\x01\x1a?\n" +
+	"\x11EngineLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a9\n" +
 	"\x05Fault\x12\x16\n" +
 	"\x06object\x18\x01 \x01(\tR\x06object\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\"\x10\n" +
 	"\x0eReportResponse\"\x0e\n" +
 	"\fTasksRequest\"5\n" +
 	"\rTasksResponse\x12$\n" +
-	"\x05tasks\x18\x01 \x03(\v2\x0e.shoal.v1.TaskR\x05tasks\"$\n" +
+	"\x05tasks\x18\x01 \x03(\v2\x0e.shoal.v1.TaskR\x05tasks\":\n" +
 	"\fStatsRequest\x12\x14\n" +
-	"\x05tasks\x18\x01 \x03(\tR\x05tasks\"\xe5\x04\n" +
+	"\x05tasks\x18\x01 \x03(\tR\x05tasks\x12\x14\n" +
+	"\x05drops\x18\x02 \x01(\bR\x05drops\"\x83\x06\n" +
 	"\rStatsResponse\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x122\n" +
-	"\x05tasks\x18\x02 \x03(\v2\x1c.shoal.v1.StatsResponse.TaskR\x05tasks\x1a\x8b\x04\n" +
+	"\x05tasks\x18\x02 \x03(\v2\x1c.shoal.v1.StatsResponse.TaskR\x05tasks\x122\n" +
+	"\x05drops\x18\x03 \x03(\v2\x1c.shoal.v1.StatsResponse.DropR\x05drops\x1a\x8b\x04\n" +
 	"\x04Task\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x19\n" +
@@ -10685,7 +10809,12 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\tnode_cpus\x18\x11 \x01(\rR\bnodeCpusB\t\n" +
 	"\a_cpu_nsB\t\n" +
 	"\a_memoryB\a\n" +
-	"\x05_pids\")\n" +
+	"\x05_pids\x1ah\n" +
+	"\x04Drop\x12\x18\n" +
+	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x18\n" +
+	"\apackets\x18\x03 \x01(\x04R\apackets\x12\x14\n" +
+	"\x05bytes\x18\x04 \x01(\x04R\x05bytes\")\n" +
 	"\rKernelRequest\x12\x18\n" +
 	"\aservice\x18\x01 \x01(\tR\aservice\"\xf8\x02\n" +
 	"\x0eKernelResponse\x12\x12\n" +
@@ -10999,7 +11128,7 @@ func file_shoal_v1_shoal_proto_rawDescGZIP() []byte {
 	return file_shoal_v1_shoal_proto_rawDescData
 }
 
-var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 168)
+var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 171)
 var file_shoal_v1_shoal_proto_goTypes = []any{
 	(*Network)(nil),                   // 0: shoal.v1.Network
 	(*NetworkAttachment)(nil),         // 1: shoal.v1.NetworkAttachment
@@ -11152,23 +11281,26 @@ var file_shoal_v1_shoal_proto_goTypes = []any{
 	nil,                               // 148: shoal.v1.Mount.LabelsEntry
 	nil,                               // 149: shoal.v1.ServiceSpec.LabelsEntry
 	nil,                               // 150: shoal.v1.NodeInfo.LabelsEntry
-	nil,                               // 151: shoal.v1.CreateNetworkRequest.LabelsEntry
-	nil,                               // 152: shoal.v1.CreateNetworkRequest.OptionsEntry
-	nil,                               // 153: shoal.v1.Event.AttributesEntry
-	nil,                               // 154: shoal.v1.UpdateNodeRequest.SetLabelsEntry
-	(*ShowCAResponse_Root)(nil),       // 155: shoal.v1.ShowCAResponse.Root
-	nil,                               // 156: shoal.v1.UpdateBlobRequest.LabelsEntry
-	nil,                               // 157: shoal.v1.ReportRequest.TasksEntry
-	(*ReportRequest_Fault)(nil),       // 158: shoal.v1.ReportRequest.Fault
-	(*StatsResponse_Task)(nil),        // 159: shoal.v1.StatsResponse.Task
-	(*KernelResponse_Backend)(nil),    // 160: shoal.v1.KernelResponse.Backend
-	(*KernelResponse_Server)(nil),     // 161: shoal.v1.KernelResponse.Server
-	(*ExecRequest_Start)(nil),         // 162: shoal.v1.ExecRequest.Start
-	(*ExecRequest_Resize)(nil),        // 163: shoal.v1.ExecRequest.Resize
-	nil,                               // 164: shoal.v1.Volume.LabelsEntry
-	nil,                               // 165: shoal.v1.VolumeCreateRequest.LabelsEntry
-	(*DoctorResponse_Check)(nil),      // 166: shoal.v1.DoctorResponse.Check
-	(*DoctorResponse_Object)(nil),     // 167: shoal.v1.DoctorResponse.Object
+	nil,                               // 151: shoal.v1.NodeInfo.EngineLabelsEntry
+	nil,                               // 152: shoal.v1.CreateNetworkRequest.LabelsEntry
+	nil,                               // 153: shoal.v1.CreateNetworkRequest.OptionsEntry
+	nil,                               // 154: shoal.v1.Event.AttributesEntry
+	nil,                               // 155: shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	(*ShowCAResponse_Root)(nil),       // 156: shoal.v1.ShowCAResponse.Root
+	nil,                               // 157: shoal.v1.UpdateBlobRequest.LabelsEntry
+	nil,                               // 158: shoal.v1.ReportRequest.TasksEntry
+	nil,                               // 159: shoal.v1.ReportRequest.EngineLabelsEntry
+	(*ReportRequest_Fault)(nil),       // 160: shoal.v1.ReportRequest.Fault
+	(*StatsResponse_Task)(nil),        // 161: shoal.v1.StatsResponse.Task
+	(*StatsResponse_Drop)(nil),        // 162: shoal.v1.StatsResponse.Drop
+	(*KernelResponse_Backend)(nil),    // 163: shoal.v1.KernelResponse.Backend
+	(*KernelResponse_Server)(nil),     // 164: shoal.v1.KernelResponse.Server
+	(*ExecRequest_Start)(nil),         // 165: shoal.v1.ExecRequest.Start
+	(*ExecRequest_Resize)(nil),        // 166: shoal.v1.ExecRequest.Resize
+	nil,                               // 167: shoal.v1.Volume.LabelsEntry
+	nil,                               // 168: shoal.v1.VolumeCreateRequest.LabelsEntry
+	(*DoctorResponse_Check)(nil),      // 169: shoal.v1.DoctorResponse.Check
+	(*DoctorResponse_Object)(nil),     // 170: shoal.v1.DoctorResponse.Object
 }
 var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	143, // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
@@ -11201,198 +11333,201 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	9,   // 27: shoal.v1.Task.ports:type_name -> shoal.v1.Port
 	15,  // 28: shoal.v1.Task.faults:type_name -> shoal.v1.NodeFault
 	150, // 29: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
-	151, // 30: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
-	152, // 31: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
-	0,   // 32: shoal.v1.CreateNetworkResponse.network:type_name -> shoal.v1.Network
-	0,   // 33: shoal.v1.ListNetworksResponse.networks:type_name -> shoal.v1.Network
-	18,  // 34: shoal.v1.ConnectNetworkResponse.task:type_name -> shoal.v1.Task
-	14,  // 35: shoal.v1.ConnectNetworkResponse.service:type_name -> shoal.v1.Service
-	18,  // 36: shoal.v1.DisconnectNetworkResponse.task:type_name -> shoal.v1.Task
-	14,  // 37: shoal.v1.DisconnectNetworkResponse.service:type_name -> shoal.v1.Service
-	153, // 38: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
-	10,  // 39: shoal.v1.CreateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
-	14,  // 40: shoal.v1.CreateServiceResponse.service:type_name -> shoal.v1.Service
-	10,  // 41: shoal.v1.UpdateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
-	14,  // 42: shoal.v1.UpdateServiceResponse.service:type_name -> shoal.v1.Service
-	14,  // 43: shoal.v1.ListServicesResponse.services:type_name -> shoal.v1.Service
-	2,   // 44: shoal.v1.CreateTaskRequest.spec:type_name -> shoal.v1.TaskSpec
-	1,   // 45: shoal.v1.CreateTaskRequest.networks:type_name -> shoal.v1.NetworkAttachment
-	9,   // 46: shoal.v1.CreateTaskRequest.ports:type_name -> shoal.v1.Port
-	18,  // 47: shoal.v1.CreateTaskResponse.task:type_name -> shoal.v1.Task
-	18,  // 48: shoal.v1.ListTasksResponse.tasks:type_name -> shoal.v1.Task
-	19,  // 49: shoal.v1.ListNodesResponse.nodes:type_name -> shoal.v1.NodeInfo
-	154, // 50: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
-	19,  // 51: shoal.v1.UpdateNodeResponse.node:type_name -> shoal.v1.NodeInfo
-	19,  // 52: shoal.v1.JoinNodeRequest.node:type_name -> shoal.v1.NodeInfo
-	20,  // 53: shoal.v1.JoinNodeResponse.cluster:type_name -> shoal.v1.Cluster
-	19,  // 54: shoal.v1.JoinNodeResponse.node:type_name -> shoal.v1.NodeInfo
-	19,  // 55: shoal.v1.JoinNodeResponse.managers:type_name -> shoal.v1.NodeInfo
-	55,  // 56: shoal.v1.JoinNodeResponse.certificate:type_name -> shoal.v1.Certificate
-	85,  // 57: shoal.v1.JoinNodeResponse.trust:type_name -> shoal.v1.Trust
-	58,  // 58: shoal.v1.JoinNodeResponse.lock:type_name -> shoal.v1.Lock
-	55,  // 59: shoal.v1.RenewCertificateResponse.certificate:type_name -> shoal.v1.Certificate
-	58,  // 60: shoal.v1.RenewCertificateResponse.lock:type_name -> shoal.v1.Lock
-	19,  // 61: shoal.v1.ShowTokenResponse.managers:type_name -> shoal.v1.NodeInfo
-	155, // 62: shoal.v1.ShowCAResponse.root:type_name -> shoal.v1.ShowCAResponse.Root
-	155, // 63: shoal.v1.ShowCAResponse.old:type_name -> shoal.v1.ShowCAResponse.Root
-	4,   // 64: shoal.v1.CreateBlobRequest.blob:type_name -> shoal.v1.Blob
-	4,   // 65: shoal.v1.CreateBlobResponse.blob:type_name -> shoal.v1.Blob
-	156, // 66: shoal.v1.UpdateBlobRequest.labels:type_name -> shoal.v1.UpdateBlobRequest.LabelsEntry
-	4,   // 67: shoal.v1.UpdateBlobResponse.blob:type_name -> shoal.v1.Blob
-	4,   // 68: shoal.v1.ListBlobsResponse.blobs:type_name -> shoal.v1.Blob
-	4,   // 69: shoal.v1.TaskBlobsResponse.blobs:type_name -> shoal.v1.Blob
-	18,  // 70: shoal.v1.AssignmentsResponse.tasks:type_name -> shoal.v1.Task
-	0,   // 71: shoal.v1.AssignmentsResponse.networks:type_name -> shoal.v1.Network
-	14,  // 72: shoal.v1.AssignmentsResponse.services:type_name -> shoal.v1.Service
-	19,  // 73: shoal.v1.AssignmentsResponse.nodes:type_name -> shoal.v1.NodeInfo
-	20,  // 74: shoal.v1.AssignmentsResponse.cluster:type_name -> shoal.v1.Cluster
-	85,  // 75: shoal.v1.AssignmentsResponse.trust:type_name -> shoal.v1.Trust
-	86,  // 76: shoal.v1.Trust.gossip_keys:type_name -> shoal.v1.GossipKey
-	157, // 77: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
-	158, // 78: shoal.v1.ReportRequest.faults:type_name -> shoal.v1.ReportRequest.Fault
-	18,  // 79: shoal.v1.TasksResponse.tasks:type_name -> shoal.v1.Task
-	159, // 80: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
-	161, // 81: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
-	162, // 82: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
-	163, // 83: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
-	17,  // 84: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
-	107, // 85: shoal.v1.ImageListResponse.images:type_name -> shoal.v1.Image
-	107, // 86: shoal.v1.ImageInspectResponse.image:type_name -> shoal.v1.Image
-	164, // 87: shoal.v1.Volume.labels:type_name -> shoal.v1.Volume.LabelsEntry
-	123, // 88: shoal.v1.VolumeListResponse.volumes:type_name -> shoal.v1.Volume
-	165, // 89: shoal.v1.VolumeCreateRequest.labels:type_name -> shoal.v1.VolumeCreateRequest.LabelsEntry
-	123, // 90: shoal.v1.VolumeCreateResponse.volume:type_name -> shoal.v1.Volume
-	19,  // 91: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
-	19,  // 92: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
-	19,  // 93: shoal.v1.InitResponse.lost:type_name -> shoal.v1.NodeInfo
-	19,  // 94: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
-	166, // 95: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
-	167, // 96: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
-	17,  // 97: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
-	160, // 98: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
-	21,  // 99: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
-	23,  // 100: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
-	25,  // 101: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
-	27,  // 102: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
-	29,  // 103: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
-	33,  // 104: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
-	35,  // 105: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
-	37,  // 106: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
-	39,  // 107: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
-	41,  // 108: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
-	43,  // 109: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
-	45,  // 110: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
-	73,  // 111: shoal.v1.Control.CreateBlob:input_type -> shoal.v1.CreateBlobRequest
-	75,  // 112: shoal.v1.Control.UpdateBlob:input_type -> shoal.v1.UpdateBlobRequest
-	77,  // 113: shoal.v1.Control.ListBlobs:input_type -> shoal.v1.ListBlobsRequest
-	79,  // 114: shoal.v1.Control.RemoveBlob:input_type -> shoal.v1.RemoveBlobRequest
-	81,  // 115: shoal.v1.Control.TaskBlobs:input_type -> shoal.v1.TaskBlobsRequest
-	47,  // 116: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
-	49,  // 117: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
-	51,  // 118: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
-	31,  // 119: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
-	61,  // 120: shoal.v1.Control.ShowToken:input_type -> shoal.v1.ShowTokenRequest
-	63,  // 121: shoal.v1.Control.RotateToken:input_type -> shoal.v1.RotateTokenRequest
-	65,  // 122: shoal.v1.Control.ShowCA:input_type -> shoal.v1.ShowCARequest
-	69,  // 123: shoal.v1.Control.RotateCA:input_type -> shoal.v1.RotateCARequest
-	67,  // 124: shoal.v1.Control.UnlockKey:input_type -> shoal.v1.UnlockKeyRequest
-	105, // 125: shoal.v1.Control.SaveSnapshot:input_type -> shoal.v1.SaveSnapshotRequest
-	56,  // 126: shoal.v1.Control.RenewCertificate:input_type -> shoal.v1.RenewCertificateRequest
-	59,  // 127: shoal.v1.Control.LeaveNode:input_type -> shoal.v1.LeaveNodeRequest
-	53,  // 128: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
-	71,  // 129: shoal.v1.Control.AdmitManager:input_type -> shoal.v1.AdmitManagerRequest
-	83,  // 130: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
-	87,  // 131: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
-	108, // 132: shoal.v1.Node.ImageList:input_type -> shoal.v1.ImageListRequest
-	110, // 133: shoal.v1.Node.ImagePull:input_type -> shoal.v1.ImagePullRequest
-	112, // 134: shoal.v1.Node.ImageResolve:input_type -> shoal.v1.ImageResolveRequest
-	114, // 135: shoal.v1.Node.ImageRemove:input_type -> shoal.v1.ImageRemoveRequest
-	115, // 136: shoal.v1.Node.ImagePrune:input_type -> shoal.v1.ImagePruneRequest
-	117, // 137: shoal.v1.Node.ImageInspect:input_type -> shoal.v1.ImageInspectRequest
-	119, // 138: shoal.v1.Node.ImageLoad:input_type -> shoal.v1.ImageLoadRequest
-	121, // 139: shoal.v1.Node.ImageSave:input_type -> shoal.v1.ImageSaveRequest
-	124, // 140: shoal.v1.Node.VolumeList:input_type -> shoal.v1.VolumeListRequest
-	126, // 141: shoal.v1.Node.VolumeCreate:input_type -> shoal.v1.VolumeCreateRequest
-	128, // 142: shoal.v1.Node.VolumeRemove:input_type -> shoal.v1.VolumeRemoveRequest
-	95,  // 143: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
-	97,  // 144: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
-	103, // 145: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
-	99,  // 146: shoal.v1.Node.Kill:input_type -> shoal.v1.KillRequest
-	101, // 147: shoal.v1.Node.Top:input_type -> shoal.v1.TopRequest
-	89,  // 148: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
-	91,  // 149: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
-	93,  // 150: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
-	133, // 151: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
-	135, // 152: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
-	137, // 153: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
-	139, // 154: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
-	141, // 155: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
-	131, // 156: shoal.v1.Local.Unlock:input_type -> shoal.v1.UnlockRequest
-	130, // 157: shoal.v1.Local.RestoreSnapshot:input_type -> shoal.v1.RestoreSnapshotRequest
-	22,  // 158: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
-	24,  // 159: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
-	26,  // 160: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
-	28,  // 161: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
-	30,  // 162: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
-	34,  // 163: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
-	36,  // 164: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
-	38,  // 165: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
-	40,  // 166: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
-	42,  // 167: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
-	44,  // 168: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
-	46,  // 169: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
-	74,  // 170: shoal.v1.Control.CreateBlob:output_type -> shoal.v1.CreateBlobResponse
-	76,  // 171: shoal.v1.Control.UpdateBlob:output_type -> shoal.v1.UpdateBlobResponse
-	78,  // 172: shoal.v1.Control.ListBlobs:output_type -> shoal.v1.ListBlobsResponse
-	80,  // 173: shoal.v1.Control.RemoveBlob:output_type -> shoal.v1.RemoveBlobResponse
-	82,  // 174: shoal.v1.Control.TaskBlobs:output_type -> shoal.v1.TaskBlobsResponse
-	48,  // 175: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
-	50,  // 176: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
-	52,  // 177: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
-	32,  // 178: shoal.v1.Control.Events:output_type -> shoal.v1.Event
-	62,  // 179: shoal.v1.Control.ShowToken:output_type -> shoal.v1.ShowTokenResponse
-	64,  // 180: shoal.v1.Control.RotateToken:output_type -> shoal.v1.RotateTokenResponse
-	66,  // 181: shoal.v1.Control.ShowCA:output_type -> shoal.v1.ShowCAResponse
-	70,  // 182: shoal.v1.Control.RotateCA:output_type -> shoal.v1.RotateCAResponse
-	68,  // 183: shoal.v1.Control.UnlockKey:output_type -> shoal.v1.UnlockKeyResponse
-	106, // 184: shoal.v1.Control.SaveSnapshot:output_type -> shoal.v1.SaveSnapshotResponse
-	57,  // 185: shoal.v1.Control.RenewCertificate:output_type -> shoal.v1.RenewCertificateResponse
-	60,  // 186: shoal.v1.Control.LeaveNode:output_type -> shoal.v1.LeaveNodeResponse
-	54,  // 187: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
-	72,  // 188: shoal.v1.Control.AdmitManager:output_type -> shoal.v1.AdmitManagerResponse
-	84,  // 189: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
-	88,  // 190: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
-	109, // 191: shoal.v1.Node.ImageList:output_type -> shoal.v1.ImageListResponse
-	111, // 192: shoal.v1.Node.ImagePull:output_type -> shoal.v1.ImagePullResponse
-	113, // 193: shoal.v1.Node.ImageResolve:output_type -> shoal.v1.ImageResolveResponse
-	116, // 194: shoal.v1.Node.ImageRemove:output_type -> shoal.v1.ImageRemoveResponse
-	116, // 195: shoal.v1.Node.ImagePrune:output_type -> shoal.v1.ImageRemoveResponse
-	118, // 196: shoal.v1.Node.ImageInspect:output_type -> shoal.v1.ImageInspectResponse
-	120, // 197: shoal.v1.Node.ImageLoad:output_type -> shoal.v1.ImageLoadResponse
-	122, // 198: shoal.v1.Node.ImageSave:output_type -> shoal.v1.ImageSaveResponse
-	125, // 199: shoal.v1.Node.VolumeList:output_type -> shoal.v1.VolumeListResponse
-	127, // 200: shoal.v1.Node.VolumeCreate:output_type -> shoal.v1.VolumeCreateResponse
-	129, // 201: shoal.v1.Node.VolumeRemove:output_type -> shoal.v1.VolumeRemoveResponse
-	96,  // 202: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
-	98,  // 203: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
-	104, // 204: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
-	100, // 205: shoal.v1.Node.Kill:output_type -> shoal.v1.KillResponse
-	102, // 206: shoal.v1.Node.Top:output_type -> shoal.v1.TopResponse
-	90,  // 207: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
-	92,  // 208: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
-	94,  // 209: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
-	134, // 210: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
-	136, // 211: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
-	138, // 212: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
-	140, // 213: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
-	142, // 214: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
-	132, // 215: shoal.v1.Local.Unlock:output_type -> shoal.v1.UnlockResponse
-	136, // 216: shoal.v1.Local.RestoreSnapshot:output_type -> shoal.v1.InitResponse
-	158, // [158:217] is the sub-list for method output_type
-	99,  // [99:158] is the sub-list for method input_type
-	99,  // [99:99] is the sub-list for extension type_name
-	99,  // [99:99] is the sub-list for extension extendee
-	0,   // [0:99] is the sub-list for field type_name
+	151, // 30: shoal.v1.NodeInfo.engine_labels:type_name -> shoal.v1.NodeInfo.EngineLabelsEntry
+	152, // 31: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
+	153, // 32: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
+	0,   // 33: shoal.v1.CreateNetworkResponse.network:type_name -> shoal.v1.Network
+	0,   // 34: shoal.v1.ListNetworksResponse.networks:type_name -> shoal.v1.Network
+	18,  // 35: shoal.v1.ConnectNetworkResponse.task:type_name -> shoal.v1.Task
+	14,  // 36: shoal.v1.ConnectNetworkResponse.service:type_name -> shoal.v1.Service
+	18,  // 37: shoal.v1.DisconnectNetworkResponse.task:type_name -> shoal.v1.Task
+	14,  // 38: shoal.v1.DisconnectNetworkResponse.service:type_name -> shoal.v1.Service
+	154, // 39: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
+	10,  // 40: shoal.v1.CreateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
+	14,  // 41: shoal.v1.CreateServiceResponse.service:type_name -> shoal.v1.Service
+	10,  // 42: shoal.v1.UpdateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
+	14,  // 43: shoal.v1.UpdateServiceResponse.service:type_name -> shoal.v1.Service
+	14,  // 44: shoal.v1.ListServicesResponse.services:type_name -> shoal.v1.Service
+	2,   // 45: shoal.v1.CreateTaskRequest.spec:type_name -> shoal.v1.TaskSpec
+	1,   // 46: shoal.v1.CreateTaskRequest.networks:type_name -> shoal.v1.NetworkAttachment
+	9,   // 47: shoal.v1.CreateTaskRequest.ports:type_name -> shoal.v1.Port
+	18,  // 48: shoal.v1.CreateTaskResponse.task:type_name -> shoal.v1.Task
+	18,  // 49: shoal.v1.ListTasksResponse.tasks:type_name -> shoal.v1.Task
+	19,  // 50: shoal.v1.ListNodesResponse.nodes:type_name -> shoal.v1.NodeInfo
+	155, // 51: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	19,  // 52: shoal.v1.UpdateNodeResponse.node:type_name -> shoal.v1.NodeInfo
+	19,  // 53: shoal.v1.JoinNodeRequest.node:type_name -> shoal.v1.NodeInfo
+	20,  // 54: shoal.v1.JoinNodeResponse.cluster:type_name -> shoal.v1.Cluster
+	19,  // 55: shoal.v1.JoinNodeResponse.node:type_name -> shoal.v1.NodeInfo
+	19,  // 56: shoal.v1.JoinNodeResponse.managers:type_name -> shoal.v1.NodeInfo
+	55,  // 57: shoal.v1.JoinNodeResponse.certificate:type_name -> shoal.v1.Certificate
+	85,  // 58: shoal.v1.JoinNodeResponse.trust:type_name -> shoal.v1.Trust
+	58,  // 59: shoal.v1.JoinNodeResponse.lock:type_name -> shoal.v1.Lock
+	55,  // 60: shoal.v1.RenewCertificateResponse.certificate:type_name -> shoal.v1.Certificate
+	58,  // 61: shoal.v1.RenewCertificateResponse.lock:type_name -> shoal.v1.Lock
+	19,  // 62: shoal.v1.ShowTokenResponse.managers:type_name -> shoal.v1.NodeInfo
+	156, // 63: shoal.v1.ShowCAResponse.root:type_name -> shoal.v1.ShowCAResponse.Root
+	156, // 64: shoal.v1.ShowCAResponse.old:type_name -> shoal.v1.ShowCAResponse.Root
+	4,   // 65: shoal.v1.CreateBlobRequest.blob:type_name -> shoal.v1.Blob
+	4,   // 66: shoal.v1.CreateBlobResponse.blob:type_name -> shoal.v1.Blob
+	157, // 67: shoal.v1.UpdateBlobRequest.labels:type_name -> shoal.v1.UpdateBlobRequest.LabelsEntry
+	4,   // 68: shoal.v1.UpdateBlobResponse.blob:type_name -> shoal.v1.Blob
+	4,   // 69: shoal.v1.ListBlobsResponse.blobs:type_name -> shoal.v1.Blob
+	4,   // 70: shoal.v1.TaskBlobsResponse.blobs:type_name -> shoal.v1.Blob
+	18,  // 71: shoal.v1.AssignmentsResponse.tasks:type_name -> shoal.v1.Task
+	0,   // 72: shoal.v1.AssignmentsResponse.networks:type_name -> shoal.v1.Network
+	14,  // 73: shoal.v1.AssignmentsResponse.services:type_name -> shoal.v1.Service
+	19,  // 74: shoal.v1.AssignmentsResponse.nodes:type_name -> shoal.v1.NodeInfo
+	20,  // 75: shoal.v1.AssignmentsResponse.cluster:type_name -> shoal.v1.Cluster
+	85,  // 76: shoal.v1.AssignmentsResponse.trust:type_name -> shoal.v1.Trust
+	86,  // 77: shoal.v1.Trust.gossip_keys:type_name -> shoal.v1.GossipKey
+	158, // 78: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
+	160, // 79: shoal.v1.ReportRequest.faults:type_name -> shoal.v1.ReportRequest.Fault
+	159, // 80: shoal.v1.ReportRequest.engine_labels:type_name -> shoal.v1.ReportRequest.EngineLabelsEntry
+	18,  // 81: shoal.v1.TasksResponse.tasks:type_name -> shoal.v1.Task
+	161, // 82: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
+	162, // 83: shoal.v1.StatsResponse.drops:type_name -> shoal.v1.StatsResponse.Drop
+	164, // 84: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
+	165, // 85: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
+	166, // 86: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
+	17,  // 87: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
+	107, // 88: shoal.v1.ImageListResponse.images:type_name -> shoal.v1.Image
+	107, // 89: shoal.v1.ImageInspectResponse.image:type_name -> shoal.v1.Image
+	167, // 90: shoal.v1.Volume.labels:type_name -> shoal.v1.Volume.LabelsEntry
+	123, // 91: shoal.v1.VolumeListResponse.volumes:type_name -> shoal.v1.Volume
+	168, // 92: shoal.v1.VolumeCreateRequest.labels:type_name -> shoal.v1.VolumeCreateRequest.LabelsEntry
+	123, // 93: shoal.v1.VolumeCreateResponse.volume:type_name -> shoal.v1.Volume
+	19,  // 94: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
+	19,  // 95: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
+	19,  // 96: shoal.v1.InitResponse.lost:type_name -> shoal.v1.NodeInfo
+	19,  // 97: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
+	169, // 98: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
+	170, // 99: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
+	17,  // 100: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
+	163, // 101: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
+	21,  // 102: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
+	23,  // 103: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
+	25,  // 104: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
+	27,  // 105: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
+	29,  // 106: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
+	33,  // 107: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
+	35,  // 108: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
+	37,  // 109: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
+	39,  // 110: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
+	41,  // 111: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
+	43,  // 112: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
+	45,  // 113: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
+	73,  // 114: shoal.v1.Control.CreateBlob:input_type -> shoal.v1.CreateBlobRequest
+	75,  // 115: shoal.v1.Control.UpdateBlob:input_type -> shoal.v1.UpdateBlobRequest
+	77,  // 116: shoal.v1.Control.ListBlobs:input_type -> shoal.v1.ListBlobsRequest
+	79,  // 117: shoal.v1.Control.RemoveBlob:input_type -> shoal.v1.RemoveBlobRequest
+	81,  // 118: shoal.v1.Control.TaskBlobs:input_type -> shoal.v1.TaskBlobsRequest
+	47,  // 119: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
+	49,  // 120: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
+	51,  // 121: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
+	31,  // 122: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
+	61,  // 123: shoal.v1.Control.ShowToken:input_type -> shoal.v1.ShowTokenRequest
+	63,  // 124: shoal.v1.Control.RotateToken:input_type -> shoal.v1.RotateTokenRequest
+	65,  // 125: shoal.v1.Control.ShowCA:input_type -> shoal.v1.ShowCARequest
+	69,  // 126: shoal.v1.Control.RotateCA:input_type -> shoal.v1.RotateCARequest
+	67,  // 127: shoal.v1.Control.UnlockKey:input_type -> shoal.v1.UnlockKeyRequest
+	105, // 128: shoal.v1.Control.SaveSnapshot:input_type -> shoal.v1.SaveSnapshotRequest
+	56,  // 129: shoal.v1.Control.RenewCertificate:input_type -> shoal.v1.RenewCertificateRequest
+	59,  // 130: shoal.v1.Control.LeaveNode:input_type -> shoal.v1.LeaveNodeRequest
+	53,  // 131: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
+	71,  // 132: shoal.v1.Control.AdmitManager:input_type -> shoal.v1.AdmitManagerRequest
+	83,  // 133: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
+	87,  // 134: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
+	108, // 135: shoal.v1.Node.ImageList:input_type -> shoal.v1.ImageListRequest
+	110, // 136: shoal.v1.Node.ImagePull:input_type -> shoal.v1.ImagePullRequest
+	112, // 137: shoal.v1.Node.ImageResolve:input_type -> shoal.v1.ImageResolveRequest
+	114, // 138: shoal.v1.Node.ImageRemove:input_type -> shoal.v1.ImageRemoveRequest
+	115, // 139: shoal.v1.Node.ImagePrune:input_type -> shoal.v1.ImagePruneRequest
+	117, // 140: shoal.v1.Node.ImageInspect:input_type -> shoal.v1.ImageInspectRequest
+	119, // 141: shoal.v1.Node.ImageLoad:input_type -> shoal.v1.ImageLoadRequest
+	121, // 142: shoal.v1.Node.ImageSave:input_type -> shoal.v1.ImageSaveRequest
+	124, // 143: shoal.v1.Node.VolumeList:input_type -> shoal.v1.VolumeListRequest
+	126, // 144: shoal.v1.Node.VolumeCreate:input_type -> shoal.v1.VolumeCreateRequest
+	128, // 145: shoal.v1.Node.VolumeRemove:input_type -> shoal.v1.VolumeRemoveRequest
+	95,  // 146: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
+	97,  // 147: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
+	103, // 148: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
+	99,  // 149: shoal.v1.Node.Kill:input_type -> shoal.v1.KillRequest
+	101, // 150: shoal.v1.Node.Top:input_type -> shoal.v1.TopRequest
+	89,  // 151: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
+	91,  // 152: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
+	93,  // 153: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
+	133, // 154: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
+	135, // 155: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
+	137, // 156: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
+	139, // 157: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
+	141, // 158: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
+	131, // 159: shoal.v1.Local.Unlock:input_type -> shoal.v1.UnlockRequest
+	130, // 160: shoal.v1.Local.RestoreSnapshot:input_type -> shoal.v1.RestoreSnapshotRequest
+	22,  // 161: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
+	24,  // 162: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
+	26,  // 163: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
+	28,  // 164: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
+	30,  // 165: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
+	34,  // 166: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
+	36,  // 167: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
+	38,  // 168: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
+	40,  // 169: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
+	42,  // 170: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
+	44,  // 171: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
+	46,  // 172: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
+	74,  // 173: shoal.v1.Control.CreateBlob:output_type -> shoal.v1.CreateBlobResponse
+	76,  // 174: shoal.v1.Control.UpdateBlob:output_type -> shoal.v1.UpdateBlobResponse
+	78,  // 175: shoal.v1.Control.ListBlobs:output_type -> shoal.v1.ListBlobsResponse
+	80,  // 176: shoal.v1.Control.RemoveBlob:output_type -> shoal.v1.RemoveBlobResponse
+	82,  // 177: shoal.v1.Control.TaskBlobs:output_type -> shoal.v1.TaskBlobsResponse
+	48,  // 178: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
+	50,  // 179: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
+	52,  // 180: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
+	32,  // 181: shoal.v1.Control.Events:output_type -> shoal.v1.Event
+	62,  // 182: shoal.v1.Control.ShowToken:output_type -> shoal.v1.ShowTokenResponse
+	64,  // 183: shoal.v1.Control.RotateToken:output_type -> shoal.v1.RotateTokenResponse
+	66,  // 184: shoal.v1.Control.ShowCA:output_type -> shoal.v1.ShowCAResponse
+	70,  // 185: shoal.v1.Control.RotateCA:output_type -> shoal.v1.RotateCAResponse
+	68,  // 186: shoal.v1.Control.UnlockKey:output_type -> shoal.v1.UnlockKeyResponse
+	106, // 187: shoal.v1.Control.SaveSnapshot:output_type -> shoal.v1.SaveSnapshotResponse
+	57,  // 188: shoal.v1.Control.RenewCertificate:output_type -> shoal.v1.RenewCertificateResponse
+	60,  // 189: shoal.v1.Control.LeaveNode:output_type -> shoal.v1.LeaveNodeResponse
+	54,  // 190: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
+	72,  // 191: shoal.v1.Control.AdmitManager:output_type -> shoal.v1.AdmitManagerResponse
+	84,  // 192: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
+	88,  // 193: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
+	109, // 194: shoal.v1.Node.ImageList:output_type -> shoal.v1.ImageListResponse
+	111, // 195: shoal.v1.Node.ImagePull:output_type -> shoal.v1.ImagePullResponse
+	113, // 196: shoal.v1.Node.ImageResolve:output_type -> shoal.v1.ImageResolveResponse
+	116, // 197: shoal.v1.Node.ImageRemove:output_type -> shoal.v1.ImageRemoveResponse
+	116, // 198: shoal.v1.Node.ImagePrune:output_type -> shoal.v1.ImageRemoveResponse
+	118, // 199: shoal.v1.Node.ImageInspect:output_type -> shoal.v1.ImageInspectResponse
+	120, // 200: shoal.v1.Node.ImageLoad:output_type -> shoal.v1.ImageLoadResponse
+	122, // 201: shoal.v1.Node.ImageSave:output_type -> shoal.v1.ImageSaveResponse
+	125, // 202: shoal.v1.Node.VolumeList:output_type -> shoal.v1.VolumeListResponse
+	127, // 203: shoal.v1.Node.VolumeCreate:output_type -> shoal.v1.VolumeCreateResponse
+	129, // 204: shoal.v1.Node.VolumeRemove:output_type -> shoal.v1.VolumeRemoveResponse
+	96,  // 205: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
+	98,  // 206: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
+	104, // 207: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
+	100, // 208: shoal.v1.Node.Kill:output_type -> shoal.v1.KillResponse
+	102, // 209: shoal.v1.Node.Top:output_type -> shoal.v1.TopResponse
+	90,  // 210: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
+	92,  // 211: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
+	94,  // 212: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
+	134, // 213: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
+	136, // 214: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
+	138, // 215: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
+	140, // 216: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
+	142, // 217: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
+	132, // 218: shoal.v1.Local.Unlock:output_type -> shoal.v1.UnlockResponse
+	136, // 219: shoal.v1.Local.RestoreSnapshot:output_type -> shoal.v1.InitResponse
+	161, // [161:220] is the sub-list for method output_type
+	102, // [102:161] is the sub-list for method input_type
+	102, // [102:102] is the sub-list for extension type_name
+	102, // [102:102] is the sub-list for extension extendee
+	0,   // [0:102] is the sub-list for field type_name
 }
 
 func init() { file_shoal_v1_shoal_proto_init() }
@@ -11414,14 +11549,14 @@ func file_shoal_v1_shoal_proto_init() {
 		(*ExecResponse_Stderr)(nil),
 		(*ExecResponse_ExitCode)(nil),
 	}
-	file_shoal_v1_shoal_proto_msgTypes[159].OneofWrappers = []any{}
+	file_shoal_v1_shoal_proto_msgTypes[161].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_shoal_v1_shoal_proto_rawDesc), len(file_shoal_v1_shoal_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   168,
+			NumMessages:   171,
 			NumExtensions: 0,
 			NumServices:   3,
 		},
