@@ -871,6 +871,7 @@ func (m *member) report() error {
 		ControlPort: int32(m.ident.ControlPort), GossipPort: int32(m.ident.GossipPort), DataPath: m.cfg.VIP.Name(), Platform: platform,
 		Level: state.Level, Build: m.cfg.Version, NanoCpus: int64(goruntime.NumCPU()) * 1e9, Memory: int64(min(nodeMemory(), math.MaxInt64))}
 	req.Containers, req.ContainersWhy = m.images.state()
+	req.TasksKnown = m.tasks.told() // before: what it says is in what follows
 	sent := m.tasks.statuses()
 	failed := slices.Concat(m.vip.Failed(), m.ingress.Failed())
 	m.mu.Lock()

@@ -77,10 +77,11 @@ type tasks struct {
 	ctx context.Context // of every runner
 	wg  sync.WaitGroup
 
-	mu      sync.Mutex
-	runners map[string]*runner
-	adopted bool
-	left    bool // the node is out of the cluster: see stopAll
+	mu       sync.Mutex
+	runners  map[string]*runner
+	adopted  bool
+	assigned bool // by the managers, since this agent started
+	left     bool // the node is out of the cluster: see stopAll
 }
 
 // runner moves one task through its life. Its fields are guarded by tasks.mu.
@@ -187,6 +188,7 @@ func (m *tasks) assign(self string, assigned []spec.Task, fresh bool) {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.assigned = true
 	for id, r := range m.runners {
 		if !named[id] && !r.forgoten {
 			r.forgoten = true
@@ -267,6 +269,19 @@ func (m *tasks) whole() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.isWhole()
+}
+
+// told tells that the managers have said what is to run here, and that each of it, and
+// what an earlier agent left, has said how it is.
+func (m *tasks) told() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, r := range m.runners {
+		if r.status.At == 0 {
+			return false
+		}
+	}
+	return m.adopted && m.assigned
 }
 
 // isWhole is whole with tasks.mu held.
@@ -759,6 +774,20 @@ func (r *runner) detach(ctx context.Context) bool {
 	if err != nil {
 		r.log.Warn("disconnecting a task that not every node is known to have drained", "task", r.task.Name, "error", err)
 	}
+	r.mu.Lock()
+	var addrs []netip.Addr
+	for _, a := range r.task.Attachments {
+		if a.Leaving > r.detached && a.Leaving <= leaving {
+			addrs = append(addrs, a.Addrs...)
+		}
+	}
+	r.mu.Unlock()
+	// Who is connected over it would wait for hours, on either side.
+	if err := r.rt.Reset(ctx, r.id, addrs); errors.Is(err, errors.ErrUnsupported) {
+		r.log.Warn("connections over a network that a task leaves are not reset, and hang until their own end", "task", r.task.Name, "error", err)
+	} else if err != nil && !errors.Is(err, runtime.ErrNotFound) {
+		r.log.Error("connections over a network that a task leaves can't be reset", "task", r.task.Name, "error", err)
+	}
 	r.set(func() { r.detached = leaving })
 	return true
 }
@@ -774,20 +803,6 @@ func (r *runner) rewire(ctx context.Context) bool {
 		t, told, target := r.task, r.status.Wired, r.detached
 		var on []netip.Addr
 		for _, a := range t.Attachments {
-	r.mu.Lock()
-	var addrs []netip.Addr
-	for _, a := range r.task.Attachments {
-		if a.Leaving > r.detached && a.Leaving <= leaving {
-			addrs = append(addrs, a.Addrs...)
-		}
-	}
-	r.mu.Unlock()
-	// Who is connected over it would wait for hours, on either side.
-	if err := r.rt.Reset(ctx, r.id, addrs); errors.Is(err, errors.ErrUnsupported) {
-		r.log.Warn("connections over a network that a task leaves are not reset, and hang until their own end", "task", r.task.Name, "error", err)
-	} else if err != nil && !errors.Is(err, runtime.ErrNotFound) {
-		r.log.Error("connections over a network that a task leaves can't be reset", "task", r.task.Name, "error", err)
-	}
 			if a.Leaving > r.detached {
 				r.mu.Unlock()
 				return false

@@ -51,7 +51,7 @@ func TestMain(m *testing.M) {
 
 // testTuning is quick, but leaves a starved manager half a second. Silent nodes
 // stay ready: these tests' nodes send no reports unless they say so.
-var testTuning = Tuning{Heartbeat: 500 * time.Millisecond, Election: 500 * time.Millisecond, DownAfter: time.Hour, DownRegardless: time.Hour, Alive: 50 * time.Millisecond}
+var testTuning = Tuning{Heartbeat: 500 * time.Millisecond, Election: 500 * time.Millisecond, DownAfter: time.Hour, DownRegardless: time.Hour, Alive: 50 * time.Millisecond, FirstReports: 1}
 
 // simNode is a node's control side: the listener, the forwarder, and the manager
 // while it is one.

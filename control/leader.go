@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -54,6 +55,40 @@ func (m *Manager) seen(id string) {
 	m.mu.Lock()
 	m.lastSeen[id] = time.Now()
 	m.mu.Unlock()
+}
+
+// tells notes that a node has said how each of its tasks is.
+func (m *Manager) tells(id string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.told != nil {
+		m.told[id] = true
+	}
+}
+
+// awaitReports waits until every node that is ready has said how its tasks are to this
+// leader, for a moment after it was elected: if all machines were started anew, what the
+// state says runs is of before.
+func (m *Manager) awaitReports(ctx context.Context) {
+	for {
+		live := m.cfg.Liveness()
+		m.mu.Lock()
+		over := m.leadership == nil || time.Since(m.began) > m.cfg.Tuning.FirstReports
+		told := maps.Clone(m.told)
+		m.mu.Unlock()
+		if over {
+			return
+		}
+		missing := false
+		m.fsm.read(func(s *state.State) {
+			missing = slices.ContainsFunc(s.Nodes(), func(n spec.Node) bool {
+				return n.Status == spec.NodeReady && !told[n.ID] && live[n.ID] != spec.PeerDead
+			})
+		})
+		if !missing || !sleep.For(ctx, 20*time.Millisecond) {
+			return
+		}
+	}
 }
 
 // follows notes which assignment a node's kernel follows.

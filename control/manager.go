@@ -35,6 +35,9 @@ type Tuning struct {
 	DownAfter, DownRegardless time.Duration
 	// Sign of life on assignment streams. 0: 1 s.
 	Alive time.Duration
+	// For how long a new leader waits for the nodes to say how their tasks are before it
+	// says so itself. 0: 2.5 s.
+	FirstReports time.Duration
 }
 
 func (t *Tuning) defaults() {
@@ -50,6 +53,7 @@ func (t *Tuning) defaults() {
 	def(&t.DownAfter, 3*time.Second)
 	def(&t.DownRegardless, 15*time.Second)
 	def(&t.Alive, time.Second)
+	def(&t.FirstReports, 2500*time.Millisecond)
 }
 
 // ManagerConfig is what a Manager needs.
@@ -92,6 +96,8 @@ type Manager struct {
 	leadership context.Context // of the current term as leader; nil: not leader, or not ready
 	verified   time.Time       // when leadership was last confirmed by a majority
 	lastSeen   map[string]time.Time
+	told       map[string]bool                           // nodes that have said how all their tasks are
+	began      time.Time                                 // of the leadership
 	applied    map[string]uint64                         // by node: index of the newest assignment that it follows
 	faults     map[string][]*shoalv1.ReportRequest_Fault // by node: what it last said it can't do
 	gossipSeen map[string]gossipSeen                     // by node: which keys of gossip it has
@@ -331,7 +337,7 @@ func (m *Manager) lead(ctx context.Context) {
 	}
 	now := time.Now()
 	m.mu.Lock()
-	m.leadership, m.verified = ctx, now
+	m.leadership, m.verified, m.began, m.told = ctx, now, now, map[string]bool{}
 	m.lastSeen, m.applied, m.faults, m.ready, m.shows = map[string]time.Time{}, map[string]uint64{}, map[string][]*shoalv1.ReportRequest_Fault{}, map[string]bool{}, map[string]string{}
 	m.gossipSeen, m.levels = map[string]gossipSeen{}, map[string]int{}
 	m.dark = map[string][]string{}

@@ -216,7 +216,8 @@ func (s *service) UpdateService(ctx context.Context, req *connect.Request[shoalv
 	return connect.NewResponse(&shoalv1.UpdateServiceResponse{Service: api.Service(*res.Service, 0)}), nil
 }
 
-func (s *service) ListServices(_ context.Context, req *connect.Request[shoalv1.ListServicesRequest]) (*connect.Response[shoalv1.ListServicesResponse], error) {
+func (s *service) ListServices(ctx context.Context, req *connect.Request[shoalv1.ListServicesRequest]) (*connect.Response[shoalv1.ListServicesResponse], error) {
+	s.m.awaitReports(ctx)
 	resp := &shoalv1.ListServicesResponse{}
 	err := s.read(func(st *state.State) error {
 		ss, err := pick(req.Msg.Refs, st.Services, st.Service)
@@ -269,7 +270,8 @@ func (s *service) CreateTask(ctx context.Context, req *connect.Request[shoalv1.C
 	return connect.NewResponse(&shoalv1.CreateTaskResponse{Task: api.Task(*res.Task)}), nil
 }
 
-func (s *service) ListTasks(_ context.Context, req *connect.Request[shoalv1.ListTasksRequest]) (*connect.Response[shoalv1.ListTasksResponse], error) {
+func (s *service) ListTasks(ctx context.Context, req *connect.Request[shoalv1.ListTasksRequest]) (*connect.Response[shoalv1.ListTasksResponse], error) {
+	s.m.awaitReports(ctx)
 	resp := &shoalv1.ListTasksResponse{}
 	r := req.Msg
 	err := s.read(func(st *state.State) error {
@@ -597,6 +599,9 @@ func (s *service) Report(ctx context.Context, req *connect.Request[shoalv1.Repor
 		if _, err := s.m.Propose(ctx, state.Command{ReportTasks: cmd}); err != nil {
 			return nil, err
 		}
+	}
+	if r.TasksKnown {
+		s.m.tells(r.Node)
 	}
 	return connect.NewResponse(&shoalv1.ReportResponse{}), nil
 }

@@ -686,6 +686,68 @@ func TestReportsKeepNodesReady(t *testing.T) {
 	}
 }
 
+// TestWhatRanBeforeIsNotSaidToRun: after everything was started anew a leader knows how
+// tasks are only when every node that is ready has said so.
+func TestWhatRanBeforeIsNotSaidToRun(t *testing.T) {
+	n := newCluster(t, 1)[0]
+	w := newNode(t, "worker", spec.RoleWorker)
+	w.start()
+	join(t, n, w)
+	if err := createNetwork(n, "app"); err != nil {
+		t.Fatal(err)
+	}
+	req := svc("web", 1, "app")
+	req.Spec.Constraints = []string{"node.name==node1"}
+	n.createService(req)
+	n.awaitTasks(1, "web")
+	n.report(n.node.ID, func(*shoalv1.Task) *shoalv1.TaskStatus { return &shoalv1.TaskStatus{State: "running", Pid: 4711} })
+	task := func(ctx context.Context) (*shoalv1.Task, error) {
+		resp, err := n.ctl.ListTasks(ctx, connect.NewRequest(&shoalv1.ListTasksRequest{Service: "web"}))
+		if err != nil {
+			return nil, err
+		}
+		return resp.Msg.Tasks[0], nil
+	}
+	ran, err := task(testCtx(t))
+	if err != nil || ran.Status.State != "running" {
+		t.Fatalf("%v, %v", ran, err)
+	}
+	n.stop()
+	n.tune.FirstReports = time.Hour
+	n.start()
+	leader(t, []*simNode{n})
+	unknown := func(after string) {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+		defer cancel()
+		if x, err := task(ctx); err == nil {
+			t.Errorf("after %s: %v", after, x.Status)
+		}
+		if resp, err := n.ctl.ListServices(ctx, connect.NewRequest(&shoalv1.ListServicesRequest{})); err == nil {
+			t.Errorf("after %s: %v", after, resp.Msg.Services)
+		}
+	}
+	says := func(id string, known bool, tasks map[string]*shoalv1.TaskStatus) {
+		t.Helper()
+		if _, err := n.as(id, spec.RoleWorker).Report(testCtx(t), connect.NewRequest(&shoalv1.ReportRequest{Node: id, Tasks: tasks, TasksKnown: known})); err != nil {
+			t.Fatal(err)
+		}
+	}
+	unknown("the start")
+	says(w.node.ID, true, nil)
+	unknown("the other node's report")
+	says(n.node.ID, false, nil)
+	unknown("a report of the node that has not looked yet")
+	says(n.node.ID, true, map[string]*shoalv1.TaskStatus{ran.Id: {State: "preparing", AtMs: time.Now().UnixMilli()}})
+	if x, err := task(testCtx(t)); err != nil || x.Status.State != "preparing" {
+		t.Errorf("%v, %v", x, err)
+	}
+	resp, err := n.ctl.ListServices(testCtx(t), connect.NewRequest(&shoalv1.ListServicesRequest{}))
+	if err != nil || resp.Msg.Services[0].Running != 0 {
+		t.Errorf("%v, %v", resp, err)
+	}
+}
+
 // TestServiceIsBehindUntilNodesFollow: a node that a change concerns is waited
 // for until it says so, and one that is down is not.
 func TestServiceIsBehindUntilNodesFollow(t *testing.T) {
