@@ -67,7 +67,9 @@ type Config struct {
 	// AdvertiseAddr is used by init and join that name none: an address or an
 	// interface; empty: the address of the default route.
 	AdvertiseAddr string
-	Version       string
+	// Labels are what constraints may ask for as engine.labels.KEY.
+	Labels  map[string]string
+	Version string
 	// SocketGroup may use the Socket beside root, if there is a group of that name.
 	SocketGroup string
 	// Ready is called once the Socket answers; nil: nobody waits for it.

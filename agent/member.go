@@ -869,7 +869,7 @@ func (m *member) reportLoop() {
 func (m *member) report() error {
 	req := &shoalv1.ReportRequest{Node: m.ident.NodeID, Tasks: map[string]*shoalv1.TaskStatus{}, Addr: m.ident.Addr.String(),
 		ControlPort: int32(m.ident.ControlPort), GossipPort: int32(m.ident.GossipPort), DataPath: m.cfg.VIP.Name(), Platform: platform,
-		Level: state.Level, Build: m.cfg.Version, NanoCpus: int64(goruntime.NumCPU()) * 1e9, Memory: int64(min(nodeMemory(), math.MaxInt64))}
+		Level: state.Level, Build: m.cfg.Version, NanoCpus: int64(goruntime.NumCPU()) * 1e9, Memory: int64(min(nodeMemory(), math.MaxInt64)), EngineLabels: m.cfg.Labels}
 	req.Containers, req.ContainersWhy = m.images.state()
 	req.TasksKnown = m.tasks.told() // before: what it says is in what follows
 	sent := m.tasks.statuses()

@@ -359,7 +359,7 @@ func ToTask(t *shoalv1.Task) (spec.Task, error) {
 func Node(n spec.Node) *shoalv1.NodeInfo {
 	out := &shoalv1.NodeInfo{Id: n.ID, Name: n.Name, Number: int32(n.Number), Role: n.Role, Availability: n.Availability, Labels: n.Labels,
 		ControlPort: int32(n.ControlPort), GossipPort: int32(n.GossipPort), Status: n.Status, Message: n.Message, Version: n.Version,
-		CreatedMs: n.Created, DataPath: n.DataPath, Platform: n.Platform, Containers: n.Containers, ContainersWhy: n.ContainersWhy, PublicKey: n.PublicKey, CertificateEndMs: n.CertEnd, CertificateRoot: n.CertRoot, Level: int32(n.Level), Build: n.Build, NanoCpus: n.NanoCPUs, Memory: n.Memory}
+		CreatedMs: n.Created, DataPath: n.DataPath, Platform: n.Platform, Containers: n.Containers, ContainersWhy: n.ContainersWhy, PublicKey: n.PublicKey, CertificateEndMs: n.CertEnd, CertificateRoot: n.CertRoot, Level: int32(n.Level), Build: n.Build, NanoCpus: n.NanoCPUs, Memory: n.Memory, EngineLabels: n.EngineLabels}
 	if n.Addr.IsValid() {
 		out.Addr = n.Addr.String()
 	}
@@ -370,7 +370,7 @@ func Node(n spec.Node) *shoalv1.NodeInfo {
 func ToNode(n *shoalv1.NodeInfo) (spec.Node, error) {
 	out := spec.Node{ID: n.GetId(), Name: n.GetName(), Number: int(n.GetNumber()), Role: n.GetRole(), Availability: n.GetAvailability(), Labels: n.GetLabels(),
 		ControlPort: int(n.GetControlPort()), GossipPort: int(n.GetGossipPort()), Status: n.GetStatus(), Message: n.GetMessage(), Version: n.GetVersion(),
-		Created: n.GetCreatedMs(), DataPath: n.GetDataPath(), Platform: n.GetPlatform(), Containers: n.GetContainers(), ContainersWhy: n.GetContainersWhy(), PublicKey: n.GetPublicKey(), CertEnd: n.GetCertificateEndMs(), CertRoot: n.GetCertificateRoot(), Level: int(n.GetLevel()), Build: n.GetBuild(), NanoCPUs: n.GetNanoCpus(), Memory: n.GetMemory()}
+		Created: n.GetCreatedMs(), DataPath: n.GetDataPath(), Platform: n.GetPlatform(), Containers: n.GetContainers(), ContainersWhy: n.GetContainersWhy(), PublicKey: n.GetPublicKey(), CertEnd: n.GetCertificateEndMs(), CertRoot: n.GetCertificateRoot(), Level: int(n.GetLevel()), Build: n.GetBuild(), NanoCPUs: n.GetNanoCpus(), Memory: n.GetMemory(), EngineLabels: n.GetEngineLabels()}
 	if n.GetAddr() != "" {
 		a, err := netip.ParseAddr(n.GetAddr())
 		if err != nil {

@@ -113,13 +113,17 @@ func (m *Manager) withLevel(n spec.Node, level int32, build string) spec.Node {
 	return n
 }
 
-// withCapacity is the same of what the node has.
-func (m *Manager) withCapacity(n spec.Node, nanoCPUs, memory int64) spec.Node {
+// withCapacity is the same of what the node has, and of the labels of its agent: those
+// that no agent would be started with are nothing.
+func (m *Manager) withCapacity(n spec.Node, nanoCPUs, memory int64, labels map[string]string) spec.Node {
 	if m.level() < 2 {
-		n.NanoCPUs, n.Memory = 0, 0
+		n.NanoCPUs, n.Memory, n.EngineLabels = 0, 0, nil
 		return n
 	}
-	n.NanoCPUs, n.Memory = max(nanoCPUs, 0), max(memory, 0)
+	n.NanoCPUs, n.Memory, n.EngineLabels = max(nanoCPUs, 0), max(memory, 0), labels
+	if spec.ValidateEngineLabels(labels) != nil {
+		n.EngineLabels = nil
+	}
 	return n
 }
 

@@ -580,7 +580,7 @@ func (s *service) Report(ctx context.Context, req *connect.Request[shoalv1.Repor
 		now.ControlPort, now.GossipPort, now.DataPath = int(r.ControlPort), int(r.GossipPort), r.DataPath
 		now.Platform, now.Containers, now.ContainersWhy = r.Platform, r.Containers, r.ContainersWhy
 		now = s.m.withLevel(now, r.Level, r.Build)
-		now = s.m.withCapacity(now, r.NanoCpus, r.Memory)
+		now = s.m.withCapacity(now, r.NanoCpus, r.Memory, r.EngineLabels)
 	}
 	if known.Status != spec.NodeReady || !now.SameOfItself(known) {
 		if _, err := s.m.Propose(ctx, state.Command{UpsertNode: &state.UpsertNode{Node: now}}); err != nil {

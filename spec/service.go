@@ -310,7 +310,7 @@ func (s ServiceSpec) validatePlacement() error {
 		return fmt.Errorf("%d placement preferences: use %d at most", len(s.Spread), maxSpread)
 	}
 	for _, d := range s.Spread {
-		if _, err := SpreadLabel(d); err != nil {
+		if err := ValidateSpread(d); err != nil {
 			return err
 		}
 	}
@@ -328,13 +328,32 @@ func (s ServiceSpec) validatePlacement() error {
 // maxSpread is more than anybody nests: region, zone, rack, host.
 const maxSpread = 10
 
-// SpreadLabel is the key of the node label that a spread descriptor names.
-func SpreadLabel(d string) (string, error) {
-	key, ok := strings.CutPrefix(d, "node.labels.")
-	if !ok || key == "" {
-		return "", fmt.Errorf("placement preference spread=%s: use a label of the nodes, like spread=node.labels.zone", d)
+// ValidateSpread checks a spread descriptor.
+func ValidateSpread(d string) error {
+	if !isLabel(d) {
+		return fmt.Errorf("placement preference spread=%s: use a label of the nodes, like spread=node.labels.zone, or of their agents, like spread=engine.labels.zone", d)
 	}
-	return key, nil
+	return nil
+}
+
+// Where labels of nodes are: those that the managers keep, and those that a node's agent
+// was started with.
+const (
+	nodeLabels   = "node.labels."
+	engineLabels = "engine.labels."
+)
+
+// isLabel tells whether a key names a label of nodes.
+func isLabel(key string) bool {
+	return len(key) > len(nodeLabels) && strings.HasPrefix(key, nodeLabels) || len(key) > len(engineLabels) && strings.HasPrefix(key, engineLabels)
+}
+
+// Label is what a node has of a label named as in constraints, "" if nothing.
+func (n Node) Label(key string) string {
+	if k, ok := strings.CutPrefix(key, engineLabels); ok {
+		return n.EngineLabels[k]
+	}
+	return n.Labels[strings.TrimPrefix(key, nodeLabels)]
 }
 
 func validateAttachments(as []NetworkAttachment) error {
@@ -358,7 +377,7 @@ func validateAttachments(as []NetworkAttachment) error {
 
 // Constraint is one parsed placement constraint.
 type Constraint struct {
-	Key   string // node.id, node.name (also node.hostname), node.role, node.platform.os, node.platform.arch, node.labels.KEY
+	Key   string // node.id, node.name (also node.hostname), node.role, node.platform.os, node.platform.arch, node.labels.KEY, engine.labels.KEY
 	Equal bool   // == or !=
 	Value string
 }
@@ -372,9 +391,9 @@ func ParseConstraint(s string) (Constraint, error) {
 			case c.Key == "node.hostname":
 				c.Key = "node.name"
 			case c.Key == "node.id", c.Key == "node.name", c.Key == "node.role", c.Key == "node.platform.os", c.Key == "node.platform.arch":
-			case strings.HasPrefix(c.Key, "node.labels.") && len(c.Key) > len("node.labels."):
+			case isLabel(c.Key):
 			default:
-				return c, fmt.Errorf("constraint %q: key %q is unknown: use node.id, node.name, node.role, node.platform.os, node.platform.arch or node.labels.KEY", s, c.Key)
+				return c, fmt.Errorf("constraint %q: key %q is unknown: use node.id, node.name, node.role, node.platform.os, node.platform.arch, node.labels.KEY or engine.labels.KEY", s, c.Key)
 			}
 			if c.Value == "" {
 				return c, fmt.Errorf("constraint %q: the value is empty", s)
@@ -401,7 +420,7 @@ func (c Constraint) Match(n Node) bool {
 		_, v, _ = strings.Cut(n.Platform, "/")
 		return archName(v) == archName(c.Value) == c.Equal
 	default:
-		v = n.Labels[strings.TrimPrefix(c.Key, "node.labels.")]
+		v = n.Label(c.Key)
 	}
 	return (v == c.Value) == c.Equal
 }

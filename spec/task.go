@@ -5,6 +5,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -201,6 +202,42 @@ type Node struct {
 	// NanoCPUs and Memory (bytes) are what the node has; 0: not known.
 	NanoCPUs int64 `json:"nano_cpus,omitempty" level:"2"`
 	Memory   int64 `json:"memory,omitempty" level:"2"`
+	// EngineLabels are those that its agent was started with: what the node says of
+	// itself, and nobody vouches for.
+	EngineLabels map[string]string `json:"engine_labels,omitempty" level:"2"`
+}
+
+// Bounds of what a node says of its labels.
+const (
+	MaxEngineLabels     = 64
+	maxEngineLabelBytes = 4096 // keys and values of all
+)
+
+// ValidateEngineLabels checks the labels that an agent is started with.
+func ValidateEngineLabels(l map[string]string) error {
+	if len(l) > MaxEngineLabels {
+		return fmt.Errorf("%d labels: use %d at most", len(l), MaxEngineLabels)
+	}
+	size := 0
+	for k, v := range l {
+		if err := ValidateLabelKey(k); err != nil {
+			return err
+		}
+		size += len(k) + len(v)
+	}
+	if size > maxEngineLabelBytes {
+		return fmt.Errorf("labels of %d bytes: use %d at most", size, maxEngineLabelBytes)
+	}
+	return nil
+}
+
+// ValidateLabelKey checks the key of a node's label: constraints have to be able to name
+// it.
+func ValidateLabelKey(k string) error {
+	if k == "" || strings.ContainsAny(k, "=! \t\n") {
+		return fmt.Errorf("label key %q: use a word without '=', '!' and spaces", k)
+	}
+	return nil
 }
 
 // SameOfItself tells whether two records of a node have the same of what the node says
@@ -208,12 +245,13 @@ type Node struct {
 func (n Node) SameOfItself(o Node) bool {
 	return n.Addr == o.Addr && n.ControlPort == o.ControlPort && n.GossipPort == o.GossipPort && n.DataPath == o.DataPath &&
 		n.Platform == o.Platform && n.Containers == o.Containers && n.ContainersWhy == o.ContainersWhy &&
-		n.Level == o.Level && n.Build == o.Build && n.NanoCPUs == o.NanoCPUs && n.Memory == o.Memory
+		n.Level == o.Level && n.Build == o.Build && n.NanoCPUs == o.NanoCPUs && n.Memory == o.Memory &&
+		maps.Equal(n.EngineLabels, o.EngineLabels)
 }
 
 // Clone returns a deep copy.
 func (n Node) Clone() Node {
-	n.Labels = maps.Clone(n.Labels)
+	n.Labels, n.EngineLabels = maps.Clone(n.Labels), maps.Clone(n.EngineLabels)
 	n.PublicKey = slices.Clone(n.PublicKey)
 	return n
 }

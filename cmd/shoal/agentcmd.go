@@ -26,6 +26,7 @@ import (
 	"github.com/shoalnet/shoal/runtime/container"
 	"github.com/shoalnet/shoal/runtime/process"
 	"github.com/shoalnet/shoal/runtime/volume"
+	"github.com/shoalnet/shoal/spec"
 	"github.com/shoalnet/shoal/vip"
 	"github.com/shoalnet/shoal/vip/ipvs"
 	"github.com/shoalnet/shoal/vip/nft"
@@ -39,7 +40,7 @@ var dataPaths = []string{"auto", "ipvs", "nft"}
 func (c *cli) agentCmd() *cobra.Command {
 	cfg := agent.Config{Version: versionString()}
 	var runDir, dataPath, logLevel, logFormat string
-	var hidden []string
+	var hidden, engine []string
 	var ctr container.Config
 	cmd := &cobra.Command{
 		Use: "agent", Short: "Run this node's agent", Args: exactly(0),
@@ -84,6 +85,13 @@ agent's socket rules the cluster.`,
 			if err := ctr.Pull.Validate(); err != nil {
 				return usageError(cmd, err)
 			}
+			l, err := labels(engine)
+			if err == nil {
+				err = spec.ValidateEngineLabels(l)
+			}
+			if cfg.Labels = l; err != nil {
+				return usageError(cmd, fmt.Errorf("--label: %w", err))
+			}
 			if cfg.ImageTTL < 0 {
 				return usageError(cmd, fmt.Errorf("--image-ttl %s is negative: use 0 to keep images for ever", cfg.ImageTTL))
 			}
@@ -99,6 +107,7 @@ agent's socket rules the cluster.`,
 	f.StringArrayVar(&hidden, "hide", nil, "directory of the node that its tasks find empty (repeatable)")
 	f.StringVar(&cfg.NodeName, "node-name", "", "name of a node that is in no cluster yet (default: the host name); later 'node update --name' changes it")
 	f.StringVar(&cfg.AdvertiseAddr, "advertise-addr", "", "address or interface for init and join that name none")
+	f.StringArrayVar(&engine, "label", nil, "KEY=VALUE for constraints on engine.labels.KEY, as dockerd has it (repeatable); 'node update --label-add' has the managers keep one, which nobody but they can change")
 	f.IntVar(&cfg.ControlPort, "control-port", agent.DefaultControlPort, "TCP port of the managers' and nodes' API")
 	f.IntVar(&cfg.GossipPort, "gossip-port", agent.DefaultGossipPort, "TCP and UDP port of gossip")
 	f.StringVar(&cfg.SocketGroup, "socket-group", agent.DefaultSocketGroup, "group whose members may use the socket, which is root's power over the cluster; nobody but root where there is none such")

@@ -181,7 +181,7 @@ func dockerNode(w *shoalv1.NodeInfo) (object, error) {
 	os, arch, _ := strings.Cut(n.Platform, "/")
 	out := object{"ID": n.ID, "Version": object{"Index": n.Version}, "CreatedAt": dockerTime(n.Created), "UpdatedAt": dockerTime(n.Created),
 		"Spec":        object{"Name": n.Name, "Role": n.Role, "Availability": n.Availability, "Labels": orEmpty(n.Labels)},
-		"Description": object{"Hostname": n.Name, "Platform": object{"OS": os, "Architecture": dockerArch(arch)}, "Resources": object{"NanoCPUs": n.NanoCPUs, "MemoryBytes": n.Memory}, "Engine": object{"EngineVersion": n.Build, "Labels": map[string]string{}}},
+		"Description": object{"Hostname": n.Name, "Platform": object{"OS": os, "Architecture": dockerArch(arch)}, "Resources": object{"NanoCPUs": n.NanoCPUs, "MemoryBytes": n.Memory}, "Engine": object{"EngineVersion": n.Build, "Labels": orEmpty(n.EngineLabels)}},
 		"Status":      object{"State": n.Status, "Addr": n.Addr.String(), "Message": n.Message}}
 	if n.Role == spec.RoleManager {
 		reach := "reachable"
@@ -460,6 +460,12 @@ func prettyNode(w io.Writer, n *shoalv1.NodeInfo) error {
 		p.line(1, "Memory", fmt.Sprintf("%.4gGiB", float64(v.Memory)/(1<<30)))
 	}
 	p.line(0, "Engine Version", v.Build)
+	if len(v.EngineLabels) > 0 {
+		p.head("Engine Labels")
+		for _, k := range slices.Sorted(maps.Keys(v.EngineLabels)) {
+			p.line(1, k, v.EngineLabels[k])
+		}
+	}
 	p.line(0, "Data Path", v.DataPath)
 	return nil
 }

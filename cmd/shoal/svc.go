@@ -341,7 +341,7 @@ func spreads(prefs []string) ([]string, error) {
 		if !ok {
 			return nil, fmt.Errorf("placement preference %q: use spread=node.labels.KEY", p)
 		}
-		if _, err := spec.SpreadLabel(d); err != nil {
+		if err := spec.ValidateSpread(d); err != nil {
 			return nil, err
 		}
 		out = append(out, d)

@@ -48,7 +48,7 @@ func (s *State) upsertNode(c *UpsertNode) Result {
 		next.DataPath, next.Status, next.Message = in.DataPath, spec.NodeReady, ""
 		next.Platform, next.Containers, next.ContainersWhy = in.Platform, in.Containers, in.ContainersWhy
 		next.Level, next.Build = in.Level, in.Build
-		next.NanoCPUs, next.Memory = in.NanoCPUs, in.Memory
+		next.NanoCPUs, next.Memory, next.EngineLabels = in.NanoCPUs, in.Memory, in.EngineLabels
 		s.renameNode(n, next.Name)
 		s.setNode(n, next)
 		s.returned(n)
@@ -100,8 +100,8 @@ func validateNode(n spec.Node) error {
 			spec.AvailabilityActive, spec.AvailabilityPause, spec.AvailabilityDrain)
 	}
 	for k := range n.Labels {
-		if k == "" || strings.ContainsAny(k, "=! \t\n") {
-			return failf(ErrInvalid, "node %s: label key %q: use a word without '=', '!' and spaces", n.Name, k)
+		if err := spec.ValidateLabelKey(k); err != nil {
+			return failf(ErrInvalid, "node %s: %w", n.Name, err)
 		}
 	}
 	return nil

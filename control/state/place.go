@@ -144,10 +144,6 @@ func (p *planner) group(sv *servicePlan) {
 	}
 	above := make([]int, len(p.nodes)) // by node: its group of the preference before
 	for _, d := range sv.v.Spec.Spread {
-		label, err := spec.SpreadLabel(d)
-		if err != nil {
-			continue // validated when the service was made
-		}
 		type value struct {
 			above int
 			text  string
@@ -155,7 +151,7 @@ func (p *planner) group(sv *servicePlan) {
 		ids := map[value]int{}
 		g := make([]int, len(p.nodes))
 		for i, n := range p.nodes {
-			v := value{above[i], n.Labels[label]}
+			v := value{above[i], n.Label(d)}
 			if _, ok := ids[v]; !ok {
 				ids[v] = len(ids)
 			}
