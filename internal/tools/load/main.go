@@ -5,7 +5,8 @@
 //	load -n 100 udp://web:9000
 //	load -n 100 tcp://web:9000
 //
-// Every request resolves the name, makes a connection of its own and ends it.
+// Every request resolves the name, makes a connection of its own and ends it; with
+// -keepalive, of HTTP, it takes one that is idle where there is any.
 // Requests are bounded in number and time. SIGINT and SIGTERM end it early; it
 // prints all the same.
 package main
@@ -55,14 +56,15 @@ func main() {
 	rate := flag.Float64("rate", 0, "requests a second, begun on time whatever the others do (0: one after another)")
 	length := flag.Duration("for", 0, "end after this time (0: when -n are done)")
 	timeout := flag.Duration("timeout", 2*time.Second, "of one request")
+	keep := flag.Bool("keepalive", false, "keep connections for further requests")
 	flag.Parse()
-	if err := run(flag.Args(), *n, *rate, *length, *timeout); err != nil {
+	if err := run(flag.Args(), *n, *rate, *length, *timeout, *keep); err != nil {
 		fmt.Fprintln(os.Stderr, "load:", err)
 		os.Exit(1)
 	}
 }
 
-func run(args []string, n int, rate float64, length, timeout time.Duration) error {
+func run(args []string, n int, rate float64, length, timeout time.Duration, keep bool) error {
 	if len(args) != 1 {
 		return errors.New("want one URL: http://HOST/, udp://HOST:PORT or tcp://HOST:PORT")
 	}
@@ -76,7 +78,7 @@ func run(args []string, n int, rate float64, length, timeout time.Duration) erro
 	if n <= 0 || n > maxRequests {
 		n = maxRequests
 	}
-	ask, err := asker(u)
+	ask, err := asker(u, keep)
 	if err != nil {
 		return err
 	}
@@ -148,12 +150,12 @@ func run(args []string, n int, rate float64, length, timeout time.Duration) erro
 
 type answer struct{ Host, Client string }
 
-// asker returns how one request is made.
-func asker(u *url.URL) (func(context.Context) (answer, error), error) {
+// asker returns how one request is made; with keep on connections that stay.
+func asker(u *url.URL, keep bool) (func(context.Context) (answer, error), error) {
 	var d net.Dialer
 	switch u.Scheme {
 	case "http":
-		client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: d.DialContext}}
+		client := &http.Client{Transport: &http.Transport{DisableKeepAlives: !keep, MaxIdleConnsPerHost: 16, DialContext: d.DialContext}}
 		return func(ctx context.Context) (a answer, err error) {
 			req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
 			if err != nil {
@@ -175,6 +177,9 @@ func asker(u *url.URL) (func(context.Context) (answer, error), error) {
 			return a, nil
 		}, nil
 	case "udp", "tcp":
+		if keep {
+			return nil, fmt.Errorf("-keepalive: use it with http, not %s", u.Scheme)
+		}
 		return func(ctx context.Context) (a answer, err error) {
 			c, err := d.DialContext(ctx, u.Scheme, u.Host)
 			if err != nil {
