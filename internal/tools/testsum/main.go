@@ -14,6 +14,8 @@ import (
 	"encoding/json"
 	"flag"
 	"fmt"
+	"io"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -40,7 +42,7 @@ func main() {
 	if *total {
 		os.Exit(summary(*file))
 	}
-	c := read(*label)
+	c := read(os.Stdin, *label)
 	if *file != "" {
 		f, err := os.OpenFile(*file, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o644)
 		if err == nil {
@@ -64,7 +66,7 @@ func errorOr(a, b error) error {
 	return b
 }
 
-func read(label string) (c counts) {
+func read(in io.Reader, label string) (c counts) {
 	out := map[string][]string{}
 	var skips []string
 	type timed struct {
@@ -72,9 +74,10 @@ func read(label string) (c counts) {
 		elapsed float64
 	}
 	var slow []timed
-	sc := bufio.NewScanner(os.Stdin)
+	sc := bufio.NewScanner(in)
 	sc.Buffer(make([]byte, 1<<20), 16<<20)
 	failedIn := map[string]bool{}
+	begun := map[string]bool{} // tests and packages that have not ended
 	for sc.Scan() {
 		var e event
 		if err := json.Unmarshal(sc.Bytes(), &e); err != nil {
@@ -83,6 +86,8 @@ func read(label string) (c counts) {
 		}
 		key := e.Package + " " + e.Test
 		switch e.Action {
+		case "start", "run":
+			begun[key] = true
 		case "output", "build-output":
 			if e.Action == "build-output" {
 				key = e.ImportPath
@@ -92,6 +97,7 @@ func read(label string) (c counts) {
 		case "build-fail":
 			c.Failed++
 		case "pass", "fail", "skip":
+			delete(begun, key)
 			if e.Test == "" {
 				mark := map[string]string{"pass": "ok  ", "fail": "FAIL", "skip": "-   "}[e.Action]
 				fmt.Printf("%s %-5s %6.1fs  %s\n", mark, label, e.Elapsed, e.Package)
@@ -121,6 +127,11 @@ func read(label string) (c counts) {
 			}
 			delete(out, key)
 		}
+	}
+	// What was killed, or whose machine was, has no end: that is one.
+	for _, key := range slices.Sorted(maps.Keys(begun)) {
+		c.Failed++
+		fmt.Printf("\n=== DID NOT END %s\n%s\n", key, strings.Join(out[key], ""))
 	}
 	slices.Sort(skips)
 	for _, s := range slices.Compact(skips) {
