@@ -3,6 +3,7 @@ package integration
 import (
 	"strings"
 	"testing"
+	"time"
 )
 
 // TestUpdatePolicies: updates in both orders, a rollback, and what is broken and goes
@@ -11,15 +12,15 @@ import (
 func TestUpdatePolicies(t *testing.T) {
 	s := shared(t)
 	s.whoami("web", 3, "--update-monitor 1s --rollback-monitor 1s --env V=1")
-	s.ok("node1", "shoal run -d --name c1 -- sleep 10000")
-	l := s.under("c1", 40, func() {
-		s.ok("node1", "shoal svc update --env-add V=2 web")
-		s.ok("node1", "shoal svc update --update-order stop-first --env-add V=3 web")
-		s.ok("node1", "shoal svc rollback web")
-		s.ok("node1", "shoal svc update --update-order start-first --update-parallelism 0 --force web")
-		s.fails("node1", "service rolled back: ", "shoal svc update -q --update-failure-action rollback web -- false")
-		s.fails("node1", "service update paused: ", "shoal svc update -q --constraint-add node.labels.dsk==ssd web")
-	})
+	s.ok("node1", "shoal run -d --name c1 -- %s/load -for 30m -rate %s -timeout %s http://web/", bin, map[bool]string{false: "50", true: "10"}[inVM], slow(time.Second))
+	s.ok("node1", "shoal svc update --env-add V=2 web")
+	s.ok("node1", "shoal svc update --update-order stop-first --env-add V=3 web")
+	s.ok("node1", "shoal svc rollback web")
+	s.ok("node1", "shoal svc update --update-order start-first --update-parallelism 0 --force web")
+	s.fails("node1", "service rolled back: ", "shoal svc update -q --update-failure-action rollback web -- false")
+	s.fails("node1", "service update paused: ", "shoal svc update -q --constraint-add node.labels.dsk==ssd web")
+	s.ok("node1", "shoal stop c1")
+	l := s.parseLoad(s.ok("node1", "shoal logs c1"))
 	if l.Failed > 0 || l.OK == 0 {
 		t.Errorf("%d of %d requests failed: %v", l.Failed, l.Requests, l.Errors)
 	}
