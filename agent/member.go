@@ -34,6 +34,7 @@ import (
 	"github.com/shoalnet/shoal/overlay"
 	"github.com/shoalnet/shoal/peer"
 	"github.com/shoalnet/shoal/reconcile"
+	"github.com/shoalnet/shoal/runtime"
 	"github.com/shoalnet/shoal/spec"
 	"github.com/shoalnet/shoal/vip"
 )
@@ -474,6 +475,7 @@ func (m *member) compose() {
 	wires := overlay.Desired(v)
 	// Set under the progress lock, so that no pass is noted before the
 	// generation it belongs to.
+	var gone map[string][]netip.Addr
 	m.progress.update(func(p *progress) {
 		gens := generations{overlay: m.overlay.Set(wires)}
 		p.routesWanted(gens.overlay, v)
@@ -485,6 +487,7 @@ func (m *member) compose() {
 		}
 		m.view.Store(shown)
 		// Questions wait in their sockets for the first complete View: of names that
+		gone = vipsGone(m.view.Load(), shown)
 		// are not known yet an agent that starts would say that they don't exist.
 		if v.Complete || m.namesDue.Load() {
 			m.dns.SetZone(m.dns.Zone().Update(shown, dns.ZoneOptions{Nodes: nodes}))
@@ -506,6 +509,63 @@ func (m *member) compose() {
 	})
 }
 
+	if len(gone) > 0 {
+		m.wg.Go(func() { m.hangUp(gone) })
+	}
+}
+
+// vipsGone are the virtual IPs, by network, that were and are no more.
+func vipsGone(was, is *spec.View) map[string][]netip.Addr {
+	if was == nil || !is.Complete {
+		return nil
+	}
+	type vip struct {
+		network string
+		addr    netip.Addr
+	}
+	have := map[vip]bool{}
+	for _, s := range is.Services {
+		for _, v := range s.VIPs {
+			for _, a := range v.Addrs {
+				have[vip{v.Network, a}] = true
+			}
+		}
+	}
+	var out map[string][]netip.Addr
+	for _, s := range was.Services {
+		for _, v := range s.VIPs {
+			for _, a := range v.Addrs {
+				if !have[vip{v.Network, a}] {
+					if out == nil {
+						out = map[string][]netip.Addr{}
+					}
+					out[v.Network] = append(out[v.Network], a)
+				}
+			}
+		}
+	}
+	return out
+}
+
+// hangUp resets the connections of this node's tasks to virtual IPs that are no more, once
+// the kernel has forgotten them: what is sent on them would be answered by nobody.
+func (m *member) hangUp(gone map[string][]netip.Addr) {
+	ctx, cancel := context.WithTimeout(m.ctx, drainTimeout)
+	defer cancel()
+	_ = m.applied(ctx)
+	sandboxes, _ := m.tasks.sandboxes()
+	for _, sb := range sandboxes {
+		var addrs []netip.Addr
+		for _, a := range sb.Attachments {
+			addrs = append(addrs, gone[a.Network]...)
+		}
+		if len(addrs) == 0 || sb.Netns == "" || m.ctx.Err() != nil {
+			continue
+		}
+		if err := m.cfg.Runtime.Reset(m.ctx, sb.Task, addrs); err != nil && !errors.Is(err, runtime.ErrNotFound) {
+			m.log.Debug("connections to a virtual IP that is gone are not reset", "task", sb.Name, "error", err)
+		}
+	}
 func (m *member) overlayPass(p reconcile.Pass) {
 	m.metrics.passed("overlay", p)
 	if m.progress.routesMade(p.Gen) {

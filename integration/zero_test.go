@@ -14,12 +14,8 @@ import (
 // meanwhile: by virtual IP and by published port, on connections of their own and on
 // ones that are kept.
 func TestNoRequestIsLost(t *testing.T) {
-	rate := "25"
-	if inVM {
-		rate = "3"
-	} else {
-		t.Parallel()
-	}
+	onlyNative(t) // TestUpdatePolicies is for the VM
+	t.Parallel()
 	s := own(t, "zero", lab.Options{Nodes: 4, Managers: 3})
 	s.ok("node1", "shoal net create app")
 	s.whoami("web", 3, "--network app -p 8080:80 --constraint node.role==manager --update-monitor 1s --rollback-monitor 1s --env V=1")
@@ -31,7 +27,7 @@ func TestNoRequestIsLost(t *testing.T) {
 		"otherport": "--network host -- %s/load http://172.30.0.4:8080/", // of a node without a replica
 	}
 	for name, args := range loads {
-		args = strings.Replace(args, "/load", "/load -for 20m -timeout "+slow(2*time.Second).String()+" -rate "+rate, 1)
+		args = strings.Replace(args, "/load", "/load -for 20m -timeout 2s -rate 25", 1)
 		s.ok("node1", "shoal run -d --name %s --node node4 "+args, name, bin)
 	}
 	var steps []string
@@ -71,11 +67,14 @@ func TestNoRequestIsLost(t *testing.T) {
 	if leader == other {
 		other = "node3"
 	}
-	s.ok(other, "shoal svc scale web=4")
+	// Within the 12 s after which the others give the node up, and with it the way back
+	// to its clients.
+	s.ok(other, "shoal svc scale -d web=4")
 	if err := s.Start(t.Context(), leader); err != nil {
 		t.Fatal(err)
 	}
 	steps = append(steps, time.Now().UTC().Format("15:04:05.000")+": and is back")
+	s.awaitRunning("web", 4)
 	s.restart("node1", "node2", "node3", "node4")
 	steps = append(steps, time.Now().UTC().Format("15:04:05.000")+": all agents have been started anew, one after the other")
 

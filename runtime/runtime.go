@@ -187,8 +187,8 @@ type Runtime interface {
 	// stopped (SIGSTOP). Without all, some that Serves are as good as all, and cost
 	// less.
 	Listening(ctx context.Context, id string, all bool) (Sockets, error)
-	// Reset ends the TCP connections that the task has at some of its addresses: it and
-	// who is at their other ends hear of a reset.
+	// Reset ends the TCP connections that the task has at or to some addresses: it and who
+	// is at their other ends hear of a reset.
 	Reset(ctx context.Context, id string, addrs []netip.Addr) error
 	// Faults tells, by the names of running tasks, what is wrong with what a task
 	// sees of the machine, such as a file of its own that the node's took the

@@ -142,12 +142,26 @@ func diagSource(msg []byte) netip.AddrPort {
 	return netip.AddrPortFrom(a, binary.BigEndian.Uint16(msg[port:]))
 }
 
+// diagRemote reads the remote address of a struct inet_diag_msg.
+func diagRemote(msg []byte) netip.Addr {
+	const at = 24
+	if len(msg) < at+16 {
+		return netip.Addr{}
+	}
+	n := 16
+	if msg[0] == unix.AF_INET {
+		n = 4
+	}
+	a, _ := netip.AddrFromSlice(msg[at : at+n])
+	return a
+}
+
 // sizeofSockID is that of struct inet_diag_sockid, which follows the first four octets
 // of a struct inet_diag_msg.
 const sizeofSockID = 48
 
 // ResetTCP ends the connections that sockets of the calling thread's namespace have at
-// some addresses, as ss -K does: their programs and whoever is at the other end hear of
+// or to some addresses, as ss -K does: their programs and whoever is at the other end hear of
 // a reset (SOCK_DESTROY, sock_diag(7)). It returns how many; errors.ErrUnsupported where
 // the kernel can't (CONFIG_INET_DIAG_DESTROY). Use it within Do.
 func ResetTCP(addrs []netip.Addr) (n int, err error) {
@@ -157,7 +171,8 @@ func ResetTCP(addrs []netip.Addr) (n int, err error) {
 			req := vnl.NewNetlinkRequest(vnl.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP)
 			req.AddData(diagRequest{family: family, protocol: unix.IPPROTO_TCP, states: connected})
 			err = req.ExecuteIter(unix.NETLINK_INET_DIAG, vnl.SOCK_DIAG_BY_FAMILY, func(msg []byte) bool {
-				if a := diagSource(msg).Addr(); slices.Contains(addrs, a.Unmap()) && len(msg) >= 4+sizeofSockID {
+				from, to := diagSource(msg).Addr(), diagRemote(msg)
+				if len(msg) >= 4+sizeofSockID && (slices.Contains(addrs, from.Unmap()) || slices.Contains(addrs, to.Unmap())) {
 					ids = append(ids, slices.Clone(msg[4:4+sizeofSockID]))
 				}
 				return true
