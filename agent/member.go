@@ -113,7 +113,8 @@ type member struct {
 	cacheErr   error // why what they said before it is not known; nil: it is
 	certErr    error // why the certificate or the role is not as it should be; nil: it is
 	acked      map[string]spec.TaskStatus
-	follows    uint64 // index of the newest assignment that the kernel follows
+	answered   time.Time // when a manager last answered, or the agent started
+	follows    uint64    // index of the newest assignment that the kernel follows
 }
 
 // newMember opens the control port. Nothing is started.
@@ -297,6 +298,7 @@ func (m *member) start() error {
 			})
 		})
 	}
+	m.answer() // silence begins now
 	m.wg.Go(m.runtimeLoop)
 	m.wg.Go(m.composeLoop)
 	m.wg.Go(m.assignLoop)
@@ -473,9 +475,9 @@ func (m *member) compose() {
 		nodes = assigned.Nodes
 	}
 	wires := overlay.Desired(v)
+	var gone map[string][]netip.Addr
 	// Set under the progress lock, so that no pass is noted before the
 	// generation it belongs to.
-	var gone map[string][]netip.Addr
 	m.progress.update(func(p *progress) {
 		gens := generations{overlay: m.overlay.Set(wires)}
 		p.routesWanted(gens.overlay, v)
@@ -485,9 +487,9 @@ func (m *member) compose() {
 			shown, n = hold(v, p.routed)
 			p.held = n > 0
 		}
+		gone = vipsGone(m.view.Load(), shown)
 		m.view.Store(shown)
 		// Questions wait in their sockets for the first complete View: of names that
-		gone = vipsGone(m.view.Load(), shown)
 		// are not known yet an agent that starts would say that they don't exist.
 		if v.Complete || m.namesDue.Load() {
 			m.dns.SetZone(m.dns.Zone().Update(shown, dns.ZoneOptions{Nodes: nodes}))
@@ -507,8 +509,6 @@ func (m *member) compose() {
 		p.composed, p.want = ticket, gens
 		p.pending = append(p.pending, appliedRev{snap.Rev, gens})
 	})
-}
-
 	if len(gone) > 0 {
 		m.wg.Go(func() { m.hangUp(gone) })
 	}
@@ -566,6 +566,8 @@ func (m *member) hangUp(gone map[string][]netip.Addr) {
 			m.log.Debug("connections to a virtual IP that is gone are not reset", "task", sb.Name, "error", err)
 		}
 	}
+}
+
 func (m *member) overlayPass(p reconcile.Pass) {
 	m.metrics.passed("overlay", p)
 	if m.progress.routesMade(p.Gen) {
@@ -633,6 +635,33 @@ func (m *member) network(id string) (spec.Network, bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.assigned.network(id)
+}
+
+// aloneAfter is the silence of the managers after which a node replaces what ends itself:
+// longer than they take to elect another leader.
+const aloneAfter = 5 * time.Second
+
+// alone implements plumbing. A report whose answer was lost may have told a manager all
+// the same: what that one decided ends the task when it is heard of.
+func (m *member) alone(t spec.Task, end spec.TaskStatus) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if t.Service == "" || m.assigned == nil || time.Since(m.answered) < aloneAfter || m.acked[t.ID].State.Ended() {
+		return false
+	}
+	i := slices.IndexFunc(m.assigned.Services, func(s spec.Service) bool { return s.ID == t.Service })
+	if i < 0 {
+		return false
+	}
+	sp := m.assigned.Services[i].Spec
+	return sp.Restarts(end.State) && (sp.RestartMax == 0 || t.Attempt < sp.RestartMax)
+}
+
+// answer notes that a manager has.
+func (m *member) answer() {
+	m.mu.Lock()
+	m.answered = time.Now()
+	m.mu.Unlock()
 }
 
 // served implements plumbing, as far as is known here.
@@ -753,6 +782,7 @@ func (m *member) followAssignments() error {
 	first := true
 	for stream.Receive() {
 		silent.Reset(streamSilence)
+		m.answer()
 		msg := stream.Msg()
 		if first {
 			// Another leader may not have what the last one was told.
@@ -973,6 +1003,7 @@ func (m *member) report() error {
 	if _, err := m.client.Report(ctx, connect.NewRequest(req)); err != nil {
 		return err
 	}
+	m.answer()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	maps.Copy(m.acked, sent)

@@ -284,10 +284,13 @@ func (a *nodeAPI) Logs(ctx context.Context, req *connect.Request[shoalv1.LogsReq
 			return err
 		}
 	}
-	for {
+	for wait := readyInterval; ; {
 		made := true
 		for line, err := range m.cfg.Runtime.Logs(ctx, t.ID, o) {
 			if err == nil {
+				if line.Note == "" {
+					o.Since, wait = line.Time.Add(1), readyInterval
+				}
 				err = stream.Send(&shoalv1.LogsResponse{Stderr: line.Stderr, AtMs: line.Time.UnixMilli(), AtNs: line.Time.UnixNano(), Line: line.Line, Note: line.Note})
 				if err != nil {
 					return err
@@ -303,10 +306,14 @@ func (a *nodeAPI) Logs(ctx context.Context, req *connect.Request[shoalv1.LogsReq
 		}
 		// A task that is about to be made has no output yet.
 		_, st, ok := m.tasks.find(t.ID)
-		if made || !r.Follow || !ok || st.State.Ended() || !o.Until.IsZero() && time.Now().After(o.Until) {
+		if !r.Follow || !ok || st.State.Ended() || !o.Until.IsZero() && time.Now().After(o.Until) {
 			return stream.Send(&shoalv1.LogsResponse{Ended: true})
 		}
-		if !sleep.For(ctx, readyInterval) || m.ctx.Err() != nil {
+		if made {
+			// Its program has ended: the task is about to, or starts it again.
+			o.Tail, wait = 0, min(2*wait, time.Second)
+		}
+		if !sleep.For(ctx, wait) || m.ctx.Err() != nil {
 			return connect.NewError(connect.CodeUnavailable, fmt.Errorf("output of task %s: %w", t.Name, runtime.ErrClosing))
 		}
 	}

@@ -57,6 +57,9 @@ type plumbing interface {
 	templateContext(t spec.Task) (spec.TemplateContext, error)
 	// network is what the managers said of a network.
 	network(id string) (spec.Network, bool)
+	// alone tells that no manager has answered for a while, none knows of this end of a
+	// task, and its service would have it replaced.
+	alone(t spec.Task, end spec.TaskStatus) bool
 	// served tells whether another replica of a task's service takes connections.
 	served(t spec.Task) bool
 	// settled waits until this node and every live one has applied what was
@@ -100,7 +103,9 @@ type runner struct {
 	asker    atomic.Pointer[dns.Asker]
 	detached uint64 // attachments that left up to this version are off the network
 	fit      fitness
-	heard    bool // who ran it in the foreground knows of its end, or is gone
+	heard    bool          // who ran it in the foreground knows of its end, or is gone
+	fell     bool          // its program ended by itself, while this agent ran
+	pause    time.Duration // before it was last started again
 
 	named *[]netip.Addr // what the task's hosts file says of it; nil: not known. Of run only
 }
@@ -385,24 +390,23 @@ func (r *runner) gone() bool {
 // run is the task's life. When ctx ends it returns and leaves the task as it is,
 // for the next agent to adopt.
 func (r *runner) run(ctx context.Context, found *runtime.Status) {
-	err := r.live(ctx, found)
-	if ctx.Err() != nil {
-		return
-	}
-	r.set(func() { r.adopting = false })
-	if err != nil {
-		r.state(spec.TaskFailed, err.Error())
-	}
-	r.release(ctx)
-	if ctx.Err() != nil {
-		return
-	}
-	// The output stays until the managers forget the task.
-	for !r.gone() {
-		select {
-		case <-ctx.Done():
+	for again := true; again; found = nil {
+		err := r.live(ctx, found)
+		if ctx.Err() != nil {
 			return
-		case <-r.wake:
+		}
+		r.set(func() { r.adopting = false })
+		if again = errors.Is(err, errAgain); again {
+			again = r.anew(ctx)
+		} else if err != nil {
+			r.state(spec.TaskFailed, err.Error())
+		}
+		if !again {
+			r.release(ctx)
+			again = r.rest(ctx)
+		}
+		if ctx.Err() != nil {
+			return
 		}
 	}
 	r.linger(ctx)
@@ -423,6 +427,94 @@ func (r *runner) run(ctx context.Context, found *runtime.Status) {
 	delete(r.runners, r.id)
 	r.mu.Unlock()
 	r.plumbing.publish()
+}
+
+// errAgain is the end of a program that is to be started again in its place.
+var errAgain = errors.New("it is started again")
+
+// Docker's times between the starts of a program (restartmanager): the first, and the
+// most that doubling makes of it; a run that lasts long begins with the first again.
+const (
+	pauseFirst = 100 * time.Millisecond
+	pauseMost  = time.Minute
+	longRun    = 10 * time.Second
+)
+
+// alonePoll is how often the end of a replica is looked at again while no manager knows.
+const alonePoll = 500 * time.Millisecond
+
+// rest keeps a task that has ended until the managers forget it, and with it its output.
+// It returns true when the task has to be made anew: nobody else would have it replaced.
+func (r *runner) rest(ctx context.Context) bool {
+	r.mu.Lock()
+	task, end, fell := r.task, r.status, r.fell
+	r.mu.Unlock()
+	var look <-chan time.Time
+	if fell && task.Service != "" {
+		t := time.NewTicker(alonePoll)
+		defer t.Stop()
+		look = t.C
+	}
+	for !r.gone() {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-r.wake:
+		case <-look:
+			if r.unwanted() != "" || !r.plumbing.alone(task, end) {
+				continue
+			}
+			r.log.Warn("a replica is started again by its node: no manager answers", "task", task.Name)
+			if r.anew(ctx) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// again tells whether a program that ended is started again in its place, by its task's
+// own policy.
+func (r *runner) again(st runtime.Status) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	t := r.task
+	return !r.forgoten && t.Desired == spec.DesiredRunning && t.Service == "" && t.Spec.RestartsAfter(st.ExitCode != 0 || st.Err != "", t.Attempt)
+}
+
+// anew takes down what is left of a task's run, and waits until it is time for the next;
+// false if none is wanted any more, or ctx has ended.
+func (r *runner) anew(ctx context.Context) bool {
+	st, err := r.programState(ctx)
+	if err != nil {
+		return false
+	}
+	if st.Ran() >= longRun {
+		r.pause = 0
+	}
+	r.pause = min(max(2*r.pause, pauseFirst), pauseMost)
+	why := cmp.Or(st.Err, fmt.Sprintf("exit status %d", st.ExitCode))
+	r.set(func() {
+		r.task.Attempt++
+		r.task.Spec.Attach = false // nobody waits for its first words
+		r.status.ExitCode, r.status.PID, r.status.Released = st.ExitCode, 0, false
+		r.fell, r.fit, r.named = false, fitness{}, nil
+	})
+	r.state(spec.TaskPreparing, fmt.Sprintf("%s; restart %d in %s", why, r.task.Attempt, r.pause))
+	r.takeDown(ctx)
+	if err := r.rt.Renew(ctx, r.id); err != nil && ctx.Err() == nil {
+		r.state(spec.TaskFailed, err.Error())
+		return false
+	}
+	r.waitUnless(ctx, r.pause)
+	if ctx.Err() != nil {
+		return false
+	}
+	if why := r.unwanted(); why != "" {
+		r.state(spec.TaskShutdown, why+" before it started again")
+		return false
+	}
+	return true
 }
 
 // lingerTime is how long the end of a task that somebody ran in the foreground, and
@@ -475,6 +567,9 @@ func (r *runner) live(ctx context.Context, found *runtime.Status) error {
 		r.state(spec.TaskPreparing, "")
 	}
 	if found != nil && found.State == runtime.Exited {
+		if r.again(*found) {
+			return errAgain
+		}
 		r.ended(*found)
 		return nil
 	}
@@ -725,6 +820,10 @@ func (r *runner) watch(ctx context.Context) error {
 		}
 		if st.State == runtime.Exited {
 			r.withdraw()
+			if r.again(st) {
+				return errAgain
+			}
+			r.set(func() { r.fell = true })
 			r.ended(st)
 			return nil
 		}
@@ -926,6 +1025,18 @@ func (r *runner) ended(st runtime.Status) {
 // release takes the task off the network and tells the managers that its
 // addresses are free.
 func (r *runner) release(ctx context.Context) {
+	r.takeDown(ctx)
+	if ctx.Err() != nil {
+		return
+	}
+	r.set(func() {
+		r.status.Released, r.status.PID = true, 0
+		r.status.At = time.Now().UnixMilli()
+	})
+}
+
+// takeDown takes the task off the network and removes its sandbox.
+func (r *runner) takeDown(ctx context.Context) {
 	r.set(func() { r.sandbox, r.endpoint = nil, nil })
 	if r.stopDNS != nil {
 		r.stopDNS()
@@ -940,10 +1051,6 @@ func (r *runner) release(ctx context.Context) {
 			return
 		}
 	}
-	r.set(func() {
-		r.status.Released, r.status.PID = true, 0
-		r.status.At = time.Now().UnixMilli()
-	})
 }
 
 // serveDNS answers at 127.0.0.11 of the task's namespace until the task is

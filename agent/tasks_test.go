@@ -3,6 +3,7 @@ package agent
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -15,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -50,14 +52,15 @@ type bench struct {
 	t      *testing.T
 	cancel context.CancelFunc
 
-	bmu    sync.Mutex
-	trace  []string
-	said   map[string]string        // by task: what publish last found
-	have   map[string]*fakeTask     // of the runtime
-	gates  map[string]chan struct{} // by trace line: it waits there until this is closed
-	fails  map[string]error         // by trace line: what it returns
-	hosts  map[string]bool          // networks that are the node's own
-	others bool                     // other replicas take connections
+	bmu      sync.Mutex
+	trace    []string
+	said     map[string]string        // by task: what publish last found
+	have     map[string]*fakeTask     // of the runtime
+	gates    map[string]chan struct{} // by trace line: it waits there until this is closed
+	fails    map[string]error         // by trace line: what it returns
+	hosts    map[string]bool          // networks that are the node's own
+	others   bool                     // other replicas take connections
+	deserted atomic.Bool              // by the managers
 }
 
 type fakeTask struct {
@@ -207,6 +210,8 @@ func (b *bench) wired(ctx context.Context, t spec.Task) error { return b.do(ctx,
 
 func (b *bench) served(spec.Task) bool { return b.others }
 
+func (b *bench) alone(spec.Task, spec.TaskStatus) bool { return b.deserted.Load() }
+
 func (b *bench) settled(ctx context.Context) error { return b.do(ctx, "settled") }
 
 func (b *bench) blobs(_ context.Context, ids []string) (out [][]byte, err error) {
@@ -295,6 +300,19 @@ func (b *bench) Release(ctx context.Context, id string) error {
 		return err
 	}
 	_ = b.task(id, func(t *fakeTask) { t.released = true })
+	return nil
+}
+
+func (b *bench) Renew(ctx context.Context, id string) error {
+	if err := b.do(ctx, "renew "+id); err != nil {
+		return err
+	}
+	b.bmu.Lock()
+	defer b.bmu.Unlock()
+	if t := b.have[id]; t == nil || !t.released {
+		b.t.Errorf("task %s is made anew before it was released", id)
+	}
+	delete(b.have, id)
 	return nil
 }
 
@@ -439,6 +457,91 @@ func (b *bench) give(fresh bool, ts ...spec.Task) { b.assign("n1", ts, fresh) }
 
 // up are the steps of a task until it runs.
 var up = []string{"t1: preparing", "create t1", "dns t1", "t1 endpoint: app starting", "wired t1", "settled", "t1: starting", "start t1", "t1 endpoint: app active", "settled", "t1: running"}
+
+// TestRestartPolicy: a task of its own is started again in its place, for as long as its
+// policy and the user have it; the managers hear that it is made anew, not that it ended.
+func TestRestartPolicy(t *testing.T) {
+	restarting := func(policy string) spec.Task {
+		return newTask("t1", func(t *spec.Task) { t.Spec.Restart, t.Spec.Attach = policy, true })
+	}
+	t.Run("until its attempts are used up", func(t *testing.T) {
+		b := newBench(t)
+		b.give(true, restarting("on-failure:1"))
+		b.await("t1: running")
+		b.forget()
+		b.exit("t1", 3, "")
+		b.expect(append([]string{"t1 endpoint:", "t1: preparing exit status 3; restart 1 in 100ms", "release t1", "renew t1"}, up...)...)
+		_ = b.task("t1", func(f *fakeTask) {
+			var kept spec.Task
+			if err := json.Unmarshal(f.Data, &kept); err != nil || kept.Attempt != 1 || kept.Spec.Attach {
+				t.Errorf("the next agent finds %+v, %v", kept, err)
+			}
+		})
+		b.forget()
+		b.exit("t1", 4, "")
+		b.expect("t1 endpoint:", "t1: failed exit status 4", "release t1", "t1: failed exit status 4 released")
+	})
+	t.Run("not after success", func(t *testing.T) {
+		b := newBench(t)
+		b.give(true, restarting("on-failure"))
+		b.await("t1: running")
+		b.exit("t1", 0, "")
+		b.await("t1: complete released")
+		b.never("renew t1")
+	})
+	t.Run("not when it is stopped", func(t *testing.T) {
+		b := newBench(t)
+		b.give(true, restarting("always"))
+		b.await("t1: running")
+		b.give(true, unwantedTask(restarting("always")))
+		b.await("t1: shutdown released")
+		b.never("renew t1")
+	})
+	t.Run("not when it is stopped while it waits", func(t *testing.T) {
+		b := newBench(t)
+		open := b.gate("release t1")
+		b.give(true, restarting("always"))
+		b.await("t1: running")
+		b.exit("t1", 0, "")
+		b.await("release t1")
+		b.give(true, unwantedTask(restarting("always")))
+		open()
+		b.await("t1: shutdown stopped before it started again released")
+		if n := strings.Count(strings.Join(b.lines(), "\n"), "create t1"); n != 1 {
+			t.Errorf("created %d times", n)
+		}
+	})
+	t.Run("after a reboot", func(t *testing.T) {
+		b := newBench(t, found(restarting("unless-stopped"), runtime.Exited, 137))
+		if err := b.adopt(b.ctx, nil); err != nil {
+			t.Fatal(err)
+		}
+		b.await("renew t1")
+		b.await("t1: running")
+	})
+}
+
+// TestAReplicaIsStartedAgainByItsNode when no manager is there to have it replaced.
+func TestAReplicaIsStartedAgainByItsNode(t *testing.T) {
+	b := newBench(t)
+	b.give(true, replica(nil))
+	b.await("start t1")
+	b.listens("t1", true)
+	b.await("t1: running")
+	b.exit("t1", 1, "")
+	b.await("t1: failed exit status 1 released")
+	b.forget()
+	b.deserted.Store(true)
+	b.await("create t1")
+	b.await("start t1")
+	b.deserted.Store(false)
+	b.listens("t1", true)
+	b.await("t1: running")
+	b.await("t1 endpoint: app active")
+	// The managers are back, and have replaced it.
+	b.give(true, unwantedTask(replica(nil)))
+	b.await("t1: shutdown released")
+}
 
 func TestTaskUpAndDown(t *testing.T) {
 	b := newBench(t)

@@ -102,7 +102,7 @@ func TaskSpec(t spec.TaskSpec) *shoalv1.TaskSpec {
 		Dns: texts(t.DNS), DnsSearch: t.DNSSearch, DnsOptions: t.DNSOptions, ExtraHosts: t.ExtraHosts, Links: t.Links, Expose: t.Expose,
 		Health: HealthCheck(t.Health), Container: Container(t.Container), Resources: Resources(t.Resources),
 		Secrets: blobRefs(t.Secrets), Configs: blobRefs(t.Configs),
-		Attach: t.Attach, Stdin: t.Stdin, Tty: t.TTY, AutoRemove: t.AutoRemove}
+		Attach: t.Attach, Stdin: t.Stdin, Tty: t.TTY, AutoRemove: t.AutoRemove, Restart: t.Restart}
 }
 
 // HealthCheck is h on the wire.
@@ -174,7 +174,7 @@ func ToTaskSpec(t *shoalv1.TaskSpec) (spec.TaskSpec, error) {
 		DNS: dns, DNSSearch: t.GetDnsSearch(), DNSOptions: t.GetDnsOptions(), ExtraHosts: t.GetExtraHosts(), Links: t.GetLinks(), Expose: t.GetExpose(),
 		Health: ToHealthCheck(t.GetHealth()), Container: ToContainer(t.GetContainer()), Resources: ToResources(t.GetResources()),
 		Secrets: toBlobRefs(t.GetSecrets()), Configs: toBlobRefs(t.GetConfigs()),
-		Attach: t.GetAttach(), Stdin: t.GetStdin(), TTY: t.GetTty(), AutoRemove: t.GetAutoRemove()}, err
+		Attach: t.GetAttach(), Stdin: t.GetStdin(), TTY: t.GetTty(), AutoRemove: t.GetAutoRemove(), Restart: t.GetRestart()}, err
 }
 
 // Ports are as on the wire.

@@ -6,9 +6,13 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
+
+	"github.com/shoalnet/shoal/lab"
 )
 
 func TestExecAndFiles(t *testing.T) {
@@ -274,4 +278,88 @@ func TestServiceUpdate(t *testing.T) {
 	s.ok("node1", "shoal svc rm web")
 	s.whoami("web", 1, "--network app")
 	s.fails("node1", "nothing to change", "shoal svc update web")
+}
+
+// TestRestart: a task of its own is started again in its place by its policy, and its
+// output goes on; a replica is, by its node, while no manager is there to replace it.
+func TestRestart(t *testing.T) {
+	onlyNative(t)
+	t.Parallel()
+	s := own(t, "again", lab.Options{Nodes: 2, Managers: 1})
+	s.ok("node1", "shoal run -d --name up --node node2 --restart always -- sh -c 'echo begun; exec sleep 1000'")
+	was := s.task("up")
+	s.fails("node1", "--rm", "shoal run -d --rm --restart always -- true")
+	s.fails("node1", "use no, always", "shoal run -d --restart sometimes -- true")
+	s.ok("node1", "shoal run -d --name twice --restart on-failure:2 -- sh -c 'echo tried; exit 7'")
+	s.eventually(slow(20*time.Second), func() error {
+		if x := s.task("twice"); x.Status.State != "failed" {
+			return fmt.Errorf("%+v", x.Status)
+		}
+		return nil
+	})
+	if got := s.ok("node1", "shoal logs twice"); got != "tried\ntried\ntried" {
+		t.Errorf("output of all runs: %q", got)
+	}
+	if got := s.ok("node1", "shoal inspect twice --format '{{.HostConfig.RestartPolicy.Name}} {{.HostConfig.RestartPolicy.MaximumRetryCount}}'"); got != "on-failure 2" {
+		t.Errorf("inspect shows %q", got)
+	}
+	again := func(name, old string, pid int) task {
+		t.Helper()
+		var x task
+		s.eventually(slow(20*time.Second), func() error {
+			x = s.task(name)
+			if x.Status.State != "running" || x.Status.PID == pid || x.Status.PID == 0 {
+				return fmt.Errorf("%+v", x.Status)
+			}
+			return nil
+		})
+		if x.ID != old {
+			t.Errorf("it is another task: %+v", x)
+		}
+		return x
+	}
+	if err := syscall.Kill(was.Status.PID, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	now := again("up", was.ID, was.Status.PID)
+	if !slices.Equal(now.Attachments[0].Addrs, was.Attachments[0].Addrs) {
+		t.Errorf("its address was %v, is %v", was.Attachments, now.Attachments)
+	}
+
+	// Without managers.
+	s.ok("node1", "shoal net create app")
+	s.ok("node1", "shoal svc create --name web --network app --constraint node.name==node2 -- %s/whoami", bin)
+	s.ok("node1", "shoal run -d --name c --node node2 --network app -- sleep 10000")
+	replica := s.running("web")[0]
+	c := s.task("c")
+	if err := s.KillAgent("node1"); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Kill(replica.Status.PID, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	s.eventually(slow(40*time.Second), func() error {
+		r := s.on("node2", "nsenter", "-t", fmt.Sprint(c.Status.PID), "-n", "-m", filepath.Join(bin, "load"), "-n", "5", "-timeout", "1s", "http://web/")
+		if l := s.parseLoad(r.out); l.OK != 5 {
+			return fmt.Errorf("%+v %s", l, r.err)
+		}
+		return nil
+	})
+	if err := s.Start(t.Context(), "node1"); err != nil {
+		t.Fatal(err)
+	}
+	s.eventually(slow(40*time.Second), func() error {
+		ts := s.running("web")
+		if len(ts) != 1 || ts[0].ID != replica.ID || ts[0].Status.PID == replica.Status.PID {
+			return fmt.Errorf("%+v", ts)
+		}
+		return nil
+	})
+	s.ok("node1", "shoal stop up")
+	s.eventually(slow(20*time.Second), func() error {
+		if x := s.task("up"); x.Status.State != "shutdown" {
+			return fmt.Errorf("%+v", x.Status)
+		}
+		return nil
+	})
 }

@@ -101,6 +101,14 @@ func (s Status) Age() time.Duration {
 	return max(0, time.Since(s.StartedAt))
 }
 
+// Ran is for how long a program that has ended had run, as far as the clock tells.
+func (s Status) Ran() time.Duration {
+	if s.StartedAt.IsZero() || s.ExitedAt.IsZero() {
+		return 0
+	}
+	return max(0, s.ExitedAt.Sub(s.StartedAt))
+}
+
 // uptime is how long the machine has been up, 0 where it does not say so.
 func uptime() time.Duration {
 	var t unix.Timespec
@@ -161,6 +169,9 @@ type Runtime interface {
 	// Release ends whatever still runs and removes the sandbox. Output and
 	// status stay. It is idempotent.
 	Release(ctx context.Context, id string) error
+	// Renew has a released task forget its end, for Create to make it anew with its output
+	// going on behind what there is. Absence is no error.
+	Renew(ctx context.Context, id string) error
 	// Remove releases the task and forgets it. Absence is no error.
 	Remove(ctx context.Context, id string) error
 	// List finds every task, those of an earlier process included.

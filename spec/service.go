@@ -68,6 +68,8 @@ type TaskSpec struct {
 	Stdin      bool `json:"stdin,omitempty"`       // keep standard input open, for who attaches
 	TTY        bool `json:"tty,omitempty"`         // a terminal rather than pipes
 	AutoRemove bool `json:"auto_remove,omitempty"` // forget the task when it has ended
+	// Restart is the policy, see ParseRestart. The node follows it without the managers.
+	Restart string `json:"restart,omitempty" level:"2"`
 }
 
 // DefaultStopGrace is the time between the stop signal and SIGKILL, Docker's
@@ -127,6 +129,13 @@ func (t TaskSpec) Validate() error {
 		if err := t.Health.Validate(); err != nil {
 			return err
 		}
+	}
+	policy, _, err := ParseRestart(t.Restart)
+	if err != nil {
+		return err
+	}
+	if t.AutoRemove && policy != "" && policy != RestartNo {
+		return fmt.Errorf("conflicting options: --restart %s and --rm: what is removed at its end is not started again", t.Restart)
 	}
 	if err := t.Container.validate(); err != nil {
 		return err
@@ -267,6 +276,9 @@ func (s ServiceSpec) Validate() error {
 	}
 	if err := s.Task.Validate(); err != nil {
 		return fmt.Errorf("service %s: %w", s.Name, err)
+	}
+	if s.Task.Restart != "" {
+		return fmt.Errorf("service %s: restart policy %s is of tasks of their own: use a restart condition", s.Name, s.Task.Restart)
 	}
 	if err := s.validateTemplates(); err != nil {
 		return fmt.Errorf("service %s: %w", s.Name, err)

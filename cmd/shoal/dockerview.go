@@ -87,6 +87,11 @@ func orEmpty(m map[string]string) map[string]string {
 	return m
 }
 
+func dockerRestart(s string) object {
+	policy, most, _ := spec.ParseRestart(s)
+	return object{"Name": cmp.Or(policy, spec.RestartNo), "MaximumRetryCount": most}
+}
+
 func dockerTaskSpec(t spec.TaskSpec) object {
 	return object{
 		"ContainerSpec": object{
@@ -273,7 +278,7 @@ func dockerTask(w *shoalv1.Task, nodes, nets names) (object, error) {
 		"Config": object{"Hostname": cmp.Or(t.Spec.Hostname, t.Name), "User": t.Spec.User, "Env": t.Spec.Env, "Cmd": t.Spec.Command, "Entrypoint": t.Spec.Entrypoint, "Image": t.Spec.Image,
 			"WorkingDir": t.Spec.Dir, "Labels": orEmpty(t.Spec.Labels), "Tty": t.Spec.TTY, "StopSignal": t.Spec.StopSignal, "Healthcheck": dockerHealth(t.Spec.Health)},
 		"HostConfig": object{"NanoCpus": t.Spec.Resources.NanoCPUs, "Memory": t.Spec.Resources.Memory, "MemorySwap": t.Spec.Resources.MemorySwap, "PidsLimit": t.Spec.Resources.PidsLimit(),
-			"Privileged": t.Spec.Privileged, "ReadonlyRootfs": t.Spec.ReadOnly, "AutoRemove": t.Spec.AutoRemove, "CapAdd": t.Spec.CapAdd, "CapDrop": t.Spec.CapDrop},
+			"Privileged": t.Spec.Privileged, "ReadonlyRootfs": t.Spec.ReadOnly, "AutoRemove": t.Spec.AutoRemove, "RestartPolicy": dockerRestart(t.Spec.Restart), "CapAdd": t.Spec.CapAdd, "CapDrop": t.Spec.CapDrop},
 		"Mounts":          dockerMounts(t.Spec.Mounts),
 		"NetworkSettings": object{"IPAddress": first, "Networks": on},
 		"ServiceID":       t.Service, "Slot": t.Slot, "NodeID": t.Node, "Node": object{"Name": nodes[t.Node]}, "DesiredState": t.Desired, "NetworksAttachments": attached,

@@ -23,6 +23,7 @@ import (
 func (c *cli) runCmd() *cobra.Command {
 	var tf taskFlags
 	var detach, remove, stdin, tty bool
+	var restart string
 	var stopTimeout int
 	req := &shoalv1.CreateTaskRequest{}
 	cmd := &cobra.Command{
@@ -58,6 +59,9 @@ found; with -d it prints the task's ID once it runs.`,
 				return usageError(cmd, err)
 			}
 			req.Spec.Attach, req.Spec.Stdin, req.Spec.Tty, req.Spec.AutoRemove = !detach, stdin, tty, remove
+			if req.Spec.Restart = restart; restart == spec.RestartNo {
+				req.Spec.Restart = ""
+			}
 			if tty {
 				req.Spec.Env = append([]string{"TERM=" + cmp.Or(os.Getenv("TERM"), "xterm")}, req.Spec.Env...)
 			}
@@ -98,6 +102,7 @@ found; with -d it prints the task's ID once it runs.`,
 	f := cmd.Flags()
 	f.SetInterspersed(false)
 	f.BoolVarP(&detach, "detach", "d", false, "leave it running and print its ID")
+	f.StringVar(&restart, "restart", spec.RestartNo, "whether its node starts it again when it has ended: no, on-failure[:ATTEMPTS], always or unless-stopped")
 	f.BoolVar(&remove, "rm", false, "remove it, and its output, when it has ended")
 	f.BoolVarP(&stdin, "interactive", "i", false, "pass standard input on")
 	f.BoolVarP(&tty, "tty", "t", false, "give the program a terminal")
@@ -112,6 +117,7 @@ found; with -d it prints the task's ID once it runs.`,
 	f.Bool("help", false, "help for run") // -h is Docker's for --hostname
 	_ = cmd.RegisterFlagCompletionFunc("network", c.complete(c.networkNames))
 	_ = cmd.RegisterFlagCompletionFunc("node", c.complete(c.nodeNames))
+	_ = cmd.RegisterFlagCompletionFunc("restart", cobra.FixedCompletions([]string{spec.RestartNo, spec.RestartOnFailure, spec.RestartAlways, spec.RestartUnlessStopped}, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }
 
@@ -144,6 +150,10 @@ func (c *cli) awaitRunning(ctx context.Context, t *shoalv1.Task) error {
 				return errors.Join(failed, c.removeTask(ctx, id))
 			}
 			return failed
+		}
+		if t.GetSpec().GetRestart() != "" && st == spec.TaskPreparing && strings.Contains(t.GetStatus().GetMessage(), "; restart ") {
+			fmt.Fprintln(c.out, id) // it has run
+			return nil
 		}
 		if st == spec.TaskStarting && since.IsZero() {
 			since = time.Now()

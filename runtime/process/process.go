@@ -628,6 +628,26 @@ func (r *Runtime) Release(ctx context.Context, id string) error {
 	return nl.Remove(st.Sandbox.Netns)
 }
 
+// Renew implements runtime.Runtime.
+func (r *Runtime) Renew(ctx context.Context, id string) error {
+	st, err := r.Status(ctx, id)
+	if errors.Is(err, runtime.ErrNotFound) {
+		return nil
+	}
+	if st.State != runtime.Exited {
+		return fmt.Errorf("task %s is %s: only one that has ended can be made anew", st.Name, st.State)
+	}
+	// First what it is known by: a task without either has been cut down in between, and
+	// has ended, for the next agent.
+	r.mu.Lock()
+	delete(r.tasks, id)
+	r.mu.Unlock()
+	if err := os.Remove(filepath.Join(r.taskDir(id), exitFile)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("task %s: %w", st.Name, err)
+	}
+	return nil
+}
+
 // Remove implements runtime.Runtime.
 func (r *Runtime) Remove(ctx context.Context, id string) error {
 	if err := validID(id); err != nil {

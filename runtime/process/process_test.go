@@ -217,6 +217,46 @@ func TestLifeAndOutput(t *testing.T) {
 	}
 }
 
+// TestRenew: a task that has ended is made anew under its ID, and its output goes on.
+func TestRenew(t *testing.T) {
+	f := setup(t)
+	k := f.running("sh", "-c", "echo run; exit 3")
+	if err := f.Renew(f.ctx(), "nosuchtask"); err != nil {
+		t.Errorf("of none: %v", err)
+	}
+	f.exited(k)
+	for i := range 2 {
+		if err := f.Release(f.ctx(), k.ID); err != nil {
+			t.Fatal(err)
+		}
+		if err := f.Renew(f.ctx(), k.ID); err != nil {
+			t.Fatal(err)
+		}
+		if i == 1 { // the agent ends before it has made it anew
+			f.restart()
+			if st := f.exited(k); st.ExitCode != 137 || st.Err == "" {
+				t.Errorf("between two runs: %+v", st)
+			}
+			if err := errors.Join(f.Release(f.ctx(), k.ID), f.Renew(f.ctx(), k.ID)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		f.create(k)
+		if err := f.Renew(f.ctx(), k.ID); err == nil || !strings.Contains(err.Error(), "created") {
+			t.Errorf("of one that is there: %v", err)
+		}
+		if err := f.Start(f.ctx(), k.ID); err != nil {
+			t.Fatal(err)
+		}
+		if st := f.exited(k); st.ExitCode != 3 || st.Err != "" {
+			t.Errorf("run %d: %+v", i+2, st)
+		}
+	}
+	if got := strings.Count(f.output(k), "run\n"); got != 3 {
+		t.Errorf("%d lines of three runs: %q", got, f.output(k))
+	}
+}
+
 func TestTheTasksViewOfTheMachine(t *testing.T) {
 	f := setup(t)
 	k := f.running("sleep", "1000")

@@ -266,6 +266,7 @@ type TaskSpec struct {
 	Resources     *Resources             `protobuf:"bytes,41,opt,name=resources,proto3" json:"resources,omitempty"`                      // absent: Docker's defaults
 	Secrets       []*BlobRef             `protobuf:"bytes,42,rep,name=secrets,proto3" json:"secrets,omitempty"`
 	Configs       []*BlobRef             `protobuf:"bytes,43,rep,name=configs,proto3" json:"configs,omitempty"`
+	Restart       string                 `protobuf:"bytes,44,opt,name=restart,proto3" json:"restart,omitempty"` // policy of a task of its own
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -459,6 +460,13 @@ func (x *TaskSpec) GetConfigs() []*BlobRef {
 		return x.Configs
 	}
 	return nil
+}
+
+func (x *TaskSpec) GetRestart() string {
+	if x != nil {
+		return x.Restart
+	}
+	return ""
 }
 
 // BlobRef asks for a secret or a config in a task (spec.BlobRef).
@@ -10212,7 +10220,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x11NetworkAttachment\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x18\n" +
 	"\aaliases\x18\x02 \x03(\tR\aaliases\x12\x14\n" +
-	"\x05addrs\x18\x03 \x03(\tR\x05addrs\"\xa1\x06\n" +
+	"\x05addrs\x18\x03 \x03(\tR\x05addrs\"\xbb\x06\n" +
 	"\bTaskSpec\x12\x18\n" +
 	"\acommand\x18\x01 \x03(\tR\acommand\x12\x10\n" +
 	"\x03env\x18\x02 \x03(\tR\x03env\x12\x10\n" +
@@ -10242,7 +10250,8 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\tcontainer\x18( \x01(\v2\x13.shoal.v1.ContainerR\tcontainer\x121\n" +
 	"\tresources\x18) \x01(\v2\x13.shoal.v1.ResourcesR\tresources\x12+\n" +
 	"\asecrets\x18* \x03(\v2\x11.shoal.v1.BlobRefR\asecrets\x12+\n" +
-	"\aconfigs\x18+ \x03(\v2\x11.shoal.v1.BlobRefR\aconfigs\x1a9\n" +
+	"\aconfigs\x18+ \x03(\v2\x11.shoal.v1.BlobRefR\aconfigs\x12\x18\n" +
+	"\arestart\x18, \x01(\tR\arestart\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"}\n" +
