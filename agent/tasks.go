@@ -468,6 +468,9 @@ func (r *runner) rest(ctx context.Context) bool {
 			if r.anew(ctx) {
 				return true
 			}
+			// It is over, and what was said of its addresses is to be said again.
+			look = nil
+			r.release(ctx)
 		}
 	}
 	return false

@@ -543,6 +543,24 @@ func TestAReplicaIsStartedAgainByItsNode(t *testing.T) {
 	b.await("t1: shutdown released")
 }
 
+// TestAReplicaIsNotStartedAgain that the managers, who are back, have replaced meanwhile:
+// they hear that its addresses are free.
+func TestAReplicaIsNotStartedAgain(t *testing.T) {
+	b := newBench(t)
+	b.give(true, replica(nil))
+	b.await("start t1")
+	b.exit("t1", 1, "")
+	b.await("t1: failed exit status 1 released")
+	b.forget()
+	open := b.gate("renew t1")
+	b.deserted.Store(true)
+	b.await("renew t1")
+	b.give(true, unwantedTask(replica(nil)))
+	open()
+	b.await("t1: shutdown stopped before it started again released")
+	b.never("create t1")
+}
+
 func TestTaskUpAndDown(t *testing.T) {
 	b := newBench(t)
 	task := newTask("t1", func(t *spec.Task) { t.Spec.StopSignal, t.Spec.StopGrace = "SIGINT", 3*time.Second })

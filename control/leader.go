@@ -68,25 +68,27 @@ func (m *Manager) tells(id string) {
 
 // awaitReports waits until every node that is ready has said how its tasks are to this
 // leader, for a moment after it was elected: if all machines were started anew, what the
-// state says runs is of before.
-func (m *Manager) awaitReports(ctx context.Context) {
+// state says runs is of before. Its error is ctx's.
+func (m *Manager) awaitReports(ctx context.Context) error {
 	for {
-		live := m.cfg.Liveness()
 		m.mu.Lock()
 		over := m.leadership == nil || time.Since(m.began) > m.cfg.Tuning.FirstReports
 		told := maps.Clone(m.told)
 		m.mu.Unlock()
 		if over {
-			return
+			return nil
 		}
-		missing := false
+		missing, live := false, m.cfg.Liveness()
 		m.fsm.read(func(s *state.State) {
 			missing = slices.ContainsFunc(s.Nodes(), func(n spec.Node) bool {
 				return n.Status == spec.NodeReady && !told[n.ID] && live[n.ID] != spec.PeerDead
 			})
 		})
-		if !missing || !sleep.For(ctx, 20*time.Millisecond) {
-			return
+		if !missing {
+			return nil
+		}
+		if !sleep.For(ctx, 20*time.Millisecond) {
+			return ctx.Err()
 		}
 	}
 }

@@ -217,7 +217,9 @@ func (s *service) UpdateService(ctx context.Context, req *connect.Request[shoalv
 }
 
 func (s *service) ListServices(ctx context.Context, req *connect.Request[shoalv1.ListServicesRequest]) (*connect.Response[shoalv1.ListServicesResponse], error) {
-	s.m.awaitReports(ctx)
+	if err := s.m.awaitReports(ctx); err != nil {
+		return nil, err
+	}
 	resp := &shoalv1.ListServicesResponse{}
 	err := s.read(func(st *state.State) error {
 		ss, err := pick(req.Msg.Refs, st.Services, st.Service)
@@ -271,7 +273,9 @@ func (s *service) CreateTask(ctx context.Context, req *connect.Request[shoalv1.C
 }
 
 func (s *service) ListTasks(ctx context.Context, req *connect.Request[shoalv1.ListTasksRequest]) (*connect.Response[shoalv1.ListTasksResponse], error) {
-	s.m.awaitReports(ctx)
+	if err := s.m.awaitReports(ctx); err != nil {
+		return nil, err
+	}
 	resp := &shoalv1.ListTasksResponse{}
 	r := req.Msg
 	err := s.read(func(st *state.State) error {
