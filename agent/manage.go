@@ -40,7 +40,7 @@ func (m *member) keepManager() {
 			var lost *control.StoreLostError
 			if text := err.Error(); text != said {
 				said = text
-				if errors.As(err, &lost) && lost.New {
+				if errors.As(err, &lost) && lost.Expected() {
 					m.log.Info("manager", "waiting", err)
 				} else {
 					m.log.Error("this node can't work as a manager; trying again", "error", err)

@@ -10,7 +10,6 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
-	"os"
 	goruntime "runtime"
 	"slices"
 	"strconv"
@@ -219,7 +218,7 @@ func (m *member) stopManager() error {
 	m.mu.Lock()
 	m.sealKey = nil
 	m.mu.Unlock()
-	return errors.Join(os.RemoveAll(control.RaftDir(m.cfg.DataDir)), os.RemoveAll(control.LockPath(m.cfg.DataDir)))
+	return control.GiveUp(m.cfg.DataDir)
 }
 
 // role is this node's, which the managers may change.

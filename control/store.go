@@ -48,6 +48,8 @@ type mark struct {
 	Term      uint64 `json:"term,omitempty"`
 	LastTerm  uint64 `json:"last_term,omitempty"` // of the last entry; entries of a later term may replace it
 	LastIndex uint64 `json:"last_index,omitempty"`
+	// GivenUp: the node was made a worker, and its store removed.
+	GivenUp bool `json:"given_up,omitempty"`
 }
 
 const markFormat = 1
@@ -66,11 +68,19 @@ type StoreLostError struct {
 	// New: there is no sign that it ever was a voter, as of a node that is just
 	// being promoted.
 	New bool
+	// GivenUp: the node removed it itself when it was made a worker.
+	GivenUp bool
 }
+
+// Expected tells that nothing is wrong: the node is being made a manager.
+func (e *StoreLostError) Expected() bool { return e.New || e.GivenUp }
 
 func (e *StoreLostError) Error() string {
 	if e.New {
 		return "this node has no managers' log yet: it waits for the leader to admit it"
+	}
+	if e.GivenUp {
+		return "this node gave its managers' log up when it was made a worker: it waits for the leader to admit it anew"
 	}
 	return fmt.Sprintf("the managers' log %s of this node is lost (%s): it does not vote, and joins the managers anew as soon as a leader admits it", e.Path, e.Why)
 }
@@ -103,6 +113,17 @@ func (k mark) save(dataDir string) error {
 	return durable.WriteFile(MarkPath(dataDir), append(b, '\n'))
 }
 
+// GiveUp removes the store of a node that is a manager no more: it may never vote from it
+// again. The mark that it has voted stays, as a leader may count on it still.
+func GiveUp(dataDir string) error {
+	k, err := readMark(dataDir)
+	if k != nil && k.Store != "" {
+		k.GivenUp = true
+		err = k.save(dataDir)
+	}
+	return errors.Join(err, os.RemoveAll(RaftDir(dataDir)), os.RemoveAll(LockPath(dataDir)))
+}
+
 // store is what raft keeps on disk.
 type store struct {
 	*raftboltdb.BoltStore
@@ -133,6 +154,9 @@ func openStore(cfg ManagerConfig) (*store, error) {
 		case errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ENOTDIR):
 			if k == nil && !cfg.Voted {
 				return nil, &StoreLostError{Path: path, Why: "there is none", New: true}
+			}
+			if k != nil && k.GivenUp {
+				return nil, &StoreLostError{Path: path, Why: "given up", GivenUp: true}
 			}
 			return nil, lost("the file is gone")
 		case err != nil:

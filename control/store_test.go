@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -238,5 +239,43 @@ func TestAdmitRefusals(t *testing.T) {
 	}
 	if v := voters(t, m); !slices.Equal(v, []string{m.node.ID}) {
 		t.Errorf("voters %v", v)
+	}
+}
+
+// TestGivenUp: a store that was removed as its node became a worker is no lost one, and
+// votes no more for that.
+func TestGivenUp(t *testing.T) {
+	dir := t.TempDir()
+	cfg := ManagerConfig{Node: spec.Node{ID: "n1"}, DataDir: dir}
+	if err := GiveUp(dir); err != nil {
+		t.Errorf("of one that never was a manager: %v", err)
+	}
+	var lost *StoreLostError
+	if _, err := openStore(cfg); !errors.As(err, &lost) || !lost.New {
+		t.Errorf("then: %v", err)
+	}
+	k := mark{Node: "n1", Store: "s1", Term: 3}
+	if err := errors.Join(k.save(dir), os.MkdirAll(RaftDir(dir), 0o700), os.WriteFile(filepath.Join(RaftDir(dir), "log.db"), []byte("x"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.RemoveAll(RaftDir(dir)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := openStore(cfg); !errors.As(err, &lost) || lost.Expected() {
+		t.Errorf("of one that is lost: %v", err)
+	}
+	if err := GiveUp(dir); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := openStore(cfg); !errors.As(err, &lost) || !lost.Expected() || lost.New || !strings.Contains(err.Error(), "gave its managers' log up") {
+		t.Errorf("of one that was given up: %v", err)
+	}
+	if got, err := readMark(dir); err != nil || got == nil || got.Store != "s1" || got.Term != 3 || !got.GivenUp {
+		t.Errorf("its mark: %+v, %v", got, err)
+	}
+	cfg.Fresh = false
+	cfg.Voted = true
+	if _, err := openStore(cfg); !errors.As(err, &lost) || !lost.GivenUp {
+		t.Errorf("known to have voted: %v", err)
 	}
 }

@@ -2,6 +2,7 @@ package integration
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -214,6 +215,18 @@ func TestPromoteVotes(t *testing.T) {
 	s.ok("node1", "shoal node demote node4")
 	if out := s.ok("node1", "shoal node promote node2 node3"); out != "node2\nnode3" {
 		t.Errorf("promote prints %q", out)
+	}
+	// There and back is nothing that a person must act on.
+	s.ok("node1", "shoal node demote node3")
+	s.eventually(slow(20*time.Second), func() error {
+		if _, err := os.Stat(filepath.Join(s.dataDir("node3"), "raft")); !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("node3 has its managers' log still: %v", err)
+		}
+		return nil
+	})
+	s.ok("node1", "shoal node promote node3")
+	if b, err := os.ReadFile(filepath.Join(filepath.Dir(s.dataDir("node3")), "agent.log")); err != nil || strings.Contains(string(b), "level=ERROR") || !strings.Contains(string(b), "gave its managers' log up") {
+		t.Errorf("the log of node3: %v\n%s", err, b)
 	}
 	if err := s.KillAgent("node1"); err != nil {
 		t.Fatal(err)
