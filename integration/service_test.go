@@ -85,6 +85,7 @@ func TestFirstLight(t *testing.T) {
 }
 
 func TestNoBackendIsRefusedAtOnce(t *testing.T) {
+	onlyNative(t) // vip's and ingress' suites have it in the VM
 	s := shared(t)
 	s.ok("node1", "shoal net create app")
 	s.whoami("web", 2, "--network app")
@@ -265,6 +266,8 @@ func TestLogsAreKept(t *testing.T) {
 // TestANodeDiesAndComesBack: its replicas are replaced, nothing is sent to them
 // any more, and when it is back nothing of them runs there.
 func TestANodeDiesAndComesBack(t *testing.T) {
+	onlyNative(t) // in the VM it takes 88 to 208 s of the package's nine minutes
+	t.Parallel()
 	s := own(t, "itnode", labOptions())
 	s.ok("node1", "shoal net create app")
 	s.whoami("web", 3, "--network app")

@@ -14,7 +14,7 @@ import (
 // meanwhile: by virtual IP and by published port, on connections of their own and on
 // ones that are kept.
 func TestNoRequestIsLost(t *testing.T) {
-	onlyNative(t) // TestUpdatePolicies is for the VM
+	onlyNative(t)
 	t.Parallel()
 	s := own(t, "zero", lab.Options{Nodes: 4, Managers: 3})
 	s.ok("node1", "shoal net create app")
