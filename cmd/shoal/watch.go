@@ -329,33 +329,20 @@ type dropRow struct {
 
 // showDrops asks the ready nodes, and names those that don't answer.
 func (c *cli) showDrops(ctx context.Context) error {
-	nodes, _, err := c.nodes(ctx)
-	if err != nil {
-		return err
-	}
 	rows := []dropRow{}
 	var errs []error
-	for _, n := range nodes {
-		if n.Status != spec.NodeReady {
-			continue
-		}
-		req := connect.NewRequest(&shoalv1.StatsRequest{Drops: true})
-		req.Header().Set(agent.NodeHeader, n.Id)
-		nctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-		resp, err := c.node().Stats(nctx, req)
-		cancel()
+	err := askReady(ctx, c, &shoalv1.StatsRequest{Drops: true}, c.node().Stats, func(node string, resp *shoalv1.StatsResponse, err error) {
 		if err != nil {
-			if ctx.Err() != nil {
-				return err
-			}
-			errs = append(errs, fmt.Errorf("node %s: %s", n.Name, client.Message(err)))
-			continue
+			errs = append(errs, fmt.Errorf("node %s: %s", node, client.Message(err)))
 		}
-		for _, d := range resp.Msg.Drops {
+		for _, d := range resp.GetDrops() {
 			if d.Packets > 0 || c.output == "wide" {
-				rows = append(rows, dropRow{n.Name, d.Network, d.Reason, d.Packets, d.Bytes})
+				rows = append(rows, dropRow{node, d.Network, d.Reason, d.Packets, d.Bytes})
 			}
 		}
+	})
+	if err != nil {
+		return err
 	}
 	if c.output == "json" {
 		err = c.json(rows)
@@ -441,31 +428,45 @@ func size(n float64) string {
 	return fmt.Sprintf("%.1f%s", n, units[i])
 }
 
-// kernel asks every live node what its kernel holds of a service.
-func (c *cli) kernel(ctx context.Context, service string, nets names) ([]nodeKernel, error) {
+// askReady asks every node that is ready one thing, 5 s each at most, and passes on, by
+// the node's name, what it answered or why it did not. Its error is that of the list of
+// nodes, or of a ctx that has ended.
+func askReady[Q, A any](ctx context.Context, c *cli, msg *Q, ask func(context.Context, *connect.Request[Q]) (*connect.Response[A], error), took func(node string, answer *A, err error)) error {
 	nodes, _, err := c.nodes(ctx)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	out := []nodeKernel{}
 	for _, n := range nodes {
 		if n.Status != spec.NodeReady {
 			continue
 		}
-		req := connect.NewRequest(&shoalv1.KernelRequest{Service: service})
+		req := connect.NewRequest(msg)
 		req.Header().Set(agent.NodeHeader, n.Id)
 		nctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-		resp, err := c.node().Kernel(nctx, req)
+		resp, err := ask(nctx, req)
 		cancel()
-		if err != nil {
-			if ctx.Err() != nil {
-				return nil, err
-			}
-			out = append(out, nodeKernel{Node: n.Name, Error: client.Message(err)})
-			continue
+		switch {
+		case err == nil:
+			took(n.Name, resp.Msg, nil)
+		case ctx.Err() != nil:
+			return err
+		default:
+			took(n.Name, nil, err)
 		}
-		k := nodeKernel{Node: n.Name, DataPath: resp.Msg.DataPath, VIPs: []kernelVIP{}}
-		for _, s := range resp.Msg.Servers {
+	}
+	return nil
+}
+
+// kernel asks every live node what its kernel holds of a service.
+func (c *cli) kernel(ctx context.Context, service string, nets names) ([]nodeKernel, error) {
+	out := []nodeKernel{}
+	err := askReady(ctx, c, &shoalv1.KernelRequest{Service: service}, c.node().Kernel, func(node string, resp *shoalv1.KernelResponse, err error) {
+		if err != nil {
+			out = append(out, nodeKernel{Node: node, Error: client.Message(err)})
+			return
+		}
+		k := nodeKernel{Node: node, DataPath: resp.DataPath, VIPs: []kernelVIP{}}
+		for _, s := range resp.Servers {
 			v := kernelVIP{Network: s.Network, NetworkName: nets.Of(s.Network), VIP: s.Vip, Open: s.Open, Backends: []kernelBackend{}}
 			for _, b := range s.Backends {
 				v.Backends = append(v.Backends, kernelBackend{b.Addr, int(b.Weight)})
@@ -473,8 +474,8 @@ func (c *cli) kernel(ctx context.Context, service string, nets names) ([]nodeKer
 			k.VIPs = append(k.VIPs, v)
 		}
 		out = append(out, k)
-	}
-	return out, nil
+	})
+	return out, err
 }
 
 // nodeKernel is what one node's kernel holds, read when it was asked for.
