@@ -127,24 +127,16 @@ func listeningByDiag(all bool) (Sockets, error) {
 	return out, nil
 }
 
-// diagSource reads the local address of a struct inet_diag_msg: family, state,
-// timer and retransmissions take an octet each, two ports two each.
-func diagSource(msg []byte) netip.AddrPort {
-	const port, at = 4, 8
-	if len(msg) < at+16 {
-		return netip.AddrPort{}
-	}
-	n := 16
-	if msg[0] == unix.AF_INET {
-		n = 4
-	}
-	a, _ := netip.AddrFromSlice(msg[at : at+n])
-	return netip.AddrPortFrom(a, binary.BigEndian.Uint16(msg[port:]))
-}
+// Where a struct inet_diag_msg has what: family, state, timer and retransmissions take
+// an octet each, two ports two each.
+const (
+	diagSourcePort = 4
+	diagSourceAddr = 8
+	diagRemoteAddr = 24
+)
 
-// diagRemote reads the remote address of a struct inet_diag_msg.
-func diagRemote(msg []byte) netip.Addr {
-	const at = 24
+// diagAddr reads one of the addresses of a struct inet_diag_msg.
+func diagAddr(msg []byte, at int) netip.Addr {
 	if len(msg) < at+16 {
 		return netip.Addr{}
 	}
@@ -154,6 +146,15 @@ func diagRemote(msg []byte) netip.Addr {
 	}
 	a, _ := netip.AddrFromSlice(msg[at : at+n])
 	return a
+}
+
+// diagSource reads the local address of a struct inet_diag_msg.
+func diagSource(msg []byte) netip.AddrPort {
+	a := diagAddr(msg, diagSourceAddr)
+	if !a.IsValid() {
+		return netip.AddrPort{}
+	}
+	return netip.AddrPortFrom(a, binary.BigEndian.Uint16(msg[diagSourcePort:]))
 }
 
 // sizeofSockID is that of struct inet_diag_sockid, which follows the first four octets
@@ -171,7 +172,7 @@ func ResetTCP(addrs []netip.Addr) (n int, err error) {
 			req := vnl.NewNetlinkRequest(vnl.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP)
 			req.AddData(diagRequest{family: family, protocol: unix.IPPROTO_TCP, states: connected})
 			err = req.ExecuteIter(unix.NETLINK_INET_DIAG, vnl.SOCK_DIAG_BY_FAMILY, func(msg []byte) bool {
-				from, to := diagSource(msg).Addr(), diagRemote(msg)
+				from, to := diagAddr(msg, diagSourceAddr), diagAddr(msg, diagRemoteAddr)
 				if len(msg) >= 4+sizeofSockID && (slices.Contains(addrs, from.Unmap()) || slices.Contains(addrs, to.Unmap())) {
 					ids = append(ids, slices.Clone(msg[4:4+sizeofSockID]))
 				}
