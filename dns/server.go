@@ -119,7 +119,7 @@ func (s *Server) Serve(ctx context.Context, asker func() *Asker, pc net.PacketCo
 	defer give()
 	ctx, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
-	who := new(asking)
+	who := &asking{asker}
 	defer wg.Wait()
 	defer cancel()
 	// At the end no further question is taken out of the socket, where the next server
@@ -140,8 +140,8 @@ func (s *Server) Serve(ctx context.Context, asker func() *Asker, pc net.PacketCo
 	case <-ctx.Done():
 		return nil
 	}
-	wg.Go(func() { s.serveTCP(ctx, who, asker, ln) })
-	return s.serveUDP(ctx, fctx, &wg, who, asker, udp)
+	wg.Go(func() { s.serveTCP(ctx, who, ln) })
+	return s.serveUDP(ctx, fctx, &wg, who, udp)
 }
 
 // lastAnswers is for how long the end of a server waits for other name servers' answers
@@ -149,7 +149,7 @@ func (s *Server) Serve(ctx context.Context, asker func() *Asker, pc net.PacketCo
 const lastAnswers = 500 * time.Millisecond
 
 // serveUDP takes questions until ctx ends; those that are forwarded go on until fctx does.
-func (s *Server) serveUDP(ctx, fctx context.Context, wg *sync.WaitGroup, who *asking, asker func() *Asker, udp *net.UDPConn) error {
+func (s *Server) serveUDP(ctx, fctx context.Context, wg *sync.WaitGroup, who *asking, udp *net.UDPConn) error {
 	in := make([]byte, 65535)
 	out := make([]byte, maxUDP)
 	var quick scratch
@@ -167,7 +167,7 @@ func (s *Server) serveUDP(ctx, fctx context.Context, wg *sync.WaitGroup, who *as
 			continue
 		}
 		start := time.Now()
-		if b := s.zone.Load().quick(asker(), in[:n], &quick); b != nil {
+		if b := s.zone.Load().quick(who.asker(), in[:n], &quick); b != nil {
 			_, _ = udp.WriteToUDPAddrPort(b, from)
 			s.metrics.quick(in[:n], b, start)
 			continue
@@ -178,7 +178,7 @@ func (s *Server) serveUDP(ctx, fctx context.Context, wg *sync.WaitGroup, who *as
 			continue
 		}
 		size := udpSize(req)
-		resp, up := s.answer(asker(), req, rcode)
+		resp, up := s.answer(who.asker(), req, rcode)
 		if up == nil {
 			if b := pack(resp, size, out); b != nil {
 				_, _ = udp.WriteToUDPAddrPort(b, from)
@@ -211,7 +211,7 @@ func (s *Server) serveUDP(ctx, fctx context.Context, wg *sync.WaitGroup, who *as
 	}
 }
 
-func (s *Server) serveTCP(ctx context.Context, who *asking, asker func() *Asker, ln net.Listener) {
+func (s *Server) serveTCP(ctx context.Context, who *asking, ln net.Listener) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	var open clients
@@ -235,7 +235,7 @@ func (s *Server) serveTCP(ctx context.Context, who *asking, asker func() *Asker,
 		}
 		wg.Go(func() {
 			defer open.remove(cl)
-			s.serveConn(ctx, who, asker, cl)
+			s.serveConn(ctx, who, cl)
 		})
 	}
 }
@@ -287,7 +287,7 @@ func (cs *clients) remove(c *client) {
 
 // serveConn answers the questions of one TCP connection, in the order that
 // answers are known (RFC 7766 section 7).
-func (s *Server) serveConn(ctx context.Context, who *asking, asker func() *Asker, c *client) {
+func (s *Server) serveConn(ctx context.Context, who *asking, c *client) {
 	var wg sync.WaitGroup
 	defer c.Close()
 	defer wg.Wait()
@@ -334,7 +334,7 @@ func (s *Server) serveConn(ctx context.Context, who *asking, asker func() *Asker
 			s.metrics.dropped.Inc()
 			break
 		}
-		resp, up := s.answer(asker(), req, rcode)
+		resp, up := s.answer(who.asker(), req, rcode)
 		if up == nil {
 			write(resp)
 			s.metrics.replied(resp, fromCluster, start)

@@ -15,8 +15,8 @@ type turns struct {
 	of   map[*asking]*queue
 }
 
-// asking is who asks: the server of one task.
-type asking struct{ _ byte } // not empty: its address is its identity
+// asking is who asks: the server of one task. Its address is its identity.
+type asking struct{ asker func() *Asker }
 
 // queue is what waits of one task, the oldest first.
 type queue struct {
