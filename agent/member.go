@@ -473,8 +473,7 @@ func (m *member) compose() {
 	if assigned != nil {
 		nodes = assigned.Nodes
 	}
-	wires := overlay.Desired(v)
-	var gone map[string][]netip.Addr
+	wires, was := overlay.Desired(v), m.view.Load()
 	// Set under the progress lock, so that no pass is noted before the
 	// generation it belongs to.
 	m.progress.update(func(p *progress) {
@@ -486,7 +485,6 @@ func (m *member) compose() {
 			shown, n = hold(v, p.routed)
 			p.held = n > 0
 		}
-		gone = vipsGone(m.view.Load(), shown)
 		m.view.Store(shown)
 		// Questions wait in their sockets for the first complete View: of names that
 		// are not known yet an agent that starts would say that they don't exist.
@@ -508,7 +506,7 @@ func (m *member) compose() {
 		p.composed, p.want = ticket, gens
 		p.pending = append(p.pending, appliedRev{snap.Rev, gens})
 	})
-	if len(gone) > 0 {
+	if gone := vipsGone(was, m.view.Load()); len(gone) > 0 {
 		m.wg.Go(func() { m.hangUp(gone) })
 	}
 }
@@ -518,28 +516,20 @@ func vipsGone(was, is *spec.View) map[string][]netip.Addr {
 	if was == nil || !is.Complete {
 		return nil
 	}
-	type vip struct {
-		network string
-		addr    netip.Addr
+	// Each View is looked at, and few have lost any: another service is asked for only
+	// of what its own does not have.
+	has := func(s spec.Service, network string, a netip.Addr) bool {
+		return slices.ContainsFunc(s.VIPs, func(v spec.VIPs) bool { return v.Network == network && slices.Contains(v.Addrs, a) })
 	}
-	have := map[vip]bool{}
-	for _, s := range is.Services {
-		for _, v := range s.VIPs {
-			for _, a := range v.Addrs {
-				have[vip{v.Network, a}] = true
-			}
-		}
-	}
-	var out map[string][]netip.Addr
+	out := map[string][]netip.Addr{}
 	for _, s := range was.Services {
+		i, there := slices.BinarySearchFunc(is.Services, s.ID, func(s spec.Service, id string) int { return strings.Compare(s.ID, id) })
 		for _, v := range s.VIPs {
 			for _, a := range v.Addrs {
-				if !have[vip{v.Network, a}] {
-					if out == nil {
-						out = map[string][]netip.Addr{}
-					}
-					out[v.Network] = append(out[v.Network], a)
+				if there && has(is.Services[i], v.Network, a) || slices.ContainsFunc(is.Services, func(s spec.Service) bool { return has(s, v.Network, a) }) {
+					continue
 				}
+				out[v.Network] = append(out[v.Network], a)
 			}
 		}
 	}
