@@ -303,11 +303,11 @@ func (p pretty) line(depth int, key string, v any) {
 
 func (p pretty) head(key string) { fmt.Fprintln(p.w, key+":") }
 
-func (p pretty) labels(l map[string]string) {
+func (p pretty) labels(head string, l map[string]string) {
 	if len(l) == 0 {
 		return
 	}
-	p.head("Labels")
+	p.head(head)
 	for _, k := range slices.Sorted(maps.Keys(l)) {
 		fmt.Fprintf(p.w, " %s=%s\n", k, spec.Raw(l[k]))
 	}
@@ -334,7 +334,7 @@ func prettyService(w io.Writer, s *shoalv1.Service, nets names) error {
 	p, t := pretty{w}, v.Spec.Task
 	p.line(0, "ID", v.ID)
 	p.line(0, "Name", v.Spec.Name)
-	p.labels(v.Spec.Labels)
+	p.labels("Labels", v.Spec.Labels)
 	switch {
 	case v.Spec.Job():
 		p.line(0, "Service Mode", map[bool]string{true: "GlobalJob", false: "ReplicatedJob"}[v.Spec.Global()])
@@ -440,7 +440,7 @@ func prettyNode(w io.Writer, n *shoalv1.NodeInfo) error {
 	}
 	p := pretty{w}
 	p.line(0, "ID", v.ID)
-	p.labels(v.Labels)
+	p.labels("Labels", v.Labels)
 	p.line(0, "Hostname", v.Name)
 	p.line(0, "Joined at", createdAt(v.Created))
 	p.head("Status")
@@ -465,12 +465,7 @@ func prettyNode(w io.Writer, n *shoalv1.NodeInfo) error {
 		p.line(1, "Memory", fmt.Sprintf("%.4gGiB", float64(v.Memory)/(1<<30)))
 	}
 	p.line(0, "Engine Version", v.Build)
-	if len(v.EngineLabels) > 0 {
-		p.head("Engine Labels")
-		for _, k := range slices.Sorted(maps.Keys(v.EngineLabels)) {
-			p.line(1, k, v.EngineLabels[k])
-		}
-	}
+	p.labels("Engine Labels", v.EngineLabels)
 	p.line(0, "Data Path", v.DataPath)
 	return nil
 }
