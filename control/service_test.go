@@ -414,10 +414,7 @@ func TestProposeWhenFreeIsBounded(t *testing.T) {
 // the services on these, and of nothing else; of each change; and of the end of
 // its membership.
 func TestAssignmentStream(t *testing.T) {
-	n := newCluster(t, 1)[0]
-	w := newNode(t, "worker", spec.RoleWorker)
-	w.start()
-	join(t, n, w)
+	n, w := withWorker(t)
 	w.sees = []string{n.addr()}
 	for _, name := range []string{"mine", "theirs"} {
 		if err := createNetwork(n, name); err != nil {
@@ -647,12 +644,18 @@ func TestEventLogForgets(t *testing.T) {
 	}
 }
 
-// TestReportsKeepNodesReady: silence makes a node down, its next report ready.
-func TestReportsKeepNodesReady(t *testing.T) {
-	n := newCluster(t, 1)[0]
-	w := newNode(t, "worker", spec.RoleWorker)
+// withWorker is a cluster of one manager and a worker.
+func withWorker(t *testing.T) (n, w *simNode) {
+	n = newCluster(t, 1)[0]
+	w = newNode(t, "worker", spec.RoleWorker)
 	w.start()
 	join(t, n, w)
+	return n, w
+}
+
+// TestReportsKeepNodesReady: silence makes a node down, its next report ready.
+func TestReportsKeepNodesReady(t *testing.T) {
+	n, w := withWorker(t)
 	n.stop()
 	n.tune.DownRegardless = time.Second
 	n.start()
@@ -689,10 +692,7 @@ func TestReportsKeepNodesReady(t *testing.T) {
 // TestWhatRanBeforeIsNotSaidToRun: after everything was started anew a leader knows how
 // tasks are only when every node that is ready has said so.
 func TestWhatRanBeforeIsNotSaidToRun(t *testing.T) {
-	n := newCluster(t, 1)[0]
-	w := newNode(t, "worker", spec.RoleWorker)
-	w.start()
-	join(t, n, w)
+	n, w := withWorker(t)
 	if err := createNetwork(n, "app"); err != nil {
 		t.Fatal(err)
 	}
@@ -751,10 +751,7 @@ func TestWhatRanBeforeIsNotSaidToRun(t *testing.T) {
 // TestServiceIsBehindUntilNodesFollow: a node that a change concerns is waited
 // for until it says so, and one that is down is not.
 func TestServiceIsBehindUntilNodesFollow(t *testing.T) {
-	n := newCluster(t, 1)[0]
-	w := newNode(t, "worker", spec.RoleWorker)
-	w.start()
-	join(t, n, w)
+	n, w := withWorker(t)
 	if err := createNetwork(n, "app"); err != nil {
 		t.Fatal(err)
 	}
@@ -800,10 +797,7 @@ func TestServiceIsBehindUntilNodesFollow(t *testing.T) {
 // TestFaults: what a node says it can't do is shown with what it can't do it for,
 // until the node says otherwise or is down.
 func TestFaults(t *testing.T) {
-	n := newCluster(t, 1)[0]
-	w := newNode(t, "worker", spec.RoleWorker)
-	w.start()
-	join(t, n, w)
+	n, w := withWorker(t)
 	n.createService(svc("other", 0))
 	id := n.createService(svc("web", 0)).Id
 	says := func(fs ...*shoalv1.ReportRequest_Fault) {
