@@ -613,20 +613,24 @@ func TestPartition(t *testing.T) {
 	})
 }
 
+// leader is the name of the managers' leader.
+func (s site) leader() string {
+	s.Helper()
+	for l := range strings.Lines(s.ok("node1", "shoal node ls --format '{{.Name}} {{.Role}}'")) {
+		if f := strings.Fields(l); len(f) > 1 && strings.EqualFold(f[1], "leader") {
+			return f[0]
+		}
+	}
+	s.Fatalf("no leader: %s", s.ok("node1", "shoal node ls"))
+	return ""
+}
+
 func TestALeaderDies(t *testing.T) {
 	onlyNative(t)
 	t.Parallel()
 	s := own(t, "itlead", labOptions())
 	s.whoami("web", 2, "")
-	leader := ""
-	for l := range strings.Lines(s.ok("node1", "shoal node ls --format '{{.Name}} {{.Role}}'")) {
-		if f := strings.Fields(l); len(f) > 1 && strings.EqualFold(f[1], "leader") {
-			leader = f[0]
-		}
-	}
-	if leader == "" {
-		t.Fatalf("no leader: %s", s.ok("node1", "shoal node ls"))
-	}
+	leader := s.leader()
 	if err := s.Kill(t.Context(), leader); err != nil {
 		t.Fatal(err)
 	}

@@ -57,8 +57,7 @@ func TestNoRequestIsLost(t *testing.T) {
 	step("shoal svc rebalance web")
 	s.awaitRunning("web", 3)
 
-	leader := s.ok("node1", "shoal node ls -f role=manager --format '{{if eq .Role \"leader\"}}{{.Name}}{{end}}'")
-	leader = strings.TrimSpace(leader)
+	leader := s.leader()
 	steps = append(steps, time.Now().UTC().Format("15:04:05.000")+": the agent of leader "+leader+" dies")
 	if err := s.KillAgent(leader); err != nil {
 		t.Fatal(err)
