@@ -49,7 +49,7 @@ var dockerWords = []struct{ docker, instead string }{
 	{"container prune", "'shoal ps -a --filter status=exited -q' lists what has ended, 'shoal rm TASK...' removes it"},
 	{"prune", "'shoal ps -a --filter status=exited -q' lists what has ended, 'shoal rm TASK...' removes it"},
 	{"create", "'shoal run -d' makes a task and starts it, 'shoal svc create' makes a service"},
-	{"start", "a task runs once: start another with 'shoal run', or keep one running with 'shoal svc create'"},
+	{"start", "what was stopped is not started again (but see 'shoal run --restart'): start another with 'shoal run', or keep one running with 'shoal svc create'"},
 	{"restart", "what was stopped is not started again (but see 'shoal run --restart'): 'shoal rm -f TASK' and 'shoal run' make a new one; replicas of a service are replaced by 'shoal svc update'"},
 	{"pause", "use 'shoal kill -s STOP TASK', of a task of one process"},
 	{"unpause", "use 'shoal kill -s CONT TASK'"},
