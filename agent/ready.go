@@ -92,7 +92,7 @@ func (r *runner) judge(fn func(*fitness)) {
 //
 // A replica that listens is said to run once every node's balancer has it: what
 // waits for that, a person or an update about to stop another, may count on it.
-func (r *runner) tell(ctx context.Context, pid int) {
+func (r *runner) tell(ctx context.Context, st runtime.Status) {
 	r.mu.Lock()
 	f := r.fit
 	why := cmp.Or(f.ill, f.deaf)
@@ -122,6 +122,9 @@ func (r *runner) tell(ctx context.Context, pid int) {
 			state = spec.TaskStarting
 		}
 	}
+	if st.Note != "" {
+		why = strings.TrimPrefix(why+"; "+st.Note, "; ")
+	}
 	listened := r.status.Listened || f.heard
 	moved := r.endpoint == nil || *r.endpoint != ep
 	same := !moved && r.status.State == state && r.status.Message == why && r.status.Listened == listened
@@ -131,7 +134,7 @@ func (r *runner) tell(ctx context.Context, pid int) {
 	}
 	r.set(func() {
 		r.endpoint = &ep
-		r.status.PID = pid
+		r.status.PID = st.PID
 	})
 	if moved && ep == spec.EndpointActive {
 		if err := r.whileWanted(ctx, takeTimeout, r.plumbing.settled); err != nil && r.unwanted() == "" && ctx.Err() == nil {

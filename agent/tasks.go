@@ -842,7 +842,7 @@ func (r *runner) watch(ctx context.Context) error {
 		if !r.detach(ctx) || !r.rewire(ctx) {
 			continue
 		}
-		r.tell(ctx, st.PID)
+		r.tell(ctx, st)
 		select {
 		case <-ctx.Done():
 			return nil

@@ -72,12 +72,15 @@ const (
 
 // Status of a task.
 type Status struct {
-	ID        string    `json:"id"`
-	Name      string    `json:"name"`
-	State     State     `json:"state"`
-	PID       int       `json:"pid,omitempty"`       // of the program, as the host numbers it
-	ExitCode  int       `json:"exit_code,omitempty"` // 128+N after signal N
-	Err       string    `json:"err,omitempty"`       // why it ended, when that is not its exit status
+	ID       string `json:"id"`
+	Name     string `json:"name"`
+	State    State  `json:"state"`
+	PID      int    `json:"pid,omitempty"`       // of the program, as the host numbers it
+	ExitCode int    `json:"exit_code,omitempty"` // 128+N after signal N
+	Err      string `json:"err,omitempty"`       // why it ended, when that is not its exit status
+	// Note is what a person should know of a task for as long as it lasts: that its output
+	// can't be kept.
+	Note      string    `json:"note,omitempty"`
 	StartedAt time.Time `json:"started_at,omitzero"`
 	// Booted is how long the machine had been up then (CLOCK_BOOTTIME, clock_gettime(2)),
 	// 0 where that is not known. The clock of StartedAt may have been set since.

@@ -14,9 +14,11 @@ const maxPending = 64 << 10
 
 // logWriter keeps a task's output. It is the shim's. A disk that refuses it ends
 // nothing: lines that can't be kept are counted, and as soon as the disk takes one
-// again the count is told in their place.
+// again, which is tried with the next lines and each second, the count is told in their
+// place.
 type logWriter struct {
 	path string
+	tell func(error) // why lines are being lost, nil: they are kept again
 	mu   sync.Mutex
 	f    *os.File // nil: it can't be opened now
 	buf  []byte   // whole lines, not written yet
@@ -27,8 +29,13 @@ type logWriter struct {
 	why         error
 }
 
-func newLogWriter(path string) (*logWriter, error) {
-	l := &logWriter{path: path}
+// logRetry is how often the disk is asked whether it takes output again.
+const logRetry = time.Second
+
+// newLogWriter opens the file. tell is called when lines begin to be lost, and when that
+// is over; the writer is locked meanwhile.
+func newLogWriter(path string, tell func(error)) (*logWriter, error) {
+	l := &logWriter{path: path, tell: tell}
 	return l, l.open()
 }
 
@@ -71,15 +78,32 @@ func (l *logWriter) write(stderr bool, line []byte, flush bool) {
 
 // put writes what waits. l.mu is held.
 func (l *logWriter) put() {
-	if len(l.buf) == 0 {
+	if len(l.buf) == 0 && l.lost == 0 {
 		return
 	}
-	err := l.try()
-	if err != nil {
+	err, losing := l.try(), l.lost > 0
+	switch {
+	case err == nil && losing:
+		l.lost, l.why = 0, nil
+		l.tell(nil)
+	case err != nil:
 		l.lost += l.lines
 		l.why = err
+		if !losing {
+			l.tell(cause(err))
+			time.AfterFunc(logRetry, l.again)
+		}
 	}
 	l.buf, l.lines = l.buf[:0], 0
+}
+
+// again asks the disk for as long as it takes nothing.
+func (l *logWriter) again() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.put(); l.lost > 0 {
+		time.AfterFunc(logRetry, l.again)
+	}
 }
 
 func (l *logWriter) try() error {
@@ -101,7 +125,6 @@ func (l *logWriter) try() error {
 	n, err := l.f.Write(out)
 	if err == nil {
 		l.size += int64(n)
-		l.lost, l.why = 0, nil
 		return nil
 	}
 	// Part of it is no use: the reader takes whole lines.

@@ -2,11 +2,13 @@ package process
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -27,7 +29,8 @@ func TestOutputOutlivesAFullDisk(t *testing.T) {
 		}
 	}()
 	path := filepath.Join(dir, logFile)
-	l, err := newLogWriter(path)
+	told := make(chan error, 10)
+	l, err := newLogWriter(path, func(err error) { told <- err })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -47,13 +50,27 @@ func TestOutputOutlivesAFullDisk(t *testing.T) {
 			l.write(i%2 == 0, bytes.Repeat([]byte("x"), 5000), i%3 == 0)
 		}
 		l.flush()
-		if l.lost == 0 {
-			t.Fatal("the disk was not full")
-		}
 		if err := os.Remove(fill); err != nil {
 			t.Fatal(err)
 		}
-		l.write(false, fmt.Appendf(nil, "after %d", round), true)
+		if err := <-told; !errors.Is(err, unix.ENOSPC) {
+			t.Fatalf("told %v, want that the disk is full", err)
+		}
+		if round > 0 {
+			l.write(false, fmt.Appendf(nil, "after %d", round), true)
+		}
+		// Where nothing more is written, the loss is told all the same.
+		select {
+		case err := <-told:
+			if err != nil {
+				t.Fatal(err)
+			}
+		case <-time.After(20 * time.Second):
+			t.Fatal("it is not told that the output is kept again")
+		}
+		if round == 0 {
+			l.write(false, fmt.Appendf(nil, "after %d", round), true)
+		}
 		want++
 	}
 	b, err := os.ReadFile(path)

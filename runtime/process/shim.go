@@ -143,7 +143,7 @@ func shimMain(args []string) int {
 		}
 		port = uint16(s.udp.LocalAddr().(*net.UDPAddr).Port)
 	}
-	if s.log, err = newLogWriter(filepath.Join(s.dir, logFile)); err != nil {
+	if s.log, err = newLogWriter(filepath.Join(s.dir, logFile), s.losing); err != nil {
 		return fail(err)
 	}
 	s.status = runtime.Status{ID: s.task.ID, Name: s.task.Name, State: runtime.Created, Sandbox: runtime.Sandbox{Netns: s.task.Netns, DNSPort: port}}
@@ -298,6 +298,15 @@ func (s *shim) set(fn func(*runtime.Status)) {
 	s.mu.Unlock()
 }
 
+// losing notes why output is being lost, nil: it is kept again.
+func (s *shim) losing(why error) {
+	s.set(func(st *runtime.Status) {
+		if st.Note = ""; why != nil {
+			st.Note = "its output is being lost: " + why.Error()
+		}
+	})
+}
+
 // start runs the program. The thread that forks must live as long as the child:
 // a parent-death signal is about the thread (prctl(2), PR_SET_PDEATHSIG), so
 // one goroutine keeps it from fork to wait.
@@ -441,7 +450,7 @@ func (s *shim) finish(logs *sync.WaitGroup, code int, startErr string) {
 	if startErr == "" {
 		startErr = outOfMemory(s.cgroup, code)
 	}
-	final.State, final.PID, final.ExitCode, final.ExitedAt, final.Err = runtime.Exited, 0, code, time.Now(), startErr
+	final.State, final.PID, final.ExitCode, final.ExitedAt, final.Err, final.Note = runtime.Exited, 0, code, time.Now(), startErr, ""
 	if err := writeJSON(filepath.Join(s.dir, exitFile), final); err != nil {
 		final.Err = strings.TrimPrefix(final.Err+"; exit status could not be kept: "+err.Error(), "; ")
 	}
