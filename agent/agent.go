@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/user"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -126,7 +127,7 @@ type Config struct {
 type Agent struct {
 	cfg     Config
 	log     *slog.Logger
-	lock    *os.File
+	lock    *dirLock
 	evict   chan string
 	metrics *metrics
 
@@ -263,6 +264,9 @@ func (a *Agent) Run(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+	}
+	if names := a.strays(ctx); len(names) > 0 {
+		a.log.Error(straysMessage(names), "hint", straysHint)
 	}
 	for {
 		select {
@@ -857,17 +861,13 @@ func (a *Agent) leave(ctx context.Context, force bool) error {
 	defer a.mu.Unlock()
 	m := a.current()
 	if m == nil {
-		if a.ident.Cluster.ID == "" {
-			return errNoCluster
+		if a.ident.Cluster.ID == "" && !force {
+			return a.noMember()
 		}
+		// With force what a lost data directory told of is cleared away, too.
 		sctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*spec.DefaultStopGrace)
 		defer cancel()
-		left, err := a.cfg.Runtime.List(sctx)
-		errs := []error{err}
-		for _, t := range left {
-			errs = append(errs, a.cfg.Runtime.Remove(sctx, t.ID))
-		}
-		return errors.Join(append(errs, a.forget())...)
+		return errors.Join(a.removeTasks(sctx), a.forget())
 	}
 	// The managers first: they must agree, and then give this node nothing new.
 	if err := m.depart(ctx, force); err != nil && !force {
@@ -887,13 +887,54 @@ func (a *Agent) leave(ctx context.Context, force bool) error {
 	a.setMember(nil)
 	m.stop()
 	// What a runner could not stop in time.
-	left, err := a.cfg.Runtime.List(sctx)
-	errs = append(errs, err)
-	for _, t := range left {
-		errs = append(errs, a.cfg.Runtime.Remove(sctx, t.ID))
-	}
-	errs = append(errs, a.forget())
+	errs = append(errs, a.removeTasks(sctx), a.forget())
 	return errors.Join(errs...)
+}
+
+// removeTasks ends all that the runtime has.
+func (a *Agent) removeTasks(ctx context.Context) error {
+	left, err := a.cfg.Runtime.List(ctx)
+	errs := []error{err}
+	for _, t := range left {
+		errs = append(errs, a.cfg.Runtime.Remove(ctx, t.ID))
+	}
+	return errors.Join(errs...)
+}
+
+// strays are the tasks that run here though the node is in no cluster, those of one that
+// a lost data directory told of: no manager knows of them, and nothing leads to them.
+func (a *Agent) strays(ctx context.Context) (names []string) {
+	if !a.mu.TryLock() {
+		return nil // it is about to enter a cluster, or leaves one
+	}
+	defer a.mu.Unlock()
+	if a.current() != nil || !errors.Is(a.noMember(), errNoCluster) || a.identity().Cluster.ID != "" {
+		return nil
+	}
+	have, err := a.cfg.Runtime.List(ctx)
+	if err != nil {
+		a.log.Warn("whether tasks of before run here is not known", "error", err)
+	}
+	for _, t := range have {
+		if t.State == runtime.Running {
+			names = append(names, t.Name)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+// straysHint says what to do about strays.
+const straysHint = "'shoal leave --force' ends them and clears their networks away; so does joining a cluster that knows nothing of them. Or put the lost data directory back and start the agent anew"
+
+// straysMessage says what strays there are, for a person.
+func straysMessage(names []string) string {
+	few := names[:min(len(names), 5)]
+	s := strings.Join(few, ", ")
+	if more := len(names) - len(few); more > 0 {
+		s += fmt.Sprintf(" and %d more", more)
+	}
+	return fmt.Sprintf("this node is in no cluster, yet tasks of one run here, which no manager knows of: %s", s)
 }
 
 // Doctor looks for what is wrong here.

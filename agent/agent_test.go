@@ -3,10 +3,12 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -20,6 +22,7 @@ import (
 	"github.com/shoalnet/shoal/ingress/ingresstest"
 	"github.com/shoalnet/shoal/overlay/overlaytest"
 	"github.com/shoalnet/shoal/peer"
+	"github.com/shoalnet/shoal/runtime"
 	"github.com/shoalnet/shoal/spec"
 	"github.com/shoalnet/shoal/vip/viptest"
 )
@@ -264,4 +267,72 @@ func TestAgentJoin(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// TestStrays: an agent whose data directory was lost says what runs on of before, which
+// no manager knows of, and ends it when it is told to.
+func TestStrays(t *testing.T) {
+	a := newAgent(t, "n1")
+	a.bench.have["t1"] = &fakeTask{Status: found(newTask("t1"), runtime.Running, 0)}
+	a.bench.have["t2"] = &fakeTask{Status: found(newTask("t2"), runtime.Exited, 0)}
+	cleaned := 0
+	a.cfg.Cleanup = func() error { cleaned++; return nil }
+	a.start()
+	ctx := context.Background()
+	doctor := func() string {
+		r, err := a.local.Doctor(ctx, connect.NewRequest(&shoalv1.DoctorRequest{}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var out strings.Builder
+		for _, c := range r.Msg.Checks {
+			fmt.Fprintf(&out, "%s %s: %s (%s)\n", c.Status, c.Name, c.Message, c.Hint)
+		}
+		return out.String()
+	}
+	if d := doctor(); !regexp.MustCompile(`(?m)^error tasks: .*in no cluster.*: t1 \('shoal leave --force'`).MatchString(d) {
+		t.Errorf("doctor says\n%s", d)
+	}
+	if _, err := a.local.Leave(ctx, connect.NewRequest(&shoalv1.LeaveRequest{})); err == nil || !strings.Contains(err.Error(), "in no cluster") {
+		t.Errorf("leave without force: %v", err)
+	}
+	a.bench.never("remove t1")
+	if _, err := a.local.Leave(ctx, connect.NewRequest(&shoalv1.LeaveRequest{Force: true})); err != nil {
+		t.Fatal(err)
+	}
+	a.bench.await("remove t1")
+	if d := doctor(); strings.Contains(d, "error tasks") || cleaned != 1 {
+		t.Errorf("cleaned %d times, and doctor says\n%s", cleaned, d)
+	}
+}
+
+// TestLockDir: one agent has a data directory, whatever the disk makes of the file that
+// says so.
+func TestLockDir(t *testing.T) {
+	for name, prepare := range map[string]func(path string) error{
+		"ordinary":         func(string) error { return nil },
+		"a directory":      func(p string) error { return os.Mkdir(p, 0o700) },
+		"a dangling link":  func(p string) error { return os.Symlink("/nowhere/at/all", p) },
+		"of one that died": func(p string) error { return os.WriteFile(p, []byte("4711\n"), 0o600) },
+	} {
+		dir := t.TempDir()
+		if err := prepare(filepath.Join(dir, "lock")); err != nil {
+			t.Fatal(err)
+		}
+		l, err := lockDir(dir)
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		if _, err := lockDir(dir); err == nil || !strings.Contains(err.Error(), "in use by the agent with pid") {
+			t.Errorf("%s: a second agent: %v", name, err)
+		}
+		l.Close()
+		l, err = lockDir(dir)
+		if err != nil {
+			t.Errorf("%s: the next agent: %v", name, err)
+			continue
+		}
+		l.Close()
+	}
 }

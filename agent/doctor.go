@@ -120,6 +120,8 @@ func (a *Agent) doctor(ctx context.Context) *shoalv1.DoctorResponse {
 			check("identity", "error", unfit.Error(), "")
 		} else if unfit != nil {
 			check("certificate", "error", unfit.Error(), "shoal leave --force, then shoal init or shoal join")
+		} else if names := a.strays(ctx); len(names) > 0 {
+			check("tasks", "error", straysMessage(names), straysHint)
 		} else {
 			check("cluster", "warn", "this node is in no cluster", "shoal init, or shoal join")
 		}

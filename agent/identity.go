@@ -239,20 +239,44 @@ func (id *identity) save(dataDir string) error {
 	return durable.WriteTwice(identityPath(dataDir), append(b, '\n'))
 }
 
-// lockDir keeps a second agent away from a data directory. The lock goes with
-// the process, whatever ends it.
-func lockDir(dir string) (*os.File, error) {
-	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+// dirLock keeps a second agent away from a data directory. It goes with the process,
+// whatever ends that.
+type dirLock struct{ dir, file *os.File }
+
+// lockDir locks the directory itself, which a disk that takes nothing can't refuse. The
+// file in it tells people who has it, and was the lock of earlier versions.
+func lockDir(dir string) (*dirLock, error) {
+	d, err := os.Open(dir)
 	if err != nil {
-		return nil, fmt.Errorf("lock data directory: %w", err)
+		return nil, fmt.Errorf("data directory: %w", err)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		b, _ := os.ReadFile(f.Name())
-		f.Close()
-		return nil, fmt.Errorf("data directory %s is in use by the agent with pid %s: stop it, or give another --data-dir", dir, strings.TrimSpace(string(b)))
+	path := filepath.Join(dir, "lock")
+	taken := unix.Flock(int(d.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	var f *os.File
+	if taken == nil {
+		if f, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600); err != nil {
+			f, err = os.Open(path)
+		}
+		if err == nil {
+			taken = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		}
 	}
-	if err := f.Truncate(0); err == nil {
+	l := &dirLock{d, f}
+	if taken != nil {
+		l.Close()
+		b, _ := os.ReadFile(path)
+		return nil, fmt.Errorf("data directory %s is in use by the agent with pid %s: stop it, or give another --data-dir", dir, cmp.Or(strings.TrimSpace(string(b)), "?"))
+	}
+	if err == nil && f.Truncate(0) == nil {
 		_, _ = f.WriteString(strconv.Itoa(os.Getpid()) + "\n")
 	}
-	return f, nil
+	return l, nil
+}
+
+// Close gives the directory up.
+func (l *dirLock) Close() {
+	l.dir.Close()
+	if l.file != nil {
+		l.file.Close()
+	}
 }
