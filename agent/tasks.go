@@ -396,9 +396,13 @@ func (r *runner) run(ctx context.Context, found *runtime.Status) {
 			return
 		}
 		r.set(func() { r.adopting = false })
-		if again = errors.Is(err, errAgain); again {
-			again = r.anew(ctx)
-		} else if err != nil {
+		again = false
+		switch {
+		case errors.Is(err, errAgain):
+			again = r.anew(ctx, "")
+		case err != nil && r.persists():
+			again = r.anew(ctx, err.Error())
+		case err != nil:
 			r.state(spec.TaskFailed, err.Error())
 		}
 		if !again {
@@ -465,7 +469,7 @@ func (r *runner) rest(ctx context.Context) bool {
 				continue
 			}
 			r.log.Warn("a replica is started again by its node: no manager answers", "task", task.Name)
-			if r.anew(ctx) {
+			if r.anew(ctx, "") {
 				return true
 			}
 			// It is over, and what was said of its addresses is to be said again.
@@ -485,18 +489,31 @@ func (r *runner) again(st runtime.Status) bool {
 	return !r.forgoten && t.Desired == spec.DesiredRunning && t.Service == "" && t.Spec.RestartsAfter(st.ExitCode != 0 || st.Err != "", t.Attempt)
 }
 
+// persists tells whether a task that has run before, and now can't be made or started,
+// is tried again by its own policy. The first time whoever wants it is told.
+func (r *runner) persists() bool {
+	r.mu.Lock()
+	attempt := r.task.Attempt
+	r.mu.Unlock()
+	return attempt > 0 && r.again(runtime.Status{Err: "it can't be started"})
+}
+
 // anew takes down what is left of a task's run, and waits until it is time for the next;
-// false if none is wanted any more, or ctx has ended.
-func (r *runner) anew(ctx context.Context) bool {
-	st, err := r.programState(ctx)
-	if err != nil {
-		return false
+// false if none is wanted any more, or ctx has ended. why is what became of that run; "":
+// its program ended.
+func (r *runner) anew(ctx context.Context, why string) bool {
+	var st runtime.Status
+	if why == "" {
+		var err error
+		if st, err = r.programState(ctx); err != nil {
+			return false
+		}
+		why = cmp.Or(st.Err, fmt.Sprintf("exit status %d", st.ExitCode))
 	}
 	if st.Ran() >= longRun {
 		r.pause = 0
 	}
 	r.pause = min(max(2*r.pause, pauseFirst), pauseMost)
-	why := cmp.Or(st.Err, fmt.Sprintf("exit status %d", st.ExitCode))
 	r.set(func() {
 		r.task.Attempt++
 		r.task.Spec.Attach = false // nobody waits for its first words

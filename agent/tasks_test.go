@@ -309,7 +309,7 @@ func (b *bench) Renew(ctx context.Context, id string) error {
 	}
 	b.bmu.Lock()
 	defer b.bmu.Unlock()
-	if t := b.have[id]; t == nil || !t.released {
+	if t := b.have[id]; t != nil && !t.released {
 		b.t.Errorf("task %s is made anew before it was released", id)
 	}
 	delete(b.have, id)
@@ -510,6 +510,24 @@ func TestRestartPolicy(t *testing.T) {
 		if n := strings.Count(strings.Join(b.lines(), "\n"), "create t1"); n != 1 {
 			t.Errorf("created %d times", n)
 		}
+	})
+	t.Run("also when it can't be made", func(t *testing.T) {
+		b := newBench(t)
+		b.fail("create t1", errors.New("the disk is full"))
+		b.give(true, restarting("always"))
+		b.await("t1: failed the disk is full released") // whoever wants it is told
+		b = newBench(t)
+		b.give(true, restarting("on-failure:3"))
+		b.await("t1: running")
+		b.fail("create t1", errors.New("the disk is full"))
+		b.exit("t1", 1, "")
+		b.await("t1: preparing the disk is full; restart 2 in 200ms")
+		b.fail("create t1", nil)
+		b.forget()
+		b.await("t1: running")
+		b.fail("start t1", errors.New("no such program"))
+		b.exit("t1", 1, "")
+		b.await("t1: failed no such program released") // that was the last attempt
 	})
 	t.Run("after a reboot", func(t *testing.T) {
 		b := newBench(t, found(restarting("unless-stopped"), runtime.Exited, 137))
