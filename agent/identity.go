@@ -164,11 +164,6 @@ func loadIdentity(dataDir, name string, fallback func() (string, error), log *sl
 		if !errors.Is(ferr, os.ErrNotExist) {
 			log.Warn("the identity of a node that was in no cluster can't be read: it is a new node now", "error", ferr)
 		}
-		if fi, err := os.Lstat(path); err == nil && !fi.Mode().IsRegular() {
-			if err := os.RemoveAll(path); err != nil {
-				return nil, fmt.Errorf("make node identity: %w", err)
-			}
-		}
 		id := &identity{Format: identityFormat, NodeID: spec.NewID(), Name: name}
 		if err := id.save(dataDir); err != nil {
 			return nil, fmt.Errorf("make node identity: %w", err)
@@ -182,7 +177,7 @@ func loadIdentity(dataDir, name string, fallback func() (string, error), log *sl
 		}
 		log.Warn("who this node is was not to be had from node.json, and is taken from elsewhere", "error", ferr, "from", from, "id", best.NodeID, "cluster", best.Cluster.ID)
 		if !errors.Is(ferr, os.ErrNotExist) {
-			if err := errors.Join(os.RemoveAll(path+".damaged"), os.Rename(path, path+".damaged")); err != nil {
+			if err := durable.PutAside(path); err != nil {
 				log.Warn("what was node.json can't be put aside", "error", err)
 			}
 		}

@@ -93,7 +93,7 @@ func readMark(dataDir string) (*mark, error) {
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
 	}
-	if err != nil {
+	if err != nil && !errors.Is(err, syscall.EISDIR) {
 		return nil, err
 	}
 	k := &mark{}

@@ -51,7 +51,7 @@ func nextEpoch(dir string, atLeast uint64, log *slog.Logger) (uint64, error) {
 }
 
 func storeEpoch(dir string, epoch uint64) error {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := durable.MkdirAll(dir); err != nil {
 		return fmt.Errorf("gossip: data directory: %w", err)
 	}
 	if err := durable.WriteFile(filepath.Join(dir, "epoch"), []byte(strconv.FormatUint(epoch, 10)+"\n")); err != nil {
@@ -87,7 +87,7 @@ func loadPeers(dir string) ([]peerRecord, error) {
 func savePeers(dir string, peers []peerRecord) error {
 	b, err := json.MarshalIndent(peersFile{peers}, "", "  ")
 	if err == nil {
-		err = os.MkdirAll(dir, 0o700)
+		err = durable.MkdirAll(dir)
 	}
 	if err == nil {
 		err = durable.WriteFile(filepath.Join(dir, "peers.json"), append(b, '\n'))

@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+
+	"golang.org/x/sys/unix"
 )
 
 // Suffix is what the name of a file that is being written ends in. One that a
@@ -16,20 +18,60 @@ const Suffix = ".new"
 
 // WriteFile replaces the file at path, or makes it, with mode 0600. It returns
 // once the content is on the disk: fsync(2) of the file comes before rename(2),
-// of the directory after. When it fails, the old file stands as it was. Of one
-// path there must be one writer at a time.
+// of the directory after. When it fails, the old file stands as it was. A directory
+// in its place is put aside (PutAside). Of one path there must be one writer at a time.
 func WriteFile(path string, data []byte) error {
 	tmp := path + Suffix
-	if err := writeNew(tmp, data); err != nil {
+	err := writeNew(tmp, data)
+	if errors.Is(err, unix.EISDIR) && os.RemoveAll(tmp) == nil {
+		err = writeNew(tmp, data)
+	}
+	if err != nil {
 		return errors.Join(fmt.Errorf("write %s: %w", path, err), remove(tmp))
 	}
-	if err := os.Rename(tmp, path); err != nil {
+	err = os.Rename(tmp, path)
+	if err != nil && isDir(path) && PutAside(path) == nil {
+		err = os.Rename(tmp, path)
+	}
+	if err != nil {
 		return errors.Join(fmt.Errorf("write %s: %w", path, err), remove(tmp))
 	}
 	if err := SyncDir(filepath.Dir(path)); err != nil {
 		return fmt.Errorf("write %s: %w", path, err)
 	}
 	return nil
+}
+
+// Append opens a file for what is to come behind what it has, or makes it, with mode 0600.
+// A directory in its place is put aside (PutAside).
+func Append(path string) (*os.File, error) {
+	open := func() (*os.File, error) { return os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600) }
+	f, err := open()
+	if errors.Is(err, unix.EISDIR) && PutAside(path) == nil {
+		return open()
+	}
+	return f, err
+}
+
+// MkdirAll makes a directory with mode 0700, and those above it. What is in its place and
+// is none is put aside (PutAside).
+func MkdirAll(path string) error {
+	err := os.MkdirAll(path, 0o700)
+	if st, serr := os.Lstat(path); err != nil && serr == nil && !st.IsDir() && PutAside(path) == nil {
+		err = os.MkdirAll(path, 0o700)
+	}
+	return err
+}
+
+// PutAside gives the name of what can't be used to something that can: it is there, for
+// a person, as PATH.damaged, in the place of what was put aside before.
+func PutAside(path string) error {
+	return errors.Join(os.RemoveAll(path+".damaged"), os.Rename(path, path+".damaged"))
+}
+
+func isDir(path string) bool {
+	st, err := os.Lstat(path)
+	return err == nil && st.IsDir()
 }
 
 func writeNew(path string, data []byte) error {
@@ -92,12 +134,13 @@ func WriteTwice(path string, data []byte) error {
 // WriteCopy is the second part of WriteTwice.
 func WriteCopy(path string, data []byte) error {
 	dup := CopyOf(path)
-	if err := os.Mkdir(filepath.Dir(dup), 0o700); err == nil {
+	if dir := filepath.Dir(dup); !isDir(dir) {
+		if err := MkdirAll(dir); err != nil {
+			return fmt.Errorf("write %s: %w", dup, cause(err))
+		}
 		if err := SyncDir(filepath.Dir(path)); err != nil {
 			return fmt.Errorf("write %s: %w", dup, err)
 		}
-	} else if !errors.Is(err, os.ErrExist) {
-		return fmt.Errorf("write %s: %w", dup, cause(err))
 	}
 	return WriteFile(dup, data)
 }

@@ -76,3 +76,44 @@ func TestFailureKeepsTheOld(t *testing.T) {
 		t.Error("a directory that does not exist is no error")
 	}
 }
+
+// TestWhatIsInTheWay: what is no file where one is to be written, or no directory where
+// one is to be made, is put aside for a person, and only the last of them.
+func TestWhatIsInTheWay(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "f")
+	for _, what := range []string{"first", "second"} {
+		for _, p := range []string{path, path + Suffix, CopyOf(path)} {
+			if err := os.RemoveAll(p); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.MkdirAll(filepath.Join(p, what), 0o700); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := WriteTwice(path, []byte(what)); err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range []string{path, CopyOf(path)} {
+			if b, err := os.ReadFile(p); err != nil || string(b) != what {
+				t.Errorf("%s: %q, %v, want %q", p, b, err, what)
+			}
+			if es, err := os.ReadDir(p + ".damaged"); err != nil || len(es) != 1 || es[0].Name() != what {
+				t.Errorf("put aside of %s: %v, %v, want %s", p, es, err, what)
+			}
+		}
+	}
+	sub := filepath.Dir(CopyOf(path))
+	if err := errors.Join(os.RemoveAll(sub), os.WriteFile(sub, []byte("x"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	if err := WriteTwice(path, []byte("third")); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(CopyOf(path)); err != nil || string(b) != "third" {
+		t.Errorf("%q, %v", b, err)
+	}
+	if b, err := os.ReadFile(sub + ".damaged"); err != nil || string(b) != "x" {
+		t.Errorf("%q, %v", b, err)
+	}
+}

@@ -7,6 +7,8 @@ import (
 	"strconv"
 	"sync"
 	"time"
+
+	"github.com/shoalnet/shoal/internal/durable"
 )
 
 // maxPending bounds the output that waits to be written while more is coming, bytes.
@@ -40,7 +42,7 @@ func newLogWriter(path string, tell func(error)) (*logWriter, error) {
 }
 
 func (l *logWriter) open() error {
-	f, err := os.OpenFile(l.path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	f, err := durable.Append(l.path)
 	if err != nil {
 		return err
 	}

@@ -22,6 +22,7 @@ import (
 
 	"github.com/creack/pty"
 
+	"github.com/shoalnet/shoal/internal/durable"
 	"github.com/shoalnet/shoal/internal/nl"
 	"github.com/shoalnet/shoal/runtime"
 )
@@ -91,7 +92,7 @@ func New(cfg Config) (*Runtime, error) {
 		cfg.Log = slog.Default()
 	}
 	for _, d := range []string{cfg.StateDir, cfg.RunDir} {
-		if err := os.MkdirAll(d, 0o700); err != nil {
+		if err := durable.MkdirAll(d); err != nil {
 			return nil, fmt.Errorf("directory for tasks: %w", err)
 		}
 	}
@@ -127,7 +128,7 @@ func (r *Runtime) Create(ctx context.Context, t runtime.Task) (_ runtime.Sandbox
 		return st.Sandbox, nil
 	}
 	dir := r.taskDir(t.ID)
-	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+	if err := durable.MkdirAll(dir); err != nil {
 		return runtime.Sandbox{}, fmt.Errorf("task %s: %w", t.Name, err)
 	}
 	defer func() {
@@ -178,7 +179,7 @@ func (r *Runtime) startShim(ctx context.Context, t runtime.Task) (rd ready, p *o
 		return rd, nil, err
 	}
 	defer pr.Close()
-	errLog, err := os.OpenFile(filepath.Join(dir, "shim.log"), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	errLog, err := durable.Append(filepath.Join(dir, "shim.log"))
 	if err != nil {
 		pw.Close()
 		return rd, nil, err
@@ -616,7 +617,7 @@ func (r *Runtime) Release(ctx context.Context, id string) error {
 			return fmt.Errorf("task %s: its shim does not end", st.Name)
 		}
 	}
-	if err := os.Remove(r.socket(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := os.RemoveAll(r.socket(id)); err != nil {
 		return err
 	}
 	if err := errors.Join(r.removeBlobs(id), r.removeCgroup(id)); err != nil {
@@ -679,10 +680,7 @@ func (r *Runtime) sweep(id, netns string) error {
 	if _, _, err := r.call(id, request{Op: "shutdown"}, callTimeout); err == nil {
 		r.log.Debug("ended the shim of an unfinished task", "task", id)
 	}
-	if err := os.Remove(r.socket(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
-		errs = append(errs, err)
-	}
-	errs = append(errs, r.removeBlobs(id), r.removeCgroup(id))
+	errs = append(errs, os.RemoveAll(r.socket(id)), r.removeBlobs(id), r.removeCgroup(id))
 	if netns != "" {
 		errs = append(errs, nl.Remove(netns))
 	}

@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/shoalnet/shoal/internal/durable"
 	"github.com/shoalnet/shoal/internal/nl"
 	"github.com/shoalnet/shoal/internal/proc"
 	"github.com/shoalnet/shoal/runtime"
@@ -161,7 +162,7 @@ func (r *Runtime) recoverRecord(id string) (runtime.Task, error) {
 	if err != nil {
 		return runtime.Task{}, err
 	}
-	if err := os.MkdirAll(r.taskDir(id), 0o700); err != nil {
+	if err := durable.MkdirAll(r.taskDir(id)); err != nil {
 		return runtime.Task{}, err
 	}
 	if err := writeBytes(filepath.Join(r.taskDir(id), taskFile), b); err != nil {
@@ -225,10 +226,10 @@ func (r *Runtime) sweepNamespaces() error {
 
 // listen opens the shim's socket.
 func (s *shim) listen() (*net.UnixListener, error) {
-	if err := os.MkdirAll(filepath.Dir(s.socket), 0o700); err != nil {
+	if err := durable.MkdirAll(filepath.Dir(s.socket)); err != nil {
 		return nil, err
 	}
-	_ = os.Remove(s.socket)
+	_ = os.RemoveAll(s.socket) // whatever it is by now
 	old := unix.Umask(0o177)
 	ln, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: s.socket, Net: "unixpacket"})
 	unix.Umask(old)
