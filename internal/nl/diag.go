@@ -14,6 +14,7 @@ import (
 	"strings"
 
 	vnl "github.com/vishvananda/netlink/nl"
+	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
 
@@ -72,10 +73,53 @@ func Listening(all bool) (Sockets, error) {
 	return out, err
 }
 
+// Diag asks for the sockets of one namespace by a socket that it keeps there: to go there
+// costs more than the answer.
+type Diag struct{ socket *vnl.SocketHandle }
+
+// OpenDiag opens one in a named namespace, which lives until Close.
+func OpenDiag(name string) (*Diag, error) {
+	var s *vnl.NetlinkSocket
+	err := Do(name, func() (err error) {
+		s, err = vnl.GetNetlinkSocketAt(netns.None(), netns.None(), unix.NETLINK_INET_DIAG)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("netlink socket: %w", err)
+	}
+	if err := errors.Join(s.SetSendTimeout(&vnl.SocketTimeoutTv), s.SetReceiveTimeout(&vnl.SocketTimeoutTv)); err != nil {
+		s.Close()
+		return nil, fmt.Errorf("netlink socket: %w", err)
+	}
+	return &Diag{&vnl.SocketHandle{Socket: s}}, nil
+}
+
+// Close lets the namespace go.
+func (d *Diag) Close() { d.socket.Close() }
+
+// ServesTCP tells whether a TCP socket listens there on more than loopback, as Listening
+// counts them.
+func (d *Diag) ServesTCP() (bool, error) {
+	for _, r := range tcpListening {
+		as, err := r.sources(d.socket)
+		if err != nil {
+			return false, err
+		}
+		if slices.ContainsFunc(as, fromElsewhere) {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// fromElsewhere tells whether what is sent to an address need not come from the same
+// machine.
+func fromElsewhere(a netip.AddrPort) bool { return a.IsValid() && !a.Addr().Unmap().IsLoopback() }
+
 // add counts one socket in.
 func (s *Sockets) add(udp bool, a netip.AddrPort, first, last uint16) {
 	switch p := a.Port(); {
-	case !a.IsValid() || a.Addr().Unmap().IsLoopback():
+	case !fromElsewhere(a):
 	case udp && first <= p && p <= last:
 		if i, found := slices.BinarySearch(s.Maybe, p); !found {
 			s.Maybe = slices.Insert(s.Maybe, i, p)
@@ -96,31 +140,59 @@ func clientPorts() (first, last uint16) {
 	return 32768, 60999
 }
 
+var (
+	tcpListening = []diagRequest{{unix.AF_INET, unix.IPPROTO_TCP, 1 << tcpListen, nil}, {unix.AF_INET6, unix.IPPROTO_TCP, 1 << tcpListen, nil}}
+	udpBound     = []diagRequest{{unix.AF_INET, unix.IPPROTO_UDP, 1 << tcpClose, nil}, {unix.AF_INET6, unix.IPPROTO_UDP, 1 << tcpClose, nil}}
+)
+
+// sources lists the local addresses of the sockets that a request is about, by a socket
+// that is there or, with nil, by one in the calling thread's namespace.
+func (r diagRequest) sources(by *vnl.SocketHandle) ([]netip.AddrPort, error) {
+	as, err := Dump(func() (as []netip.AddrPort, err error) { // perhaps more than once
+		req := vnl.NewNetlinkRequest(vnl.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP)
+		if by != nil {
+			req.Sockets = map[int]*vnl.SocketHandle{unix.NETLINK_INET_DIAG: by}
+		}
+		req.AddData(r)
+		err = req.ExecuteIter(unix.NETLINK_INET_DIAG, vnl.SOCK_DIAG_BY_FAMILY, func(msg []byte) bool {
+			as = append(as, diagSource(msg))
+			return true
+		})
+		return as, err
+	})
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EPROTONOSUPPORT) {
+		err = fmt.Errorf("%w: %w", err, errors.ErrUnsupported)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list listening sockets: %w", err)
+	}
+	return as, nil
+}
+
 func listeningByDiag(all bool) (Sockets, error) {
 	var out Sockets
-	first, last := clientPorts()
-	for _, r := range []diagRequest{
-		{unix.AF_INET, unix.IPPROTO_TCP, 1 << tcpListen, nil}, {unix.AF_INET6, unix.IPPROTO_TCP, 1 << tcpListen, nil},
-		{unix.AF_INET, unix.IPPROTO_UDP, 1 << tcpClose, nil}, {unix.AF_INET6, unix.IPPROTO_UDP, 1 << tcpClose, nil},
-	} {
-		as, err := Dump(func() (as []netip.AddrPort, err error) { // perhaps more than once
-			req := vnl.NewNetlinkRequest(vnl.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP)
-			req.AddData(r)
-			err = req.ExecuteIter(unix.NETLINK_INET_DIAG, vnl.SOCK_DIAG_BY_FAMILY, func(msg []byte) bool {
-				as = append(as, diagSource(msg))
-				return true
-			})
-			return as, err
-		})
-		for _, a := range as {
-			out.add(r.protocol == unix.IPPROTO_UDP, a, first, last)
+	for _, r := range tcpListening {
+		as, err := r.sources(nil)
+		if err != nil {
+			return out, err
 		}
-		switch {
-		case errors.Is(err, unix.ENOENT), errors.Is(err, unix.EPROTONOSUPPORT):
-			return out, fmt.Errorf("list listening sockets: %w: %w", err, errors.ErrUnsupported)
-		case err != nil:
-			return out, fmt.Errorf("list listening sockets: %w", err)
-		case out.Serves > 0 && !all:
+		for _, a := range as {
+			out.add(false, a, 0, 0)
+		}
+		if out.Serves > 0 && !all {
+			return out, nil
+		}
+	}
+	first, last := clientPorts()
+	for _, r := range udpBound {
+		as, err := r.sources(nil)
+		if err != nil {
+			return out, err
+		}
+		for _, a := range as {
+			out.add(true, a, first, last)
+		}
+		if out.Serves > 0 && !all {
 			return out, nil
 		}
 	}

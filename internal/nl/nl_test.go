@@ -30,7 +30,7 @@ func needRoot(t *testing.T) {
 	t.Skip("needs root, for network namespaces")
 }
 
-func namespace(t *testing.T, suffix string) string {
+func namespace(t testing.TB, suffix string) string {
 	name := fmt.Sprintf("shoalnl-%d-%s", os.Getpid(), suffix)
 	if err := Create(name); err != nil {
 		t.Fatal(err)
@@ -176,6 +176,11 @@ func TestListening(t *testing.T) {
 	needRoot(t)
 	name := namespace(t, "l")
 	serves, maybe, nothing := Sockets{Serves: 1}, Sockets{Maybe: []uint16{40000}}, Sockets{}
+	kept, err := OpenDiag(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kept.Close()
 	for _, tc := range []struct {
 		network, addr string
 		want          Sockets
@@ -206,6 +211,9 @@ func TestListening(t *testing.T) {
 				}
 				if got, err := list(false); err != nil || !reflect.DeepEqual(got, tc.want) {
 					return fmt.Errorf("%s: %s %s: %+v, %w", how, tc.network, tc.addr, got, err)
+				}
+				if got, err := kept.ServesTCP(); !errors.Is(err, errors.ErrUnsupported) && (err != nil || got != (strings.HasPrefix(tc.network, "tcp") && tc.want.Serves > 0)) {
+					return fmt.Errorf("by the socket kept there: %s %s: %t, %w", tc.network, tc.addr, got, err)
 				}
 				return nil
 			})
@@ -346,4 +354,56 @@ func TestSCTPListens(t *testing.T) {
 			t.Errorf("%q: %d, %v", rows, got, err)
 		}
 	}
+}
+
+// TestDiagLetsGo: the socket that is kept in a namespace does not keep it.
+func TestDiagLetsGo(t *testing.T) {
+	needRoot(t)
+	if _, err := OpenDiag("shoal-no-such"); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("of a namespace that is not there: %v", err)
+	}
+	d, err := OpenDiag(namespace(t, "d"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.ServesTCP(); err != nil && !errors.Is(err, errors.ErrUnsupported) {
+		t.Error(err)
+	}
+	d.Close()
+	if got, err := d.ServesTCP(); err == nil || got {
+		t.Errorf("after its end: %t, %v", got, err)
+	}
+}
+
+// BenchmarkListening is what a look at one server costs, by going to its namespace and by
+// a socket that is kept there.
+func BenchmarkListening(b *testing.B) {
+	if os.Geteuid() != 0 {
+		b.Skip("needs root")
+	}
+	name := namespace(b, "b")
+	var ln net.Listener
+	if err := Do(name, func() (err error) { ln, err = net.Listen("tcp4", "0.0.0.0:80"); return err }); err != nil {
+		b.Fatal(err)
+	}
+	defer ln.Close()
+	b.Run("there", func(b *testing.B) {
+		for b.Loop() {
+			if err := Do(name, func() error { _, err := Listening(false); return err }); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("kept", func(b *testing.B) {
+		d, err := OpenDiag(name)
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer d.Close()
+		for b.Loop() {
+			if ok, err := d.ServesTCP(); err != nil || !ok {
+				b.Fatal(ok, err)
+			}
+		}
+	})
 }

@@ -75,6 +75,7 @@ type entry struct {
 	minded   bool          // its executor is asked for the program's end
 	fault    string        // what the task has lost, see mendMounts
 	attached int           // how often somebody attached to it
+	looker   looker
 }
 
 const callTimeout = 10 * time.Second
@@ -109,6 +110,11 @@ func New(cfg Config) (*Runtime, error) {
 func (r *Runtime) Close() error {
 	r.cancel()
 	r.wg.Wait()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, e := range r.tasks {
+		e.looker.close()
+	}
 	return nil
 }
 
@@ -617,6 +623,7 @@ func (r *Runtime) Release(ctx context.Context, id string) error {
 			return fmt.Errorf("task %s: its shim does not end", st.Name)
 		}
 	}
+	e.looker.close()
 	if err := os.RemoveAll(r.socket(id)); err != nil {
 		return err
 	}
@@ -728,6 +735,9 @@ func (r *Runtime) Listening(ctx context.Context, id string, all bool) (runtime.S
 	if initPID == 0 || pid != 0 && stopped(pid) {
 		return runtime.Sockets{}, nil
 	}
+	if !all && e.looker.servesTCP(ns) {
+		return runtime.Sockets{Serves: 1}, nil
+	}
 	var up nl.Sockets
 	err := nl.Do(ns, func() (err error) {
 		up, err = nl.Listening(all)
@@ -755,6 +765,47 @@ func (r *Runtime) Reset(_ context.Context, id string, addrs []netip.Addr) error 
 		_, err := nl.ResetTCP(addrs)
 		return err
 	})
+}
+
+// looker asks a task's namespace whether its program serves, which is done each second of
+// each replica.
+type looker struct {
+	mu   sync.Mutex
+	diag *nl.Diag
+	over bool // the namespace is to go
+}
+
+// servesTCP tells whether a TCP socket accepts connections from elsewhere in a namespace;
+// false also when that can't be known this way.
+func (l *looker) servesTCP(ns string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.over || ns == "" {
+		return false
+	}
+	if l.diag == nil {
+		d, err := nl.OpenDiag(ns)
+		if err != nil {
+			return false
+		}
+		l.diag = d
+	}
+	serves, err := l.diag.ServesTCP()
+	if err != nil { // what came of it is not to be taken for the next answer
+		l.diag.Close()
+		l.diag = nil
+	}
+	return serves && err == nil
+}
+
+// close lets the namespace go.
+func (l *looker) close() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.over = true; l.diag != nil {
+		l.diag.Close()
+		l.diag = nil
+	}
 }
 
 // stopped tells whether a process and all that come from it are stopped by a
