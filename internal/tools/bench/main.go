@@ -5,6 +5,7 @@
 //
 //	go run ./internal/tools/bench -bin bin -data-path nft
 //	go run ./internal/tools/bench -names
+//	go run ./internal/tools/bench -scale 0,200,500,2000
 //
 // It prints Markdown for docs/PERFORMANCE.md. It needs root, iperf3, wrk and
 // dnsperf (scripts/setup installs them).
@@ -40,6 +41,7 @@ func main() {
 	flag.IntVar(&b.rounds, "rounds", 3, "rounds of each traffic variant")
 	flag.IntVar(&b.seconds, "seconds", 2, "length of one measurement")
 	onlyNames := flag.Bool("names", false, "measure the name server alone, beside CoreDNS if BIN/bench-coredns is there")
+	scale := flag.String("scale", "", "measure one more service, and agents with nothing to do, with so many services there: 0,200,500,2000")
 	// The two ends of -names, each a process of its own.
 	serve := flag.String("serve", "", "serve the table of names at this address")
 	ask := flag.String("ask", "", "ask the server at this address")
@@ -58,6 +60,13 @@ func main() {
 		}
 	case *onlyNames:
 		err = b.names(say)
+	case *scale != "":
+		var counts []int
+		if err = json.Unmarshal([]byte("["+*scale+"]"), &counts); err != nil {
+			err = fmt.Errorf("-scale %s: want numbers with commas between, like 0,200,500", *scale)
+		} else {
+			err = b.scale(counts)
+		}
 	default:
 		err = b.run()
 	}
