@@ -217,9 +217,15 @@ func (m *Manager) UnlockKey() (key string, generation uint64) {
 }
 
 // Standing is what the managers' node list says, as far as this manager has it;
-// see [peer.Standing].
+// see [peer.Standing]. Without a node it is none: a new manager is there when it has
+// carried out the log's first command, which makes the cluster, and not yet the next,
+// by which the first node is in it. That one was told it was removed, and left.
 func (m *Manager) Standing(id string) (role string, index uint64) {
-	m.fsm.read(func(st *state.State) { role, index = st.RoleOf(id), st.Index() })
+	m.fsm.read(func(st *state.State) {
+		if st.HasNodes() {
+			role, index = st.RoleOf(id), st.Index()
+		}
+	})
 	return role, index
 }
 

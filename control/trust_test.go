@@ -3,7 +3,9 @@ package control
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"math"
+	"net/netip"
 	"strings"
 	"testing"
 	"time"
@@ -348,4 +350,28 @@ func TestChangeOfRoot(t *testing.T) {
 	if _, err := n.mgr.Propose(context.Background(), state.Command{DropRoot: &state.DropRoot{Digest: r.Msg.Digest}}); err == nil {
 		t.Error("the last root was dropped")
 	}
+}
+
+// TestStandingWithoutNodes: a manager that has carried out only the log's first command
+// has no node list, and takes the first node, whose certificate is older, for no removed one.
+func TestStandingWithoutNodes(t *testing.T) {
+	m := &Manager{fsm: newFSM(slog.New(slog.DiscardHandler))}
+	standing := func(id, role string, index uint64) {
+		t.Helper()
+		if r, i := m.Standing(id); r != role || i != index {
+			t.Errorf("%s: role %q at %d, want %q at %d", id, r, i, role, index)
+		}
+	}
+	apply := func(index uint64, c state.Command) {
+		t.Helper()
+		if r := m.fsm.st.Apply(index, c.Stamped(state.Level)); r.Err != nil {
+			t.Fatal(r.Err)
+		}
+	}
+	standing("first", "", 0)
+	apply(4, state.Command{InitCluster: &state.InitCluster{Cluster: testCluster, DefaultNetwork: "defaultnet00", Trust: testTrust}})
+	standing("first", "", 0)
+	apply(5, state.Command{UpsertNode: &state.UpsertNode{Node: spec.Node{ID: "first", Name: "node1", Addr: netip.MustParseAddr("192.0.2.1"), ControlPort: 2377, GossipPort: 7946, Role: spec.RoleManager}}})
+	standing("first", spec.RoleManager, 5)
+	standing("gone", "", 5)
 }

@@ -302,6 +302,9 @@ func (s *State) Nodes() []spec.Node {
 	return out
 }
 
+// HasNodes tells whether there is any node.
+func (s *State) HasNodes() bool { return len(s.nodes) > 0 }
+
 // Node finds a node by ref. Of several nodes of one name, one that is not down
 // is meant.
 func (s *State) Node(ref string) (spec.Node, error) {
