@@ -70,6 +70,8 @@ type inputs struct {
 	adopted   bool
 	// first: no View was complete yet, and there is time to meet the other nodes
 	first bool
+	// refused tells of endpoints that are another's to have; nil: none are.
+	refused func(spec.Endpoint) bool
 }
 
 // met tells whether gossip has heard of every node that the managers call ready: the
@@ -148,7 +150,7 @@ func compose(in inputs) *spec.View {
 		}
 		v.Endpoints = slices.Grow(v.Endpoints, n)
 		for _, e := range in.gossip.Endpoints {
-			if present[e.Network] {
+			if present[e.Network] && (in.refused == nil || !in.refused(e)) {
 				v.Endpoints = append(v.Endpoints, e)
 			}
 		}

@@ -184,6 +184,7 @@ func (a *Agent) doctor(ctx context.Context) *shoalv1.DoctorResponse {
 		check("gossip", "ok", fmt.Sprintf("%d nodes, %d endpoints", len(snap.Members), len(snap.Endpoints)), "")
 	}
 	m.doctorPaths(told, check)
+	m.doctorClaims(check)
 	loops := []struct {
 		name   string
 		status []reconcile.ObjectStatus

@@ -84,6 +84,7 @@ type member struct {
 	saveWake    chan struct{}             // size 1
 	progress    *progress
 	paths       *paths
+	claims      *claims
 	metrics     *metrics // the agent's; nil: none
 	seen        seen
 	flows       flows
@@ -125,7 +126,7 @@ func newMember(cfg Config, ident *identity, creds *peer.Credentials, log *slog.L
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	m := &member{cfg: cfg, ident: ident, creds: creds, log: log, listener: ln, ctx: ctx, cancel: cancel,
-		composeWake: make(chan struct{}, 1), reportWake: make(chan struct{}, 1), assignWake: make(chan struct{}, 1), certWake: make(chan struct{}, 1), saveWake: make(chan struct{}, 1), progress: newProgress(), paths: newPaths(), acked: map[string]spec.TaskStatus{}}
+		composeWake: make(chan struct{}, 1), reportWake: make(chan struct{}, 1), assignWake: make(chan struct{}, 1), certWake: make(chan struct{}, 1), saveWake: make(chan struct{}, 1), progress: newProgress(), paths: newPaths(), claims: newClaims(ident.NodeID, log), acked: map[string]spec.TaskStatus{}}
 	m.peer = peer.New(peer.Config{Credentials: creds, Standing: m.standing, Log: log})
 	m.http, m.raft = m.peer.Listen(ln)
 	m.fwd = control.NewForwarder(control.ForwarderConfig{NodeID: ident.NodeID, Peer: m.peer, Managers: m.managerAddrs, Log: log})
@@ -308,6 +309,7 @@ func (m *member) start() error {
 	m.wg.Go(m.keepFiles)
 	m.wg.Go(m.imagesLoop)
 	m.wg.Go(m.pathLoop)
+	m.wg.Go(m.claimLoop)
 	return nil
 }
 
@@ -460,10 +462,13 @@ func (m *member) compose() {
 	assigned := m.assigned
 	m.mu.Unlock()
 	snap := m.g.Snapshot()
+	m.claims.begin()
 	v := compose(inputs{
 		self: m.ident.NodeID, instance: m.cfg.Instance, assigned: assigned, gossip: snap, sandboxes: sandboxes, adopted: adopted,
 		underlay: spec.Underlay{Addr: m.ident.Addr, VXLANPort: m.ident.Cluster.DataPathPort}, first: !m.waited.Load(),
+		refused: m.claims.refused,
 	})
+	m.claims.end(v)
 	if v.Complete {
 		m.waited.Store(true) // who joins later is waited for by nobody
 	}

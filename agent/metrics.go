@@ -226,6 +226,7 @@ var (
 	descOpen       = desc("peer_connections", "Connections with other nodes now, both ways.")
 	descCertFrom   = desc("certificate_not_before_timestamp_seconds", "When the node's certificate was issued.")
 	descCertEnd    = desc("certificate_not_after_timestamp_seconds", "When the node's certificate ends.")
+	descNotGiven   = desc("endpoints_not_given", "Endpoints on networks of this node that another node says it has, and the managers say it has not.")
 	descDisk       = desc("disk_faults", "Things that the node could not keep on its disk; 'shoal doctor' names them.")
 )
 
@@ -263,6 +264,11 @@ func (c memberCollector) Collect(ch chan<- prometheus.Metric) {
 		out.gauge(descCertFrom, float64(info.From.Unix()))
 		out.gauge(descCertEnd, float64(info.Until.Unix()))
 	}
+	denied := 0
+	for _, n := range m.claims.wrongs() {
+		denied += n
+	}
+	out.gauge(descNotGiven, float64(denied))
 	out.gauge(descDisk, float64(len(m.diskFaults())))
 }
 

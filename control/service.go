@@ -609,3 +609,30 @@ func (s *service) Report(ctx context.Context, req *connect.Request[shoalv1.Repor
 	}
 	return connect.NewResponse(&shoalv1.ReportResponse{}), nil
 }
+
+// CheckEndpoints tells a node what the managers did not give of what others say they
+// have.
+func (s *service) CheckEndpoints(_ context.Context, req *connect.Request[shoalv1.CheckEndpointsRequest]) (*connect.Response[shoalv1.CheckEndpointsResponse], error) {
+	var eps []spec.Endpoint
+	for _, c := range req.Msg.Claims {
+		e := spec.Endpoint{Node: c.GetNode(), Task: c.GetTask(), TaskName: c.GetTaskName(), Service: c.GetService(), Network: c.GetNetwork(), Aliases: c.GetAliases()}
+		var err error
+		if e.Addrs, err = api.Addrs("address", c.GetAddrs()); err != nil {
+			return nil, invalid(fmt.Errorf("endpoint of task %s: %w", e.Task, err))
+		}
+		eps = append(eps, e)
+	}
+	resp := &shoalv1.CheckEndpointsResponse{}
+	err := s.read(func(st *state.State) error {
+		for i, e := range eps {
+			if !st.Gave(e) {
+				resp.Wrong = append(resp.Wrong, uint32(i))
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(resp), nil
+}

@@ -3,6 +3,7 @@ package control
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"math"
 	"net/netip"
@@ -257,6 +258,10 @@ func TestNobodySpeaksForAnother(t *testing.T) {
 				_, err := c.LeaveNode(ctx, connect.NewRequest(&shoalv1.LeaveNodeRequest{Node: n.node.ID}))
 				return err
 			}(),
+			"questions about endpoints": func() error {
+				_, err := c.CheckEndpoints(ctx, connect.NewRequest(&shoalv1.CheckEndpointsRequest{Node: n.node.ID}))
+				return err
+			}(),
 			"a name instead": func() error {
 				_, err := c.LeaveNode(ctx, connect.NewRequest(&shoalv1.LeaveNodeRequest{Node: "node1"}))
 				return err
@@ -277,11 +282,26 @@ func TestNobodySpeaksForAnother(t *testing.T) {
 	if err != nil {
 		t.Error(err)
 	}
+	var x spec.Task
 	n.mgr.fsm.read(func(s *state.State) {
-		if x, err := s.Task(task); err != nil || x.Status.State == spec.TaskFailed {
+		if x, err = s.Task(task); err != nil || x.Status.State == spec.TaskFailed {
 			t.Errorf("another node's task: %+v, %v", x.Status, err)
 		}
 	})
+	// What it says of that task in gossip the others ask about.
+	claim := func(node, addr string) *shoalv1.CheckEndpointsRequest_Claim {
+		return &shoalv1.CheckEndpointsRequest_Claim{Node: node, Task: x.ID, TaskName: x.Name, Service: x.Service, Network: x.Attachments[0].Network, Addrs: []string{addr}}
+	}
+	addr := x.Attachments[0].Addrs[0].String()
+	resp, err := n.as(w.node.ID, spec.RoleWorker).CheckEndpoints(ctx, connect.NewRequest(&shoalv1.CheckEndpointsRequest{Node: w.node.ID,
+		Claims: []*shoalv1.CheckEndpointsRequest_Claim{claim(w.node.ID, addr), claim(n.node.ID, addr), claim(n.node.ID, "10.0.0.99"), nil}}))
+	if err != nil || fmt.Sprint(resp.Msg.Wrong) != "[0 2 3]" {
+		t.Errorf("%v, %v", resp, err)
+	}
+	_, err = n.as(w.node.ID, spec.RoleWorker).CheckEndpoints(ctx, connect.NewRequest(&shoalv1.CheckEndpointsRequest{Node: w.node.ID, Claims: []*shoalv1.CheckEndpointsRequest_Claim{claim(n.node.ID, "x")}}))
+	if connect.CodeOf(err) != connect.CodeInvalidArgument {
+		t.Error(err)
+	}
 }
 
 // TestChangeOfRoot: the old root goes once every node that lives shows a

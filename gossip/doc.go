@@ -76,10 +76,9 @@
 // what is signed each node keeps the bytes, so that whoever passes it on can only
 // pass on what was signed, with the fields that he does not know.
 //
-// Not checked is whether the managers gave a task and its address to the node
-// that says it has them: no node is told of the tasks of all others. A node's
-// stolen key lends itself to endpoints of its own with others' addresses, until
-// the node is removed.
+// Not checked here is whether the managers gave a task and its address to the node
+// that says it has them: no node is told of the tasks of all others. Who uses the
+// endpoints asks the managers (agent/claims.go).
 //
 // # Locks
 //

@@ -64,6 +64,7 @@ var Table = map[string]Rule{
 	"/shoal.v1.Control/Assignments":      own(),
 	"/shoal.v1.Control/TaskBlobs":        own(),
 	"/shoal.v1.Control/Report":           own(),
+	"/shoal.v1.Control/CheckEndpoints":   own(),
 	LeaderPath:                           {Who: Nodes, Body: 1},
 
 	"/shoal.v1.Node/Exec":         {Who: Users},

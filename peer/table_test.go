@@ -37,7 +37,7 @@ func TestWhoMay(t *testing.T) {
 	for who, want := range map[Who][]string{
 		Stranger: {"/shoal.v1.Control/JoinNode"},
 		Worker: {"/shoal.v1.Control/Assignments", "/shoal.v1.Control/LeaveNode", "/shoal.v1.Control/ListNodes", "/shoal.v1.Control/RenewCertificate",
-			"/shoal.v1.Control/Report", "/shoal.v1.Control/TaskBlobs", LeaderPath},
+			"/shoal.v1.Control/Report", "/shoal.v1.Control/TaskBlobs", "/shoal.v1.Control/CheckEndpoints", LeaderPath},
 		Removed: {},
 	} {
 		may := map[string]bool{}

@@ -439,3 +439,46 @@ func TestReadersShareNothingThatChanges(t *testing.T) {
 		t.Fatalf("changed from\n%s\nto\n%s", text, now)
 	}
 }
+
+// TestGave: a node has of a task, its addresses and names what the managers gave it,
+// while they are that task's.
+func TestGave(t *testing.T) {
+	c := newCluster(t)
+	n1, n2 := c.join("n1"), c.join("n2")
+	r := c.run("c1", "n2", spec.NetworkAttachment{Network: "default", Aliases: []string{"db"}})
+	if r.Err != nil {
+		t.Fatal(r.Err)
+	}
+	x := r.Task
+	e := spec.Endpoint{Node: n2.id, Task: x.ID, TaskName: "c1", Network: x.Attachments[0].Network, Addrs: x.Attachments[0].Addrs, Aliases: []string{"db"}, Hostname: "any", State: spec.EndpointActive}
+	none := e
+	none.Aliases = nil
+	for _, e := range []spec.Endpoint{e, none} {
+		if !c.s.Gave(e) {
+			t.Errorf("%+v was not given", e)
+		}
+	}
+	for what, change := range map[string]func(*spec.Endpoint){
+		"another node": func(e *spec.Endpoint) { e.Node = n1.id }, "no task": func(e *spec.Endpoint) { e.Task = "x" }, "another name": func(e *spec.Endpoint) { e.TaskName = "c2" },
+		"a service": func(e *spec.Endpoint) { e.Service = "web" }, "another network": func(e *spec.Endpoint) { e.Network = "x" }, "no address": func(e *spec.Endpoint) { e.Addrs = nil },
+		"another address": func(e *spec.Endpoint) { e.Addrs = addrs("10.0.0.77") }, "one address more": func(e *spec.Endpoint) { e.Addrs = append(addrs("10.0.0.77"), e.Addrs...) },
+		"another alias": func(e *spec.Endpoint) { e.Aliases = []string{"db", "web"} },
+	} {
+		f := e
+		if change(&f); c.s.Gave(f) {
+			t.Errorf("%s: it was given", what)
+		}
+	}
+	c.down(n2)
+	if c.settle(); !c.s.Gave(e) {
+		t.Error("a node that is down may be alive for others: what it has is its own")
+	}
+	c.back(n2)
+	c.must(Command{StopTask: &StopTask{Ref: "c1", Remove: true}})
+	if !c.s.Gave(e) {
+		t.Error("a task that ends has its address until it is released")
+	}
+	if c.settle(); c.s.Gave(e) {
+		t.Error("what was released is given still")
+	}
+}

@@ -320,3 +320,16 @@ func (s *State) lose(t *task, now int64) {
 	}
 	t.Version = s.index
 }
+
+// Gave tells whether the managers gave an endpoint to the node that says it has it: the
+// task, on that network, with its addresses and names.
+func (s *State) Gave(e spec.Endpoint) bool {
+	t := s.tasks[e.Task]
+	if t == nil || !t.holds() || t.Node != e.Node || t.Name != e.TaskName || t.Service != e.Service {
+		return false
+	}
+	return slices.ContainsFunc(t.Attachments, func(a spec.Attachment) bool {
+		return a.Network == e.Network && slices.Equal(a.Addrs, e.Addrs) &&
+			!slices.ContainsFunc(e.Aliases, func(x string) bool { return !slices.Contains(a.Aliases, x) })
+	})
+}

@@ -6291,6 +6291,102 @@ func (*ReportResponse) Descriptor() ([]byte, []int) {
 	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{88}
 }
 
+type CheckEndpointsRequest struct {
+	state         protoimpl.MessageState         `protogen:"open.v1"`
+	Node          string                         `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"` // ID, the caller's own
+	Claims        []*CheckEndpointsRequest_Claim `protobuf:"bytes,2,rep,name=claims,proto3" json:"claims,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckEndpointsRequest) Reset() {
+	*x = CheckEndpointsRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckEndpointsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckEndpointsRequest) ProtoMessage() {}
+
+func (x *CheckEndpointsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckEndpointsRequest.ProtoReflect.Descriptor instead.
+func (*CheckEndpointsRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{89}
+}
+
+func (x *CheckEndpointsRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *CheckEndpointsRequest) GetClaims() []*CheckEndpointsRequest_Claim {
+	if x != nil {
+		return x.Claims
+	}
+	return nil
+}
+
+type CheckEndpointsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Wrong         []uint32               `protobuf:"varint,1,rep,packed,name=wrong,proto3" json:"wrong,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckEndpointsResponse) Reset() {
+	*x = CheckEndpointsResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckEndpointsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckEndpointsResponse) ProtoMessage() {}
+
+func (x *CheckEndpointsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckEndpointsResponse.ProtoReflect.Descriptor instead.
+func (*CheckEndpointsResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{90}
+}
+
+func (x *CheckEndpointsResponse) GetWrong() []uint32 {
+	if x != nil {
+		return x.Wrong
+	}
+	return nil
+}
+
 type TasksRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -6299,7 +6395,7 @@ type TasksRequest struct {
 
 func (x *TasksRequest) Reset() {
 	*x = TasksRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6311,7 +6407,7 @@ func (x *TasksRequest) String() string {
 func (*TasksRequest) ProtoMessage() {}
 
 func (x *TasksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6324,7 +6420,7 @@ func (x *TasksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TasksRequest.ProtoReflect.Descriptor instead.
 func (*TasksRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{89}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{91}
 }
 
 type TasksResponse struct {
@@ -6336,7 +6432,7 @@ type TasksResponse struct {
 
 func (x *TasksResponse) Reset() {
 	*x = TasksResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6348,7 +6444,7 @@ func (x *TasksResponse) String() string {
 func (*TasksResponse) ProtoMessage() {}
 
 func (x *TasksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6361,7 +6457,7 @@ func (x *TasksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TasksResponse.ProtoReflect.Descriptor instead.
 func (*TasksResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{90}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *TasksResponse) GetTasks() []*Task {
@@ -6381,7 +6477,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6393,7 +6489,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6406,7 +6502,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{91}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *StatsRequest) GetTasks() []string {
@@ -6434,7 +6530,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[92]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6446,7 +6542,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[92]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6459,7 +6555,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{92}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *StatsResponse) GetNode() string {
@@ -6492,7 +6588,7 @@ type KernelRequest struct {
 
 func (x *KernelRequest) Reset() {
 	*x = KernelRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[93]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6504,7 +6600,7 @@ func (x *KernelRequest) String() string {
 func (*KernelRequest) ProtoMessage() {}
 
 func (x *KernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[93]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6517,7 +6613,7 @@ func (x *KernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelRequest.ProtoReflect.Descriptor instead.
 func (*KernelRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{93}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *KernelRequest) GetService() string {
@@ -6538,7 +6634,7 @@ type KernelResponse struct {
 
 func (x *KernelResponse) Reset() {
 	*x = KernelResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[94]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6550,7 +6646,7 @@ func (x *KernelResponse) String() string {
 func (*KernelResponse) ProtoMessage() {}
 
 func (x *KernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[94]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6563,7 +6659,7 @@ func (x *KernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse.ProtoReflect.Descriptor instead.
 func (*KernelResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{94}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *KernelResponse) GetNode() string {
@@ -6603,7 +6699,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[95]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6615,7 +6711,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[95]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6628,7 +6724,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{95}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *ExecRequest) GetMsg() isExecRequest_Msg {
@@ -6731,7 +6827,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[96]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6743,7 +6839,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[96]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6756,7 +6852,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{96}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *ExecResponse) GetMsg() isExecResponse_Msg {
@@ -6828,7 +6924,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[97]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6840,7 +6936,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[97]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6853,7 +6949,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{97}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *LogsRequest) GetTask() string {
@@ -6906,7 +7002,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[98]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6918,7 +7014,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[98]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6931,7 +7027,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{98}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *LogsResponse) GetStderr() bool {
@@ -6993,7 +7089,7 @@ type KillRequest struct {
 
 func (x *KillRequest) Reset() {
 	*x = KillRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[99]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7005,7 +7101,7 @@ func (x *KillRequest) String() string {
 func (*KillRequest) ProtoMessage() {}
 
 func (x *KillRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[99]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7018,7 +7114,7 @@ func (x *KillRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillRequest.ProtoReflect.Descriptor instead.
 func (*KillRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{99}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{101}
 }
 
 func (x *KillRequest) GetTask() string {
@@ -7043,7 +7139,7 @@ type KillResponse struct {
 
 func (x *KillResponse) Reset() {
 	*x = KillResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7055,7 +7151,7 @@ func (x *KillResponse) String() string {
 func (*KillResponse) ProtoMessage() {}
 
 func (x *KillResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7068,7 +7164,7 @@ func (x *KillResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillResponse.ProtoReflect.Descriptor instead.
 func (*KillResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{100}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{102}
 }
 
 type TopRequest struct {
@@ -7081,7 +7177,7 @@ type TopRequest struct {
 
 func (x *TopRequest) Reset() {
 	*x = TopRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[101]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7093,7 +7189,7 @@ func (x *TopRequest) String() string {
 func (*TopRequest) ProtoMessage() {}
 
 func (x *TopRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[101]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7106,7 +7202,7 @@ func (x *TopRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TopRequest.ProtoReflect.Descriptor instead.
 func (*TopRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{101}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *TopRequest) GetTask() string {
@@ -7132,7 +7228,7 @@ type TopResponse struct {
 
 func (x *TopResponse) Reset() {
 	*x = TopResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7144,7 +7240,7 @@ func (x *TopResponse) String() string {
 func (*TopResponse) ProtoMessage() {}
 
 func (x *TopResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7157,7 +7253,7 @@ func (x *TopResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TopResponse.ProtoReflect.Descriptor instead.
 func (*TopResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{102}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *TopResponse) GetLines() []string {
@@ -7176,7 +7272,7 @@ type WaitRequest struct {
 
 func (x *WaitRequest) Reset() {
 	*x = WaitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7188,7 +7284,7 @@ func (x *WaitRequest) String() string {
 func (*WaitRequest) ProtoMessage() {}
 
 func (x *WaitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7201,7 +7297,7 @@ func (x *WaitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitRequest.ProtoReflect.Descriptor instead.
 func (*WaitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{103}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{105}
 }
 
 func (x *WaitRequest) GetTask() string {
@@ -7220,7 +7316,7 @@ type WaitResponse struct {
 
 func (x *WaitResponse) Reset() {
 	*x = WaitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7232,7 +7328,7 @@ func (x *WaitResponse) String() string {
 func (*WaitResponse) ProtoMessage() {}
 
 func (x *WaitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7245,7 +7341,7 @@ func (x *WaitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitResponse.ProtoReflect.Descriptor instead.
 func (*WaitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{104}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{106}
 }
 
 func (x *WaitResponse) GetStatus() *TaskStatus {
@@ -7263,7 +7359,7 @@ type SaveSnapshotRequest struct {
 
 func (x *SaveSnapshotRequest) Reset() {
 	*x = SaveSnapshotRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7275,7 +7371,7 @@ func (x *SaveSnapshotRequest) String() string {
 func (*SaveSnapshotRequest) ProtoMessage() {}
 
 func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7288,7 +7384,7 @@ func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{105}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{107}
 }
 
 type SaveSnapshotResponse struct {
@@ -7300,7 +7396,7 @@ type SaveSnapshotResponse struct {
 
 func (x *SaveSnapshotResponse) Reset() {
 	*x = SaveSnapshotResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7312,7 +7408,7 @@ func (x *SaveSnapshotResponse) String() string {
 func (*SaveSnapshotResponse) ProtoMessage() {}
 
 func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7325,7 +7421,7 @@ func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{106}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{108}
 }
 
 func (x *SaveSnapshotResponse) GetSnapshot() []byte {
@@ -7350,7 +7446,7 @@ type Image struct {
 
 func (x *Image) Reset() {
 	*x = Image{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7362,7 +7458,7 @@ func (x *Image) String() string {
 func (*Image) ProtoMessage() {}
 
 func (x *Image) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7375,7 +7471,7 @@ func (x *Image) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Image.ProtoReflect.Descriptor instead.
 func (*Image) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{107}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{109}
 }
 
 func (x *Image) GetName() string {
@@ -7435,7 +7531,7 @@ type ImageListRequest struct {
 
 func (x *ImageListRequest) Reset() {
 	*x = ImageListRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7447,7 +7543,7 @@ func (x *ImageListRequest) String() string {
 func (*ImageListRequest) ProtoMessage() {}
 
 func (x *ImageListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7460,7 +7556,7 @@ func (x *ImageListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageListRequest.ProtoReflect.Descriptor instead.
 func (*ImageListRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{108}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{110}
 }
 
 type ImageListResponse struct {
@@ -7473,7 +7569,7 @@ type ImageListResponse struct {
 
 func (x *ImageListResponse) Reset() {
 	*x = ImageListResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7485,7 +7581,7 @@ func (x *ImageListResponse) String() string {
 func (*ImageListResponse) ProtoMessage() {}
 
 func (x *ImageListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7498,7 +7594,7 @@ func (x *ImageListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageListResponse.ProtoReflect.Descriptor instead.
 func (*ImageListResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{109}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{111}
 }
 
 func (x *ImageListResponse) GetNode() string {
@@ -7525,7 +7621,7 @@ type ImagePullRequest struct {
 
 func (x *ImagePullRequest) Reset() {
 	*x = ImagePullRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7537,7 +7633,7 @@ func (x *ImagePullRequest) String() string {
 func (*ImagePullRequest) ProtoMessage() {}
 
 func (x *ImagePullRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7550,7 +7646,7 @@ func (x *ImagePullRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagePullRequest.ProtoReflect.Descriptor instead.
 func (*ImagePullRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{110}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{112}
 }
 
 func (x *ImagePullRequest) GetImage() string {
@@ -7577,7 +7673,7 @@ type ImagePullResponse struct {
 
 func (x *ImagePullResponse) Reset() {
 	*x = ImagePullResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7589,7 +7685,7 @@ func (x *ImagePullResponse) String() string {
 func (*ImagePullResponse) ProtoMessage() {}
 
 func (x *ImagePullResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7602,7 +7698,7 @@ func (x *ImagePullResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagePullResponse.ProtoReflect.Descriptor instead.
 func (*ImagePullResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{111}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{113}
 }
 
 func (x *ImagePullResponse) GetProgress() string {
@@ -7629,7 +7725,7 @@ type ImageResolveRequest struct {
 
 func (x *ImageResolveRequest) Reset() {
 	*x = ImageResolveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7641,7 +7737,7 @@ func (x *ImageResolveRequest) String() string {
 func (*ImageResolveRequest) ProtoMessage() {}
 
 func (x *ImageResolveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7654,7 +7750,7 @@ func (x *ImageResolveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageResolveRequest.ProtoReflect.Descriptor instead.
 func (*ImageResolveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{112}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{114}
 }
 
 func (x *ImageResolveRequest) GetImage() string {
@@ -7680,7 +7776,7 @@ type ImageResolveResponse struct {
 
 func (x *ImageResolveResponse) Reset() {
 	*x = ImageResolveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7692,7 +7788,7 @@ func (x *ImageResolveResponse) String() string {
 func (*ImageResolveResponse) ProtoMessage() {}
 
 func (x *ImageResolveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7705,7 +7801,7 @@ func (x *ImageResolveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageResolveResponse.ProtoReflect.Descriptor instead.
 func (*ImageResolveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{113}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{115}
 }
 
 func (x *ImageResolveResponse) GetRef() string {
@@ -7725,7 +7821,7 @@ type ImageRemoveRequest struct {
 
 func (x *ImageRemoveRequest) Reset() {
 	*x = ImageRemoveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7737,7 +7833,7 @@ func (x *ImageRemoveRequest) String() string {
 func (*ImageRemoveRequest) ProtoMessage() {}
 
 func (x *ImageRemoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7750,7 +7846,7 @@ func (x *ImageRemoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageRemoveRequest.ProtoReflect.Descriptor instead.
 func (*ImageRemoveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{114}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{116}
 }
 
 func (x *ImageRemoveRequest) GetImage() string {
@@ -7777,7 +7873,7 @@ type ImagePruneRequest struct {
 
 func (x *ImagePruneRequest) Reset() {
 	*x = ImagePruneRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7789,7 +7885,7 @@ func (x *ImagePruneRequest) String() string {
 func (*ImagePruneRequest) ProtoMessage() {}
 
 func (x *ImagePruneRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7802,7 +7898,7 @@ func (x *ImagePruneRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagePruneRequest.ProtoReflect.Descriptor instead.
 func (*ImagePruneRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{115}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{117}
 }
 
 func (x *ImagePruneRequest) GetAll() bool {
@@ -7829,7 +7925,7 @@ type ImageRemoveResponse struct {
 
 func (x *ImageRemoveResponse) Reset() {
 	*x = ImageRemoveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[118]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7841,7 +7937,7 @@ func (x *ImageRemoveResponse) String() string {
 func (*ImageRemoveResponse) ProtoMessage() {}
 
 func (x *ImageRemoveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[118]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7854,7 +7950,7 @@ func (x *ImageRemoveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageRemoveResponse.ProtoReflect.Descriptor instead.
 func (*ImageRemoveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{116}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{118}
 }
 
 func (x *ImageRemoveResponse) GetRemoved() []string {
@@ -7880,7 +7976,7 @@ type ImageInspectRequest struct {
 
 func (x *ImageInspectRequest) Reset() {
 	*x = ImageInspectRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[119]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7892,7 +7988,7 @@ func (x *ImageInspectRequest) String() string {
 func (*ImageInspectRequest) ProtoMessage() {}
 
 func (x *ImageInspectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[119]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7905,7 +8001,7 @@ func (x *ImageInspectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageInspectRequest.ProtoReflect.Descriptor instead.
 func (*ImageInspectRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{117}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{119}
 }
 
 func (x *ImageInspectRequest) GetImage() string {
@@ -7925,7 +8021,7 @@ type ImageInspectResponse struct {
 
 func (x *ImageInspectResponse) Reset() {
 	*x = ImageInspectResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[118]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[120]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7937,7 +8033,7 @@ func (x *ImageInspectResponse) String() string {
 func (*ImageInspectResponse) ProtoMessage() {}
 
 func (x *ImageInspectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[118]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[120]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7950,7 +8046,7 @@ func (x *ImageInspectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageInspectResponse.ProtoReflect.Descriptor instead.
 func (*ImageInspectResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{118}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{120}
 }
 
 func (x *ImageInspectResponse) GetImage() *Image {
@@ -7977,7 +8073,7 @@ type ImageLoadRequest struct {
 
 func (x *ImageLoadRequest) Reset() {
 	*x = ImageLoadRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[119]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[121]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7989,7 +8085,7 @@ func (x *ImageLoadRequest) String() string {
 func (*ImageLoadRequest) ProtoMessage() {}
 
 func (x *ImageLoadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[119]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[121]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8002,7 +8098,7 @@ func (x *ImageLoadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageLoadRequest.ProtoReflect.Descriptor instead.
 func (*ImageLoadRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{119}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{121}
 }
 
 func (x *ImageLoadRequest) GetName() string {
@@ -8028,7 +8124,7 @@ type ImageLoadResponse struct {
 
 func (x *ImageLoadResponse) Reset() {
 	*x = ImageLoadResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[120]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[122]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8040,7 +8136,7 @@ func (x *ImageLoadResponse) String() string {
 func (*ImageLoadResponse) ProtoMessage() {}
 
 func (x *ImageLoadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[120]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[122]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8053,7 +8149,7 @@ func (x *ImageLoadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageLoadResponse.ProtoReflect.Descriptor instead.
 func (*ImageLoadResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{120}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{122}
 }
 
 func (x *ImageLoadResponse) GetImages() []string {
@@ -8072,7 +8168,7 @@ type ImageSaveRequest struct {
 
 func (x *ImageSaveRequest) Reset() {
 	*x = ImageSaveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[121]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[123]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8084,7 +8180,7 @@ func (x *ImageSaveRequest) String() string {
 func (*ImageSaveRequest) ProtoMessage() {}
 
 func (x *ImageSaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[121]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[123]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8097,7 +8193,7 @@ func (x *ImageSaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageSaveRequest.ProtoReflect.Descriptor instead.
 func (*ImageSaveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{121}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{123}
 }
 
 func (x *ImageSaveRequest) GetImages() []string {
@@ -8116,7 +8212,7 @@ type ImageSaveResponse struct {
 
 func (x *ImageSaveResponse) Reset() {
 	*x = ImageSaveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[122]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[124]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8128,7 +8224,7 @@ func (x *ImageSaveResponse) String() string {
 func (*ImageSaveResponse) ProtoMessage() {}
 
 func (x *ImageSaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[122]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[124]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8141,7 +8237,7 @@ func (x *ImageSaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageSaveResponse.ProtoReflect.Descriptor instead.
 func (*ImageSaveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{122}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{124}
 }
 
 func (x *ImageSaveResponse) GetData() []byte {
@@ -8165,7 +8261,7 @@ type Volume struct {
 
 func (x *Volume) Reset() {
 	*x = Volume{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[123]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[125]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8177,7 +8273,7 @@ func (x *Volume) String() string {
 func (*Volume) ProtoMessage() {}
 
 func (x *Volume) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[123]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[125]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8190,7 +8286,7 @@ func (x *Volume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Volume.ProtoReflect.Descriptor instead.
 func (*Volume) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{123}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{125}
 }
 
 func (x *Volume) GetName() string {
@@ -8243,7 +8339,7 @@ type VolumeListRequest struct {
 
 func (x *VolumeListRequest) Reset() {
 	*x = VolumeListRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[124]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[126]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8255,7 +8351,7 @@ func (x *VolumeListRequest) String() string {
 func (*VolumeListRequest) ProtoMessage() {}
 
 func (x *VolumeListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[124]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[126]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8268,7 +8364,7 @@ func (x *VolumeListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeListRequest.ProtoReflect.Descriptor instead.
 func (*VolumeListRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{124}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{126}
 }
 
 type VolumeListResponse struct {
@@ -8281,7 +8377,7 @@ type VolumeListResponse struct {
 
 func (x *VolumeListResponse) Reset() {
 	*x = VolumeListResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[125]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[127]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8293,7 +8389,7 @@ func (x *VolumeListResponse) String() string {
 func (*VolumeListResponse) ProtoMessage() {}
 
 func (x *VolumeListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[125]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[127]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8306,7 +8402,7 @@ func (x *VolumeListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeListResponse.ProtoReflect.Descriptor instead.
 func (*VolumeListResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{125}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{127}
 }
 
 func (x *VolumeListResponse) GetNode() string {
@@ -8333,7 +8429,7 @@ type VolumeCreateRequest struct {
 
 func (x *VolumeCreateRequest) Reset() {
 	*x = VolumeCreateRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[126]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[128]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8345,7 +8441,7 @@ func (x *VolumeCreateRequest) String() string {
 func (*VolumeCreateRequest) ProtoMessage() {}
 
 func (x *VolumeCreateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[126]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[128]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8358,7 +8454,7 @@ func (x *VolumeCreateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeCreateRequest.ProtoReflect.Descriptor instead.
 func (*VolumeCreateRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{126}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{128}
 }
 
 func (x *VolumeCreateRequest) GetName() string {
@@ -8384,7 +8480,7 @@ type VolumeCreateResponse struct {
 
 func (x *VolumeCreateResponse) Reset() {
 	*x = VolumeCreateResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[127]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[129]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8396,7 +8492,7 @@ func (x *VolumeCreateResponse) String() string {
 func (*VolumeCreateResponse) ProtoMessage() {}
 
 func (x *VolumeCreateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[127]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[129]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8409,7 +8505,7 @@ func (x *VolumeCreateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeCreateResponse.ProtoReflect.Descriptor instead.
 func (*VolumeCreateResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{127}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{129}
 }
 
 func (x *VolumeCreateResponse) GetVolume() *Volume {
@@ -8429,7 +8525,7 @@ type VolumeRemoveRequest struct {
 
 func (x *VolumeRemoveRequest) Reset() {
 	*x = VolumeRemoveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[128]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[130]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8441,7 +8537,7 @@ func (x *VolumeRemoveRequest) String() string {
 func (*VolumeRemoveRequest) ProtoMessage() {}
 
 func (x *VolumeRemoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[128]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[130]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8454,7 +8550,7 @@ func (x *VolumeRemoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeRemoveRequest.ProtoReflect.Descriptor instead.
 func (*VolumeRemoveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{128}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{130}
 }
 
 func (x *VolumeRemoveRequest) GetName() string {
@@ -8479,7 +8575,7 @@ type VolumeRemoveResponse struct {
 
 func (x *VolumeRemoveResponse) Reset() {
 	*x = VolumeRemoveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[129]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[131]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8491,7 +8587,7 @@ func (x *VolumeRemoveResponse) String() string {
 func (*VolumeRemoveResponse) ProtoMessage() {}
 
 func (x *VolumeRemoveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[129]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[131]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8504,7 +8600,7 @@ func (x *VolumeRemoveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeRemoveResponse.ProtoReflect.Descriptor instead.
 func (*VolumeRemoveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{129}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{131}
 }
 
 // RestoreSnapshot makes the cluster of a snapshot, with this node as its manager.
@@ -8519,7 +8615,7 @@ type RestoreSnapshotRequest struct {
 
 func (x *RestoreSnapshotRequest) Reset() {
 	*x = RestoreSnapshotRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[130]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[132]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8531,7 +8627,7 @@ func (x *RestoreSnapshotRequest) String() string {
 func (*RestoreSnapshotRequest) ProtoMessage() {}
 
 func (x *RestoreSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[130]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[132]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8544,7 +8640,7 @@ func (x *RestoreSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*RestoreSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{130}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{132}
 }
 
 func (x *RestoreSnapshotRequest) GetSnapshot() []byte {
@@ -8578,7 +8674,7 @@ type UnlockRequest struct {
 
 func (x *UnlockRequest) Reset() {
 	*x = UnlockRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[131]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[133]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8590,7 +8686,7 @@ func (x *UnlockRequest) String() string {
 func (*UnlockRequest) ProtoMessage() {}
 
 func (x *UnlockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[131]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[133]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8603,7 +8699,7 @@ func (x *UnlockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockRequest.ProtoReflect.Descriptor instead.
 func (*UnlockRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{131}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{133}
 }
 
 func (x *UnlockRequest) GetKey() string {
@@ -8621,7 +8717,7 @@ type UnlockResponse struct {
 
 func (x *UnlockResponse) Reset() {
 	*x = UnlockResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[132]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[134]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8633,7 +8729,7 @@ func (x *UnlockResponse) String() string {
 func (*UnlockResponse) ProtoMessage() {}
 
 func (x *UnlockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[132]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[134]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8646,7 +8742,7 @@ func (x *UnlockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockResponse.ProtoReflect.Descriptor instead.
 func (*UnlockResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{132}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{134}
 }
 
 type InfoRequest struct {
@@ -8657,7 +8753,7 @@ type InfoRequest struct {
 
 func (x *InfoRequest) Reset() {
 	*x = InfoRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[133]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[135]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8669,7 +8765,7 @@ func (x *InfoRequest) String() string {
 func (*InfoRequest) ProtoMessage() {}
 
 func (x *InfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[133]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[135]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8682,7 +8778,7 @@ func (x *InfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoRequest.ProtoReflect.Descriptor instead.
 func (*InfoRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{133}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{135}
 }
 
 type InfoResponse struct {
@@ -8714,7 +8810,7 @@ type InfoResponse struct {
 
 func (x *InfoResponse) Reset() {
 	*x = InfoResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[134]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[136]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8726,7 +8822,7 @@ func (x *InfoResponse) String() string {
 func (*InfoResponse) ProtoMessage() {}
 
 func (x *InfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[134]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[136]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8739,7 +8835,7 @@ func (x *InfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoResponse.ProtoReflect.Descriptor instead.
 func (*InfoResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{134}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{136}
 }
 
 func (x *InfoResponse) GetVersion() string {
@@ -8896,7 +8992,7 @@ type InitRequest struct {
 
 func (x *InitRequest) Reset() {
 	*x = InitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[135]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[137]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8908,7 +9004,7 @@ func (x *InitRequest) String() string {
 func (*InitRequest) ProtoMessage() {}
 
 func (x *InitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[135]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[137]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8921,7 +9017,7 @@ func (x *InitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitRequest.ProtoReflect.Descriptor instead.
 func (*InitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{135}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{137}
 }
 
 func (x *InitRequest) GetAdvertiseAddr() string {
@@ -8981,7 +9077,7 @@ type InitResponse struct {
 
 func (x *InitResponse) Reset() {
 	*x = InitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[136]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[138]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8993,7 +9089,7 @@ func (x *InitResponse) String() string {
 func (*InitResponse) ProtoMessage() {}
 
 func (x *InitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[136]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[138]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9006,7 +9102,7 @@ func (x *InitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitResponse.ProtoReflect.Descriptor instead.
 func (*InitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{136}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{138}
 }
 
 func (x *InitResponse) GetCluster() string {
@@ -9070,7 +9166,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[137]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[139]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9082,7 +9178,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[137]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[139]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9095,7 +9191,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{137}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{139}
 }
 
 func (x *JoinRequest) GetRemote() string {
@@ -9136,7 +9232,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[138]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[140]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9148,7 +9244,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[138]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[140]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9161,7 +9257,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{138}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{140}
 }
 
 func (x *JoinResponse) GetCluster() string {
@@ -9187,7 +9283,7 @@ type LeaveRequest struct {
 
 func (x *LeaveRequest) Reset() {
 	*x = LeaveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[139]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[141]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9199,7 +9295,7 @@ func (x *LeaveRequest) String() string {
 func (*LeaveRequest) ProtoMessage() {}
 
 func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[139]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[141]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9212,7 +9308,7 @@ func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
 func (*LeaveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{139}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{141}
 }
 
 func (x *LeaveRequest) GetForce() bool {
@@ -9230,7 +9326,7 @@ type LeaveResponse struct {
 
 func (x *LeaveResponse) Reset() {
 	*x = LeaveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[140]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[142]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9242,7 +9338,7 @@ func (x *LeaveResponse) String() string {
 func (*LeaveResponse) ProtoMessage() {}
 
 func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[140]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[142]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9255,7 +9351,7 @@ func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveResponse.ProtoReflect.Descriptor instead.
 func (*LeaveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{140}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{142}
 }
 
 type DoctorRequest struct {
@@ -9266,7 +9362,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[141]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[143]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9278,7 +9374,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[141]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[143]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9291,7 +9387,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{141}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{143}
 }
 
 type DoctorResponse struct {
@@ -9304,7 +9400,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[142]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[144]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9316,7 +9412,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[142]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[144]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9329,7 +9425,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{142}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{144}
 }
 
 func (x *DoctorResponse) GetChecks() []*DoctorResponse_Check {
@@ -9358,7 +9454,7 @@ type ShowCAResponse_Root struct {
 
 func (x *ShowCAResponse_Root) Reset() {
 	*x = ShowCAResponse_Root{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[156]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[158]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9370,7 +9466,7 @@ func (x *ShowCAResponse_Root) String() string {
 func (*ShowCAResponse_Root) ProtoMessage() {}
 
 func (x *ShowCAResponse_Root) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[156]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[158]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9424,7 +9520,7 @@ type ReportRequest_Fault struct {
 
 func (x *ReportRequest_Fault) Reset() {
 	*x = ReportRequest_Fault{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[160]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[162]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9436,7 +9532,7 @@ func (x *ReportRequest_Fault) String() string {
 func (*ReportRequest_Fault) ProtoMessage() {}
 
 func (x *ReportRequest_Fault) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[160]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[162]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9466,6 +9562,99 @@ func (x *ReportRequest_Fault) GetMessage() string {
 	return ""
 }
 
+// Claim is an endpoint as its node tells it.
+type CheckEndpointsRequest_Claim struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"` // ID of the node that tells it
+	Task          string                 `protobuf:"bytes,2,opt,name=task,proto3" json:"task,omitempty"` // ID
+	TaskName      string                 `protobuf:"bytes,3,opt,name=task_name,json=taskName,proto3" json:"task_name,omitempty"`
+	Service       string                 `protobuf:"bytes,4,opt,name=service,proto3" json:"service,omitempty"` // ID; empty: the task is on its own
+	Network       string                 `protobuf:"bytes,5,opt,name=network,proto3" json:"network,omitempty"` // ID
+	Addrs         []string               `protobuf:"bytes,6,rep,name=addrs,proto3" json:"addrs,omitempty"`
+	Aliases       []string               `protobuf:"bytes,7,rep,name=aliases,proto3" json:"aliases,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckEndpointsRequest_Claim) Reset() {
+	*x = CheckEndpointsRequest_Claim{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[163]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckEndpointsRequest_Claim) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckEndpointsRequest_Claim) ProtoMessage() {}
+
+func (x *CheckEndpointsRequest_Claim) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[163]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckEndpointsRequest_Claim.ProtoReflect.Descriptor instead.
+func (*CheckEndpointsRequest_Claim) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{89, 0}
+}
+
+func (x *CheckEndpointsRequest_Claim) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *CheckEndpointsRequest_Claim) GetTask() string {
+	if x != nil {
+		return x.Task
+	}
+	return ""
+}
+
+func (x *CheckEndpointsRequest_Claim) GetTaskName() string {
+	if x != nil {
+		return x.TaskName
+	}
+	return ""
+}
+
+func (x *CheckEndpointsRequest_Claim) GetService() string {
+	if x != nil {
+		return x.Service
+	}
+	return ""
+}
+
+func (x *CheckEndpointsRequest_Claim) GetNetwork() string {
+	if x != nil {
+		return x.Network
+	}
+	return ""
+}
+
+func (x *CheckEndpointsRequest_Claim) GetAddrs() []string {
+	if x != nil {
+		return x.Addrs
+	}
+	return nil
+}
+
+func (x *CheckEndpointsRequest_Claim) GetAliases() []string {
+	if x != nil {
+		return x.Aliases
+	}
+	return nil
+}
+
 type StatsResponse_Task struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	Id          string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -9492,7 +9681,7 @@ type StatsResponse_Task struct {
 
 func (x *StatsResponse_Task) Reset() {
 	*x = StatsResponse_Task{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[161]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[164]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9504,7 +9693,7 @@ func (x *StatsResponse_Task) String() string {
 func (*StatsResponse_Task) ProtoMessage() {}
 
 func (x *StatsResponse_Task) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[161]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[164]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9517,7 +9706,7 @@ func (x *StatsResponse_Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse_Task.ProtoReflect.Descriptor instead.
 func (*StatsResponse_Task) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{92, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{94, 0}
 }
 
 func (x *StatsResponse_Task) GetId() string {
@@ -9653,7 +9842,7 @@ type StatsResponse_Drop struct {
 
 func (x *StatsResponse_Drop) Reset() {
 	*x = StatsResponse_Drop{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[162]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[165]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9665,7 +9854,7 @@ func (x *StatsResponse_Drop) String() string {
 func (*StatsResponse_Drop) ProtoMessage() {}
 
 func (x *StatsResponse_Drop) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[162]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[165]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9678,7 +9867,7 @@ func (x *StatsResponse_Drop) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse_Drop.ProtoReflect.Descriptor instead.
 func (*StatsResponse_Drop) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{92, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{94, 1}
 }
 
 func (x *StatsResponse_Drop) GetNetwork() string {
@@ -9720,7 +9909,7 @@ type KernelResponse_Backend struct {
 
 func (x *KernelResponse_Backend) Reset() {
 	*x = KernelResponse_Backend{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[163]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[166]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9732,7 +9921,7 @@ func (x *KernelResponse_Backend) String() string {
 func (*KernelResponse_Backend) ProtoMessage() {}
 
 func (x *KernelResponse_Backend) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[163]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[166]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9745,7 +9934,7 @@ func (x *KernelResponse_Backend) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse_Backend.ProtoReflect.Descriptor instead.
 func (*KernelResponse_Backend) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{94, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{96, 0}
 }
 
 func (x *KernelResponse_Backend) GetAddr() string {
@@ -9782,7 +9971,7 @@ type KernelResponse_Server struct {
 
 func (x *KernelResponse_Server) Reset() {
 	*x = KernelResponse_Server{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[164]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[167]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9794,7 +9983,7 @@ func (x *KernelResponse_Server) String() string {
 func (*KernelResponse_Server) ProtoMessage() {}
 
 func (x *KernelResponse_Server) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[164]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[167]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9807,7 +9996,7 @@ func (x *KernelResponse_Server) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse_Server.ProtoReflect.Descriptor instead.
 func (*KernelResponse_Server) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{94, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{96, 1}
 }
 
 func (x *KernelResponse_Server) GetService() string {
@@ -9865,7 +10054,7 @@ type ExecRequest_Start struct {
 
 func (x *ExecRequest_Start) Reset() {
 	*x = ExecRequest_Start{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[165]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[168]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9877,7 +10066,7 @@ func (x *ExecRequest_Start) String() string {
 func (*ExecRequest_Start) ProtoMessage() {}
 
 func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[165]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[168]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9890,7 +10079,7 @@ func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Start.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Start) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{95, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{97, 0}
 }
 
 func (x *ExecRequest_Start) GetTask() string {
@@ -9987,7 +10176,7 @@ type ExecRequest_Resize struct {
 
 func (x *ExecRequest_Resize) Reset() {
 	*x = ExecRequest_Resize{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[166]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[169]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9999,7 +10188,7 @@ func (x *ExecRequest_Resize) String() string {
 func (*ExecRequest_Resize) ProtoMessage() {}
 
 func (x *ExecRequest_Resize) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[166]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[169]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10012,7 +10201,7 @@ func (x *ExecRequest_Resize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Resize.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Resize) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{95, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{97, 1}
 }
 
 func (x *ExecRequest_Resize) GetRows() int32 {
@@ -10041,7 +10230,7 @@ type DoctorResponse_Check struct {
 
 func (x *DoctorResponse_Check) Reset() {
 	*x = DoctorResponse_Check{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[169]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[172]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10053,7 +10242,7 @@ func (x *DoctorResponse_Check) String() string {
 func (*DoctorResponse_Check) ProtoMessage() {}
 
 func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[169]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[172]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10066,7 +10255,7 @@ func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Check.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Check) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{142, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{144, 0}
 }
 
 func (x *DoctorResponse_Check) GetName() string {
@@ -10112,7 +10301,7 @@ type DoctorResponse_Object struct {
 
 func (x *DoctorResponse_Object) Reset() {
 	*x = DoctorResponse_Object{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[170]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[173]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10124,7 +10313,7 @@ func (x *DoctorResponse_Object) String() string {
 func (*DoctorResponse_Object) ProtoMessage() {}
 
 func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[170]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[173]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10137,7 +10326,7 @@ func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Object.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Object) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{142, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{144, 1}
 }
 
 func (x *DoctorResponse_Object) GetReconciler() string {
@@ -10780,7 +10969,20 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x05Fault\x12\x16\n" +
 	"\x06object\x18\x01 \x01(\tR\x06object\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\"\x10\n" +
-	"\x0eReportResponse\"\x0e\n" +
+	"\x0eReportResponse\"\x9d\x02\n" +
+	"\x15CheckEndpointsRequest\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12=\n" +
+	"\x06claims\x18\x02 \x03(\v2%.shoal.v1.CheckEndpointsRequest.ClaimR\x06claims\x1a\xb0\x01\n" +
+	"\x05Claim\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x12\n" +
+	"\x04task\x18\x02 \x01(\tR\x04task\x12\x1b\n" +
+	"\ttask_name\x18\x03 \x01(\tR\btaskName\x12\x18\n" +
+	"\aservice\x18\x04 \x01(\tR\aservice\x12\x18\n" +
+	"\anetwork\x18\x05 \x01(\tR\anetwork\x12\x14\n" +
+	"\x05addrs\x18\x06 \x03(\tR\x05addrs\x12\x18\n" +
+	"\aaliases\x18\a \x03(\tR\aaliases\".\n" +
+	"\x16CheckEndpointsResponse\x12\x14\n" +
+	"\x05wrong\x18\x01 \x03(\rR\x05wrong\"\x0e\n" +
 	"\fTasksRequest\"5\n" +
 	"\rTasksResponse\x12$\n" +
 	"\x05tasks\x18\x01 \x03(\v2\x0e.shoal.v1.TaskR\x05tasks\":\n" +
@@ -11052,7 +11254,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x02op\x18\x04 \x01(\tR\x02op\x12\x19\n" +
 	"\bsince_ms\x18\x05 \x01(\x03R\asinceMs\x12\x14\n" +
 	"\x05error\x18\x06 \x01(\tR\x05error\x12\x14\n" +
-	"\x05tries\x18\a \x01(\x05R\x05tries2\xa0\x13\n" +
+	"\x05tries\x18\a \x01(\x05R\x05tries2\xf5\x13\n" +
 	"\aControl\x12P\n" +
 	"\rCreateNetwork\x12\x1e.shoal.v1.CreateNetworkRequest\x1a\x1f.shoal.v1.CreateNetworkResponse\x12M\n" +
 	"\fListNetworks\x12\x1d.shoal.v1.ListNetworksRequest\x1a\x1e.shoal.v1.ListNetworksResponse\x12P\n" +
@@ -11092,7 +11294,8 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\bJoinNode\x12\x19.shoal.v1.JoinNodeRequest\x1a\x1a.shoal.v1.JoinNodeResponse\x12M\n" +
 	"\fAdmitManager\x12\x1d.shoal.v1.AdmitManagerRequest\x1a\x1e.shoal.v1.AdmitManagerResponse\x12L\n" +
 	"\vAssignments\x12\x1c.shoal.v1.AssignmentsRequest\x1a\x1d.shoal.v1.AssignmentsResponse0\x01\x12;\n" +
-	"\x06Report\x12\x17.shoal.v1.ReportRequest\x1a\x18.shoal.v1.ReportResponse2\x86\n" +
+	"\x06Report\x12\x17.shoal.v1.ReportRequest\x1a\x18.shoal.v1.ReportResponse\x12S\n" +
+	"\x0eCheckEndpoints\x12\x1f.shoal.v1.CheckEndpointsRequest\x1a .shoal.v1.CheckEndpointsResponse2\x86\n" +
 	"\n" +
 	"\x04Node\x12D\n" +
 	"\tImageList\x12\x1a.shoal.v1.ImageListRequest\x1a\x1b.shoal.v1.ImageListResponse\x12F\n" +
@@ -11137,194 +11340,197 @@ func file_shoal_v1_shoal_proto_rawDescGZIP() []byte {
 	return file_shoal_v1_shoal_proto_rawDescData
 }
 
-var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 171)
+var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 174)
 var file_shoal_v1_shoal_proto_goTypes = []any{
-	(*Network)(nil),                   // 0: shoal.v1.Network
-	(*NetworkAttachment)(nil),         // 1: shoal.v1.NetworkAttachment
-	(*TaskSpec)(nil),                  // 2: shoal.v1.TaskSpec
-	(*BlobRef)(nil),                   // 3: shoal.v1.BlobRef
-	(*Blob)(nil),                      // 4: shoal.v1.Blob
-	(*Resources)(nil),                 // 5: shoal.v1.Resources
-	(*Container)(nil),                 // 6: shoal.v1.Container
-	(*Mount)(nil),                     // 7: shoal.v1.Mount
-	(*HealthCheck)(nil),               // 8: shoal.v1.HealthCheck
-	(*Port)(nil),                      // 9: shoal.v1.Port
-	(*ServiceSpec)(nil),               // 10: shoal.v1.ServiceSpec
-	(*UpdateConfig)(nil),              // 11: shoal.v1.UpdateConfig
-	(*UpdateStatus)(nil),              // 12: shoal.v1.UpdateStatus
-	(*VIPs)(nil),                      // 13: shoal.v1.VIPs
-	(*Service)(nil),                   // 14: shoal.v1.Service
-	(*NodeFault)(nil),                 // 15: shoal.v1.NodeFault
-	(*Attachment)(nil),                // 16: shoal.v1.Attachment
-	(*TaskStatus)(nil),                // 17: shoal.v1.TaskStatus
-	(*Task)(nil),                      // 18: shoal.v1.Task
-	(*NodeInfo)(nil),                  // 19: shoal.v1.NodeInfo
-	(*Cluster)(nil),                   // 20: shoal.v1.Cluster
-	(*CreateNetworkRequest)(nil),      // 21: shoal.v1.CreateNetworkRequest
-	(*CreateNetworkResponse)(nil),     // 22: shoal.v1.CreateNetworkResponse
-	(*ListNetworksRequest)(nil),       // 23: shoal.v1.ListNetworksRequest
-	(*ListNetworksResponse)(nil),      // 24: shoal.v1.ListNetworksResponse
-	(*RemoveNetworkRequest)(nil),      // 25: shoal.v1.RemoveNetworkRequest
-	(*RemoveNetworkResponse)(nil),     // 26: shoal.v1.RemoveNetworkResponse
-	(*ConnectNetworkRequest)(nil),     // 27: shoal.v1.ConnectNetworkRequest
-	(*ConnectNetworkResponse)(nil),    // 28: shoal.v1.ConnectNetworkResponse
-	(*DisconnectNetworkRequest)(nil),  // 29: shoal.v1.DisconnectNetworkRequest
-	(*DisconnectNetworkResponse)(nil), // 30: shoal.v1.DisconnectNetworkResponse
-	(*EventsRequest)(nil),             // 31: shoal.v1.EventsRequest
-	(*Event)(nil),                     // 32: shoal.v1.Event
-	(*CreateServiceRequest)(nil),      // 33: shoal.v1.CreateServiceRequest
-	(*CreateServiceResponse)(nil),     // 34: shoal.v1.CreateServiceResponse
-	(*UpdateServiceRequest)(nil),      // 35: shoal.v1.UpdateServiceRequest
-	(*UpdateServiceResponse)(nil),     // 36: shoal.v1.UpdateServiceResponse
-	(*ListServicesRequest)(nil),       // 37: shoal.v1.ListServicesRequest
-	(*ListServicesResponse)(nil),      // 38: shoal.v1.ListServicesResponse
-	(*RemoveServiceRequest)(nil),      // 39: shoal.v1.RemoveServiceRequest
-	(*RemoveServiceResponse)(nil),     // 40: shoal.v1.RemoveServiceResponse
-	(*CreateTaskRequest)(nil),         // 41: shoal.v1.CreateTaskRequest
-	(*CreateTaskResponse)(nil),        // 42: shoal.v1.CreateTaskResponse
-	(*ListTasksRequest)(nil),          // 43: shoal.v1.ListTasksRequest
-	(*ListTasksResponse)(nil),         // 44: shoal.v1.ListTasksResponse
-	(*StopTaskRequest)(nil),           // 45: shoal.v1.StopTaskRequest
-	(*StopTaskResponse)(nil),          // 46: shoal.v1.StopTaskResponse
-	(*ListNodesRequest)(nil),          // 47: shoal.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),         // 48: shoal.v1.ListNodesResponse
-	(*UpdateNodeRequest)(nil),         // 49: shoal.v1.UpdateNodeRequest
-	(*UpdateNodeResponse)(nil),        // 50: shoal.v1.UpdateNodeResponse
-	(*RemoveNodeRequest)(nil),         // 51: shoal.v1.RemoveNodeRequest
-	(*RemoveNodeResponse)(nil),        // 52: shoal.v1.RemoveNodeResponse
-	(*JoinNodeRequest)(nil),           // 53: shoal.v1.JoinNodeRequest
-	(*JoinNodeResponse)(nil),          // 54: shoal.v1.JoinNodeResponse
-	(*Certificate)(nil),               // 55: shoal.v1.Certificate
-	(*RenewCertificateRequest)(nil),   // 56: shoal.v1.RenewCertificateRequest
-	(*RenewCertificateResponse)(nil),  // 57: shoal.v1.RenewCertificateResponse
-	(*Lock)(nil),                      // 58: shoal.v1.Lock
-	(*LeaveNodeRequest)(nil),          // 59: shoal.v1.LeaveNodeRequest
-	(*LeaveNodeResponse)(nil),         // 60: shoal.v1.LeaveNodeResponse
-	(*ShowTokenRequest)(nil),          // 61: shoal.v1.ShowTokenRequest
-	(*ShowTokenResponse)(nil),         // 62: shoal.v1.ShowTokenResponse
-	(*RotateTokenRequest)(nil),        // 63: shoal.v1.RotateTokenRequest
-	(*RotateTokenResponse)(nil),       // 64: shoal.v1.RotateTokenResponse
-	(*ShowCARequest)(nil),             // 65: shoal.v1.ShowCARequest
-	(*ShowCAResponse)(nil),            // 66: shoal.v1.ShowCAResponse
-	(*UnlockKeyRequest)(nil),          // 67: shoal.v1.UnlockKeyRequest
-	(*UnlockKeyResponse)(nil),         // 68: shoal.v1.UnlockKeyResponse
-	(*RotateCARequest)(nil),           // 69: shoal.v1.RotateCARequest
-	(*RotateCAResponse)(nil),          // 70: shoal.v1.RotateCAResponse
-	(*AdmitManagerRequest)(nil),       // 71: shoal.v1.AdmitManagerRequest
-	(*AdmitManagerResponse)(nil),      // 72: shoal.v1.AdmitManagerResponse
-	(*CreateBlobRequest)(nil),         // 73: shoal.v1.CreateBlobRequest
-	(*CreateBlobResponse)(nil),        // 74: shoal.v1.CreateBlobResponse
-	(*UpdateBlobRequest)(nil),         // 75: shoal.v1.UpdateBlobRequest
-	(*UpdateBlobResponse)(nil),        // 76: shoal.v1.UpdateBlobResponse
-	(*ListBlobsRequest)(nil),          // 77: shoal.v1.ListBlobsRequest
-	(*ListBlobsResponse)(nil),         // 78: shoal.v1.ListBlobsResponse
-	(*RemoveBlobRequest)(nil),         // 79: shoal.v1.RemoveBlobRequest
-	(*RemoveBlobResponse)(nil),        // 80: shoal.v1.RemoveBlobResponse
-	(*TaskBlobsRequest)(nil),          // 81: shoal.v1.TaskBlobsRequest
-	(*TaskBlobsResponse)(nil),         // 82: shoal.v1.TaskBlobsResponse
-	(*AssignmentsRequest)(nil),        // 83: shoal.v1.AssignmentsRequest
-	(*AssignmentsResponse)(nil),       // 84: shoal.v1.AssignmentsResponse
-	(*Trust)(nil),                     // 85: shoal.v1.Trust
-	(*GossipKey)(nil),                 // 86: shoal.v1.GossipKey
-	(*ReportRequest)(nil),             // 87: shoal.v1.ReportRequest
-	(*ReportResponse)(nil),            // 88: shoal.v1.ReportResponse
-	(*TasksRequest)(nil),              // 89: shoal.v1.TasksRequest
-	(*TasksResponse)(nil),             // 90: shoal.v1.TasksResponse
-	(*StatsRequest)(nil),              // 91: shoal.v1.StatsRequest
-	(*StatsResponse)(nil),             // 92: shoal.v1.StatsResponse
-	(*KernelRequest)(nil),             // 93: shoal.v1.KernelRequest
-	(*KernelResponse)(nil),            // 94: shoal.v1.KernelResponse
-	(*ExecRequest)(nil),               // 95: shoal.v1.ExecRequest
-	(*ExecResponse)(nil),              // 96: shoal.v1.ExecResponse
-	(*LogsRequest)(nil),               // 97: shoal.v1.LogsRequest
-	(*LogsResponse)(nil),              // 98: shoal.v1.LogsResponse
-	(*KillRequest)(nil),               // 99: shoal.v1.KillRequest
-	(*KillResponse)(nil),              // 100: shoal.v1.KillResponse
-	(*TopRequest)(nil),                // 101: shoal.v1.TopRequest
-	(*TopResponse)(nil),               // 102: shoal.v1.TopResponse
-	(*WaitRequest)(nil),               // 103: shoal.v1.WaitRequest
-	(*WaitResponse)(nil),              // 104: shoal.v1.WaitResponse
-	(*SaveSnapshotRequest)(nil),       // 105: shoal.v1.SaveSnapshotRequest
-	(*SaveSnapshotResponse)(nil),      // 106: shoal.v1.SaveSnapshotResponse
-	(*Image)(nil),                     // 107: shoal.v1.Image
-	(*ImageListRequest)(nil),          // 108: shoal.v1.ImageListRequest
-	(*ImageListResponse)(nil),         // 109: shoal.v1.ImageListResponse
-	(*ImagePullRequest)(nil),          // 110: shoal.v1.ImagePullRequest
-	(*ImagePullResponse)(nil),         // 111: shoal.v1.ImagePullResponse
-	(*ImageResolveRequest)(nil),       // 112: shoal.v1.ImageResolveRequest
-	(*ImageResolveResponse)(nil),      // 113: shoal.v1.ImageResolveResponse
-	(*ImageRemoveRequest)(nil),        // 114: shoal.v1.ImageRemoveRequest
-	(*ImagePruneRequest)(nil),         // 115: shoal.v1.ImagePruneRequest
-	(*ImageRemoveResponse)(nil),       // 116: shoal.v1.ImageRemoveResponse
-	(*ImageInspectRequest)(nil),       // 117: shoal.v1.ImageInspectRequest
-	(*ImageInspectResponse)(nil),      // 118: shoal.v1.ImageInspectResponse
-	(*ImageLoadRequest)(nil),          // 119: shoal.v1.ImageLoadRequest
-	(*ImageLoadResponse)(nil),         // 120: shoal.v1.ImageLoadResponse
-	(*ImageSaveRequest)(nil),          // 121: shoal.v1.ImageSaveRequest
-	(*ImageSaveResponse)(nil),         // 122: shoal.v1.ImageSaveResponse
-	(*Volume)(nil),                    // 123: shoal.v1.Volume
-	(*VolumeListRequest)(nil),         // 124: shoal.v1.VolumeListRequest
-	(*VolumeListResponse)(nil),        // 125: shoal.v1.VolumeListResponse
-	(*VolumeCreateRequest)(nil),       // 126: shoal.v1.VolumeCreateRequest
-	(*VolumeCreateResponse)(nil),      // 127: shoal.v1.VolumeCreateResponse
-	(*VolumeRemoveRequest)(nil),       // 128: shoal.v1.VolumeRemoveRequest
-	(*VolumeRemoveResponse)(nil),      // 129: shoal.v1.VolumeRemoveResponse
-	(*RestoreSnapshotRequest)(nil),    // 130: shoal.v1.RestoreSnapshotRequest
-	(*UnlockRequest)(nil),             // 131: shoal.v1.UnlockRequest
-	(*UnlockResponse)(nil),            // 132: shoal.v1.UnlockResponse
-	(*InfoRequest)(nil),               // 133: shoal.v1.InfoRequest
-	(*InfoResponse)(nil),              // 134: shoal.v1.InfoResponse
-	(*InitRequest)(nil),               // 135: shoal.v1.InitRequest
-	(*InitResponse)(nil),              // 136: shoal.v1.InitResponse
-	(*JoinRequest)(nil),               // 137: shoal.v1.JoinRequest
-	(*JoinResponse)(nil),              // 138: shoal.v1.JoinResponse
-	(*LeaveRequest)(nil),              // 139: shoal.v1.LeaveRequest
-	(*LeaveResponse)(nil),             // 140: shoal.v1.LeaveResponse
-	(*DoctorRequest)(nil),             // 141: shoal.v1.DoctorRequest
-	(*DoctorResponse)(nil),            // 142: shoal.v1.DoctorResponse
-	nil,                               // 143: shoal.v1.Network.LabelsEntry
-	nil,                               // 144: shoal.v1.Network.OptionsEntry
-	nil,                               // 145: shoal.v1.TaskSpec.LabelsEntry
-	nil,                               // 146: shoal.v1.Blob.LabelsEntry
-	nil,                               // 147: shoal.v1.Container.SysctlsEntry
-	nil,                               // 148: shoal.v1.Mount.LabelsEntry
-	nil,                               // 149: shoal.v1.ServiceSpec.LabelsEntry
-	nil,                               // 150: shoal.v1.NodeInfo.LabelsEntry
-	nil,                               // 151: shoal.v1.NodeInfo.EngineLabelsEntry
-	nil,                               // 152: shoal.v1.CreateNetworkRequest.LabelsEntry
-	nil,                               // 153: shoal.v1.CreateNetworkRequest.OptionsEntry
-	nil,                               // 154: shoal.v1.Event.AttributesEntry
-	nil,                               // 155: shoal.v1.UpdateNodeRequest.SetLabelsEntry
-	(*ShowCAResponse_Root)(nil),       // 156: shoal.v1.ShowCAResponse.Root
-	nil,                               // 157: shoal.v1.UpdateBlobRequest.LabelsEntry
-	nil,                               // 158: shoal.v1.ReportRequest.TasksEntry
-	nil,                               // 159: shoal.v1.ReportRequest.EngineLabelsEntry
-	(*ReportRequest_Fault)(nil),       // 160: shoal.v1.ReportRequest.Fault
-	(*StatsResponse_Task)(nil),        // 161: shoal.v1.StatsResponse.Task
-	(*StatsResponse_Drop)(nil),        // 162: shoal.v1.StatsResponse.Drop
-	(*KernelResponse_Backend)(nil),    // 163: shoal.v1.KernelResponse.Backend
-	(*KernelResponse_Server)(nil),     // 164: shoal.v1.KernelResponse.Server
-	(*ExecRequest_Start)(nil),         // 165: shoal.v1.ExecRequest.Start
-	(*ExecRequest_Resize)(nil),        // 166: shoal.v1.ExecRequest.Resize
-	nil,                               // 167: shoal.v1.Volume.LabelsEntry
-	nil,                               // 168: shoal.v1.VolumeCreateRequest.LabelsEntry
-	(*DoctorResponse_Check)(nil),      // 169: shoal.v1.DoctorResponse.Check
-	(*DoctorResponse_Object)(nil),     // 170: shoal.v1.DoctorResponse.Object
+	(*Network)(nil),                     // 0: shoal.v1.Network
+	(*NetworkAttachment)(nil),           // 1: shoal.v1.NetworkAttachment
+	(*TaskSpec)(nil),                    // 2: shoal.v1.TaskSpec
+	(*BlobRef)(nil),                     // 3: shoal.v1.BlobRef
+	(*Blob)(nil),                        // 4: shoal.v1.Blob
+	(*Resources)(nil),                   // 5: shoal.v1.Resources
+	(*Container)(nil),                   // 6: shoal.v1.Container
+	(*Mount)(nil),                       // 7: shoal.v1.Mount
+	(*HealthCheck)(nil),                 // 8: shoal.v1.HealthCheck
+	(*Port)(nil),                        // 9: shoal.v1.Port
+	(*ServiceSpec)(nil),                 // 10: shoal.v1.ServiceSpec
+	(*UpdateConfig)(nil),                // 11: shoal.v1.UpdateConfig
+	(*UpdateStatus)(nil),                // 12: shoal.v1.UpdateStatus
+	(*VIPs)(nil),                        // 13: shoal.v1.VIPs
+	(*Service)(nil),                     // 14: shoal.v1.Service
+	(*NodeFault)(nil),                   // 15: shoal.v1.NodeFault
+	(*Attachment)(nil),                  // 16: shoal.v1.Attachment
+	(*TaskStatus)(nil),                  // 17: shoal.v1.TaskStatus
+	(*Task)(nil),                        // 18: shoal.v1.Task
+	(*NodeInfo)(nil),                    // 19: shoal.v1.NodeInfo
+	(*Cluster)(nil),                     // 20: shoal.v1.Cluster
+	(*CreateNetworkRequest)(nil),        // 21: shoal.v1.CreateNetworkRequest
+	(*CreateNetworkResponse)(nil),       // 22: shoal.v1.CreateNetworkResponse
+	(*ListNetworksRequest)(nil),         // 23: shoal.v1.ListNetworksRequest
+	(*ListNetworksResponse)(nil),        // 24: shoal.v1.ListNetworksResponse
+	(*RemoveNetworkRequest)(nil),        // 25: shoal.v1.RemoveNetworkRequest
+	(*RemoveNetworkResponse)(nil),       // 26: shoal.v1.RemoveNetworkResponse
+	(*ConnectNetworkRequest)(nil),       // 27: shoal.v1.ConnectNetworkRequest
+	(*ConnectNetworkResponse)(nil),      // 28: shoal.v1.ConnectNetworkResponse
+	(*DisconnectNetworkRequest)(nil),    // 29: shoal.v1.DisconnectNetworkRequest
+	(*DisconnectNetworkResponse)(nil),   // 30: shoal.v1.DisconnectNetworkResponse
+	(*EventsRequest)(nil),               // 31: shoal.v1.EventsRequest
+	(*Event)(nil),                       // 32: shoal.v1.Event
+	(*CreateServiceRequest)(nil),        // 33: shoal.v1.CreateServiceRequest
+	(*CreateServiceResponse)(nil),       // 34: shoal.v1.CreateServiceResponse
+	(*UpdateServiceRequest)(nil),        // 35: shoal.v1.UpdateServiceRequest
+	(*UpdateServiceResponse)(nil),       // 36: shoal.v1.UpdateServiceResponse
+	(*ListServicesRequest)(nil),         // 37: shoal.v1.ListServicesRequest
+	(*ListServicesResponse)(nil),        // 38: shoal.v1.ListServicesResponse
+	(*RemoveServiceRequest)(nil),        // 39: shoal.v1.RemoveServiceRequest
+	(*RemoveServiceResponse)(nil),       // 40: shoal.v1.RemoveServiceResponse
+	(*CreateTaskRequest)(nil),           // 41: shoal.v1.CreateTaskRequest
+	(*CreateTaskResponse)(nil),          // 42: shoal.v1.CreateTaskResponse
+	(*ListTasksRequest)(nil),            // 43: shoal.v1.ListTasksRequest
+	(*ListTasksResponse)(nil),           // 44: shoal.v1.ListTasksResponse
+	(*StopTaskRequest)(nil),             // 45: shoal.v1.StopTaskRequest
+	(*StopTaskResponse)(nil),            // 46: shoal.v1.StopTaskResponse
+	(*ListNodesRequest)(nil),            // 47: shoal.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),           // 48: shoal.v1.ListNodesResponse
+	(*UpdateNodeRequest)(nil),           // 49: shoal.v1.UpdateNodeRequest
+	(*UpdateNodeResponse)(nil),          // 50: shoal.v1.UpdateNodeResponse
+	(*RemoveNodeRequest)(nil),           // 51: shoal.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),          // 52: shoal.v1.RemoveNodeResponse
+	(*JoinNodeRequest)(nil),             // 53: shoal.v1.JoinNodeRequest
+	(*JoinNodeResponse)(nil),            // 54: shoal.v1.JoinNodeResponse
+	(*Certificate)(nil),                 // 55: shoal.v1.Certificate
+	(*RenewCertificateRequest)(nil),     // 56: shoal.v1.RenewCertificateRequest
+	(*RenewCertificateResponse)(nil),    // 57: shoal.v1.RenewCertificateResponse
+	(*Lock)(nil),                        // 58: shoal.v1.Lock
+	(*LeaveNodeRequest)(nil),            // 59: shoal.v1.LeaveNodeRequest
+	(*LeaveNodeResponse)(nil),           // 60: shoal.v1.LeaveNodeResponse
+	(*ShowTokenRequest)(nil),            // 61: shoal.v1.ShowTokenRequest
+	(*ShowTokenResponse)(nil),           // 62: shoal.v1.ShowTokenResponse
+	(*RotateTokenRequest)(nil),          // 63: shoal.v1.RotateTokenRequest
+	(*RotateTokenResponse)(nil),         // 64: shoal.v1.RotateTokenResponse
+	(*ShowCARequest)(nil),               // 65: shoal.v1.ShowCARequest
+	(*ShowCAResponse)(nil),              // 66: shoal.v1.ShowCAResponse
+	(*UnlockKeyRequest)(nil),            // 67: shoal.v1.UnlockKeyRequest
+	(*UnlockKeyResponse)(nil),           // 68: shoal.v1.UnlockKeyResponse
+	(*RotateCARequest)(nil),             // 69: shoal.v1.RotateCARequest
+	(*RotateCAResponse)(nil),            // 70: shoal.v1.RotateCAResponse
+	(*AdmitManagerRequest)(nil),         // 71: shoal.v1.AdmitManagerRequest
+	(*AdmitManagerResponse)(nil),        // 72: shoal.v1.AdmitManagerResponse
+	(*CreateBlobRequest)(nil),           // 73: shoal.v1.CreateBlobRequest
+	(*CreateBlobResponse)(nil),          // 74: shoal.v1.CreateBlobResponse
+	(*UpdateBlobRequest)(nil),           // 75: shoal.v1.UpdateBlobRequest
+	(*UpdateBlobResponse)(nil),          // 76: shoal.v1.UpdateBlobResponse
+	(*ListBlobsRequest)(nil),            // 77: shoal.v1.ListBlobsRequest
+	(*ListBlobsResponse)(nil),           // 78: shoal.v1.ListBlobsResponse
+	(*RemoveBlobRequest)(nil),           // 79: shoal.v1.RemoveBlobRequest
+	(*RemoveBlobResponse)(nil),          // 80: shoal.v1.RemoveBlobResponse
+	(*TaskBlobsRequest)(nil),            // 81: shoal.v1.TaskBlobsRequest
+	(*TaskBlobsResponse)(nil),           // 82: shoal.v1.TaskBlobsResponse
+	(*AssignmentsRequest)(nil),          // 83: shoal.v1.AssignmentsRequest
+	(*AssignmentsResponse)(nil),         // 84: shoal.v1.AssignmentsResponse
+	(*Trust)(nil),                       // 85: shoal.v1.Trust
+	(*GossipKey)(nil),                   // 86: shoal.v1.GossipKey
+	(*ReportRequest)(nil),               // 87: shoal.v1.ReportRequest
+	(*ReportResponse)(nil),              // 88: shoal.v1.ReportResponse
+	(*CheckEndpointsRequest)(nil),       // 89: shoal.v1.CheckEndpointsRequest
+	(*CheckEndpointsResponse)(nil),      // 90: shoal.v1.CheckEndpointsResponse
+	(*TasksRequest)(nil),                // 91: shoal.v1.TasksRequest
+	(*TasksResponse)(nil),               // 92: shoal.v1.TasksResponse
+	(*StatsRequest)(nil),                // 93: shoal.v1.StatsRequest
+	(*StatsResponse)(nil),               // 94: shoal.v1.StatsResponse
+	(*KernelRequest)(nil),               // 95: shoal.v1.KernelRequest
+	(*KernelResponse)(nil),              // 96: shoal.v1.KernelResponse
+	(*ExecRequest)(nil),                 // 97: shoal.v1.ExecRequest
+	(*ExecResponse)(nil),                // 98: shoal.v1.ExecResponse
+	(*LogsRequest)(nil),                 // 99: shoal.v1.LogsRequest
+	(*LogsResponse)(nil),                // 100: shoal.v1.LogsResponse
+	(*KillRequest)(nil),                 // 101: shoal.v1.KillRequest
+	(*KillResponse)(nil),                // 102: shoal.v1.KillResponse
+	(*TopRequest)(nil),                  // 103: shoal.v1.TopRequest
+	(*TopResponse)(nil),                 // 104: shoal.v1.TopResponse
+	(*WaitRequest)(nil),                 // 105: shoal.v1.WaitRequest
+	(*WaitResponse)(nil),                // 106: shoal.v1.WaitResponse
+	(*SaveSnapshotRequest)(nil),         // 107: shoal.v1.SaveSnapshotRequest
+	(*SaveSnapshotResponse)(nil),        // 108: shoal.v1.SaveSnapshotResponse
+	(*Image)(nil),                       // 109: shoal.v1.Image
+	(*ImageListRequest)(nil),            // 110: shoal.v1.ImageListRequest
+	(*ImageListResponse)(nil),           // 111: shoal.v1.ImageListResponse
+	(*ImagePullRequest)(nil),            // 112: shoal.v1.ImagePullRequest
+	(*ImagePullResponse)(nil),           // 113: shoal.v1.ImagePullResponse
+	(*ImageResolveRequest)(nil),         // 114: shoal.v1.ImageResolveRequest
+	(*ImageResolveResponse)(nil),        // 115: shoal.v1.ImageResolveResponse
+	(*ImageRemoveRequest)(nil),          // 116: shoal.v1.ImageRemoveRequest
+	(*ImagePruneRequest)(nil),           // 117: shoal.v1.ImagePruneRequest
+	(*ImageRemoveResponse)(nil),         // 118: shoal.v1.ImageRemoveResponse
+	(*ImageInspectRequest)(nil),         // 119: shoal.v1.ImageInspectRequest
+	(*ImageInspectResponse)(nil),        // 120: shoal.v1.ImageInspectResponse
+	(*ImageLoadRequest)(nil),            // 121: shoal.v1.ImageLoadRequest
+	(*ImageLoadResponse)(nil),           // 122: shoal.v1.ImageLoadResponse
+	(*ImageSaveRequest)(nil),            // 123: shoal.v1.ImageSaveRequest
+	(*ImageSaveResponse)(nil),           // 124: shoal.v1.ImageSaveResponse
+	(*Volume)(nil),                      // 125: shoal.v1.Volume
+	(*VolumeListRequest)(nil),           // 126: shoal.v1.VolumeListRequest
+	(*VolumeListResponse)(nil),          // 127: shoal.v1.VolumeListResponse
+	(*VolumeCreateRequest)(nil),         // 128: shoal.v1.VolumeCreateRequest
+	(*VolumeCreateResponse)(nil),        // 129: shoal.v1.VolumeCreateResponse
+	(*VolumeRemoveRequest)(nil),         // 130: shoal.v1.VolumeRemoveRequest
+	(*VolumeRemoveResponse)(nil),        // 131: shoal.v1.VolumeRemoveResponse
+	(*RestoreSnapshotRequest)(nil),      // 132: shoal.v1.RestoreSnapshotRequest
+	(*UnlockRequest)(nil),               // 133: shoal.v1.UnlockRequest
+	(*UnlockResponse)(nil),              // 134: shoal.v1.UnlockResponse
+	(*InfoRequest)(nil),                 // 135: shoal.v1.InfoRequest
+	(*InfoResponse)(nil),                // 136: shoal.v1.InfoResponse
+	(*InitRequest)(nil),                 // 137: shoal.v1.InitRequest
+	(*InitResponse)(nil),                // 138: shoal.v1.InitResponse
+	(*JoinRequest)(nil),                 // 139: shoal.v1.JoinRequest
+	(*JoinResponse)(nil),                // 140: shoal.v1.JoinResponse
+	(*LeaveRequest)(nil),                // 141: shoal.v1.LeaveRequest
+	(*LeaveResponse)(nil),               // 142: shoal.v1.LeaveResponse
+	(*DoctorRequest)(nil),               // 143: shoal.v1.DoctorRequest
+	(*DoctorResponse)(nil),              // 144: shoal.v1.DoctorResponse
+	nil,                                 // 145: shoal.v1.Network.LabelsEntry
+	nil,                                 // 146: shoal.v1.Network.OptionsEntry
+	nil,                                 // 147: shoal.v1.TaskSpec.LabelsEntry
+	nil,                                 // 148: shoal.v1.Blob.LabelsEntry
+	nil,                                 // 149: shoal.v1.Container.SysctlsEntry
+	nil,                                 // 150: shoal.v1.Mount.LabelsEntry
+	nil,                                 // 151: shoal.v1.ServiceSpec.LabelsEntry
+	nil,                                 // 152: shoal.v1.NodeInfo.LabelsEntry
+	nil,                                 // 153: shoal.v1.NodeInfo.EngineLabelsEntry
+	nil,                                 // 154: shoal.v1.CreateNetworkRequest.LabelsEntry
+	nil,                                 // 155: shoal.v1.CreateNetworkRequest.OptionsEntry
+	nil,                                 // 156: shoal.v1.Event.AttributesEntry
+	nil,                                 // 157: shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	(*ShowCAResponse_Root)(nil),         // 158: shoal.v1.ShowCAResponse.Root
+	nil,                                 // 159: shoal.v1.UpdateBlobRequest.LabelsEntry
+	nil,                                 // 160: shoal.v1.ReportRequest.TasksEntry
+	nil,                                 // 161: shoal.v1.ReportRequest.EngineLabelsEntry
+	(*ReportRequest_Fault)(nil),         // 162: shoal.v1.ReportRequest.Fault
+	(*CheckEndpointsRequest_Claim)(nil), // 163: shoal.v1.CheckEndpointsRequest.Claim
+	(*StatsResponse_Task)(nil),          // 164: shoal.v1.StatsResponse.Task
+	(*StatsResponse_Drop)(nil),          // 165: shoal.v1.StatsResponse.Drop
+	(*KernelResponse_Backend)(nil),      // 166: shoal.v1.KernelResponse.Backend
+	(*KernelResponse_Server)(nil),       // 167: shoal.v1.KernelResponse.Server
+	(*ExecRequest_Start)(nil),           // 168: shoal.v1.ExecRequest.Start
+	(*ExecRequest_Resize)(nil),          // 169: shoal.v1.ExecRequest.Resize
+	nil,                                 // 170: shoal.v1.Volume.LabelsEntry
+	nil,                                 // 171: shoal.v1.VolumeCreateRequest.LabelsEntry
+	(*DoctorResponse_Check)(nil),        // 172: shoal.v1.DoctorResponse.Check
+	(*DoctorResponse_Object)(nil),       // 173: shoal.v1.DoctorResponse.Object
 }
 var file_shoal_v1_shoal_proto_depIdxs = []int32{
-	143, // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
-	144, // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
-	145, // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
+	145, // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
+	146, // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
+	147, // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
 	8,   // 3: shoal.v1.TaskSpec.health:type_name -> shoal.v1.HealthCheck
 	6,   // 4: shoal.v1.TaskSpec.container:type_name -> shoal.v1.Container
 	5,   // 5: shoal.v1.TaskSpec.resources:type_name -> shoal.v1.Resources
 	3,   // 6: shoal.v1.TaskSpec.secrets:type_name -> shoal.v1.BlobRef
 	3,   // 7: shoal.v1.TaskSpec.configs:type_name -> shoal.v1.BlobRef
-	146, // 8: shoal.v1.Blob.labels:type_name -> shoal.v1.Blob.LabelsEntry
+	148, // 8: shoal.v1.Blob.labels:type_name -> shoal.v1.Blob.LabelsEntry
 	7,   // 9: shoal.v1.Container.mounts:type_name -> shoal.v1.Mount
-	147, // 10: shoal.v1.Container.sysctls:type_name -> shoal.v1.Container.SysctlsEntry
-	148, // 11: shoal.v1.Mount.labels:type_name -> shoal.v1.Mount.LabelsEntry
-	149, // 12: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
+	149, // 10: shoal.v1.Container.sysctls:type_name -> shoal.v1.Container.SysctlsEntry
+	150, // 11: shoal.v1.Mount.labels:type_name -> shoal.v1.Mount.LabelsEntry
+	151, // 12: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
 	1,   // 13: shoal.v1.ServiceSpec.networks:type_name -> shoal.v1.NetworkAttachment
 	2,   // 14: shoal.v1.ServiceSpec.task:type_name -> shoal.v1.TaskSpec
 	9,   // 15: shoal.v1.ServiceSpec.ports:type_name -> shoal.v1.Port
@@ -11341,17 +11547,17 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	17,  // 26: shoal.v1.Task.status:type_name -> shoal.v1.TaskStatus
 	9,   // 27: shoal.v1.Task.ports:type_name -> shoal.v1.Port
 	15,  // 28: shoal.v1.Task.faults:type_name -> shoal.v1.NodeFault
-	150, // 29: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
-	151, // 30: shoal.v1.NodeInfo.engine_labels:type_name -> shoal.v1.NodeInfo.EngineLabelsEntry
-	152, // 31: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
-	153, // 32: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
+	152, // 29: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
+	153, // 30: shoal.v1.NodeInfo.engine_labels:type_name -> shoal.v1.NodeInfo.EngineLabelsEntry
+	154, // 31: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
+	155, // 32: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
 	0,   // 33: shoal.v1.CreateNetworkResponse.network:type_name -> shoal.v1.Network
 	0,   // 34: shoal.v1.ListNetworksResponse.networks:type_name -> shoal.v1.Network
 	18,  // 35: shoal.v1.ConnectNetworkResponse.task:type_name -> shoal.v1.Task
 	14,  // 36: shoal.v1.ConnectNetworkResponse.service:type_name -> shoal.v1.Service
 	18,  // 37: shoal.v1.DisconnectNetworkResponse.task:type_name -> shoal.v1.Task
 	14,  // 38: shoal.v1.DisconnectNetworkResponse.service:type_name -> shoal.v1.Service
-	154, // 39: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
+	156, // 39: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
 	10,  // 40: shoal.v1.CreateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
 	14,  // 41: shoal.v1.CreateServiceResponse.service:type_name -> shoal.v1.Service
 	10,  // 42: shoal.v1.UpdateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
@@ -11363,7 +11569,7 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	18,  // 48: shoal.v1.CreateTaskResponse.task:type_name -> shoal.v1.Task
 	18,  // 49: shoal.v1.ListTasksResponse.tasks:type_name -> shoal.v1.Task
 	19,  // 50: shoal.v1.ListNodesResponse.nodes:type_name -> shoal.v1.NodeInfo
-	155, // 51: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	157, // 51: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
 	19,  // 52: shoal.v1.UpdateNodeResponse.node:type_name -> shoal.v1.NodeInfo
 	19,  // 53: shoal.v1.JoinNodeRequest.node:type_name -> shoal.v1.NodeInfo
 	20,  // 54: shoal.v1.JoinNodeResponse.cluster:type_name -> shoal.v1.Cluster
@@ -11375,11 +11581,11 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	55,  // 60: shoal.v1.RenewCertificateResponse.certificate:type_name -> shoal.v1.Certificate
 	58,  // 61: shoal.v1.RenewCertificateResponse.lock:type_name -> shoal.v1.Lock
 	19,  // 62: shoal.v1.ShowTokenResponse.managers:type_name -> shoal.v1.NodeInfo
-	156, // 63: shoal.v1.ShowCAResponse.root:type_name -> shoal.v1.ShowCAResponse.Root
-	156, // 64: shoal.v1.ShowCAResponse.old:type_name -> shoal.v1.ShowCAResponse.Root
+	158, // 63: shoal.v1.ShowCAResponse.root:type_name -> shoal.v1.ShowCAResponse.Root
+	158, // 64: shoal.v1.ShowCAResponse.old:type_name -> shoal.v1.ShowCAResponse.Root
 	4,   // 65: shoal.v1.CreateBlobRequest.blob:type_name -> shoal.v1.Blob
 	4,   // 66: shoal.v1.CreateBlobResponse.blob:type_name -> shoal.v1.Blob
-	157, // 67: shoal.v1.UpdateBlobRequest.labels:type_name -> shoal.v1.UpdateBlobRequest.LabelsEntry
+	159, // 67: shoal.v1.UpdateBlobRequest.labels:type_name -> shoal.v1.UpdateBlobRequest.LabelsEntry
 	4,   // 68: shoal.v1.UpdateBlobResponse.blob:type_name -> shoal.v1.Blob
 	4,   // 69: shoal.v1.ListBlobsResponse.blobs:type_name -> shoal.v1.Blob
 	4,   // 70: shoal.v1.TaskBlobsResponse.blobs:type_name -> shoal.v1.Blob
@@ -11390,153 +11596,156 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	20,  // 75: shoal.v1.AssignmentsResponse.cluster:type_name -> shoal.v1.Cluster
 	85,  // 76: shoal.v1.AssignmentsResponse.trust:type_name -> shoal.v1.Trust
 	86,  // 77: shoal.v1.Trust.gossip_keys:type_name -> shoal.v1.GossipKey
-	158, // 78: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
-	160, // 79: shoal.v1.ReportRequest.faults:type_name -> shoal.v1.ReportRequest.Fault
-	159, // 80: shoal.v1.ReportRequest.engine_labels:type_name -> shoal.v1.ReportRequest.EngineLabelsEntry
-	18,  // 81: shoal.v1.TasksResponse.tasks:type_name -> shoal.v1.Task
-	161, // 82: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
-	162, // 83: shoal.v1.StatsResponse.drops:type_name -> shoal.v1.StatsResponse.Drop
-	164, // 84: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
-	165, // 85: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
-	166, // 86: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
-	17,  // 87: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
-	107, // 88: shoal.v1.ImageListResponse.images:type_name -> shoal.v1.Image
-	107, // 89: shoal.v1.ImageInspectResponse.image:type_name -> shoal.v1.Image
-	167, // 90: shoal.v1.Volume.labels:type_name -> shoal.v1.Volume.LabelsEntry
-	123, // 91: shoal.v1.VolumeListResponse.volumes:type_name -> shoal.v1.Volume
-	168, // 92: shoal.v1.VolumeCreateRequest.labels:type_name -> shoal.v1.VolumeCreateRequest.LabelsEntry
-	123, // 93: shoal.v1.VolumeCreateResponse.volume:type_name -> shoal.v1.Volume
-	19,  // 94: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
-	19,  // 95: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
-	19,  // 96: shoal.v1.InitResponse.lost:type_name -> shoal.v1.NodeInfo
-	19,  // 97: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
-	169, // 98: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
-	170, // 99: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
-	17,  // 100: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
-	163, // 101: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
-	21,  // 102: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
-	23,  // 103: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
-	25,  // 104: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
-	27,  // 105: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
-	29,  // 106: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
-	33,  // 107: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
-	35,  // 108: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
-	37,  // 109: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
-	39,  // 110: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
-	41,  // 111: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
-	43,  // 112: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
-	45,  // 113: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
-	73,  // 114: shoal.v1.Control.CreateBlob:input_type -> shoal.v1.CreateBlobRequest
-	75,  // 115: shoal.v1.Control.UpdateBlob:input_type -> shoal.v1.UpdateBlobRequest
-	77,  // 116: shoal.v1.Control.ListBlobs:input_type -> shoal.v1.ListBlobsRequest
-	79,  // 117: shoal.v1.Control.RemoveBlob:input_type -> shoal.v1.RemoveBlobRequest
-	81,  // 118: shoal.v1.Control.TaskBlobs:input_type -> shoal.v1.TaskBlobsRequest
-	47,  // 119: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
-	49,  // 120: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
-	51,  // 121: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
-	31,  // 122: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
-	61,  // 123: shoal.v1.Control.ShowToken:input_type -> shoal.v1.ShowTokenRequest
-	63,  // 124: shoal.v1.Control.RotateToken:input_type -> shoal.v1.RotateTokenRequest
-	65,  // 125: shoal.v1.Control.ShowCA:input_type -> shoal.v1.ShowCARequest
-	69,  // 126: shoal.v1.Control.RotateCA:input_type -> shoal.v1.RotateCARequest
-	67,  // 127: shoal.v1.Control.UnlockKey:input_type -> shoal.v1.UnlockKeyRequest
-	105, // 128: shoal.v1.Control.SaveSnapshot:input_type -> shoal.v1.SaveSnapshotRequest
-	56,  // 129: shoal.v1.Control.RenewCertificate:input_type -> shoal.v1.RenewCertificateRequest
-	59,  // 130: shoal.v1.Control.LeaveNode:input_type -> shoal.v1.LeaveNodeRequest
-	53,  // 131: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
-	71,  // 132: shoal.v1.Control.AdmitManager:input_type -> shoal.v1.AdmitManagerRequest
-	83,  // 133: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
-	87,  // 134: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
-	108, // 135: shoal.v1.Node.ImageList:input_type -> shoal.v1.ImageListRequest
-	110, // 136: shoal.v1.Node.ImagePull:input_type -> shoal.v1.ImagePullRequest
-	112, // 137: shoal.v1.Node.ImageResolve:input_type -> shoal.v1.ImageResolveRequest
-	114, // 138: shoal.v1.Node.ImageRemove:input_type -> shoal.v1.ImageRemoveRequest
-	115, // 139: shoal.v1.Node.ImagePrune:input_type -> shoal.v1.ImagePruneRequest
-	117, // 140: shoal.v1.Node.ImageInspect:input_type -> shoal.v1.ImageInspectRequest
-	119, // 141: shoal.v1.Node.ImageLoad:input_type -> shoal.v1.ImageLoadRequest
-	121, // 142: shoal.v1.Node.ImageSave:input_type -> shoal.v1.ImageSaveRequest
-	124, // 143: shoal.v1.Node.VolumeList:input_type -> shoal.v1.VolumeListRequest
-	126, // 144: shoal.v1.Node.VolumeCreate:input_type -> shoal.v1.VolumeCreateRequest
-	128, // 145: shoal.v1.Node.VolumeRemove:input_type -> shoal.v1.VolumeRemoveRequest
-	95,  // 146: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
-	97,  // 147: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
-	103, // 148: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
-	99,  // 149: shoal.v1.Node.Kill:input_type -> shoal.v1.KillRequest
-	101, // 150: shoal.v1.Node.Top:input_type -> shoal.v1.TopRequest
-	89,  // 151: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
-	91,  // 152: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
-	93,  // 153: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
-	133, // 154: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
-	135, // 155: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
-	137, // 156: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
-	139, // 157: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
-	141, // 158: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
-	131, // 159: shoal.v1.Local.Unlock:input_type -> shoal.v1.UnlockRequest
-	130, // 160: shoal.v1.Local.RestoreSnapshot:input_type -> shoal.v1.RestoreSnapshotRequest
-	22,  // 161: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
-	24,  // 162: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
-	26,  // 163: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
-	28,  // 164: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
-	30,  // 165: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
-	34,  // 166: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
-	36,  // 167: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
-	38,  // 168: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
-	40,  // 169: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
-	42,  // 170: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
-	44,  // 171: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
-	46,  // 172: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
-	74,  // 173: shoal.v1.Control.CreateBlob:output_type -> shoal.v1.CreateBlobResponse
-	76,  // 174: shoal.v1.Control.UpdateBlob:output_type -> shoal.v1.UpdateBlobResponse
-	78,  // 175: shoal.v1.Control.ListBlobs:output_type -> shoal.v1.ListBlobsResponse
-	80,  // 176: shoal.v1.Control.RemoveBlob:output_type -> shoal.v1.RemoveBlobResponse
-	82,  // 177: shoal.v1.Control.TaskBlobs:output_type -> shoal.v1.TaskBlobsResponse
-	48,  // 178: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
-	50,  // 179: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
-	52,  // 180: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
-	32,  // 181: shoal.v1.Control.Events:output_type -> shoal.v1.Event
-	62,  // 182: shoal.v1.Control.ShowToken:output_type -> shoal.v1.ShowTokenResponse
-	64,  // 183: shoal.v1.Control.RotateToken:output_type -> shoal.v1.RotateTokenResponse
-	66,  // 184: shoal.v1.Control.ShowCA:output_type -> shoal.v1.ShowCAResponse
-	70,  // 185: shoal.v1.Control.RotateCA:output_type -> shoal.v1.RotateCAResponse
-	68,  // 186: shoal.v1.Control.UnlockKey:output_type -> shoal.v1.UnlockKeyResponse
-	106, // 187: shoal.v1.Control.SaveSnapshot:output_type -> shoal.v1.SaveSnapshotResponse
-	57,  // 188: shoal.v1.Control.RenewCertificate:output_type -> shoal.v1.RenewCertificateResponse
-	60,  // 189: shoal.v1.Control.LeaveNode:output_type -> shoal.v1.LeaveNodeResponse
-	54,  // 190: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
-	72,  // 191: shoal.v1.Control.AdmitManager:output_type -> shoal.v1.AdmitManagerResponse
-	84,  // 192: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
-	88,  // 193: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
-	109, // 194: shoal.v1.Node.ImageList:output_type -> shoal.v1.ImageListResponse
-	111, // 195: shoal.v1.Node.ImagePull:output_type -> shoal.v1.ImagePullResponse
-	113, // 196: shoal.v1.Node.ImageResolve:output_type -> shoal.v1.ImageResolveResponse
-	116, // 197: shoal.v1.Node.ImageRemove:output_type -> shoal.v1.ImageRemoveResponse
-	116, // 198: shoal.v1.Node.ImagePrune:output_type -> shoal.v1.ImageRemoveResponse
-	118, // 199: shoal.v1.Node.ImageInspect:output_type -> shoal.v1.ImageInspectResponse
-	120, // 200: shoal.v1.Node.ImageLoad:output_type -> shoal.v1.ImageLoadResponse
-	122, // 201: shoal.v1.Node.ImageSave:output_type -> shoal.v1.ImageSaveResponse
-	125, // 202: shoal.v1.Node.VolumeList:output_type -> shoal.v1.VolumeListResponse
-	127, // 203: shoal.v1.Node.VolumeCreate:output_type -> shoal.v1.VolumeCreateResponse
-	129, // 204: shoal.v1.Node.VolumeRemove:output_type -> shoal.v1.VolumeRemoveResponse
-	96,  // 205: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
-	98,  // 206: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
-	104, // 207: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
-	100, // 208: shoal.v1.Node.Kill:output_type -> shoal.v1.KillResponse
-	102, // 209: shoal.v1.Node.Top:output_type -> shoal.v1.TopResponse
-	90,  // 210: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
-	92,  // 211: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
-	94,  // 212: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
-	134, // 213: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
-	136, // 214: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
-	138, // 215: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
-	140, // 216: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
-	142, // 217: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
-	132, // 218: shoal.v1.Local.Unlock:output_type -> shoal.v1.UnlockResponse
-	136, // 219: shoal.v1.Local.RestoreSnapshot:output_type -> shoal.v1.InitResponse
-	161, // [161:220] is the sub-list for method output_type
-	102, // [102:161] is the sub-list for method input_type
-	102, // [102:102] is the sub-list for extension type_name
-	102, // [102:102] is the sub-list for extension extendee
-	0,   // [0:102] is the sub-list for field type_name
+	160, // 78: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
+	162, // 79: shoal.v1.ReportRequest.faults:type_name -> shoal.v1.ReportRequest.Fault
+	161, // 80: shoal.v1.ReportRequest.engine_labels:type_name -> shoal.v1.ReportRequest.EngineLabelsEntry
+	163, // 81: shoal.v1.CheckEndpointsRequest.claims:type_name -> shoal.v1.CheckEndpointsRequest.Claim
+	18,  // 82: shoal.v1.TasksResponse.tasks:type_name -> shoal.v1.Task
+	164, // 83: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
+	165, // 84: shoal.v1.StatsResponse.drops:type_name -> shoal.v1.StatsResponse.Drop
+	167, // 85: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
+	168, // 86: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
+	169, // 87: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
+	17,  // 88: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
+	109, // 89: shoal.v1.ImageListResponse.images:type_name -> shoal.v1.Image
+	109, // 90: shoal.v1.ImageInspectResponse.image:type_name -> shoal.v1.Image
+	170, // 91: shoal.v1.Volume.labels:type_name -> shoal.v1.Volume.LabelsEntry
+	125, // 92: shoal.v1.VolumeListResponse.volumes:type_name -> shoal.v1.Volume
+	171, // 93: shoal.v1.VolumeCreateRequest.labels:type_name -> shoal.v1.VolumeCreateRequest.LabelsEntry
+	125, // 94: shoal.v1.VolumeCreateResponse.volume:type_name -> shoal.v1.Volume
+	19,  // 95: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
+	19,  // 96: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
+	19,  // 97: shoal.v1.InitResponse.lost:type_name -> shoal.v1.NodeInfo
+	19,  // 98: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
+	172, // 99: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
+	173, // 100: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
+	17,  // 101: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
+	166, // 102: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
+	21,  // 103: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
+	23,  // 104: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
+	25,  // 105: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
+	27,  // 106: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
+	29,  // 107: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
+	33,  // 108: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
+	35,  // 109: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
+	37,  // 110: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
+	39,  // 111: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
+	41,  // 112: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
+	43,  // 113: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
+	45,  // 114: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
+	73,  // 115: shoal.v1.Control.CreateBlob:input_type -> shoal.v1.CreateBlobRequest
+	75,  // 116: shoal.v1.Control.UpdateBlob:input_type -> shoal.v1.UpdateBlobRequest
+	77,  // 117: shoal.v1.Control.ListBlobs:input_type -> shoal.v1.ListBlobsRequest
+	79,  // 118: shoal.v1.Control.RemoveBlob:input_type -> shoal.v1.RemoveBlobRequest
+	81,  // 119: shoal.v1.Control.TaskBlobs:input_type -> shoal.v1.TaskBlobsRequest
+	47,  // 120: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
+	49,  // 121: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
+	51,  // 122: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
+	31,  // 123: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
+	61,  // 124: shoal.v1.Control.ShowToken:input_type -> shoal.v1.ShowTokenRequest
+	63,  // 125: shoal.v1.Control.RotateToken:input_type -> shoal.v1.RotateTokenRequest
+	65,  // 126: shoal.v1.Control.ShowCA:input_type -> shoal.v1.ShowCARequest
+	69,  // 127: shoal.v1.Control.RotateCA:input_type -> shoal.v1.RotateCARequest
+	67,  // 128: shoal.v1.Control.UnlockKey:input_type -> shoal.v1.UnlockKeyRequest
+	107, // 129: shoal.v1.Control.SaveSnapshot:input_type -> shoal.v1.SaveSnapshotRequest
+	56,  // 130: shoal.v1.Control.RenewCertificate:input_type -> shoal.v1.RenewCertificateRequest
+	59,  // 131: shoal.v1.Control.LeaveNode:input_type -> shoal.v1.LeaveNodeRequest
+	53,  // 132: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
+	71,  // 133: shoal.v1.Control.AdmitManager:input_type -> shoal.v1.AdmitManagerRequest
+	83,  // 134: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
+	87,  // 135: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
+	89,  // 136: shoal.v1.Control.CheckEndpoints:input_type -> shoal.v1.CheckEndpointsRequest
+	110, // 137: shoal.v1.Node.ImageList:input_type -> shoal.v1.ImageListRequest
+	112, // 138: shoal.v1.Node.ImagePull:input_type -> shoal.v1.ImagePullRequest
+	114, // 139: shoal.v1.Node.ImageResolve:input_type -> shoal.v1.ImageResolveRequest
+	116, // 140: shoal.v1.Node.ImageRemove:input_type -> shoal.v1.ImageRemoveRequest
+	117, // 141: shoal.v1.Node.ImagePrune:input_type -> shoal.v1.ImagePruneRequest
+	119, // 142: shoal.v1.Node.ImageInspect:input_type -> shoal.v1.ImageInspectRequest
+	121, // 143: shoal.v1.Node.ImageLoad:input_type -> shoal.v1.ImageLoadRequest
+	123, // 144: shoal.v1.Node.ImageSave:input_type -> shoal.v1.ImageSaveRequest
+	126, // 145: shoal.v1.Node.VolumeList:input_type -> shoal.v1.VolumeListRequest
+	128, // 146: shoal.v1.Node.VolumeCreate:input_type -> shoal.v1.VolumeCreateRequest
+	130, // 147: shoal.v1.Node.VolumeRemove:input_type -> shoal.v1.VolumeRemoveRequest
+	97,  // 148: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
+	99,  // 149: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
+	105, // 150: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
+	101, // 151: shoal.v1.Node.Kill:input_type -> shoal.v1.KillRequest
+	103, // 152: shoal.v1.Node.Top:input_type -> shoal.v1.TopRequest
+	91,  // 153: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
+	93,  // 154: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
+	95,  // 155: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
+	135, // 156: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
+	137, // 157: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
+	139, // 158: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
+	141, // 159: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
+	143, // 160: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
+	133, // 161: shoal.v1.Local.Unlock:input_type -> shoal.v1.UnlockRequest
+	132, // 162: shoal.v1.Local.RestoreSnapshot:input_type -> shoal.v1.RestoreSnapshotRequest
+	22,  // 163: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
+	24,  // 164: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
+	26,  // 165: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
+	28,  // 166: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
+	30,  // 167: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
+	34,  // 168: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
+	36,  // 169: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
+	38,  // 170: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
+	40,  // 171: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
+	42,  // 172: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
+	44,  // 173: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
+	46,  // 174: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
+	74,  // 175: shoal.v1.Control.CreateBlob:output_type -> shoal.v1.CreateBlobResponse
+	76,  // 176: shoal.v1.Control.UpdateBlob:output_type -> shoal.v1.UpdateBlobResponse
+	78,  // 177: shoal.v1.Control.ListBlobs:output_type -> shoal.v1.ListBlobsResponse
+	80,  // 178: shoal.v1.Control.RemoveBlob:output_type -> shoal.v1.RemoveBlobResponse
+	82,  // 179: shoal.v1.Control.TaskBlobs:output_type -> shoal.v1.TaskBlobsResponse
+	48,  // 180: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
+	50,  // 181: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
+	52,  // 182: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
+	32,  // 183: shoal.v1.Control.Events:output_type -> shoal.v1.Event
+	62,  // 184: shoal.v1.Control.ShowToken:output_type -> shoal.v1.ShowTokenResponse
+	64,  // 185: shoal.v1.Control.RotateToken:output_type -> shoal.v1.RotateTokenResponse
+	66,  // 186: shoal.v1.Control.ShowCA:output_type -> shoal.v1.ShowCAResponse
+	70,  // 187: shoal.v1.Control.RotateCA:output_type -> shoal.v1.RotateCAResponse
+	68,  // 188: shoal.v1.Control.UnlockKey:output_type -> shoal.v1.UnlockKeyResponse
+	108, // 189: shoal.v1.Control.SaveSnapshot:output_type -> shoal.v1.SaveSnapshotResponse
+	57,  // 190: shoal.v1.Control.RenewCertificate:output_type -> shoal.v1.RenewCertificateResponse
+	60,  // 191: shoal.v1.Control.LeaveNode:output_type -> shoal.v1.LeaveNodeResponse
+	54,  // 192: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
+	72,  // 193: shoal.v1.Control.AdmitManager:output_type -> shoal.v1.AdmitManagerResponse
+	84,  // 194: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
+	88,  // 195: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
+	90,  // 196: shoal.v1.Control.CheckEndpoints:output_type -> shoal.v1.CheckEndpointsResponse
+	111, // 197: shoal.v1.Node.ImageList:output_type -> shoal.v1.ImageListResponse
+	113, // 198: shoal.v1.Node.ImagePull:output_type -> shoal.v1.ImagePullResponse
+	115, // 199: shoal.v1.Node.ImageResolve:output_type -> shoal.v1.ImageResolveResponse
+	118, // 200: shoal.v1.Node.ImageRemove:output_type -> shoal.v1.ImageRemoveResponse
+	118, // 201: shoal.v1.Node.ImagePrune:output_type -> shoal.v1.ImageRemoveResponse
+	120, // 202: shoal.v1.Node.ImageInspect:output_type -> shoal.v1.ImageInspectResponse
+	122, // 203: shoal.v1.Node.ImageLoad:output_type -> shoal.v1.ImageLoadResponse
+	124, // 204: shoal.v1.Node.ImageSave:output_type -> shoal.v1.ImageSaveResponse
+	127, // 205: shoal.v1.Node.VolumeList:output_type -> shoal.v1.VolumeListResponse
+	129, // 206: shoal.v1.Node.VolumeCreate:output_type -> shoal.v1.VolumeCreateResponse
+	131, // 207: shoal.v1.Node.VolumeRemove:output_type -> shoal.v1.VolumeRemoveResponse
+	98,  // 208: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
+	100, // 209: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
+	106, // 210: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
+	102, // 211: shoal.v1.Node.Kill:output_type -> shoal.v1.KillResponse
+	104, // 212: shoal.v1.Node.Top:output_type -> shoal.v1.TopResponse
+	92,  // 213: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
+	94,  // 214: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
+	96,  // 215: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
+	136, // 216: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
+	138, // 217: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
+	140, // 218: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
+	142, // 219: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
+	144, // 220: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
+	134, // 221: shoal.v1.Local.Unlock:output_type -> shoal.v1.UnlockResponse
+	138, // 222: shoal.v1.Local.RestoreSnapshot:output_type -> shoal.v1.InitResponse
+	163, // [163:223] is the sub-list for method output_type
+	103, // [103:163] is the sub-list for method input_type
+	103, // [103:103] is the sub-list for extension type_name
+	103, // [103:103] is the sub-list for extension extendee
+	0,   // [0:103] is the sub-list for field type_name
 }
 
 func init() { file_shoal_v1_shoal_proto_init() }
@@ -11546,26 +11755,26 @@ func file_shoal_v1_shoal_proto_init() {
 	}
 	file_shoal_v1_shoal_proto_msgTypes[35].OneofWrappers = []any{}
 	file_shoal_v1_shoal_proto_msgTypes[49].OneofWrappers = []any{}
-	file_shoal_v1_shoal_proto_msgTypes[95].OneofWrappers = []any{
+	file_shoal_v1_shoal_proto_msgTypes[97].OneofWrappers = []any{
 		(*ExecRequest_Start_)(nil),
 		(*ExecRequest_Stdin)(nil),
 		(*ExecRequest_StdinEof)(nil),
 		(*ExecRequest_Resize_)(nil),
 		(*ExecRequest_Signal)(nil),
 	}
-	file_shoal_v1_shoal_proto_msgTypes[96].OneofWrappers = []any{
+	file_shoal_v1_shoal_proto_msgTypes[98].OneofWrappers = []any{
 		(*ExecResponse_Stdout)(nil),
 		(*ExecResponse_Stderr)(nil),
 		(*ExecResponse_ExitCode)(nil),
 	}
-	file_shoal_v1_shoal_proto_msgTypes[161].OneofWrappers = []any{}
+	file_shoal_v1_shoal_proto_msgTypes[164].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_shoal_v1_shoal_proto_rawDesc), len(file_shoal_v1_shoal_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   171,
+			NumMessages:   174,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

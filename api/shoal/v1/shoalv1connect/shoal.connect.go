@@ -117,6 +117,8 @@ const (
 	ControlAssignmentsProcedure = "/shoal.v1.Control/Assignments"
 	// ControlReportProcedure is the fully-qualified name of the Control's Report RPC.
 	ControlReportProcedure = "/shoal.v1.Control/Report"
+	// ControlCheckEndpointsProcedure is the fully-qualified name of the Control's CheckEndpoints RPC.
+	ControlCheckEndpointsProcedure = "/shoal.v1.Control/CheckEndpoints"
 	// NodeImageListProcedure is the fully-qualified name of the Node's ImageList RPC.
 	NodeImageListProcedure = "/shoal.v1.Node/ImageList"
 	// NodeImagePullProcedure is the fully-qualified name of the Node's ImagePull RPC.
@@ -213,6 +215,9 @@ type ControlClient interface {
 	AdmitManager(context.Context, *connect.Request[v1.AdmitManagerRequest]) (*connect.Response[v1.AdmitManagerResponse], error)
 	Assignments(context.Context, *connect.Request[v1.AssignmentsRequest]) (*connect.ServerStreamForClient[v1.AssignmentsResponse], error)
 	Report(context.Context, *connect.Request[v1.ReportRequest]) (*connect.Response[v1.ReportResponse], error)
+	// CheckEndpoints tells a node what the managers did not give of what others say
+	// they have.
+	CheckEndpoints(context.Context, *connect.Request[v1.CheckEndpointsRequest]) (*connect.Response[v1.CheckEndpointsResponse], error)
 }
 
 // NewControlClient constructs a client for the shoal.v1.Control service. By default, it uses the
@@ -424,6 +429,12 @@ func NewControlClient(httpClient connect.HTTPClient, baseURL string, opts ...con
 			connect.WithSchema(controlMethods.ByName("Report")),
 			connect.WithClientOptions(opts...),
 		),
+		checkEndpoints: connect.NewClient[v1.CheckEndpointsRequest, v1.CheckEndpointsResponse](
+			httpClient,
+			baseURL+ControlCheckEndpointsProcedure,
+			connect.WithSchema(controlMethods.ByName("CheckEndpoints")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -462,6 +473,7 @@ type controlClient struct {
 	admitManager      *connect.Client[v1.AdmitManagerRequest, v1.AdmitManagerResponse]
 	assignments       *connect.Client[v1.AssignmentsRequest, v1.AssignmentsResponse]
 	report            *connect.Client[v1.ReportRequest, v1.ReportResponse]
+	checkEndpoints    *connect.Client[v1.CheckEndpointsRequest, v1.CheckEndpointsResponse]
 }
 
 // CreateNetwork calls shoal.v1.Control.CreateNetwork.
@@ -629,6 +641,11 @@ func (c *controlClient) Report(ctx context.Context, req *connect.Request[v1.Repo
 	return c.report.CallUnary(ctx, req)
 }
 
+// CheckEndpoints calls shoal.v1.Control.CheckEndpoints.
+func (c *controlClient) CheckEndpoints(ctx context.Context, req *connect.Request[v1.CheckEndpointsRequest]) (*connect.Response[v1.CheckEndpointsResponse], error) {
+	return c.checkEndpoints.CallUnary(ctx, req)
+}
+
 // ControlHandler is an implementation of the shoal.v1.Control service.
 type ControlHandler interface {
 	CreateNetwork(context.Context, *connect.Request[v1.CreateNetworkRequest]) (*connect.Response[v1.CreateNetworkResponse], error)
@@ -671,6 +688,9 @@ type ControlHandler interface {
 	AdmitManager(context.Context, *connect.Request[v1.AdmitManagerRequest]) (*connect.Response[v1.AdmitManagerResponse], error)
 	Assignments(context.Context, *connect.Request[v1.AssignmentsRequest], *connect.ServerStream[v1.AssignmentsResponse]) error
 	Report(context.Context, *connect.Request[v1.ReportRequest]) (*connect.Response[v1.ReportResponse], error)
+	// CheckEndpoints tells a node what the managers did not give of what others say
+	// they have.
+	CheckEndpoints(context.Context, *connect.Request[v1.CheckEndpointsRequest]) (*connect.Response[v1.CheckEndpointsResponse], error)
 }
 
 // NewControlHandler builds an HTTP handler from the service implementation. It returns the path on
@@ -878,6 +898,12 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 		connect.WithSchema(controlMethods.ByName("Report")),
 		connect.WithHandlerOptions(opts...),
 	)
+	controlCheckEndpointsHandler := connect.NewUnaryHandler(
+		ControlCheckEndpointsProcedure,
+		svc.CheckEndpoints,
+		connect.WithSchema(controlMethods.ByName("CheckEndpoints")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/shoal.v1.Control/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case ControlCreateNetworkProcedure:
@@ -946,6 +972,8 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 			controlAssignmentsHandler.ServeHTTP(w, r)
 		case ControlReportProcedure:
 			controlReportHandler.ServeHTTP(w, r)
+		case ControlCheckEndpointsProcedure:
+			controlCheckEndpointsHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -1085,6 +1113,10 @@ func (UnimplementedControlHandler) Assignments(context.Context, *connect.Request
 
 func (UnimplementedControlHandler) Report(context.Context, *connect.Request[v1.ReportRequest]) (*connect.Response[v1.ReportResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.Report is not implemented"))
+}
+
+func (UnimplementedControlHandler) CheckEndpoints(context.Context, *connect.Request[v1.CheckEndpointsRequest]) (*connect.Response[v1.CheckEndpointsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.CheckEndpoints is not implemented"))
 }
 
 // NodeClient is a client for the shoal.v1.Node service.

@@ -1,0 +1,273 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+
+	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/internal/sleep"
+	"github.com/shoalnet/shoal/spec"
+)
+
+// A node signs what it says it runs, and so says no more than that it is the one who
+// says it: with its key somebody could say that it has another task's address, or a
+// replica of any service. So the managers are asked whether they gave it that. An
+// endpoint of which they have not said so yet is left out of the View: it takes a
+// round trip, and the endpoint is told of before its program starts. Where they don't
+// answer, and for what comes with a network that is new here, it counts until they do:
+// a VIP is not to miss what is alive for want of a manager.
+//
+// Tried and dropped: the managers' signature on each task in its node's record. It is
+// worth as much after the address has gone to another task, and a node that knows
+// nothing of it could not be told from one that leaves it out.
+
+// Bounds of questions about claims.
+const (
+	claimTimeout = time.Second     // of one
+	claimAgain   = 2 * time.Second // between those about what was given before
+	claimBatch   = 1000            // claims in one
+	claimPerNode = 100             // of them, of one node: none keeps the others waiting
+	claimOld     = 50              // of those that are asked about again
+)
+
+// claims are the endpoints of other nodes, and what the managers say of them.
+type claims struct {
+	wake chan struct{} // size 1
+	self string
+	log  *slog.Logger
+
+	mu        sync.Mutex
+	networks  map[string]bool // on this node, at the last View
+	known     map[claimKey]*claim
+	again     []claimKey // given ones, the longest not asked about first
+	answering bool       // the managers have answered the last question
+	look      uint64     // number of the View that is being made
+	warned    map[string]time.Time
+}
+
+type claimKey struct{ node, task, network string }
+
+type claim struct {
+	e       spec.Endpoint
+	verdict verdict
+	early   bool   // it counts before there is a verdict
+	queued  bool   // it is in claims.again
+	look    uint64 // View that it was last in
+}
+
+type verdict int
+
+const (
+	pending verdict = iota
+	given
+	wrong
+)
+
+func newClaims(self string, log *slog.Logger) *claims {
+	return &claims{wake: make(chan struct{}, 1), self: self, log: log, networks: map[string]bool{}, known: map[claimKey]*claim{}, warned: map[string]time.Time{}}
+}
+
+// refused tells whether an endpoint is to be left out of the View that is being made.
+func (c *claims) refused(e spec.Endpoint) bool {
+	if e.Node == c.self {
+		return false
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	k := claimKey{e.Node, e.Task, e.Network}
+	x := c.known[k]
+	switch {
+	case x == nil:
+		x = &claim{e: e, early: !c.networks[e.Network]}
+		c.known[k] = x
+	case !sameClaim(x.e, e):
+		x.e, x.verdict, x.early = e, pending, false
+	}
+	x.look = c.look
+	if x.verdict == pending {
+		wake(c.wake)
+		return c.answering && !x.early
+	}
+	return x.verdict == wrong
+}
+
+// sameClaim tells whether two endpoints say the same of what the managers gave.
+func sameClaim(a, b spec.Endpoint) bool {
+	return a.TaskName == b.TaskName && a.Service == b.Service && slices.Equal(a.Addrs, b.Addrs) && slices.Equal(a.Aliases, b.Aliases)
+}
+
+// begin and end are before and after a View is made.
+func (c *claims) begin() {
+	c.mu.Lock()
+	c.look++
+	c.mu.Unlock()
+}
+
+func (c *claims) end(v *spec.View) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	clear(c.networks)
+	for _, n := range v.Networks {
+		c.networks[n.ID] = true
+	}
+}
+
+// take returns what is to be asked: what has no verdict yet, and some of the rest if
+// old is set, when also what is in no View any more is forgotten.
+func (c *claims) take(old bool) (keys []claimKey, eps []spec.Endpoint) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	add := func(k claimKey, x *claim) { keys, eps = append(keys, k), append(eps, x.e) }
+	perNode := map[string]int{}
+	for k, x := range c.known {
+		switch {
+		case old && x.look+1 < c.look: // the newest View may be half made
+			delete(c.known, k)
+		case len(keys) < claimBatch && perNode[k.node] < claimPerNode && (x.verdict == pending || old && x.verdict == wrong):
+			perNode[k.node]++
+			add(k, x)
+		}
+	}
+	for n := 0; old && n < claimOld && len(c.again) > 0; {
+		k := c.again[0]
+		c.again = c.again[1:]
+		if x := c.known[k]; x != nil && x.queued && x.verdict == given {
+			x.queued = false
+			add(k, x)
+			n++
+		}
+	}
+	return keys, eps
+}
+
+// answered notes what the managers said; nil: they did not. It tells whether there is
+// another View for that.
+func (c *claims) answered(keys []claimKey, eps []spec.Endpoint, no map[uint32]bool, err error) (changed bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	changed = c.answering != (err == nil)
+	if c.answering = err == nil; changed && c.answering {
+		for _, x := range c.known { // they have counted up to now
+			x.early = true
+		}
+	}
+	for i, k := range keys {
+		x := c.known[k]
+		if x == nil || !sameClaim(x.e, eps[i]) {
+			continue
+		}
+		was := x.verdict
+		switch {
+		case err != nil:
+		case no[uint32(i)]:
+			x.verdict = wrong
+		default:
+			x.verdict = given
+		}
+		if x.verdict == given && !x.queued {
+			x.queued = true
+			c.again = append(c.again, k)
+		}
+		if changed = changed || was != x.verdict; x.verdict == wrong && was != wrong && time.Since(c.warned[k.node]) > time.Minute {
+			c.warned[k.node] = time.Now()
+			c.log.Warn("a node says that it has what the managers did not give it; it is left out", "node", k.node, "task", k.task, "network", k.network, "addrs", x.e.Addrs)
+		}
+	}
+	return changed
+}
+
+// wrongs are how many claims of each node the managers deny.
+func (c *claims) wrongs() map[string]int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	out := map[string]int{}
+	for k, x := range c.known {
+		if x.verdict == wrong && x.look+1 >= c.look {
+			out[k.node]++
+		}
+	}
+	return out
+}
+
+// claimLoop asks the managers.
+func (m *member) claimLoop() {
+	t := time.NewTicker(claimAgain)
+	defer t.Stop()
+	for {
+		old := false
+		select {
+		case <-m.ctx.Done():
+			return
+		case <-m.claims.wake:
+		case <-t.C:
+			old = true
+		}
+		keys, eps := m.claims.take(old)
+		if len(keys) == 0 {
+			continue
+		}
+		no, err := m.askClaims(eps)
+		if m.ctx.Err() != nil {
+			return
+		}
+		if m.claims.answered(keys, eps, no, err) {
+			wake(m.composeWake) // which asks about what is left
+		}
+		if err != nil {
+			m.log.Debug("the managers don't say whose endpoints these are", "endpoints", len(eps), "error", err)
+			sleep.For(m.ctx, 100*time.Millisecond)
+		}
+	}
+}
+
+func (m *member) askClaims(eps []spec.Endpoint) (no map[uint32]bool, err error) {
+	req := &shoalv1.CheckEndpointsRequest{Node: m.ident.NodeID}
+	for _, e := range eps {
+		x := &shoalv1.CheckEndpointsRequest_Claim{Node: e.Node, Task: e.Task, TaskName: e.TaskName, Service: e.Service, Network: e.Network, Aliases: e.Aliases}
+		for _, a := range e.Addrs {
+			x.Addrs = append(x.Addrs, a.String())
+		}
+		req.Claims = append(req.Claims, x)
+	}
+	ctx, cancel := context.WithTimeout(m.ctx, claimTimeout)
+	defer cancel()
+	resp, err := m.client.CheckEndpoints(ctx, connect.NewRequest(req))
+	if err != nil {
+		return nil, err
+	}
+	no = make(map[uint32]bool, len(resp.Msg.Wrong))
+	for _, i := range resp.Msg.Wrong {
+		no[i] = true
+	}
+	return no, nil
+}
+
+// doctorClaims is doctor's check.
+func (m *member) doctorClaims(check func(name, status, msg, hint string)) {
+	names := map[string]string{}
+	if v := m.view.Load(); v != nil {
+		for _, p := range v.Peers {
+			names[p.ID] = p.Name
+		}
+	}
+	var out []string
+	for id, n := range m.claims.wrongs() {
+		if names[id] != "" {
+			id = names[id]
+		}
+		out = append(out, fmt.Sprintf("%s (%d)", id, n))
+	}
+	if len(out) == 0 {
+		return
+	}
+	slices.Sort(out)
+	check("endpoints", "error", "these nodes say that they have addresses or replicas which the managers did not give them, and are not heard in that: "+strings.Join(out, ", "),
+		"if it does not end, somebody else may have the node's key: shoal node rm")
+}

@@ -1,0 +1,167 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"testing"
+
+	"github.com/shoalnet/shoal/spec"
+)
+
+// claimSim is a node that looks at what others claim.
+type claimSim struct {
+	*testing.T
+	c *claims
+	v *spec.View
+}
+
+func newClaimSim(t *testing.T) *claimSim {
+	return &claimSim{t, newClaims("self", slog.New(slog.DiscardHandler)), &spec.View{Networks: []spec.Network{{ID: "net"}}}}
+}
+
+func claimOf(node, task string) spec.Endpoint {
+	return spec.Endpoint{Node: node, Task: task, TaskName: "web." + task, Service: "svc", Network: "net", Addrs: []netip.Addr{netip.MustParseAddr("10.0.1.7")}, State: spec.EndpointActive}
+}
+
+// shows makes a View and tells which of the endpoints are in it.
+func (s *claimSim) shows(eps ...spec.Endpoint) (out []string) {
+	s.c.begin()
+	for _, e := range eps {
+		if !s.c.refused(e) {
+			out = append(out, e.Node+"/"+e.Task)
+		}
+	}
+	s.c.end(s.v)
+	return out
+}
+
+// ask has the managers asked, who deny what no says.
+func (s *claimSim) ask(old bool, err error, no ...string) (asked []string, changed bool) {
+	keys, eps := s.c.take(old)
+	deny := map[uint32]bool{}
+	for i, k := range keys {
+		asked = append(asked, k.node+"/"+k.task)
+		for _, x := range no {
+			deny[uint32(i)] = deny[uint32(i)] || x == k.node+"/"+k.task
+		}
+	}
+	return asked, s.c.answered(keys, eps, deny, err)
+}
+
+func (s *claimSim) want(what string, got []string, want ...string) {
+	s.Helper()
+	if fmt.Sprint(got) != fmt.Sprint(want) {
+		s.Errorf("%s: %v, want %v", what, got, want)
+	}
+}
+
+// TestClaims: what the managers have not given is left out, from the first moment on
+// where they answer; where they don't, nothing is missed.
+func TestClaims(t *testing.T) {
+	s := newClaimSim(t)
+	web, evil, own := claimOf("a", "1"), claimOf("b", "2"), claimOf("self", "3")
+	s.want("at the start", s.shows(web, evil, own), "a/1", "b/2", "self/3")
+	if asked, changed := s.ask(false, nil, "b/2"); len(asked) != 2 || !changed {
+		t.Errorf("asked of %v, changed %t", asked, changed)
+	}
+	s.want("once they have answered", s.shows(web, evil, own), "a/1", "self/3")
+	if got := s.c.wrongs(); len(got) != 1 || got["b"] != 1 {
+		t.Errorf("wrong are %v", got)
+	}
+
+	late := claimOf("a", "4")
+	s.want("before the answer", s.shows(web, late), "a/1")
+	s.want("of the new one only", first(s.ask(false, nil)), "a/4")
+	s.want("after it", s.shows(web, late), "a/1", "a/4")
+
+	// Other content is another claim; another state is not.
+	late.State = spec.EndpointDraining
+	s.want("draining", s.shows(late), "a/4")
+	late.Addrs = []netip.Addr{netip.MustParseAddr("10.0.1.8")}
+	s.want("elsewhere", s.shows(late))
+	s.ask(false, nil, "a/4")
+	s.want("elsewhere, after the answer", s.shows(late))
+
+	// What was given is asked about again, and may be no more.
+	s.shows(web, late)
+	s.shows(web, late)
+	s.ask(true, nil, "a/1", "a/4")
+	s.want("no longer given", s.shows(web, late))
+	s.ask(true, nil, "a/4")
+	s.want("given after all", s.shows(web, late), "a/1")
+
+	// Without an answer all counts that is not known to be wrong, also when they are
+	// back, until they have said so.
+	s.ask(true, errors.New("no manager leads"))
+	other, more := claimOf("c", "5"), claimOf("c", "6")
+	s.want("without managers", s.shows(web, late, other, more), "a/1", "c/5", "c/6")
+	keys, eps := s.c.take(false)
+	s.c.answered(keys[:1], eps[:1], nil, nil)
+	if got := s.shows(web, other, more); len(got) != 3 {
+		t.Errorf("with the managers back: %v", got)
+	}
+
+	// A network that is new here brings what it has.
+	s.ask(false, nil)
+	far := claimOf("a", "7")
+	far.Network = "other"
+	s.want("of a new network", s.shows(far), "a/7")
+	s.v.Networks = append(s.v.Networks, spec.Network{ID: "other"})
+	s.shows(far)
+	farther := claimOf("a", "8")
+	farther.Network = "other"
+	s.want("of one that is there", s.shows(far, farther), "a/7")
+}
+
+func first(keys []string, _ bool) []string { return keys }
+
+// TestClaimsAreBounded: one node's many claims keep nobody waiting, what is in no View
+// any more is forgotten, and what is given is asked about in turn.
+func TestClaimsAreBounded(t *testing.T) {
+	s := newClaimSim(t)
+	s.ask(false, nil)
+	s.shows()
+	var eps []spec.Endpoint
+	for i := range 5000 {
+		eps = append(eps, claimOf("evil", fmt.Sprint(i)))
+	}
+	eps = append(eps, claimOf("a", "1"))
+	s.want("before the answer", s.shows(eps...))
+	asked, _ := s.ask(false, nil)
+	if len(asked) != claimPerNode+1 {
+		t.Errorf("%d are asked about at once", len(asked))
+	}
+	if got := s.shows(eps...); len(got) != claimPerNode+1 {
+		t.Errorf("%d are shown", len(got))
+	}
+	for range 50 {
+		s.ask(false, nil)
+	}
+	if got := s.shows(eps...); len(got) != len(eps) {
+		t.Errorf("%d of %d are shown", len(got), len(eps))
+	}
+	seen := map[string]bool{}
+	for range len(eps)/claimOld + 1 {
+		keys, _ := s.ask(true, nil)
+		if len(keys) > claimOld {
+			t.Fatalf("%d are asked about again at once", len(keys))
+		}
+		for _, k := range keys {
+			seen[k] = true
+		}
+	}
+	if len(seen) != len(eps) {
+		t.Errorf("%d of %d were asked about again", len(seen), len(eps))
+	}
+	s.shows()
+	s.shows()
+	s.ask(true, nil)
+	for range len(eps) / claimOld {
+		s.ask(true, nil)
+	}
+	if len(s.c.known) != 0 || len(s.c.again) > claimOld {
+		t.Errorf("%d and %d are kept of what is gone", len(s.c.known), len(s.c.again))
+	}
+}
