@@ -50,6 +50,9 @@ func TestMain(m *testing.M) {
 }
 
 func run(m *testing.M) int {
+	if what := os.Getenv("SHOAL_ATTACK"); what != "" {
+		return attack(what)
+	}
 	_, file, _, _ := runtime.Caller(0)
 	repo = filepath.Dir(filepath.Dir(file))
 	if wd, err := os.Getwd(); err == nil { // -trimpath, and the VM
