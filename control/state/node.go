@@ -301,6 +301,9 @@ func (s *State) removeNode(c *RemoveNode) Result {
 	}
 	for _, id := range slices.Sorted(maps.Keys(n.tasks)) {
 		t := n.tasks[id]
+		if t == nil {
+			continue // forgotten with one before it: a slot keeps only its last tasks
+		}
 		if t.holds() {
 			if !t.Status.State.Ended() {
 				t.was, t.Status.State = t.Status.State, spec.TaskLost

@@ -772,3 +772,27 @@ func TestSuccessorMustListen(t *testing.T) {
 		c.settle()
 	}
 }
+
+// TestNodeRemovedWithHistory: a node is removed on which a replica has crashed again and
+// again. What is freed there has older tasks of the slot forgotten, on the same node.
+func TestNodeRemovedWithHistory(t *testing.T) {
+	c := newCluster(t)
+	ns := c.joinAll(2)
+	sp := svcSpec("web", 4)
+	sp.Constraints = []string{"node.name==n2"}
+	c.service(sp)
+	c.settle()
+	ns[1].fate = func(spec.Task) spec.TaskState { return spec.TaskFailed }
+	for range 30 {
+		c.round()
+		// At any moment, each on a copy.
+		s, err := Restore(c.snapshot())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r := s.Apply(s.index+1, Command{RemoveNode: &RemoveNode{Ref: "n2", Force: true}}.Stamped(Level)); r.Err != nil {
+			t.Fatal(r.Err)
+		}
+		checkInvariants(c, s)
+	}
+}
