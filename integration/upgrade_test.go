@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -14,49 +13,9 @@ import (
 	"time"
 
 	"github.com/shoalnet/shoal/control/state"
+	"github.com/shoalnet/shoal/internal/versionstest"
 	"github.com/shoalnet/shoal/lab"
 )
-
-// firstLevel is the commit of the first build that has a feature level.
-const firstLevel = "40a744c"
-
-// built builds cmd/shoal of a tree, and returns path.
-func built(t *testing.T, path, tree string, flags ...string) string {
-	t.Helper()
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	tmp := fmt.Sprintf("%s.%d", path, os.Getpid())
-	cmd := exec.Command("go", append(append([]string{"build", "-trimpath"}, flags...), "-o", tmp, "./cmd/shoal")...)
-	cmd.Dir, cmd.Env = tree, append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-buildvcs=false", "GOWORK=off")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("build %s: %v\n%s", path, err, out)
-	}
-	if err := os.Rename(tmp, path); err != nil {
-		t.Fatal(err)
-	}
-	return path
-}
-
-// oldest is the first build that has a feature level. It is built from the history,
-// once, and kept beside the binaries. Where there is no history the test is skipped.
-func oldest(t *testing.T) string {
-	t.Helper()
-	path := filepath.Join(repo, "bin", "versions", firstLevel, "shoal")
-	if _, err := os.Stat(path); err == nil {
-		return path
-	}
-	if out, err := exec.Command("git", "-C", repo, "cat-file", "-e", firstLevel+"^{commit}").CombinedOutput(); err != nil {
-		t.Skipf("SKIPPED, and upgrades are NOT TESTED: commit %s is not in this clone (shallow?), and its build is the old one: %s", firstLevel, out)
-	}
-	tree := t.TempDir()
-	cmd := exec.Command("sh", "-c", fmt.Sprintf("git archive %s | tar x -C %s", firstLevel, tree))
-	cmd.Dir = repo
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("git archive %s: %v\n%s", firstLevel, err, out)
-	}
-	return built(t, path, tree, "-ldflags", "-X main.version=old")
-}
 
 // install replaces the lab's binary, as a package does.
 func (s site) install(from string) {
@@ -143,7 +102,7 @@ func TestUpgrade(t *testing.T) {
 	onlyNative(t)
 	t.Parallel()
 	const oldLevel = 1
-	now, old := filepath.Join(bin, "shoal"), oldest(t)
+	now, old := filepath.Join(bin, "shoal"), versionstest.Oldest(t, repo, "shoal", "")
 	s := site{t, &lab.Lab{Binary: filepath.Join(t.TempDir(), "shoal")}}
 	s.install(old)
 	s = own(t, "upgr", lab.Options{Nodes: 4, Managers: 3, Binary: s.Binary})

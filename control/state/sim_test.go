@@ -32,6 +32,7 @@ type cluster struct {
 	nodes map[string]*simNode
 	// check invariants after each command, and that a refusal changed nothing
 	strict bool
+	level  int              // that commands are stamped with
 	shown  map[string]shown // by node, when strict
 }
 
@@ -52,6 +53,12 @@ func (c *cluster) checkShown() {
 		}
 		x := shown{index: a.Index}
 		a.Index = 0
+		if a.Trust != nil { // nodes are told of roots and gossip's keys only (control.TrustInfo)
+			a.Trust.Tokens, a.Trust.Unlock, a.Trust.UnlockGeneration, a.Trust.Exposed = nil, "", 0, 0
+		}
+		for i := range a.Nodes { // see certify
+			a.Nodes[i].CertEnd, a.Nodes[i].CertRoot, a.Nodes[i].Version = 0, "", 0
+		}
 		for i := range a.Tasks {
 			a.Tasks[i].Status, a.Tasks[i].Version = spec.TaskStatus{Released: a.Tasks[i].Status.Released}, 0
 		}
@@ -78,7 +85,7 @@ type simNode struct {
 func newCluster(t tb, pools ...string) *cluster { return newClusterOf(t, 24, pools...) }
 
 func newClusterOf(t tb, bits int, pools ...string) *cluster {
-	c := &cluster{tb: t, s: New(), now: 1_000_000, nodes: map[string]*simNode{}, strict: true}
+	c := &cluster{tb: t, s: New(), now: 1_000_000, nodes: map[string]*simNode{}, strict: true, level: Level}
 	var ps []netip.Prefix
 	for _, p := range pools {
 		ps = append(ps, netip.MustParsePrefix(p))
@@ -94,10 +101,10 @@ func (c *cluster) id(kind string) string {
 
 func (c *cluster) apply(cmd Command) Result {
 	c.Helper()
-	if u := cmd.UpdateService; u != nil && u.Now == 0 {
+	if u := cmd.UpdateService; u != nil && u.Now == 0 && c.level >= 2 {
 		u.Now = c.now
 	}
-	b, err := Encode(cmd.Stamped(Level))
+	b, err := Encode(cmd.Stamped(c.level))
 	if err != nil {
 		c.Fatalf("encode: %v", err)
 	}
@@ -150,7 +157,9 @@ func (c *cluster) join(name string) *simNode {
 	if len(c.nodes) == 0 {
 		role = spec.RoleManager
 	}
-	c.must(Command{UpsertNode: &UpsertNode{Node: simSpec(n.id, name, role, len(c.nodes)+1)}})
+	x := simSpec(n.id, name, role, len(c.nodes)+1)
+	x.Level = c.level
+	c.must(Command{UpsertNode: &UpsertNode{Node: x}})
 	c.nodes[n.id] = n
 	return n
 }
