@@ -18,9 +18,28 @@ import (
 	"github.com/shoalnet/shoal/lab"
 )
 
-// image writes an archive as docker save makes it, of static programs: a file for
-// each path in the image.
-func image(t *testing.T, name, arch string, files map[string]string, config map[string]any) string {
+// anImage is an image of one layer.
+type anImage struct {
+	layer  []byte // a tar
+	config []byte
+}
+
+func sum(b []byte) string {
+	h := sha256.Sum256(b)
+	return hex.EncodeToString(h[:])
+}
+
+func marshal(t *testing.T, v any) []byte {
+	t.Helper()
+	b, err := json.Marshal(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// build makes an image of static programs: a file for each path in it.
+func build(t *testing.T, arch string, files map[string]string, config map[string]any) anImage {
 	t.Helper()
 	var layer bytes.Buffer
 	w := tar.NewWriter(&layer)
@@ -29,81 +48,79 @@ func image(t *testing.T, name, arch string, files map[string]string, config map[
 			t.Fatal(err)
 		}
 	}
-	file := func(name string, mode int64, b []byte) {
-		if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: mode, Size: int64(len(b))}); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := w.Write(b); err != nil {
-			t.Fatal(err)
-		}
-	}
 	for _, d := range []string{"bin", "etc", "dev", "proc", "sys", "data"} {
 		dir(d, 0o755)
 	}
 	dir("tmp", 0o1777)
-	file("etc/passwd", 0o644, []byte("root:x:0:0:root:/root:/bin/sh\nweb:x:1000:1000::/:/bin/sh\n"))
-	file("etc/group", 0o644, []byte("root:x:0:\nweb:x:1000:\nextra:x:2000:\n"))
-	file("data/seed", 0o644, []byte("from the image\n"))
+	entry(t, w, "etc/passwd", 0o644, []byte("root:x:0:0:root:/root:/bin/sh\nweb:x:1000:1000::/:/bin/sh\n"))
+	entry(t, w, "etc/group", 0o644, []byte("root:x:0:\nweb:x:1000:\nextra:x:2000:\n"))
+	entry(t, w, "data/seed", 0o644, []byte("from the image\n"))
 	for to, from := range files {
 		b, err := os.ReadFile(from)
 		if err != nil {
 			t.Fatal(err)
 		}
-		file(to, 0o755, b)
+		entry(t, w, to, 0o755, b)
 	}
 	if err := w.Close(); err != nil {
 		t.Fatal(err)
 	}
-	sum := func(b []byte) string {
-		h := sha256.Sum256(b)
-		return hex.EncodeToString(h[:])
+	cfg := marshal(t, map[string]any{"architecture": arch, "os": "linux", "config": config, "rootfs": map[string]any{"type": "layers", "diff_ids": []string{"sha256:" + sum(layer.Bytes())}}})
+	return anImage{layer.Bytes(), cfg}
+}
+
+// entry writes a file into an archive.
+func entry(t *testing.T, w *tar.Writer, name string, mode int64, b []byte) {
+	t.Helper()
+	if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: mode, Size: int64(len(b))}); err != nil {
+		t.Fatal(err)
 	}
-	diff := sum(layer.Bytes())
-	marshal := func(v any) []byte {
-		b, err := json.Marshal(v)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return b
+	if _, err := w.Write(b); err != nil {
+		t.Fatal(err)
 	}
-	cfg := marshal(map[string]any{"architecture": arch, "os": "linux", "config": config, "rootfs": map[string]any{"type": "layers", "diff_ids": []string{"sha256:" + diff}}})
+}
+
+// archive writes an image as docker save does, and returns the file's path.
+func (i anImage) archive(t *testing.T, name string) string {
+	t.Helper()
 	path := filepath.Join(t.TempDir(), "image.tar")
 	f, err := os.Create(path)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	o := tar.NewWriter(f)
-	add := func(name string, b []byte) {
-		if err := o.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o644, Size: int64(len(b))}); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := o.Write(b); err != nil {
-			t.Fatal(err)
-		}
-	}
-	add(sum(cfg)+".json", cfg)
-	add(diff+"/layer.tar", layer.Bytes())
-	add("manifest.json", marshal([]map[string]any{{"Config": sum(cfg) + ".json", "RepoTags": []string{name}, "Layers": []string{diff + "/layer.tar"}}}))
-	if err := o.Close(); err != nil {
+	w := tar.NewWriter(f)
+	cfg, layer := sum(i.config)+".json", sum(i.layer)+"/layer.tar"
+	entry(t, w, cfg, 0o644, i.config)
+	entry(t, w, layer, 0o644, i.layer)
+	entry(t, w, "manifest.json", 0o644, marshal(t, []map[string]any{{"Config": cfg, "RepoTags": []string{name}, "Layers": []string{layer}}}))
+	if err := w.Close(); err != nil {
 		t.Fatal(err)
 	}
 	return path
+}
+
+// needContainers fails a test where containers can't be had, and returns a static
+// busybox.
+func needContainers(t *testing.T, programs ...string) (busybox string) {
+	t.Helper()
+	for _, p := range append([]string{"containerd", "runc", "busybox"}, programs...) {
+		if _, err := exec.LookPath(p); err != nil {
+			t.Fatalf("%s is not installed: run scripts/setup test", p)
+		}
+	}
+	busybox, _ = exec.LookPath("busybox")
+	return busybox
 }
 
 // TestContainers: services and tasks from images, as users of Docker type them.
 func TestContainers(t *testing.T) {
 	onlyNative(t)
 	t.Parallel()
-	for _, p := range []string{"containerd", "runc", "busybox"} {
-		if _, err := exec.LookPath(p); err != nil {
-			t.Fatalf("%s is not installed: run scripts/setup test", p)
-		}
-	}
-	busybox, _ := exec.LookPath("busybox")
+	busybox := needContainers(t)
 	s := own(t, "ct", lab.Options{Nodes: 2, Containers: true})
-	web := image(t, "web:1", "amd64", map[string]string{"whoami": bin + "/whoami", "bin/busybox": busybox, "bin/sh": busybox},
-		map[string]any{"Entrypoint": []string{"/whoami"}, "Env": []string{"A=image", "B=image"}, "WorkingDir": "/tmp", "Volumes": map[string]any{"/data": map[string]any{}}, "StopSignal": "SIGTERM"})
+	web := build(t, "amd64", map[string]string{"whoami": bin + "/whoami", "bin/busybox": busybox, "bin/sh": busybox},
+		map[string]any{"Entrypoint": []string{"/whoami"}, "Env": []string{"A=image", "B=image"}, "WorkingDir": "/tmp", "Volumes": map[string]any{"/data": map[string]any{}}, "StopSignal": "SIGTERM"}).archive(t, "web:1")
 	for _, n := range []string{"node1", "node2"} {
 		if got := s.ok("node1", "shoal image load -i %s --node %s", web, n); !strings.Contains(got, "web:1") {
 			t.Fatalf("image load: %s", got)
@@ -162,7 +179,7 @@ func TestContainers(t *testing.T) {
 	}
 
 	// Another platform, and a program of the node for an image.
-	other := image(t, "other:1", "s390x", map[string]string{"whoami": bin + "/whoami"}, map[string]any{"Entrypoint": []string{"/whoami"}})
+	other := build(t, "s390x", map[string]string{"whoami": bin + "/whoami"}, map[string]any{"Entrypoint": []string{"/whoami"}}).archive(t, "other:1")
 	if r := s.on("node1", "shoal", "image", "load", "-i", other); r.code == 0 || !strings.Contains(r.err, "platform") {
 		t.Errorf("image of another platform: %d, %s", r.code, r.err)
 	}

@@ -227,11 +227,22 @@ func startError(err error) error {
 	case strings.Contains(msg, "permission denied") && strings.Contains(msg, "exec"), strings.Contains(msg, "is a directory"), strings.Contains(msg, "exec format error"):
 		code = 126
 	}
+	if code != 125 {
+		msg += ": check the command"
+	}
 	return &StartError{Code: code, Err: errors.New(msg)}
 }
 
 // Start implements runtime.Executor.
-func (e *Executor) Start(ctx context.Context, b runtime.Box) (_ int, err error) {
+func (e *Executor) Start(ctx context.Context, b runtime.Box) (int, error) {
+	pid, err := e.start(ctx, b)
+	if err != nil {
+		err = fmt.Errorf("node %s: image %s: %w", e.cfg.Node, shown(b.Spec.Image), err)
+	}
+	return pid, err
+}
+
+func (e *Executor) start(ctx context.Context, b runtime.Box) (_ int, err error) {
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 	c, ctx, err := e.conn(ctx)
@@ -255,7 +266,7 @@ func (e *Executor) Start(ctx context.Context, b runtime.Box) (_ int, err error) 
 	}
 	img, err := e.find(ctx, c, b.Spec.Image)
 	if err != nil {
-		return 0, fmt.Errorf("image %s is not on this node any more: %w", b.Spec.Image, err)
+		return 0, fmt.Errorf("it is not there any more: %w", err)
 	}
 	ctx, done, err := c.WithLease(ctx, leases.WithRandomID(), leases.WithExpiration(leaseTime), leases.WithLabel(labelInstance, e.cfg.Instance))
 	if err != nil {
@@ -276,7 +287,7 @@ func (e *Executor) Start(ctx context.Context, b runtime.Box) (_ int, err error) 
 		err = img.Unpack(ctx, e.cfg.Snapshotter)
 	}
 	if err != nil {
-		return 0, fmt.Errorf("unpack image %s: %w", b.Spec.Image, err)
+		return 0, fmt.Errorf("unpack it: %w", err)
 	}
 	mounts, vols, err := e.mounts(ctx, c, img, b)
 	if err != nil {
@@ -294,7 +305,7 @@ func (e *Executor) Start(ctx context.Context, b runtime.Box) (_ int, err error) 
 		client.WithRuntime(e.cfg.Runtime, nil),
 		client.WithNewSpec(specOpts(b, img, mounts)...))
 	if err != nil {
-		return 0, fmt.Errorf("make container of %s: %w", b.Spec.Image, e.unavailable(err))
+		return 0, fmt.Errorf("make a container of it: %w", e.unavailable(err))
 	}
 	// The streams' other ends are the shim's; ours may come and go.
 	t, err := ctr.NewTask(ctx, func(string) (cio.IO, error) {

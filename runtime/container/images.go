@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
+	"net/http"
 	"slices"
 	"strconv"
 	"strings"
@@ -143,14 +145,15 @@ func (e *Executor) Pull(ctx context.Context, image, auth, by string, progress fu
 		return err
 	}
 	return e.pulls.join(ctx, name, progress, func(say func(string)) error {
+		tell := func(s string) { say("pulling " + shown(image) + s) }
 		for try := 1; ; try++ {
-			err := e.pullOnce(ctx, name, auth, by, say)
+			err := e.pullOnce(ctx, name, auth, by, tell)
 			if err == nil || ctx.Err() != nil || try >= e.cfg.Pull.Tries || !passing(err) {
-				return explainPull(name, err)
+				return explainPull(image, err)
 			}
 			wait := time.Duration(1<<(try-1)) * time.Second
 			wait += rand.N(wait / 4)
-			say(fmt.Sprintf("pulling %s: %s: trying again in %s", Familiar(name), explainPull(name, err), wait.Round(time.Second)))
+			tell(fmt.Sprintf(": %s: trying again in %s", explainPull(image, err), wait.Round(time.Second)))
 			select {
 			case <-ctx.Done():
 				return ctx.Err()
@@ -160,77 +163,45 @@ func (e *Executor) Pull(ctx context.Context, image, auth, by string, progress fu
 	})
 }
 
-// errStalled ends a pull from a registry that sends nothing.
-var errStalled = errors.New("the registry stopped sending")
-
-func (e *Executor) pullOnce(ctx context.Context, name, auth, by string, say func(string)) error {
+func (e *Executor) pullOnce(ctx context.Context, name, auth, by string, tell func(string)) error {
 	c, ctx, err := e.conn(ctx)
 	if err != nil {
 		return err
 	}
-	res, err := e.resolver(ctx, auth)
+	got := &transfer{}
+	res, err := e.resolver(ctx, auth, got)
 	if err != nil {
 		return err
 	}
-	pctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	watched := make(chan struct{})
+	tctx, cancel := context.WithCancel(ctx)
+	told := make(chan struct{})
 	go func() {
-		defer close(watched)
-		e.watchPull(pctx, c, Familiar(name), say, func() { cancel(fmt.Errorf("%w for %s", errStalled, e.cfg.Pull.Stall)) })
+		defer close(told)
+		tellPull(tctx, got, tell)
 	}()
 	labels := map[string]string{labelInstance: e.cfg.Instance, labelBy: by, labelUsed: strconv.FormatInt(time.Now().Unix(), 10)}
-	_, err = c.Pull(pctx, name, client.WithPullUnpack, client.WithResolver(res), client.WithPullSnapshotter(e.cfg.Snapshotter), client.WithPullLabels(labels))
-	if cause := context.Cause(pctx); err != nil && cause != nil && ctx.Err() == nil {
-		err = cause
-	}
-	cancel(nil)
-	<-watched
+	_, err = c.Pull(ctx, name, client.WithPullUnpack, client.WithResolver(res), client.WithPullSnapshotter(e.cfg.Snapshotter), client.WithPullLabels(labels))
+	cancel()
+	<-told
 	return e.unavailable(err)
 }
 
-// watchPull tells of a pull's progress, as containerd's content store shows it,
-// and calls stalled when what it waits for does not come.
-func (e *Executor) watchPull(ctx context.Context, c *client.Client, name string, say func(string), stalled func()) {
+// tellPull tells of a pull's progress until ctx ends.
+func tellPull(ctx context.Context, got *transfer, tell func(string)) {
 	t := time.NewTicker(progressTime)
 	defer t.Stop()
-	say("pulling " + name)
-	begin := time.Now()
-	var last int64
-	moved := time.Now()
+	tell("")
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-t.C:
 		}
-		sts, err := c.ContentStore().ListStatuses(ctx)
-		if err != nil {
-			continue
-		}
-		var have, total int64
-		open := 0
-		for _, st := range sts {
-			if st.UpdatedAt.Before(begin.Add(-e.cfg.Pull.Stall)) {
-				continue // what an earlier pull left
-			}
-			have, total = have+st.Offset, total+st.Total
-			if st.Offset < st.Total || st.Total == 0 {
-				open++
-			}
-		}
-		if have != last || open == 0 {
-			last, moved = have, time.Now()
-		}
-		if open > 0 && time.Since(moved) > e.cfg.Pull.Stall {
-			stalled()
-			return
-		}
-		switch {
-		case total > 0 && have < total:
-			say(fmt.Sprintf("pulling %s: %s of %s", name, size(have), size(total)))
-		case time.Since(begin) > time.Second:
-			say("pulling " + name + ": unpacking")
+		switch have, total := got.have.Load(), got.total.Load(); {
+		case total > 0 && got.open.Load() > 0:
+			tell(fmt.Sprintf(": %s of %s", size(have), size(total)))
+		case have > 0:
+			tell(": unpacking")
 		}
 	}
 }
@@ -249,49 +220,82 @@ func size(n int64) string {
 
 // passing tells of errors that another try may not meet.
 func passing(err error) bool {
-	var status remoteserrors.ErrUnexpectedStatus
-	switch {
-	case errdefs.IsNotFound(err), errdefs.IsUnauthorized(err), errdefs.IsPermissionDenied(err), errdefs.IsInvalidArgument(err), errdefs.IsFailedPrecondition(err),
-		errors.Is(err, docker.ErrInvalidAuthorization), noSpace(err), strings.Contains(err.Error(), "no match for platform"), strings.Contains(err.Error(), "unexpected digest"),
-		strings.Contains(err.Error(), "unexpected commit digest"), strings.Contains(err.Error(), "insufficient_scope"), strings.Contains(err.Error(), "401"):
+	switch code := status(err); {
+	case code != 0:
+		return code >= 500 || code == http.StatusTooManyRequests
+	case errdefs.IsNotFound(err), refused(err), errdefs.IsInvalidArgument(err), errdefs.IsFailedPrecondition(err), noSpace(err), says(err, noPlatform...), says(err, wrongContent...),
+		says(err, damaged...), says(err, untrusted...):
 		return false
-	case errors.As(err, &status):
-		return status.StatusCode >= 500 || status.StatusCode == 429
 	}
 	return true
 }
 
+// Words of errors that have no type of their own.
+var (
+	noPlatform   = []string{"no match for platform"}
+	wrongContent = []string{"unexpected digest", "unexpected commit digest", "unexpected commit size", "failed size validation"}
+	damaged      = []string{"failed to extract layer", "archive/tar", "gzip: invalid", "wrong diff id"}
+	untrusted    = []string{"x509: ", "server gave HTTP response to HTTPS client"}
+)
+
+func says(err error, words ...string) bool {
+	return slices.ContainsFunc(words, func(w string) bool { return strings.Contains(err.Error(), w) })
+}
+
+// status is the HTTP status that a registry answered with; 0: that is not what is wrong.
+func status(err error) int {
+	var s remoteserrors.ErrUnexpectedStatus
+	if errors.As(err, &s) {
+		return s.StatusCode
+	}
+	return 0
+}
+
+// refused tells of a registry that wants another login, or any.
+func refused(err error) bool {
+	code := status(err)
+	return code == http.StatusUnauthorized || code == http.StatusForbidden || errors.Is(err, docker.ErrInvalidAuthorization) || errdefs.IsUnauthorized(err) || errdefs.IsPermissionDenied(err) ||
+		says(err, "insufficient_scope")
+}
+
 func noSpace(err error) bool {
-	return strings.Contains(err.Error(), "no space left on device") || strings.Contains(err.Error(), "disk quota exceeded")
+	return says(err, "no space left on device", "disk quota exceeded")
 }
 
 // explainPull says what to do about an error.
-func explainPull(name string, err error) error {
+func explainPull(image string, err error) error {
 	if err == nil {
 		return nil
 	}
-	image, msg := Familiar(name), err.Error()
-	host := name
-	if r, perr := reference.ParseNormalizedNamed(name); perr == nil {
+	host := image
+	if r, perr := reference.ParseNormalizedNamed(image); perr == nil {
 		host = reference.Domain(r)
 	}
+	image = shown(image)
+	var op *net.OpError
 	switch {
 	case errors.Is(err, context.Canceled), errors.Is(err, runtime.ErrUnavailable):
 		return err
 	case noSpace(err):
 		return fmt.Errorf("image %s: the disk of containerd is full: make room there, for instance with 'shoal image prune'", image)
-	case strings.Contains(msg, "no match for platform"):
+	case says(err, noPlatform...):
 		return fmt.Errorf("image %s has no variant for this node's platform %s", image, Platform())
-	case errors.Is(err, docker.ErrInvalidAuthorization), errdefs.IsUnauthorized(err), errdefs.IsPermissionDenied(err), strings.Contains(msg, "401"), strings.Contains(msg, "403 Forbidden"), strings.Contains(msg, "insufficient_scope"):
+	case refused(err):
 		return fmt.Errorf("image %s: registry %s refused it without a valid login: run 'shoal login %s' and give --with-registry-auth", image, host, host)
-	case errdefs.IsNotFound(err):
+	case errdefs.IsNotFound(err), status(err) == http.StatusNotFound:
 		return fmt.Errorf("image %s is not in registry %s: check its name and tag, or load it with 'shoal image load'", image, host)
-	case errors.Is(err, errStalled), errors.Is(err, context.DeadlineExceeded), strings.Contains(msg, "timeout awaiting response headers"):
-		return fmt.Errorf("image %s: registry %s does not answer in time: %w", image, host, err)
-	case strings.Contains(msg, "unexpected commit digest"), strings.Contains(msg, "unexpected digest"), strings.Contains(msg, "failed commit on ref"):
-		return fmt.Errorf("image %s: registry %s sent something else than the image's digest says (damaged, or tampered with): %w", image, host, err)
-	case strings.Contains(msg, "failed to extract layer"), strings.Contains(msg, "archive/tar"), strings.Contains(msg, "gzip"):
-		return fmt.Errorf("image %s has a damaged layer: %w", image, err)
+	case errors.Is(err, errStalled), errors.Is(err, context.DeadlineExceeded), says(err, "timeout awaiting response headers", "TLS handshake timeout", "i/o timeout"):
+		return fmt.Errorf("image %s: registry %s does not answer in time: check it, and the way to it from this node: %w", image, host, err)
+	case says(err, untrusted...):
+		return fmt.Errorf("image %s: registry %s has no certificate that this node trusts: put its CA below the agent's --registry-config, as %s/ca.crt, or give the agent --insecure-registry %s: %w", image, host, host, host, err)
+	case says(err, wrongContent...):
+		return fmt.Errorf("image %s: registry %s sent something else than the image's digest says (damaged, or tampered with): push it anew: %w", image, host, err)
+	case says(err, damaged...):
+		return fmt.Errorf("image %s has a damaged layer: build and push it anew: %w", image, err)
+	case status(err) >= 500:
+		return fmt.Errorf("image %s: registry %s fails: see its own log: %w", image, host, err)
+	case errors.As(err, &op):
+		return fmt.Errorf("image %s: registry %s can't be reached: check it, and the way to it from this node: %w", image, host, err)
 	}
 	return fmt.Errorf("image %s: %w", image, err)
 }
@@ -328,7 +332,7 @@ func (e *Executor) Resolve(ctx context.Context, image, auth string) (string, err
 	}
 	rctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	res, rerr := e.resolver(rctx, auth)
+	res, rerr := e.resolver(rctx, auth, &transfer{})
 	if rerr != nil {
 		return "", rerr
 	}
@@ -339,7 +343,7 @@ func (e *Executor) Resolve(ctx context.Context, image, auth string) (string, err
 	if err == nil {
 		return name + "@" + here.Target().Digest.String(), nil
 	}
-	return "", explainPull(name, rerr)
+	return "", explainPull(image, rerr)
 }
 
 // Prepare implements runtime.Executor.
@@ -354,7 +358,7 @@ func (e *Executor) Prepare(ctx context.Context, t runtime.Task, progress func(st
 	case err != nil && !errdefs.IsNotFound(err):
 		return s, err
 	case err != nil && s.Pull == spec.PullNever:
-		return s, fmt.Errorf("image %s is not on node %s, and is not to be pulled (--pull never): load it there with 'shoal image load'", Familiar(s.Image), e.cfg.Node)
+		return s, fmt.Errorf("image %s is not on node %s, and is not to be pulled (--pull never): load it there with 'shoal image load'", shown(s.Image), e.cfg.Node)
 	case err != nil, s.Pull == spec.PullAlways:
 		if err := e.Pull(ctx, s.Image, s.RegistryAuth, "task", progress); err != nil {
 			return s, fmt.Errorf("node %s: %w", e.cfg.Node, err)
@@ -365,10 +369,10 @@ func (e *Executor) Prepare(ctx context.Context, t runtime.Task, progress func(st
 	}
 	cfg, err := imageConfig(cctx, img)
 	if err != nil {
-		return s, fmt.Errorf("node %s: image %s: %w", e.cfg.Node, Familiar(s.Image), platformError(err))
+		return s, fmt.Errorf("node %s: image %s: %w", e.cfg.Node, shown(s.Image), platformError(err))
 	}
 	if err := cfg.apply(&s); err != nil {
-		return s, fmt.Errorf("image %s: %w", Familiar(s.Image), err)
+		return s, fmt.Errorf("image %s: %w", shown(s.Image), err)
 	}
 	if s.Init {
 		s.Command = append(append([]string{initPath, initWord, "--"}, s.Entrypoint...), s.Command...)
@@ -390,6 +394,7 @@ func platformError(err error) error {
 // imageConf is an image's configuration: OCI's, and Docker's health check.
 type imageConf struct {
 	Architecture string `json:"architecture"`
+	Variant      string `json:"variant"`
 	OS           string `json:"os"`
 	Config       struct {
 		ocispec.ImageConfig
@@ -420,8 +425,10 @@ func imageConfig(ctx context.Context, img client.Image) (*imageConf, error) {
 	if err := json.Unmarshal(b, cfg); err != nil {
 		return nil, fmt.Errorf("its configuration is damaged: %w", err)
 	}
-	if cfg.OS != "" && cfg.OS != "linux" {
-		return nil, fmt.Errorf("no match for platform: it is for %s/%s", cfg.OS, cfg.Architecture)
+	// That of an image without an index is found nowhere else.
+	p := platforms.Normalize(ocispec.Platform{OS: cfg.OS, Architecture: cfg.Architecture, Variant: cfg.Variant})
+	if cfg.OS != "" && cfg.Architecture != "" && !platforms.Default().Match(p) {
+		return nil, fmt.Errorf("it is for %s, and this node's platform is %s", platforms.Format(p), Platform())
 	}
 	return cfg, nil
 }

@@ -6,12 +6,15 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/url"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes"
@@ -26,7 +29,8 @@ type RegistryConfig struct {
 	Insecure []string // HOST[:PORT] or a prefix of addresses: by HTTP, or HTTPS whose certificate nobody checks
 	Mirrors  []string // URLs asked before Docker Hub, for its images
 	// Stall is how long a registry may send nothing before it is given up: when it
-	// is asked something, and in the middle of a layer. 0: a minute.
+	// is asked something, and in the middle of a layer, whatever comes of others.
+	// 0: a minute.
 	Stall time.Duration
 	// Tries of one pull, where another may help. 0: 3.
 	Tries int
@@ -106,8 +110,8 @@ func decodeAuth(s string) (a Auth, err error) {
 	return a, nil
 }
 
-// resolver asks registries.
-func (e *Executor) resolver(ctx context.Context, auth string) (remotes.Resolver, error) {
+// resolver asks registries; got counts what they send.
+func (e *Executor) resolver(ctx context.Context, auth string, got *transfer) (remotes.Resolver, error) {
 	a, err := decodeAuth(auth)
 	if err != nil {
 		return nil, err
@@ -121,28 +125,41 @@ func (e *Executor) resolver(ctx context.Context, auth string) (remotes.Resolver,
 		}
 		return a.Username, a.Password, nil
 	}
-	client := func(c *http.Client) error {
-		t, ok := c.Transport.(*http.Transport)
-		if !ok {
+	stall := e.cfg.Pull.Stall
+	configure := func(insecure bool) docker.RegistryHosts {
+		opts := config.HostOptions{Credentials: creds, UpdateClient: func(c *http.Client) error {
+			t, ok := c.Transport.(*http.Transport)
+			if !ok {
+				return nil // it has been here before
+			}
+			t.ResponseHeaderTimeout, t.TLSHandshakeTimeout = stall, min(stall, 30*time.Second)
+			dial := t.DialContext
+			t.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
+				ctx, cancel := context.WithTimeout(ctx, stall)
+				defer cancel()
+				return dial(ctx, network, addr)
+			}
+			c.Transport = watched{t, stall, got}
+			if insecure {
+				t.TLSClientConfig.InsecureSkipVerify = true
+				c.Transport = docker.NewHTTPFallback(c.Transport)
+			}
 			return nil
+		}}
+		if d := e.cfg.Pull.HostsDir; d != "" {
+			opts.HostDir = config.HostDirFromRoot(d)
 		}
-		t.ResponseHeaderTimeout, t.TLSHandshakeTimeout = e.cfg.Pull.Stall, min(e.cfg.Pull.Stall, 30*time.Second)
-		return nil
+		return config.ConfigureHosts(ctx, opts)
 	}
-	opts := config.HostOptions{Credentials: creds, UpdateClient: client}
-	if d := e.cfg.Pull.HostsDir; d != "" {
-		opts.HostDir = config.HostDirFromRoot(d)
-	}
-	base := config.ConfigureHosts(ctx, opts)
-	plain := opts
-	plain.DefaultScheme = "http"
-	insecure := config.ConfigureHosts(ctx, plain)
-	hosts := func(host string) ([]docker.RegistryHost, error) {
-		pick := base
+	checked, unchecked := configure(false), configure(true)
+	of := func(host string) docker.RegistryHosts {
 		if e.cfg.Pull.insecure(host) {
-			pick = insecure
+			return unchecked
 		}
-		out, err := pick(host)
+		return checked
+	}
+	hosts := func(host string) ([]docker.RegistryHost, error) {
+		out, err := of(host)(host)
 		if err != nil || host != "docker.io" {
 			return out, err
 		}
@@ -152,7 +169,14 @@ func (e *Executor) resolver(ctx context.Context, auth string) (remotes.Resolver,
 			if err != nil {
 				return nil, err
 			}
-			h := out[len(out)-1]
+			own, err := of(u.Host)(u.Host) // with its own certificates
+			if err != nil {
+				return nil, err
+			}
+			if len(own) == 0 {
+				continue
+			}
+			h := own[len(own)-1]
 			h.Host, h.Scheme = u.Host, u.Scheme
 			h.Path = strings.TrimSuffix(filepath.Join("/", u.Path), "/") + "/v2"
 			h.Capabilities = docker.HostCapabilityPull | docker.HostCapabilityResolve
@@ -161,6 +185,64 @@ func (e *Executor) resolver(ctx context.Context, auth string) (remotes.Resolver,
 		return append(front, out...), nil
 	}
 	return docker.NewResolver(docker.ResolverOptions{Hosts: hosts}), nil
+}
+
+// transfer is how much registries have sent for a pull, of how much, in bytes, and how
+// many answers are yet to end.
+type transfer struct{ have, total, open atomic.Int64 }
+
+// errStalled ends a pull from a registry that sends nothing.
+var errStalled = errors.New("the registry stopped sending")
+
+// watched gives up an answer that stops in the middle, and counts.
+type watched struct {
+	http.RoundTripper
+	stall time.Duration
+	got   *transfer
+}
+
+func (w watched) RoundTrip(r *http.Request) (*http.Response, error) {
+	ctx, cancel := context.WithCancel(r.Context())
+	resp, err := w.RoundTripper.RoundTrip(r.WithContext(ctx))
+	if err != nil {
+		cancel()
+		return nil, err
+	}
+	if r.Method == http.MethodGet && resp.StatusCode/100 == 2 {
+		w.got.total.Add(max(resp.ContentLength, 0))
+	}
+	w.got.open.Add(1)
+	resp.Body = &watchedBody{ReadCloser: resp.Body, watched: w, cancel: sync.OnceFunc(func() {
+		cancel()
+		w.got.open.Add(-1)
+	})}
+	return resp, nil
+}
+
+type watchedBody struct {
+	io.ReadCloser
+	watched
+	cancel func()
+}
+
+func (b *watchedBody) Read(p []byte) (int, error) {
+	var stalled atomic.Bool
+	t := time.AfterFunc(b.stall, func() {
+		stalled.Store(true)
+		b.cancel()
+	})
+	n, err := b.ReadCloser.Read(p)
+	t.Stop()
+	b.got.have.Add(int64(n))
+	if err != nil && stalled.Load() {
+		err = fmt.Errorf("%w for %s", errStalled, b.stall)
+	}
+	return n, err
+}
+
+func (b *watchedBody) Close() error {
+	b.cancel()
+	return b.ReadCloser.Close()
 }
 
 // registryHost makes the names of one registry equal.
@@ -194,4 +276,19 @@ func Familiar(image string) string {
 		return image
 	}
 	return reference.FamiliarString(r)
+}
+
+// shown is an image's name for a note: with its tag, or else its digest, which
+// nobody reads beside a tag.
+func shown(image string) string {
+	r, err := reference.ParseNormalizedNamed(image)
+	if err != nil {
+		return image
+	}
+	if t, ok := r.(reference.Tagged); ok {
+		if named, err := reference.WithTag(reference.TrimNamed(r), t.Tag()); err == nil {
+			r = named
+		}
+	}
+	return reference.FamiliarString(reference.TagNameOnly(r))
 }
