@@ -12,6 +12,9 @@ import (
 type rule struct {
 	name string // as people wrote it, or would
 	fits func(spec.Node) bool
+	// lapses: a node may stop to meet it without harm to what runs there. It is only
+	// for the planner to know, which then has nothing to propose.
+	lapses bool
 }
 
 // taskRules are those of tasks with these constraints on these networks, of an image
@@ -24,19 +27,20 @@ func (s *State) taskRules(constraints []string, nets []spec.NetworkAttachment, i
 	}
 	out := make([]rule, 0, len(constraints)+len(pins)+2)
 	if level > 0 {
-		out = append(out, rule{fmt.Sprintf("a shoal of feature level %d or newer on the node", level), func(n spec.Node) bool { return n.Level >= level }})
+		out = append(out, rule{name: fmt.Sprintf("a shoal of feature level %d or newer on the node", level), fits: func(n spec.Node) bool { return n.Level >= level }})
 	}
 	if image != "" {
-		out = append(out, rule{containerRule, func(n spec.Node) bool { return n.Containers }})
+		// A containerd that is gone for a while leaves its containers running.
+		out = append(out, rule{name: containerRule, fits: func(n spec.Node) bool { return n.Containers }, lapses: true})
 	}
 	for _, c := range constraints {
 		if pc, err := spec.ParseConstraint(c); err == nil { // validated when the service was made
-			out = append(out, rule{c, pc.Match})
+			out = append(out, rule{name: c, fits: pc.Match})
 		}
 	}
 	for _, w := range pins {
-		out = append(out, rule{fmt.Sprintf("node.name==%s of bridge network %s", s.nodeName(w.Node), w.Name),
-			func(n spec.Node) bool { return n.ID == w.Node }})
+		out = append(out, rule{name: fmt.Sprintf("node.name==%s of bridge network %s", s.nodeName(w.Node), w.Name),
+			fits: func(n spec.Node) bool { return n.ID == w.Node }})
 	}
 	return out
 }

@@ -92,7 +92,7 @@ func (g global) shrink(p *planner, sv *servicePlan) {
 			return
 		}
 		sp := &p.slots[i]
-		if at := g.home(p, sp.slot); at < 0 || !g.keeping(p.nodes[at], sv.fits == nil || sv.fits[at], sv.unmet == "") {
+		if at := g.home(p, sp.slot); at < 0 || !g.keeping(p.nodes[at], sv.stay == nil || sv.stay[at], sv.unmet == "") {
 			p.remove(sv, sp)
 		}
 	}
@@ -172,9 +172,10 @@ func (s *State) Desired(serviceID string) int {
 // homes are the nodes that are there for a global service.
 func (s *State) homes(v *service) (out []*node) {
 	rules := s.rulesOf(v)
+	lasting := slices.DeleteFunc(slices.Clone(rules), func(r rule) bool { return r.lapses })
 	for _, n := range s.nodes {
 		runs := slices.ContainsFunc(v.slot(n.Number), func(t *task) bool { return t.Live() && t.Desired == spec.DesiredRunning })
-		if n.Status == spec.NodeReady && keeps(n) && allow(rules, n.Node) && (assignable(n) || runs) {
+		if n.Status == spec.NodeReady && keeps(n) && (runs && allow(lasting, n.Node) || assignable(n) && allow(rules, n.Node)) {
 			out = append(out, n)
 		}
 	}

@@ -68,21 +68,24 @@ func (p *planner) match(sv *servicePlan) {
 	if len(sv.rules) == 0 {
 		return
 	}
-	sv.fits = make([]bool, len(p.nodes))
-	left := len(p.nodes)
+	sv.fits, sv.stay = make([]bool, len(p.nodes)), make([]bool, len(p.nodes))
 	for i := range sv.fits {
-		sv.fits[i] = true
+		sv.fits[i], sv.stay[i] = true, true
 	}
+	left := len(p.nodes)
 	for _, r := range sv.rules {
 		for i, n := range p.nodes {
-			if sv.fits[i] && !r.fits(n.Node) {
+			if r.fits(n.Node) {
+				continue
+			}
+			if sv.fits[i] {
 				sv.fits[i] = false
 				left--
 			}
+			sv.stay[i] = sv.stay[i] && r.lapses
 		}
-		if left == 0 {
+		if left == 0 && sv.unmet == "" {
 			sv.unmet = r.name
-			return
 		}
 	}
 }
@@ -93,7 +96,7 @@ func (p *planner) stays(sv *servicePlan, t *task) bool {
 		return true
 	}
 	i, ok := p.idx[t.Node]
-	return ok && keeps(p.nodes[i]) && (sv.fits == nil || sv.fits[i])
+	return ok && keeps(p.nodes[i]) && (sv.stay == nil || sv.stay[i])
 }
 
 // prepare counts tasks by node.

@@ -98,6 +98,7 @@ type servicePlan struct {
 	rules   []rule
 	ports   []spec.Port // that a task publishes on its node
 	fits    []bool      // by node: meets the rules; nil: there are none
+	stay    []bool      // by node: meets those that don't lapse; nil: there are no rules
 	counts  []int       // by node: tasks that will stay; made when first needed
 	fails   []int       // by node: recent failures
 	unmet   string      // a rule that no node meets

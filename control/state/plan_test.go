@@ -500,6 +500,43 @@ func TestConstraintChange(t *testing.T) {
 	}
 }
 
+// TestContainerdAway: a node whose containerd does not answer gets no container more, and
+// keeps those that it has: they go on.
+func TestContainerdAway(t *testing.T) {
+	c := newCluster(t)
+	var first *simNode
+	can := func(name string, n *simNode, k int, yes bool) {
+		in := simSpec(n.id, name, spec.RoleWorker, k)
+		in.Containers = yes
+		c.must(Command{UpsertNode: &UpsertNode{Node: in}})
+	}
+	for i, n := range c.joinAll(3) {
+		if i == 0 {
+			first = n
+		}
+		can(fmt.Sprintf("n%d", i+1), n, i+1, i < 2)
+	}
+	image := func(sp spec.ServiceSpec) spec.ServiceSpec {
+		sp.Task = spec.TaskSpec{Container: spec.Container{Image: "docker.io/library/web:1"}}
+		return sp
+	}
+	web, mon := c.service(image(svcSpec("web", 4))), c.service(image(globalSpec("mon")))
+	c.settle()
+	c.wantSpread(web.ID, map[string]int{"n1": 2, "n2": 2})
+	before := append(c.live(web.ID), c.live(mon.ID)...)
+	can("n1", first, 1, false)
+	c.settle()
+	for _, b := range before {
+		if x, err := c.s.Task(b.ID); err != nil || x.Desired != spec.DesiredRunning || x.Status.State != spec.TaskRunning {
+			t.Errorf("%s did not stay: %s, %s", b.Name, x.Desired, x.Status.State)
+		}
+	}
+	c.wantDesired(mon.ID, 2)
+	c.scale("web", 6)
+	c.settle()
+	c.wantSpread(web.ID, map[string]int{"n1": 2, "n2": 4})
+}
+
 // TestStopReplica: a stopped replica is replaced, as in Swarm.
 func TestStopReplica(t *testing.T) {
 	c := newCluster(t)
