@@ -84,13 +84,14 @@ func (m *member) imagesLoop() {
 	if m.cfg.Images == nil {
 		return
 	}
-	next := time.Now().Add(imagesEvery)
+	every := min(imagesEvery, max(m.cfg.ImageTTL, containersEvery))
+	next := time.Now().Add(every)
 	for sleep.For(m.ctx, containersEvery) {
 		look()
 		if ok, _ := m.images.state(); !ok || m.cfg.ImageTTL <= 0 || time.Now().Before(next) {
 			continue
 		}
-		next = time.Now().Add(min(imagesEvery, max(m.cfg.ImageTTL, containersEvery)))
+		next = time.Now().Add(every)
 		gone, bytes, err := m.cfg.Images.PruneImages(m.ctx, true, m.cfg.ImageTTL, true)
 		if err != nil {
 			m.log.Warn("images that no task uses can't be removed", "error", err)
@@ -372,7 +373,7 @@ func (a *nodeAPI) VolumeCreate(_ context.Context, req *connect.Request[shoalv1.V
 	if err := spec.ValidateVolumeName(name); err != nil {
 		return nil, invalid("%s", err)
 	}
-	v, _, err := s.Create(name, req.Msg.Labels, false)
+	v, _, err := s.Create(name, req.Msg.Labels, "")
 	if err != nil {
 		return nil, imageError(err)
 	}

@@ -41,9 +41,9 @@ func hasContainerd() bool {
 	return true
 }
 
-// startContainerd starts the lab's containerd, if it does not run, and waits until
+// StartContainerd starts the lab's containerd, if it does not run, and waits until
 // it answers.
-func (l *Lab) startContainerd(ctx context.Context) error {
+func (l *Lab) StartContainerd(ctx context.Context) error {
 	dir := l.containerdDir()
 	for _, d := range []string{"root", "state"} {
 		if err := os.MkdirAll(filepath.Join(dir, d), 0o711); err != nil {
@@ -95,23 +95,32 @@ func (l *Lab) startContainerd(ctx context.Context) error {
 	}
 }
 
-// stopContainerd ends the lab's containerd and every container that is left. What they
-// had mounted stays.
-func (l *Lab) stopContainerd(ctx context.Context) {
+// KillContainerd is the sudden death of the lab's containerd. Containers go on, held by
+// its shims.
+func (l *Lab) KillContainerd() error {
+	if !alive(l.Containerd) {
+		return errors.New("the lab's containerd does not run")
+	}
+	if err := syscall.Kill(l.Containerd, syscall.SIGKILL); err != nil {
+		return fmt.Errorf("kill containerd: %w", err)
+	}
+	for alive(l.Containerd) {
+		time.Sleep(time.Millisecond)
+	}
+	return nil
+}
+
+// endContainerd ends the lab's containerd, its shims and every container that is left,
+// and removes what runc knows of them. What they had mounted stays.
+func (l *Lab) endContainerd() error {
 	if _, err := os.Stat(l.containerdDir()); errors.Is(err, os.ErrNotExist) {
-		return
+		return nil
 	}
+	var errs []error
 	if alive(l.Containerd) {
-		_ = syscall.Kill(l.Containerd, syscall.SIGTERM)
-		for limit := time.Now().Add(5 * time.Second); alive(l.Containerd) && time.Now().Before(limit) && ctx.Err() == nil; {
-			time.Sleep(5 * time.Millisecond)
-		}
-		if alive(l.Containerd) {
-			_ = syscall.Kill(l.Containerd, syscall.SIGKILL)
-		}
+		errs = append(errs, l.KillContainerd())
 	}
-	// What a node that was killed has left: containerd's shims name its socket, and
-	// their containers go with them.
+	// containerd's shims name its socket, and their containers go with them.
 	for _, pid := range l.containerdShims() {
 		for _, child := range childrenOf(pid) {
 			_ = syscall.Kill(child, syscall.SIGKILL)
@@ -121,7 +130,24 @@ func (l *Lab) stopContainerd(ctx context.Context) {
 	for limit := time.Now().Add(5 * time.Second); len(l.containerdShims()) > 0 && time.Now().Before(limit); {
 		time.Sleep(10 * time.Millisecond)
 	}
+	// A shim that is killed leaves its socket, whose name is in the container's bundle.
+	bundles, _ := filepath.Glob(filepath.Join(l.containerdDir(), "state/io.containerd.runtime.v2.task/*/*/address"))
+	for _, b := range bundles {
+		if text, err := os.ReadFile(b); err == nil {
+			if socket, ok := strings.CutPrefix(strings.TrimSpace(string(text)), "unix://"); ok {
+				_ = os.Remove(socket)
+			}
+		}
+	}
+	for _, n := range l.NodeList {
+		errs = append(errs, os.RemoveAll(filepath.Join(runcDir, n.Netns)))
+	}
+	return errors.Join(errs...)
 }
+
+// runcDir is where runc keeps what runs, by containerd's namespaces, when containerd
+// starts it.
+const runcDir = "/run/containerd/runc"
 
 // unmountBelow unmounts what is mounted below a directory, the inner mounts first.
 func unmountBelow(dir string) error {

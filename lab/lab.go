@@ -274,7 +274,7 @@ func Up(ctx context.Context, o Options) (_ *Lab, err error) {
 	}
 	if o.Containers && hasContainerd() {
 		l.say("containerd, in %s", l.containerdDir())
-		if err := l.startContainerd(ctx); err != nil {
+		if err := l.StartContainerd(ctx); err != nil {
 			return nil, err
 		}
 	}
@@ -585,7 +585,7 @@ func (l *Lab) KillAgent(node string) error {
 	})
 }
 
-// Start brings a node back: its link, and its agent.
+// Start brings a node back: its link, its agent, and the lab's containerd if it had one.
 func (l *Lab) Start(ctx context.Context, node string) error {
 	n, err := l.find(node)
 	if err != nil {
@@ -596,6 +596,11 @@ func (l *Lab) Start(ctx context.Context, node string) error {
 	}
 	if err := l.setLink(n, true); err != nil {
 		return err
+	}
+	if l.Containerd != 0 {
+		if err := l.StartContainerd(ctx); err != nil {
+			return err
+		}
 	}
 	if err := l.startAgent(n); err != nil {
 		return err
@@ -674,28 +679,51 @@ func (l *Lab) works(pid int, dir string) bool {
 	})
 }
 
-// Down removes all of a lab, also of one that is only half there.
-func (l *Lab) Down(ctx context.Context) error {
-	var all []string
+// PowerOff is what a loss of power is to all of the lab's machines: every process ends,
+// and what is in memory only is gone: namespaces, mounts, run directories, control groups.
+func (l *Lab) PowerOff(ctx context.Context) error {
+	if err := l.powerOff(ctx); err != nil {
+		return err
+	}
+	return l.change(func() error {
+		for i := range l.NodeList {
+			l.NodeList[i].PID = 0
+		}
+		return nil
+	})
+}
+
+func (l *Lab) powerOff(ctx context.Context) error {
 	var nodes []*Node
 	for i := range l.NodeList {
 		nodes = append(nodes, &l.NodeList[i])
 	}
-	errs := []error{l.killAll(ctx, nodes...)}
+	errs := []error{l.killAll(ctx, nodes...), l.endContainerd()}
 	for _, n := range nodes { // whoever could make more is dead
-		all = append(append(all, n.Netns), l.namespaces(n)...)
-	}
-	all = append(all, l.underlay())
-	l.stopContainerd(ctx)
-	for _, ns := range all {
-		errs = append(errs, nl.Remove(ns))
-	}
-	for _, n := range nodes {
+		for _, ns := range l.namespaces(n) {
+			errs = append(errs, nl.Remove(ns))
+		}
 		errs = append(errs, cgroup.Clear(cgroup.Root+"/"+n.Netns))
 	}
 	errs = append(errs, unmountBelow(l.Dir)) // what containers, and tasks that were killed, had
+	for _, n := range nodes {
+		errs = append(errs, os.RemoveAll(filepath.Join(n.Dir, "run")))
+	}
+	errs = append(errs, os.RemoveAll(filepath.Join(l.containerdDir(), "state")))
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("lab %s: %w", l.Name, err)
+	}
+	return nil
+}
+
+// Down removes all of a lab, also of one that is only half there.
+func (l *Lab) Down(ctx context.Context) error {
+	errs := []error{l.powerOff(ctx)}
+	for _, n := range l.NodeList {
+		errs = append(errs, nl.Remove(n.Netns))
+	}
+	if err := errors.Join(append(errs, nl.Remove(l.underlay()))...); err != nil {
+		return err
 	}
 	if err := os.RemoveAll(l.Dir); err != nil {
 		return fmt.Errorf("lab %s: %w", l.Name, err)

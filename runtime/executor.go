@@ -95,6 +95,9 @@ type Executor interface {
 	// Remove ends what runs and removes all that the executor made for the task.
 	// Absence is no error.
 	Remove(ctx context.Context, id string) error
+	// Sweep clears away what an earlier process left half made that is of no task. It is
+	// called once, when it can be.
+	Sweep(ctx context.Context) error
 	// List names the tasks of which something is there, so that what nobody knows
 	// any more can be removed.
 	List(ctx context.Context) ([]string, error)

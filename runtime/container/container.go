@@ -14,8 +14,10 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -59,6 +61,8 @@ type Executor struct {
 	cfg Config
 	log *slog.Logger
 
+	began time.Time // what has a lease from before is half made
+
 	mu     sync.Mutex
 	client *client.Client
 
@@ -80,7 +84,7 @@ const (
 	startTimeout = 2 * time.Minute  // of making and starting a container, on a busy disk
 	defaultRun   = "io.containerd.runc.v2"
 	// lease keeps what is half made from containerd's garbage collection; if the
-	// agent is killed it ends by itself.
+	// agent is killed the next one ends it, or it ends by itself.
 	leaseTime = time.Hour
 )
 
@@ -96,7 +100,11 @@ func New(cfg Config) *Executor {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	cfg.Pull.defaults()
-	return &Executor{cfg: cfg, log: cfg.Log}
+	e := &Executor{cfg: cfg, log: cfg.Log, began: time.Now()}
+	if err := e.ownMounts(); err != nil {
+		e.log.Warn("what an earlier agent had mounted can't be cleared away", "error", err)
+	}
+	return e
 }
 
 // Close ends the connection. Containers go on.
@@ -159,6 +167,37 @@ func (e *Executor) Health(ctx context.Context) (version string, err error) {
 	return "containerd " + strings.TrimPrefix(v.Version, "v"), nil
 }
 
+// How long what fails for want of containerd is tried again, and how often.
+const (
+	awayTime = 20 * time.Second
+	awayPoll = 250 * time.Millisecond
+)
+
+// bundleExists is how containerd says that it is at making a container's task.
+var bundleExists = regexp.MustCompile(`/io\.containerd\.runtime\.[^ ]*: file exists`)
+
+// persist calls fn again while containerd does not answer, as it does while it is started
+// anew, or still makes what somebody asked for who was killed meanwhile; told hears of the
+// first failure. Where there is no containerd at all nobody waits.
+func (e *Executor) persist(ctx context.Context, told func(error), fn func() error) error {
+	for end := time.Now().Add(awayTime); ; {
+		err := fn()
+		again := errors.Is(err, runtime.ErrUnavailable) || errdefs.IsAlreadyExists(err) || err != nil && bundleExists.MatchString(err.Error())
+		if _, serr := os.Stat(e.cfg.Address); !again || serr != nil || time.Now().After(end) {
+			return err
+		}
+		if told != nil {
+			told(err)
+			told = nil
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(awayPoll):
+		}
+	}
+}
+
 func (e *Executor) snapshotKey(id string) string { return "shoal-" + id }
 
 func (e *Executor) load(ctx context.Context, id string) (client.Container, error) {
@@ -209,8 +248,8 @@ func (e *StartError) ExitCode() int { return e.Code }
 
 // startError makes runc's words ones for a person.
 func startError(err error) error {
-	if err == nil {
-		return nil
+	if err == nil || errors.Is(err, runtime.ErrUnavailable) || errdefs.IsAlreadyExists(err) {
+		return err // no matter of the program
 	}
 	msg := err.Error()
 	for _, cut := range []string{"OCI runtime create failed: ", "OCI runtime exec failed: ", "OCI runtime start failed: ", "runc create failed: ", "unable to start container process: ", "error during container init: ",
@@ -234,8 +273,11 @@ func startError(err error) error {
 }
 
 // Start implements runtime.Executor.
-func (e *Executor) Start(ctx context.Context, b runtime.Box) (int, error) {
-	pid, err := e.start(ctx, b)
+func (e *Executor) Start(ctx context.Context, b runtime.Box) (pid int, err error) {
+	err = e.persist(ctx, func(err error) { e.log.Info("trying again to start a container", "task", b.Name, "error", err) }, func() error {
+		pid, err = e.start(ctx, b)
+		return err
+	})
 	if err != nil {
 		err = fmt.Errorf("node %s: image %s: %w", e.cfg.Node, shown(b.Spec.Image), err)
 	}
@@ -268,11 +310,11 @@ func (e *Executor) start(ctx context.Context, b runtime.Box) (_ int, err error) 
 	if err != nil {
 		return 0, fmt.Errorf("it is not there any more: %w", err)
 	}
-	ctx, done, err := c.WithLease(ctx, leases.WithRandomID(), leases.WithExpiration(leaseTime), leases.WithLabel(labelInstance, e.cfg.Instance))
+	ctx, done, err := e.lease(ctx)
 	if err != nil {
-		return 0, e.unavailable(err)
+		return 0, err
 	}
-	defer func() { _ = done(context.WithoutCancel(ctx)) }()
+	defer func() { done(err != nil) }()
 	defer func() {
 		if err != nil {
 			rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), rpcTimeout)
@@ -317,7 +359,6 @@ func (e *Executor) start(ctx context.Context, b runtime.Box) (_ int, err error) 
 	if err := t.Start(ctx); err != nil {
 		return 0, startError(e.unavailable(err))
 	}
-	e.used(ctx, c, img)
 	return int(t.Pid()), nil
 }
 
@@ -403,15 +444,18 @@ func (e *Executor) Remove(ctx context.Context, id string) error {
 	if err != nil {
 		return err
 	}
-	var anonymous []string
+	anonymous, err := e.volumesOf(id)
+	if err != nil {
+		return err
+	}
 	ctr, err := c.LoadContainer(ctx, id)
 	switch {
 	case errdefs.IsNotFound(err):
 	case err != nil:
 		return e.unavailable(err)
 	default:
-		if labels, err := ctr.Labels(ctx); err == nil {
-			anonymous = volumeNames(labels)
+		if labels, err := ctr.Labels(ctx); err == nil { // those of earlier versions
+			anonymous = append(anonymous, volumeNames(labels)...)
 		}
 		if t, err := ctr.Task(ctx, nil); err == nil {
 			// WithProcessKill waits for the end, too.
@@ -420,6 +464,9 @@ func (e *Executor) Remove(ctx context.Context, id string) error {
 			}
 		} else if !errdefs.IsNotFound(err) {
 			return e.unavailable(err)
+		}
+		if img, err := ctr.Image(ctx); err == nil {
+			e.used(ctx, c, img)
 		}
 		if err := ctr.Delete(ctx); err != nil && !errdefs.IsNotFound(err) {
 			return fmt.Errorf("remove the container of task %s: %w", id, e.unavailable(err))
@@ -433,6 +480,56 @@ func (e *Executor) Remove(ctx context.Context, id string) error {
 			if err := e.cfg.Volumes.Remove(name); err != nil && !errors.Is(err, volume.ErrNotFound) {
 				return err
 			}
+		}
+	}
+	return nil
+}
+
+// lease keeps what is made with the context that it returns until done is called, which
+// with failed has what is half made removed at once: a disk may be full of it.
+func (e *Executor) lease(ctx context.Context) (_ context.Context, done func(failed bool), err error) {
+	c, ctx, err := e.conn(ctx)
+	if err != nil {
+		return ctx, nil, err
+	}
+	l, err := c.LeasesService().Create(ctx, leases.WithRandomID(), leases.WithExpiration(leaseTime), leases.WithLabel(labelInstance, e.cfg.Instance))
+	if err != nil {
+		return ctx, nil, e.unavailable(err)
+	}
+	return leases.WithLease(ctx, l.ID), func(failed bool) {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), rpcTimeout)
+		defer cancel()
+		var opts []leases.DeleteOpt
+		if failed {
+			opts = append(opts, leases.SynchronousDelete)
+		}
+		if err := c.LeasesService().Delete(ctx, l, opts...); err != nil {
+			e.log.Debug("a lease can't be ended: it ends by itself", "lease", l.ID, "error", err)
+		}
+	}, nil
+}
+
+// Sweep implements runtime.Executor: it removes the leases of an earlier agent that was
+// killed while it fetched an image or made a container, and with them what they kept
+// from containerd's garbage collection.
+func (e *Executor) Sweep(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	c, ctx, err := e.conn(ctx)
+	if err != nil {
+		return err
+	}
+	all, err := c.LeasesService().List(ctx)
+	if err != nil {
+		return e.unavailable(err)
+	}
+	for _, l := range all {
+		if !l.CreatedAt.Before(e.began) {
+			continue
+		}
+		e.log.Info("clearing away what was half made", "lease", l.ID, "since", l.CreatedAt)
+		if err := c.LeasesService().Delete(ctx, l, leases.SynchronousDelete); err != nil && !errdefs.IsNotFound(err) {
+			return e.unavailable(err)
 		}
 	}
 	return nil
@@ -471,12 +568,32 @@ func (e *Executor) List(ctx context.Context) ([]string, error) {
 	if err != nil && !errdefs.IsNotFound(err) {
 		return nil, e.unavailable(err)
 	}
-	var out []string
-	for id := range ours {
-		out = append(out, id)
+	if e.cfg.Volumes != nil {
+		vs, err := e.cfg.Volumes.List()
+		if err != nil {
+			return nil, err
+		}
+		for _, v := range vs {
+			if v.Task != "" {
+				ours[v.Task] = true
+			}
+		}
 	}
-	slices.Sort(out)
-	return out, nil
+	return slices.Sorted(maps.Keys(ours)), nil
+}
+
+// volumesOf names the volumes that were made for a task alone.
+func (e *Executor) volumesOf(task string) (out []string, err error) {
+	if e.cfg.Volumes == nil {
+		return nil, nil
+	}
+	vs, err := e.cfg.Volumes.List()
+	for _, v := range vs {
+		if v.Task == task {
+			out = append(out, v.Name)
+		}
+	}
+	return out, err
 }
 
 // VolumesInUse tells which volumes are in a container, and in whose.
@@ -521,6 +638,16 @@ func (e *Executor) Rootfs(ctx context.Context, id string, fn func(root string) e
 		return e.unavailable(err)
 	}
 	return mount.WithTempMount(ctx, ms, fn)
+}
+
+// ownMounts has what is mounted for a moment (Rootfs, populate) be below RunDir, which
+// tasks don't see, and unmounts what an earlier agent had there when it was killed.
+func (e *Executor) ownMounts() error {
+	if err := mount.SetTempMountLocation(filepath.Join(e.cfg.RunDir, "mounts")); err != nil {
+		return err
+	}
+	warnings, err := mount.CleanupTempMounts(0)
+	return errors.Join(append(warnings, err)...)
 }
 
 // execDir is where the FIFOs of a command are.

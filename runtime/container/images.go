@@ -144,7 +144,12 @@ func (e *Executor) Pull(ctx context.Context, image, auth, by string, progress fu
 	if err != nil {
 		return err
 	}
-	return e.pulls.join(ctx, name, progress, func(say func(string)) error {
+	return e.pulls.join(ctx, name, progress, func(say func(string)) (err error) {
+		ctx, done, err := e.lease(ctx)
+		if err != nil {
+			return err
+		}
+		defer func() { done(err != nil) }()
 		tell := func(s string) { say("pulling " + shown(image) + s) }
 		for try := 1; ; try++ {
 			err := e.pullOnce(ctx, name, auth, by, tell)
@@ -223,7 +228,7 @@ func passing(err error) bool {
 	switch code := status(err); {
 	case code != 0:
 		return code >= 500 || code == http.StatusTooManyRequests
-	case errdefs.IsNotFound(err), refused(err), errdefs.IsInvalidArgument(err), errdefs.IsFailedPrecondition(err), noSpace(err), says(err, noPlatform...), says(err, wrongContent...),
+	case notThere(err), refused(err), errdefs.IsInvalidArgument(err), errdefs.IsFailedPrecondition(err), noSpace(err), says(err, noPlatform...), says(err, wrongContent...),
 		says(err, damaged...), says(err, untrusted...):
 		return false
 	}
@@ -249,6 +254,16 @@ func status(err error) int {
 		return s.StatusCode
 	}
 	return 0
+}
+
+// unresolved begins the errors of containerd's client when a registry is asked for what a
+// name stands for.
+const unresolved = "failed to resolve reference"
+
+// notThere tells of a registry that does not have an image. That containerd misses
+// something of its own, which it lost when it was killed, is another thing.
+func notThere(err error) bool {
+	return errdefs.IsNotFound(err) && says(err, unresolved, "content at ") || status(err) == http.StatusNotFound
 }
 
 // refused tells of a registry that wants another login, or any.
@@ -282,7 +297,7 @@ func explainPull(image string, err error) error {
 		return fmt.Errorf("image %s has no variant for this node's platform %s", image, Platform())
 	case refused(err):
 		return fmt.Errorf("image %s: registry %s refused it without a valid login: run 'shoal login %s' and give --with-registry-auth", image, host, host)
-	case errdefs.IsNotFound(err), status(err) == http.StatusNotFound:
+	case notThere(err):
 		return fmt.Errorf("image %s is not in registry %s: check its name and tag, or load it with 'shoal image load'", image, host)
 	case errors.Is(err, errStalled), errors.Is(err, context.DeadlineExceeded), says(err, "timeout awaiting response headers", "TLS handshake timeout", "i/o timeout"):
 		return fmt.Errorf("image %s: registry %s does not answer in time: check it, and the way to it from this node: %w", image, host, err)
@@ -343,11 +358,19 @@ func (e *Executor) Resolve(ctx context.Context, image, auth string) (string, err
 	if err == nil {
 		return name + "@" + here.Target().Digest.String(), nil
 	}
-	return "", explainPull(image, rerr)
+	return "", explainPull(image, fmt.Errorf("%s: %w", unresolved, rerr))
 }
 
 // Prepare implements runtime.Executor.
-func (e *Executor) Prepare(ctx context.Context, t runtime.Task, progress func(string)) (spec.TaskSpec, error) {
+func (e *Executor) Prepare(ctx context.Context, t runtime.Task, progress func(string)) (s spec.TaskSpec, err error) {
+	err = e.persist(ctx, func(err error) { progress(err.Error() + ": waiting for it") }, func() error {
+		s, err = e.prepare(ctx, t, progress)
+		return err
+	})
+	return s, err
+}
+
+func (e *Executor) prepare(ctx context.Context, t runtime.Task, progress func(string)) (spec.TaskSpec, error) {
 	s := t.Spec.Clone()
 	c, cctx, err := e.conn(ctx)
 	if err != nil {
@@ -367,6 +390,7 @@ func (e *Executor) Prepare(ctx context.Context, t runtime.Task, progress func(st
 			return s, fmt.Errorf("node %s: %w", e.cfg.Node, err)
 		}
 	}
+	e.used(cctx, c, img) // before it is taken for one that nobody uses
 	cfg, err := imageConfig(cctx, img)
 	if err != nil {
 		return s, fmt.Errorf("node %s: image %s: %w", e.cfg.Node, shown(s.Image), platformError(err))
@@ -522,7 +546,7 @@ func health(user *spec.HealthCheck, test []string, interval, timeout, start, sta
 	return &h
 }
 
-// used notes that a task began from an image.
+// used notes that a task begins, or has ended, that is of an image.
 func (e *Executor) used(ctx context.Context, c *client.Client, img client.Image) {
 	i := img.Metadata()
 	if i.Labels == nil {
@@ -673,7 +697,7 @@ func (e *Executor) PruneImages(ctx context.Context, all bool, unused time.Durati
 
 // Load reads an archive of docker save, or an OCI layout in a tar, and returns the
 // names of the images in it.
-func (e *Executor) Load(ctx context.Context, r io.Reader, name string) ([]string, error) {
+func (e *Executor) Load(ctx context.Context, r io.Reader, name string) (_ []string, err error) {
 	c, ctx, err := e.conn(ctx)
 	if err != nil {
 		return nil, err
@@ -694,6 +718,11 @@ func (e *Executor) Load(ctx context.Context, r io.Reader, name string) ([]string
 		return archive.AddRefPrefix(prefix)(ref)
 	}
 	labels := map[string]string{labelInstance: e.cfg.Instance, labelBy: "load", labelUsed: strconv.FormatInt(time.Now().Unix(), 10)}
+	ctx, done, err := e.lease(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { done(err != nil) }()
 	imgs, err := c.Import(ctx, r, client.WithImageRefTranslator(translate), client.WithImageLabels(labels), client.WithImportPlatform(platforms.DefaultStrict()), client.WithSkipMissing(),
 		client.WithDigestRef(func(d digest.Digest) string {
 			if name != "" {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -138,6 +139,7 @@ func (e *Executor) hide(m specs.Mount) (out []specs.Mount) {
 	if m.Type != "bind" {
 		return nil
 	}
+	var hidden []string
 	for _, h := range e.cfg.Hidden {
 		if hr, err := filepath.EvalSymlinks(h); err == nil {
 			h = hr
@@ -145,8 +147,14 @@ func (e *Executor) hide(m specs.Mount) (out []specs.Mount) {
 		if fi, err := os.Stat(h); err != nil || !fi.IsDir() || !within(h, m.Source) {
 			continue
 		}
+		hidden = append(hidden, h)
+	}
+	slices.Sort(hidden)
+	for i, h := range hidden {
+		// What is below one that is covered would be named there.
+		covered := slices.ContainsFunc(hidden[:i], func(above string) bool { return within(h, above) })
 		rel, err := filepath.Rel(m.Source, h)
-		if err != nil || rel == "." {
+		if err != nil || rel == "." || covered {
 			continue
 		}
 		out = append(out, specs.Mount{Destination: filepath.Join(m.Destination, rel), Type: "tmpfs", Source: "tmpfs", Options: []string{"ro", "nosuid", "nodev", "noexec", "size=0", "mode=755"}})
@@ -166,13 +174,13 @@ func (e *Executor) volume(ctx context.Context, c *client.Client, img client.Imag
 	if e.cfg.Volumes == nil {
 		return volume.Volume{}, errors.New("this node keeps no volumes")
 	}
-	name, anonymous := m.Source, m.Source == ""
-	if anonymous {
+	name, owner := m.Source, ""
+	if name == "" {
 		var r [32]byte
 		_, _ = rand.Read(r[:])
-		name = hex.EncodeToString(r[:])
+		name, owner = hex.EncodeToString(r[:]), b.ID
 	}
-	v, made, err := e.cfg.Volumes.Create(name, m.Labels, anonymous)
+	v, made, err := e.cfg.Volumes.Create(name, m.Labels, owner)
 	if err != nil {
 		return v, err
 	}

@@ -386,6 +386,9 @@ func (r *Runtime) sweepExecutors() {
 }
 
 func (r *Runtime) sweepExecutor(x runtime.Executor) error {
+	if err := x.Sweep(r.ctx); err != nil {
+		return err
+	}
 	ids, err := x.List(r.ctx)
 	if err != nil {
 		return err

@@ -26,6 +26,8 @@ type Volume struct {
 	Created time.Time         `json:"created"`
 	// Anonymous: made for one task that named none, and removed with it.
 	Anonymous bool `json:"anonymous,omitempty"`
+	// Task is the ID of that task. Earlier versions kept none.
+	Task string `json:"task,omitempty"`
 	// Path is the directory that is mounted. It is not kept.
 	Path string `json:"-"`
 }
@@ -41,8 +43,9 @@ const metaFile = "volume.json"
 
 func (s *Store) path(name string) string { return filepath.Join(s.Dir, name) }
 
-// Create makes a volume; one that is there already is returned as it is.
-func (s *Store) Create(name string, labels map[string]string, anonymous bool) (v Volume, made bool, err error) {
+// Create makes a volume; one that is there already is returned as it is. With a task, by
+// its ID, it is for that alone.
+func (s *Store) Create(name string, labels map[string]string, task string) (v Volume, made bool, err error) {
 	if err := spec.ValidateVolumeName(name); err != nil {
 		return Volume{}, false, err
 	}
@@ -53,7 +56,7 @@ func (s *Store) Create(name string, labels map[string]string, anonymous bool) (v
 	} else if !errors.Is(err, ErrNotFound) {
 		return Volume{}, false, err
 	}
-	v = Volume{Name: name, Labels: labels, Created: time.Now(), Anonymous: anonymous}
+	v = Volume{Name: name, Labels: labels, Created: time.Now(), Anonymous: task != "", Task: task}
 	b, err := json.Marshal(v)
 	if err != nil {
 		return Volume{}, false, err
