@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/shoalnet/shoal/internal/nl"
+	"github.com/shoalnet/shoal/lab"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -145,15 +146,23 @@ func testdata(t *testing.T, name string) string {
 func TestForgedPackets(t *testing.T) {
 	onlyNative(t)
 	s := shared(t)
+	s.ok("node1", "shoal net create a")
+	s.ok("node1", "shoal net create b")
+	s.ok("node1", "shoal run -d --name evil --network a -- sleep 10000")
+	s.forgedPackets()
+}
+
+// forgedPackets has task evil, on node1 and network a, try to be another, and to reach
+// network b.
+func (s site) forgedPackets() {
+	s.Helper()
+	t := s.T
 	script := testdata(t, "spoof.py")
 	heard := filepath.Join(t.TempDir(), "heard")
 	if err := os.Chmod(filepath.Dir(heard), 0o777); err != nil {
 		t.Fatal(err)
 	}
-	s.ok("node1", "shoal net create a")
-	s.ok("node1", "shoal net create b")
 	s.ok("node2", "shoal run -d --name victim --network a --network b -- python3 %s listen %s", script, heard)
-	s.ok("node1", "shoal run -d --name evil --network a -- sleep 10000")
 	s.ok("node1", "shoal run -d --name good --network a --network b -- sleep 10000")
 	a, b := s.task("victim").Attachments[0].Addrs[0], s.task("victim").Attachments[1].Addrs[0]
 	evil, good := s.task("evil").Attachments[0].Addrs[0], s.task("good").Attachments[0].Addrs[0]
@@ -353,6 +362,82 @@ func TestNoWayAroundRules(t *testing.T) {
 	for _, how := range []string{"run --rm --network a --", "exec evil"} {
 		if got := s.ok("node1", "shoal %s python3 %s", how, script); got != "raw sockets: yes\nvirtio headers: EPERM\nvirtio header size: EPERM\nXDP: EPERM\nio_uring: ENOSYS\nvsock: EPERM" {
 			t.Errorf("%s: %s", how, got)
+		}
+	}
+}
+
+// TestContainersAreConfined: what tasks of the node try in vain, a container tries as
+// root and as another user; and it sees nothing of the agents', of containerd's and of
+// other containers' files, even with the node's whole file system mounted.
+func TestContainersAreConfined(t *testing.T) {
+	onlyNative(t)
+	t.Parallel()
+	busybox := needContainers(t)
+	s := own(t, "confined", lab.Options{Nodes: 2, Managers: 2, Containers: true})
+	box := build(t, "amd64", map[string]string{"bin/busybox": busybox, "bin/sh": busybox}, map[string]any{"Entrypoint": []string{"/bin/busybox", "sleep", "10000"}, "StopSignal": "SIGKILL"})
+	s.ok("node1", "shoal image load -i %s", box.archive(t, "box:1"))
+	s.ok("node1", "shoal net create a")
+	s.ok("node1", "shoal net create b")
+	// With the node's programs, for the attacks.
+	tools := ""
+	for _, d := range []string{"/usr", "/lib", "/lib64", "/etc/alternatives", filepath.Dir(testdata(t, "spoof.py"))} {
+		tools += fmt.Sprintf(" -v %s:%s:ro", d, d)
+	}
+	s.ok("node1", "shoal run -d --name evil --network a%s box:1", tools)
+	s.ok("node1", "shoal run -d --name user -u 1000:1000 --network a%s box:1", tools)
+	s.forgedPackets()
+	for _, task := range []string{"evil", "user"} {
+		s.awayFromAgents(task)
+		targets := append([]string{s.network("b").Gateways[0].String()}, s.task("victim").Attachments[1].Addrs...)
+		for _, a := range append(targets, s.task("good").Attachments[1].Addrs...) {
+			if r := s.on("node1", "shoal", "exec", task, "ping", "-c1", "-W1", a); r.code == 0 {
+				t.Errorf("%s, on network a, reaches %s of network b", task, a)
+			}
+		}
+		if r := s.on("node1", "shoal", "exec", task, "getent", "hosts", "good.b"); r.code == 0 {
+			t.Errorf("%s knows a name of network b: %s", task, r.out)
+		}
+	}
+	around := testdata(t, "around.py")
+	if got := s.ok("node1", "shoal exec evil python3 %s", around); got != "raw sockets: yes\nvirtio headers: EPERM\nvirtio header size: EPERM\nXDP: EPERM\nio_uring: ENOSYS\nvsock: EPERM" {
+		t.Errorf("as root: %s", got)
+	}
+	if r := s.on("node1", "shoal", "exec", "user", "python3", around); r.code == 0 || !strings.Contains(r.err, "Operation not permitted") {
+		t.Errorf("as another user, raw sockets: %s %s", r.out, r.err)
+	}
+
+	sh := func(flags, script string) result {
+		return s.on("node1", append(append([]string{"shoal", "run", "--rm", "--network", "a"}, strings.Fields(flags)...), "--entrypoint", "/bin/sh", "box:1", "-c", script)...)
+	}
+	// Files: with all of the node in it, its agents and their containerd are not.
+	if got := sh("-v /:/host", "ls -A /host"+s.Dir); got.code != 0 || got.out != "" {
+		t.Errorf("a container with the node's / sees of the agents': %q %s", got.out, got.err)
+	}
+	for _, dir := range []string{s.Dir, s.Nodes()[0].Dir + "/data", s.Nodes()[0].Socket, filepath.Join(s.Dir, "containerd/sock")} {
+		if got := sh("-v "+dir+":/x", "ls /x"); got.code != 125 || !strings.Contains(got.err, "hidden from tasks") {
+			t.Errorf("%s in a container: exit status %d, %q, %s", dir, got.code, got.out, got.err)
+		}
+	}
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink(s.Nodes()[0].Dir, link); err != nil {
+		t.Fatal(err)
+	}
+	if got := sh("-v "+link+":/x", "ls /x"); got.code != 125 || !strings.Contains(got.err, "hidden from tasks") {
+		t.Errorf("by a symbolic link: exit status %d, %q, %s", got.code, got.out, got.err)
+	}
+	// The kernel.
+	for what, script := range map[string]string{
+		"other processes": "test $(ls -d /proc/[0-9]* | wc -l) -gt 5",
+		"mounts":          "mkdir /tmp/m && mount -t tmpfs none /tmp/m",
+		"a disk":          "mknod /tmp/d b 254 0 && head -c 1 /tmp/d",
+		"sysctls":         "echo 1 > /proc/sys/kernel/sysrq",
+		"control groups":  "mkdir /sys/fs/cgroup/memory/x",
+		"user namespaces": "unshare -U true",
+	} {
+		for _, user := range []string{"", "-u 1000"} {
+			if got := sh(user, script); got.code == 0 {
+				t.Errorf("a container (%s) has %s: %s", user, what, got.out)
+			}
 		}
 	}
 }

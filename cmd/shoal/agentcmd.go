@@ -48,8 +48,9 @@ func (c *cli) agentCmd() *cobra.Command {
 init' or 'shoal join' gives it an address to advertise. Tasks and their network
 go on when it stops or is killed; the next agent adopts them.
 
-Tasks find --data-dir and --run-dir empty, and what --hide names: who reaches the
-agent's socket rules the cluster.`,
+Tasks find --data-dir and --run-dir empty, containerd's directories, and what --hide
+names: who reaches the agent's socket rules the cluster, and who reaches containerd's
+rules the node.`,
 		Example: `  shoal agent
   shoal agent --data-dir /srv/shoal --data-path nft --log-level debug
   shoal agent --hide /root --hide /etc/ssl/private`,
@@ -181,6 +182,7 @@ func runAgent(ctx context.Context, cfg agent.Config, runDir, dataPath string, hi
 	if !slices.ContainsFunc(hidden, func(d string) bool { return within(cfg.Socket, d) }) {
 		cfg.Log.Warn("tasks that run as root can reach the agent's socket: put it below --run-dir, or --hide its directory", "socket", cfg.Socket)
 	}
+	hidden = append(hidden, containerdDirs(ctr.Address)...)
 	cfg.Volumes = &volume.Store{Dir: filepath.Join(cfg.DataDir, "volumes")}
 	executors := map[string]runtime.Executor{}
 	if ctr.Address != "" {
@@ -255,4 +257,18 @@ func searchDomains(path string) []string {
 		}
 	}
 	return out
+}
+
+// containerdDirs are containerd's, which tasks find empty: who reaches its socket rules
+// the node, and in them are the file systems of all containers. The directory of a socket
+// that lies among others' things is not its own.
+func containerdDirs(socket string) []string {
+	if socket == "" {
+		return nil
+	}
+	dirs := []string{"/var/lib/containerd"} // its default root
+	if d := filepath.Dir(socket); !slices.Contains([]string{"/", "/run", "/var/run", "/tmp"}, d) {
+		dirs = append(dirs, d)
+	}
+	return dirs
 }
