@@ -23,6 +23,7 @@ bin/whoami bin/load: bin/%: $(GO_SOURCES)
 
 demo: build ## three nodes, a service, faults: what Shoal does, in a minute
 	@scripts/setup demo
+	@scripts/setup containers || echo "demo: no containerd can be had: it shows programs of this machine" >&2
 	@scripts/demo
 
 lab: build ## three nodes on this machine, to play with (make lab; shoal lab down)
