@@ -160,7 +160,7 @@ func (r *registry) badRegistry(ns string) {
 	proxy.Transport, proxy.FlushInterval = r.http.Transport, -1
 	proxy.ModifyResponse = func(resp *http.Response) error {
 		blob, path := strings.Contains(resp.Request.URL.Path, "/blobs/"), resp.Request.URL.Path
-		if resp.StatusCode != 200 || resp.Request.Method != http.MethodGet {
+		if resp.StatusCode/100 != 2 || resp.Request.Method != http.MethodGet {
 			return nil
 		}
 		switch repo := strings.Split(path, "/")[2]; {
