@@ -138,7 +138,7 @@ func (a *nodeAPI) Exec(ctx context.Context, stream *connect.BidiStream[shoalv1.E
 	var m *member
 	var t spec.Task
 	if start.Attach {
-		m, t, err = a.comingTask(ctx, start.Task)
+		m, t, err = a.comingTask(ctx, start.Task, int(start.Run))
 	} else {
 		m, t, err = a.task(ctx, start.Task)
 	}
@@ -227,9 +227,9 @@ func (a *nodeAPI) Exec(ctx context.Context, stream *connect.BidiStream[shoalv1.E
 	return send(&shoalv1.ExecResponse{Msg: &shoalv1.ExecResponse_ExitCode{ExitCode: int32(code)}})
 }
 
-// comingTask is task for one that was only just made: it waits until the task's
-// sandbox is there.
-func (a *nodeAPI) comingTask(ctx context.Context, id string) (*member, spec.Task, error) {
+// comingTask is task for one that was only just made, or started again: it waits until
+// the sandbox of that run is there.
+func (a *nodeAPI) comingTask(ctx context.Context, id string, run int) (*member, spec.Task, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	limit := time.Now().Add(wireTimeout)
@@ -238,7 +238,7 @@ func (a *nodeAPI) comingTask(ctx context.Context, id string) (*member, spec.Task
 		if m == nil && err != nil && connect.CodeOf(err) != connect.CodeNotFound {
 			return nil, t, err
 		}
-		if err == nil {
+		if err == nil && t.Run >= run {
 			_, rerr := m.cfg.Runtime.Status(ctx, id)
 			if rerr == nil {
 				return m, t, nil

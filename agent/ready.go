@@ -138,7 +138,7 @@ func (r *runner) tell(ctx context.Context, st runtime.Status) {
 	})
 	if moved && ep == spec.EndpointActive {
 		if err := r.whileWanted(ctx, takeTimeout, r.plumbing.settled); err != nil && r.unwanted() == "" && ctx.Err() == nil {
-			r.log.Warn("a task is running that not every node is known to balance to", "task", r.task.Name, "missing", err)
+			r.log.Warn("a task is running that not every node is known to balance to", "task", r.name(), "missing", err)
 		}
 		if st, err := r.programState(ctx); ctx.Err() != nil || err == nil && st.State == runtime.Exited {
 			return // watch sees to what comes next

@@ -93,10 +93,12 @@ type runner struct {
 	id   string
 	wake chan struct{} // size 1: task, or the program's state, changed
 
-	task     spec.Task
-	forgoten bool // the managers have no record of it: stop and remove
+	task     spec.Task  // of the run that is made, or was last
+	next     *spec.Task // as the managers want it, when that is a further run
+	forgoten bool       // the managers have no record of it: stop and remove
 	status   spec.TaskStatus
 	sandbox  *spec.Sandbox
+	ns       string              // the namespace of this run: the task may have another name by now
 	endpoint *spec.EndpointState // nil: not announced
 	adopting bool                // it has not looked at the program yet
 	stopDNS  context.CancelFunc
@@ -107,7 +109,13 @@ type runner struct {
 	fell     bool          // its program ended by itself, while this agent ran
 	pause    time.Duration // before it was last started again
 
-	named *[]netip.Addr // what the task's hosts file says of it; nil: not known. Of run only
+	named *hostsLine // what the task's hosts file says of it; nil: not known. Of run only
+}
+
+// hostsLine is what a hosts file says of its task.
+type hostsLine struct {
+	name  string
+	addrs []netip.Addr
 }
 
 // attachments are the networks that the task is to be wired to: those it is on,
@@ -149,7 +157,7 @@ func (m *tasks) adopt(ctx context.Context, known []spec.Task) error {
 			continue
 		}
 		if i := slices.IndexFunc(known, func(k spec.Task) bool { return k.ID == t.ID }); i >= 0 {
-			t.Desired, t.Attachments, t.Ports = known[i].Desired, known[i].Attachments, known[i].Ports
+			t.Desired, t.Attachments, t.Ports, t.Name, t.Stopping = known[i].Desired, known[i].Attachments, known[i].Ports, known[i].Name, known[i].Stopping
 		}
 		m.log.Info("adopting task", "task", t.Name, "state", st.State, "pid", st.PID)
 		m.start(t, &st)
@@ -174,11 +182,7 @@ func (m *tasks) assign(self string, assigned []spec.Task, fresh bool) {
 		m.mu.Lock()
 		r := m.runners[t.ID]
 		if r != nil {
-			r.task.Desired, r.task.Status = t.Desired, t.Status
-			rewired = rewired || !reflect.DeepEqual(r.task.Attachments, t.Attachments)
-			r.task.Attachments, r.task.Ports = t.Attachments, t.Ports
-			r.sees()
-			r.kick()
+			rewired = r.heed(t) || rewired
 		}
 		m.mu.Unlock()
 		if r == nil && !t.Status.Released {
@@ -202,6 +206,23 @@ func (m *tasks) assign(self string, assigned []spec.Task, fresh bool) {
 	}
 }
 
+// heed takes up what the managers want of the task, and tells whether its networks or its
+// name are others. tasks.mu is held.
+func (r *runner) heed(t spec.Task) bool {
+	r.task.Desired, r.task.Status, r.task.Stopping = t.Desired, t.Status, t.Stopping
+	if r.next = nil; t.Run > r.task.Run {
+		// The run that ends keeps what it has.
+		r.next = &t
+		r.kick()
+		return false
+	}
+	changed := r.task.Name != t.Name || !reflect.DeepEqual(r.task.Attachments, t.Attachments)
+	r.task.Name, r.task.Attachments, r.task.Ports = t.Name, t.Attachments, t.Ports
+	r.sees()
+	r.kick()
+	return changed
+}
+
 func (m *tasks) start(t spec.Task, found *runtime.Status) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -209,6 +230,7 @@ func (m *tasks) start(t spec.Task, found *runtime.Status) {
 		return
 	}
 	r := &runner{tasks: m, id: t.ID, wake: make(chan struct{}, 1), task: t, adopting: found != nil}
+	r.status.Run = t.Run
 	m.runners[t.ID] = r
 	m.wg.Go(func() { r.run(m.ctx, found) })
 }
@@ -341,6 +363,13 @@ func (m *tasks) find(id string) (spec.Task, spec.TaskStatus, bool) {
 	return r.task, r.status, true
 }
 
+// name is the task's, which may be given another.
+func (r *runner) name() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.task.Name
+}
+
 func (r *runner) kick() {
 	select {
 	case r.wake <- struct{}{}:
@@ -361,7 +390,7 @@ func (r *runner) state(s spec.TaskState, msg string) {
 	r.set(func() {
 		r.status.State, r.status.Message, r.status.At = s, msg, time.Now().UnixMilli()
 	})
-	r.log.Info("task", "task", r.task.Name, "state", s, "message", msg)
+	r.log.Info("task", "task", r.name(), "state", s, "message", msg)
 }
 
 func (r *runner) announce(s spec.EndpointState) { r.set(func() { r.endpoint = &s }) }
@@ -376,6 +405,8 @@ func (r *runner) unwanted() string {
 		return "removed"
 	case r.task.Desired != spec.DesiredRunning:
 		return "stopped"
+	case r.next != nil:
+		return "started again"
 	}
 	return ""
 }
@@ -422,7 +453,7 @@ func (r *runner) run(ctx context.Context, found *runtime.Status) {
 		if err == nil {
 			break
 		}
-		r.log.Error("task can't be removed; trying again", "task", r.task.Name, "error", err)
+		r.log.Error("task can't be removed; trying again", "task", r.name(), "error", err)
 		if !sleep.For(ctx, time.Second) {
 			return
 		}
@@ -460,6 +491,9 @@ func (r *runner) rest(ctx context.Context) bool {
 		look = t.C
 	}
 	for !r.gone() {
+		if r.takeUp(ctx) {
+			return true
+		}
 		select {
 		case <-ctx.Done():
 			return false
@@ -537,6 +571,38 @@ func (r *runner) anew(ctx context.Context, why string) bool {
 	return true
 }
 
+// takeUp goes on to the run of an ended task that was asked for; false if there is none,
+// or it can't be made.
+func (r *runner) takeUp(ctx context.Context) bool {
+	r.mu.Lock()
+	next := r.next
+	r.mu.Unlock()
+	if next == nil || ctx.Err() != nil {
+		return false
+	}
+	err := r.rt.Renew(ctx, r.id)
+	if ctx.Err() != nil {
+		return false
+	}
+	r.set(func() {
+		// What its image says of it stays: it is what the spec was filled in with.
+		r.task.Run, r.task.Attempt, r.task.Spec.Attach = next.Run, 0, next.Spec.Attach
+		r.task.Name, r.task.Attachments, r.task.Ports, r.task.Status = next.Name, next.Attachments, next.Ports, next.Status
+		if r.next != nil && r.next.Run <= next.Run {
+			r.next = nil
+		}
+		r.status = spec.TaskStatus{State: spec.TaskPreparing, Run: next.Run, At: time.Now().UnixMilli(), Wired: r.status.Wired}
+		r.pause, r.fell, r.heard, r.fit = 0, false, false, fitness{}
+	})
+	r.named = nil
+	if err != nil {
+		r.state(spec.TaskFailed, err.Error())
+		r.release(ctx)
+		return false
+	}
+	return true
+}
+
 // lingerTime is how long the end of a task that somebody ran in the foreground, and
 // that is forgotten by itself, waits for him: his session was cut as an agent ended.
 const (
@@ -573,7 +639,7 @@ func (r *runner) live(ctx context.Context, found *runtime.Status) error {
 	t := r.task
 	r.mu.Unlock()
 	running := found != nil && found.State == runtime.Running
-	if s := t.Status.State; found == nil && s.Ended() && s != spec.TaskLost {
+	if s := t.Status.State; found == nil && s.Ended() && s != spec.TaskLost && t.Status.Run == t.Run {
 		// It has run, and the runtime has lost it with its sandbox: the machine
 		// was started anew before the release was told.
 		r.set(func() { r.status = t.Status })
@@ -632,6 +698,9 @@ func (r *runner) live(ctx context.Context, found *runtime.Status) error {
 		}
 		sb.Netns, sb.DNSPort = made.Netns, made.DNSPort
 	}
+	r.mu.Lock()
+	r.ns = sb.Netns
+	r.mu.Unlock()
 	if sb.Netns != "" {
 		if err := r.serveDNS(ctx); err != nil {
 			return err
@@ -891,7 +960,7 @@ func (r *runner) detach(ctx context.Context) bool {
 		return false
 	}
 	if err != nil {
-		r.log.Warn("disconnecting a task that not every node is known to have drained", "task", r.task.Name, "error", err)
+		r.log.Warn("disconnecting a task that not every node is known to have drained", "task", r.name(), "error", err)
 	}
 	r.mu.Lock()
 	var addrs []netip.Addr
@@ -903,9 +972,9 @@ func (r *runner) detach(ctx context.Context) bool {
 	r.mu.Unlock()
 	// Who is connected over it would wait for hours, on either side.
 	if err := r.rt.Reset(ctx, r.id, addrs); errors.Is(err, errors.ErrUnsupported) {
-		r.log.Warn("connections over a network that a task leaves are not reset, and hang until their own end", "task", r.task.Name, "error", err)
+		r.log.Warn("connections over a network that a task leaves are not reset, and hang until their own end", "task", r.name(), "error", err)
 	} else if err != nil && !errors.Is(err, runtime.ErrNotFound) {
-		r.log.Error("connections over a network that a task leaves can't be reset", "task", r.task.Name, "error", err)
+		r.log.Error("connections over a network that a task leaves can't be reset", "task", r.name(), "error", err)
 	}
 	r.set(func() { r.detached = leaving })
 	return true
@@ -943,11 +1012,11 @@ func (r *runner) rewire(ctx context.Context) bool {
 				on = append(on, addr)
 			}
 		}
-		if netns && (r.named == nil || !slices.Equal(*r.named, on)) {
-			if err := r.rt.SetHosts(ctx, r.id, hostname(t), on); err != nil {
+		if name := hostname(t); netns && (r.named == nil || r.named.name != name || !slices.Equal(r.named.addrs, on)) {
+			if err := r.rt.SetHosts(ctx, r.id, name, on); err != nil {
 				r.log.Error("the hosts file of a task can't be changed", "task", t.Name, "error", err)
 			}
-			r.named = &on
+			r.named = &hostsLine{name, on}
 		}
 		if told >= target {
 			return true
@@ -1004,10 +1073,13 @@ func (r *runner) stop(ctx context.Context, as spec.TaskState, why string) error 
 		})
 	}
 	if st, serr := r.programState(ctx); err != nil && ctx.Err() == nil && (serr != nil || st.State == runtime.Running) {
-		r.log.Warn("stopping a task that not every node is known to have drained", "task", r.task.Name, "error", err)
+		r.log.Warn("stopping a task that not every node is known to have drained", "task", r.name(), "error", err)
 	}
 	r.state(spec.TaskStopping, "")
-	if err := r.rt.Stop(ctx, r.id, cmp.Or(r.task.Spec.StopSignal, "SIGTERM"), r.task.Spec.Grace()); err != nil {
+	r.mu.Lock()
+	signal, grace := r.task.StopWith()
+	r.mu.Unlock()
+	if err := r.rt.Stop(ctx, r.id, signal, grace); err != nil {
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -1066,7 +1138,7 @@ func (r *runner) takeDown(ctx context.Context) {
 		if err == nil {
 			break
 		}
-		r.log.Error("the task's sandbox can't be removed; trying again", "task", r.task.Name, "error", err)
+		r.log.Error("the task's sandbox can't be removed; trying again", "task", r.name(), "error", err)
 		if !sleep.For(ctx, time.Second) {
 			return
 		}
@@ -1078,7 +1150,7 @@ func (r *runner) takeDown(ctx context.Context) {
 func (r *runner) serveDNS(ctx context.Context) error {
 	pc, ln, err := r.rt.DNSSockets(ctx, r.id)
 	if err != nil {
-		return fmt.Errorf("name server of task %s: %w", r.task.Name, err)
+		return fmt.Errorf("name server of task %s: %w", r.name(), err)
 	}
 	r.mu.Lock()
 	r.sees()
@@ -1088,7 +1160,7 @@ func (r *runner) serveDNS(ctx context.Context) error {
 	r.wg.Go(func() {
 		defer cancel()
 		if err := r.dns.Serve(dctx, r.asker.Load, pc, ln); err != nil && dctx.Err() == nil && !errors.Is(err, net.ErrClosed) {
-			r.log.Error("name server of a task ended", "task", r.task.Name, "error", err)
+			r.log.Error("name server of a task ended", "task", r.name(), "error", err)
 		}
 	})
 	return nil
@@ -1097,7 +1169,7 @@ func (r *runner) serveDNS(ctx context.Context) error {
 // sees sets what the task may ask for, from its attachments. tasks.mu is held.
 func (r *runner) sees() {
 	t := r.task
-	a := &dns.Asker{Task: t.ID, Host: r.hostAddr, Netns: r.netns(t), NDots: ndots(t.Spec.DNSOptions), NoForward: true}
+	a := &dns.Asker{Task: t.ID, Host: r.hostAddr, Netns: r.ns, NDots: ndots(t.Spec.DNSOptions), NoForward: true}
 	for _, at := range t.Attachments {
 		if at.Leaving != 0 {
 			continue

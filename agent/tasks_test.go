@@ -361,6 +361,12 @@ func (b *bench) SetHosts(_ context.Context, id, name string, addrs []netip.Addr)
 	return b.task(id, func(t *fakeTask) { t.hosts = fmt.Sprint(name, " ", addrs) })
 }
 
+// hostsFile is what a task's hosts file says of itself.
+func (b *bench) hostsFile(id string) (s string) {
+	_ = b.task(id, func(f *fakeTask) { s = f.hosts })
+	return s
+}
+
 func (b *bench) Signal(_ context.Context, id, signal string) error {
 	return b.do(context.Background(), "signal "+id+" "+signal)
 }
@@ -536,6 +542,96 @@ func TestRestartPolicy(t *testing.T) {
 		}
 		b.await("renew t1")
 		b.await("t1: running")
+	})
+}
+
+// TestStartOnRequest: a further run that the managers ask for is made when the one before
+// has ended, under its name and addresses, whatever state the task is in.
+func TestStartOnRequest(t *testing.T) {
+	second := func(change ...func(*spec.Task)) spec.Task {
+		n := newTask("t1", change...)
+		n.Run, n.Status = 1, spec.TaskStatus{State: spec.TaskAssigned, Run: 1}
+		return n
+	}
+	elsewhere := func(t *spec.Task) { t.Attachments[0].Addrs = []netip.Addr{netip.MustParseAddr("10.0.0.9")} }
+	runOf := func(b *bench) int { return b.statuses()["t1"].Run }
+	t.Run("of one that was stopped", func(t *testing.T) {
+		b := newBench(t)
+		b.give(true, newTask("t1"))
+		b.await("t1: running")
+		b.give(true, unwantedTask(newTask("t1")))
+		b.await("t1: shutdown released")
+		b.forget()
+		b.give(true, second(elsewhere, func(t *spec.Task) { t.Name = "t2" }))
+		b.await("t1: running")
+		if got := b.endpoints(); runOf(b) != 1 || len(got) != 1 || got[0].Addrs[0].String() != "10.0.0.9" || got[0].TaskName != "t2" {
+			t.Errorf("run %d with %+v", runOf(b), got)
+		}
+		// The same again is nothing new, and it is stopped as any other.
+		b.give(true, second(elsewhere, func(t *spec.Task) { t.Name = "t2" }))
+		b.give(true, unwantedTask(second(elsewhere)))
+		b.await("t1: shutdown released")
+		if n := strings.Count(strings.Join(b.lines(), "\n"), "create t1"); n != 1 {
+			t.Errorf("created %d times", n)
+		}
+	})
+	t.Run("of one that runs", func(t *testing.T) {
+		b := newBench(t)
+		b.give(true, newTask("t1", func(t *spec.Task) { t.Spec.Restart = "always" }))
+		b.await("t1: running")
+		b.forget()
+		grace := 3 * time.Second
+		b.give(true, second(func(t *spec.Task) { t.Stopping = &spec.Stopping{Signal: "INT", Grace: &grace} }))
+		b.await("stop t1 INT 3s")
+		b.await("renew t1")
+		b.await("t1: running")
+		if runOf(b) != 1 {
+			t.Errorf("run %d", runOf(b))
+		}
+	})
+	t.Run("of one that is being made", func(t *testing.T) {
+		b := newBench(t)
+		open := b.gate("wired t1")
+		b.give(true, newTask("t1"))
+		b.await("wired t1")
+		b.give(true, second())
+		open()
+		b.await("renew t1")
+		b.await("t1: running")
+	})
+	t.Run("of one that an agent before stopped", func(t *testing.T) {
+		b := newBench(t, found(unwantedTask(newTask("t1")), runtime.Exited, 0))
+		if err := b.adopt(b.ctx, nil); err != nil {
+			t.Fatal(err)
+		}
+		b.give(true, second())
+		b.await("renew t1")
+		b.await("t1: running")
+	})
+	t.Run("of one that can't be made anew", func(t *testing.T) {
+		b := newBench(t)
+		b.give(true, newTask("t1"))
+		b.await("t1: running")
+		b.fails["renew t1"] = errors.New("no room")
+		b.give(true, second())
+		b.await("t1: failed no room released")
+		if runOf(b) != 1 {
+			t.Errorf("run %d", runOf(b))
+		}
+	})
+	t.Run("of one that has another name", func(t *testing.T) {
+		b := newBench(t)
+		b.give(true, newTask("t1"))
+		b.await("t1: running")
+		b.give(true, newTask("t1", func(t *spec.Task) { t.Name = "t2" }))
+		for end := time.Now().Add(10 * time.Second); b.hostsFile("t1") != "t2 [10.0.0.5]"; time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("hosts file: %s", b.hostsFile("t1"))
+			}
+		}
+		if got := b.endpoints(); got[0].TaskName != "t2" || b.runners["t1"].asker.Load().Netns != "shoal-task-t1" {
+			t.Errorf("%+v, asks from %s", got, b.runners["t1"].asker.Load().Netns)
+		}
 	})
 }
 
@@ -885,10 +981,7 @@ func TestDetach(t *testing.T) {
 	if sb, _ := b.sandboxes(); len(sb) != 1 || len(sb[0].Attachments) != 1 || sb[0].Attachments[0].Network != "app" {
 		t.Errorf("sandboxes %+v", sb)
 	}
-	hosts := func() (s string) {
-		_ = b.task("t1", func(f *fakeTask) { s = f.hosts })
-		return s
-	}
+	hosts := func() string { return b.hostsFile("t1") }
 	if want := "t1 [10.0.0.5]"; hosts() != want {
 		t.Errorf("hosts file: %s, want %s", hosts(), want)
 	}

@@ -310,23 +310,49 @@ func ToService(s *shoalv1.Service) (spec.Service, error) {
 
 // TaskStatus is s on the wire.
 func TaskStatus(s spec.TaskStatus) *shoalv1.TaskStatus {
-	return &shoalv1.TaskStatus{State: s.State.String(), Message: s.Message, ExitCode: int32(s.ExitCode), Pid: int32(s.PID), AtMs: s.At, Released: s.Released, Wired: s.Wired, Listened: s.Listened}
+	return &shoalv1.TaskStatus{State: s.State.String(), Message: s.Message, ExitCode: int32(s.ExitCode), Pid: int32(s.PID), AtMs: s.At, Released: s.Released, Wired: s.Wired, Listened: s.Listened, Run: int32(s.Run)}
 }
 
 // ToTaskStatus is the inverse of TaskStatus.
 func ToTaskStatus(s *shoalv1.TaskStatus) (spec.TaskStatus, error) {
-	out := spec.TaskStatus{Message: s.GetMessage(), ExitCode: int(s.GetExitCode()), PID: int(s.GetPid()), At: s.GetAtMs(), Released: s.GetReleased(), Wired: s.GetWired(), Listened: s.GetListened()}
+	out := spec.TaskStatus{Message: s.GetMessage(), ExitCode: int(s.GetExitCode()), PID: int(s.GetPid()), At: s.GetAtMs(), Released: s.GetReleased(), Wired: s.GetWired(), Listened: s.GetListened(), Run: int(s.GetRun())}
 	var err error
 	out.State, err = spec.ParseTaskState(s.GetState())
 	return out, err
 }
 
+// Stopping is s on the wire; nil of nil.
+func Stopping(s *spec.Stopping) *shoalv1.Stopping {
+	if s == nil {
+		return nil
+	}
+	out := &shoalv1.Stopping{Signal: s.Signal}
+	if s.Grace != nil {
+		ns := s.Grace.Nanoseconds()
+		out.GraceNs = &ns
+	}
+	return out
+}
+
+// ToStopping is the inverse of Stopping.
+func ToStopping(s *shoalv1.Stopping) *spec.Stopping {
+	if s == nil {
+		return nil
+	}
+	out := &spec.Stopping{Signal: s.GetSignal()}
+	if s.GraceNs != nil {
+		g := time.Duration(s.GetGraceNs())
+		out.Grace = &g
+	}
+	return out
+}
+
 // Task is t on the wire.
 func Task(t spec.Task) *shoalv1.Task {
 	out := &shoalv1.Task{Id: t.ID, Name: t.Name, Service: t.Service, Slot: int32(t.Slot), Node: t.Node, Spec: TaskSpec(t.Spec), Desired: t.Desired,
-		Status: TaskStatus(t.Status), Version: t.Version, CreatedMs: t.Created, NotBeforeMs: t.NotBefore, Attempt: int32(t.Attempt), Ports: Ports(t.Ports), ListenWithinMs: t.ListenWithin.Milliseconds()}
+		Status: TaskStatus(t.Status), Version: t.Version, CreatedMs: t.Created, NotBeforeMs: t.NotBefore, Attempt: int32(t.Attempt), Ports: Ports(t.Ports), ListenWithinMs: t.ListenWithin.Milliseconds(), Run: int32(t.Run), Stopping: Stopping(t.Stopping)}
 	for _, a := range t.Attachments {
-		out.Attachments = append(out.Attachments, &shoalv1.Attachment{Network: a.Network, Addrs: texts(a.Addrs), Aliases: a.Aliases, Iface: a.Iface, Leaving: a.Leaving, Joined: a.Joined})
+		out.Attachments = append(out.Attachments, &shoalv1.Attachment{Network: a.Network, Addrs: texts(a.Addrs), Aliases: a.Aliases, Iface: a.Iface, Leaving: a.Leaving, Joined: a.Joined, Fixed: a.Fixed})
 	}
 	return out
 }
@@ -334,7 +360,8 @@ func Task(t spec.Task) *shoalv1.Task {
 // ToTask is the inverse of Task.
 func ToTask(t *shoalv1.Task) (spec.Task, error) {
 	out := spec.Task{ID: t.GetId(), Name: t.GetName(), Service: t.GetService(), Slot: int(t.GetSlot()), Node: t.GetNode(),
-		Desired: t.GetDesired(), Version: t.GetVersion(), Created: t.GetCreatedMs(), NotBefore: t.GetNotBeforeMs(), Attempt: int(t.GetAttempt()), ListenWithin: time.Duration(t.GetListenWithinMs()) * time.Millisecond}
+		Desired: t.GetDesired(), Version: t.GetVersion(), Created: t.GetCreatedMs(), NotBefore: t.GetNotBeforeMs(), Attempt: int(t.GetAttempt()), ListenWithin: time.Duration(t.GetListenWithinMs()) * time.Millisecond,
+		Run: int(t.GetRun()), Stopping: ToStopping(t.GetStopping())}
 	var err error
 	if out.Spec, err = ToTaskSpec(t.GetSpec()); err != nil {
 		return out, fmt.Errorf("task %s: %w", out.Name, err)
@@ -350,7 +377,7 @@ func ToTask(t *shoalv1.Task) (spec.Task, error) {
 		if err != nil {
 			return out, err
 		}
-		out.Attachments = append(out.Attachments, spec.Attachment{Network: a.GetNetwork(), Addrs: addrs, Aliases: a.GetAliases(), Iface: a.GetIface(), Leaving: a.GetLeaving(), Joined: a.GetJoined()})
+		out.Attachments = append(out.Attachments, spec.Attachment{Network: a.GetNetwork(), Addrs: addrs, Aliases: a.GetAliases(), Iface: a.GetIface(), Leaving: a.GetLeaving(), Joined: a.GetJoined(), Fixed: a.GetFixed()})
 	}
 	return out, nil
 }

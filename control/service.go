@@ -307,8 +307,26 @@ func (s *service) ListTasks(ctx context.Context, req *connect.Request[shoalv1.Li
 }
 
 func (s *service) StopTask(ctx context.Context, req *connect.Request[shoalv1.StopTaskRequest]) (*connect.Response[shoalv1.StopTaskResponse], error) {
-	_, err := s.m.Propose(ctx, state.Command{StopTask: &state.StopTask{Ref: req.Msg.Ref, Remove: req.Msg.Remove}})
+	_, err := s.m.Propose(ctx, state.Command{StopTask: &state.StopTask{Ref: req.Msg.Ref, Remove: req.Msg.Remove, Stopping: api.ToStopping(req.Msg.Stopping)}})
 	return connect.NewResponse(&shoalv1.StopTaskResponse{}), err
+}
+
+func (s *service) StartTask(ctx context.Context, req *connect.Request[shoalv1.StartTaskRequest]) (*connect.Response[shoalv1.StartTaskResponse], error) {
+	r := req.Msg
+	res, err := s.m.Propose(ctx, state.Command{StartTask: &state.StartTask{Ref: r.Ref, Run: int(r.Run), Restart: r.Restart, Attach: r.Attach,
+		Stopping: api.ToStopping(r.Stopping), Now: time.Now().UnixMilli()}})
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&shoalv1.StartTaskResponse{Task: api.Task(*res.Task)}), nil
+}
+
+func (s *service) RenameTask(ctx context.Context, req *connect.Request[shoalv1.RenameTaskRequest]) (*connect.Response[shoalv1.RenameTaskResponse], error) {
+	res, err := s.m.Propose(ctx, state.Command{RenameTask: &state.RenameTask{Ref: req.Msg.Ref, Name: req.Msg.Name}})
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&shoalv1.RenameTaskResponse{Task: api.Task(*res.Task)}), nil
 }
 
 func (s *service) ListNodes(_ context.Context, req *connect.Request[shoalv1.ListNodesRequest]) (*connect.Response[shoalv1.ListNodesResponse], error) {

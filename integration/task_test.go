@@ -363,3 +363,97 @@ func TestRestart(t *testing.T) {
 		return nil
 	})
 }
+
+// TestStartAndRestart: what was stopped, or has ended, starts again under its ID, name and
+// address on its node; by name it is found again, also by another name.
+func TestStartAndRestart(t *testing.T) {
+	onlyNative(t)
+	s := shared(t)
+	s.ok("node1", "shoal net create app")
+	s.ok("node1", "shoal run -d --name c --node node3 --network app -- sleep 1000")
+	s.ok("node1", `shoal run -d --name up --node node2 --network app -- sh -c 'trap "echo int; exit 4" INT; trap "" TERM; echo begun; while :; do sleep 0.05; done'`)
+	was := s.task("up")
+	same := func(what string) task {
+		t.Helper()
+		x := s.task("up")
+		if x.ID != was.ID || x.Attachments[0].Addrs[0] != was.Attachments[0].Addrs[0] || x.Status.State != "running" || x.Status.PID == 0 {
+			t.Errorf("%s: it was %+v, is %+v", what, was, x)
+		}
+		if got := s.ok("node1", "shoal exec c getent hosts up"); !strings.HasPrefix(got, was.Attachments[0].Addrs[0]) {
+			t.Errorf("%s: its name gives %q", what, got)
+		}
+		return x
+	}
+	if got := s.ok("node1", "shoal start up"); got != "up" || same("started while it runs").Status.PID != was.Status.PID {
+		t.Errorf("start of one that runs says %q", got)
+	}
+	s.ok("node1", "shoal stop -s INT up")
+	if x, code := s.task("up"), s.ok("node1", "shoal wait up"); x.Status.State != "shutdown" || code != "4" {
+		t.Errorf("stopped by INT: exit status %s, %+v", code, x.Status)
+	}
+	if got := s.ok("node3", "shoal start up"); got != "up" {
+		t.Errorf("start says %q", got)
+	}
+	now := same("stopped and started")
+	begun := time.Now()
+	if got := s.ok("node3", "shoal restart -t 1 up"); got != "up" || time.Since(begun) > slow(8*time.Second) {
+		t.Errorf("restart says %q after %s", got, time.Since(begun))
+	}
+	if again := same("restarted"); again.Status.PID == now.Status.PID {
+		t.Errorf("it is the same program: %+v", again)
+	}
+	if got := s.ok("node1", "shoal logs up"); got != "begun\nint\nbegun\nbegun" {
+		t.Errorf("its output: %q", got)
+	}
+
+	s.ok("node1", "shoal rename up other")
+	s.eventually(slow(10*time.Second), func() error {
+		if got := s.on("node3", "shoal", "exec", "c", "getent", "hosts", "other"); !strings.HasPrefix(got.out, was.Attachments[0].Addrs[0]) {
+			return fmt.Errorf("%q %s", got.out, got.err)
+		}
+		if got := s.on("node3", "shoal", "exec", "c", "getent", "hosts", "up"); got.code == 0 {
+			return fmt.Errorf("the old name still gives %q", got.out)
+		}
+		return nil
+	})
+	s.fails("node1", "no such task: up", "shoal start up")
+	s.fails("node1", "is taken by task", "shoal rename other c")
+	s.ok("node1", "shoal restart -t 0 other")
+	if got := s.ok("node1", "shoal exec other hostname"); got != "other" {
+		t.Errorf("its host name after a restart: %s", got)
+	}
+
+	// In the foreground: nothing of the output is missed, and the exit status is the program's.
+	if r := s.in("first\n", "node1", "shoal", "run", "--name", "fg", "-i", "--", "sh", "-c", `read x; echo got $x; test "$x" = quit`); r.out != "got first\n" || r.code != 1 {
+		t.Errorf("the first run: %+v", r)
+	}
+	for _, k := range []struct {
+		in, flags, out string
+		code           int
+	}{{"quit\n", "-ai", "got quit\n", 0}, {"else\n", "-i", "got else\n", 1}} {
+		if r := s.in(k.in, "node2", "shoal", "start", k.flags, "fg"); r.out != k.out || r.code != k.code {
+			t.Errorf("start %s: %+v", k.flags, r)
+		}
+	}
+	s.fails("node1", "at once", "shoal start -a fg c")
+	s.fails("node1", "shoal attach c", "shoal start -a c")
+
+	// What fails in its run says so, of a service the way is another, and nothing is half done.
+	s.whoami("web", 1, "--network app")
+	s.fails("node1", "svc update --force web", "shoal start web")
+	s.fails("node1", "svc update --force web", "shoal restart %s", s.running("web")[0].Name)
+	s.fails("node1", "svc create", "shoal rename web x")
+	s.fails("node1", "no such task: nosuch", "shoal restart nosuch")
+	s.fails("node1", "SIGFOO", "shoal restart -s SIGFOO c")
+	s.fails("node1", "-7", "shoal stop -t -7 c")
+	s.ok("node1", "shoal stop -t 0 c other")
+	s.ok("node1", "shoal rm other")
+	s.ok("node1", "shoal svc rm web")
+	s.eventually(slow(20*time.Second), func() error {
+		if r := s.on("node1", "shoal", "net", "rm", "app"); r.code != 0 {
+			return fmt.Errorf("%s", r.err)
+		}
+		return nil
+	})
+	s.fails("node1", "is removed", "shoal start c")
+}

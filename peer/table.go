@@ -39,6 +39,8 @@ var Table = map[string]Rule{
 	"/shoal.v1.Control/CreateTask":        users(),
 	"/shoal.v1.Control/ListTasks":         users(),
 	"/shoal.v1.Control/StopTask":          users(),
+	"/shoal.v1.Control/StartTask":         users(),
+	"/shoal.v1.Control/RenameTask":        users(),
 	"/shoal.v1.Control/CreateBlob":        users(),
 	"/shoal.v1.Control/UpdateBlob":        users(),
 	"/shoal.v1.Control/ListBlobs":         users(),

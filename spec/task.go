@@ -1,12 +1,17 @@
 package spec
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // TaskState is how far a task has come. The order is the order of life, as in
@@ -84,7 +89,58 @@ type TaskStatus struct {
 	Wired uint64 `json:"wired,omitempty"`
 	// Listened: its program has listened where others reach it.
 	Listened bool `json:"listened,omitempty" level:"2"`
+	// Run is the task's that this is of.
+	Run int `json:"run,omitempty" level:"2"`
 }
+
+// Stopping is how a task is to be stopped, where who stops it says so: the other fields
+// stay the spec's.
+type Stopping struct {
+	Signal string         `json:"signal,omitempty" level:"2"`
+	Grace  *time.Duration `json:"grace,omitempty" level:"2"` // before SIGKILL; negative: for ever
+}
+
+// Validate reports the first thing wrong.
+func (s Stopping) Validate() error {
+	if _, err := ParseSignal(s.Signal); err != nil {
+		return err
+	}
+	return nil
+}
+
+// Clone returns a deep copy; nil of nil.
+func (s *Stopping) Clone() *Stopping {
+	if s == nil {
+		return nil
+	}
+	c := *s
+	if s.Grace != nil {
+		g := *s.Grace
+		c.Grace = &g
+	}
+	return &c
+}
+
+// ParseSignal reads SIGTERM, TERM or 15; nothing is SIGTERM.
+func ParseSignal(s string) (syscall.Signal, error) {
+	if s == "" {
+		return syscall.SIGTERM, nil
+	}
+	if n, err := strconv.Atoi(s); err == nil && n > 0 && n < 65 {
+		return syscall.Signal(n), nil
+	}
+	name := strings.ToUpper(s)
+	if !strings.HasPrefix(name, "SIG") {
+		name = "SIG" + name
+	}
+	if n := unix.SignalNum(name); n != 0 {
+		return n, nil
+	}
+	return 0, fmt.Errorf("signal %q is unknown: use a name like SIGTERM or a number", s)
+}
+
+// stopForever is the time before the kill of who waits for the program for ever.
+const stopForever = 365 * 24 * time.Hour
 
 // Attachment is one network interface of a task.
 type Attachment struct {
@@ -100,6 +156,8 @@ type Attachment struct {
 	// Leaving is the task's version at which it was disconnected, 0 while it is
 	// connected. The address is kept until the node has taken it off.
 	Leaving uint64 `json:"leaving,omitempty"`
+	// Fixed: the addresses of a task of its own were asked for, and no others do.
+	Fixed bool `json:"fixed,omitempty" level:"2"`
 }
 
 // Task is one run of a program on one node: a replica of a service, or on its
@@ -125,12 +183,32 @@ type Task struct {
 	// running only when it listens, too, and has failed if it does not within this
 	// time of its start.
 	ListenWithin time.Duration `json:"listen_within,omitempty" level:"2"`
+	// Run counts the starts that were asked for after the first (shoal start, restart).
+	// A task of its own has one ID, and as many runs.
+	Run int `json:"run,omitempty" level:"2"`
+	// Stopping is of the stop that Desired, or a new Run, asks for; nil: by Spec.
+	Stopping *Stopping `json:"stopping,omitempty" level:"2"`
+}
+
+// StopWith are the signal and the time of the task's stop.
+func (t Task) StopWith() (signal string, grace time.Duration) {
+	signal, grace = cmp.Or(t.Spec.StopSignal, "SIGTERM"), t.Spec.Grace()
+	if s := t.Stopping; s != nil {
+		signal = cmp.Or(s.Signal, signal)
+		if s.Grace != nil {
+			if grace = *s.Grace; grace < 0 {
+				grace = stopForever
+			}
+		}
+	}
+	return signal, grace
 }
 
 // Clone returns a deep copy.
 func (t Task) Clone() Task {
 	t.Spec = t.Spec.Clone()
 	t.Attachments, t.Ports = CloneAttachments(t.Attachments), slices.Clone(t.Ports)
+	t.Stopping = t.Stopping.Clone()
 	return t
 }
 

@@ -260,7 +260,12 @@ func exitStatus(code int) error {
 
 // attend is the foreground of a new task: its input, output and exit status.
 func (c *cli) attend(ctx context.Context, t *shoalv1.Task) error {
-	start := &shoalv1.ExecRequest_Start{Task: t.Id, Attach: true, Stdin: t.Spec.Stdin, Tty: t.Spec.Tty}
+	return c.attendWith(ctx, t, t.Spec.Stdin)
+}
+
+// attendWith is attend, with input or without.
+func (c *cli) attendWith(ctx context.Context, t *shoalv1.Task, stdin bool) error {
+	start := &shoalv1.ExecRequest_Start{Task: t.Id, Attach: true, Stdin: stdin, Tty: t.Spec.Tty, Run: t.Run}
 	s, end, err := c.session(ctx, t.Node, start, true)
 	if err != nil {
 		return err
@@ -407,7 +412,7 @@ func (s *session) ended(t *shoalv1.Task) *shoalv1.TaskStatus {
 		return resp.Msg.Tasks[i]
 	}
 	if o := here(); o != nil {
-		if ended(o) {
+		if ended(o) && o.Run >= t.Run {
 			return o.Status
 		}
 		return nil
@@ -419,7 +424,7 @@ func (s *session) ended(t *shoalv1.Task) *shoalv1.TaskStatus {
 			return o.Status // its node keeps it for a moment
 		}
 		return &shoalv1.TaskStatus{State: spec.TaskLost.String(), Message: "it has ended and is removed: its exit status is not known"}
-	case err == nil && len(ts) == 1 && ended(ts[0]):
+	case err == nil && len(ts) == 1 && ended(ts[0]) && ts[0].Status.GetRun() >= t.Run:
 		return ts[0].Status
 	}
 	return nil

@@ -47,7 +47,7 @@ or another. A replica of a service that ends by it is replaced.`,
 			})
 		}}
 	cmd.Flags().StringVarP(&sig, "signal", "s", "KILL", "signal: a name, such as HUP, or a number")
-	_ = cmd.RegisterFlagCompletionFunc("signal", cobra.FixedCompletions([]string{"HUP", "INT", "QUIT", "KILL", "USR1", "USR2", "TERM", "STOP", "CONT"}, cobra.ShellCompDirectiveNoFileComp))
+	_ = cmd.RegisterFlagCompletionFunc("signal", signalNames)
 	return cmd
 }
 

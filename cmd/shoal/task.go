@@ -94,7 +94,7 @@ found; with -d it prints the task's ID once it runs.`,
 				return err
 			}
 			if detach {
-				return c.awaitRunning(cmd.Context(), t)
+				return c.awaitRunning(cmd.Context(), t, func() { fmt.Fprintln(c.out, t.Id) })
 			}
 			return c.attend(cmd.Context(), t)
 		},
@@ -121,14 +121,14 @@ found; with -d it prints the task's ID once it runs.`,
 	return cmd
 }
 
-// awaitRunning waits until a new task runs, and prints its ID.
-func (c *cli) awaitRunning(ctx context.Context, t *shoalv1.Task) error {
-	id := t.Id
+// awaitRunning waits until a task's run is there, and has that said.
+func (c *cli) awaitRunning(ctx context.Context, t *shoalv1.Task, runs func()) error {
+	id, run := t.Id, t.Run
 	var since time.Time // since when its program runs and is not healthy yet
 	for {
 		ts, err := c.tasks(ctx, &shoalv1.ListTasksRequest{Refs: []string{id}, All: true})
 		if connect.CodeOf(err) == connect.CodeNotFound && err != nil && t.Spec.GetAutoRemove() {
-			fmt.Fprintln(c.out, id) // it has run, and is gone already
+			runs() // it has run, and is gone already
 			return nil
 		}
 		if client.Away(err) && sleep.For(ctx, 200*time.Millisecond) {
@@ -144,6 +144,12 @@ func (c *cli) awaitRunning(ctx context.Context, t *shoalv1.Task) error {
 		if err != nil {
 			return err
 		}
+		if t.GetStatus().GetRun() < run {
+			if !sleep.For(ctx, 20*time.Millisecond) {
+				return ctx.Err()
+			}
+			continue // the one before ends
+		}
 		if st.Ended() && st != spec.TaskComplete {
 			failed := c.taskFailed(t)
 			if t.Spec.GetAutoRemove() {
@@ -152,7 +158,7 @@ func (c *cli) awaitRunning(ctx context.Context, t *shoalv1.Task) error {
 			return failed
 		}
 		if t.GetSpec().GetRestart() != "" && st == spec.TaskPreparing && strings.Contains(t.GetStatus().GetMessage(), "; restart ") {
-			fmt.Fprintln(c.out, id) // it has run
+			runs() // it has run
 			return nil
 		}
 		if st == spec.TaskStarting && since.IsZero() {
@@ -160,11 +166,11 @@ func (c *cli) awaitRunning(ctx context.Context, t *shoalv1.Task) error {
 		}
 		if why := unhealthy(t, since, time.Now()); why != "" {
 			// It is there, and goes on: see the health checks of tasks.
-			fmt.Fprintln(c.out, id)
+			runs()
 			return fmt.Errorf("task %s runs, but is not healthy: %s: see 'shoal logs %s'; 'shoal rm -f %s' ends it", t.Name, why, t.Name, t.Name)
 		}
 		if st >= spec.TaskRunning {
-			fmt.Fprintln(c.out, id)
+			runs()
 			c.warn(t.Faults)
 			return nil
 		}
@@ -235,11 +241,21 @@ func (c *cli) psCmd() *cobra.Command {
 }
 
 func (c *cli) stopCmd() *cobra.Command {
-	return &cobra.Command{Use: "stop TASK [TASK...]", Short: "Stop tasks made with shoal run", Args: atLeast(1),
+	var how stopFlags
+	cmd := &cobra.Command{Use: "stop [flags] TASK [TASK...]", Short: "Stop tasks made with shoal run", Args: atLeast(1),
+		Long: `Stop sends tasks their stop signal, and kills what has not ended by it in time. They
+are kept, with their output, and 'shoal start' runs them again.`,
+		Example:           "  shoal stop c1\n  shoal stop -t 60 -s INT c1",
 		ValidArgsFunction: c.complete(c.taskNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return c.endTasks(cmd.Context(), args, false)
+			s, err := how.stopping(cmd)
+			if err != nil {
+				return err
+			}
+			return c.endTasks(cmd.Context(), args, false, s)
 		}}
+	how.add(cmd)
+	return cmd
 }
 
 func (c *cli) rmCmd() *cobra.Command {
@@ -258,14 +274,14 @@ func (c *cli) rmCmd() *cobra.Command {
 					}
 				}
 			}
-			return c.endTasks(cmd.Context(), args, true)
+			return c.endTasks(cmd.Context(), args, true, nil)
 		}}
 	cmd.Flags().BoolVarP(&force, "force", "f", false, "stop those that run")
 	return cmd
 }
 
 // endTasks asks for the end of tasks, and waits for it.
-func (c *cli) endTasks(ctx context.Context, refs []string, remove bool) error {
+func (c *cli) endTasks(ctx context.Context, refs []string, remove bool, how *shoalv1.Stopping) error {
 	return c.forEach(refs, func(ref string) error {
 		t, err := c.task(ctx, ref)
 		if err != nil {
@@ -278,13 +294,17 @@ func (c *cli) endTasks(ctx context.Context, refs []string, remove bool) error {
 		if t.Service != "" {
 			return fmt.Errorf("task %s is a replica of a service, which would replace it: use 'shoal svc scale' or 'shoal svc rm'", t.Name)
 		}
-		if err := c.api().StopTask(ctx, &shoalv1.StopTaskRequest{Ref: t.Id, Remove: remove}); err != nil {
+		if err := c.api().StopTask(ctx, &shoalv1.StopTaskRequest{Ref: t.Id, Remove: remove, Stopping: how}); err != nil {
 			return err
 		}
 		done := c.progress("Stopping " + t.Name)
 		defer done()
-		limit := time.Now().Add(time.Duration(t.GetSpec().GetStopGraceMs())*time.Millisecond + 20*time.Second)
-		for time.Now().Before(limit) {
+		grace := time.Duration(t.GetSpec().GetStopGraceMs()) * time.Millisecond
+		if how != nil && how.GraceNs != nil {
+			grace = time.Duration(how.GetGraceNs())
+		}
+		limit := time.Now().Add(grace + 20*time.Second)
+		for grace < 0 || time.Now().Before(limit) {
 			ts, err := c.tasks(ctx, &shoalv1.ListTasksRequest{Refs: []string{t.Id}, All: true})
 			if connect.CodeOf(err) == connect.CodeNotFound && err != nil {
 				return nil

@@ -26,7 +26,7 @@ const Level = 2
 var Levels = []string{
 	0: "clusters made before there were levels",
 	1: "the feature level itself; node ls -o wide and inspect show each node's level and version",
-	2: "secrets and configs; updates wait for a replica to listen; update and rollback policies, previous specs",
+	2: "secrets and configs; updates wait for a replica to listen; update and rollback policies, previous specs; tasks that are started again, and renamed",
 }
 
 // RaiseLevel raises the cluster's level. It is refused while a manager has less.

@@ -145,6 +145,17 @@ func TestRandomCommands(t *testing.T) {
 			"stop": func(t *rapid.T) {
 				c.apply(Command{StopTask: &StopTask{Ref: some(t, "ref", keys(c.s.tasks)), Remove: rapid.Bool().Draw(t, "rm")}})
 			},
+			"start": func(t *rapid.T) {
+				ref := some(t, "ref", keys(c.s.tasks))
+				run := rapid.IntRange(0, 2).Draw(t, "run")
+				if x := c.s.tasks[ref]; x != nil {
+					run += x.Run
+				}
+				c.apply(Command{StartTask: &StartTask{Ref: ref, Run: run, Restart: rapid.Bool().Draw(t, "restart"), Now: c.now}})
+			},
+			"rename": func(t *rapid.T) {
+				c.apply(Command{RenameTask: &RenameTask{Ref: some(t, "ref", keys(c.s.tasks)), Name: rapid.SampledFrom([]string{"c1", "c2", "C3", "web"}).Draw(t, "name")}})
+			},
 			"join": func(t *rapid.T) {
 				if len(c.nodes) < 4 {
 					c.join(fmt.Sprintf("m%d", c.ids))

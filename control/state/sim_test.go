@@ -242,6 +242,10 @@ func (c *cluster) step(n *simNode) bool {
 		st, have := n.tasks[t.ID]
 		was := st
 		switch {
+		case t.Run > st.Run && (!have || st.State.Ended()):
+			st = spec.TaskStatus{Run: t.Run, State: spec.TaskPreparing}
+		case t.Run > st.Run && st.State < spec.TaskStopping:
+			st.State = spec.TaskStopping
 		case st.Released || (!have && t.Status.Released):
 			continue
 		case st.State.Ended():

@@ -486,6 +486,10 @@ func (s *State) Apply(index uint64, c Command) Result {
 		return s.createTask(c.CreateTask)
 	case c.StopTask != nil:
 		return s.stopTask(c.StopTask)
+	case c.StartTask != nil:
+		return s.startTask(c.StartTask)
+	case c.RenameTask != nil:
+		return s.renameTask(c.RenameTask)
 	case c.UpsertNode != nil:
 		return s.upsertNode(c.UpsertNode)
 	case c.UpdateNode != nil:

@@ -10,6 +10,9 @@ import (
 	"github.com/shoalnet/shoal/spec"
 )
 
+// maxRun bounds what a node may say of the number of a task's runs.
+const maxRun = 1 << 30
+
 // maxMessage bounds what a node may say of a task, in bytes.
 const maxMessage = 1024
 
@@ -180,6 +183,14 @@ func (s *State) stopTask(c *StopTask) Result {
 		}
 		desired = spec.DesiredRemove
 	}
+	if c.Stopping != nil {
+		if err := c.Stopping.Validate(); err != nil {
+			return Result{Err: failf(ErrInvalid, "task %s: %w", t.Name, err)}
+		}
+	}
+	if t.Desired != desired {
+		t.Stopping = c.Stopping
+	}
 	s.end(t, desired)
 	out := t.Task
 	out.Desired = desired
@@ -213,6 +224,12 @@ func (s *State) report(t *task, st spec.TaskStatus, now int64) {
 	if cur.Released || st.State < spec.TaskPreparing || st.State >= spec.TaskLost {
 		return
 	}
+	// The end of a run is no news where the next one is asked for: what the task holds
+	// is that one's.
+	if st.Run < cur.Run || st.Run < t.Run && (st.State.Ended() || st.Released) || st.Run > maxRun {
+		return
+	}
+	t.Run = max(t.Run, st.Run) // managers whose state is an old one's again hear of it
 	if st.Released && !st.State.Ended() {
 		if st.State = spec.TaskFailed; t.Desired != spec.DesiredRunning {
 			st.State = spec.TaskShutdown
@@ -229,6 +246,8 @@ func (s *State) report(t *task, st spec.TaskStatus, now int64) {
 		}
 		t.ended = 0
 		s.touchTask(t)
+	case st.Run > cur.Run:
+		t.started, t.ended, t.was = 0, 0, 0
 	case cur.State.Ended() && st.State != cur.State:
 		if !st.Released {
 			return

@@ -428,24 +428,6 @@ func credential(s string) (*syscall.Credential, string, error) {
 	return c, home, nil
 }
 
-// ParseSignal reads SIGTERM, TERM or 15.
-func ParseSignal(s string) (syscall.Signal, error) {
-	if s == "" {
-		return syscall.SIGTERM, nil
-	}
-	if n, err := strconv.Atoi(s); err == nil && n > 0 && n < 65 {
-		return syscall.Signal(n), nil
-	}
-	name := strings.ToUpper(s)
-	if !strings.HasPrefix(name, "SIG") {
-		name = "SIG" + name
-	}
-	if n := unix.SignalNum(name); n != 0 {
-		return n, nil
-	}
-	return 0, fmt.Errorf("signal %q is unknown: use a name like SIGTERM or a number", s)
-}
-
 // ---- exec ----
 
 // execArgs is what the agent tells task-exec, as one line of JSON on file 3.

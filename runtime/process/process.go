@@ -25,6 +25,7 @@ import (
 	"github.com/shoalnet/shoal/internal/durable"
 	"github.com/shoalnet/shoal/internal/nl"
 	"github.com/shoalnet/shoal/runtime"
+	"github.com/shoalnet/shoal/spec"
 )
 
 // Config of a Runtime.
@@ -516,7 +517,7 @@ func (r *Runtime) Start(ctx context.Context, id string) error {
 
 // addressee reads a signal, and tells whether the task that it is for runs.
 func (r *Runtime) addressee(ctx context.Context, id, signal string) (sig syscall.Signal, runs bool, err error) {
-	if sig, err = ParseSignal(signal); err != nil {
+	if sig, err = spec.ParseSignal(signal); err != nil {
 		return 0, false, err
 	}
 	st, err := r.Status(ctx, id)

@@ -1880,6 +1880,7 @@ type Attachment struct {
 	Iface         string                 `protobuf:"bytes,4,opt,name=iface,proto3" json:"iface,omitempty"`
 	Leaving       uint64                 `protobuf:"varint,5,opt,name=leaving,proto3" json:"leaving,omitempty"` // version of the task that it left at
 	Joined        uint64                 `protobuf:"varint,6,opt,name=joined,proto3" json:"joined,omitempty"`   // version of the task that it was connected at; 0: from the start
+	Fixed         bool                   `protobuf:"varint,7,opt,name=fixed,proto3" json:"fixed,omitempty"`     // the addresses were asked for
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1956,6 +1957,13 @@ func (x *Attachment) GetJoined() uint64 {
 	return 0
 }
 
+func (x *Attachment) GetFixed() bool {
+	if x != nil {
+		return x.Fixed
+	}
+	return false
+}
+
 type TaskStatus struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	State         string                 `protobuf:"bytes,1,opt,name=state,proto3" json:"state,omitempty"`
@@ -1966,6 +1974,7 @@ type TaskStatus struct {
 	Released      bool                   `protobuf:"varint,6,opt,name=released,proto3" json:"released,omitempty"`
 	Wired         uint64                 `protobuf:"varint,7,opt,name=wired,proto3" json:"wired,omitempty"`       // version of the task whose attachments are carried out
 	Listened      bool                   `protobuf:"varint,8,opt,name=listened,proto3" json:"listened,omitempty"` // its program has listened where others reach it
+	Run           int32                  `protobuf:"varint,9,opt,name=run,proto3" json:"run,omitempty"`           // the task's that this is of
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2056,6 +2065,66 @@ func (x *TaskStatus) GetListened() bool {
 	return false
 }
 
+func (x *TaskStatus) GetRun() int32 {
+	if x != nil {
+		return x.Run
+	}
+	return 0
+}
+
+// Stopping is how a task is to be stopped, where who stops it says so.
+type Stopping struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Signal        string                 `protobuf:"bytes,1,opt,name=signal,proto3" json:"signal,omitempty"`                         // a name or a number; empty: the task's
+	GraceNs       *int64                 `protobuf:"varint,2,opt,name=grace_ns,json=graceNs,proto3,oneof" json:"grace_ns,omitempty"` // before SIGKILL; negative: for ever; absent: the task's
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Stopping) Reset() {
+	*x = Stopping{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Stopping) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Stopping) ProtoMessage() {}
+
+func (x *Stopping) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Stopping.ProtoReflect.Descriptor instead.
+func (*Stopping) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *Stopping) GetSignal() string {
+	if x != nil {
+		return x.Signal
+	}
+	return ""
+}
+
+func (x *Stopping) GetGraceNs() int64 {
+	if x != nil && x.GraceNs != nil {
+		return *x.GraceNs
+	}
+	return 0
+}
+
 type Task struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Id             string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -2074,13 +2143,15 @@ type Task struct {
 	Ports          []*Port                `protobuf:"bytes,14,rep,name=ports,proto3" json:"ports,omitempty"`
 	Faults         []*NodeFault           `protobuf:"bytes,15,rep,name=faults,proto3" json:"faults,omitempty"`                                          // of a task that is no service's, as its node last reported them
 	ListenWithinMs int64                  `protobuf:"varint,16,opt,name=listen_within_ms,json=listenWithinMs,proto3" json:"listen_within_ms,omitempty"` // of a task that takes the place of one that listens; 0: of no other
+	Run            int32                  `protobuf:"varint,17,opt,name=run,proto3" json:"run,omitempty"`                                               // starts that were asked for after the first
+	Stopping       *Stopping              `protobuf:"bytes,18,opt,name=stopping,proto3" json:"stopping,omitempty"`                                      // of the stop that is asked for; absent: as the spec has it
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Task) Reset() {
 	*x = Task{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[18]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2092,7 +2163,7 @@ func (x *Task) String() string {
 func (*Task) ProtoMessage() {}
 
 func (x *Task) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[18]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2105,7 +2176,7 @@ func (x *Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Task.ProtoReflect.Descriptor instead.
 func (*Task) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{18}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Task) GetId() string {
@@ -2220,6 +2291,20 @@ func (x *Task) GetListenWithinMs() int64 {
 	return 0
 }
 
+func (x *Task) GetRun() int32 {
+	if x != nil {
+		return x.Run
+	}
+	return 0
+}
+
+func (x *Task) GetStopping() *Stopping {
+	if x != nil {
+		return x.Stopping
+	}
+	return nil
+}
+
 type NodeInfo struct {
 	state            protoimpl.MessageState `protogen:"open.v1"`
 	Id               string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -2256,7 +2341,7 @@ type NodeInfo struct {
 
 func (x *NodeInfo) Reset() {
 	*x = NodeInfo{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[19]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2268,7 +2353,7 @@ func (x *NodeInfo) String() string {
 func (*NodeInfo) ProtoMessage() {}
 
 func (x *NodeInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[19]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2281,7 +2366,7 @@ func (x *NodeInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeInfo.ProtoReflect.Descriptor instead.
 func (*NodeInfo) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{19}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *NodeInfo) GetId() string {
@@ -2493,7 +2578,7 @@ type Cluster struct {
 
 func (x *Cluster) Reset() {
 	*x = Cluster{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[20]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2505,7 +2590,7 @@ func (x *Cluster) String() string {
 func (*Cluster) ProtoMessage() {}
 
 func (x *Cluster) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[20]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2518,7 +2603,7 @@ func (x *Cluster) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cluster.ProtoReflect.Descriptor instead.
 func (*Cluster) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{20}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Cluster) GetId() string {
@@ -2568,7 +2653,7 @@ type CreateNetworkRequest struct {
 
 func (x *CreateNetworkRequest) Reset() {
 	*x = CreateNetworkRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[21]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2580,7 +2665,7 @@ func (x *CreateNetworkRequest) String() string {
 func (*CreateNetworkRequest) ProtoMessage() {}
 
 func (x *CreateNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[21]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2593,7 +2678,7 @@ func (x *CreateNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateNetworkRequest.ProtoReflect.Descriptor instead.
 func (*CreateNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{21}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *CreateNetworkRequest) GetName() string {
@@ -2682,7 +2767,7 @@ type CreateNetworkResponse struct {
 
 func (x *CreateNetworkResponse) Reset() {
 	*x = CreateNetworkResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[22]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2694,7 +2779,7 @@ func (x *CreateNetworkResponse) String() string {
 func (*CreateNetworkResponse) ProtoMessage() {}
 
 func (x *CreateNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[22]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2707,7 +2792,7 @@ func (x *CreateNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateNetworkResponse.ProtoReflect.Descriptor instead.
 func (*CreateNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{22}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *CreateNetworkResponse) GetNetwork() *Network {
@@ -2726,7 +2811,7 @@ type ListNetworksRequest struct {
 
 func (x *ListNetworksRequest) Reset() {
 	*x = ListNetworksRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[23]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2738,7 +2823,7 @@ func (x *ListNetworksRequest) String() string {
 func (*ListNetworksRequest) ProtoMessage() {}
 
 func (x *ListNetworksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[23]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2751,7 +2836,7 @@ func (x *ListNetworksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNetworksRequest.ProtoReflect.Descriptor instead.
 func (*ListNetworksRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{23}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ListNetworksRequest) GetRefs() []string {
@@ -2770,7 +2855,7 @@ type ListNetworksResponse struct {
 
 func (x *ListNetworksResponse) Reset() {
 	*x = ListNetworksResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[24]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2782,7 +2867,7 @@ func (x *ListNetworksResponse) String() string {
 func (*ListNetworksResponse) ProtoMessage() {}
 
 func (x *ListNetworksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[24]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2795,7 +2880,7 @@ func (x *ListNetworksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNetworksResponse.ProtoReflect.Descriptor instead.
 func (*ListNetworksResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{24}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ListNetworksResponse) GetNetworks() []*Network {
@@ -2814,7 +2899,7 @@ type RemoveNetworkRequest struct {
 
 func (x *RemoveNetworkRequest) Reset() {
 	*x = RemoveNetworkRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[25]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2826,7 +2911,7 @@ func (x *RemoveNetworkRequest) String() string {
 func (*RemoveNetworkRequest) ProtoMessage() {}
 
 func (x *RemoveNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[25]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2839,7 +2924,7 @@ func (x *RemoveNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNetworkRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{25}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *RemoveNetworkRequest) GetRef() string {
@@ -2857,7 +2942,7 @@ type RemoveNetworkResponse struct {
 
 func (x *RemoveNetworkResponse) Reset() {
 	*x = RemoveNetworkResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[26]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2869,7 +2954,7 @@ func (x *RemoveNetworkResponse) String() string {
 func (*RemoveNetworkResponse) ProtoMessage() {}
 
 func (x *RemoveNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[26]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2882,7 +2967,7 @@ func (x *RemoveNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNetworkResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{26}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{27}
 }
 
 // ConnectNetwork attaches a running task or service, which goes on running.
@@ -2898,7 +2983,7 @@ type ConnectNetworkRequest struct {
 
 func (x *ConnectNetworkRequest) Reset() {
 	*x = ConnectNetworkRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[27]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2910,7 +2995,7 @@ func (x *ConnectNetworkRequest) String() string {
 func (*ConnectNetworkRequest) ProtoMessage() {}
 
 func (x *ConnectNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[27]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2923,7 +3008,7 @@ func (x *ConnectNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnectNetworkRequest.ProtoReflect.Descriptor instead.
 func (*ConnectNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{27}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ConnectNetworkRequest) GetNetwork() string {
@@ -2964,7 +3049,7 @@ type ConnectNetworkResponse struct {
 
 func (x *ConnectNetworkResponse) Reset() {
 	*x = ConnectNetworkResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[28]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2976,7 +3061,7 @@ func (x *ConnectNetworkResponse) String() string {
 func (*ConnectNetworkResponse) ProtoMessage() {}
 
 func (x *ConnectNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[28]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2989,7 +3074,7 @@ func (x *ConnectNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnectNetworkResponse.ProtoReflect.Descriptor instead.
 func (*ConnectNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{28}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ConnectNetworkResponse) GetTask() *Task {
@@ -3016,7 +3101,7 @@ type DisconnectNetworkRequest struct {
 
 func (x *DisconnectNetworkRequest) Reset() {
 	*x = DisconnectNetworkRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[29]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3028,7 +3113,7 @@ func (x *DisconnectNetworkRequest) String() string {
 func (*DisconnectNetworkRequest) ProtoMessage() {}
 
 func (x *DisconnectNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[29]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3041,7 +3126,7 @@ func (x *DisconnectNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisconnectNetworkRequest.ProtoReflect.Descriptor instead.
 func (*DisconnectNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{29}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *DisconnectNetworkRequest) GetNetwork() string {
@@ -3068,7 +3153,7 @@ type DisconnectNetworkResponse struct {
 
 func (x *DisconnectNetworkResponse) Reset() {
 	*x = DisconnectNetworkResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[30]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3080,7 +3165,7 @@ func (x *DisconnectNetworkResponse) String() string {
 func (*DisconnectNetworkResponse) ProtoMessage() {}
 
 func (x *DisconnectNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[30]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3093,7 +3178,7 @@ func (x *DisconnectNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisconnectNetworkResponse.ProtoReflect.Descriptor instead.
 func (*DisconnectNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{30}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *DisconnectNetworkResponse) GetTask() *Task {
@@ -3120,7 +3205,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[31]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3132,7 +3217,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[31]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3145,7 +3230,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{31}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *EventsRequest) GetSinceMs() int64 {
@@ -3176,7 +3261,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[32]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3188,7 +3273,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[32]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3201,7 +3286,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{32}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Event) GetAtMs() int64 {
@@ -3258,7 +3343,7 @@ type CreateServiceRequest struct {
 
 func (x *CreateServiceRequest) Reset() {
 	*x = CreateServiceRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3270,7 +3355,7 @@ func (x *CreateServiceRequest) String() string {
 func (*CreateServiceRequest) ProtoMessage() {}
 
 func (x *CreateServiceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3283,7 +3368,7 @@ func (x *CreateServiceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateServiceRequest.ProtoReflect.Descriptor instead.
 func (*CreateServiceRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{33}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *CreateServiceRequest) GetSpec() *ServiceSpec {
@@ -3309,7 +3394,7 @@ type CreateServiceResponse struct {
 
 func (x *CreateServiceResponse) Reset() {
 	*x = CreateServiceResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3321,7 +3406,7 @@ func (x *CreateServiceResponse) String() string {
 func (*CreateServiceResponse) ProtoMessage() {}
 
 func (x *CreateServiceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3334,7 +3419,7 @@ func (x *CreateServiceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateServiceResponse.ProtoReflect.Descriptor instead.
 func (*CreateServiceResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{34}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *CreateServiceResponse) GetService() *Service {
@@ -3360,7 +3445,7 @@ type UpdateServiceRequest struct {
 
 func (x *UpdateServiceRequest) Reset() {
 	*x = UpdateServiceRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3372,7 +3457,7 @@ func (x *UpdateServiceRequest) String() string {
 func (*UpdateServiceRequest) ProtoMessage() {}
 
 func (x *UpdateServiceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3385,7 +3470,7 @@ func (x *UpdateServiceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateServiceRequest.ProtoReflect.Descriptor instead.
 func (*UpdateServiceRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{35}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *UpdateServiceRequest) GetRef() string {
@@ -3439,7 +3524,7 @@ type UpdateServiceResponse struct {
 
 func (x *UpdateServiceResponse) Reset() {
 	*x = UpdateServiceResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3451,7 +3536,7 @@ func (x *UpdateServiceResponse) String() string {
 func (*UpdateServiceResponse) ProtoMessage() {}
 
 func (x *UpdateServiceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3464,7 +3549,7 @@ func (x *UpdateServiceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateServiceResponse.ProtoReflect.Descriptor instead.
 func (*UpdateServiceResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{36}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *UpdateServiceResponse) GetService() *Service {
@@ -3483,7 +3568,7 @@ type ListServicesRequest struct {
 
 func (x *ListServicesRequest) Reset() {
 	*x = ListServicesRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3495,7 +3580,7 @@ func (x *ListServicesRequest) String() string {
 func (*ListServicesRequest) ProtoMessage() {}
 
 func (x *ListServicesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3508,7 +3593,7 @@ func (x *ListServicesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListServicesRequest.ProtoReflect.Descriptor instead.
 func (*ListServicesRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{37}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ListServicesRequest) GetRefs() []string {
@@ -3527,7 +3612,7 @@ type ListServicesResponse struct {
 
 func (x *ListServicesResponse) Reset() {
 	*x = ListServicesResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3539,7 +3624,7 @@ func (x *ListServicesResponse) String() string {
 func (*ListServicesResponse) ProtoMessage() {}
 
 func (x *ListServicesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3552,7 +3637,7 @@ func (x *ListServicesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListServicesResponse.ProtoReflect.Descriptor instead.
 func (*ListServicesResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{38}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ListServicesResponse) GetServices() []*Service {
@@ -3571,7 +3656,7 @@ type RemoveServiceRequest struct {
 
 func (x *RemoveServiceRequest) Reset() {
 	*x = RemoveServiceRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3583,7 +3668,7 @@ func (x *RemoveServiceRequest) String() string {
 func (*RemoveServiceRequest) ProtoMessage() {}
 
 func (x *RemoveServiceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3596,7 +3681,7 @@ func (x *RemoveServiceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveServiceRequest.ProtoReflect.Descriptor instead.
 func (*RemoveServiceRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{39}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *RemoveServiceRequest) GetRef() string {
@@ -3614,7 +3699,7 @@ type RemoveServiceResponse struct {
 
 func (x *RemoveServiceResponse) Reset() {
 	*x = RemoveServiceResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3626,7 +3711,7 @@ func (x *RemoveServiceResponse) String() string {
 func (*RemoveServiceResponse) ProtoMessage() {}
 
 func (x *RemoveServiceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3639,7 +3724,7 @@ func (x *RemoveServiceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveServiceResponse.ProtoReflect.Descriptor instead.
 func (*RemoveServiceResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{40}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{41}
 }
 
 type CreateTaskRequest struct {
@@ -3656,7 +3741,7 @@ type CreateTaskRequest struct {
 
 func (x *CreateTaskRequest) Reset() {
 	*x = CreateTaskRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3668,7 +3753,7 @@ func (x *CreateTaskRequest) String() string {
 func (*CreateTaskRequest) ProtoMessage() {}
 
 func (x *CreateTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3681,7 +3766,7 @@ func (x *CreateTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTaskRequest.ProtoReflect.Descriptor instead.
 func (*CreateTaskRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{41}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *CreateTaskRequest) GetName() string {
@@ -3735,7 +3820,7 @@ type CreateTaskResponse struct {
 
 func (x *CreateTaskResponse) Reset() {
 	*x = CreateTaskResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3747,7 +3832,7 @@ func (x *CreateTaskResponse) String() string {
 func (*CreateTaskResponse) ProtoMessage() {}
 
 func (x *CreateTaskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3760,7 +3845,7 @@ func (x *CreateTaskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTaskResponse.ProtoReflect.Descriptor instead.
 func (*CreateTaskResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{42}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *CreateTaskResponse) GetTask() *Task {
@@ -3782,7 +3867,7 @@ type ListTasksRequest struct {
 
 func (x *ListTasksRequest) Reset() {
 	*x = ListTasksRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3794,7 +3879,7 @@ func (x *ListTasksRequest) String() string {
 func (*ListTasksRequest) ProtoMessage() {}
 
 func (x *ListTasksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3807,7 +3892,7 @@ func (x *ListTasksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTasksRequest.ProtoReflect.Descriptor instead.
 func (*ListTasksRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{43}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ListTasksRequest) GetRefs() []string {
@@ -3847,7 +3932,7 @@ type ListTasksResponse struct {
 
 func (x *ListTasksResponse) Reset() {
 	*x = ListTasksResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3859,7 +3944,7 @@ func (x *ListTasksResponse) String() string {
 func (*ListTasksResponse) ProtoMessage() {}
 
 func (x *ListTasksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3872,7 +3957,7 @@ func (x *ListTasksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTasksResponse.ProtoReflect.Descriptor instead.
 func (*ListTasksResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{44}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ListTasksResponse) GetTasks() []*Task {
@@ -3885,14 +3970,15 @@ func (x *ListTasksResponse) GetTasks() []*Task {
 type StopTaskRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Ref           string                 `protobuf:"bytes,1,opt,name=ref,proto3" json:"ref,omitempty"`
-	Remove        bool                   `protobuf:"varint,2,opt,name=remove,proto3" json:"remove,omitempty"` // and forget it
+	Remove        bool                   `protobuf:"varint,2,opt,name=remove,proto3" json:"remove,omitempty"`    // and forget it
+	Stopping      *Stopping              `protobuf:"bytes,3,opt,name=stopping,proto3" json:"stopping,omitempty"` // absent: as the task has it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StopTaskRequest) Reset() {
 	*x = StopTaskRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3904,7 +3990,7 @@ func (x *StopTaskRequest) String() string {
 func (*StopTaskRequest) ProtoMessage() {}
 
 func (x *StopTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3917,7 +4003,7 @@ func (x *StopTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopTaskRequest.ProtoReflect.Descriptor instead.
 func (*StopTaskRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{45}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *StopTaskRequest) GetRef() string {
@@ -3934,6 +4020,13 @@ func (x *StopTaskRequest) GetRemove() bool {
 	return false
 }
 
+func (x *StopTaskRequest) GetStopping() *Stopping {
+	if x != nil {
+		return x.Stopping
+	}
+	return nil
+}
+
 type StopTaskResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -3942,7 +4035,7 @@ type StopTaskResponse struct {
 
 func (x *StopTaskResponse) Reset() {
 	*x = StopTaskResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3954,7 +4047,7 @@ func (x *StopTaskResponse) String() string {
 func (*StopTaskResponse) ProtoMessage() {}
 
 func (x *StopTaskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3967,7 +4060,223 @@ func (x *StopTaskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopTaskResponse.ProtoReflect.Descriptor instead.
 func (*StopTaskResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{46}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{47}
+}
+
+type StartTaskRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Ref           string                 `protobuf:"bytes,1,opt,name=ref,proto3" json:"ref,omitempty"`
+	Run           int32                  `protobuf:"varint,2,opt,name=run,proto3" json:"run,omitempty"`          // the task's run plus one: of two that ask for the same one counts
+	Restart       bool                   `protobuf:"varint,3,opt,name=restart,proto3" json:"restart,omitempty"`  // stop it first, if it runs
+	Attach        bool                   `protobuf:"varint,4,opt,name=attach,proto3" json:"attach,omitempty"`    // somebody waits for its output
+	Stopping      *Stopping              `protobuf:"bytes,5,opt,name=stopping,proto3" json:"stopping,omitempty"` // of restart
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StartTaskRequest) Reset() {
+	*x = StartTaskRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StartTaskRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StartTaskRequest) ProtoMessage() {}
+
+func (x *StartTaskRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StartTaskRequest.ProtoReflect.Descriptor instead.
+func (*StartTaskRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{48}
+}
+
+func (x *StartTaskRequest) GetRef() string {
+	if x != nil {
+		return x.Ref
+	}
+	return ""
+}
+
+func (x *StartTaskRequest) GetRun() int32 {
+	if x != nil {
+		return x.Run
+	}
+	return 0
+}
+
+func (x *StartTaskRequest) GetRestart() bool {
+	if x != nil {
+		return x.Restart
+	}
+	return false
+}
+
+func (x *StartTaskRequest) GetAttach() bool {
+	if x != nil {
+		return x.Attach
+	}
+	return false
+}
+
+func (x *StartTaskRequest) GetStopping() *Stopping {
+	if x != nil {
+		return x.Stopping
+	}
+	return nil
+}
+
+type StartTaskResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Task          *Task                  `protobuf:"bytes,1,opt,name=task,proto3" json:"task,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StartTaskResponse) Reset() {
+	*x = StartTaskResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StartTaskResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StartTaskResponse) ProtoMessage() {}
+
+func (x *StartTaskResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StartTaskResponse.ProtoReflect.Descriptor instead.
+func (*StartTaskResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{49}
+}
+
+func (x *StartTaskResponse) GetTask() *Task {
+	if x != nil {
+		return x.Task
+	}
+	return nil
+}
+
+type RenameTaskRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Ref           string                 `protobuf:"bytes,1,opt,name=ref,proto3" json:"ref,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RenameTaskRequest) Reset() {
+	*x = RenameTaskRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RenameTaskRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RenameTaskRequest) ProtoMessage() {}
+
+func (x *RenameTaskRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RenameTaskRequest.ProtoReflect.Descriptor instead.
+func (*RenameTaskRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *RenameTaskRequest) GetRef() string {
+	if x != nil {
+		return x.Ref
+	}
+	return ""
+}
+
+func (x *RenameTaskRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type RenameTaskResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Task          *Task                  `protobuf:"bytes,1,opt,name=task,proto3" json:"task,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RenameTaskResponse) Reset() {
+	*x = RenameTaskResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RenameTaskResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RenameTaskResponse) ProtoMessage() {}
+
+func (x *RenameTaskResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RenameTaskResponse.ProtoReflect.Descriptor instead.
+func (*RenameTaskResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *RenameTaskResponse) GetTask() *Task {
+	if x != nil {
+		return x.Task
+	}
+	return nil
 }
 
 type ListNodesRequest struct {
@@ -3979,7 +4288,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3991,7 +4300,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4004,7 +4313,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{47}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ListNodesRequest) GetRefs() []string {
@@ -4023,7 +4332,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4035,7 +4344,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4048,7 +4357,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{48}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ListNodesResponse) GetNodes() []*NodeInfo {
@@ -4072,7 +4381,7 @@ type UpdateNodeRequest struct {
 
 func (x *UpdateNodeRequest) Reset() {
 	*x = UpdateNodeRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4084,7 +4393,7 @@ func (x *UpdateNodeRequest) String() string {
 func (*UpdateNodeRequest) ProtoMessage() {}
 
 func (x *UpdateNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4097,7 +4406,7 @@ func (x *UpdateNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNodeRequest.ProtoReflect.Descriptor instead.
 func (*UpdateNodeRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{49}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *UpdateNodeRequest) GetRef() string {
@@ -4151,7 +4460,7 @@ type UpdateNodeResponse struct {
 
 func (x *UpdateNodeResponse) Reset() {
 	*x = UpdateNodeResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4163,7 +4472,7 @@ func (x *UpdateNodeResponse) String() string {
 func (*UpdateNodeResponse) ProtoMessage() {}
 
 func (x *UpdateNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4176,7 +4485,7 @@ func (x *UpdateNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNodeResponse.ProtoReflect.Descriptor instead.
 func (*UpdateNodeResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{50}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *UpdateNodeResponse) GetNode() *NodeInfo {
@@ -4196,7 +4505,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4208,7 +4517,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4221,7 +4530,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{51}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *RemoveNodeRequest) GetRef() string {
@@ -4246,7 +4555,7 @@ type RemoveNodeResponse struct {
 
 func (x *RemoveNodeResponse) Reset() {
 	*x = RemoveNodeResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4258,7 +4567,7 @@ func (x *RemoveNodeResponse) String() string {
 func (*RemoveNodeResponse) ProtoMessage() {}
 
 func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4271,7 +4580,7 @@ func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{52}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{57}
 }
 
 type JoinNodeRequest struct {
@@ -4286,7 +4595,7 @@ type JoinNodeRequest struct {
 
 func (x *JoinNodeRequest) Reset() {
 	*x = JoinNodeRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4298,7 +4607,7 @@ func (x *JoinNodeRequest) String() string {
 func (*JoinNodeRequest) ProtoMessage() {}
 
 func (x *JoinNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4311,7 +4620,7 @@ func (x *JoinNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinNodeRequest.ProtoReflect.Descriptor instead.
 func (*JoinNodeRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{53}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *JoinNodeRequest) GetNode() *NodeInfo {
@@ -4356,7 +4665,7 @@ type JoinNodeResponse struct {
 
 func (x *JoinNodeResponse) Reset() {
 	*x = JoinNodeResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4368,7 +4677,7 @@ func (x *JoinNodeResponse) String() string {
 func (*JoinNodeResponse) ProtoMessage() {}
 
 func (x *JoinNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4381,7 +4690,7 @@ func (x *JoinNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinNodeResponse.ProtoReflect.Descriptor instead.
 func (*JoinNodeResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{54}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *JoinNodeResponse) GetCluster() *Cluster {
@@ -4437,7 +4746,7 @@ type Certificate struct {
 
 func (x *Certificate) Reset() {
 	*x = Certificate{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4449,7 +4758,7 @@ func (x *Certificate) String() string {
 func (*Certificate) ProtoMessage() {}
 
 func (x *Certificate) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4462,7 +4771,7 @@ func (x *Certificate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Certificate.ProtoReflect.Descriptor instead.
 func (*Certificate) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{55}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *Certificate) GetChain() [][]byte {
@@ -4490,7 +4799,7 @@ type RenewCertificateRequest struct {
 
 func (x *RenewCertificateRequest) Reset() {
 	*x = RenewCertificateRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4502,7 +4811,7 @@ func (x *RenewCertificateRequest) String() string {
 func (*RenewCertificateRequest) ProtoMessage() {}
 
 func (x *RenewCertificateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4515,7 +4824,7 @@ func (x *RenewCertificateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewCertificateRequest.ProtoReflect.Descriptor instead.
 func (*RenewCertificateRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{56}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *RenewCertificateRequest) GetNode() string {
@@ -4535,7 +4844,7 @@ type RenewCertificateResponse struct {
 
 func (x *RenewCertificateResponse) Reset() {
 	*x = RenewCertificateResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4547,7 +4856,7 @@ func (x *RenewCertificateResponse) String() string {
 func (*RenewCertificateResponse) ProtoMessage() {}
 
 func (x *RenewCertificateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4560,7 +4869,7 @@ func (x *RenewCertificateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewCertificateResponse.ProtoReflect.Descriptor instead.
 func (*RenewCertificateResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{57}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *RenewCertificateResponse) GetCertificate() *Certificate {
@@ -4588,7 +4897,7 @@ type Lock struct {
 
 func (x *Lock) Reset() {
 	*x = Lock{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4600,7 +4909,7 @@ func (x *Lock) String() string {
 func (*Lock) ProtoMessage() {}
 
 func (x *Lock) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4613,7 +4922,7 @@ func (x *Lock) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lock.ProtoReflect.Descriptor instead.
 func (*Lock) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{58}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *Lock) GetKey() string {
@@ -4640,7 +4949,7 @@ type LeaveNodeRequest struct {
 
 func (x *LeaveNodeRequest) Reset() {
 	*x = LeaveNodeRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4652,7 +4961,7 @@ func (x *LeaveNodeRequest) String() string {
 func (*LeaveNodeRequest) ProtoMessage() {}
 
 func (x *LeaveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4665,7 +4974,7 @@ func (x *LeaveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveNodeRequest.ProtoReflect.Descriptor instead.
 func (*LeaveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{59}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *LeaveNodeRequest) GetNode() string {
@@ -4683,7 +4992,7 @@ type LeaveNodeResponse struct {
 
 func (x *LeaveNodeResponse) Reset() {
 	*x = LeaveNodeResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4695,7 +5004,7 @@ func (x *LeaveNodeResponse) String() string {
 func (*LeaveNodeResponse) ProtoMessage() {}
 
 func (x *LeaveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4708,7 +5017,7 @@ func (x *LeaveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveNodeResponse.ProtoReflect.Descriptor instead.
 func (*LeaveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{60}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{65}
 }
 
 type ShowTokenRequest struct {
@@ -4720,7 +5029,7 @@ type ShowTokenRequest struct {
 
 func (x *ShowTokenRequest) Reset() {
 	*x = ShowTokenRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4732,7 +5041,7 @@ func (x *ShowTokenRequest) String() string {
 func (*ShowTokenRequest) ProtoMessage() {}
 
 func (x *ShowTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4745,7 +5054,7 @@ func (x *ShowTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowTokenRequest.ProtoReflect.Descriptor instead.
 func (*ShowTokenRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{61}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *ShowTokenRequest) GetRole() string {
@@ -4766,7 +5075,7 @@ type ShowTokenResponse struct {
 
 func (x *ShowTokenResponse) Reset() {
 	*x = ShowTokenResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4778,7 +5087,7 @@ func (x *ShowTokenResponse) String() string {
 func (*ShowTokenResponse) ProtoMessage() {}
 
 func (x *ShowTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4791,7 +5100,7 @@ func (x *ShowTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowTokenResponse.ProtoReflect.Descriptor instead.
 func (*ShowTokenResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{62}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *ShowTokenResponse) GetToken() string {
@@ -4824,7 +5133,7 @@ type RotateTokenRequest struct {
 
 func (x *RotateTokenRequest) Reset() {
 	*x = RotateTokenRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4836,7 +5145,7 @@ func (x *RotateTokenRequest) String() string {
 func (*RotateTokenRequest) ProtoMessage() {}
 
 func (x *RotateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4849,7 +5158,7 @@ func (x *RotateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateTokenRequest.ProtoReflect.Descriptor instead.
 func (*RotateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{63}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *RotateTokenRequest) GetRole() string {
@@ -4868,7 +5177,7 @@ type RotateTokenResponse struct {
 
 func (x *RotateTokenResponse) Reset() {
 	*x = RotateTokenResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4880,7 +5189,7 @@ func (x *RotateTokenResponse) String() string {
 func (*RotateTokenResponse) ProtoMessage() {}
 
 func (x *RotateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4893,7 +5202,7 @@ func (x *RotateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateTokenResponse.ProtoReflect.Descriptor instead.
 func (*RotateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{64}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *RotateTokenResponse) GetToken() string {
@@ -4911,7 +5220,7 @@ type ShowCARequest struct {
 
 func (x *ShowCARequest) Reset() {
 	*x = ShowCARequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4923,7 +5232,7 @@ func (x *ShowCARequest) String() string {
 func (*ShowCARequest) ProtoMessage() {}
 
 func (x *ShowCARequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4936,7 +5245,7 @@ func (x *ShowCARequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowCARequest.ProtoReflect.Descriptor instead.
 func (*ShowCARequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{65}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{70}
 }
 
 type ShowCAResponse struct {
@@ -4952,7 +5261,7 @@ type ShowCAResponse struct {
 
 func (x *ShowCAResponse) Reset() {
 	*x = ShowCAResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4964,7 +5273,7 @@ func (x *ShowCAResponse) String() string {
 func (*ShowCAResponse) ProtoMessage() {}
 
 func (x *ShowCAResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4977,7 +5286,7 @@ func (x *ShowCAResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowCAResponse.ProtoReflect.Descriptor instead.
 func (*ShowCAResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{66}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *ShowCAResponse) GetRoot() *ShowCAResponse_Root {
@@ -5024,7 +5333,7 @@ type UnlockKeyRequest struct {
 
 func (x *UnlockKeyRequest) Reset() {
 	*x = UnlockKeyRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5036,7 +5345,7 @@ func (x *UnlockKeyRequest) String() string {
 func (*UnlockKeyRequest) ProtoMessage() {}
 
 func (x *UnlockKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5049,7 +5358,7 @@ func (x *UnlockKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockKeyRequest.ProtoReflect.Descriptor instead.
 func (*UnlockKeyRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{67}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *UnlockKeyRequest) GetRotate() bool {
@@ -5068,7 +5377,7 @@ type UnlockKeyResponse struct {
 
 func (x *UnlockKeyResponse) Reset() {
 	*x = UnlockKeyResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5080,7 +5389,7 @@ func (x *UnlockKeyResponse) String() string {
 func (*UnlockKeyResponse) ProtoMessage() {}
 
 func (x *UnlockKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5093,7 +5402,7 @@ func (x *UnlockKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockKeyResponse.ProtoReflect.Descriptor instead.
 func (*UnlockKeyResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{68}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *UnlockKeyResponse) GetKey() string {
@@ -5111,7 +5420,7 @@ type RotateCARequest struct {
 
 func (x *RotateCARequest) Reset() {
 	*x = RotateCARequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5123,7 +5432,7 @@ func (x *RotateCARequest) String() string {
 func (*RotateCARequest) ProtoMessage() {}
 
 func (x *RotateCARequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5136,7 +5445,7 @@ func (x *RotateCARequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateCARequest.ProtoReflect.Descriptor instead.
 func (*RotateCARequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{69}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{74}
 }
 
 type RotateCAResponse struct {
@@ -5148,7 +5457,7 @@ type RotateCAResponse struct {
 
 func (x *RotateCAResponse) Reset() {
 	*x = RotateCAResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5160,7 +5469,7 @@ func (x *RotateCAResponse) String() string {
 func (*RotateCAResponse) ProtoMessage() {}
 
 func (x *RotateCAResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5173,7 +5482,7 @@ func (x *RotateCAResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateCAResponse.ProtoReflect.Descriptor instead.
 func (*RotateCAResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{70}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *RotateCAResponse) GetDigest() string {
@@ -5192,7 +5501,7 @@ type AdmitManagerRequest struct {
 
 func (x *AdmitManagerRequest) Reset() {
 	*x = AdmitManagerRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5204,7 +5513,7 @@ func (x *AdmitManagerRequest) String() string {
 func (*AdmitManagerRequest) ProtoMessage() {}
 
 func (x *AdmitManagerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5217,7 +5526,7 @@ func (x *AdmitManagerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AdmitManagerRequest.ProtoReflect.Descriptor instead.
 func (*AdmitManagerRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{71}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *AdmitManagerRequest) GetNode() string {
@@ -5237,7 +5546,7 @@ type AdmitManagerResponse struct {
 
 func (x *AdmitManagerResponse) Reset() {
 	*x = AdmitManagerResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5249,7 +5558,7 @@ func (x *AdmitManagerResponse) String() string {
 func (*AdmitManagerResponse) ProtoMessage() {}
 
 func (x *AdmitManagerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5262,7 +5571,7 @@ func (x *AdmitManagerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AdmitManagerResponse.ProtoReflect.Descriptor instead.
 func (*AdmitManagerResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *AdmitManagerResponse) GetTerm() uint64 {
@@ -5288,7 +5597,7 @@ type CreateBlobRequest struct {
 
 func (x *CreateBlobRequest) Reset() {
 	*x = CreateBlobRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5300,7 +5609,7 @@ func (x *CreateBlobRequest) String() string {
 func (*CreateBlobRequest) ProtoMessage() {}
 
 func (x *CreateBlobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5313,7 +5622,7 @@ func (x *CreateBlobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateBlobRequest.ProtoReflect.Descriptor instead.
 func (*CreateBlobRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{73}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *CreateBlobRequest) GetBlob() *Blob {
@@ -5332,7 +5641,7 @@ type CreateBlobResponse struct {
 
 func (x *CreateBlobResponse) Reset() {
 	*x = CreateBlobResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[74]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5344,7 +5653,7 @@ func (x *CreateBlobResponse) String() string {
 func (*CreateBlobResponse) ProtoMessage() {}
 
 func (x *CreateBlobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[74]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5357,7 +5666,7 @@ func (x *CreateBlobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateBlobResponse.ProtoReflect.Descriptor instead.
 func (*CreateBlobResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{74}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *CreateBlobResponse) GetBlob() *Blob {
@@ -5378,7 +5687,7 @@ type UpdateBlobRequest struct {
 
 func (x *UpdateBlobRequest) Reset() {
 	*x = UpdateBlobRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[75]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5390,7 +5699,7 @@ func (x *UpdateBlobRequest) String() string {
 func (*UpdateBlobRequest) ProtoMessage() {}
 
 func (x *UpdateBlobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[75]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5403,7 +5712,7 @@ func (x *UpdateBlobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateBlobRequest.ProtoReflect.Descriptor instead.
 func (*UpdateBlobRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{75}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *UpdateBlobRequest) GetKind() string {
@@ -5436,7 +5745,7 @@ type UpdateBlobResponse struct {
 
 func (x *UpdateBlobResponse) Reset() {
 	*x = UpdateBlobResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[76]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5448,7 +5757,7 @@ func (x *UpdateBlobResponse) String() string {
 func (*UpdateBlobResponse) ProtoMessage() {}
 
 func (x *UpdateBlobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[76]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5461,7 +5770,7 @@ func (x *UpdateBlobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateBlobResponse.ProtoReflect.Descriptor instead.
 func (*UpdateBlobResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{76}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *UpdateBlobResponse) GetBlob() *Blob {
@@ -5481,7 +5790,7 @@ type ListBlobsRequest struct {
 
 func (x *ListBlobsRequest) Reset() {
 	*x = ListBlobsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[77]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5493,7 +5802,7 @@ func (x *ListBlobsRequest) String() string {
 func (*ListBlobsRequest) ProtoMessage() {}
 
 func (x *ListBlobsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[77]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5506,7 +5815,7 @@ func (x *ListBlobsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBlobsRequest.ProtoReflect.Descriptor instead.
 func (*ListBlobsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{77}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *ListBlobsRequest) GetKind() string {
@@ -5532,7 +5841,7 @@ type ListBlobsResponse struct {
 
 func (x *ListBlobsResponse) Reset() {
 	*x = ListBlobsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[78]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5544,7 +5853,7 @@ func (x *ListBlobsResponse) String() string {
 func (*ListBlobsResponse) ProtoMessage() {}
 
 func (x *ListBlobsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[78]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5557,7 +5866,7 @@ func (x *ListBlobsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBlobsResponse.ProtoReflect.Descriptor instead.
 func (*ListBlobsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{78}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *ListBlobsResponse) GetBlobs() []*Blob {
@@ -5577,7 +5886,7 @@ type RemoveBlobRequest struct {
 
 func (x *RemoveBlobRequest) Reset() {
 	*x = RemoveBlobRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[79]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5589,7 +5898,7 @@ func (x *RemoveBlobRequest) String() string {
 func (*RemoveBlobRequest) ProtoMessage() {}
 
 func (x *RemoveBlobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[79]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5602,7 +5911,7 @@ func (x *RemoveBlobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveBlobRequest.ProtoReflect.Descriptor instead.
 func (*RemoveBlobRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{79}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *RemoveBlobRequest) GetKind() string {
@@ -5627,7 +5936,7 @@ type RemoveBlobResponse struct {
 
 func (x *RemoveBlobResponse) Reset() {
 	*x = RemoveBlobResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5639,7 +5948,7 @@ func (x *RemoveBlobResponse) String() string {
 func (*RemoveBlobResponse) ProtoMessage() {}
 
 func (x *RemoveBlobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5652,7 +5961,7 @@ func (x *RemoveBlobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveBlobResponse.ProtoReflect.Descriptor instead.
 func (*RemoveBlobResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{80}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{85}
 }
 
 type TaskBlobsRequest struct {
@@ -5665,7 +5974,7 @@ type TaskBlobsRequest struct {
 
 func (x *TaskBlobsRequest) Reset() {
 	*x = TaskBlobsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5677,7 +5986,7 @@ func (x *TaskBlobsRequest) String() string {
 func (*TaskBlobsRequest) ProtoMessage() {}
 
 func (x *TaskBlobsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5690,7 +5999,7 @@ func (x *TaskBlobsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskBlobsRequest.ProtoReflect.Descriptor instead.
 func (*TaskBlobsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{81}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *TaskBlobsRequest) GetNode() string {
@@ -5716,7 +6025,7 @@ type TaskBlobsResponse struct {
 
 func (x *TaskBlobsResponse) Reset() {
 	*x = TaskBlobsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5728,7 +6037,7 @@ func (x *TaskBlobsResponse) String() string {
 func (*TaskBlobsResponse) ProtoMessage() {}
 
 func (x *TaskBlobsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5741,7 +6050,7 @@ func (x *TaskBlobsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskBlobsResponse.ProtoReflect.Descriptor instead.
 func (*TaskBlobsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{82}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *TaskBlobsResponse) GetBlobs() []*Blob {
@@ -5760,7 +6069,7 @@ type AssignmentsRequest struct {
 
 func (x *AssignmentsRequest) Reset() {
 	*x = AssignmentsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5772,7 +6081,7 @@ func (x *AssignmentsRequest) String() string {
 func (*AssignmentsRequest) ProtoMessage() {}
 
 func (x *AssignmentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5785,7 +6094,7 @@ func (x *AssignmentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignmentsRequest.ProtoReflect.Descriptor instead.
 func (*AssignmentsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{83}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *AssignmentsRequest) GetNode() string {
@@ -5815,7 +6124,7 @@ type AssignmentsResponse struct {
 
 func (x *AssignmentsResponse) Reset() {
 	*x = AssignmentsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5827,7 +6136,7 @@ func (x *AssignmentsResponse) String() string {
 func (*AssignmentsResponse) ProtoMessage() {}
 
 func (x *AssignmentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5840,7 +6149,7 @@ func (x *AssignmentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignmentsResponse.ProtoReflect.Descriptor instead.
 func (*AssignmentsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{84}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *AssignmentsResponse) GetIndex() uint64 {
@@ -5918,7 +6227,7 @@ type Trust struct {
 
 func (x *Trust) Reset() {
 	*x = Trust{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5930,7 +6239,7 @@ func (x *Trust) String() string {
 func (*Trust) ProtoMessage() {}
 
 func (x *Trust) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5943,7 +6252,7 @@ func (x *Trust) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Trust.ProtoReflect.Descriptor instead.
 func (*Trust) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{85}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *Trust) GetRoots() [][]byte {
@@ -5978,7 +6287,7 @@ type GossipKey struct {
 
 func (x *GossipKey) Reset() {
 	*x = GossipKey{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5990,7 +6299,7 @@ func (x *GossipKey) String() string {
 func (*GossipKey) ProtoMessage() {}
 
 func (x *GossipKey) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6003,7 +6312,7 @@ func (x *GossipKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GossipKey.ProtoReflect.Descriptor instead.
 func (*GossipKey) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{86}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *GossipKey) GetGeneration() uint64 {
@@ -6066,7 +6375,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6078,7 +6387,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6091,7 +6400,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{87}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *ReportRequest) GetNode() string {
@@ -6263,7 +6572,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6275,7 +6584,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6288,7 +6597,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{88}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{93}
 }
 
 type CheckEndpointsRequest struct {
@@ -6301,7 +6610,7 @@ type CheckEndpointsRequest struct {
 
 func (x *CheckEndpointsRequest) Reset() {
 	*x = CheckEndpointsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6313,7 +6622,7 @@ func (x *CheckEndpointsRequest) String() string {
 func (*CheckEndpointsRequest) ProtoMessage() {}
 
 func (x *CheckEndpointsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6326,7 +6635,7 @@ func (x *CheckEndpointsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckEndpointsRequest.ProtoReflect.Descriptor instead.
 func (*CheckEndpointsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{89}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *CheckEndpointsRequest) GetNode() string {
@@ -6352,7 +6661,7 @@ type CheckEndpointsResponse struct {
 
 func (x *CheckEndpointsResponse) Reset() {
 	*x = CheckEndpointsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6364,7 +6673,7 @@ func (x *CheckEndpointsResponse) String() string {
 func (*CheckEndpointsResponse) ProtoMessage() {}
 
 func (x *CheckEndpointsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6377,7 +6686,7 @@ func (x *CheckEndpointsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckEndpointsResponse.ProtoReflect.Descriptor instead.
 func (*CheckEndpointsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{90}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *CheckEndpointsResponse) GetWrong() []uint32 {
@@ -6395,7 +6704,7 @@ type TasksRequest struct {
 
 func (x *TasksRequest) Reset() {
 	*x = TasksRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6407,7 +6716,7 @@ func (x *TasksRequest) String() string {
 func (*TasksRequest) ProtoMessage() {}
 
 func (x *TasksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6420,7 +6729,7 @@ func (x *TasksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TasksRequest.ProtoReflect.Descriptor instead.
 func (*TasksRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{91}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{96}
 }
 
 type TasksResponse struct {
@@ -6432,7 +6741,7 @@ type TasksResponse struct {
 
 func (x *TasksResponse) Reset() {
 	*x = TasksResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[92]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6444,7 +6753,7 @@ func (x *TasksResponse) String() string {
 func (*TasksResponse) ProtoMessage() {}
 
 func (x *TasksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[92]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6457,7 +6766,7 @@ func (x *TasksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TasksResponse.ProtoReflect.Descriptor instead.
 func (*TasksResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{92}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *TasksResponse) GetTasks() []*Task {
@@ -6477,7 +6786,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[93]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6489,7 +6798,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[93]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6502,7 +6811,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{93}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *StatsRequest) GetTasks() []string {
@@ -6530,7 +6839,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[94]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6542,7 +6851,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[94]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6555,7 +6864,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{94}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *StatsResponse) GetNode() string {
@@ -6588,7 +6897,7 @@ type KernelRequest struct {
 
 func (x *KernelRequest) Reset() {
 	*x = KernelRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[95]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6600,7 +6909,7 @@ func (x *KernelRequest) String() string {
 func (*KernelRequest) ProtoMessage() {}
 
 func (x *KernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[95]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6613,7 +6922,7 @@ func (x *KernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelRequest.ProtoReflect.Descriptor instead.
 func (*KernelRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{95}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *KernelRequest) GetService() string {
@@ -6634,7 +6943,7 @@ type KernelResponse struct {
 
 func (x *KernelResponse) Reset() {
 	*x = KernelResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[96]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6646,7 +6955,7 @@ func (x *KernelResponse) String() string {
 func (*KernelResponse) ProtoMessage() {}
 
 func (x *KernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[96]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6659,7 +6968,7 @@ func (x *KernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse.ProtoReflect.Descriptor instead.
 func (*KernelResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{96}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{101}
 }
 
 func (x *KernelResponse) GetNode() string {
@@ -6699,7 +7008,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[97]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6711,7 +7020,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[97]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6724,7 +7033,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{97}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{102}
 }
 
 func (x *ExecRequest) GetMsg() isExecRequest_Msg {
@@ -6827,7 +7136,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[98]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6839,7 +7148,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[98]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6852,7 +7161,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{98}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *ExecResponse) GetMsg() isExecResponse_Msg {
@@ -6924,7 +7233,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[99]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6936,7 +7245,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[99]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6949,7 +7258,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{99}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *LogsRequest) GetTask() string {
@@ -7002,7 +7311,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7014,7 +7323,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7027,7 +7336,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{100}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{105}
 }
 
 func (x *LogsResponse) GetStderr() bool {
@@ -7089,7 +7398,7 @@ type KillRequest struct {
 
 func (x *KillRequest) Reset() {
 	*x = KillRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[101]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7101,7 +7410,7 @@ func (x *KillRequest) String() string {
 func (*KillRequest) ProtoMessage() {}
 
 func (x *KillRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[101]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7114,7 +7423,7 @@ func (x *KillRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillRequest.ProtoReflect.Descriptor instead.
 func (*KillRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{101}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{106}
 }
 
 func (x *KillRequest) GetTask() string {
@@ -7139,7 +7448,7 @@ type KillResponse struct {
 
 func (x *KillResponse) Reset() {
 	*x = KillResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7151,7 +7460,7 @@ func (x *KillResponse) String() string {
 func (*KillResponse) ProtoMessage() {}
 
 func (x *KillResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7164,7 +7473,7 @@ func (x *KillResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillResponse.ProtoReflect.Descriptor instead.
 func (*KillResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{102}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{107}
 }
 
 type TopRequest struct {
@@ -7177,7 +7486,7 @@ type TopRequest struct {
 
 func (x *TopRequest) Reset() {
 	*x = TopRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7189,7 +7498,7 @@ func (x *TopRequest) String() string {
 func (*TopRequest) ProtoMessage() {}
 
 func (x *TopRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7202,7 +7511,7 @@ func (x *TopRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TopRequest.ProtoReflect.Descriptor instead.
 func (*TopRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{103}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{108}
 }
 
 func (x *TopRequest) GetTask() string {
@@ -7228,7 +7537,7 @@ type TopResponse struct {
 
 func (x *TopResponse) Reset() {
 	*x = TopResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7240,7 +7549,7 @@ func (x *TopResponse) String() string {
 func (*TopResponse) ProtoMessage() {}
 
 func (x *TopResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7253,7 +7562,7 @@ func (x *TopResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TopResponse.ProtoReflect.Descriptor instead.
 func (*TopResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{104}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{109}
 }
 
 func (x *TopResponse) GetLines() []string {
@@ -7272,7 +7581,7 @@ type WaitRequest struct {
 
 func (x *WaitRequest) Reset() {
 	*x = WaitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7284,7 +7593,7 @@ func (x *WaitRequest) String() string {
 func (*WaitRequest) ProtoMessage() {}
 
 func (x *WaitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7297,7 +7606,7 @@ func (x *WaitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitRequest.ProtoReflect.Descriptor instead.
 func (*WaitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{105}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{110}
 }
 
 func (x *WaitRequest) GetTask() string {
@@ -7316,7 +7625,7 @@ type WaitResponse struct {
 
 func (x *WaitResponse) Reset() {
 	*x = WaitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7328,7 +7637,7 @@ func (x *WaitResponse) String() string {
 func (*WaitResponse) ProtoMessage() {}
 
 func (x *WaitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7341,7 +7650,7 @@ func (x *WaitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitResponse.ProtoReflect.Descriptor instead.
 func (*WaitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{106}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{111}
 }
 
 func (x *WaitResponse) GetStatus() *TaskStatus {
@@ -7359,7 +7668,7 @@ type SaveSnapshotRequest struct {
 
 func (x *SaveSnapshotRequest) Reset() {
 	*x = SaveSnapshotRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7371,7 +7680,7 @@ func (x *SaveSnapshotRequest) String() string {
 func (*SaveSnapshotRequest) ProtoMessage() {}
 
 func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7384,7 +7693,7 @@ func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{107}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{112}
 }
 
 type SaveSnapshotResponse struct {
@@ -7396,7 +7705,7 @@ type SaveSnapshotResponse struct {
 
 func (x *SaveSnapshotResponse) Reset() {
 	*x = SaveSnapshotResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7408,7 +7717,7 @@ func (x *SaveSnapshotResponse) String() string {
 func (*SaveSnapshotResponse) ProtoMessage() {}
 
 func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7421,7 +7730,7 @@ func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{108}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{113}
 }
 
 func (x *SaveSnapshotResponse) GetSnapshot() []byte {
@@ -7446,7 +7755,7 @@ type Image struct {
 
 func (x *Image) Reset() {
 	*x = Image{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7458,7 +7767,7 @@ func (x *Image) String() string {
 func (*Image) ProtoMessage() {}
 
 func (x *Image) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7471,7 +7780,7 @@ func (x *Image) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Image.ProtoReflect.Descriptor instead.
 func (*Image) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{109}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{114}
 }
 
 func (x *Image) GetName() string {
@@ -7531,7 +7840,7 @@ type ImageListRequest struct {
 
 func (x *ImageListRequest) Reset() {
 	*x = ImageListRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7543,7 +7852,7 @@ func (x *ImageListRequest) String() string {
 func (*ImageListRequest) ProtoMessage() {}
 
 func (x *ImageListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7556,7 +7865,7 @@ func (x *ImageListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageListRequest.ProtoReflect.Descriptor instead.
 func (*ImageListRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{110}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{115}
 }
 
 type ImageListResponse struct {
@@ -7569,7 +7878,7 @@ type ImageListResponse struct {
 
 func (x *ImageListResponse) Reset() {
 	*x = ImageListResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7581,7 +7890,7 @@ func (x *ImageListResponse) String() string {
 func (*ImageListResponse) ProtoMessage() {}
 
 func (x *ImageListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7594,7 +7903,7 @@ func (x *ImageListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageListResponse.ProtoReflect.Descriptor instead.
 func (*ImageListResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{111}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{116}
 }
 
 func (x *ImageListResponse) GetNode() string {
@@ -7621,7 +7930,7 @@ type ImagePullRequest struct {
 
 func (x *ImagePullRequest) Reset() {
 	*x = ImagePullRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7633,7 +7942,7 @@ func (x *ImagePullRequest) String() string {
 func (*ImagePullRequest) ProtoMessage() {}
 
 func (x *ImagePullRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7646,7 +7955,7 @@ func (x *ImagePullRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagePullRequest.ProtoReflect.Descriptor instead.
 func (*ImagePullRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{112}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{117}
 }
 
 func (x *ImagePullRequest) GetImage() string {
@@ -7673,7 +7982,7 @@ type ImagePullResponse struct {
 
 func (x *ImagePullResponse) Reset() {
 	*x = ImagePullResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[118]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7685,7 +7994,7 @@ func (x *ImagePullResponse) String() string {
 func (*ImagePullResponse) ProtoMessage() {}
 
 func (x *ImagePullResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[118]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7698,7 +8007,7 @@ func (x *ImagePullResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagePullResponse.ProtoReflect.Descriptor instead.
 func (*ImagePullResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{113}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{118}
 }
 
 func (x *ImagePullResponse) GetProgress() string {
@@ -7725,7 +8034,7 @@ type ImageResolveRequest struct {
 
 func (x *ImageResolveRequest) Reset() {
 	*x = ImageResolveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[119]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7737,7 +8046,7 @@ func (x *ImageResolveRequest) String() string {
 func (*ImageResolveRequest) ProtoMessage() {}
 
 func (x *ImageResolveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[119]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7750,7 +8059,7 @@ func (x *ImageResolveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageResolveRequest.ProtoReflect.Descriptor instead.
 func (*ImageResolveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{114}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{119}
 }
 
 func (x *ImageResolveRequest) GetImage() string {
@@ -7776,7 +8085,7 @@ type ImageResolveResponse struct {
 
 func (x *ImageResolveResponse) Reset() {
 	*x = ImageResolveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[120]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7788,7 +8097,7 @@ func (x *ImageResolveResponse) String() string {
 func (*ImageResolveResponse) ProtoMessage() {}
 
 func (x *ImageResolveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[120]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7801,7 +8110,7 @@ func (x *ImageResolveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageResolveResponse.ProtoReflect.Descriptor instead.
 func (*ImageResolveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{115}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{120}
 }
 
 func (x *ImageResolveResponse) GetRef() string {
@@ -7821,7 +8130,7 @@ type ImageRemoveRequest struct {
 
 func (x *ImageRemoveRequest) Reset() {
 	*x = ImageRemoveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[121]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7833,7 +8142,7 @@ func (x *ImageRemoveRequest) String() string {
 func (*ImageRemoveRequest) ProtoMessage() {}
 
 func (x *ImageRemoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[121]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7846,7 +8155,7 @@ func (x *ImageRemoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageRemoveRequest.ProtoReflect.Descriptor instead.
 func (*ImageRemoveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{116}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{121}
 }
 
 func (x *ImageRemoveRequest) GetImage() string {
@@ -7873,7 +8182,7 @@ type ImagePruneRequest struct {
 
 func (x *ImagePruneRequest) Reset() {
 	*x = ImagePruneRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[122]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7885,7 +8194,7 @@ func (x *ImagePruneRequest) String() string {
 func (*ImagePruneRequest) ProtoMessage() {}
 
 func (x *ImagePruneRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[122]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7898,7 +8207,7 @@ func (x *ImagePruneRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagePruneRequest.ProtoReflect.Descriptor instead.
 func (*ImagePruneRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{117}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{122}
 }
 
 func (x *ImagePruneRequest) GetAll() bool {
@@ -7925,7 +8234,7 @@ type ImageRemoveResponse struct {
 
 func (x *ImageRemoveResponse) Reset() {
 	*x = ImageRemoveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[118]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[123]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7937,7 +8246,7 @@ func (x *ImageRemoveResponse) String() string {
 func (*ImageRemoveResponse) ProtoMessage() {}
 
 func (x *ImageRemoveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[118]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[123]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7950,7 +8259,7 @@ func (x *ImageRemoveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageRemoveResponse.ProtoReflect.Descriptor instead.
 func (*ImageRemoveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{118}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{123}
 }
 
 func (x *ImageRemoveResponse) GetRemoved() []string {
@@ -7976,7 +8285,7 @@ type ImageInspectRequest struct {
 
 func (x *ImageInspectRequest) Reset() {
 	*x = ImageInspectRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[119]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[124]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7988,7 +8297,7 @@ func (x *ImageInspectRequest) String() string {
 func (*ImageInspectRequest) ProtoMessage() {}
 
 func (x *ImageInspectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[119]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[124]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8001,7 +8310,7 @@ func (x *ImageInspectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageInspectRequest.ProtoReflect.Descriptor instead.
 func (*ImageInspectRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{119}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{124}
 }
 
 func (x *ImageInspectRequest) GetImage() string {
@@ -8021,7 +8330,7 @@ type ImageInspectResponse struct {
 
 func (x *ImageInspectResponse) Reset() {
 	*x = ImageInspectResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[120]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[125]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8033,7 +8342,7 @@ func (x *ImageInspectResponse) String() string {
 func (*ImageInspectResponse) ProtoMessage() {}
 
 func (x *ImageInspectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[120]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[125]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8046,7 +8355,7 @@ func (x *ImageInspectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageInspectResponse.ProtoReflect.Descriptor instead.
 func (*ImageInspectResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{120}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{125}
 }
 
 func (x *ImageInspectResponse) GetImage() *Image {
@@ -8073,7 +8382,7 @@ type ImageLoadRequest struct {
 
 func (x *ImageLoadRequest) Reset() {
 	*x = ImageLoadRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[121]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[126]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8085,7 +8394,7 @@ func (x *ImageLoadRequest) String() string {
 func (*ImageLoadRequest) ProtoMessage() {}
 
 func (x *ImageLoadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[121]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[126]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8098,7 +8407,7 @@ func (x *ImageLoadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageLoadRequest.ProtoReflect.Descriptor instead.
 func (*ImageLoadRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{121}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{126}
 }
 
 func (x *ImageLoadRequest) GetName() string {
@@ -8124,7 +8433,7 @@ type ImageLoadResponse struct {
 
 func (x *ImageLoadResponse) Reset() {
 	*x = ImageLoadResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[122]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[127]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8136,7 +8445,7 @@ func (x *ImageLoadResponse) String() string {
 func (*ImageLoadResponse) ProtoMessage() {}
 
 func (x *ImageLoadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[122]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[127]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8149,7 +8458,7 @@ func (x *ImageLoadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageLoadResponse.ProtoReflect.Descriptor instead.
 func (*ImageLoadResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{122}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{127}
 }
 
 func (x *ImageLoadResponse) GetImages() []string {
@@ -8168,7 +8477,7 @@ type ImageSaveRequest struct {
 
 func (x *ImageSaveRequest) Reset() {
 	*x = ImageSaveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[123]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[128]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8180,7 +8489,7 @@ func (x *ImageSaveRequest) String() string {
 func (*ImageSaveRequest) ProtoMessage() {}
 
 func (x *ImageSaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[123]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[128]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8193,7 +8502,7 @@ func (x *ImageSaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageSaveRequest.ProtoReflect.Descriptor instead.
 func (*ImageSaveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{123}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{128}
 }
 
 func (x *ImageSaveRequest) GetImages() []string {
@@ -8212,7 +8521,7 @@ type ImageSaveResponse struct {
 
 func (x *ImageSaveResponse) Reset() {
 	*x = ImageSaveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[124]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[129]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8224,7 +8533,7 @@ func (x *ImageSaveResponse) String() string {
 func (*ImageSaveResponse) ProtoMessage() {}
 
 func (x *ImageSaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[124]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[129]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8237,7 +8546,7 @@ func (x *ImageSaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageSaveResponse.ProtoReflect.Descriptor instead.
 func (*ImageSaveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{124}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{129}
 }
 
 func (x *ImageSaveResponse) GetData() []byte {
@@ -8261,7 +8570,7 @@ type Volume struct {
 
 func (x *Volume) Reset() {
 	*x = Volume{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[125]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[130]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8273,7 +8582,7 @@ func (x *Volume) String() string {
 func (*Volume) ProtoMessage() {}
 
 func (x *Volume) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[125]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[130]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8286,7 +8595,7 @@ func (x *Volume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Volume.ProtoReflect.Descriptor instead.
 func (*Volume) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{125}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{130}
 }
 
 func (x *Volume) GetName() string {
@@ -8339,7 +8648,7 @@ type VolumeListRequest struct {
 
 func (x *VolumeListRequest) Reset() {
 	*x = VolumeListRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[126]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[131]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8351,7 +8660,7 @@ func (x *VolumeListRequest) String() string {
 func (*VolumeListRequest) ProtoMessage() {}
 
 func (x *VolumeListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[126]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[131]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8364,7 +8673,7 @@ func (x *VolumeListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeListRequest.ProtoReflect.Descriptor instead.
 func (*VolumeListRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{126}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{131}
 }
 
 type VolumeListResponse struct {
@@ -8377,7 +8686,7 @@ type VolumeListResponse struct {
 
 func (x *VolumeListResponse) Reset() {
 	*x = VolumeListResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[127]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[132]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8389,7 +8698,7 @@ func (x *VolumeListResponse) String() string {
 func (*VolumeListResponse) ProtoMessage() {}
 
 func (x *VolumeListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[127]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[132]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8402,7 +8711,7 @@ func (x *VolumeListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeListResponse.ProtoReflect.Descriptor instead.
 func (*VolumeListResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{127}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{132}
 }
 
 func (x *VolumeListResponse) GetNode() string {
@@ -8429,7 +8738,7 @@ type VolumeCreateRequest struct {
 
 func (x *VolumeCreateRequest) Reset() {
 	*x = VolumeCreateRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[128]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[133]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8441,7 +8750,7 @@ func (x *VolumeCreateRequest) String() string {
 func (*VolumeCreateRequest) ProtoMessage() {}
 
 func (x *VolumeCreateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[128]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[133]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8454,7 +8763,7 @@ func (x *VolumeCreateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeCreateRequest.ProtoReflect.Descriptor instead.
 func (*VolumeCreateRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{128}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{133}
 }
 
 func (x *VolumeCreateRequest) GetName() string {
@@ -8480,7 +8789,7 @@ type VolumeCreateResponse struct {
 
 func (x *VolumeCreateResponse) Reset() {
 	*x = VolumeCreateResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[129]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[134]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8492,7 +8801,7 @@ func (x *VolumeCreateResponse) String() string {
 func (*VolumeCreateResponse) ProtoMessage() {}
 
 func (x *VolumeCreateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[129]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[134]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8505,7 +8814,7 @@ func (x *VolumeCreateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeCreateResponse.ProtoReflect.Descriptor instead.
 func (*VolumeCreateResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{129}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{134}
 }
 
 func (x *VolumeCreateResponse) GetVolume() *Volume {
@@ -8525,7 +8834,7 @@ type VolumeRemoveRequest struct {
 
 func (x *VolumeRemoveRequest) Reset() {
 	*x = VolumeRemoveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[130]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[135]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8537,7 +8846,7 @@ func (x *VolumeRemoveRequest) String() string {
 func (*VolumeRemoveRequest) ProtoMessage() {}
 
 func (x *VolumeRemoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[130]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[135]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8550,7 +8859,7 @@ func (x *VolumeRemoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeRemoveRequest.ProtoReflect.Descriptor instead.
 func (*VolumeRemoveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{130}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{135}
 }
 
 func (x *VolumeRemoveRequest) GetName() string {
@@ -8575,7 +8884,7 @@ type VolumeRemoveResponse struct {
 
 func (x *VolumeRemoveResponse) Reset() {
 	*x = VolumeRemoveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[131]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[136]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8587,7 +8896,7 @@ func (x *VolumeRemoveResponse) String() string {
 func (*VolumeRemoveResponse) ProtoMessage() {}
 
 func (x *VolumeRemoveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[131]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[136]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8600,7 +8909,7 @@ func (x *VolumeRemoveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeRemoveResponse.ProtoReflect.Descriptor instead.
 func (*VolumeRemoveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{131}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{136}
 }
 
 // RestoreSnapshot makes the cluster of a snapshot, with this node as its manager.
@@ -8615,7 +8924,7 @@ type RestoreSnapshotRequest struct {
 
 func (x *RestoreSnapshotRequest) Reset() {
 	*x = RestoreSnapshotRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[132]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[137]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8627,7 +8936,7 @@ func (x *RestoreSnapshotRequest) String() string {
 func (*RestoreSnapshotRequest) ProtoMessage() {}
 
 func (x *RestoreSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[132]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[137]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8640,7 +8949,7 @@ func (x *RestoreSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*RestoreSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{132}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{137}
 }
 
 func (x *RestoreSnapshotRequest) GetSnapshot() []byte {
@@ -8674,7 +8983,7 @@ type UnlockRequest struct {
 
 func (x *UnlockRequest) Reset() {
 	*x = UnlockRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[133]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[138]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8686,7 +8995,7 @@ func (x *UnlockRequest) String() string {
 func (*UnlockRequest) ProtoMessage() {}
 
 func (x *UnlockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[133]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[138]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8699,7 +9008,7 @@ func (x *UnlockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockRequest.ProtoReflect.Descriptor instead.
 func (*UnlockRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{133}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{138}
 }
 
 func (x *UnlockRequest) GetKey() string {
@@ -8717,7 +9026,7 @@ type UnlockResponse struct {
 
 func (x *UnlockResponse) Reset() {
 	*x = UnlockResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[134]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[139]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8729,7 +9038,7 @@ func (x *UnlockResponse) String() string {
 func (*UnlockResponse) ProtoMessage() {}
 
 func (x *UnlockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[134]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[139]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8742,7 +9051,7 @@ func (x *UnlockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockResponse.ProtoReflect.Descriptor instead.
 func (*UnlockResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{134}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{139}
 }
 
 type InfoRequest struct {
@@ -8753,7 +9062,7 @@ type InfoRequest struct {
 
 func (x *InfoRequest) Reset() {
 	*x = InfoRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[135]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[140]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8765,7 +9074,7 @@ func (x *InfoRequest) String() string {
 func (*InfoRequest) ProtoMessage() {}
 
 func (x *InfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[135]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[140]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8778,7 +9087,7 @@ func (x *InfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoRequest.ProtoReflect.Descriptor instead.
 func (*InfoRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{135}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{140}
 }
 
 type InfoResponse struct {
@@ -8810,7 +9119,7 @@ type InfoResponse struct {
 
 func (x *InfoResponse) Reset() {
 	*x = InfoResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[136]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[141]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8822,7 +9131,7 @@ func (x *InfoResponse) String() string {
 func (*InfoResponse) ProtoMessage() {}
 
 func (x *InfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[136]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[141]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8835,7 +9144,7 @@ func (x *InfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoResponse.ProtoReflect.Descriptor instead.
 func (*InfoResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{136}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{141}
 }
 
 func (x *InfoResponse) GetVersion() string {
@@ -8992,7 +9301,7 @@ type InitRequest struct {
 
 func (x *InitRequest) Reset() {
 	*x = InitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[137]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[142]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9004,7 +9313,7 @@ func (x *InitRequest) String() string {
 func (*InitRequest) ProtoMessage() {}
 
 func (x *InitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[137]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[142]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9017,7 +9326,7 @@ func (x *InitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitRequest.ProtoReflect.Descriptor instead.
 func (*InitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{137}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{142}
 }
 
 func (x *InitRequest) GetAdvertiseAddr() string {
@@ -9077,7 +9386,7 @@ type InitResponse struct {
 
 func (x *InitResponse) Reset() {
 	*x = InitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[138]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[143]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9089,7 +9398,7 @@ func (x *InitResponse) String() string {
 func (*InitResponse) ProtoMessage() {}
 
 func (x *InitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[138]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[143]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9102,7 +9411,7 @@ func (x *InitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitResponse.ProtoReflect.Descriptor instead.
 func (*InitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{138}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{143}
 }
 
 func (x *InitResponse) GetCluster() string {
@@ -9166,7 +9475,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[139]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[144]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9178,7 +9487,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[139]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[144]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9191,7 +9500,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{139}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{144}
 }
 
 func (x *JoinRequest) GetRemote() string {
@@ -9232,7 +9541,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[140]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[145]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9244,7 +9553,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[140]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[145]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9257,7 +9566,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{140}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{145}
 }
 
 func (x *JoinResponse) GetCluster() string {
@@ -9283,7 +9592,7 @@ type LeaveRequest struct {
 
 func (x *LeaveRequest) Reset() {
 	*x = LeaveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[141]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[146]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9295,7 +9604,7 @@ func (x *LeaveRequest) String() string {
 func (*LeaveRequest) ProtoMessage() {}
 
 func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[141]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[146]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9308,7 +9617,7 @@ func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
 func (*LeaveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{141}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{146}
 }
 
 func (x *LeaveRequest) GetForce() bool {
@@ -9326,7 +9635,7 @@ type LeaveResponse struct {
 
 func (x *LeaveResponse) Reset() {
 	*x = LeaveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[142]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[147]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9338,7 +9647,7 @@ func (x *LeaveResponse) String() string {
 func (*LeaveResponse) ProtoMessage() {}
 
 func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[142]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[147]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9351,7 +9660,7 @@ func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveResponse.ProtoReflect.Descriptor instead.
 func (*LeaveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{142}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{147}
 }
 
 type DoctorRequest struct {
@@ -9362,7 +9671,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[143]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[148]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9374,7 +9683,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[143]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[148]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9387,7 +9696,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{143}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{148}
 }
 
 type DoctorResponse struct {
@@ -9400,7 +9709,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[144]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[149]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9412,7 +9721,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[144]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[149]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9425,7 +9734,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{144}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{149}
 }
 
 func (x *DoctorResponse) GetChecks() []*DoctorResponse_Check {
@@ -9454,7 +9763,7 @@ type ShowCAResponse_Root struct {
 
 func (x *ShowCAResponse_Root) Reset() {
 	*x = ShowCAResponse_Root{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[158]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[163]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9466,7 +9775,7 @@ func (x *ShowCAResponse_Root) String() string {
 func (*ShowCAResponse_Root) ProtoMessage() {}
 
 func (x *ShowCAResponse_Root) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[158]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[163]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9479,7 +9788,7 @@ func (x *ShowCAResponse_Root) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowCAResponse_Root.ProtoReflect.Descriptor instead.
 func (*ShowCAResponse_Root) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{66, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{71, 0}
 }
 
 func (x *ShowCAResponse_Root) GetCertificate() []byte {
@@ -9520,7 +9829,7 @@ type ReportRequest_Fault struct {
 
 func (x *ReportRequest_Fault) Reset() {
 	*x = ReportRequest_Fault{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[162]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[167]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9532,7 +9841,7 @@ func (x *ReportRequest_Fault) String() string {
 func (*ReportRequest_Fault) ProtoMessage() {}
 
 func (x *ReportRequest_Fault) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[162]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[167]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9545,7 +9854,7 @@ func (x *ReportRequest_Fault) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest_Fault.ProtoReflect.Descriptor instead.
 func (*ReportRequest_Fault) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{87, 2}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{92, 2}
 }
 
 func (x *ReportRequest_Fault) GetObject() string {
@@ -9578,7 +9887,7 @@ type CheckEndpointsRequest_Claim struct {
 
 func (x *CheckEndpointsRequest_Claim) Reset() {
 	*x = CheckEndpointsRequest_Claim{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[163]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[168]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9590,7 +9899,7 @@ func (x *CheckEndpointsRequest_Claim) String() string {
 func (*CheckEndpointsRequest_Claim) ProtoMessage() {}
 
 func (x *CheckEndpointsRequest_Claim) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[163]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[168]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9603,7 +9912,7 @@ func (x *CheckEndpointsRequest_Claim) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckEndpointsRequest_Claim.ProtoReflect.Descriptor instead.
 func (*CheckEndpointsRequest_Claim) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{89, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{94, 0}
 }
 
 func (x *CheckEndpointsRequest_Claim) GetNode() string {
@@ -9681,7 +9990,7 @@ type StatsResponse_Task struct {
 
 func (x *StatsResponse_Task) Reset() {
 	*x = StatsResponse_Task{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[164]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[169]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9693,7 +10002,7 @@ func (x *StatsResponse_Task) String() string {
 func (*StatsResponse_Task) ProtoMessage() {}
 
 func (x *StatsResponse_Task) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[164]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[169]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9706,7 +10015,7 @@ func (x *StatsResponse_Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse_Task.ProtoReflect.Descriptor instead.
 func (*StatsResponse_Task) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{94, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{99, 0}
 }
 
 func (x *StatsResponse_Task) GetId() string {
@@ -9842,7 +10151,7 @@ type StatsResponse_Drop struct {
 
 func (x *StatsResponse_Drop) Reset() {
 	*x = StatsResponse_Drop{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[165]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[170]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9854,7 +10163,7 @@ func (x *StatsResponse_Drop) String() string {
 func (*StatsResponse_Drop) ProtoMessage() {}
 
 func (x *StatsResponse_Drop) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[165]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[170]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9867,7 +10176,7 @@ func (x *StatsResponse_Drop) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse_Drop.ProtoReflect.Descriptor instead.
 func (*StatsResponse_Drop) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{94, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{99, 1}
 }
 
 func (x *StatsResponse_Drop) GetNetwork() string {
@@ -9909,7 +10218,7 @@ type KernelResponse_Backend struct {
 
 func (x *KernelResponse_Backend) Reset() {
 	*x = KernelResponse_Backend{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[166]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[171]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9921,7 +10230,7 @@ func (x *KernelResponse_Backend) String() string {
 func (*KernelResponse_Backend) ProtoMessage() {}
 
 func (x *KernelResponse_Backend) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[166]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[171]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9934,7 +10243,7 @@ func (x *KernelResponse_Backend) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse_Backend.ProtoReflect.Descriptor instead.
 func (*KernelResponse_Backend) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{96, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{101, 0}
 }
 
 func (x *KernelResponse_Backend) GetAddr() string {
@@ -9971,7 +10280,7 @@ type KernelResponse_Server struct {
 
 func (x *KernelResponse_Server) Reset() {
 	*x = KernelResponse_Server{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[167]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[172]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9983,7 +10292,7 @@ func (x *KernelResponse_Server) String() string {
 func (*KernelResponse_Server) ProtoMessage() {}
 
 func (x *KernelResponse_Server) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[167]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[172]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9996,7 +10305,7 @@ func (x *KernelResponse_Server) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse_Server.ProtoReflect.Descriptor instead.
 func (*KernelResponse_Server) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{96, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{101, 1}
 }
 
 func (x *KernelResponse_Server) GetService() string {
@@ -10048,13 +10357,14 @@ type ExecRequest_Start struct {
 	Attach        bool                   `protobuf:"varint,10,opt,name=attach,proto3" json:"attach,omitempty"` // no command: to the program of the task itself, which may be yet to start
 	Detach        bool                   `protobuf:"varint,11,opt,name=detach,proto3" json:"detach,omitempty"` // it runs on by itself; the exit status tells whether it was started
 	Rest          bool                   `protobuf:"varint,12,opt,name=rest,proto3" json:"rest,omitempty"`     // with attach: the output is read from what is kept of it, for which the task stays
+	Run           int32                  `protobuf:"varint,13,opt,name=run,proto3" json:"run,omitempty"`       // with attach: the task's run, which may be yet to be made
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ExecRequest_Start) Reset() {
 	*x = ExecRequest_Start{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[168]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[173]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10066,7 +10376,7 @@ func (x *ExecRequest_Start) String() string {
 func (*ExecRequest_Start) ProtoMessage() {}
 
 func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[168]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[173]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10079,7 +10389,7 @@ func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Start.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Start) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{97, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{102, 0}
 }
 
 func (x *ExecRequest_Start) GetTask() string {
@@ -10166,6 +10476,13 @@ func (x *ExecRequest_Start) GetRest() bool {
 	return false
 }
 
+func (x *ExecRequest_Start) GetRun() int32 {
+	if x != nil {
+		return x.Run
+	}
+	return 0
+}
+
 type ExecRequest_Resize struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Rows          int32                  `protobuf:"varint,1,opt,name=rows,proto3" json:"rows,omitempty"`
@@ -10176,7 +10493,7 @@ type ExecRequest_Resize struct {
 
 func (x *ExecRequest_Resize) Reset() {
 	*x = ExecRequest_Resize{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[169]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[174]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10188,7 +10505,7 @@ func (x *ExecRequest_Resize) String() string {
 func (*ExecRequest_Resize) ProtoMessage() {}
 
 func (x *ExecRequest_Resize) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[169]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[174]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10201,7 +10518,7 @@ func (x *ExecRequest_Resize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Resize.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Resize) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{97, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{102, 1}
 }
 
 func (x *ExecRequest_Resize) GetRows() int32 {
@@ -10230,7 +10547,7 @@ type DoctorResponse_Check struct {
 
 func (x *DoctorResponse_Check) Reset() {
 	*x = DoctorResponse_Check{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[172]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[177]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10242,7 +10559,7 @@ func (x *DoctorResponse_Check) String() string {
 func (*DoctorResponse_Check) ProtoMessage() {}
 
 func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[172]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[177]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10255,7 +10572,7 @@ func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Check.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Check) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{144, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{149, 0}
 }
 
 func (x *DoctorResponse_Check) GetName() string {
@@ -10301,7 +10618,7 @@ type DoctorResponse_Object struct {
 
 func (x *DoctorResponse_Object) Reset() {
 	*x = DoctorResponse_Object{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[173]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[178]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10313,7 +10630,7 @@ func (x *DoctorResponse_Object) String() string {
 func (*DoctorResponse_Object) ProtoMessage() {}
 
 func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[173]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[178]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10326,7 +10643,7 @@ func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Object.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Object) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{144, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{149, 1}
 }
 
 func (x *DoctorResponse_Object) GetReconciler() string {
@@ -10606,7 +10923,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"toComplete\"9\n" +
 	"\tNodeFault\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x18\n" +
-	"\amessage\x18\x02 \x01(\tR\amessage\"\x9e\x01\n" +
+	"\amessage\x18\x02 \x01(\tR\amessage\"\xb4\x01\n" +
 	"\n" +
 	"Attachment\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x14\n" +
@@ -10614,7 +10931,8 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\aaliases\x18\x03 \x03(\tR\aaliases\x12\x14\n" +
 	"\x05iface\x18\x04 \x01(\tR\x05iface\x12\x18\n" +
 	"\aleaving\x18\x05 \x01(\x04R\aleaving\x12\x16\n" +
-	"\x06joined\x18\x06 \x01(\x04R\x06joined\"\xce\x01\n" +
+	"\x06joined\x18\x06 \x01(\x04R\x06joined\x12\x14\n" +
+	"\x05fixed\x18\a \x01(\bR\x05fixed\"\xe0\x01\n" +
 	"\n" +
 	"TaskStatus\x12\x14\n" +
 	"\x05state\x18\x01 \x01(\tR\x05state\x12\x18\n" +
@@ -10624,7 +10942,12 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x05at_ms\x18\x05 \x01(\x03R\x04atMs\x12\x1a\n" +
 	"\breleased\x18\x06 \x01(\bR\breleased\x12\x14\n" +
 	"\x05wired\x18\a \x01(\x04R\x05wired\x12\x1a\n" +
-	"\blistened\x18\b \x01(\bR\blistened\"\x88\x04\n" +
+	"\blistened\x18\b \x01(\bR\blistened\x12\x10\n" +
+	"\x03run\x18\t \x01(\x05R\x03run\"O\n" +
+	"\bStopping\x12\x16\n" +
+	"\x06signal\x18\x01 \x01(\tR\x06signal\x12\x1e\n" +
+	"\bgrace_ns\x18\x02 \x01(\x03H\x00R\agraceNs\x88\x01\x01B\v\n" +
+	"\t_grace_ns\"\xca\x04\n" +
 	"\x04Task\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n" +
@@ -10643,7 +10966,9 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\aattempt\x18\r \x01(\x05R\aattempt\x12$\n" +
 	"\x05ports\x18\x0e \x03(\v2\x0e.shoal.v1.PortR\x05ports\x12+\n" +
 	"\x06faults\x18\x0f \x03(\v2\x13.shoal.v1.NodeFaultR\x06faults\x12(\n" +
-	"\x10listen_within_ms\x18\x10 \x01(\x03R\x0elistenWithinMs\"\xe5\a\n" +
+	"\x10listen_within_ms\x18\x10 \x01(\x03R\x0elistenWithinMs\x12\x10\n" +
+	"\x03run\x18\x11 \x01(\x05R\x03run\x12.\n" +
+	"\bstopping\x18\x12 \x01(\v2\x12.shoal.v1.StoppingR\bstopping\"\xe5\a\n" +
 	"\bNodeInfo\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +
@@ -10785,11 +11110,25 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x04node\x18\x03 \x01(\tR\x04node\x12\x10\n" +
 	"\x03all\x18\x04 \x01(\bR\x03all\"9\n" +
 	"\x11ListTasksResponse\x12$\n" +
-	"\x05tasks\x18\x01 \x03(\v2\x0e.shoal.v1.TaskR\x05tasks\";\n" +
+	"\x05tasks\x18\x01 \x03(\v2\x0e.shoal.v1.TaskR\x05tasks\"k\n" +
 	"\x0fStopTaskRequest\x12\x10\n" +
 	"\x03ref\x18\x01 \x01(\tR\x03ref\x12\x16\n" +
-	"\x06remove\x18\x02 \x01(\bR\x06remove\"\x12\n" +
-	"\x10StopTaskResponse\"&\n" +
+	"\x06remove\x18\x02 \x01(\bR\x06remove\x12.\n" +
+	"\bstopping\x18\x03 \x01(\v2\x12.shoal.v1.StoppingR\bstopping\"\x12\n" +
+	"\x10StopTaskResponse\"\x98\x01\n" +
+	"\x10StartTaskRequest\x12\x10\n" +
+	"\x03ref\x18\x01 \x01(\tR\x03ref\x12\x10\n" +
+	"\x03run\x18\x02 \x01(\x05R\x03run\x12\x18\n" +
+	"\arestart\x18\x03 \x01(\bR\arestart\x12\x16\n" +
+	"\x06attach\x18\x04 \x01(\bR\x06attach\x12.\n" +
+	"\bstopping\x18\x05 \x01(\v2\x12.shoal.v1.StoppingR\bstopping\"7\n" +
+	"\x11StartTaskResponse\x12\"\n" +
+	"\x04task\x18\x01 \x01(\v2\x0e.shoal.v1.TaskR\x04task\"9\n" +
+	"\x11RenameTaskRequest\x12\x10\n" +
+	"\x03ref\x18\x01 \x01(\tR\x03ref\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\"8\n" +
+	"\x12RenameTaskResponse\x12\"\n" +
+	"\x04task\x18\x01 \x01(\v2\x0e.shoal.v1.TaskR\x04task\"&\n" +
 	"\x10ListNodesRequest\x12\x12\n" +
 	"\x04refs\x18\x01 \x03(\tR\x04refs\"=\n" +
 	"\x11ListNodesResponse\x12(\n" +
@@ -11041,13 +11380,13 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\anetwork\x18\x02 \x01(\tR\anetwork\x12\x10\n" +
 	"\x03vip\x18\x03 \x01(\tR\x03vip\x12\x12\n" +
 	"\x04open\x18\x04 \x01(\bR\x04open\x12<\n" +
-	"\bbackends\x18\x05 \x03(\v2 .shoal.v1.KernelResponse.BackendR\bbackends\"\x88\x04\n" +
+	"\bbackends\x18\x05 \x03(\v2 .shoal.v1.KernelResponse.BackendR\bbackends\"\x9a\x04\n" +
 	"\vExecRequest\x123\n" +
 	"\x05start\x18\x01 \x01(\v2\x1b.shoal.v1.ExecRequest.StartH\x00R\x05start\x12\x16\n" +
 	"\x05stdin\x18\x02 \x01(\fH\x00R\x05stdin\x12\x1d\n" +
 	"\tstdin_eof\x18\x03 \x01(\bH\x00R\bstdinEof\x126\n" +
 	"\x06resize\x18\x04 \x01(\v2\x1c.shoal.v1.ExecRequest.ResizeH\x00R\x06resize\x12\x18\n" +
-	"\x06signal\x18\x05 \x01(\x05H\x00R\x06signal\x1a\x81\x02\n" +
+	"\x06signal\x18\x05 \x01(\x05H\x00R\x06signal\x1a\x93\x02\n" +
 	"\x05Start\x12\x12\n" +
 	"\x04task\x18\x01 \x01(\tR\x04task\x12\x18\n" +
 	"\acommand\x18\x02 \x03(\tR\acommand\x12\x10\n" +
@@ -11061,7 +11400,8 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x06attach\x18\n" +
 	" \x01(\bR\x06attach\x12\x16\n" +
 	"\x06detach\x18\v \x01(\bR\x06detach\x12\x12\n" +
-	"\x04rest\x18\f \x01(\bR\x04rest\x1a0\n" +
+	"\x04rest\x18\f \x01(\bR\x04rest\x12\x10\n" +
+	"\x03run\x18\r \x01(\x05R\x03run\x1a0\n" +
 	"\x06Resize\x12\x12\n" +
 	"\x04rows\x18\x01 \x01(\x05R\x04rows\x12\x12\n" +
 	"\x04cols\x18\x02 \x01(\x05R\x04colsB\x05\n" +
@@ -11254,7 +11594,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x02op\x18\x04 \x01(\tR\x02op\x12\x19\n" +
 	"\bsince_ms\x18\x05 \x01(\x03R\asinceMs\x12\x14\n" +
 	"\x05error\x18\x06 \x01(\tR\x05error\x12\x14\n" +
-	"\x05tries\x18\a \x01(\x05R\x05tries2\xf5\x13\n" +
+	"\x05tries\x18\a \x01(\x05R\x05tries2\x84\x15\n" +
 	"\aControl\x12P\n" +
 	"\rCreateNetwork\x12\x1e.shoal.v1.CreateNetworkRequest\x1a\x1f.shoal.v1.CreateNetworkResponse\x12M\n" +
 	"\fListNetworks\x12\x1d.shoal.v1.ListNetworksRequest\x1a\x1e.shoal.v1.ListNetworksResponse\x12P\n" +
@@ -11268,7 +11608,10 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\n" +
 	"CreateTask\x12\x1b.shoal.v1.CreateTaskRequest\x1a\x1c.shoal.v1.CreateTaskResponse\x12D\n" +
 	"\tListTasks\x12\x1a.shoal.v1.ListTasksRequest\x1a\x1b.shoal.v1.ListTasksResponse\x12A\n" +
-	"\bStopTask\x12\x19.shoal.v1.StopTaskRequest\x1a\x1a.shoal.v1.StopTaskResponse\x12G\n" +
+	"\bStopTask\x12\x19.shoal.v1.StopTaskRequest\x1a\x1a.shoal.v1.StopTaskResponse\x12D\n" +
+	"\tStartTask\x12\x1a.shoal.v1.StartTaskRequest\x1a\x1b.shoal.v1.StartTaskResponse\x12G\n" +
+	"\n" +
+	"RenameTask\x12\x1b.shoal.v1.RenameTaskRequest\x1a\x1c.shoal.v1.RenameTaskResponse\x12G\n" +
 	"\n" +
 	"CreateBlob\x12\x1b.shoal.v1.CreateBlobRequest\x1a\x1c.shoal.v1.CreateBlobResponse\x12G\n" +
 	"\n" +
@@ -11340,7 +11683,7 @@ func file_shoal_v1_shoal_proto_rawDescGZIP() []byte {
 	return file_shoal_v1_shoal_proto_rawDescData
 }
 
-var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 174)
+var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 179)
 var file_shoal_v1_shoal_proto_goTypes = []any{
 	(*Network)(nil),                     // 0: shoal.v1.Network
 	(*NetworkAttachment)(nil),           // 1: shoal.v1.NetworkAttachment
@@ -11360,177 +11703,182 @@ var file_shoal_v1_shoal_proto_goTypes = []any{
 	(*NodeFault)(nil),                   // 15: shoal.v1.NodeFault
 	(*Attachment)(nil),                  // 16: shoal.v1.Attachment
 	(*TaskStatus)(nil),                  // 17: shoal.v1.TaskStatus
-	(*Task)(nil),                        // 18: shoal.v1.Task
-	(*NodeInfo)(nil),                    // 19: shoal.v1.NodeInfo
-	(*Cluster)(nil),                     // 20: shoal.v1.Cluster
-	(*CreateNetworkRequest)(nil),        // 21: shoal.v1.CreateNetworkRequest
-	(*CreateNetworkResponse)(nil),       // 22: shoal.v1.CreateNetworkResponse
-	(*ListNetworksRequest)(nil),         // 23: shoal.v1.ListNetworksRequest
-	(*ListNetworksResponse)(nil),        // 24: shoal.v1.ListNetworksResponse
-	(*RemoveNetworkRequest)(nil),        // 25: shoal.v1.RemoveNetworkRequest
-	(*RemoveNetworkResponse)(nil),       // 26: shoal.v1.RemoveNetworkResponse
-	(*ConnectNetworkRequest)(nil),       // 27: shoal.v1.ConnectNetworkRequest
-	(*ConnectNetworkResponse)(nil),      // 28: shoal.v1.ConnectNetworkResponse
-	(*DisconnectNetworkRequest)(nil),    // 29: shoal.v1.DisconnectNetworkRequest
-	(*DisconnectNetworkResponse)(nil),   // 30: shoal.v1.DisconnectNetworkResponse
-	(*EventsRequest)(nil),               // 31: shoal.v1.EventsRequest
-	(*Event)(nil),                       // 32: shoal.v1.Event
-	(*CreateServiceRequest)(nil),        // 33: shoal.v1.CreateServiceRequest
-	(*CreateServiceResponse)(nil),       // 34: shoal.v1.CreateServiceResponse
-	(*UpdateServiceRequest)(nil),        // 35: shoal.v1.UpdateServiceRequest
-	(*UpdateServiceResponse)(nil),       // 36: shoal.v1.UpdateServiceResponse
-	(*ListServicesRequest)(nil),         // 37: shoal.v1.ListServicesRequest
-	(*ListServicesResponse)(nil),        // 38: shoal.v1.ListServicesResponse
-	(*RemoveServiceRequest)(nil),        // 39: shoal.v1.RemoveServiceRequest
-	(*RemoveServiceResponse)(nil),       // 40: shoal.v1.RemoveServiceResponse
-	(*CreateTaskRequest)(nil),           // 41: shoal.v1.CreateTaskRequest
-	(*CreateTaskResponse)(nil),          // 42: shoal.v1.CreateTaskResponse
-	(*ListTasksRequest)(nil),            // 43: shoal.v1.ListTasksRequest
-	(*ListTasksResponse)(nil),           // 44: shoal.v1.ListTasksResponse
-	(*StopTaskRequest)(nil),             // 45: shoal.v1.StopTaskRequest
-	(*StopTaskResponse)(nil),            // 46: shoal.v1.StopTaskResponse
-	(*ListNodesRequest)(nil),            // 47: shoal.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),           // 48: shoal.v1.ListNodesResponse
-	(*UpdateNodeRequest)(nil),           // 49: shoal.v1.UpdateNodeRequest
-	(*UpdateNodeResponse)(nil),          // 50: shoal.v1.UpdateNodeResponse
-	(*RemoveNodeRequest)(nil),           // 51: shoal.v1.RemoveNodeRequest
-	(*RemoveNodeResponse)(nil),          // 52: shoal.v1.RemoveNodeResponse
-	(*JoinNodeRequest)(nil),             // 53: shoal.v1.JoinNodeRequest
-	(*JoinNodeResponse)(nil),            // 54: shoal.v1.JoinNodeResponse
-	(*Certificate)(nil),                 // 55: shoal.v1.Certificate
-	(*RenewCertificateRequest)(nil),     // 56: shoal.v1.RenewCertificateRequest
-	(*RenewCertificateResponse)(nil),    // 57: shoal.v1.RenewCertificateResponse
-	(*Lock)(nil),                        // 58: shoal.v1.Lock
-	(*LeaveNodeRequest)(nil),            // 59: shoal.v1.LeaveNodeRequest
-	(*LeaveNodeResponse)(nil),           // 60: shoal.v1.LeaveNodeResponse
-	(*ShowTokenRequest)(nil),            // 61: shoal.v1.ShowTokenRequest
-	(*ShowTokenResponse)(nil),           // 62: shoal.v1.ShowTokenResponse
-	(*RotateTokenRequest)(nil),          // 63: shoal.v1.RotateTokenRequest
-	(*RotateTokenResponse)(nil),         // 64: shoal.v1.RotateTokenResponse
-	(*ShowCARequest)(nil),               // 65: shoal.v1.ShowCARequest
-	(*ShowCAResponse)(nil),              // 66: shoal.v1.ShowCAResponse
-	(*UnlockKeyRequest)(nil),            // 67: shoal.v1.UnlockKeyRequest
-	(*UnlockKeyResponse)(nil),           // 68: shoal.v1.UnlockKeyResponse
-	(*RotateCARequest)(nil),             // 69: shoal.v1.RotateCARequest
-	(*RotateCAResponse)(nil),            // 70: shoal.v1.RotateCAResponse
-	(*AdmitManagerRequest)(nil),         // 71: shoal.v1.AdmitManagerRequest
-	(*AdmitManagerResponse)(nil),        // 72: shoal.v1.AdmitManagerResponse
-	(*CreateBlobRequest)(nil),           // 73: shoal.v1.CreateBlobRequest
-	(*CreateBlobResponse)(nil),          // 74: shoal.v1.CreateBlobResponse
-	(*UpdateBlobRequest)(nil),           // 75: shoal.v1.UpdateBlobRequest
-	(*UpdateBlobResponse)(nil),          // 76: shoal.v1.UpdateBlobResponse
-	(*ListBlobsRequest)(nil),            // 77: shoal.v1.ListBlobsRequest
-	(*ListBlobsResponse)(nil),           // 78: shoal.v1.ListBlobsResponse
-	(*RemoveBlobRequest)(nil),           // 79: shoal.v1.RemoveBlobRequest
-	(*RemoveBlobResponse)(nil),          // 80: shoal.v1.RemoveBlobResponse
-	(*TaskBlobsRequest)(nil),            // 81: shoal.v1.TaskBlobsRequest
-	(*TaskBlobsResponse)(nil),           // 82: shoal.v1.TaskBlobsResponse
-	(*AssignmentsRequest)(nil),          // 83: shoal.v1.AssignmentsRequest
-	(*AssignmentsResponse)(nil),         // 84: shoal.v1.AssignmentsResponse
-	(*Trust)(nil),                       // 85: shoal.v1.Trust
-	(*GossipKey)(nil),                   // 86: shoal.v1.GossipKey
-	(*ReportRequest)(nil),               // 87: shoal.v1.ReportRequest
-	(*ReportResponse)(nil),              // 88: shoal.v1.ReportResponse
-	(*CheckEndpointsRequest)(nil),       // 89: shoal.v1.CheckEndpointsRequest
-	(*CheckEndpointsResponse)(nil),      // 90: shoal.v1.CheckEndpointsResponse
-	(*TasksRequest)(nil),                // 91: shoal.v1.TasksRequest
-	(*TasksResponse)(nil),               // 92: shoal.v1.TasksResponse
-	(*StatsRequest)(nil),                // 93: shoal.v1.StatsRequest
-	(*StatsResponse)(nil),               // 94: shoal.v1.StatsResponse
-	(*KernelRequest)(nil),               // 95: shoal.v1.KernelRequest
-	(*KernelResponse)(nil),              // 96: shoal.v1.KernelResponse
-	(*ExecRequest)(nil),                 // 97: shoal.v1.ExecRequest
-	(*ExecResponse)(nil),                // 98: shoal.v1.ExecResponse
-	(*LogsRequest)(nil),                 // 99: shoal.v1.LogsRequest
-	(*LogsResponse)(nil),                // 100: shoal.v1.LogsResponse
-	(*KillRequest)(nil),                 // 101: shoal.v1.KillRequest
-	(*KillResponse)(nil),                // 102: shoal.v1.KillResponse
-	(*TopRequest)(nil),                  // 103: shoal.v1.TopRequest
-	(*TopResponse)(nil),                 // 104: shoal.v1.TopResponse
-	(*WaitRequest)(nil),                 // 105: shoal.v1.WaitRequest
-	(*WaitResponse)(nil),                // 106: shoal.v1.WaitResponse
-	(*SaveSnapshotRequest)(nil),         // 107: shoal.v1.SaveSnapshotRequest
-	(*SaveSnapshotResponse)(nil),        // 108: shoal.v1.SaveSnapshotResponse
-	(*Image)(nil),                       // 109: shoal.v1.Image
-	(*ImageListRequest)(nil),            // 110: shoal.v1.ImageListRequest
-	(*ImageListResponse)(nil),           // 111: shoal.v1.ImageListResponse
-	(*ImagePullRequest)(nil),            // 112: shoal.v1.ImagePullRequest
-	(*ImagePullResponse)(nil),           // 113: shoal.v1.ImagePullResponse
-	(*ImageResolveRequest)(nil),         // 114: shoal.v1.ImageResolveRequest
-	(*ImageResolveResponse)(nil),        // 115: shoal.v1.ImageResolveResponse
-	(*ImageRemoveRequest)(nil),          // 116: shoal.v1.ImageRemoveRequest
-	(*ImagePruneRequest)(nil),           // 117: shoal.v1.ImagePruneRequest
-	(*ImageRemoveResponse)(nil),         // 118: shoal.v1.ImageRemoveResponse
-	(*ImageInspectRequest)(nil),         // 119: shoal.v1.ImageInspectRequest
-	(*ImageInspectResponse)(nil),        // 120: shoal.v1.ImageInspectResponse
-	(*ImageLoadRequest)(nil),            // 121: shoal.v1.ImageLoadRequest
-	(*ImageLoadResponse)(nil),           // 122: shoal.v1.ImageLoadResponse
-	(*ImageSaveRequest)(nil),            // 123: shoal.v1.ImageSaveRequest
-	(*ImageSaveResponse)(nil),           // 124: shoal.v1.ImageSaveResponse
-	(*Volume)(nil),                      // 125: shoal.v1.Volume
-	(*VolumeListRequest)(nil),           // 126: shoal.v1.VolumeListRequest
-	(*VolumeListResponse)(nil),          // 127: shoal.v1.VolumeListResponse
-	(*VolumeCreateRequest)(nil),         // 128: shoal.v1.VolumeCreateRequest
-	(*VolumeCreateResponse)(nil),        // 129: shoal.v1.VolumeCreateResponse
-	(*VolumeRemoveRequest)(nil),         // 130: shoal.v1.VolumeRemoveRequest
-	(*VolumeRemoveResponse)(nil),        // 131: shoal.v1.VolumeRemoveResponse
-	(*RestoreSnapshotRequest)(nil),      // 132: shoal.v1.RestoreSnapshotRequest
-	(*UnlockRequest)(nil),               // 133: shoal.v1.UnlockRequest
-	(*UnlockResponse)(nil),              // 134: shoal.v1.UnlockResponse
-	(*InfoRequest)(nil),                 // 135: shoal.v1.InfoRequest
-	(*InfoResponse)(nil),                // 136: shoal.v1.InfoResponse
-	(*InitRequest)(nil),                 // 137: shoal.v1.InitRequest
-	(*InitResponse)(nil),                // 138: shoal.v1.InitResponse
-	(*JoinRequest)(nil),                 // 139: shoal.v1.JoinRequest
-	(*JoinResponse)(nil),                // 140: shoal.v1.JoinResponse
-	(*LeaveRequest)(nil),                // 141: shoal.v1.LeaveRequest
-	(*LeaveResponse)(nil),               // 142: shoal.v1.LeaveResponse
-	(*DoctorRequest)(nil),               // 143: shoal.v1.DoctorRequest
-	(*DoctorResponse)(nil),              // 144: shoal.v1.DoctorResponse
-	nil,                                 // 145: shoal.v1.Network.LabelsEntry
-	nil,                                 // 146: shoal.v1.Network.OptionsEntry
-	nil,                                 // 147: shoal.v1.TaskSpec.LabelsEntry
-	nil,                                 // 148: shoal.v1.Blob.LabelsEntry
-	nil,                                 // 149: shoal.v1.Container.SysctlsEntry
-	nil,                                 // 150: shoal.v1.Mount.LabelsEntry
-	nil,                                 // 151: shoal.v1.ServiceSpec.LabelsEntry
-	nil,                                 // 152: shoal.v1.NodeInfo.LabelsEntry
-	nil,                                 // 153: shoal.v1.NodeInfo.EngineLabelsEntry
-	nil,                                 // 154: shoal.v1.CreateNetworkRequest.LabelsEntry
-	nil,                                 // 155: shoal.v1.CreateNetworkRequest.OptionsEntry
-	nil,                                 // 156: shoal.v1.Event.AttributesEntry
-	nil,                                 // 157: shoal.v1.UpdateNodeRequest.SetLabelsEntry
-	(*ShowCAResponse_Root)(nil),         // 158: shoal.v1.ShowCAResponse.Root
-	nil,                                 // 159: shoal.v1.UpdateBlobRequest.LabelsEntry
-	nil,                                 // 160: shoal.v1.ReportRequest.TasksEntry
-	nil,                                 // 161: shoal.v1.ReportRequest.EngineLabelsEntry
-	(*ReportRequest_Fault)(nil),         // 162: shoal.v1.ReportRequest.Fault
-	(*CheckEndpointsRequest_Claim)(nil), // 163: shoal.v1.CheckEndpointsRequest.Claim
-	(*StatsResponse_Task)(nil),          // 164: shoal.v1.StatsResponse.Task
-	(*StatsResponse_Drop)(nil),          // 165: shoal.v1.StatsResponse.Drop
-	(*KernelResponse_Backend)(nil),      // 166: shoal.v1.KernelResponse.Backend
-	(*KernelResponse_Server)(nil),       // 167: shoal.v1.KernelResponse.Server
-	(*ExecRequest_Start)(nil),           // 168: shoal.v1.ExecRequest.Start
-	(*ExecRequest_Resize)(nil),          // 169: shoal.v1.ExecRequest.Resize
-	nil,                                 // 170: shoal.v1.Volume.LabelsEntry
-	nil,                                 // 171: shoal.v1.VolumeCreateRequest.LabelsEntry
-	(*DoctorResponse_Check)(nil),        // 172: shoal.v1.DoctorResponse.Check
-	(*DoctorResponse_Object)(nil),       // 173: shoal.v1.DoctorResponse.Object
+	(*Stopping)(nil),                    // 18: shoal.v1.Stopping
+	(*Task)(nil),                        // 19: shoal.v1.Task
+	(*NodeInfo)(nil),                    // 20: shoal.v1.NodeInfo
+	(*Cluster)(nil),                     // 21: shoal.v1.Cluster
+	(*CreateNetworkRequest)(nil),        // 22: shoal.v1.CreateNetworkRequest
+	(*CreateNetworkResponse)(nil),       // 23: shoal.v1.CreateNetworkResponse
+	(*ListNetworksRequest)(nil),         // 24: shoal.v1.ListNetworksRequest
+	(*ListNetworksResponse)(nil),        // 25: shoal.v1.ListNetworksResponse
+	(*RemoveNetworkRequest)(nil),        // 26: shoal.v1.RemoveNetworkRequest
+	(*RemoveNetworkResponse)(nil),       // 27: shoal.v1.RemoveNetworkResponse
+	(*ConnectNetworkRequest)(nil),       // 28: shoal.v1.ConnectNetworkRequest
+	(*ConnectNetworkResponse)(nil),      // 29: shoal.v1.ConnectNetworkResponse
+	(*DisconnectNetworkRequest)(nil),    // 30: shoal.v1.DisconnectNetworkRequest
+	(*DisconnectNetworkResponse)(nil),   // 31: shoal.v1.DisconnectNetworkResponse
+	(*EventsRequest)(nil),               // 32: shoal.v1.EventsRequest
+	(*Event)(nil),                       // 33: shoal.v1.Event
+	(*CreateServiceRequest)(nil),        // 34: shoal.v1.CreateServiceRequest
+	(*CreateServiceResponse)(nil),       // 35: shoal.v1.CreateServiceResponse
+	(*UpdateServiceRequest)(nil),        // 36: shoal.v1.UpdateServiceRequest
+	(*UpdateServiceResponse)(nil),       // 37: shoal.v1.UpdateServiceResponse
+	(*ListServicesRequest)(nil),         // 38: shoal.v1.ListServicesRequest
+	(*ListServicesResponse)(nil),        // 39: shoal.v1.ListServicesResponse
+	(*RemoveServiceRequest)(nil),        // 40: shoal.v1.RemoveServiceRequest
+	(*RemoveServiceResponse)(nil),       // 41: shoal.v1.RemoveServiceResponse
+	(*CreateTaskRequest)(nil),           // 42: shoal.v1.CreateTaskRequest
+	(*CreateTaskResponse)(nil),          // 43: shoal.v1.CreateTaskResponse
+	(*ListTasksRequest)(nil),            // 44: shoal.v1.ListTasksRequest
+	(*ListTasksResponse)(nil),           // 45: shoal.v1.ListTasksResponse
+	(*StopTaskRequest)(nil),             // 46: shoal.v1.StopTaskRequest
+	(*StopTaskResponse)(nil),            // 47: shoal.v1.StopTaskResponse
+	(*StartTaskRequest)(nil),            // 48: shoal.v1.StartTaskRequest
+	(*StartTaskResponse)(nil),           // 49: shoal.v1.StartTaskResponse
+	(*RenameTaskRequest)(nil),           // 50: shoal.v1.RenameTaskRequest
+	(*RenameTaskResponse)(nil),          // 51: shoal.v1.RenameTaskResponse
+	(*ListNodesRequest)(nil),            // 52: shoal.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),           // 53: shoal.v1.ListNodesResponse
+	(*UpdateNodeRequest)(nil),           // 54: shoal.v1.UpdateNodeRequest
+	(*UpdateNodeResponse)(nil),          // 55: shoal.v1.UpdateNodeResponse
+	(*RemoveNodeRequest)(nil),           // 56: shoal.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),          // 57: shoal.v1.RemoveNodeResponse
+	(*JoinNodeRequest)(nil),             // 58: shoal.v1.JoinNodeRequest
+	(*JoinNodeResponse)(nil),            // 59: shoal.v1.JoinNodeResponse
+	(*Certificate)(nil),                 // 60: shoal.v1.Certificate
+	(*RenewCertificateRequest)(nil),     // 61: shoal.v1.RenewCertificateRequest
+	(*RenewCertificateResponse)(nil),    // 62: shoal.v1.RenewCertificateResponse
+	(*Lock)(nil),                        // 63: shoal.v1.Lock
+	(*LeaveNodeRequest)(nil),            // 64: shoal.v1.LeaveNodeRequest
+	(*LeaveNodeResponse)(nil),           // 65: shoal.v1.LeaveNodeResponse
+	(*ShowTokenRequest)(nil),            // 66: shoal.v1.ShowTokenRequest
+	(*ShowTokenResponse)(nil),           // 67: shoal.v1.ShowTokenResponse
+	(*RotateTokenRequest)(nil),          // 68: shoal.v1.RotateTokenRequest
+	(*RotateTokenResponse)(nil),         // 69: shoal.v1.RotateTokenResponse
+	(*ShowCARequest)(nil),               // 70: shoal.v1.ShowCARequest
+	(*ShowCAResponse)(nil),              // 71: shoal.v1.ShowCAResponse
+	(*UnlockKeyRequest)(nil),            // 72: shoal.v1.UnlockKeyRequest
+	(*UnlockKeyResponse)(nil),           // 73: shoal.v1.UnlockKeyResponse
+	(*RotateCARequest)(nil),             // 74: shoal.v1.RotateCARequest
+	(*RotateCAResponse)(nil),            // 75: shoal.v1.RotateCAResponse
+	(*AdmitManagerRequest)(nil),         // 76: shoal.v1.AdmitManagerRequest
+	(*AdmitManagerResponse)(nil),        // 77: shoal.v1.AdmitManagerResponse
+	(*CreateBlobRequest)(nil),           // 78: shoal.v1.CreateBlobRequest
+	(*CreateBlobResponse)(nil),          // 79: shoal.v1.CreateBlobResponse
+	(*UpdateBlobRequest)(nil),           // 80: shoal.v1.UpdateBlobRequest
+	(*UpdateBlobResponse)(nil),          // 81: shoal.v1.UpdateBlobResponse
+	(*ListBlobsRequest)(nil),            // 82: shoal.v1.ListBlobsRequest
+	(*ListBlobsResponse)(nil),           // 83: shoal.v1.ListBlobsResponse
+	(*RemoveBlobRequest)(nil),           // 84: shoal.v1.RemoveBlobRequest
+	(*RemoveBlobResponse)(nil),          // 85: shoal.v1.RemoveBlobResponse
+	(*TaskBlobsRequest)(nil),            // 86: shoal.v1.TaskBlobsRequest
+	(*TaskBlobsResponse)(nil),           // 87: shoal.v1.TaskBlobsResponse
+	(*AssignmentsRequest)(nil),          // 88: shoal.v1.AssignmentsRequest
+	(*AssignmentsResponse)(nil),         // 89: shoal.v1.AssignmentsResponse
+	(*Trust)(nil),                       // 90: shoal.v1.Trust
+	(*GossipKey)(nil),                   // 91: shoal.v1.GossipKey
+	(*ReportRequest)(nil),               // 92: shoal.v1.ReportRequest
+	(*ReportResponse)(nil),              // 93: shoal.v1.ReportResponse
+	(*CheckEndpointsRequest)(nil),       // 94: shoal.v1.CheckEndpointsRequest
+	(*CheckEndpointsResponse)(nil),      // 95: shoal.v1.CheckEndpointsResponse
+	(*TasksRequest)(nil),                // 96: shoal.v1.TasksRequest
+	(*TasksResponse)(nil),               // 97: shoal.v1.TasksResponse
+	(*StatsRequest)(nil),                // 98: shoal.v1.StatsRequest
+	(*StatsResponse)(nil),               // 99: shoal.v1.StatsResponse
+	(*KernelRequest)(nil),               // 100: shoal.v1.KernelRequest
+	(*KernelResponse)(nil),              // 101: shoal.v1.KernelResponse
+	(*ExecRequest)(nil),                 // 102: shoal.v1.ExecRequest
+	(*ExecResponse)(nil),                // 103: shoal.v1.ExecResponse
+	(*LogsRequest)(nil),                 // 104: shoal.v1.LogsRequest
+	(*LogsResponse)(nil),                // 105: shoal.v1.LogsResponse
+	(*KillRequest)(nil),                 // 106: shoal.v1.KillRequest
+	(*KillResponse)(nil),                // 107: shoal.v1.KillResponse
+	(*TopRequest)(nil),                  // 108: shoal.v1.TopRequest
+	(*TopResponse)(nil),                 // 109: shoal.v1.TopResponse
+	(*WaitRequest)(nil),                 // 110: shoal.v1.WaitRequest
+	(*WaitResponse)(nil),                // 111: shoal.v1.WaitResponse
+	(*SaveSnapshotRequest)(nil),         // 112: shoal.v1.SaveSnapshotRequest
+	(*SaveSnapshotResponse)(nil),        // 113: shoal.v1.SaveSnapshotResponse
+	(*Image)(nil),                       // 114: shoal.v1.Image
+	(*ImageListRequest)(nil),            // 115: shoal.v1.ImageListRequest
+	(*ImageListResponse)(nil),           // 116: shoal.v1.ImageListResponse
+	(*ImagePullRequest)(nil),            // 117: shoal.v1.ImagePullRequest
+	(*ImagePullResponse)(nil),           // 118: shoal.v1.ImagePullResponse
+	(*ImageResolveRequest)(nil),         // 119: shoal.v1.ImageResolveRequest
+	(*ImageResolveResponse)(nil),        // 120: shoal.v1.ImageResolveResponse
+	(*ImageRemoveRequest)(nil),          // 121: shoal.v1.ImageRemoveRequest
+	(*ImagePruneRequest)(nil),           // 122: shoal.v1.ImagePruneRequest
+	(*ImageRemoveResponse)(nil),         // 123: shoal.v1.ImageRemoveResponse
+	(*ImageInspectRequest)(nil),         // 124: shoal.v1.ImageInspectRequest
+	(*ImageInspectResponse)(nil),        // 125: shoal.v1.ImageInspectResponse
+	(*ImageLoadRequest)(nil),            // 126: shoal.v1.ImageLoadRequest
+	(*ImageLoadResponse)(nil),           // 127: shoal.v1.ImageLoadResponse
+	(*ImageSaveRequest)(nil),            // 128: shoal.v1.ImageSaveRequest
+	(*ImageSaveResponse)(nil),           // 129: shoal.v1.ImageSaveResponse
+	(*Volume)(nil),                      // 130: shoal.v1.Volume
+	(*VolumeListRequest)(nil),           // 131: shoal.v1.VolumeListRequest
+	(*VolumeListResponse)(nil),          // 132: shoal.v1.VolumeListResponse
+	(*VolumeCreateRequest)(nil),         // 133: shoal.v1.VolumeCreateRequest
+	(*VolumeCreateResponse)(nil),        // 134: shoal.v1.VolumeCreateResponse
+	(*VolumeRemoveRequest)(nil),         // 135: shoal.v1.VolumeRemoveRequest
+	(*VolumeRemoveResponse)(nil),        // 136: shoal.v1.VolumeRemoveResponse
+	(*RestoreSnapshotRequest)(nil),      // 137: shoal.v1.RestoreSnapshotRequest
+	(*UnlockRequest)(nil),               // 138: shoal.v1.UnlockRequest
+	(*UnlockResponse)(nil),              // 139: shoal.v1.UnlockResponse
+	(*InfoRequest)(nil),                 // 140: shoal.v1.InfoRequest
+	(*InfoResponse)(nil),                // 141: shoal.v1.InfoResponse
+	(*InitRequest)(nil),                 // 142: shoal.v1.InitRequest
+	(*InitResponse)(nil),                // 143: shoal.v1.InitResponse
+	(*JoinRequest)(nil),                 // 144: shoal.v1.JoinRequest
+	(*JoinResponse)(nil),                // 145: shoal.v1.JoinResponse
+	(*LeaveRequest)(nil),                // 146: shoal.v1.LeaveRequest
+	(*LeaveResponse)(nil),               // 147: shoal.v1.LeaveResponse
+	(*DoctorRequest)(nil),               // 148: shoal.v1.DoctorRequest
+	(*DoctorResponse)(nil),              // 149: shoal.v1.DoctorResponse
+	nil,                                 // 150: shoal.v1.Network.LabelsEntry
+	nil,                                 // 151: shoal.v1.Network.OptionsEntry
+	nil,                                 // 152: shoal.v1.TaskSpec.LabelsEntry
+	nil,                                 // 153: shoal.v1.Blob.LabelsEntry
+	nil,                                 // 154: shoal.v1.Container.SysctlsEntry
+	nil,                                 // 155: shoal.v1.Mount.LabelsEntry
+	nil,                                 // 156: shoal.v1.ServiceSpec.LabelsEntry
+	nil,                                 // 157: shoal.v1.NodeInfo.LabelsEntry
+	nil,                                 // 158: shoal.v1.NodeInfo.EngineLabelsEntry
+	nil,                                 // 159: shoal.v1.CreateNetworkRequest.LabelsEntry
+	nil,                                 // 160: shoal.v1.CreateNetworkRequest.OptionsEntry
+	nil,                                 // 161: shoal.v1.Event.AttributesEntry
+	nil,                                 // 162: shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	(*ShowCAResponse_Root)(nil),         // 163: shoal.v1.ShowCAResponse.Root
+	nil,                                 // 164: shoal.v1.UpdateBlobRequest.LabelsEntry
+	nil,                                 // 165: shoal.v1.ReportRequest.TasksEntry
+	nil,                                 // 166: shoal.v1.ReportRequest.EngineLabelsEntry
+	(*ReportRequest_Fault)(nil),         // 167: shoal.v1.ReportRequest.Fault
+	(*CheckEndpointsRequest_Claim)(nil), // 168: shoal.v1.CheckEndpointsRequest.Claim
+	(*StatsResponse_Task)(nil),          // 169: shoal.v1.StatsResponse.Task
+	(*StatsResponse_Drop)(nil),          // 170: shoal.v1.StatsResponse.Drop
+	(*KernelResponse_Backend)(nil),      // 171: shoal.v1.KernelResponse.Backend
+	(*KernelResponse_Server)(nil),       // 172: shoal.v1.KernelResponse.Server
+	(*ExecRequest_Start)(nil),           // 173: shoal.v1.ExecRequest.Start
+	(*ExecRequest_Resize)(nil),          // 174: shoal.v1.ExecRequest.Resize
+	nil,                                 // 175: shoal.v1.Volume.LabelsEntry
+	nil,                                 // 176: shoal.v1.VolumeCreateRequest.LabelsEntry
+	(*DoctorResponse_Check)(nil),        // 177: shoal.v1.DoctorResponse.Check
+	(*DoctorResponse_Object)(nil),       // 178: shoal.v1.DoctorResponse.Object
 }
 var file_shoal_v1_shoal_proto_depIdxs = []int32{
-	145, // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
-	146, // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
-	147, // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
+	150, // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
+	151, // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
+	152, // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
 	8,   // 3: shoal.v1.TaskSpec.health:type_name -> shoal.v1.HealthCheck
 	6,   // 4: shoal.v1.TaskSpec.container:type_name -> shoal.v1.Container
 	5,   // 5: shoal.v1.TaskSpec.resources:type_name -> shoal.v1.Resources
 	3,   // 6: shoal.v1.TaskSpec.secrets:type_name -> shoal.v1.BlobRef
 	3,   // 7: shoal.v1.TaskSpec.configs:type_name -> shoal.v1.BlobRef
-	148, // 8: shoal.v1.Blob.labels:type_name -> shoal.v1.Blob.LabelsEntry
+	153, // 8: shoal.v1.Blob.labels:type_name -> shoal.v1.Blob.LabelsEntry
 	7,   // 9: shoal.v1.Container.mounts:type_name -> shoal.v1.Mount
-	149, // 10: shoal.v1.Container.sysctls:type_name -> shoal.v1.Container.SysctlsEntry
-	150, // 11: shoal.v1.Mount.labels:type_name -> shoal.v1.Mount.LabelsEntry
-	151, // 12: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
+	154, // 10: shoal.v1.Container.sysctls:type_name -> shoal.v1.Container.SysctlsEntry
+	155, // 11: shoal.v1.Mount.labels:type_name -> shoal.v1.Mount.LabelsEntry
+	156, // 12: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
 	1,   // 13: shoal.v1.ServiceSpec.networks:type_name -> shoal.v1.NetworkAttachment
 	2,   // 14: shoal.v1.ServiceSpec.task:type_name -> shoal.v1.TaskSpec
 	9,   // 15: shoal.v1.ServiceSpec.ports:type_name -> shoal.v1.Port
@@ -11547,205 +11895,214 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	17,  // 26: shoal.v1.Task.status:type_name -> shoal.v1.TaskStatus
 	9,   // 27: shoal.v1.Task.ports:type_name -> shoal.v1.Port
 	15,  // 28: shoal.v1.Task.faults:type_name -> shoal.v1.NodeFault
-	152, // 29: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
-	153, // 30: shoal.v1.NodeInfo.engine_labels:type_name -> shoal.v1.NodeInfo.EngineLabelsEntry
-	154, // 31: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
-	155, // 32: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
-	0,   // 33: shoal.v1.CreateNetworkResponse.network:type_name -> shoal.v1.Network
-	0,   // 34: shoal.v1.ListNetworksResponse.networks:type_name -> shoal.v1.Network
-	18,  // 35: shoal.v1.ConnectNetworkResponse.task:type_name -> shoal.v1.Task
-	14,  // 36: shoal.v1.ConnectNetworkResponse.service:type_name -> shoal.v1.Service
-	18,  // 37: shoal.v1.DisconnectNetworkResponse.task:type_name -> shoal.v1.Task
-	14,  // 38: shoal.v1.DisconnectNetworkResponse.service:type_name -> shoal.v1.Service
-	156, // 39: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
-	10,  // 40: shoal.v1.CreateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
-	14,  // 41: shoal.v1.CreateServiceResponse.service:type_name -> shoal.v1.Service
-	10,  // 42: shoal.v1.UpdateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
-	14,  // 43: shoal.v1.UpdateServiceResponse.service:type_name -> shoal.v1.Service
-	14,  // 44: shoal.v1.ListServicesResponse.services:type_name -> shoal.v1.Service
-	2,   // 45: shoal.v1.CreateTaskRequest.spec:type_name -> shoal.v1.TaskSpec
-	1,   // 46: shoal.v1.CreateTaskRequest.networks:type_name -> shoal.v1.NetworkAttachment
-	9,   // 47: shoal.v1.CreateTaskRequest.ports:type_name -> shoal.v1.Port
-	18,  // 48: shoal.v1.CreateTaskResponse.task:type_name -> shoal.v1.Task
-	18,  // 49: shoal.v1.ListTasksResponse.tasks:type_name -> shoal.v1.Task
-	19,  // 50: shoal.v1.ListNodesResponse.nodes:type_name -> shoal.v1.NodeInfo
-	157, // 51: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
-	19,  // 52: shoal.v1.UpdateNodeResponse.node:type_name -> shoal.v1.NodeInfo
-	19,  // 53: shoal.v1.JoinNodeRequest.node:type_name -> shoal.v1.NodeInfo
-	20,  // 54: shoal.v1.JoinNodeResponse.cluster:type_name -> shoal.v1.Cluster
-	19,  // 55: shoal.v1.JoinNodeResponse.node:type_name -> shoal.v1.NodeInfo
-	19,  // 56: shoal.v1.JoinNodeResponse.managers:type_name -> shoal.v1.NodeInfo
-	55,  // 57: shoal.v1.JoinNodeResponse.certificate:type_name -> shoal.v1.Certificate
-	85,  // 58: shoal.v1.JoinNodeResponse.trust:type_name -> shoal.v1.Trust
-	58,  // 59: shoal.v1.JoinNodeResponse.lock:type_name -> shoal.v1.Lock
-	55,  // 60: shoal.v1.RenewCertificateResponse.certificate:type_name -> shoal.v1.Certificate
-	58,  // 61: shoal.v1.RenewCertificateResponse.lock:type_name -> shoal.v1.Lock
-	19,  // 62: shoal.v1.ShowTokenResponse.managers:type_name -> shoal.v1.NodeInfo
-	158, // 63: shoal.v1.ShowCAResponse.root:type_name -> shoal.v1.ShowCAResponse.Root
-	158, // 64: shoal.v1.ShowCAResponse.old:type_name -> shoal.v1.ShowCAResponse.Root
-	4,   // 65: shoal.v1.CreateBlobRequest.blob:type_name -> shoal.v1.Blob
-	4,   // 66: shoal.v1.CreateBlobResponse.blob:type_name -> shoal.v1.Blob
-	159, // 67: shoal.v1.UpdateBlobRequest.labels:type_name -> shoal.v1.UpdateBlobRequest.LabelsEntry
-	4,   // 68: shoal.v1.UpdateBlobResponse.blob:type_name -> shoal.v1.Blob
-	4,   // 69: shoal.v1.ListBlobsResponse.blobs:type_name -> shoal.v1.Blob
-	4,   // 70: shoal.v1.TaskBlobsResponse.blobs:type_name -> shoal.v1.Blob
-	18,  // 71: shoal.v1.AssignmentsResponse.tasks:type_name -> shoal.v1.Task
-	0,   // 72: shoal.v1.AssignmentsResponse.networks:type_name -> shoal.v1.Network
-	14,  // 73: shoal.v1.AssignmentsResponse.services:type_name -> shoal.v1.Service
-	19,  // 74: shoal.v1.AssignmentsResponse.nodes:type_name -> shoal.v1.NodeInfo
-	20,  // 75: shoal.v1.AssignmentsResponse.cluster:type_name -> shoal.v1.Cluster
-	85,  // 76: shoal.v1.AssignmentsResponse.trust:type_name -> shoal.v1.Trust
-	86,  // 77: shoal.v1.Trust.gossip_keys:type_name -> shoal.v1.GossipKey
-	160, // 78: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
-	162, // 79: shoal.v1.ReportRequest.faults:type_name -> shoal.v1.ReportRequest.Fault
-	161, // 80: shoal.v1.ReportRequest.engine_labels:type_name -> shoal.v1.ReportRequest.EngineLabelsEntry
-	163, // 81: shoal.v1.CheckEndpointsRequest.claims:type_name -> shoal.v1.CheckEndpointsRequest.Claim
-	18,  // 82: shoal.v1.TasksResponse.tasks:type_name -> shoal.v1.Task
-	164, // 83: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
-	165, // 84: shoal.v1.StatsResponse.drops:type_name -> shoal.v1.StatsResponse.Drop
-	167, // 85: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
-	168, // 86: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
-	169, // 87: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
-	17,  // 88: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
-	109, // 89: shoal.v1.ImageListResponse.images:type_name -> shoal.v1.Image
-	109, // 90: shoal.v1.ImageInspectResponse.image:type_name -> shoal.v1.Image
-	170, // 91: shoal.v1.Volume.labels:type_name -> shoal.v1.Volume.LabelsEntry
-	125, // 92: shoal.v1.VolumeListResponse.volumes:type_name -> shoal.v1.Volume
-	171, // 93: shoal.v1.VolumeCreateRequest.labels:type_name -> shoal.v1.VolumeCreateRequest.LabelsEntry
-	125, // 94: shoal.v1.VolumeCreateResponse.volume:type_name -> shoal.v1.Volume
-	19,  // 95: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
-	19,  // 96: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
-	19,  // 97: shoal.v1.InitResponse.lost:type_name -> shoal.v1.NodeInfo
-	19,  // 98: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
-	172, // 99: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
-	173, // 100: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
-	17,  // 101: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
-	166, // 102: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
-	21,  // 103: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
-	23,  // 104: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
-	25,  // 105: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
-	27,  // 106: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
-	29,  // 107: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
-	33,  // 108: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
-	35,  // 109: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
-	37,  // 110: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
-	39,  // 111: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
-	41,  // 112: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
-	43,  // 113: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
-	45,  // 114: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
-	73,  // 115: shoal.v1.Control.CreateBlob:input_type -> shoal.v1.CreateBlobRequest
-	75,  // 116: shoal.v1.Control.UpdateBlob:input_type -> shoal.v1.UpdateBlobRequest
-	77,  // 117: shoal.v1.Control.ListBlobs:input_type -> shoal.v1.ListBlobsRequest
-	79,  // 118: shoal.v1.Control.RemoveBlob:input_type -> shoal.v1.RemoveBlobRequest
-	81,  // 119: shoal.v1.Control.TaskBlobs:input_type -> shoal.v1.TaskBlobsRequest
-	47,  // 120: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
-	49,  // 121: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
-	51,  // 122: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
-	31,  // 123: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
-	61,  // 124: shoal.v1.Control.ShowToken:input_type -> shoal.v1.ShowTokenRequest
-	63,  // 125: shoal.v1.Control.RotateToken:input_type -> shoal.v1.RotateTokenRequest
-	65,  // 126: shoal.v1.Control.ShowCA:input_type -> shoal.v1.ShowCARequest
-	69,  // 127: shoal.v1.Control.RotateCA:input_type -> shoal.v1.RotateCARequest
-	67,  // 128: shoal.v1.Control.UnlockKey:input_type -> shoal.v1.UnlockKeyRequest
-	107, // 129: shoal.v1.Control.SaveSnapshot:input_type -> shoal.v1.SaveSnapshotRequest
-	56,  // 130: shoal.v1.Control.RenewCertificate:input_type -> shoal.v1.RenewCertificateRequest
-	59,  // 131: shoal.v1.Control.LeaveNode:input_type -> shoal.v1.LeaveNodeRequest
-	53,  // 132: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
-	71,  // 133: shoal.v1.Control.AdmitManager:input_type -> shoal.v1.AdmitManagerRequest
-	83,  // 134: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
-	87,  // 135: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
-	89,  // 136: shoal.v1.Control.CheckEndpoints:input_type -> shoal.v1.CheckEndpointsRequest
-	110, // 137: shoal.v1.Node.ImageList:input_type -> shoal.v1.ImageListRequest
-	112, // 138: shoal.v1.Node.ImagePull:input_type -> shoal.v1.ImagePullRequest
-	114, // 139: shoal.v1.Node.ImageResolve:input_type -> shoal.v1.ImageResolveRequest
-	116, // 140: shoal.v1.Node.ImageRemove:input_type -> shoal.v1.ImageRemoveRequest
-	117, // 141: shoal.v1.Node.ImagePrune:input_type -> shoal.v1.ImagePruneRequest
-	119, // 142: shoal.v1.Node.ImageInspect:input_type -> shoal.v1.ImageInspectRequest
-	121, // 143: shoal.v1.Node.ImageLoad:input_type -> shoal.v1.ImageLoadRequest
-	123, // 144: shoal.v1.Node.ImageSave:input_type -> shoal.v1.ImageSaveRequest
-	126, // 145: shoal.v1.Node.VolumeList:input_type -> shoal.v1.VolumeListRequest
-	128, // 146: shoal.v1.Node.VolumeCreate:input_type -> shoal.v1.VolumeCreateRequest
-	130, // 147: shoal.v1.Node.VolumeRemove:input_type -> shoal.v1.VolumeRemoveRequest
-	97,  // 148: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
-	99,  // 149: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
-	105, // 150: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
-	101, // 151: shoal.v1.Node.Kill:input_type -> shoal.v1.KillRequest
-	103, // 152: shoal.v1.Node.Top:input_type -> shoal.v1.TopRequest
-	91,  // 153: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
-	93,  // 154: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
-	95,  // 155: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
-	135, // 156: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
-	137, // 157: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
-	139, // 158: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
-	141, // 159: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
-	143, // 160: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
-	133, // 161: shoal.v1.Local.Unlock:input_type -> shoal.v1.UnlockRequest
-	132, // 162: shoal.v1.Local.RestoreSnapshot:input_type -> shoal.v1.RestoreSnapshotRequest
-	22,  // 163: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
-	24,  // 164: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
-	26,  // 165: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
-	28,  // 166: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
-	30,  // 167: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
-	34,  // 168: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
-	36,  // 169: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
-	38,  // 170: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
-	40,  // 171: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
-	42,  // 172: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
-	44,  // 173: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
-	46,  // 174: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
-	74,  // 175: shoal.v1.Control.CreateBlob:output_type -> shoal.v1.CreateBlobResponse
-	76,  // 176: shoal.v1.Control.UpdateBlob:output_type -> shoal.v1.UpdateBlobResponse
-	78,  // 177: shoal.v1.Control.ListBlobs:output_type -> shoal.v1.ListBlobsResponse
-	80,  // 178: shoal.v1.Control.RemoveBlob:output_type -> shoal.v1.RemoveBlobResponse
-	82,  // 179: shoal.v1.Control.TaskBlobs:output_type -> shoal.v1.TaskBlobsResponse
-	48,  // 180: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
-	50,  // 181: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
-	52,  // 182: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
-	32,  // 183: shoal.v1.Control.Events:output_type -> shoal.v1.Event
-	62,  // 184: shoal.v1.Control.ShowToken:output_type -> shoal.v1.ShowTokenResponse
-	64,  // 185: shoal.v1.Control.RotateToken:output_type -> shoal.v1.RotateTokenResponse
-	66,  // 186: shoal.v1.Control.ShowCA:output_type -> shoal.v1.ShowCAResponse
-	70,  // 187: shoal.v1.Control.RotateCA:output_type -> shoal.v1.RotateCAResponse
-	68,  // 188: shoal.v1.Control.UnlockKey:output_type -> shoal.v1.UnlockKeyResponse
-	108, // 189: shoal.v1.Control.SaveSnapshot:output_type -> shoal.v1.SaveSnapshotResponse
-	57,  // 190: shoal.v1.Control.RenewCertificate:output_type -> shoal.v1.RenewCertificateResponse
-	60,  // 191: shoal.v1.Control.LeaveNode:output_type -> shoal.v1.LeaveNodeResponse
-	54,  // 192: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
-	72,  // 193: shoal.v1.Control.AdmitManager:output_type -> shoal.v1.AdmitManagerResponse
-	84,  // 194: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
-	88,  // 195: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
-	90,  // 196: shoal.v1.Control.CheckEndpoints:output_type -> shoal.v1.CheckEndpointsResponse
-	111, // 197: shoal.v1.Node.ImageList:output_type -> shoal.v1.ImageListResponse
-	113, // 198: shoal.v1.Node.ImagePull:output_type -> shoal.v1.ImagePullResponse
-	115, // 199: shoal.v1.Node.ImageResolve:output_type -> shoal.v1.ImageResolveResponse
-	118, // 200: shoal.v1.Node.ImageRemove:output_type -> shoal.v1.ImageRemoveResponse
-	118, // 201: shoal.v1.Node.ImagePrune:output_type -> shoal.v1.ImageRemoveResponse
-	120, // 202: shoal.v1.Node.ImageInspect:output_type -> shoal.v1.ImageInspectResponse
-	122, // 203: shoal.v1.Node.ImageLoad:output_type -> shoal.v1.ImageLoadResponse
-	124, // 204: shoal.v1.Node.ImageSave:output_type -> shoal.v1.ImageSaveResponse
-	127, // 205: shoal.v1.Node.VolumeList:output_type -> shoal.v1.VolumeListResponse
-	129, // 206: shoal.v1.Node.VolumeCreate:output_type -> shoal.v1.VolumeCreateResponse
-	131, // 207: shoal.v1.Node.VolumeRemove:output_type -> shoal.v1.VolumeRemoveResponse
-	98,  // 208: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
-	100, // 209: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
-	106, // 210: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
-	102, // 211: shoal.v1.Node.Kill:output_type -> shoal.v1.KillResponse
-	104, // 212: shoal.v1.Node.Top:output_type -> shoal.v1.TopResponse
-	92,  // 213: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
-	94,  // 214: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
-	96,  // 215: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
-	136, // 216: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
-	138, // 217: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
-	140, // 218: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
-	142, // 219: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
-	144, // 220: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
-	134, // 221: shoal.v1.Local.Unlock:output_type -> shoal.v1.UnlockResponse
-	138, // 222: shoal.v1.Local.RestoreSnapshot:output_type -> shoal.v1.InitResponse
-	163, // [163:223] is the sub-list for method output_type
-	103, // [103:163] is the sub-list for method input_type
-	103, // [103:103] is the sub-list for extension type_name
-	103, // [103:103] is the sub-list for extension extendee
-	0,   // [0:103] is the sub-list for field type_name
+	18,  // 29: shoal.v1.Task.stopping:type_name -> shoal.v1.Stopping
+	157, // 30: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
+	158, // 31: shoal.v1.NodeInfo.engine_labels:type_name -> shoal.v1.NodeInfo.EngineLabelsEntry
+	159, // 32: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
+	160, // 33: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
+	0,   // 34: shoal.v1.CreateNetworkResponse.network:type_name -> shoal.v1.Network
+	0,   // 35: shoal.v1.ListNetworksResponse.networks:type_name -> shoal.v1.Network
+	19,  // 36: shoal.v1.ConnectNetworkResponse.task:type_name -> shoal.v1.Task
+	14,  // 37: shoal.v1.ConnectNetworkResponse.service:type_name -> shoal.v1.Service
+	19,  // 38: shoal.v1.DisconnectNetworkResponse.task:type_name -> shoal.v1.Task
+	14,  // 39: shoal.v1.DisconnectNetworkResponse.service:type_name -> shoal.v1.Service
+	161, // 40: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
+	10,  // 41: shoal.v1.CreateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
+	14,  // 42: shoal.v1.CreateServiceResponse.service:type_name -> shoal.v1.Service
+	10,  // 43: shoal.v1.UpdateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
+	14,  // 44: shoal.v1.UpdateServiceResponse.service:type_name -> shoal.v1.Service
+	14,  // 45: shoal.v1.ListServicesResponse.services:type_name -> shoal.v1.Service
+	2,   // 46: shoal.v1.CreateTaskRequest.spec:type_name -> shoal.v1.TaskSpec
+	1,   // 47: shoal.v1.CreateTaskRequest.networks:type_name -> shoal.v1.NetworkAttachment
+	9,   // 48: shoal.v1.CreateTaskRequest.ports:type_name -> shoal.v1.Port
+	19,  // 49: shoal.v1.CreateTaskResponse.task:type_name -> shoal.v1.Task
+	19,  // 50: shoal.v1.ListTasksResponse.tasks:type_name -> shoal.v1.Task
+	18,  // 51: shoal.v1.StopTaskRequest.stopping:type_name -> shoal.v1.Stopping
+	18,  // 52: shoal.v1.StartTaskRequest.stopping:type_name -> shoal.v1.Stopping
+	19,  // 53: shoal.v1.StartTaskResponse.task:type_name -> shoal.v1.Task
+	19,  // 54: shoal.v1.RenameTaskResponse.task:type_name -> shoal.v1.Task
+	20,  // 55: shoal.v1.ListNodesResponse.nodes:type_name -> shoal.v1.NodeInfo
+	162, // 56: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	20,  // 57: shoal.v1.UpdateNodeResponse.node:type_name -> shoal.v1.NodeInfo
+	20,  // 58: shoal.v1.JoinNodeRequest.node:type_name -> shoal.v1.NodeInfo
+	21,  // 59: shoal.v1.JoinNodeResponse.cluster:type_name -> shoal.v1.Cluster
+	20,  // 60: shoal.v1.JoinNodeResponse.node:type_name -> shoal.v1.NodeInfo
+	20,  // 61: shoal.v1.JoinNodeResponse.managers:type_name -> shoal.v1.NodeInfo
+	60,  // 62: shoal.v1.JoinNodeResponse.certificate:type_name -> shoal.v1.Certificate
+	90,  // 63: shoal.v1.JoinNodeResponse.trust:type_name -> shoal.v1.Trust
+	63,  // 64: shoal.v1.JoinNodeResponse.lock:type_name -> shoal.v1.Lock
+	60,  // 65: shoal.v1.RenewCertificateResponse.certificate:type_name -> shoal.v1.Certificate
+	63,  // 66: shoal.v1.RenewCertificateResponse.lock:type_name -> shoal.v1.Lock
+	20,  // 67: shoal.v1.ShowTokenResponse.managers:type_name -> shoal.v1.NodeInfo
+	163, // 68: shoal.v1.ShowCAResponse.root:type_name -> shoal.v1.ShowCAResponse.Root
+	163, // 69: shoal.v1.ShowCAResponse.old:type_name -> shoal.v1.ShowCAResponse.Root
+	4,   // 70: shoal.v1.CreateBlobRequest.blob:type_name -> shoal.v1.Blob
+	4,   // 71: shoal.v1.CreateBlobResponse.blob:type_name -> shoal.v1.Blob
+	164, // 72: shoal.v1.UpdateBlobRequest.labels:type_name -> shoal.v1.UpdateBlobRequest.LabelsEntry
+	4,   // 73: shoal.v1.UpdateBlobResponse.blob:type_name -> shoal.v1.Blob
+	4,   // 74: shoal.v1.ListBlobsResponse.blobs:type_name -> shoal.v1.Blob
+	4,   // 75: shoal.v1.TaskBlobsResponse.blobs:type_name -> shoal.v1.Blob
+	19,  // 76: shoal.v1.AssignmentsResponse.tasks:type_name -> shoal.v1.Task
+	0,   // 77: shoal.v1.AssignmentsResponse.networks:type_name -> shoal.v1.Network
+	14,  // 78: shoal.v1.AssignmentsResponse.services:type_name -> shoal.v1.Service
+	20,  // 79: shoal.v1.AssignmentsResponse.nodes:type_name -> shoal.v1.NodeInfo
+	21,  // 80: shoal.v1.AssignmentsResponse.cluster:type_name -> shoal.v1.Cluster
+	90,  // 81: shoal.v1.AssignmentsResponse.trust:type_name -> shoal.v1.Trust
+	91,  // 82: shoal.v1.Trust.gossip_keys:type_name -> shoal.v1.GossipKey
+	165, // 83: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
+	167, // 84: shoal.v1.ReportRequest.faults:type_name -> shoal.v1.ReportRequest.Fault
+	166, // 85: shoal.v1.ReportRequest.engine_labels:type_name -> shoal.v1.ReportRequest.EngineLabelsEntry
+	168, // 86: shoal.v1.CheckEndpointsRequest.claims:type_name -> shoal.v1.CheckEndpointsRequest.Claim
+	19,  // 87: shoal.v1.TasksResponse.tasks:type_name -> shoal.v1.Task
+	169, // 88: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
+	170, // 89: shoal.v1.StatsResponse.drops:type_name -> shoal.v1.StatsResponse.Drop
+	172, // 90: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
+	173, // 91: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
+	174, // 92: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
+	17,  // 93: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
+	114, // 94: shoal.v1.ImageListResponse.images:type_name -> shoal.v1.Image
+	114, // 95: shoal.v1.ImageInspectResponse.image:type_name -> shoal.v1.Image
+	175, // 96: shoal.v1.Volume.labels:type_name -> shoal.v1.Volume.LabelsEntry
+	130, // 97: shoal.v1.VolumeListResponse.volumes:type_name -> shoal.v1.Volume
+	176, // 98: shoal.v1.VolumeCreateRequest.labels:type_name -> shoal.v1.VolumeCreateRequest.LabelsEntry
+	130, // 99: shoal.v1.VolumeCreateResponse.volume:type_name -> shoal.v1.Volume
+	20,  // 100: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
+	20,  // 101: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
+	20,  // 102: shoal.v1.InitResponse.lost:type_name -> shoal.v1.NodeInfo
+	20,  // 103: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
+	177, // 104: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
+	178, // 105: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
+	17,  // 106: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
+	171, // 107: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
+	22,  // 108: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
+	24,  // 109: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
+	26,  // 110: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
+	28,  // 111: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
+	30,  // 112: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
+	34,  // 113: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
+	36,  // 114: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
+	38,  // 115: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
+	40,  // 116: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
+	42,  // 117: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
+	44,  // 118: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
+	46,  // 119: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
+	48,  // 120: shoal.v1.Control.StartTask:input_type -> shoal.v1.StartTaskRequest
+	50,  // 121: shoal.v1.Control.RenameTask:input_type -> shoal.v1.RenameTaskRequest
+	78,  // 122: shoal.v1.Control.CreateBlob:input_type -> shoal.v1.CreateBlobRequest
+	80,  // 123: shoal.v1.Control.UpdateBlob:input_type -> shoal.v1.UpdateBlobRequest
+	82,  // 124: shoal.v1.Control.ListBlobs:input_type -> shoal.v1.ListBlobsRequest
+	84,  // 125: shoal.v1.Control.RemoveBlob:input_type -> shoal.v1.RemoveBlobRequest
+	86,  // 126: shoal.v1.Control.TaskBlobs:input_type -> shoal.v1.TaskBlobsRequest
+	52,  // 127: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
+	54,  // 128: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
+	56,  // 129: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
+	32,  // 130: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
+	66,  // 131: shoal.v1.Control.ShowToken:input_type -> shoal.v1.ShowTokenRequest
+	68,  // 132: shoal.v1.Control.RotateToken:input_type -> shoal.v1.RotateTokenRequest
+	70,  // 133: shoal.v1.Control.ShowCA:input_type -> shoal.v1.ShowCARequest
+	74,  // 134: shoal.v1.Control.RotateCA:input_type -> shoal.v1.RotateCARequest
+	72,  // 135: shoal.v1.Control.UnlockKey:input_type -> shoal.v1.UnlockKeyRequest
+	112, // 136: shoal.v1.Control.SaveSnapshot:input_type -> shoal.v1.SaveSnapshotRequest
+	61,  // 137: shoal.v1.Control.RenewCertificate:input_type -> shoal.v1.RenewCertificateRequest
+	64,  // 138: shoal.v1.Control.LeaveNode:input_type -> shoal.v1.LeaveNodeRequest
+	58,  // 139: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
+	76,  // 140: shoal.v1.Control.AdmitManager:input_type -> shoal.v1.AdmitManagerRequest
+	88,  // 141: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
+	92,  // 142: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
+	94,  // 143: shoal.v1.Control.CheckEndpoints:input_type -> shoal.v1.CheckEndpointsRequest
+	115, // 144: shoal.v1.Node.ImageList:input_type -> shoal.v1.ImageListRequest
+	117, // 145: shoal.v1.Node.ImagePull:input_type -> shoal.v1.ImagePullRequest
+	119, // 146: shoal.v1.Node.ImageResolve:input_type -> shoal.v1.ImageResolveRequest
+	121, // 147: shoal.v1.Node.ImageRemove:input_type -> shoal.v1.ImageRemoveRequest
+	122, // 148: shoal.v1.Node.ImagePrune:input_type -> shoal.v1.ImagePruneRequest
+	124, // 149: shoal.v1.Node.ImageInspect:input_type -> shoal.v1.ImageInspectRequest
+	126, // 150: shoal.v1.Node.ImageLoad:input_type -> shoal.v1.ImageLoadRequest
+	128, // 151: shoal.v1.Node.ImageSave:input_type -> shoal.v1.ImageSaveRequest
+	131, // 152: shoal.v1.Node.VolumeList:input_type -> shoal.v1.VolumeListRequest
+	133, // 153: shoal.v1.Node.VolumeCreate:input_type -> shoal.v1.VolumeCreateRequest
+	135, // 154: shoal.v1.Node.VolumeRemove:input_type -> shoal.v1.VolumeRemoveRequest
+	102, // 155: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
+	104, // 156: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
+	110, // 157: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
+	106, // 158: shoal.v1.Node.Kill:input_type -> shoal.v1.KillRequest
+	108, // 159: shoal.v1.Node.Top:input_type -> shoal.v1.TopRequest
+	96,  // 160: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
+	98,  // 161: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
+	100, // 162: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
+	140, // 163: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
+	142, // 164: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
+	144, // 165: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
+	146, // 166: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
+	148, // 167: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
+	138, // 168: shoal.v1.Local.Unlock:input_type -> shoal.v1.UnlockRequest
+	137, // 169: shoal.v1.Local.RestoreSnapshot:input_type -> shoal.v1.RestoreSnapshotRequest
+	23,  // 170: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
+	25,  // 171: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
+	27,  // 172: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
+	29,  // 173: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
+	31,  // 174: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
+	35,  // 175: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
+	37,  // 176: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
+	39,  // 177: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
+	41,  // 178: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
+	43,  // 179: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
+	45,  // 180: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
+	47,  // 181: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
+	49,  // 182: shoal.v1.Control.StartTask:output_type -> shoal.v1.StartTaskResponse
+	51,  // 183: shoal.v1.Control.RenameTask:output_type -> shoal.v1.RenameTaskResponse
+	79,  // 184: shoal.v1.Control.CreateBlob:output_type -> shoal.v1.CreateBlobResponse
+	81,  // 185: shoal.v1.Control.UpdateBlob:output_type -> shoal.v1.UpdateBlobResponse
+	83,  // 186: shoal.v1.Control.ListBlobs:output_type -> shoal.v1.ListBlobsResponse
+	85,  // 187: shoal.v1.Control.RemoveBlob:output_type -> shoal.v1.RemoveBlobResponse
+	87,  // 188: shoal.v1.Control.TaskBlobs:output_type -> shoal.v1.TaskBlobsResponse
+	53,  // 189: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
+	55,  // 190: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
+	57,  // 191: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
+	33,  // 192: shoal.v1.Control.Events:output_type -> shoal.v1.Event
+	67,  // 193: shoal.v1.Control.ShowToken:output_type -> shoal.v1.ShowTokenResponse
+	69,  // 194: shoal.v1.Control.RotateToken:output_type -> shoal.v1.RotateTokenResponse
+	71,  // 195: shoal.v1.Control.ShowCA:output_type -> shoal.v1.ShowCAResponse
+	75,  // 196: shoal.v1.Control.RotateCA:output_type -> shoal.v1.RotateCAResponse
+	73,  // 197: shoal.v1.Control.UnlockKey:output_type -> shoal.v1.UnlockKeyResponse
+	113, // 198: shoal.v1.Control.SaveSnapshot:output_type -> shoal.v1.SaveSnapshotResponse
+	62,  // 199: shoal.v1.Control.RenewCertificate:output_type -> shoal.v1.RenewCertificateResponse
+	65,  // 200: shoal.v1.Control.LeaveNode:output_type -> shoal.v1.LeaveNodeResponse
+	59,  // 201: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
+	77,  // 202: shoal.v1.Control.AdmitManager:output_type -> shoal.v1.AdmitManagerResponse
+	89,  // 203: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
+	93,  // 204: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
+	95,  // 205: shoal.v1.Control.CheckEndpoints:output_type -> shoal.v1.CheckEndpointsResponse
+	116, // 206: shoal.v1.Node.ImageList:output_type -> shoal.v1.ImageListResponse
+	118, // 207: shoal.v1.Node.ImagePull:output_type -> shoal.v1.ImagePullResponse
+	120, // 208: shoal.v1.Node.ImageResolve:output_type -> shoal.v1.ImageResolveResponse
+	123, // 209: shoal.v1.Node.ImageRemove:output_type -> shoal.v1.ImageRemoveResponse
+	123, // 210: shoal.v1.Node.ImagePrune:output_type -> shoal.v1.ImageRemoveResponse
+	125, // 211: shoal.v1.Node.ImageInspect:output_type -> shoal.v1.ImageInspectResponse
+	127, // 212: shoal.v1.Node.ImageLoad:output_type -> shoal.v1.ImageLoadResponse
+	129, // 213: shoal.v1.Node.ImageSave:output_type -> shoal.v1.ImageSaveResponse
+	132, // 214: shoal.v1.Node.VolumeList:output_type -> shoal.v1.VolumeListResponse
+	134, // 215: shoal.v1.Node.VolumeCreate:output_type -> shoal.v1.VolumeCreateResponse
+	136, // 216: shoal.v1.Node.VolumeRemove:output_type -> shoal.v1.VolumeRemoveResponse
+	103, // 217: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
+	105, // 218: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
+	111, // 219: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
+	107, // 220: shoal.v1.Node.Kill:output_type -> shoal.v1.KillResponse
+	109, // 221: shoal.v1.Node.Top:output_type -> shoal.v1.TopResponse
+	97,  // 222: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
+	99,  // 223: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
+	101, // 224: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
+	141, // 225: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
+	143, // 226: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
+	145, // 227: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
+	147, // 228: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
+	149, // 229: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
+	139, // 230: shoal.v1.Local.Unlock:output_type -> shoal.v1.UnlockResponse
+	143, // 231: shoal.v1.Local.RestoreSnapshot:output_type -> shoal.v1.InitResponse
+	170, // [170:232] is the sub-list for method output_type
+	108, // [108:170] is the sub-list for method input_type
+	108, // [108:108] is the sub-list for extension type_name
+	108, // [108:108] is the sub-list for extension extendee
+	0,   // [0:108] is the sub-list for field type_name
 }
 
 func init() { file_shoal_v1_shoal_proto_init() }
@@ -11753,28 +12110,29 @@ func file_shoal_v1_shoal_proto_init() {
 	if File_shoal_v1_shoal_proto != nil {
 		return
 	}
-	file_shoal_v1_shoal_proto_msgTypes[35].OneofWrappers = []any{}
-	file_shoal_v1_shoal_proto_msgTypes[49].OneofWrappers = []any{}
-	file_shoal_v1_shoal_proto_msgTypes[97].OneofWrappers = []any{
+	file_shoal_v1_shoal_proto_msgTypes[18].OneofWrappers = []any{}
+	file_shoal_v1_shoal_proto_msgTypes[36].OneofWrappers = []any{}
+	file_shoal_v1_shoal_proto_msgTypes[54].OneofWrappers = []any{}
+	file_shoal_v1_shoal_proto_msgTypes[102].OneofWrappers = []any{
 		(*ExecRequest_Start_)(nil),
 		(*ExecRequest_Stdin)(nil),
 		(*ExecRequest_StdinEof)(nil),
 		(*ExecRequest_Resize_)(nil),
 		(*ExecRequest_Signal)(nil),
 	}
-	file_shoal_v1_shoal_proto_msgTypes[98].OneofWrappers = []any{
+	file_shoal_v1_shoal_proto_msgTypes[103].OneofWrappers = []any{
 		(*ExecResponse_Stdout)(nil),
 		(*ExecResponse_Stderr)(nil),
 		(*ExecResponse_ExitCode)(nil),
 	}
-	file_shoal_v1_shoal_proto_msgTypes[164].OneofWrappers = []any{}
+	file_shoal_v1_shoal_proto_msgTypes[169].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_shoal_v1_shoal_proto_rawDesc), len(file_shoal_v1_shoal_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   174,
+			NumMessages:   179,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -74,6 +74,10 @@ const (
 	ControlListTasksProcedure = "/shoal.v1.Control/ListTasks"
 	// ControlStopTaskProcedure is the fully-qualified name of the Control's StopTask RPC.
 	ControlStopTaskProcedure = "/shoal.v1.Control/StopTask"
+	// ControlStartTaskProcedure is the fully-qualified name of the Control's StartTask RPC.
+	ControlStartTaskProcedure = "/shoal.v1.Control/StartTask"
+	// ControlRenameTaskProcedure is the fully-qualified name of the Control's RenameTask RPC.
+	ControlRenameTaskProcedure = "/shoal.v1.Control/RenameTask"
 	// ControlCreateBlobProcedure is the fully-qualified name of the Control's CreateBlob RPC.
 	ControlCreateBlobProcedure = "/shoal.v1.Control/CreateBlob"
 	// ControlUpdateBlobProcedure is the fully-qualified name of the Control's UpdateBlob RPC.
@@ -187,6 +191,9 @@ type ControlClient interface {
 	CreateTask(context.Context, *connect.Request[v1.CreateTaskRequest]) (*connect.Response[v1.CreateTaskResponse], error)
 	ListTasks(context.Context, *connect.Request[v1.ListTasksRequest]) (*connect.Response[v1.ListTasksResponse], error)
 	StopTask(context.Context, *connect.Request[v1.StopTaskRequest]) (*connect.Response[v1.StopTaskResponse], error)
+	// StartTask has a task of its own run again, under its ID.
+	StartTask(context.Context, *connect.Request[v1.StartTaskRequest]) (*connect.Response[v1.StartTaskResponse], error)
+	RenameTask(context.Context, *connect.Request[v1.RenameTaskRequest]) (*connect.Response[v1.RenameTaskResponse], error)
 	// Of secrets and configs, by kind.
 	CreateBlob(context.Context, *connect.Request[v1.CreateBlobRequest]) (*connect.Response[v1.CreateBlobResponse], error)
 	UpdateBlob(context.Context, *connect.Request[v1.UpdateBlobRequest]) (*connect.Response[v1.UpdateBlobResponse], error)
@@ -301,6 +308,18 @@ func NewControlClient(httpClient connect.HTTPClient, baseURL string, opts ...con
 			httpClient,
 			baseURL+ControlStopTaskProcedure,
 			connect.WithSchema(controlMethods.ByName("StopTask")),
+			connect.WithClientOptions(opts...),
+		),
+		startTask: connect.NewClient[v1.StartTaskRequest, v1.StartTaskResponse](
+			httpClient,
+			baseURL+ControlStartTaskProcedure,
+			connect.WithSchema(controlMethods.ByName("StartTask")),
+			connect.WithClientOptions(opts...),
+		),
+		renameTask: connect.NewClient[v1.RenameTaskRequest, v1.RenameTaskResponse](
+			httpClient,
+			baseURL+ControlRenameTaskProcedure,
+			connect.WithSchema(controlMethods.ByName("RenameTask")),
 			connect.WithClientOptions(opts...),
 		),
 		createBlob: connect.NewClient[v1.CreateBlobRequest, v1.CreateBlobResponse](
@@ -452,6 +471,8 @@ type controlClient struct {
 	createTask        *connect.Client[v1.CreateTaskRequest, v1.CreateTaskResponse]
 	listTasks         *connect.Client[v1.ListTasksRequest, v1.ListTasksResponse]
 	stopTask          *connect.Client[v1.StopTaskRequest, v1.StopTaskResponse]
+	startTask         *connect.Client[v1.StartTaskRequest, v1.StartTaskResponse]
+	renameTask        *connect.Client[v1.RenameTaskRequest, v1.RenameTaskResponse]
 	createBlob        *connect.Client[v1.CreateBlobRequest, v1.CreateBlobResponse]
 	updateBlob        *connect.Client[v1.UpdateBlobRequest, v1.UpdateBlobResponse]
 	listBlobs         *connect.Client[v1.ListBlobsRequest, v1.ListBlobsResponse]
@@ -534,6 +555,16 @@ func (c *controlClient) ListTasks(ctx context.Context, req *connect.Request[v1.L
 // StopTask calls shoal.v1.Control.StopTask.
 func (c *controlClient) StopTask(ctx context.Context, req *connect.Request[v1.StopTaskRequest]) (*connect.Response[v1.StopTaskResponse], error) {
 	return c.stopTask.CallUnary(ctx, req)
+}
+
+// StartTask calls shoal.v1.Control.StartTask.
+func (c *controlClient) StartTask(ctx context.Context, req *connect.Request[v1.StartTaskRequest]) (*connect.Response[v1.StartTaskResponse], error) {
+	return c.startTask.CallUnary(ctx, req)
+}
+
+// RenameTask calls shoal.v1.Control.RenameTask.
+func (c *controlClient) RenameTask(ctx context.Context, req *connect.Request[v1.RenameTaskRequest]) (*connect.Response[v1.RenameTaskResponse], error) {
+	return c.renameTask.CallUnary(ctx, req)
 }
 
 // CreateBlob calls shoal.v1.Control.CreateBlob.
@@ -660,6 +691,9 @@ type ControlHandler interface {
 	CreateTask(context.Context, *connect.Request[v1.CreateTaskRequest]) (*connect.Response[v1.CreateTaskResponse], error)
 	ListTasks(context.Context, *connect.Request[v1.ListTasksRequest]) (*connect.Response[v1.ListTasksResponse], error)
 	StopTask(context.Context, *connect.Request[v1.StopTaskRequest]) (*connect.Response[v1.StopTaskResponse], error)
+	// StartTask has a task of its own run again, under its ID.
+	StartTask(context.Context, *connect.Request[v1.StartTaskRequest]) (*connect.Response[v1.StartTaskResponse], error)
+	RenameTask(context.Context, *connect.Request[v1.RenameTaskRequest]) (*connect.Response[v1.RenameTaskResponse], error)
 	// Of secrets and configs, by kind.
 	CreateBlob(context.Context, *connect.Request[v1.CreateBlobRequest]) (*connect.Response[v1.CreateBlobResponse], error)
 	UpdateBlob(context.Context, *connect.Request[v1.UpdateBlobRequest]) (*connect.Response[v1.UpdateBlobResponse], error)
@@ -770,6 +804,18 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 		ControlStopTaskProcedure,
 		svc.StopTask,
 		connect.WithSchema(controlMethods.ByName("StopTask")),
+		connect.WithHandlerOptions(opts...),
+	)
+	controlStartTaskHandler := connect.NewUnaryHandler(
+		ControlStartTaskProcedure,
+		svc.StartTask,
+		connect.WithSchema(controlMethods.ByName("StartTask")),
+		connect.WithHandlerOptions(opts...),
+	)
+	controlRenameTaskHandler := connect.NewUnaryHandler(
+		ControlRenameTaskProcedure,
+		svc.RenameTask,
+		connect.WithSchema(controlMethods.ByName("RenameTask")),
 		connect.WithHandlerOptions(opts...),
 	)
 	controlCreateBlobHandler := connect.NewUnaryHandler(
@@ -930,6 +976,10 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 			controlListTasksHandler.ServeHTTP(w, r)
 		case ControlStopTaskProcedure:
 			controlStopTaskHandler.ServeHTTP(w, r)
+		case ControlStartTaskProcedure:
+			controlStartTaskHandler.ServeHTTP(w, r)
+		case ControlRenameTaskProcedure:
+			controlRenameTaskHandler.ServeHTTP(w, r)
 		case ControlCreateBlobProcedure:
 			controlCreateBlobHandler.ServeHTTP(w, r)
 		case ControlUpdateBlobProcedure:
@@ -1029,6 +1079,14 @@ func (UnimplementedControlHandler) ListTasks(context.Context, *connect.Request[v
 
 func (UnimplementedControlHandler) StopTask(context.Context, *connect.Request[v1.StopTaskRequest]) (*connect.Response[v1.StopTaskResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.StopTask is not implemented"))
+}
+
+func (UnimplementedControlHandler) StartTask(context.Context, *connect.Request[v1.StartTaskRequest]) (*connect.Response[v1.StartTaskResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.StartTask is not implemented"))
+}
+
+func (UnimplementedControlHandler) RenameTask(context.Context, *connect.Request[v1.RenameTaskRequest]) (*connect.Response[v1.RenameTaskResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.RenameTask is not implemented"))
 }
 
 func (UnimplementedControlHandler) CreateBlob(context.Context, *connect.Request[v1.CreateBlobRequest]) (*connect.Response[v1.CreateBlobResponse], error) {
