@@ -427,6 +427,8 @@ func (c checked) Wait() (int, error) {
 func (checked) Resize(uint16, uint16) error { return nil }
 func (checked) Signal(int) error            { return nil }
 
+func (b *bench) Copy(context.Context, string, runtime.CopySpec) error { return errors.New("no copy") }
+
 func (b *bench) Logs(context.Context, string, runtime.LogOptions) iter.Seq2[runtime.LogLine, error] {
 	return func(func(runtime.LogLine, error) bool) {}
 }

@@ -2,6 +2,7 @@ package integration
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -456,4 +457,108 @@ func TestStartAndRestart(t *testing.T) {
 		return nil
 	})
 	s.fails("node1", "is removed", "shoal start c")
+}
+
+// TestCopy: files go between a task on any node and this machine as docker cp has it, and
+// no link in the task leads out of it.
+func TestCopy(t *testing.T) {
+	onlyNative(t)
+	s := shared(t)
+	dir := t.TempDir()
+	write := func(name, text string) {
+		t.Helper()
+		p := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(p), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(p, []byte(text), 0o640); err != nil {
+			t.Fatal(err)
+		}
+	}
+	read := func(name string) string {
+		b, err := os.ReadFile(filepath.Join(dir, name))
+		if err != nil {
+			return err.Error()
+		}
+		return string(b)
+	}
+	// Its /etc/hostname is its own, the rest of its files the node's.
+	in := filepath.Join(dir, "mnt")
+	if err := errors.Join(os.MkdirAll(filepath.Join(in, "in"), 0o755), os.Symlink("/etc/hostname", filepath.Join(in, "link")), os.Symlink("in", filepath.Join(in, "dir"))); err != nil {
+		t.Fatal(err)
+	}
+	s.ok("node1", "shoal run -d --name c --node node3 -- sleep 1000")
+	write("src/a", "first\n")
+	write("src/sub/b", "second\n")
+	write("one", "alone\n")
+	if err := os.Chown(filepath.Join(dir, "one"), 1234, 2345); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("one", filepath.Join(dir, "alias")); err != nil {
+		t.Fatal(err)
+	}
+	for _, k := range []struct{ flags, from, to string }{
+		{"", dir + "/src", "c:" + in + "/new"}, // takes its name
+		{"", dir + "/src", "c:" + in + "/in"},  // goes into it
+		{"", dir + "/src/.", "c:" + in + "/dir"},
+		{"-a", dir + "/one", "c:" + in[1:] + "/in/kept"},
+		{"", dir + "/one", "c:" + in + "/in/"},
+		{"-L", dir + "/alias", "c:" + in + "/in"},
+		{"", "c:" + in + "/new", dir + "/back"},
+		{"", "c:" + in + "/new/.", dir + "/src"},
+		{"", "c:" + in + "/link", dir + "/aslink"},
+		{"-L", "c:" + in + "/link", dir + "/host"},
+		{"-a", "c:" + in + "/in/kept", dir + "/owned"},
+	} {
+		if r := s.on("node1", append([]string{"shoal", "cp"}, words(k.flags+" "+k.from+" "+k.to)...)...); r.code != 0 || r.out != "" || !strings.HasPrefix(r.err, "Successfully copied ") {
+			t.Errorf("cp %s %s %s: %+v", k.flags, k.from, k.to, r)
+		}
+	}
+	want := "/mnt/in/a 0 0 640\n/mnt/in/alias 0 0 640\n/mnt/in/kept 1234 2345 640\n/mnt/in/one 0 0 640\n/mnt/in/src/a 0 0 640\n/mnt/in/src/sub/b 0 0 640\n/mnt/in/sub/b 0 0 640\n/mnt/new/a 0 0 640\n/mnt/new/sub/b 0 0 640"
+	if got := s.ok("node1", "shoal exec c sh -c 'find %s -type f | sort | xargs stat -c \"%%n %%u %%g %%a\"'", in); strings.ReplaceAll(got, in, "/mnt") != want {
+		t.Errorf("in the task:\n%s\nwant:\n%s", got, want)
+	}
+	if got := read("back/sub/b") + read("src/sub/b") + read("host"); got != "second\nsecond\nc\n" {
+		t.Errorf("copied back: %q", got)
+	}
+	if got, err := os.Readlink(filepath.Join(dir, "aslink")); got != "/etc/hostname" {
+		t.Errorf("a link: %q, %v", got, err)
+	}
+	if fi, err := os.Stat(filepath.Join(dir, "owned")); err != nil || fi.Sys().(*syscall.Stat_t).Uid != 1234 {
+		t.Errorf("-a out of a task: %+v, %v", fi, err)
+	}
+
+	// As streams: archives in and out, compressed in.
+	s.ok("node1", "sh -c 'tar -C %s -cz src | shoal cp - c:%s/in/sub'", dir, in)
+	if got := s.ok("node2", "sh -c 'shoal cp c:%s/in/sub - | tar -t | sort'", in); got != "sub/\nsub/b\nsub/src/\nsub/src/a\nsub/src/sub/\nsub/src/sub/b" {
+		t.Errorf("as an archive: %s", got)
+	}
+	s.ok("node1", "sh -c 'head -c 30000000 /dev/urandom >%[1]s/big && shoal cp -q %[1]s/big c:%[2]s/big && shoal cp -q c:%[2]s/big %[1]s/big2 && cmp %[1]s/big %[1]s/big2'", dir, in)
+
+	// An archive writes nowhere else than where it is to be extracted, whatever it says.
+	s.ok("node1", "sh -c 'cd %s && mkdir outside && ln -s $PWD/outside evil && tar -cf evil.tar evil && rm evil && mkdir evil && echo x >evil/out && tar -rf evil.tar evil/out && rm -r evil'", dir)
+	_ = s.on("node1", "sh", "-c", fmt.Sprintf("shoal cp - c:%s/in <%s/evil.tar", in, dir))
+	if found, err := os.ReadDir(filepath.Join(dir, "outside")); err != nil || len(found) > 0 {
+		t.Errorf("outside: %v, %v", found, err)
+	}
+	for line, want := range map[string]string{
+		"cp c:/nosuch .":                              "/nosuch: no such file",
+		"cp " + dir + "/nosuch c:" + in:               "nosuch: no such file",
+		"cp " + dir + "/one c:/nosuch/x":              "/nosuch: no such file",
+		"cp " + dir + "/one c:" + in + "/nosuch/":     "no such directory",
+		"cp " + dir + "/src c:" + in + "/in/one":      "cannot copy directory",
+		"cp c:" + in + "/in " + dir + "/one":          "cannot copy directory",
+		"cp c:" + in + "/in " + dir + "/nosuch/x":     "nosuch",
+		"cp " + dir + "/one c:/proc/x":                "/proc",
+		"cp c:/etc/hosts c:/mnt":                      "between tasks",
+		"cp a b":                                      "TASK:PATH",
+		"cp nosuch:/x .":                              "no such task: nosuch",
+		"cp " + dir + "/one c:":                       "path is empty",
+		"cp - c:" + in + "/in/one </dev/null":         "must be a directory",
+		"cp - c:" + in + "/in <" + dir + "/src/sub/b": "tar",
+	} {
+		s.fails("node1", want, "sh -c 'shoal %s'", line)
+	}
+	s.ok("node1", "shoal stop -t 0 c")
+	s.fails("node1", "needs one that runs", "shoal cp c:/etc/hosts .")
 }

@@ -70,6 +70,7 @@ var Table = map[string]Rule{
 	LeaderPath:                           {Who: Nodes, Body: 1},
 
 	"/shoal.v1.Node/Exec":         {Who: Users},
+	"/shoal.v1.Node/Copy":         {Who: Users},
 	"/shoal.v1.Node/ImageList":    {Who: Users},
 	"/shoal.v1.Node/ImagePull":    {Who: Users},
 	"/shoal.v1.Node/ImageResolve": {Who: Users},

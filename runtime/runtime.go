@@ -148,8 +148,8 @@ type Sockets struct {
 // Event tells that a task's Status changed.
 type Event struct{ ID string }
 
-// Runtime runs tasks. Calls for one task come one at a time, but for Exec, Logs,
-// Status and Listening; calls for different tasks at once.
+// Runtime runs tasks. Calls for one task come one at a time, but for Exec, Copy,
+// Logs, Status and Listening; calls for different tasks at once.
 type Runtime interface {
 	// Prepare fetches what the task needs beside a sandbox, an image for instance,
 	// which may take minutes; progress is told in words for a person. It returns
@@ -189,6 +189,8 @@ type Runtime interface {
 	// Spec.Attach waits for that, for a moment. What the program says goes to
 	// the task's output as well. The end of ctx only ends the connection.
 	Attach(ctx context.Context, id string, s AttachSpec) (Process, error)
+	// Copy moves files between a running task's file system and an archive.
+	Copy(ctx context.Context, id string, s CopySpec) error
 	// Logs yields the task's output, oldest first; with Follow until the task
 	// has ended.
 	Logs(ctx context.Context, id string, o LogOptions) iter.Seq2[LogLine, error]
@@ -228,6 +230,28 @@ type ExecSpec struct {
 	// Detach leaves the command running in the task, with no streams; Process
 	// ends, with status 0, once it is started.
 	Detach bool
+}
+
+// CopySpec is what Copy moves: into the task with In, else out of it. Archives are tar's,
+// not compressed.
+type CopySpec struct {
+	Path   string // in the task
+	Follow bool   // out: what a symbolic link at Path leads to, rather than the link
+	// In is an archive of Source, and Path where a copy of that is to be; without a
+	// Source, of anything, to be extracted in the directory Path.
+	In     io.Reader
+	Source *CopySource
+	Owners bool // in: users and groups are the archive's by number, rather than root
+	// Found tells what is there before anything is written to Out.
+	Found func(CopySource) error
+	Out   io.Writer
+}
+
+// CopySource is what an archive is of.
+type CopySource struct {
+	Path   string `json:"path"`
+	Dir    bool   `json:"dir,omitempty"`
+	Rebase string `json:"rebase,omitempty"` // what it is called in the archive, instead of Path's last element
 }
 
 // AttachSpec is what Attach connects to the program. Stdin is used only of a

@@ -617,30 +617,7 @@ func (e *Executor) VolumesInUse(ctx context.Context) (map[string][]string, error
 	return out, nil
 }
 
-// Rootfs calls fn with a task's file system as it is now, for reading and writing
-// beside the program (cp). A running task's is reached by its own root.
-func (e *Executor) Rootfs(ctx context.Context, id string, fn func(root string) error) error {
-	if t, err := e.task(ctx, id); err == nil {
-		ctx := namespaces.WithNamespace(ctx, e.cfg.Namespace)
-		if st, err := t.Status(ctx); err == nil && st.Status == client.Running && t.Pid() > 0 {
-			return fn(fmt.Sprintf("/proc/%d/root", t.Pid()))
-		}
-	}
-	c, ctx, err := e.conn(ctx)
-	if err != nil {
-		return err
-	}
-	ms, err := c.SnapshotService(e.cfg.Snapshotter).Mounts(ctx, e.snapshotKey(id))
-	if errdefs.IsNotFound(err) {
-		return fmt.Errorf("%w: the file system of task %s is gone", runtime.ErrNotFound, id)
-	}
-	if err != nil {
-		return e.unavailable(err)
-	}
-	return mount.WithTempMount(ctx, ms, fn)
-}
-
-// ownMounts has what is mounted for a moment (Rootfs, populate) be below RunDir, which
+// ownMounts has what is mounted for a moment (populate) be below RunDir, which
 // tasks don't see, and unmounts what an earlier agent had there when it was killed.
 func (e *Executor) ownMounts() error {
 	if err := mount.SetTempMountLocation(filepath.Join(e.cfg.RunDir, "mounts")); err != nil {

@@ -34,6 +34,7 @@ const (
 	detachWord = "task-detach"
 	keepWord   = "task-keep"
 	mendWord   = "task-mend"
+	copyWord   = "task-copy"
 )
 
 // Dispatch runs a helper if the arguments name one. It is called first thing in
@@ -55,6 +56,8 @@ func Dispatch(args []string) (handled bool, exitCode int) {
 		return true, detachMain(args[2:])
 	case keepWord:
 		return true, keepMain(args[2:])
+	case copyWord:
+		return true, copyMain(args[2:])
 	}
 	return false, 0
 }

@@ -7388,6 +7388,279 @@ func (x *LogsResponse) GetBegin() bool {
 	return false
 }
 
+// CopySource is what an archive is of.
+type CopySource struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	Dir           bool                   `protobuf:"varint,2,opt,name=dir,proto3" json:"dir,omitempty"`
+	Rebase        string                 `protobuf:"bytes,3,opt,name=rebase,proto3" json:"rebase,omitempty"` // what it is called in the archive, instead of the path's last element
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CopySource) Reset() {
+	*x = CopySource{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CopySource) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CopySource) ProtoMessage() {}
+
+func (x *CopySource) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CopySource.ProtoReflect.Descriptor instead.
+func (*CopySource) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{106}
+}
+
+func (x *CopySource) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *CopySource) GetDir() bool {
+	if x != nil {
+		return x.Dir
+	}
+	return false
+}
+
+func (x *CopySource) GetRebase() string {
+	if x != nil {
+		return x.Rebase
+	}
+	return ""
+}
+
+type CopyRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Msg:
+	//
+	//	*CopyRequest_Start_
+	//	*CopyRequest_Data
+	//	*CopyRequest_Eof
+	Msg           isCopyRequest_Msg `protobuf_oneof:"msg"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CopyRequest) Reset() {
+	*x = CopyRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CopyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CopyRequest) ProtoMessage() {}
+
+func (x *CopyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CopyRequest.ProtoReflect.Descriptor instead.
+func (*CopyRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{107}
+}
+
+func (x *CopyRequest) GetMsg() isCopyRequest_Msg {
+	if x != nil {
+		return x.Msg
+	}
+	return nil
+}
+
+func (x *CopyRequest) GetStart() *CopyRequest_Start {
+	if x != nil {
+		if x, ok := x.Msg.(*CopyRequest_Start_); ok {
+			return x.Start
+		}
+	}
+	return nil
+}
+
+func (x *CopyRequest) GetData() []byte {
+	if x != nil {
+		if x, ok := x.Msg.(*CopyRequest_Data); ok {
+			return x.Data
+		}
+	}
+	return nil
+}
+
+func (x *CopyRequest) GetEof() bool {
+	if x != nil {
+		if x, ok := x.Msg.(*CopyRequest_Eof); ok {
+			return x.Eof
+		}
+	}
+	return false
+}
+
+type isCopyRequest_Msg interface {
+	isCopyRequest_Msg()
+}
+
+type CopyRequest_Start_ struct {
+	Start *CopyRequest_Start `protobuf:"bytes,1,opt,name=start,proto3,oneof"` // first
+}
+
+type CopyRequest_Data struct {
+	Data []byte `protobuf:"bytes,2,opt,name=data,proto3,oneof"`
+}
+
+type CopyRequest_Eof struct {
+	Eof bool `protobuf:"varint,3,opt,name=eof,proto3,oneof"` // the archive is whole
+}
+
+func (*CopyRequest_Start_) isCopyRequest_Msg() {}
+
+func (*CopyRequest_Data) isCopyRequest_Msg() {}
+
+func (*CopyRequest_Eof) isCopyRequest_Msg() {}
+
+type CopyResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Msg:
+	//
+	//	*CopyResponse_Source
+	//	*CopyResponse_Data
+	//	*CopyResponse_Done
+	//	*CopyResponse_Failed
+	Msg           isCopyResponse_Msg `protobuf_oneof:"msg"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CopyResponse) Reset() {
+	*x = CopyResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CopyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CopyResponse) ProtoMessage() {}
+
+func (x *CopyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CopyResponse.ProtoReflect.Descriptor instead.
+func (*CopyResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{108}
+}
+
+func (x *CopyResponse) GetMsg() isCopyResponse_Msg {
+	if x != nil {
+		return x.Msg
+	}
+	return nil
+}
+
+func (x *CopyResponse) GetSource() *CopySource {
+	if x != nil {
+		if x, ok := x.Msg.(*CopyResponse_Source); ok {
+			return x.Source
+		}
+	}
+	return nil
+}
+
+func (x *CopyResponse) GetData() []byte {
+	if x != nil {
+		if x, ok := x.Msg.(*CopyResponse_Data); ok {
+			return x.Data
+		}
+	}
+	return nil
+}
+
+func (x *CopyResponse) GetDone() bool {
+	if x != nil {
+		if x, ok := x.Msg.(*CopyResponse_Done); ok {
+			return x.Done
+		}
+	}
+	return false
+}
+
+func (x *CopyResponse) GetFailed() string {
+	if x != nil {
+		if x, ok := x.Msg.(*CopyResponse_Failed); ok {
+			return x.Failed
+		}
+	}
+	return ""
+}
+
+type isCopyResponse_Msg interface {
+	isCopyResponse_Msg()
+}
+
+type CopyResponse_Source struct {
+	Source *CopySource `protobuf:"bytes,1,opt,name=source,proto3,oneof"` // out: first
+}
+
+type CopyResponse_Data struct {
+	Data []byte `protobuf:"bytes,2,opt,name=data,proto3,oneof"`
+}
+
+type CopyResponse_Done struct {
+	Done bool `protobuf:"varint,3,opt,name=done,proto3,oneof"` // last
+}
+
+type CopyResponse_Failed struct {
+	Failed string `protobuf:"bytes,4,opt,name=failed,proto3,oneof"` // or this, last: why it could not be done
+}
+
+func (*CopyResponse_Source) isCopyResponse_Msg() {}
+
+func (*CopyResponse_Data) isCopyResponse_Msg() {}
+
+func (*CopyResponse_Done) isCopyResponse_Msg() {}
+
+func (*CopyResponse_Failed) isCopyResponse_Msg() {}
+
 type KillRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Task          string                 `protobuf:"bytes,1,opt,name=task,proto3" json:"task,omitempty"`     // ID
@@ -7398,7 +7671,7 @@ type KillRequest struct {
 
 func (x *KillRequest) Reset() {
 	*x = KillRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7410,7 +7683,7 @@ func (x *KillRequest) String() string {
 func (*KillRequest) ProtoMessage() {}
 
 func (x *KillRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7423,7 +7696,7 @@ func (x *KillRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillRequest.ProtoReflect.Descriptor instead.
 func (*KillRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{106}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{109}
 }
 
 func (x *KillRequest) GetTask() string {
@@ -7448,7 +7721,7 @@ type KillResponse struct {
 
 func (x *KillResponse) Reset() {
 	*x = KillResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7460,7 +7733,7 @@ func (x *KillResponse) String() string {
 func (*KillResponse) ProtoMessage() {}
 
 func (x *KillResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7473,7 +7746,7 @@ func (x *KillResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillResponse.ProtoReflect.Descriptor instead.
 func (*KillResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{107}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{110}
 }
 
 type TopRequest struct {
@@ -7486,7 +7759,7 @@ type TopRequest struct {
 
 func (x *TopRequest) Reset() {
 	*x = TopRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7498,7 +7771,7 @@ func (x *TopRequest) String() string {
 func (*TopRequest) ProtoMessage() {}
 
 func (x *TopRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7511,7 +7784,7 @@ func (x *TopRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TopRequest.ProtoReflect.Descriptor instead.
 func (*TopRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{108}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{111}
 }
 
 func (x *TopRequest) GetTask() string {
@@ -7537,7 +7810,7 @@ type TopResponse struct {
 
 func (x *TopResponse) Reset() {
 	*x = TopResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7549,7 +7822,7 @@ func (x *TopResponse) String() string {
 func (*TopResponse) ProtoMessage() {}
 
 func (x *TopResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7562,7 +7835,7 @@ func (x *TopResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TopResponse.ProtoReflect.Descriptor instead.
 func (*TopResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{109}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{112}
 }
 
 func (x *TopResponse) GetLines() []string {
@@ -7581,7 +7854,7 @@ type WaitRequest struct {
 
 func (x *WaitRequest) Reset() {
 	*x = WaitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7593,7 +7866,7 @@ func (x *WaitRequest) String() string {
 func (*WaitRequest) ProtoMessage() {}
 
 func (x *WaitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7606,7 +7879,7 @@ func (x *WaitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitRequest.ProtoReflect.Descriptor instead.
 func (*WaitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{110}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{113}
 }
 
 func (x *WaitRequest) GetTask() string {
@@ -7625,7 +7898,7 @@ type WaitResponse struct {
 
 func (x *WaitResponse) Reset() {
 	*x = WaitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7637,7 +7910,7 @@ func (x *WaitResponse) String() string {
 func (*WaitResponse) ProtoMessage() {}
 
 func (x *WaitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7650,7 +7923,7 @@ func (x *WaitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitResponse.ProtoReflect.Descriptor instead.
 func (*WaitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{111}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{114}
 }
 
 func (x *WaitResponse) GetStatus() *TaskStatus {
@@ -7668,7 +7941,7 @@ type SaveSnapshotRequest struct {
 
 func (x *SaveSnapshotRequest) Reset() {
 	*x = SaveSnapshotRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7680,7 +7953,7 @@ func (x *SaveSnapshotRequest) String() string {
 func (*SaveSnapshotRequest) ProtoMessage() {}
 
 func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7693,7 +7966,7 @@ func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{112}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{115}
 }
 
 type SaveSnapshotResponse struct {
@@ -7705,7 +7978,7 @@ type SaveSnapshotResponse struct {
 
 func (x *SaveSnapshotResponse) Reset() {
 	*x = SaveSnapshotResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7717,7 +7990,7 @@ func (x *SaveSnapshotResponse) String() string {
 func (*SaveSnapshotResponse) ProtoMessage() {}
 
 func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7730,7 +8003,7 @@ func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{113}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{116}
 }
 
 func (x *SaveSnapshotResponse) GetSnapshot() []byte {
@@ -7755,7 +8028,7 @@ type Image struct {
 
 func (x *Image) Reset() {
 	*x = Image{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7767,7 +8040,7 @@ func (x *Image) String() string {
 func (*Image) ProtoMessage() {}
 
 func (x *Image) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7780,7 +8053,7 @@ func (x *Image) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Image.ProtoReflect.Descriptor instead.
 func (*Image) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{114}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{117}
 }
 
 func (x *Image) GetName() string {
@@ -7840,7 +8113,7 @@ type ImageListRequest struct {
 
 func (x *ImageListRequest) Reset() {
 	*x = ImageListRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[118]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7852,7 +8125,7 @@ func (x *ImageListRequest) String() string {
 func (*ImageListRequest) ProtoMessage() {}
 
 func (x *ImageListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[118]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7865,7 +8138,7 @@ func (x *ImageListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageListRequest.ProtoReflect.Descriptor instead.
 func (*ImageListRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{115}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{118}
 }
 
 type ImageListResponse struct {
@@ -7878,7 +8151,7 @@ type ImageListResponse struct {
 
 func (x *ImageListResponse) Reset() {
 	*x = ImageListResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[119]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7890,7 +8163,7 @@ func (x *ImageListResponse) String() string {
 func (*ImageListResponse) ProtoMessage() {}
 
 func (x *ImageListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[119]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7903,7 +8176,7 @@ func (x *ImageListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageListResponse.ProtoReflect.Descriptor instead.
 func (*ImageListResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{116}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{119}
 }
 
 func (x *ImageListResponse) GetNode() string {
@@ -7930,7 +8203,7 @@ type ImagePullRequest struct {
 
 func (x *ImagePullRequest) Reset() {
 	*x = ImagePullRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[120]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7942,7 +8215,7 @@ func (x *ImagePullRequest) String() string {
 func (*ImagePullRequest) ProtoMessage() {}
 
 func (x *ImagePullRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[120]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7955,7 +8228,7 @@ func (x *ImagePullRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagePullRequest.ProtoReflect.Descriptor instead.
 func (*ImagePullRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{117}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{120}
 }
 
 func (x *ImagePullRequest) GetImage() string {
@@ -7982,7 +8255,7 @@ type ImagePullResponse struct {
 
 func (x *ImagePullResponse) Reset() {
 	*x = ImagePullResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[118]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[121]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7994,7 +8267,7 @@ func (x *ImagePullResponse) String() string {
 func (*ImagePullResponse) ProtoMessage() {}
 
 func (x *ImagePullResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[118]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[121]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8007,7 +8280,7 @@ func (x *ImagePullResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagePullResponse.ProtoReflect.Descriptor instead.
 func (*ImagePullResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{118}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{121}
 }
 
 func (x *ImagePullResponse) GetProgress() string {
@@ -8034,7 +8307,7 @@ type ImageResolveRequest struct {
 
 func (x *ImageResolveRequest) Reset() {
 	*x = ImageResolveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[119]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[122]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8046,7 +8319,7 @@ func (x *ImageResolveRequest) String() string {
 func (*ImageResolveRequest) ProtoMessage() {}
 
 func (x *ImageResolveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[119]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[122]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8059,7 +8332,7 @@ func (x *ImageResolveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageResolveRequest.ProtoReflect.Descriptor instead.
 func (*ImageResolveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{119}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{122}
 }
 
 func (x *ImageResolveRequest) GetImage() string {
@@ -8085,7 +8358,7 @@ type ImageResolveResponse struct {
 
 func (x *ImageResolveResponse) Reset() {
 	*x = ImageResolveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[120]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[123]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8097,7 +8370,7 @@ func (x *ImageResolveResponse) String() string {
 func (*ImageResolveResponse) ProtoMessage() {}
 
 func (x *ImageResolveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[120]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[123]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8110,7 +8383,7 @@ func (x *ImageResolveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageResolveResponse.ProtoReflect.Descriptor instead.
 func (*ImageResolveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{120}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{123}
 }
 
 func (x *ImageResolveResponse) GetRef() string {
@@ -8130,7 +8403,7 @@ type ImageRemoveRequest struct {
 
 func (x *ImageRemoveRequest) Reset() {
 	*x = ImageRemoveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[121]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[124]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8142,7 +8415,7 @@ func (x *ImageRemoveRequest) String() string {
 func (*ImageRemoveRequest) ProtoMessage() {}
 
 func (x *ImageRemoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[121]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[124]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8155,7 +8428,7 @@ func (x *ImageRemoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageRemoveRequest.ProtoReflect.Descriptor instead.
 func (*ImageRemoveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{121}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{124}
 }
 
 func (x *ImageRemoveRequest) GetImage() string {
@@ -8182,7 +8455,7 @@ type ImagePruneRequest struct {
 
 func (x *ImagePruneRequest) Reset() {
 	*x = ImagePruneRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[122]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[125]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8194,7 +8467,7 @@ func (x *ImagePruneRequest) String() string {
 func (*ImagePruneRequest) ProtoMessage() {}
 
 func (x *ImagePruneRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[122]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[125]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8207,7 +8480,7 @@ func (x *ImagePruneRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagePruneRequest.ProtoReflect.Descriptor instead.
 func (*ImagePruneRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{122}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{125}
 }
 
 func (x *ImagePruneRequest) GetAll() bool {
@@ -8234,7 +8507,7 @@ type ImageRemoveResponse struct {
 
 func (x *ImageRemoveResponse) Reset() {
 	*x = ImageRemoveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[123]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[126]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8246,7 +8519,7 @@ func (x *ImageRemoveResponse) String() string {
 func (*ImageRemoveResponse) ProtoMessage() {}
 
 func (x *ImageRemoveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[123]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[126]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8259,7 +8532,7 @@ func (x *ImageRemoveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageRemoveResponse.ProtoReflect.Descriptor instead.
 func (*ImageRemoveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{123}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{126}
 }
 
 func (x *ImageRemoveResponse) GetRemoved() []string {
@@ -8285,7 +8558,7 @@ type ImageInspectRequest struct {
 
 func (x *ImageInspectRequest) Reset() {
 	*x = ImageInspectRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[124]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[127]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8297,7 +8570,7 @@ func (x *ImageInspectRequest) String() string {
 func (*ImageInspectRequest) ProtoMessage() {}
 
 func (x *ImageInspectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[124]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[127]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8310,7 +8583,7 @@ func (x *ImageInspectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageInspectRequest.ProtoReflect.Descriptor instead.
 func (*ImageInspectRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{124}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{127}
 }
 
 func (x *ImageInspectRequest) GetImage() string {
@@ -8330,7 +8603,7 @@ type ImageInspectResponse struct {
 
 func (x *ImageInspectResponse) Reset() {
 	*x = ImageInspectResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[125]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[128]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8342,7 +8615,7 @@ func (x *ImageInspectResponse) String() string {
 func (*ImageInspectResponse) ProtoMessage() {}
 
 func (x *ImageInspectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[125]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[128]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8355,7 +8628,7 @@ func (x *ImageInspectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageInspectResponse.ProtoReflect.Descriptor instead.
 func (*ImageInspectResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{125}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{128}
 }
 
 func (x *ImageInspectResponse) GetImage() *Image {
@@ -8382,7 +8655,7 @@ type ImageLoadRequest struct {
 
 func (x *ImageLoadRequest) Reset() {
 	*x = ImageLoadRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[126]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[129]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8394,7 +8667,7 @@ func (x *ImageLoadRequest) String() string {
 func (*ImageLoadRequest) ProtoMessage() {}
 
 func (x *ImageLoadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[126]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[129]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8407,7 +8680,7 @@ func (x *ImageLoadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageLoadRequest.ProtoReflect.Descriptor instead.
 func (*ImageLoadRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{126}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{129}
 }
 
 func (x *ImageLoadRequest) GetName() string {
@@ -8433,7 +8706,7 @@ type ImageLoadResponse struct {
 
 func (x *ImageLoadResponse) Reset() {
 	*x = ImageLoadResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[127]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[130]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8445,7 +8718,7 @@ func (x *ImageLoadResponse) String() string {
 func (*ImageLoadResponse) ProtoMessage() {}
 
 func (x *ImageLoadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[127]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[130]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8458,7 +8731,7 @@ func (x *ImageLoadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageLoadResponse.ProtoReflect.Descriptor instead.
 func (*ImageLoadResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{127}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{130}
 }
 
 func (x *ImageLoadResponse) GetImages() []string {
@@ -8477,7 +8750,7 @@ type ImageSaveRequest struct {
 
 func (x *ImageSaveRequest) Reset() {
 	*x = ImageSaveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[128]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[131]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8489,7 +8762,7 @@ func (x *ImageSaveRequest) String() string {
 func (*ImageSaveRequest) ProtoMessage() {}
 
 func (x *ImageSaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[128]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[131]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8502,7 +8775,7 @@ func (x *ImageSaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageSaveRequest.ProtoReflect.Descriptor instead.
 func (*ImageSaveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{128}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{131}
 }
 
 func (x *ImageSaveRequest) GetImages() []string {
@@ -8521,7 +8794,7 @@ type ImageSaveResponse struct {
 
 func (x *ImageSaveResponse) Reset() {
 	*x = ImageSaveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[129]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[132]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8533,7 +8806,7 @@ func (x *ImageSaveResponse) String() string {
 func (*ImageSaveResponse) ProtoMessage() {}
 
 func (x *ImageSaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[129]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[132]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8546,7 +8819,7 @@ func (x *ImageSaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageSaveResponse.ProtoReflect.Descriptor instead.
 func (*ImageSaveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{129}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{132}
 }
 
 func (x *ImageSaveResponse) GetData() []byte {
@@ -8570,7 +8843,7 @@ type Volume struct {
 
 func (x *Volume) Reset() {
 	*x = Volume{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[130]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[133]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8582,7 +8855,7 @@ func (x *Volume) String() string {
 func (*Volume) ProtoMessage() {}
 
 func (x *Volume) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[130]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[133]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8595,7 +8868,7 @@ func (x *Volume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Volume.ProtoReflect.Descriptor instead.
 func (*Volume) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{130}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{133}
 }
 
 func (x *Volume) GetName() string {
@@ -8648,7 +8921,7 @@ type VolumeListRequest struct {
 
 func (x *VolumeListRequest) Reset() {
 	*x = VolumeListRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[131]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[134]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8660,7 +8933,7 @@ func (x *VolumeListRequest) String() string {
 func (*VolumeListRequest) ProtoMessage() {}
 
 func (x *VolumeListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[131]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[134]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8673,7 +8946,7 @@ func (x *VolumeListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeListRequest.ProtoReflect.Descriptor instead.
 func (*VolumeListRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{131}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{134}
 }
 
 type VolumeListResponse struct {
@@ -8686,7 +8959,7 @@ type VolumeListResponse struct {
 
 func (x *VolumeListResponse) Reset() {
 	*x = VolumeListResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[132]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[135]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8698,7 +8971,7 @@ func (x *VolumeListResponse) String() string {
 func (*VolumeListResponse) ProtoMessage() {}
 
 func (x *VolumeListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[132]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[135]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8711,7 +8984,7 @@ func (x *VolumeListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeListResponse.ProtoReflect.Descriptor instead.
 func (*VolumeListResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{132}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{135}
 }
 
 func (x *VolumeListResponse) GetNode() string {
@@ -8738,7 +9011,7 @@ type VolumeCreateRequest struct {
 
 func (x *VolumeCreateRequest) Reset() {
 	*x = VolumeCreateRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[133]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[136]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8750,7 +9023,7 @@ func (x *VolumeCreateRequest) String() string {
 func (*VolumeCreateRequest) ProtoMessage() {}
 
 func (x *VolumeCreateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[133]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[136]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8763,7 +9036,7 @@ func (x *VolumeCreateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeCreateRequest.ProtoReflect.Descriptor instead.
 func (*VolumeCreateRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{133}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{136}
 }
 
 func (x *VolumeCreateRequest) GetName() string {
@@ -8789,7 +9062,7 @@ type VolumeCreateResponse struct {
 
 func (x *VolumeCreateResponse) Reset() {
 	*x = VolumeCreateResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[134]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[137]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8801,7 +9074,7 @@ func (x *VolumeCreateResponse) String() string {
 func (*VolumeCreateResponse) ProtoMessage() {}
 
 func (x *VolumeCreateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[134]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[137]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8814,7 +9087,7 @@ func (x *VolumeCreateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeCreateResponse.ProtoReflect.Descriptor instead.
 func (*VolumeCreateResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{134}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{137}
 }
 
 func (x *VolumeCreateResponse) GetVolume() *Volume {
@@ -8834,7 +9107,7 @@ type VolumeRemoveRequest struct {
 
 func (x *VolumeRemoveRequest) Reset() {
 	*x = VolumeRemoveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[135]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[138]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8846,7 +9119,7 @@ func (x *VolumeRemoveRequest) String() string {
 func (*VolumeRemoveRequest) ProtoMessage() {}
 
 func (x *VolumeRemoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[135]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[138]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8859,7 +9132,7 @@ func (x *VolumeRemoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeRemoveRequest.ProtoReflect.Descriptor instead.
 func (*VolumeRemoveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{135}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{138}
 }
 
 func (x *VolumeRemoveRequest) GetName() string {
@@ -8884,7 +9157,7 @@ type VolumeRemoveResponse struct {
 
 func (x *VolumeRemoveResponse) Reset() {
 	*x = VolumeRemoveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[136]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[139]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8896,7 +9169,7 @@ func (x *VolumeRemoveResponse) String() string {
 func (*VolumeRemoveResponse) ProtoMessage() {}
 
 func (x *VolumeRemoveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[136]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[139]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8909,7 +9182,7 @@ func (x *VolumeRemoveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeRemoveResponse.ProtoReflect.Descriptor instead.
 func (*VolumeRemoveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{136}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{139}
 }
 
 // RestoreSnapshot makes the cluster of a snapshot, with this node as its manager.
@@ -8924,7 +9197,7 @@ type RestoreSnapshotRequest struct {
 
 func (x *RestoreSnapshotRequest) Reset() {
 	*x = RestoreSnapshotRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[137]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[140]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8936,7 +9209,7 @@ func (x *RestoreSnapshotRequest) String() string {
 func (*RestoreSnapshotRequest) ProtoMessage() {}
 
 func (x *RestoreSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[137]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[140]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8949,7 +9222,7 @@ func (x *RestoreSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*RestoreSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{137}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{140}
 }
 
 func (x *RestoreSnapshotRequest) GetSnapshot() []byte {
@@ -8983,7 +9256,7 @@ type UnlockRequest struct {
 
 func (x *UnlockRequest) Reset() {
 	*x = UnlockRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[138]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[141]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8995,7 +9268,7 @@ func (x *UnlockRequest) String() string {
 func (*UnlockRequest) ProtoMessage() {}
 
 func (x *UnlockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[138]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[141]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9008,7 +9281,7 @@ func (x *UnlockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockRequest.ProtoReflect.Descriptor instead.
 func (*UnlockRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{138}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{141}
 }
 
 func (x *UnlockRequest) GetKey() string {
@@ -9026,7 +9299,7 @@ type UnlockResponse struct {
 
 func (x *UnlockResponse) Reset() {
 	*x = UnlockResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[139]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[142]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9038,7 +9311,7 @@ func (x *UnlockResponse) String() string {
 func (*UnlockResponse) ProtoMessage() {}
 
 func (x *UnlockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[139]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[142]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9051,7 +9324,7 @@ func (x *UnlockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockResponse.ProtoReflect.Descriptor instead.
 func (*UnlockResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{139}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{142}
 }
 
 type InfoRequest struct {
@@ -9062,7 +9335,7 @@ type InfoRequest struct {
 
 func (x *InfoRequest) Reset() {
 	*x = InfoRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[140]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[143]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9074,7 +9347,7 @@ func (x *InfoRequest) String() string {
 func (*InfoRequest) ProtoMessage() {}
 
 func (x *InfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[140]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[143]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9087,7 +9360,7 @@ func (x *InfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoRequest.ProtoReflect.Descriptor instead.
 func (*InfoRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{140}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{143}
 }
 
 type InfoResponse struct {
@@ -9119,7 +9392,7 @@ type InfoResponse struct {
 
 func (x *InfoResponse) Reset() {
 	*x = InfoResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[141]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[144]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9131,7 +9404,7 @@ func (x *InfoResponse) String() string {
 func (*InfoResponse) ProtoMessage() {}
 
 func (x *InfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[141]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[144]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9144,7 +9417,7 @@ func (x *InfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoResponse.ProtoReflect.Descriptor instead.
 func (*InfoResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{141}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{144}
 }
 
 func (x *InfoResponse) GetVersion() string {
@@ -9301,7 +9574,7 @@ type InitRequest struct {
 
 func (x *InitRequest) Reset() {
 	*x = InitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[142]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[145]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9313,7 +9586,7 @@ func (x *InitRequest) String() string {
 func (*InitRequest) ProtoMessage() {}
 
 func (x *InitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[142]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[145]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9326,7 +9599,7 @@ func (x *InitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitRequest.ProtoReflect.Descriptor instead.
 func (*InitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{142}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{145}
 }
 
 func (x *InitRequest) GetAdvertiseAddr() string {
@@ -9386,7 +9659,7 @@ type InitResponse struct {
 
 func (x *InitResponse) Reset() {
 	*x = InitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[143]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[146]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9398,7 +9671,7 @@ func (x *InitResponse) String() string {
 func (*InitResponse) ProtoMessage() {}
 
 func (x *InitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[143]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[146]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9411,7 +9684,7 @@ func (x *InitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitResponse.ProtoReflect.Descriptor instead.
 func (*InitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{143}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{146}
 }
 
 func (x *InitResponse) GetCluster() string {
@@ -9475,7 +9748,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[144]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[147]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9487,7 +9760,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[144]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[147]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9500,7 +9773,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{144}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{147}
 }
 
 func (x *JoinRequest) GetRemote() string {
@@ -9541,7 +9814,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[145]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[148]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9553,7 +9826,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[145]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[148]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9566,7 +9839,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{145}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{148}
 }
 
 func (x *JoinResponse) GetCluster() string {
@@ -9592,7 +9865,7 @@ type LeaveRequest struct {
 
 func (x *LeaveRequest) Reset() {
 	*x = LeaveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[146]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[149]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9604,7 +9877,7 @@ func (x *LeaveRequest) String() string {
 func (*LeaveRequest) ProtoMessage() {}
 
 func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[146]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[149]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9617,7 +9890,7 @@ func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
 func (*LeaveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{146}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{149}
 }
 
 func (x *LeaveRequest) GetForce() bool {
@@ -9635,7 +9908,7 @@ type LeaveResponse struct {
 
 func (x *LeaveResponse) Reset() {
 	*x = LeaveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[147]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[150]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9647,7 +9920,7 @@ func (x *LeaveResponse) String() string {
 func (*LeaveResponse) ProtoMessage() {}
 
 func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[147]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[150]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9660,7 +9933,7 @@ func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveResponse.ProtoReflect.Descriptor instead.
 func (*LeaveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{147}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{150}
 }
 
 type DoctorRequest struct {
@@ -9671,7 +9944,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[148]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[151]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9683,7 +9956,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[148]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[151]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9696,7 +9969,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{148}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{151}
 }
 
 type DoctorResponse struct {
@@ -9709,7 +9982,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[149]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[152]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9721,7 +9994,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[149]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[152]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9734,7 +10007,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{149}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{152}
 }
 
 func (x *DoctorResponse) GetChecks() []*DoctorResponse_Check {
@@ -9763,7 +10036,7 @@ type ShowCAResponse_Root struct {
 
 func (x *ShowCAResponse_Root) Reset() {
 	*x = ShowCAResponse_Root{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[163]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[166]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9775,7 +10048,7 @@ func (x *ShowCAResponse_Root) String() string {
 func (*ShowCAResponse_Root) ProtoMessage() {}
 
 func (x *ShowCAResponse_Root) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[163]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[166]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9829,7 +10102,7 @@ type ReportRequest_Fault struct {
 
 func (x *ReportRequest_Fault) Reset() {
 	*x = ReportRequest_Fault{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[167]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[170]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9841,7 +10114,7 @@ func (x *ReportRequest_Fault) String() string {
 func (*ReportRequest_Fault) ProtoMessage() {}
 
 func (x *ReportRequest_Fault) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[167]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[170]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9887,7 +10160,7 @@ type CheckEndpointsRequest_Claim struct {
 
 func (x *CheckEndpointsRequest_Claim) Reset() {
 	*x = CheckEndpointsRequest_Claim{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[168]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[171]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9899,7 +10172,7 @@ func (x *CheckEndpointsRequest_Claim) String() string {
 func (*CheckEndpointsRequest_Claim) ProtoMessage() {}
 
 func (x *CheckEndpointsRequest_Claim) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[168]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[171]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9990,7 +10263,7 @@ type StatsResponse_Task struct {
 
 func (x *StatsResponse_Task) Reset() {
 	*x = StatsResponse_Task{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[169]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[172]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10002,7 +10275,7 @@ func (x *StatsResponse_Task) String() string {
 func (*StatsResponse_Task) ProtoMessage() {}
 
 func (x *StatsResponse_Task) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[169]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[172]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10151,7 +10424,7 @@ type StatsResponse_Drop struct {
 
 func (x *StatsResponse_Drop) Reset() {
 	*x = StatsResponse_Drop{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[170]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[173]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10163,7 +10436,7 @@ func (x *StatsResponse_Drop) String() string {
 func (*StatsResponse_Drop) ProtoMessage() {}
 
 func (x *StatsResponse_Drop) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[170]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[173]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10218,7 +10491,7 @@ type KernelResponse_Backend struct {
 
 func (x *KernelResponse_Backend) Reset() {
 	*x = KernelResponse_Backend{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[171]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[174]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10230,7 +10503,7 @@ func (x *KernelResponse_Backend) String() string {
 func (*KernelResponse_Backend) ProtoMessage() {}
 
 func (x *KernelResponse_Backend) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[171]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[174]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10280,7 +10553,7 @@ type KernelResponse_Server struct {
 
 func (x *KernelResponse_Server) Reset() {
 	*x = KernelResponse_Server{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[172]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[175]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10292,7 +10565,7 @@ func (x *KernelResponse_Server) String() string {
 func (*KernelResponse_Server) ProtoMessage() {}
 
 func (x *KernelResponse_Server) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[172]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[175]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10364,7 +10637,7 @@ type ExecRequest_Start struct {
 
 func (x *ExecRequest_Start) Reset() {
 	*x = ExecRequest_Start{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[173]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[176]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10376,7 +10649,7 @@ func (x *ExecRequest_Start) String() string {
 func (*ExecRequest_Start) ProtoMessage() {}
 
 func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[173]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[176]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10493,7 +10766,7 @@ type ExecRequest_Resize struct {
 
 func (x *ExecRequest_Resize) Reset() {
 	*x = ExecRequest_Resize{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[174]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[177]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10505,7 +10778,7 @@ func (x *ExecRequest_Resize) String() string {
 func (*ExecRequest_Resize) ProtoMessage() {}
 
 func (x *ExecRequest_Resize) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[174]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[177]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10535,6 +10808,90 @@ func (x *ExecRequest_Resize) GetCols() int32 {
 	return 0
 }
 
+type CopyRequest_Start struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Task          string                 `protobuf:"bytes,1,opt,name=task,proto3" json:"task,omitempty"`      // ID
+	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`      // in the task
+	Follow        bool                   `protobuf:"varint,3,opt,name=follow,proto3" json:"follow,omitempty"` // out: what a symbolic link leads to
+	In            bool                   `protobuf:"varint,4,opt,name=in,proto3" json:"in,omitempty"`         // the archive comes as data; else it is what the node answers
+	Source        *CopySource            `protobuf:"bytes,5,opt,name=source,proto3" json:"source,omitempty"`  // in; absent: the archive is extracted in the directory path
+	Owners        bool                   `protobuf:"varint,6,opt,name=owners,proto3" json:"owners,omitempty"` // in: users and groups are the archive's by number, rather than root
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CopyRequest_Start) Reset() {
+	*x = CopyRequest_Start{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[178]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CopyRequest_Start) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CopyRequest_Start) ProtoMessage() {}
+
+func (x *CopyRequest_Start) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[178]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CopyRequest_Start.ProtoReflect.Descriptor instead.
+func (*CopyRequest_Start) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{107, 0}
+}
+
+func (x *CopyRequest_Start) GetTask() string {
+	if x != nil {
+		return x.Task
+	}
+	return ""
+}
+
+func (x *CopyRequest_Start) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *CopyRequest_Start) GetFollow() bool {
+	if x != nil {
+		return x.Follow
+	}
+	return false
+}
+
+func (x *CopyRequest_Start) GetIn() bool {
+	if x != nil {
+		return x.In
+	}
+	return false
+}
+
+func (x *CopyRequest_Start) GetSource() *CopySource {
+	if x != nil {
+		return x.Source
+	}
+	return nil
+}
+
+func (x *CopyRequest_Start) GetOwners() bool {
+	if x != nil {
+		return x.Owners
+	}
+	return false
+}
+
 type DoctorResponse_Check struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -10547,7 +10904,7 @@ type DoctorResponse_Check struct {
 
 func (x *DoctorResponse_Check) Reset() {
 	*x = DoctorResponse_Check{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[177]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[181]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10559,7 +10916,7 @@ func (x *DoctorResponse_Check) String() string {
 func (*DoctorResponse_Check) ProtoMessage() {}
 
 func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[177]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[181]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10572,7 +10929,7 @@ func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Check.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Check) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{149, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{152, 0}
 }
 
 func (x *DoctorResponse_Check) GetName() string {
@@ -10618,7 +10975,7 @@ type DoctorResponse_Object struct {
 
 func (x *DoctorResponse_Object) Reset() {
 	*x = DoctorResponse_Object{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[178]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[182]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10630,7 +10987,7 @@ func (x *DoctorResponse_Object) String() string {
 func (*DoctorResponse_Object) ProtoMessage() {}
 
 func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[178]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[182]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10643,7 +11000,7 @@ func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Object.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Object) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{149, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{152, 1}
 }
 
 func (x *DoctorResponse_Object) GetReconciler() string {
@@ -11424,7 +11781,30 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x05at_ns\x18\x04 \x01(\x03R\x04atNs\x12\x12\n" +
 	"\x04note\x18\x05 \x01(\tR\x04note\x12\x14\n" +
 	"\x05ended\x18\x06 \x01(\bR\x05ended\x12\x14\n" +
-	"\x05begin\x18\a \x01(\bR\x05begin\"9\n" +
+	"\x05begin\x18\a \x01(\bR\x05begin\"J\n" +
+	"\n" +
+	"CopySource\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x10\n" +
+	"\x03dir\x18\x02 \x01(\bR\x03dir\x12\x16\n" +
+	"\x06rebase\x18\x03 \x01(\tR\x06rebase\"\x93\x02\n" +
+	"\vCopyRequest\x123\n" +
+	"\x05start\x18\x01 \x01(\v2\x1b.shoal.v1.CopyRequest.StartH\x00R\x05start\x12\x14\n" +
+	"\x04data\x18\x02 \x01(\fH\x00R\x04data\x12\x12\n" +
+	"\x03eof\x18\x03 \x01(\bH\x00R\x03eof\x1a\x9d\x01\n" +
+	"\x05Start\x12\x12\n" +
+	"\x04task\x18\x01 \x01(\tR\x04task\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x16\n" +
+	"\x06follow\x18\x03 \x01(\bR\x06follow\x12\x0e\n" +
+	"\x02in\x18\x04 \x01(\bR\x02in\x12,\n" +
+	"\x06source\x18\x05 \x01(\v2\x14.shoal.v1.CopySourceR\x06source\x12\x16\n" +
+	"\x06owners\x18\x06 \x01(\bR\x06ownersB\x05\n" +
+	"\x03msg\"\x8b\x01\n" +
+	"\fCopyResponse\x12.\n" +
+	"\x06source\x18\x01 \x01(\v2\x14.shoal.v1.CopySourceH\x00R\x06source\x12\x14\n" +
+	"\x04data\x18\x02 \x01(\fH\x00R\x04data\x12\x14\n" +
+	"\x04done\x18\x03 \x01(\bH\x00R\x04done\x12\x18\n" +
+	"\x06failed\x18\x04 \x01(\tH\x00R\x06failedB\x05\n" +
+	"\x03msg\"9\n" +
 	"\vKillRequest\x12\x12\n" +
 	"\x04task\x18\x01 \x01(\tR\x04task\x12\x16\n" +
 	"\x06signal\x18\x02 \x01(\tR\x06signal\"\x0e\n" +
@@ -11638,7 +12018,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\fAdmitManager\x12\x1d.shoal.v1.AdmitManagerRequest\x1a\x1e.shoal.v1.AdmitManagerResponse\x12L\n" +
 	"\vAssignments\x12\x1c.shoal.v1.AssignmentsRequest\x1a\x1d.shoal.v1.AssignmentsResponse0\x01\x12;\n" +
 	"\x06Report\x12\x17.shoal.v1.ReportRequest\x1a\x18.shoal.v1.ReportResponse\x12S\n" +
-	"\x0eCheckEndpoints\x12\x1f.shoal.v1.CheckEndpointsRequest\x1a .shoal.v1.CheckEndpointsResponse2\x86\n" +
+	"\x0eCheckEndpoints\x12\x1f.shoal.v1.CheckEndpointsRequest\x1a .shoal.v1.CheckEndpointsResponse2\xc1\n" +
 	"\n" +
 	"\x04Node\x12D\n" +
 	"\tImageList\x12\x1a.shoal.v1.ImageListRequest\x1a\x1b.shoal.v1.ImageListResponse\x12F\n" +
@@ -11654,7 +12034,8 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"VolumeList\x12\x1b.shoal.v1.VolumeListRequest\x1a\x1c.shoal.v1.VolumeListResponse\x12M\n" +
 	"\fVolumeCreate\x12\x1d.shoal.v1.VolumeCreateRequest\x1a\x1e.shoal.v1.VolumeCreateResponse\x12M\n" +
 	"\fVolumeRemove\x12\x1d.shoal.v1.VolumeRemoveRequest\x1a\x1e.shoal.v1.VolumeRemoveResponse\x129\n" +
-	"\x04Exec\x12\x15.shoal.v1.ExecRequest\x1a\x16.shoal.v1.ExecResponse(\x010\x01\x127\n" +
+	"\x04Exec\x12\x15.shoal.v1.ExecRequest\x1a\x16.shoal.v1.ExecResponse(\x010\x01\x129\n" +
+	"\x04Copy\x12\x15.shoal.v1.CopyRequest\x1a\x16.shoal.v1.CopyResponse(\x010\x01\x127\n" +
 	"\x04Logs\x12\x15.shoal.v1.LogsRequest\x1a\x16.shoal.v1.LogsResponse0\x01\x125\n" +
 	"\x04Wait\x12\x15.shoal.v1.WaitRequest\x1a\x16.shoal.v1.WaitResponse\x125\n" +
 	"\x04Kill\x12\x15.shoal.v1.KillRequest\x1a\x16.shoal.v1.KillResponse\x122\n" +
@@ -11683,7 +12064,7 @@ func file_shoal_v1_shoal_proto_rawDescGZIP() []byte {
 	return file_shoal_v1_shoal_proto_rawDescData
 }
 
-var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 179)
+var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 183)
 var file_shoal_v1_shoal_proto_goTypes = []any{
 	(*Network)(nil),                     // 0: shoal.v1.Network
 	(*NetworkAttachment)(nil),           // 1: shoal.v1.NetworkAttachment
@@ -11791,94 +12172,98 @@ var file_shoal_v1_shoal_proto_goTypes = []any{
 	(*ExecResponse)(nil),                // 103: shoal.v1.ExecResponse
 	(*LogsRequest)(nil),                 // 104: shoal.v1.LogsRequest
 	(*LogsResponse)(nil),                // 105: shoal.v1.LogsResponse
-	(*KillRequest)(nil),                 // 106: shoal.v1.KillRequest
-	(*KillResponse)(nil),                // 107: shoal.v1.KillResponse
-	(*TopRequest)(nil),                  // 108: shoal.v1.TopRequest
-	(*TopResponse)(nil),                 // 109: shoal.v1.TopResponse
-	(*WaitRequest)(nil),                 // 110: shoal.v1.WaitRequest
-	(*WaitResponse)(nil),                // 111: shoal.v1.WaitResponse
-	(*SaveSnapshotRequest)(nil),         // 112: shoal.v1.SaveSnapshotRequest
-	(*SaveSnapshotResponse)(nil),        // 113: shoal.v1.SaveSnapshotResponse
-	(*Image)(nil),                       // 114: shoal.v1.Image
-	(*ImageListRequest)(nil),            // 115: shoal.v1.ImageListRequest
-	(*ImageListResponse)(nil),           // 116: shoal.v1.ImageListResponse
-	(*ImagePullRequest)(nil),            // 117: shoal.v1.ImagePullRequest
-	(*ImagePullResponse)(nil),           // 118: shoal.v1.ImagePullResponse
-	(*ImageResolveRequest)(nil),         // 119: shoal.v1.ImageResolveRequest
-	(*ImageResolveResponse)(nil),        // 120: shoal.v1.ImageResolveResponse
-	(*ImageRemoveRequest)(nil),          // 121: shoal.v1.ImageRemoveRequest
-	(*ImagePruneRequest)(nil),           // 122: shoal.v1.ImagePruneRequest
-	(*ImageRemoveResponse)(nil),         // 123: shoal.v1.ImageRemoveResponse
-	(*ImageInspectRequest)(nil),         // 124: shoal.v1.ImageInspectRequest
-	(*ImageInspectResponse)(nil),        // 125: shoal.v1.ImageInspectResponse
-	(*ImageLoadRequest)(nil),            // 126: shoal.v1.ImageLoadRequest
-	(*ImageLoadResponse)(nil),           // 127: shoal.v1.ImageLoadResponse
-	(*ImageSaveRequest)(nil),            // 128: shoal.v1.ImageSaveRequest
-	(*ImageSaveResponse)(nil),           // 129: shoal.v1.ImageSaveResponse
-	(*Volume)(nil),                      // 130: shoal.v1.Volume
-	(*VolumeListRequest)(nil),           // 131: shoal.v1.VolumeListRequest
-	(*VolumeListResponse)(nil),          // 132: shoal.v1.VolumeListResponse
-	(*VolumeCreateRequest)(nil),         // 133: shoal.v1.VolumeCreateRequest
-	(*VolumeCreateResponse)(nil),        // 134: shoal.v1.VolumeCreateResponse
-	(*VolumeRemoveRequest)(nil),         // 135: shoal.v1.VolumeRemoveRequest
-	(*VolumeRemoveResponse)(nil),        // 136: shoal.v1.VolumeRemoveResponse
-	(*RestoreSnapshotRequest)(nil),      // 137: shoal.v1.RestoreSnapshotRequest
-	(*UnlockRequest)(nil),               // 138: shoal.v1.UnlockRequest
-	(*UnlockResponse)(nil),              // 139: shoal.v1.UnlockResponse
-	(*InfoRequest)(nil),                 // 140: shoal.v1.InfoRequest
-	(*InfoResponse)(nil),                // 141: shoal.v1.InfoResponse
-	(*InitRequest)(nil),                 // 142: shoal.v1.InitRequest
-	(*InitResponse)(nil),                // 143: shoal.v1.InitResponse
-	(*JoinRequest)(nil),                 // 144: shoal.v1.JoinRequest
-	(*JoinResponse)(nil),                // 145: shoal.v1.JoinResponse
-	(*LeaveRequest)(nil),                // 146: shoal.v1.LeaveRequest
-	(*LeaveResponse)(nil),               // 147: shoal.v1.LeaveResponse
-	(*DoctorRequest)(nil),               // 148: shoal.v1.DoctorRequest
-	(*DoctorResponse)(nil),              // 149: shoal.v1.DoctorResponse
-	nil,                                 // 150: shoal.v1.Network.LabelsEntry
-	nil,                                 // 151: shoal.v1.Network.OptionsEntry
-	nil,                                 // 152: shoal.v1.TaskSpec.LabelsEntry
-	nil,                                 // 153: shoal.v1.Blob.LabelsEntry
-	nil,                                 // 154: shoal.v1.Container.SysctlsEntry
-	nil,                                 // 155: shoal.v1.Mount.LabelsEntry
-	nil,                                 // 156: shoal.v1.ServiceSpec.LabelsEntry
-	nil,                                 // 157: shoal.v1.NodeInfo.LabelsEntry
-	nil,                                 // 158: shoal.v1.NodeInfo.EngineLabelsEntry
-	nil,                                 // 159: shoal.v1.CreateNetworkRequest.LabelsEntry
-	nil,                                 // 160: shoal.v1.CreateNetworkRequest.OptionsEntry
-	nil,                                 // 161: shoal.v1.Event.AttributesEntry
-	nil,                                 // 162: shoal.v1.UpdateNodeRequest.SetLabelsEntry
-	(*ShowCAResponse_Root)(nil),         // 163: shoal.v1.ShowCAResponse.Root
-	nil,                                 // 164: shoal.v1.UpdateBlobRequest.LabelsEntry
-	nil,                                 // 165: shoal.v1.ReportRequest.TasksEntry
-	nil,                                 // 166: shoal.v1.ReportRequest.EngineLabelsEntry
-	(*ReportRequest_Fault)(nil),         // 167: shoal.v1.ReportRequest.Fault
-	(*CheckEndpointsRequest_Claim)(nil), // 168: shoal.v1.CheckEndpointsRequest.Claim
-	(*StatsResponse_Task)(nil),          // 169: shoal.v1.StatsResponse.Task
-	(*StatsResponse_Drop)(nil),          // 170: shoal.v1.StatsResponse.Drop
-	(*KernelResponse_Backend)(nil),      // 171: shoal.v1.KernelResponse.Backend
-	(*KernelResponse_Server)(nil),       // 172: shoal.v1.KernelResponse.Server
-	(*ExecRequest_Start)(nil),           // 173: shoal.v1.ExecRequest.Start
-	(*ExecRequest_Resize)(nil),          // 174: shoal.v1.ExecRequest.Resize
-	nil,                                 // 175: shoal.v1.Volume.LabelsEntry
-	nil,                                 // 176: shoal.v1.VolumeCreateRequest.LabelsEntry
-	(*DoctorResponse_Check)(nil),        // 177: shoal.v1.DoctorResponse.Check
-	(*DoctorResponse_Object)(nil),       // 178: shoal.v1.DoctorResponse.Object
+	(*CopySource)(nil),                  // 106: shoal.v1.CopySource
+	(*CopyRequest)(nil),                 // 107: shoal.v1.CopyRequest
+	(*CopyResponse)(nil),                // 108: shoal.v1.CopyResponse
+	(*KillRequest)(nil),                 // 109: shoal.v1.KillRequest
+	(*KillResponse)(nil),                // 110: shoal.v1.KillResponse
+	(*TopRequest)(nil),                  // 111: shoal.v1.TopRequest
+	(*TopResponse)(nil),                 // 112: shoal.v1.TopResponse
+	(*WaitRequest)(nil),                 // 113: shoal.v1.WaitRequest
+	(*WaitResponse)(nil),                // 114: shoal.v1.WaitResponse
+	(*SaveSnapshotRequest)(nil),         // 115: shoal.v1.SaveSnapshotRequest
+	(*SaveSnapshotResponse)(nil),        // 116: shoal.v1.SaveSnapshotResponse
+	(*Image)(nil),                       // 117: shoal.v1.Image
+	(*ImageListRequest)(nil),            // 118: shoal.v1.ImageListRequest
+	(*ImageListResponse)(nil),           // 119: shoal.v1.ImageListResponse
+	(*ImagePullRequest)(nil),            // 120: shoal.v1.ImagePullRequest
+	(*ImagePullResponse)(nil),           // 121: shoal.v1.ImagePullResponse
+	(*ImageResolveRequest)(nil),         // 122: shoal.v1.ImageResolveRequest
+	(*ImageResolveResponse)(nil),        // 123: shoal.v1.ImageResolveResponse
+	(*ImageRemoveRequest)(nil),          // 124: shoal.v1.ImageRemoveRequest
+	(*ImagePruneRequest)(nil),           // 125: shoal.v1.ImagePruneRequest
+	(*ImageRemoveResponse)(nil),         // 126: shoal.v1.ImageRemoveResponse
+	(*ImageInspectRequest)(nil),         // 127: shoal.v1.ImageInspectRequest
+	(*ImageInspectResponse)(nil),        // 128: shoal.v1.ImageInspectResponse
+	(*ImageLoadRequest)(nil),            // 129: shoal.v1.ImageLoadRequest
+	(*ImageLoadResponse)(nil),           // 130: shoal.v1.ImageLoadResponse
+	(*ImageSaveRequest)(nil),            // 131: shoal.v1.ImageSaveRequest
+	(*ImageSaveResponse)(nil),           // 132: shoal.v1.ImageSaveResponse
+	(*Volume)(nil),                      // 133: shoal.v1.Volume
+	(*VolumeListRequest)(nil),           // 134: shoal.v1.VolumeListRequest
+	(*VolumeListResponse)(nil),          // 135: shoal.v1.VolumeListResponse
+	(*VolumeCreateRequest)(nil),         // 136: shoal.v1.VolumeCreateRequest
+	(*VolumeCreateResponse)(nil),        // 137: shoal.v1.VolumeCreateResponse
+	(*VolumeRemoveRequest)(nil),         // 138: shoal.v1.VolumeRemoveRequest
+	(*VolumeRemoveResponse)(nil),        // 139: shoal.v1.VolumeRemoveResponse
+	(*RestoreSnapshotRequest)(nil),      // 140: shoal.v1.RestoreSnapshotRequest
+	(*UnlockRequest)(nil),               // 141: shoal.v1.UnlockRequest
+	(*UnlockResponse)(nil),              // 142: shoal.v1.UnlockResponse
+	(*InfoRequest)(nil),                 // 143: shoal.v1.InfoRequest
+	(*InfoResponse)(nil),                // 144: shoal.v1.InfoResponse
+	(*InitRequest)(nil),                 // 145: shoal.v1.InitRequest
+	(*InitResponse)(nil),                // 146: shoal.v1.InitResponse
+	(*JoinRequest)(nil),                 // 147: shoal.v1.JoinRequest
+	(*JoinResponse)(nil),                // 148: shoal.v1.JoinResponse
+	(*LeaveRequest)(nil),                // 149: shoal.v1.LeaveRequest
+	(*LeaveResponse)(nil),               // 150: shoal.v1.LeaveResponse
+	(*DoctorRequest)(nil),               // 151: shoal.v1.DoctorRequest
+	(*DoctorResponse)(nil),              // 152: shoal.v1.DoctorResponse
+	nil,                                 // 153: shoal.v1.Network.LabelsEntry
+	nil,                                 // 154: shoal.v1.Network.OptionsEntry
+	nil,                                 // 155: shoal.v1.TaskSpec.LabelsEntry
+	nil,                                 // 156: shoal.v1.Blob.LabelsEntry
+	nil,                                 // 157: shoal.v1.Container.SysctlsEntry
+	nil,                                 // 158: shoal.v1.Mount.LabelsEntry
+	nil,                                 // 159: shoal.v1.ServiceSpec.LabelsEntry
+	nil,                                 // 160: shoal.v1.NodeInfo.LabelsEntry
+	nil,                                 // 161: shoal.v1.NodeInfo.EngineLabelsEntry
+	nil,                                 // 162: shoal.v1.CreateNetworkRequest.LabelsEntry
+	nil,                                 // 163: shoal.v1.CreateNetworkRequest.OptionsEntry
+	nil,                                 // 164: shoal.v1.Event.AttributesEntry
+	nil,                                 // 165: shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	(*ShowCAResponse_Root)(nil),         // 166: shoal.v1.ShowCAResponse.Root
+	nil,                                 // 167: shoal.v1.UpdateBlobRequest.LabelsEntry
+	nil,                                 // 168: shoal.v1.ReportRequest.TasksEntry
+	nil,                                 // 169: shoal.v1.ReportRequest.EngineLabelsEntry
+	(*ReportRequest_Fault)(nil),         // 170: shoal.v1.ReportRequest.Fault
+	(*CheckEndpointsRequest_Claim)(nil), // 171: shoal.v1.CheckEndpointsRequest.Claim
+	(*StatsResponse_Task)(nil),          // 172: shoal.v1.StatsResponse.Task
+	(*StatsResponse_Drop)(nil),          // 173: shoal.v1.StatsResponse.Drop
+	(*KernelResponse_Backend)(nil),      // 174: shoal.v1.KernelResponse.Backend
+	(*KernelResponse_Server)(nil),       // 175: shoal.v1.KernelResponse.Server
+	(*ExecRequest_Start)(nil),           // 176: shoal.v1.ExecRequest.Start
+	(*ExecRequest_Resize)(nil),          // 177: shoal.v1.ExecRequest.Resize
+	(*CopyRequest_Start)(nil),           // 178: shoal.v1.CopyRequest.Start
+	nil,                                 // 179: shoal.v1.Volume.LabelsEntry
+	nil,                                 // 180: shoal.v1.VolumeCreateRequest.LabelsEntry
+	(*DoctorResponse_Check)(nil),        // 181: shoal.v1.DoctorResponse.Check
+	(*DoctorResponse_Object)(nil),       // 182: shoal.v1.DoctorResponse.Object
 }
 var file_shoal_v1_shoal_proto_depIdxs = []int32{
-	150, // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
-	151, // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
-	152, // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
+	153, // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
+	154, // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
+	155, // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
 	8,   // 3: shoal.v1.TaskSpec.health:type_name -> shoal.v1.HealthCheck
 	6,   // 4: shoal.v1.TaskSpec.container:type_name -> shoal.v1.Container
 	5,   // 5: shoal.v1.TaskSpec.resources:type_name -> shoal.v1.Resources
 	3,   // 6: shoal.v1.TaskSpec.secrets:type_name -> shoal.v1.BlobRef
 	3,   // 7: shoal.v1.TaskSpec.configs:type_name -> shoal.v1.BlobRef
-	153, // 8: shoal.v1.Blob.labels:type_name -> shoal.v1.Blob.LabelsEntry
+	156, // 8: shoal.v1.Blob.labels:type_name -> shoal.v1.Blob.LabelsEntry
 	7,   // 9: shoal.v1.Container.mounts:type_name -> shoal.v1.Mount
-	154, // 10: shoal.v1.Container.sysctls:type_name -> shoal.v1.Container.SysctlsEntry
-	155, // 11: shoal.v1.Mount.labels:type_name -> shoal.v1.Mount.LabelsEntry
-	156, // 12: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
+	157, // 10: shoal.v1.Container.sysctls:type_name -> shoal.v1.Container.SysctlsEntry
+	158, // 11: shoal.v1.Mount.labels:type_name -> shoal.v1.Mount.LabelsEntry
+	159, // 12: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
 	1,   // 13: shoal.v1.ServiceSpec.networks:type_name -> shoal.v1.NetworkAttachment
 	2,   // 14: shoal.v1.ServiceSpec.task:type_name -> shoal.v1.TaskSpec
 	9,   // 15: shoal.v1.ServiceSpec.ports:type_name -> shoal.v1.Port
@@ -11896,17 +12281,17 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	9,   // 27: shoal.v1.Task.ports:type_name -> shoal.v1.Port
 	15,  // 28: shoal.v1.Task.faults:type_name -> shoal.v1.NodeFault
 	18,  // 29: shoal.v1.Task.stopping:type_name -> shoal.v1.Stopping
-	157, // 30: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
-	158, // 31: shoal.v1.NodeInfo.engine_labels:type_name -> shoal.v1.NodeInfo.EngineLabelsEntry
-	159, // 32: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
-	160, // 33: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
+	160, // 30: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
+	161, // 31: shoal.v1.NodeInfo.engine_labels:type_name -> shoal.v1.NodeInfo.EngineLabelsEntry
+	162, // 32: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
+	163, // 33: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
 	0,   // 34: shoal.v1.CreateNetworkResponse.network:type_name -> shoal.v1.Network
 	0,   // 35: shoal.v1.ListNetworksResponse.networks:type_name -> shoal.v1.Network
 	19,  // 36: shoal.v1.ConnectNetworkResponse.task:type_name -> shoal.v1.Task
 	14,  // 37: shoal.v1.ConnectNetworkResponse.service:type_name -> shoal.v1.Service
 	19,  // 38: shoal.v1.DisconnectNetworkResponse.task:type_name -> shoal.v1.Task
 	14,  // 39: shoal.v1.DisconnectNetworkResponse.service:type_name -> shoal.v1.Service
-	161, // 40: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
+	164, // 40: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
 	10,  // 41: shoal.v1.CreateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
 	14,  // 42: shoal.v1.CreateServiceResponse.service:type_name -> shoal.v1.Service
 	10,  // 43: shoal.v1.UpdateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
@@ -11922,7 +12307,7 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	19,  // 53: shoal.v1.StartTaskResponse.task:type_name -> shoal.v1.Task
 	19,  // 54: shoal.v1.RenameTaskResponse.task:type_name -> shoal.v1.Task
 	20,  // 55: shoal.v1.ListNodesResponse.nodes:type_name -> shoal.v1.NodeInfo
-	162, // 56: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	165, // 56: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
 	20,  // 57: shoal.v1.UpdateNodeResponse.node:type_name -> shoal.v1.NodeInfo
 	20,  // 58: shoal.v1.JoinNodeRequest.node:type_name -> shoal.v1.NodeInfo
 	21,  // 59: shoal.v1.JoinNodeResponse.cluster:type_name -> shoal.v1.Cluster
@@ -11934,11 +12319,11 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	60,  // 65: shoal.v1.RenewCertificateResponse.certificate:type_name -> shoal.v1.Certificate
 	63,  // 66: shoal.v1.RenewCertificateResponse.lock:type_name -> shoal.v1.Lock
 	20,  // 67: shoal.v1.ShowTokenResponse.managers:type_name -> shoal.v1.NodeInfo
-	163, // 68: shoal.v1.ShowCAResponse.root:type_name -> shoal.v1.ShowCAResponse.Root
-	163, // 69: shoal.v1.ShowCAResponse.old:type_name -> shoal.v1.ShowCAResponse.Root
+	166, // 68: shoal.v1.ShowCAResponse.root:type_name -> shoal.v1.ShowCAResponse.Root
+	166, // 69: shoal.v1.ShowCAResponse.old:type_name -> shoal.v1.ShowCAResponse.Root
 	4,   // 70: shoal.v1.CreateBlobRequest.blob:type_name -> shoal.v1.Blob
 	4,   // 71: shoal.v1.CreateBlobResponse.blob:type_name -> shoal.v1.Blob
-	164, // 72: shoal.v1.UpdateBlobRequest.labels:type_name -> shoal.v1.UpdateBlobRequest.LabelsEntry
+	167, // 72: shoal.v1.UpdateBlobRequest.labels:type_name -> shoal.v1.UpdateBlobRequest.LabelsEntry
 	4,   // 73: shoal.v1.UpdateBlobResponse.blob:type_name -> shoal.v1.Blob
 	4,   // 74: shoal.v1.ListBlobsResponse.blobs:type_name -> shoal.v1.Blob
 	4,   // 75: shoal.v1.TaskBlobsResponse.blobs:type_name -> shoal.v1.Blob
@@ -11949,160 +12334,165 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	21,  // 80: shoal.v1.AssignmentsResponse.cluster:type_name -> shoal.v1.Cluster
 	90,  // 81: shoal.v1.AssignmentsResponse.trust:type_name -> shoal.v1.Trust
 	91,  // 82: shoal.v1.Trust.gossip_keys:type_name -> shoal.v1.GossipKey
-	165, // 83: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
-	167, // 84: shoal.v1.ReportRequest.faults:type_name -> shoal.v1.ReportRequest.Fault
-	166, // 85: shoal.v1.ReportRequest.engine_labels:type_name -> shoal.v1.ReportRequest.EngineLabelsEntry
-	168, // 86: shoal.v1.CheckEndpointsRequest.claims:type_name -> shoal.v1.CheckEndpointsRequest.Claim
+	168, // 83: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
+	170, // 84: shoal.v1.ReportRequest.faults:type_name -> shoal.v1.ReportRequest.Fault
+	169, // 85: shoal.v1.ReportRequest.engine_labels:type_name -> shoal.v1.ReportRequest.EngineLabelsEntry
+	171, // 86: shoal.v1.CheckEndpointsRequest.claims:type_name -> shoal.v1.CheckEndpointsRequest.Claim
 	19,  // 87: shoal.v1.TasksResponse.tasks:type_name -> shoal.v1.Task
-	169, // 88: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
-	170, // 89: shoal.v1.StatsResponse.drops:type_name -> shoal.v1.StatsResponse.Drop
-	172, // 90: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
-	173, // 91: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
-	174, // 92: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
-	17,  // 93: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
-	114, // 94: shoal.v1.ImageListResponse.images:type_name -> shoal.v1.Image
-	114, // 95: shoal.v1.ImageInspectResponse.image:type_name -> shoal.v1.Image
-	175, // 96: shoal.v1.Volume.labels:type_name -> shoal.v1.Volume.LabelsEntry
-	130, // 97: shoal.v1.VolumeListResponse.volumes:type_name -> shoal.v1.Volume
-	176, // 98: shoal.v1.VolumeCreateRequest.labels:type_name -> shoal.v1.VolumeCreateRequest.LabelsEntry
-	130, // 99: shoal.v1.VolumeCreateResponse.volume:type_name -> shoal.v1.Volume
-	20,  // 100: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
-	20,  // 101: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
-	20,  // 102: shoal.v1.InitResponse.lost:type_name -> shoal.v1.NodeInfo
-	20,  // 103: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
-	177, // 104: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
-	178, // 105: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
-	17,  // 106: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
-	171, // 107: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
-	22,  // 108: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
-	24,  // 109: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
-	26,  // 110: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
-	28,  // 111: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
-	30,  // 112: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
-	34,  // 113: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
-	36,  // 114: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
-	38,  // 115: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
-	40,  // 116: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
-	42,  // 117: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
-	44,  // 118: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
-	46,  // 119: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
-	48,  // 120: shoal.v1.Control.StartTask:input_type -> shoal.v1.StartTaskRequest
-	50,  // 121: shoal.v1.Control.RenameTask:input_type -> shoal.v1.RenameTaskRequest
-	78,  // 122: shoal.v1.Control.CreateBlob:input_type -> shoal.v1.CreateBlobRequest
-	80,  // 123: shoal.v1.Control.UpdateBlob:input_type -> shoal.v1.UpdateBlobRequest
-	82,  // 124: shoal.v1.Control.ListBlobs:input_type -> shoal.v1.ListBlobsRequest
-	84,  // 125: shoal.v1.Control.RemoveBlob:input_type -> shoal.v1.RemoveBlobRequest
-	86,  // 126: shoal.v1.Control.TaskBlobs:input_type -> shoal.v1.TaskBlobsRequest
-	52,  // 127: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
-	54,  // 128: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
-	56,  // 129: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
-	32,  // 130: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
-	66,  // 131: shoal.v1.Control.ShowToken:input_type -> shoal.v1.ShowTokenRequest
-	68,  // 132: shoal.v1.Control.RotateToken:input_type -> shoal.v1.RotateTokenRequest
-	70,  // 133: shoal.v1.Control.ShowCA:input_type -> shoal.v1.ShowCARequest
-	74,  // 134: shoal.v1.Control.RotateCA:input_type -> shoal.v1.RotateCARequest
-	72,  // 135: shoal.v1.Control.UnlockKey:input_type -> shoal.v1.UnlockKeyRequest
-	112, // 136: shoal.v1.Control.SaveSnapshot:input_type -> shoal.v1.SaveSnapshotRequest
-	61,  // 137: shoal.v1.Control.RenewCertificate:input_type -> shoal.v1.RenewCertificateRequest
-	64,  // 138: shoal.v1.Control.LeaveNode:input_type -> shoal.v1.LeaveNodeRequest
-	58,  // 139: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
-	76,  // 140: shoal.v1.Control.AdmitManager:input_type -> shoal.v1.AdmitManagerRequest
-	88,  // 141: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
-	92,  // 142: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
-	94,  // 143: shoal.v1.Control.CheckEndpoints:input_type -> shoal.v1.CheckEndpointsRequest
-	115, // 144: shoal.v1.Node.ImageList:input_type -> shoal.v1.ImageListRequest
-	117, // 145: shoal.v1.Node.ImagePull:input_type -> shoal.v1.ImagePullRequest
-	119, // 146: shoal.v1.Node.ImageResolve:input_type -> shoal.v1.ImageResolveRequest
-	121, // 147: shoal.v1.Node.ImageRemove:input_type -> shoal.v1.ImageRemoveRequest
-	122, // 148: shoal.v1.Node.ImagePrune:input_type -> shoal.v1.ImagePruneRequest
-	124, // 149: shoal.v1.Node.ImageInspect:input_type -> shoal.v1.ImageInspectRequest
-	126, // 150: shoal.v1.Node.ImageLoad:input_type -> shoal.v1.ImageLoadRequest
-	128, // 151: shoal.v1.Node.ImageSave:input_type -> shoal.v1.ImageSaveRequest
-	131, // 152: shoal.v1.Node.VolumeList:input_type -> shoal.v1.VolumeListRequest
-	133, // 153: shoal.v1.Node.VolumeCreate:input_type -> shoal.v1.VolumeCreateRequest
-	135, // 154: shoal.v1.Node.VolumeRemove:input_type -> shoal.v1.VolumeRemoveRequest
-	102, // 155: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
-	104, // 156: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
-	110, // 157: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
-	106, // 158: shoal.v1.Node.Kill:input_type -> shoal.v1.KillRequest
-	108, // 159: shoal.v1.Node.Top:input_type -> shoal.v1.TopRequest
-	96,  // 160: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
-	98,  // 161: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
-	100, // 162: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
-	140, // 163: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
-	142, // 164: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
-	144, // 165: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
-	146, // 166: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
-	148, // 167: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
-	138, // 168: shoal.v1.Local.Unlock:input_type -> shoal.v1.UnlockRequest
-	137, // 169: shoal.v1.Local.RestoreSnapshot:input_type -> shoal.v1.RestoreSnapshotRequest
-	23,  // 170: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
-	25,  // 171: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
-	27,  // 172: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
-	29,  // 173: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
-	31,  // 174: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
-	35,  // 175: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
-	37,  // 176: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
-	39,  // 177: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
-	41,  // 178: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
-	43,  // 179: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
-	45,  // 180: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
-	47,  // 181: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
-	49,  // 182: shoal.v1.Control.StartTask:output_type -> shoal.v1.StartTaskResponse
-	51,  // 183: shoal.v1.Control.RenameTask:output_type -> shoal.v1.RenameTaskResponse
-	79,  // 184: shoal.v1.Control.CreateBlob:output_type -> shoal.v1.CreateBlobResponse
-	81,  // 185: shoal.v1.Control.UpdateBlob:output_type -> shoal.v1.UpdateBlobResponse
-	83,  // 186: shoal.v1.Control.ListBlobs:output_type -> shoal.v1.ListBlobsResponse
-	85,  // 187: shoal.v1.Control.RemoveBlob:output_type -> shoal.v1.RemoveBlobResponse
-	87,  // 188: shoal.v1.Control.TaskBlobs:output_type -> shoal.v1.TaskBlobsResponse
-	53,  // 189: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
-	55,  // 190: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
-	57,  // 191: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
-	33,  // 192: shoal.v1.Control.Events:output_type -> shoal.v1.Event
-	67,  // 193: shoal.v1.Control.ShowToken:output_type -> shoal.v1.ShowTokenResponse
-	69,  // 194: shoal.v1.Control.RotateToken:output_type -> shoal.v1.RotateTokenResponse
-	71,  // 195: shoal.v1.Control.ShowCA:output_type -> shoal.v1.ShowCAResponse
-	75,  // 196: shoal.v1.Control.RotateCA:output_type -> shoal.v1.RotateCAResponse
-	73,  // 197: shoal.v1.Control.UnlockKey:output_type -> shoal.v1.UnlockKeyResponse
-	113, // 198: shoal.v1.Control.SaveSnapshot:output_type -> shoal.v1.SaveSnapshotResponse
-	62,  // 199: shoal.v1.Control.RenewCertificate:output_type -> shoal.v1.RenewCertificateResponse
-	65,  // 200: shoal.v1.Control.LeaveNode:output_type -> shoal.v1.LeaveNodeResponse
-	59,  // 201: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
-	77,  // 202: shoal.v1.Control.AdmitManager:output_type -> shoal.v1.AdmitManagerResponse
-	89,  // 203: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
-	93,  // 204: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
-	95,  // 205: shoal.v1.Control.CheckEndpoints:output_type -> shoal.v1.CheckEndpointsResponse
-	116, // 206: shoal.v1.Node.ImageList:output_type -> shoal.v1.ImageListResponse
-	118, // 207: shoal.v1.Node.ImagePull:output_type -> shoal.v1.ImagePullResponse
-	120, // 208: shoal.v1.Node.ImageResolve:output_type -> shoal.v1.ImageResolveResponse
-	123, // 209: shoal.v1.Node.ImageRemove:output_type -> shoal.v1.ImageRemoveResponse
-	123, // 210: shoal.v1.Node.ImagePrune:output_type -> shoal.v1.ImageRemoveResponse
-	125, // 211: shoal.v1.Node.ImageInspect:output_type -> shoal.v1.ImageInspectResponse
-	127, // 212: shoal.v1.Node.ImageLoad:output_type -> shoal.v1.ImageLoadResponse
-	129, // 213: shoal.v1.Node.ImageSave:output_type -> shoal.v1.ImageSaveResponse
-	132, // 214: shoal.v1.Node.VolumeList:output_type -> shoal.v1.VolumeListResponse
-	134, // 215: shoal.v1.Node.VolumeCreate:output_type -> shoal.v1.VolumeCreateResponse
-	136, // 216: shoal.v1.Node.VolumeRemove:output_type -> shoal.v1.VolumeRemoveResponse
-	103, // 217: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
-	105, // 218: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
-	111, // 219: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
-	107, // 220: shoal.v1.Node.Kill:output_type -> shoal.v1.KillResponse
-	109, // 221: shoal.v1.Node.Top:output_type -> shoal.v1.TopResponse
-	97,  // 222: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
-	99,  // 223: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
-	101, // 224: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
-	141, // 225: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
-	143, // 226: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
-	145, // 227: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
-	147, // 228: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
-	149, // 229: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
-	139, // 230: shoal.v1.Local.Unlock:output_type -> shoal.v1.UnlockResponse
-	143, // 231: shoal.v1.Local.RestoreSnapshot:output_type -> shoal.v1.InitResponse
-	170, // [170:232] is the sub-list for method output_type
-	108, // [108:170] is the sub-list for method input_type
-	108, // [108:108] is the sub-list for extension type_name
-	108, // [108:108] is the sub-list for extension extendee
-	0,   // [0:108] is the sub-list for field type_name
+	172, // 88: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
+	173, // 89: shoal.v1.StatsResponse.drops:type_name -> shoal.v1.StatsResponse.Drop
+	175, // 90: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
+	176, // 91: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
+	177, // 92: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
+	178, // 93: shoal.v1.CopyRequest.start:type_name -> shoal.v1.CopyRequest.Start
+	106, // 94: shoal.v1.CopyResponse.source:type_name -> shoal.v1.CopySource
+	17,  // 95: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
+	117, // 96: shoal.v1.ImageListResponse.images:type_name -> shoal.v1.Image
+	117, // 97: shoal.v1.ImageInspectResponse.image:type_name -> shoal.v1.Image
+	179, // 98: shoal.v1.Volume.labels:type_name -> shoal.v1.Volume.LabelsEntry
+	133, // 99: shoal.v1.VolumeListResponse.volumes:type_name -> shoal.v1.Volume
+	180, // 100: shoal.v1.VolumeCreateRequest.labels:type_name -> shoal.v1.VolumeCreateRequest.LabelsEntry
+	133, // 101: shoal.v1.VolumeCreateResponse.volume:type_name -> shoal.v1.Volume
+	20,  // 102: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
+	20,  // 103: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
+	20,  // 104: shoal.v1.InitResponse.lost:type_name -> shoal.v1.NodeInfo
+	20,  // 105: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
+	181, // 106: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
+	182, // 107: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
+	17,  // 108: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
+	174, // 109: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
+	106, // 110: shoal.v1.CopyRequest.Start.source:type_name -> shoal.v1.CopySource
+	22,  // 111: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
+	24,  // 112: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
+	26,  // 113: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
+	28,  // 114: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
+	30,  // 115: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
+	34,  // 116: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
+	36,  // 117: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
+	38,  // 118: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
+	40,  // 119: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
+	42,  // 120: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
+	44,  // 121: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
+	46,  // 122: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
+	48,  // 123: shoal.v1.Control.StartTask:input_type -> shoal.v1.StartTaskRequest
+	50,  // 124: shoal.v1.Control.RenameTask:input_type -> shoal.v1.RenameTaskRequest
+	78,  // 125: shoal.v1.Control.CreateBlob:input_type -> shoal.v1.CreateBlobRequest
+	80,  // 126: shoal.v1.Control.UpdateBlob:input_type -> shoal.v1.UpdateBlobRequest
+	82,  // 127: shoal.v1.Control.ListBlobs:input_type -> shoal.v1.ListBlobsRequest
+	84,  // 128: shoal.v1.Control.RemoveBlob:input_type -> shoal.v1.RemoveBlobRequest
+	86,  // 129: shoal.v1.Control.TaskBlobs:input_type -> shoal.v1.TaskBlobsRequest
+	52,  // 130: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
+	54,  // 131: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
+	56,  // 132: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
+	32,  // 133: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
+	66,  // 134: shoal.v1.Control.ShowToken:input_type -> shoal.v1.ShowTokenRequest
+	68,  // 135: shoal.v1.Control.RotateToken:input_type -> shoal.v1.RotateTokenRequest
+	70,  // 136: shoal.v1.Control.ShowCA:input_type -> shoal.v1.ShowCARequest
+	74,  // 137: shoal.v1.Control.RotateCA:input_type -> shoal.v1.RotateCARequest
+	72,  // 138: shoal.v1.Control.UnlockKey:input_type -> shoal.v1.UnlockKeyRequest
+	115, // 139: shoal.v1.Control.SaveSnapshot:input_type -> shoal.v1.SaveSnapshotRequest
+	61,  // 140: shoal.v1.Control.RenewCertificate:input_type -> shoal.v1.RenewCertificateRequest
+	64,  // 141: shoal.v1.Control.LeaveNode:input_type -> shoal.v1.LeaveNodeRequest
+	58,  // 142: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
+	76,  // 143: shoal.v1.Control.AdmitManager:input_type -> shoal.v1.AdmitManagerRequest
+	88,  // 144: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
+	92,  // 145: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
+	94,  // 146: shoal.v1.Control.CheckEndpoints:input_type -> shoal.v1.CheckEndpointsRequest
+	118, // 147: shoal.v1.Node.ImageList:input_type -> shoal.v1.ImageListRequest
+	120, // 148: shoal.v1.Node.ImagePull:input_type -> shoal.v1.ImagePullRequest
+	122, // 149: shoal.v1.Node.ImageResolve:input_type -> shoal.v1.ImageResolveRequest
+	124, // 150: shoal.v1.Node.ImageRemove:input_type -> shoal.v1.ImageRemoveRequest
+	125, // 151: shoal.v1.Node.ImagePrune:input_type -> shoal.v1.ImagePruneRequest
+	127, // 152: shoal.v1.Node.ImageInspect:input_type -> shoal.v1.ImageInspectRequest
+	129, // 153: shoal.v1.Node.ImageLoad:input_type -> shoal.v1.ImageLoadRequest
+	131, // 154: shoal.v1.Node.ImageSave:input_type -> shoal.v1.ImageSaveRequest
+	134, // 155: shoal.v1.Node.VolumeList:input_type -> shoal.v1.VolumeListRequest
+	136, // 156: shoal.v1.Node.VolumeCreate:input_type -> shoal.v1.VolumeCreateRequest
+	138, // 157: shoal.v1.Node.VolumeRemove:input_type -> shoal.v1.VolumeRemoveRequest
+	102, // 158: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
+	107, // 159: shoal.v1.Node.Copy:input_type -> shoal.v1.CopyRequest
+	104, // 160: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
+	113, // 161: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
+	109, // 162: shoal.v1.Node.Kill:input_type -> shoal.v1.KillRequest
+	111, // 163: shoal.v1.Node.Top:input_type -> shoal.v1.TopRequest
+	96,  // 164: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
+	98,  // 165: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
+	100, // 166: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
+	143, // 167: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
+	145, // 168: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
+	147, // 169: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
+	149, // 170: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
+	151, // 171: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
+	141, // 172: shoal.v1.Local.Unlock:input_type -> shoal.v1.UnlockRequest
+	140, // 173: shoal.v1.Local.RestoreSnapshot:input_type -> shoal.v1.RestoreSnapshotRequest
+	23,  // 174: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
+	25,  // 175: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
+	27,  // 176: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
+	29,  // 177: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
+	31,  // 178: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
+	35,  // 179: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
+	37,  // 180: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
+	39,  // 181: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
+	41,  // 182: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
+	43,  // 183: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
+	45,  // 184: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
+	47,  // 185: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
+	49,  // 186: shoal.v1.Control.StartTask:output_type -> shoal.v1.StartTaskResponse
+	51,  // 187: shoal.v1.Control.RenameTask:output_type -> shoal.v1.RenameTaskResponse
+	79,  // 188: shoal.v1.Control.CreateBlob:output_type -> shoal.v1.CreateBlobResponse
+	81,  // 189: shoal.v1.Control.UpdateBlob:output_type -> shoal.v1.UpdateBlobResponse
+	83,  // 190: shoal.v1.Control.ListBlobs:output_type -> shoal.v1.ListBlobsResponse
+	85,  // 191: shoal.v1.Control.RemoveBlob:output_type -> shoal.v1.RemoveBlobResponse
+	87,  // 192: shoal.v1.Control.TaskBlobs:output_type -> shoal.v1.TaskBlobsResponse
+	53,  // 193: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
+	55,  // 194: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
+	57,  // 195: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
+	33,  // 196: shoal.v1.Control.Events:output_type -> shoal.v1.Event
+	67,  // 197: shoal.v1.Control.ShowToken:output_type -> shoal.v1.ShowTokenResponse
+	69,  // 198: shoal.v1.Control.RotateToken:output_type -> shoal.v1.RotateTokenResponse
+	71,  // 199: shoal.v1.Control.ShowCA:output_type -> shoal.v1.ShowCAResponse
+	75,  // 200: shoal.v1.Control.RotateCA:output_type -> shoal.v1.RotateCAResponse
+	73,  // 201: shoal.v1.Control.UnlockKey:output_type -> shoal.v1.UnlockKeyResponse
+	116, // 202: shoal.v1.Control.SaveSnapshot:output_type -> shoal.v1.SaveSnapshotResponse
+	62,  // 203: shoal.v1.Control.RenewCertificate:output_type -> shoal.v1.RenewCertificateResponse
+	65,  // 204: shoal.v1.Control.LeaveNode:output_type -> shoal.v1.LeaveNodeResponse
+	59,  // 205: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
+	77,  // 206: shoal.v1.Control.AdmitManager:output_type -> shoal.v1.AdmitManagerResponse
+	89,  // 207: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
+	93,  // 208: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
+	95,  // 209: shoal.v1.Control.CheckEndpoints:output_type -> shoal.v1.CheckEndpointsResponse
+	119, // 210: shoal.v1.Node.ImageList:output_type -> shoal.v1.ImageListResponse
+	121, // 211: shoal.v1.Node.ImagePull:output_type -> shoal.v1.ImagePullResponse
+	123, // 212: shoal.v1.Node.ImageResolve:output_type -> shoal.v1.ImageResolveResponse
+	126, // 213: shoal.v1.Node.ImageRemove:output_type -> shoal.v1.ImageRemoveResponse
+	126, // 214: shoal.v1.Node.ImagePrune:output_type -> shoal.v1.ImageRemoveResponse
+	128, // 215: shoal.v1.Node.ImageInspect:output_type -> shoal.v1.ImageInspectResponse
+	130, // 216: shoal.v1.Node.ImageLoad:output_type -> shoal.v1.ImageLoadResponse
+	132, // 217: shoal.v1.Node.ImageSave:output_type -> shoal.v1.ImageSaveResponse
+	135, // 218: shoal.v1.Node.VolumeList:output_type -> shoal.v1.VolumeListResponse
+	137, // 219: shoal.v1.Node.VolumeCreate:output_type -> shoal.v1.VolumeCreateResponse
+	139, // 220: shoal.v1.Node.VolumeRemove:output_type -> shoal.v1.VolumeRemoveResponse
+	103, // 221: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
+	108, // 222: shoal.v1.Node.Copy:output_type -> shoal.v1.CopyResponse
+	105, // 223: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
+	114, // 224: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
+	110, // 225: shoal.v1.Node.Kill:output_type -> shoal.v1.KillResponse
+	112, // 226: shoal.v1.Node.Top:output_type -> shoal.v1.TopResponse
+	97,  // 227: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
+	99,  // 228: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
+	101, // 229: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
+	144, // 230: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
+	146, // 231: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
+	148, // 232: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
+	150, // 233: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
+	152, // 234: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
+	142, // 235: shoal.v1.Local.Unlock:output_type -> shoal.v1.UnlockResponse
+	146, // 236: shoal.v1.Local.RestoreSnapshot:output_type -> shoal.v1.InitResponse
+	174, // [174:237] is the sub-list for method output_type
+	111, // [111:174] is the sub-list for method input_type
+	111, // [111:111] is the sub-list for extension type_name
+	111, // [111:111] is the sub-list for extension extendee
+	0,   // [0:111] is the sub-list for field type_name
 }
 
 func init() { file_shoal_v1_shoal_proto_init() }
@@ -12125,14 +12515,25 @@ func file_shoal_v1_shoal_proto_init() {
 		(*ExecResponse_Stderr)(nil),
 		(*ExecResponse_ExitCode)(nil),
 	}
-	file_shoal_v1_shoal_proto_msgTypes[169].OneofWrappers = []any{}
+	file_shoal_v1_shoal_proto_msgTypes[107].OneofWrappers = []any{
+		(*CopyRequest_Start_)(nil),
+		(*CopyRequest_Data)(nil),
+		(*CopyRequest_Eof)(nil),
+	}
+	file_shoal_v1_shoal_proto_msgTypes[108].OneofWrappers = []any{
+		(*CopyResponse_Source)(nil),
+		(*CopyResponse_Data)(nil),
+		(*CopyResponse_Done)(nil),
+		(*CopyResponse_Failed)(nil),
+	}
+	file_shoal_v1_shoal_proto_msgTypes[172].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_shoal_v1_shoal_proto_rawDesc), len(file_shoal_v1_shoal_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   179,
+			NumMessages:   183,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

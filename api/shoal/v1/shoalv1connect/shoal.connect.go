@@ -147,6 +147,8 @@ const (
 	NodeVolumeRemoveProcedure = "/shoal.v1.Node/VolumeRemove"
 	// NodeExecProcedure is the fully-qualified name of the Node's Exec RPC.
 	NodeExecProcedure = "/shoal.v1.Node/Exec"
+	// NodeCopyProcedure is the fully-qualified name of the Node's Copy RPC.
+	NodeCopyProcedure = "/shoal.v1.Node/Copy"
 	// NodeLogsProcedure is the fully-qualified name of the Node's Logs RPC.
 	NodeLogsProcedure = "/shoal.v1.Node/Logs"
 	// NodeWaitProcedure is the fully-qualified name of the Node's Wait RPC.
@@ -1192,6 +1194,8 @@ type NodeClient interface {
 	VolumeCreate(context.Context, *connect.Request[v1.VolumeCreateRequest]) (*connect.Response[v1.VolumeCreateResponse], error)
 	VolumeRemove(context.Context, *connect.Request[v1.VolumeRemoveRequest]) (*connect.Response[v1.VolumeRemoveResponse], error)
 	Exec(context.Context) *connect.BidiStreamForClient[v1.ExecRequest, v1.ExecResponse]
+	// Copy moves files between a running task and an archive (tar).
+	Copy(context.Context) *connect.BidiStreamForClient[v1.CopyRequest, v1.CopyResponse]
 	Logs(context.Context, *connect.Request[v1.LogsRequest]) (*connect.ServerStreamForClient[v1.LogsResponse], error)
 	Wait(context.Context, *connect.Request[v1.WaitRequest]) (*connect.Response[v1.WaitResponse], error)
 	// Kill sends a signal to a task's program.
@@ -1290,6 +1294,12 @@ func NewNodeClient(httpClient connect.HTTPClient, baseURL string, opts ...connec
 			connect.WithSchema(nodeMethods.ByName("Exec")),
 			connect.WithClientOptions(opts...),
 		),
+		copy: connect.NewClient[v1.CopyRequest, v1.CopyResponse](
+			httpClient,
+			baseURL+NodeCopyProcedure,
+			connect.WithSchema(nodeMethods.ByName("Copy")),
+			connect.WithClientOptions(opts...),
+		),
 		logs: connect.NewClient[v1.LogsRequest, v1.LogsResponse](
 			httpClient,
 			baseURL+NodeLogsProcedure,
@@ -1349,6 +1359,7 @@ type nodeClient struct {
 	volumeCreate *connect.Client[v1.VolumeCreateRequest, v1.VolumeCreateResponse]
 	volumeRemove *connect.Client[v1.VolumeRemoveRequest, v1.VolumeRemoveResponse]
 	exec         *connect.Client[v1.ExecRequest, v1.ExecResponse]
+	copy         *connect.Client[v1.CopyRequest, v1.CopyResponse]
 	logs         *connect.Client[v1.LogsRequest, v1.LogsResponse]
 	wait         *connect.Client[v1.WaitRequest, v1.WaitResponse]
 	kill         *connect.Client[v1.KillRequest, v1.KillResponse]
@@ -1418,6 +1429,11 @@ func (c *nodeClient) Exec(ctx context.Context) *connect.BidiStreamForClient[v1.E
 	return c.exec.CallBidiStream(ctx)
 }
 
+// Copy calls shoal.v1.Node.Copy.
+func (c *nodeClient) Copy(ctx context.Context) *connect.BidiStreamForClient[v1.CopyRequest, v1.CopyResponse] {
+	return c.copy.CallBidiStream(ctx)
+}
+
 // Logs calls shoal.v1.Node.Logs.
 func (c *nodeClient) Logs(ctx context.Context, req *connect.Request[v1.LogsRequest]) (*connect.ServerStreamForClient[v1.LogsResponse], error) {
 	return c.logs.CallServerStream(ctx, req)
@@ -1468,6 +1484,8 @@ type NodeHandler interface {
 	VolumeCreate(context.Context, *connect.Request[v1.VolumeCreateRequest]) (*connect.Response[v1.VolumeCreateResponse], error)
 	VolumeRemove(context.Context, *connect.Request[v1.VolumeRemoveRequest]) (*connect.Response[v1.VolumeRemoveResponse], error)
 	Exec(context.Context, *connect.BidiStream[v1.ExecRequest, v1.ExecResponse]) error
+	// Copy moves files between a running task and an archive (tar).
+	Copy(context.Context, *connect.BidiStream[v1.CopyRequest, v1.CopyResponse]) error
 	Logs(context.Context, *connect.Request[v1.LogsRequest], *connect.ServerStream[v1.LogsResponse]) error
 	Wait(context.Context, *connect.Request[v1.WaitRequest]) (*connect.Response[v1.WaitResponse], error)
 	// Kill sends a signal to a task's program.
@@ -1562,6 +1580,12 @@ func NewNodeHandler(svc NodeHandler, opts ...connect.HandlerOption) (string, htt
 		connect.WithSchema(nodeMethods.ByName("Exec")),
 		connect.WithHandlerOptions(opts...),
 	)
+	nodeCopyHandler := connect.NewBidiStreamHandler(
+		NodeCopyProcedure,
+		svc.Copy,
+		connect.WithSchema(nodeMethods.ByName("Copy")),
+		connect.WithHandlerOptions(opts...),
+	)
 	nodeLogsHandler := connect.NewServerStreamHandler(
 		NodeLogsProcedure,
 		svc.Logs,
@@ -1630,6 +1654,8 @@ func NewNodeHandler(svc NodeHandler, opts ...connect.HandlerOption) (string, htt
 			nodeVolumeRemoveHandler.ServeHTTP(w, r)
 		case NodeExecProcedure:
 			nodeExecHandler.ServeHTTP(w, r)
+		case NodeCopyProcedure:
+			nodeCopyHandler.ServeHTTP(w, r)
 		case NodeLogsProcedure:
 			nodeLogsHandler.ServeHTTP(w, r)
 		case NodeWaitProcedure:
@@ -1699,6 +1725,10 @@ func (UnimplementedNodeHandler) VolumeRemove(context.Context, *connect.Request[v
 
 func (UnimplementedNodeHandler) Exec(context.Context, *connect.BidiStream[v1.ExecRequest, v1.ExecResponse]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Node.Exec is not implemented"))
+}
+
+func (UnimplementedNodeHandler) Copy(context.Context, *connect.BidiStream[v1.CopyRequest, v1.CopyResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Node.Copy is not implemented"))
 }
 
 func (UnimplementedNodeHandler) Logs(context.Context, *connect.Request[v1.LogsRequest], *connect.ServerStream[v1.LogsResponse]) error {
