@@ -637,18 +637,18 @@ const aloneAfter = 5 * time.Second
 
 // alone implements plumbing. A report whose answer was lost may have told a manager all
 // the same: what that one decided ends the task when it is heard of.
-func (m *member) alone(t spec.Task, end spec.TaskStatus) bool {
+func (m *member) alone(t spec.Task, end spec.TaskStatus) (delay time.Duration, ok bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if t.Service == "" || m.assigned == nil || time.Since(m.answered) < aloneAfter || m.acked[t.ID].State.Ended() {
-		return false
+		return 0, false
 	}
 	i := slices.IndexFunc(m.assigned.Services, func(s spec.Service) bool { return s.ID == t.Service })
 	if i < 0 {
-		return false
+		return 0, false
 	}
 	sp := m.assigned.Services[i].Spec
-	return sp.Restarts(end.State) && (sp.RestartMax == 0 || t.Attempt < sp.RestartMax)
+	return sp.RestartWait(t.Attempt + 1), sp.Restarts(end.State) && (sp.RestartMax == 0 || t.Attempt < sp.RestartMax)
 }
 
 // answer notes that a manager has.

@@ -58,8 +58,8 @@ type plumbing interface {
 	// network is what the managers said of a network.
 	network(id string) (spec.Network, bool)
 	// alone tells that no manager has answered for a while, none knows of this end of a
-	// task, and its service would have it replaced.
-	alone(t spec.Task, end spec.TaskStatus) bool
+	// task, and its service would have it replaced; and how long after that end.
+	alone(t spec.Task, end spec.TaskStatus) (delay time.Duration, ok bool)
 	// served tells whether another replica of a task's service takes connections.
 	served(t spec.Task) bool
 	// settled waits until this node and every live one has applied what was
@@ -430,9 +430,9 @@ func (r *runner) run(ctx context.Context, found *runtime.Status) {
 		again = false
 		switch {
 		case errors.Is(err, errAgain):
-			again = r.anew(ctx, "")
+			again = r.anew(ctx, "", 0)
 		case err != nil && r.persists():
-			again = r.anew(ctx, err.Error())
+			again = r.anew(ctx, err.Error(), 0)
 		case err != nil:
 			r.state(spec.TaskFailed, err.Error())
 		}
@@ -499,11 +499,12 @@ func (r *runner) rest(ctx context.Context) bool {
 			return false
 		case <-r.wake:
 		case <-look:
-			if r.unwanted() != "" || !r.plumbing.alone(task, end) {
+			delay, ok := r.plumbing.alone(task, end)
+			if r.unwanted() != "" || !ok {
 				continue
 			}
 			r.log.Warn("a replica is started again by its node: no manager answers", "task", task.Name)
-			if r.anew(ctx, "") {
+			if r.anew(ctx, "", delay) {
 				return true
 			}
 			// It is over, and what was said of its addresses is to be said again.
@@ -532,10 +533,10 @@ func (r *runner) persists() bool {
 	return attempt > 0 && r.again(runtime.Status{Err: "it can't be started"})
 }
 
-// anew takes down what is left of a task's run, and waits until it is time for the next;
-// false if none is wanted any more, or ctx has ended. why is what became of that run; "":
-// its program ended.
-func (r *runner) anew(ctx context.Context, why string) bool {
+// anew takes down what is left of a task's run, and waits until it is time for the next:
+// a delay after its end, or 0: Docker's. It is false if none is wanted any more, or ctx has
+// ended. why is what became of that run; "": its program ended.
+func (r *runner) anew(ctx context.Context, why string, delay time.Duration) bool {
 	var st runtime.Status
 	if why == "" {
 		var err error
@@ -548,19 +549,25 @@ func (r *runner) anew(ctx context.Context, why string) bool {
 		r.pause = 0
 	}
 	r.pause = min(max(2*r.pause, pauseFirst), pauseMost)
+	pause := r.pause
+	if delay > 0 { // of which some may have gone by
+		if pause = delay; !st.ExitedAt.IsZero() {
+			pause = min(max(0, delay-time.Since(st.ExitedAt)), delay)
+		}
+	}
 	r.set(func() {
 		r.task.Attempt++
 		r.task.Spec.Attach = false // nobody waits for its first words
 		r.status.ExitCode, r.status.PID, r.status.Released = st.ExitCode, 0, false
 		r.fell, r.fit, r.named = false, fitness{}, nil
 	})
-	r.state(spec.TaskPreparing, fmt.Sprintf("%s; restart %d in %s", why, r.task.Attempt, r.pause))
+	r.state(spec.TaskPreparing, fmt.Sprintf("%s; restart %d in %s", why, r.task.Attempt, pause.Round(time.Millisecond)))
 	r.takeDown(ctx)
 	if err := r.rt.Renew(ctx, r.id); err != nil && ctx.Err() == nil {
 		r.state(spec.TaskFailed, err.Error())
 		return false
 	}
-	r.waitUnless(ctx, r.pause)
+	r.waitUnless(ctx, pause)
 	if ctx.Err() != nil {
 		return false
 	}

@@ -61,6 +61,7 @@ type bench struct {
 	hosts    map[string]bool          // networks that are the node's own
 	others   bool                     // other replicas take connections
 	deserted atomic.Bool              // by the managers
+	delay    time.Duration            // that the service has its replicas wait
 }
 
 type fakeTask struct {
@@ -210,7 +211,9 @@ func (b *bench) wired(ctx context.Context, t spec.Task) error { return b.do(ctx,
 
 func (b *bench) served(spec.Task) bool { return b.others }
 
-func (b *bench) alone(spec.Task, spec.TaskStatus) bool { return b.deserted.Load() }
+func (b *bench) alone(spec.Task, spec.TaskStatus) (time.Duration, bool) {
+	return b.delay, b.deserted.Load()
+}
 
 func (b *bench) settled(ctx context.Context) error { return b.do(ctx, "settled") }
 
@@ -647,7 +650,9 @@ func TestAReplicaIsStartedAgainByItsNode(t *testing.T) {
 	b.exit("t1", 1, "")
 	b.await("t1: failed exit status 1 released")
 	b.forget()
+	b.delay = 300 * time.Millisecond
 	b.deserted.Store(true)
+	b.await("t1: preparing exit status 1; restart 1 in 300ms")
 	b.await("create t1")
 	b.await("start t1")
 	b.deserted.Store(false)

@@ -225,6 +225,25 @@ func (s ServiceSpec) Restarts(ended TaskState) bool {
 	return true
 }
 
+// The waits between the starts of a slot where its service says nothing else: the first,
+// and the most that doubling makes of it.
+const (
+	restartFirst = 100 * time.Millisecond
+	restartMost  = 30 * time.Second
+)
+
+// RestartWait is the time from an end of a slot's task to the start of its next attempt.
+func (s ServiceSpec) RestartWait(attempt int) time.Duration {
+	delay := s.RestartDelay
+	if delay <= 0 {
+		delay = restartFirst
+	}
+	for i := 1; i < attempt && delay < restartMost; i++ {
+		delay = min(2*delay, restartMost)
+	}
+	return delay
+}
+
 // Global tells whether there is a task on each node.
 func (s ServiceSpec) Global() bool { return s.Mode == ModeGlobal || s.Mode == ModeGlobalJob }
 

@@ -251,14 +251,7 @@ func recent(now, ended int64) bool { return ended <= now && now-ended < failWind
 
 // restartDelay is the wait before a restart, in milliseconds.
 func restartDelay(v *service, attempt int) int64 {
-	delay := v.Spec.RestartDelay.Milliseconds()
-	if delay <= 0 {
-		delay = restartFirst
-	}
-	for i := 1; i < attempt && delay < restartMost; i++ {
-		delay = min(2*delay, restartMost)
-	}
-	return delay
+	return v.Spec.RestartWait(attempt).Milliseconds()
 }
 
 // waits tells whether a pending task has to wait for its time. A time that is further

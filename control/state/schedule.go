@@ -242,12 +242,8 @@ const (
 	failMost   = 5
 )
 
-// Restart delays, in milliseconds.
-const (
-	restartFirst = 100
-	restartMost  = 30_000
-	longRun      = 10_000 // a run that counts as a success
-)
+// longRun is a run that counts as a success, in milliseconds.
+const longRun = 10_000
 
 // maxOps bounds a plan; the rest comes with the next one.
 const maxOps = 1000
