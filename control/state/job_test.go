@@ -253,3 +253,39 @@ func TestRandomJobs(t *testing.T) {
 		c.checkReplay(len(c.log) / 2)
 	})
 }
+
+// TestJobOfARemovedNode: what was done on a node that is removed stays done, whether the
+// node went down first or was forced out, and had let go of its task or not.
+func TestJobOfARemovedNode(t *testing.T) {
+	for _, released := range []bool{true, false} {
+		for _, down := range []bool{true, false} {
+			c := newCluster(t)
+			ns := c.joinAll(3)
+			job := c.service(jobSpec("job", 6, 0))
+			c.fates(completes)
+			if released {
+				c.settle()
+			} else {
+				for d, n := c.s.Completed(job.ID); d < n; d, n = c.s.Completed(job.ID) {
+					c.round()
+				}
+			}
+			if down {
+				c.down(ns[1])
+				c.plan()
+			}
+			c.must(Command{RemoveNode: &RemoveNode{Ref: ns[1].id, Force: true}})
+			delete(c.nodes, ns[1].id)
+			c.settle()
+			c.wantDone(job.ID, 6, 6)
+			c.join("n4").fate = completes
+			c.settle()
+			c.wantDone(job.ID, 6, 6)
+			if all := c.s.Tasks(TaskFilter{Service: job.ID, All: true}); len(all) != 6 {
+				t.Errorf("released %v, down %v: %d tasks for 6 slots\n%s", released, down, len(all), c.dump())
+			}
+			checkInvariants(t, c.s)
+			c.checkReplay(len(c.log) - 3)
+		}
+	}
+}
