@@ -54,7 +54,12 @@ virtual IP for each, balanced over its healthy replicas on any node.`,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.PersistentFlags().StringVar(&c.socket, "socket", cmp.Or(os.Getenv("SHOAL_SOCKET"), defaultSocket), "the agent's unix socket (also $SHOAL_SOCKET)")
-	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usageError(cmd, flagError(err)) })
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		if instead := insteadOfFlag(cmd, err); instead != "" {
+			err = fmt.Errorf("%w: %s", err, instead)
+		}
+		return usageError(cmd, flagError(err))
+	})
 	root.AddCommand(c.agentCmd(), c.initCmd(), c.joinCmd(), c.leaveCmd(), c.infoCmd(), c.doctorCmd(),
 		c.nodeCmd(), c.tokenCmd(), c.caCmd(), c.unlockCmd(), c.unlockKeyCmd(), c.snapshotCmd(), c.netCmd(), c.svcCmd(), c.imageCmd(), c.volumeCmd(), c.secretCmd(), c.configCmd(), c.loginCmd(), c.logoutCmd(), c.runCmd(), c.execCmd(), c.psCmd(), c.inspectCmd(), c.waitCmd(), c.startCmd(), c.restartCmd(), c.renameCmd(), c.stopCmd(), c.killCmd(), c.rmCmd(), c.attachCmd(), c.topCmd(), c.cpCmd(), c.logsCmd(), c.portCmd(), c.statsCmd(), c.eventsCmd(), c.labCmd(), c.versionCmd(), c.manCmd())
 	root.AddCommand(c.shortcuts()...)

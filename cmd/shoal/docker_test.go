@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"os"
 	"regexp"
 	"strings"
 	"testing"
@@ -104,5 +105,99 @@ func TestDockerLines(t *testing.T) {
 		if code := run(context.Background(), strings.Fields(line), strings.NewReader(""), &out, &errOut); code != 0 {
 			t.Errorf("%s: %s", line, errOut.String())
 		}
+	}
+}
+
+// TestDockerFlags: each flag of docker's run, service create and service update is there,
+// or refused by one line with what there is instead. The lists are those of docker 28.2.
+func TestDockerFlags(t *testing.T) {
+	var out bytes.Buffer
+	for _, k := range []struct {
+		file, command string
+		tables        []map[string]string
+	}{
+		{"docker-run.txt", "run", []map[string]string{dockerTaskFlags, dockerRunFlags}},
+		{"docker-service-create.txt", "svc create", []map[string]string{dockerTaskFlags, dockerServiceFlags}},
+		{"docker-service-update.txt", "svc update", []map[string]string{dockerTaskFlags, dockerServiceFlags}},
+	} {
+		b, err := os.ReadFile("testdata/" + k.file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		root := (&cli{out: &out, err: &out}).root()
+		cmd, _, err := root.Find(strings.Fields(k.command))
+		if err != nil {
+			t.Fatal(err)
+		}
+		refused := map[string]bool{}
+		for _, name := range strings.Fields(string(b)) {
+			name = strings.TrimPrefix(name, "--")
+			var errOut bytes.Buffer
+			instead := ""
+			for _, table := range k.tables {
+				instead += table[name]
+			}
+			switch has := cmd.Flags().Lookup(name) != nil; {
+			case has && instead != "":
+				t.Errorf("shoal %s has --%s by now: its line can go", k.command, name)
+			case !has && instead == "":
+				t.Errorf("shoal %s --%s is neither there nor refused", k.command, name)
+			case !has:
+				refused[name] = true
+				run(context.Background(), append(strings.Fields(k.command), "--"+name+"=x", "image"), strings.NewReader(""), &out, &errOut)
+				checkLine(t, errOut.String(), 2, "--"+name+": "+instead)
+			}
+		}
+		if len(refused) == 0 {
+			t.Errorf("nothing is refused of %s", k.file)
+		}
+	}
+}
+
+// lineWords takes a line apart as a shell does, but for anything but double quotes.
+func lineWords(line string) (out []string) {
+	for i, part := range strings.Split(line, `"`) {
+		if i%2 == 1 {
+			out = append(out, part)
+		} else {
+			out = append(out, strings.Fields(part)...)
+		}
+	}
+	return out
+}
+
+// TestOperatorsLines: what an operator of a swarm types every day is understood, or
+// refused by one line with what there is instead.
+func TestOperatorsLines(t *testing.T) {
+	b, err := os.ReadFile("testdata/docker-lines.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("SHOAL_SOCKET", t.TempDir()+"/none.sock")
+	n := 0
+	for _, l := range strings.Split(strings.TrimSpace(string(b)), "\n") {
+		kind, line, _ := strings.Cut(l, " ")
+		if kind == "#" {
+			continue
+		}
+		n++
+		var out, errOut bytes.Buffer
+		code := run(context.Background(), lineWords(line), strings.NewReader(""), &out, &errOut)
+		got := errOut.String()
+		switch {
+		case kind == "+" && strings.HasPrefix(line, "version"):
+		case kind == "+" && (code == 0 || !strings.Contains(got, noAgent)):
+			t.Errorf("%s: exit status %d, %s", line, code, got)
+		case kind == "-":
+			_, instead, _ := strings.Cut(strings.Split(got, "\n")[0], ": ")
+			if code != 2 || strings.Contains(got, noAgent) || strings.Count(got, "\n") != 2 || !strings.Contains(instead, ": ") || strings.Contains(got, "did you mean") {
+				t.Errorf("%s: exit status %d, %s", line, code, got)
+			}
+		case kind != "+":
+			t.Errorf("%q is neither + nor -", l)
+		}
+	}
+	if n < 234 {
+		t.Errorf("%d lines", n)
 	}
 }

@@ -258,15 +258,11 @@ func exitStatus(code int) error {
 	return nil
 }
 
-// attend is the foreground of a new task: its input, output and exit status.
-func (c *cli) attend(ctx context.Context, t *shoalv1.Task) error {
-	return c.attendWith(ctx, t, t.Spec.Stdin)
-}
-
-// attendWith is attend, with input or without.
-func (c *cli) attendWith(ctx context.Context, t *shoalv1.Task, stdin bool) error {
+// attend is the foreground of a task's new run: its output and exit status, its input if
+// stdin, and this program's signals if proxy.
+func (c *cli) attend(ctx context.Context, t *shoalv1.Task, stdin, proxy bool) error {
 	start := &shoalv1.ExecRequest_Start{Task: t.Id, Attach: true, Stdin: stdin, Tty: t.Spec.Tty, Run: t.Run}
-	s, end, err := c.session(ctx, t.Node, start, true)
+	s, end, err := c.session(ctx, t.Node, start, proxy)
 	if err != nil {
 		return err
 	}

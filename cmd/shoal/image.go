@@ -189,7 +189,7 @@ func (c *cli) imagePull() *cobra.Command {
 				fmt.Fprintln(c.err)
 			}
 			if err := stream.Err(); err != nil {
-				return err
+				return c.api().Explain(err)
 			}
 			return errors.New("the node ended the pull without a word: see its agent's log")
 		}}
@@ -309,7 +309,7 @@ func (c *cli) imageLoad() *cobra.Command {
 			}
 			resp, err := stream.CloseAndReceive()
 			if err != nil {
-				return err
+				return c.api().Explain(err)
 			}
 			for _, i := range resp.Msg.Images {
 				fmt.Fprintln(c.out, "Loaded image: "+i)
@@ -361,7 +361,7 @@ func (c *cli) imageSave() *cobra.Command {
 					return err
 				}
 			}
-			return stream.Err()
+			return c.api().Explain(stream.Err())
 		}}
 	cmd.Flags().StringVarP(&output, "output", "o", "", "file to write (default: standard output)")
 	c.onNode(cmd, &node)

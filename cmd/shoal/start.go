@@ -67,6 +67,7 @@ const startsService = "the service starts its replicas: use 'shoal svc update --
 
 func (c *cli) startCmd() *cobra.Command {
 	var attach, stdin bool
+	proxy := true
 	cmd := &cobra.Command{Use: "start [flags] TASK [TASK...]", Short: "Start tasks again that have ended", Args: atLeast(1),
 		Long: `Start runs tasks again, made with shoal run, that were stopped or have ended. They keep
 their ID, name and output, and their addresses unless others have these by now (what
@@ -107,10 +108,11 @@ status, as run does; with -i, also standard input, if the task was made with -i.
 			if t, err = c.startTask(ctx, t.Id, &shoalv1.StartTaskRequest{Attach: true}); err != nil {
 				return err
 			}
-			return c.attendWith(ctx, t, stdin && t.Spec.Stdin)
+			return c.attend(ctx, t, stdin && t.Spec.Stdin, proxy)
 		}}
 	cmd.Flags().BoolVarP(&attach, "attach", "a", false, "show its output, and pass signals on")
 	cmd.Flags().BoolVarP(&stdin, "interactive", "i", false, "pass standard input on, too")
+	cmd.Flags().BoolVar(&proxy, "sig-proxy", true, "with -a, pass signals on to the program")
 	return cmd
 }
 

@@ -297,6 +297,8 @@ that all replicas are one image.`,
 	f.Int32Var(&req.RestartMax, "restart-max-attempts", 0, "restarts of a replica before it is given up (0: no limit)")
 	f.StringArrayVarP(&tf.publish, "publish", "p", nil, publishHelp)
 	f.StringVar(&tf.ip, "vip", "", "virtual IP on the first network (default: a free one)")
+	f.StringArrayVar(&tf.hosts, "host", nil, "the same as --add-host")
+	_ = f.MarkHidden("host")
 	f.DurationVar(&tf.stopGrace, "stop-grace-period", spec.DefaultStopGrace, "time between the stop signal and the kill")
 	f.BoolVarP(&detach, "detach", "d", false, "don't wait until the replicas run")
 	f.BoolVarP(&quiet, "quiet", "q", false, "wait, but show no progress")

@@ -22,7 +22,8 @@ import (
 
 func (c *cli) runCmd() *cobra.Command {
 	var tf taskFlags
-	var detach, remove, stdin, tty bool
+	var detach, remove, stdin, tty, quiet bool
+	proxy := true
 	var restart string
 	var stopTimeout int
 	req := &shoalv1.CreateTaskRequest{}
@@ -96,7 +97,7 @@ found; with -d it prints the task's ID once it runs.`,
 			if detach {
 				return c.awaitRunning(cmd.Context(), t, func() { fmt.Fprintln(c.out, t.Id) })
 			}
-			return c.attend(cmd.Context(), t)
+			return c.attend(cmd.Context(), t, t.Spec.Stdin, proxy)
 		},
 	}
 	f := cmd.Flags()
@@ -106,6 +107,9 @@ found; with -d it prints the task's ID once it runs.`,
 	f.BoolVar(&remove, "rm", false, "remove it, and its output, when it has ended")
 	f.BoolVarP(&stdin, "interactive", "i", false, "pass standard input on")
 	f.BoolVarP(&tty, "tty", "t", false, "give the program a terminal")
+	f.BoolVar(&proxy, "sig-proxy", true, "in the foreground, pass signals on to the program")
+	f.BoolVarP(&quiet, "quiet", "q", false, "say nothing of pulling the image, as is so anyway")
+	_ = f.MarkHidden("quiet")
 	f.StringVar(&req.Name, "name", "", "name of the task, and its host name on its networks")
 	f.StringVar(&req.Node, "node", "", "node to run it on, by name or ID (default: this one)")
 	f.StringArrayVarP(&tf.publish, "publish", "p", nil, "port of this node that leads to the task: TARGET, PUBLISHED:TARGET or ADDRESS:PUBLISHED:TARGET, with /PROTOCOL (repeatable)")
