@@ -3,6 +3,7 @@ package state
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"reflect"
@@ -236,6 +237,10 @@ func Encode(c Command) ([]byte, error) {
 		return nil, err
 	}
 	b, err := json.Marshal(c)
+	var none *json.UnsupportedValueError
+	if errors.As(err, &none) { // of the caller's: the only one that has is a ratio
+		return nil, failf(ErrInvalid, "command %s has the number %s: use a finite one", c.Kind(), none.Str)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("encode command %s: %w", c.Kind(), err)
 	}
