@@ -563,19 +563,48 @@ func (r *runner) anew(ctx context.Context, why string, delay time.Duration) bool
 	})
 	r.state(spec.TaskPreparing, fmt.Sprintf("%s; restart %d in %s", why, r.task.Attempt, pause.Round(time.Millisecond)))
 	r.takeDown(ctx)
-	if err := r.rt.Renew(ctx, r.id); err != nil && ctx.Err() == nil {
-		r.state(spec.TaskFailed, err.Error())
-		return false
+	for {
+		err := r.rt.Renew(ctx, r.id)
+		if err != nil && ctx.Err() == nil && !r.persists() {
+			r.state(spec.TaskFailed, err.Error())
+			return false
+		}
+		r.waitWanted(ctx, pause)
+		if ctx.Err() != nil {
+			return false
+		}
+		if why := r.unwanted(); why != "" {
+			r.state(spec.TaskShutdown, why+" before it started again")
+			return false
+		}
+		if err == nil {
+			return true
+		}
+		r.pause = min(2*r.pause, pauseMost)
+		pause = r.pause
+		r.state(spec.TaskPreparing, fmt.Sprintf("%v; tried again in %s", err, pause))
 	}
-	r.waitUnless(ctx, pause)
-	if ctx.Err() != nil {
-		return false
+}
+
+// waitWanted waits for d, or until the task is unwanted or ctx ends, whatever has become of
+// its program.
+func (r *runner) waitWanted(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	woken := false
+	for over := false; !over && r.unwanted() == ""; {
+		select {
+		case <-ctx.Done():
+			over = true
+		case <-t.C:
+			over = true
+		case <-r.wake:
+			woken = true
+		}
 	}
-	if why := r.unwanted(); why != "" {
-		r.state(spec.TaskShutdown, why+" before it started again")
-		return false
+	if woken {
+		r.kick() // for what comes after
 	}
-	return true
 }
 
 // takeUp goes on to the run of an ended task that was asked for; false if there is none,

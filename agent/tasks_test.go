@@ -540,6 +540,17 @@ func TestRestartPolicy(t *testing.T) {
 		b.exit("t1", 1, "")
 		b.await("t1: failed no such program released") // that was the last attempt
 	})
+	t.Run("also when the disk takes nothing", func(t *testing.T) {
+		b := newBench(t)
+		b.give(true, restarting("always"))
+		b.await("t1: running")
+		b.fail("renew t1", errors.New("read-only file system"))
+		b.exit("t1", 1, "")
+		b.await("t1: preparing read-only file system; tried again in 200ms")
+		b.forget()
+		b.fail("renew t1", nil)
+		b.await("t1: running")
+	})
 	t.Run("after a reboot", func(t *testing.T) {
 		b := newBench(t, found(restarting("unless-stopped"), runtime.Exited, 137))
 		if err := b.adopt(b.ctx, nil); err != nil {
