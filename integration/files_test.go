@@ -87,11 +87,11 @@ func rewritten(p string, fn func([]byte) []byte) error {
 // TestFilesOfANode: whatever becomes of what a node keeps while its agent, or all of it,
 // is down, the node comes back: the same node, with the tasks that it had and no others,
 // by name and virtual IP; nothing that was acknowledged is lost; and doctor finds nothing
-// in the end. SHOAL_FILES_SEED repeats a run, SHOAL_FILES_ROUNDS makes it longer.
+// in the end. SHOAL_FILES_SEED does others, SHOAL_FILES_ROUNDS more.
 func TestFilesOfANode(t *testing.T) {
 	onlyNative(t)
 	t.Parallel()
-	seed, rounds := uint64(time.Now().UnixNano()%1_000_000), 8
+	seed, rounds := uint64(11), 8 // the IDs in the paths are others each time all the same
 	if v := os.Getenv("SHOAL_FILES_SEED"); v != "" {
 		n, err := strconv.ParseUint(v, 10, 64)
 		if err != nil {
