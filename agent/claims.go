@@ -58,6 +58,7 @@ type claim struct {
 	e       spec.Endpoint
 	verdict verdict
 	early   bool   // it counts before there is a verdict
+	doubted bool   // it was given, and the managers deny it now: a rename is on its way
 	queued  bool   // it is in claims.again
 	look    uint64 // View that it was last in
 }
@@ -88,7 +89,9 @@ func (c *claims) refused(e spec.Endpoint) bool {
 		x = &claim{e: e, early: !c.networks[e.Network]}
 		c.known[k] = x
 	case !sameClaim(x.e, e):
-		x.e, x.verdict, x.early = e, pending, false
+		// Another name of what was given counts meanwhile: its connections go on.
+		x.early = x.verdict == given && x.e.Service == e.Service && slices.Equal(x.e.Addrs, e.Addrs)
+		x.e, x.verdict, x.doubted = e, pending, false
 	}
 	x.look = c.look
 	if x.verdict == pending {
@@ -130,7 +133,7 @@ func (c *claims) take(old bool) (keys []claimKey, eps []spec.Endpoint) {
 		switch {
 		case old && x.look+1 < c.look: // the newest View may be half made
 			delete(c.known, k)
-		case len(keys) < claimBatch && perNode[k.node] < claimPerNode && (x.verdict == pending || old && x.verdict == wrong):
+		case len(keys) < claimBatch && perNode[k.node] < claimPerNode && (x.verdict == pending || old && (x.verdict == wrong || x.doubted)):
 			perNode[k.node]++
 			add(k, x)
 		}
@@ -139,9 +142,10 @@ func (c *claims) take(old bool) (keys []claimKey, eps []spec.Endpoint) {
 		k := c.again[0]
 		c.again = c.again[1:]
 		if x := c.known[k]; x != nil && x.queued && x.verdict == given {
-			x.queued = false
-			add(k, x)
-			n++
+			if x.queued = false; !x.doubted { // or it is there already
+				add(k, x)
+				n++
+			}
 		}
 	}
 	return keys, eps
@@ -166,10 +170,12 @@ func (c *claims) answered(keys []claimKey, eps []spec.Endpoint, no map[uint32]bo
 		was := x.verdict
 		switch {
 		case err != nil:
+		case no[uint32(i)] && was == given && !x.doubted:
+			x.doubted = true
 		case no[uint32(i)]:
-			x.verdict = wrong
+			x.verdict, x.doubted = wrong, false
 		default:
-			x.verdict = given
+			x.verdict, x.doubted = given, false
 		}
 		if x.verdict == given && !x.queued {
 			x.queued = true

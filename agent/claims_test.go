@@ -88,9 +88,21 @@ func TestClaims(t *testing.T) {
 	s.shows(web, late)
 	s.shows(web, late)
 	s.ask(true, nil, "a/1", "a/4")
+	s.want("denied once, as in a rename", s.shows(web, late), "a/1")
+	if asked, _ := s.ask(true, nil, "a/1", "a/4"); len(asked) != 2 {
+		t.Errorf("of that next time: asked of %v", asked)
+	}
 	s.want("no longer given", s.shows(web, late))
 	s.ask(true, nil, "a/4")
 	s.want("given after all", s.shows(web, late), "a/1")
+
+	// Another name of what was given is no reason to cut its connections.
+	web.TaskName = "renamed"
+	s.want("renamed", s.shows(web, late), "a/1")
+	s.ask(false, nil, "a/1")
+	s.want("renamed by itself", s.shows(web, late))
+	s.ask(true, nil, "a/4")
+	s.want("by the managers, too", s.shows(web, late), "a/1")
 
 	// Without an answer all counts that is not known to be wrong, also when they are
 	// back, until they have said so.
