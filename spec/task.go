@@ -90,14 +90,14 @@ type TaskStatus struct {
 	// Listened: its program has listened where others reach it.
 	Listened bool `json:"listened,omitempty" level:"2"`
 	// Run is the task's that this is of.
-	Run int `json:"run,omitempty" level:"2"`
+	Run int `json:"run,omitempty" level:"3"`
 }
 
 // Stopping is how a task is to be stopped, where who stops it says so: the other fields
 // stay the spec's.
 type Stopping struct {
-	Signal string         `json:"signal,omitempty" level:"2"`
-	Grace  *time.Duration `json:"grace,omitempty" level:"2"` // before SIGKILL; negative: for ever
+	Signal string         `json:"signal,omitempty" level:"3"`
+	Grace  *time.Duration `json:"grace,omitempty" level:"3"` // before SIGKILL; negative: for ever
 }
 
 // Validate reports the first thing wrong.
@@ -157,7 +157,7 @@ type Attachment struct {
 	// connected. The address is kept until the node has taken it off.
 	Leaving uint64 `json:"leaving,omitempty"`
 	// Fixed: the addresses of a task of its own were asked for, and no others do.
-	Fixed bool `json:"fixed,omitempty" level:"2"`
+	Fixed bool `json:"fixed,omitempty" level:"3"`
 }
 
 // Task is one run of a program on one node: a replica of a service, or on its
@@ -185,9 +185,9 @@ type Task struct {
 	ListenWithin time.Duration `json:"listen_within,omitempty" level:"2"`
 	// Run counts the starts that were asked for after the first (shoal start, restart).
 	// A task of its own has one ID, and as many runs.
-	Run int `json:"run,omitempty" level:"2"`
+	Run int `json:"run,omitempty" level:"3"`
 	// Stopping is of the stop that Desired, or a new Run, asks for; nil: by Spec.
-	Stopping *Stopping `json:"stopping,omitempty" level:"2"`
+	Stopping *Stopping `json:"stopping,omitempty" level:"3"`
 }
 
 // StopWith are the signal and the time of the task's stop.

@@ -55,8 +55,8 @@ type Command struct {
 	UpdateBlob *UpdateBlob `json:"update_blob,omitempty" level:"2"`
 	RemoveBlob *RemoveBlob `json:"remove_blob,omitempty" level:"2"`
 
-	StartTask  *StartTask  `json:"start_task,omitempty" level:"2"`
-	RenameTask *RenameTask `json:"rename_task,omitempty" level:"2"`
+	StartTask  *StartTask  `json:"start_task,omitempty" level:"3"`
+	RenameTask *RenameTask `json:"rename_task,omitempty" level:"3"`
 }
 
 // Cluster is what is fixed at init.
@@ -154,27 +154,27 @@ type StopTask struct {
 	Ref    string `json:"ref"`
 	Remove bool   `json:"remove,omitempty"` // and forget it, once its node has released it
 	// Stopping is how; nil: as the task's spec has it.
-	Stopping *spec.Stopping `json:"stopping,omitempty" level:"2"`
+	Stopping *spec.Stopping `json:"stopping,omitempty" level:"3"`
 }
 
 // StartTask has a standalone task run again under its ID: with its addresses, where
 // these are still free or were asked for, and otherwise others. One that runs is
 // stopped first with Restart, and left as it is without.
 type StartTask struct {
-	Ref string `json:"ref,omitempty" level:"2"`
+	Ref string `json:"ref,omitempty" level:"3"`
 	// Run is the task's Run plus one, as its proposer knows it: of two that ask for the
 	// same one the second changes nothing.
-	Run      int            `json:"run,omitempty" level:"2"`
-	Restart  bool           `json:"restart,omitempty" level:"2"`
-	Attach   bool           `json:"attach,omitempty" level:"2"` // somebody waits for its output
-	Stopping *spec.Stopping `json:"stopping,omitempty" level:"2"`
-	Now      int64          `json:"now,omitempty" level:"2"` // Unix milliseconds, the leader's clock
+	Run      int            `json:"run,omitempty" level:"3"`
+	Restart  bool           `json:"restart,omitempty" level:"3"`
+	Attach   bool           `json:"attach,omitempty" level:"3"` // somebody waits for its output
+	Stopping *spec.Stopping `json:"stopping,omitempty" level:"3"`
+	Now      int64          `json:"now,omitempty" level:"3"` // Unix milliseconds, the leader's clock
 }
 
 // RenameTask gives a standalone task another name.
 type RenameTask struct {
-	Ref  string `json:"ref,omitempty" level:"2"`
-	Name string `json:"name,omitempty" level:"2"`
+	Ref  string `json:"ref,omitempty" level:"3"`
+	Name string `json:"name,omitempty" level:"3"`
 }
 
 // UpsertNode makes a node known, or takes up the address, ports and data path

@@ -22,7 +22,7 @@ func (s *State) attach(t *task, a spec.NetworkAttachment, u *undo) (spec.Attachm
 	if err != nil {
 		return out, err
 	}
-	out.Addrs, out.Fixed = addrs, s.rules >= 2 && t.Service == "" && len(a.Addrs) > 0
+	out.Addrs, out.Fixed = addrs, s.rules >= 3 && t.Service == "" && len(a.Addrs) > 0
 	return out, nil
 }
 

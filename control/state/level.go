@@ -20,13 +20,14 @@ import (
 // by the rules of that level, so that every manager makes the same of the log. When
 // the last manager has a newer build the leader raises it (RaiseLevel), never to go
 // back.
-const Level = 2
+const Level = 3
 
 // Levels tells, by level, what each brings.
 var Levels = []string{
 	0: "clusters made before there were levels",
 	1: "the feature level itself; node ls -o wide and inspect show each node's level and version",
-	2: "secrets and configs; updates wait for a replica to listen; update and rollback policies, previous specs; tasks that are started again, and renamed",
+	2: "secrets and configs; updates wait for a replica to listen; update and rollback policies, previous specs",
+	3: "tasks that are started again, and renamed",
 }
 
 // RaiseLevel raises the cluster's level. It is refused while a manager has less.

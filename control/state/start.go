@@ -48,7 +48,7 @@ func (s *State) startTask(c *StartTask) Result {
 	if n.Status == spec.NodeDown {
 		return Result{Err: failf(ErrInvalid, "task %s: node %s is down", t.Name, n.Name)}
 	}
-	if n.Level < 2 {
+	if n.Level < 3 {
 		return Result{Err: failf(ErrLevel, "task %s: node %s has level %d, and can't start a task again: upgrade shoal there", t.Name, n.Name, n.Level)}
 	}
 	if !live {
