@@ -1,18 +1,22 @@
 package gossip
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"os"
 	"path/filepath"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // TestDamagedFiles: whatever became of what a node's gossip keeps on disk while it
 // was down, the node takes part again, and the others hold what it says now, not
 // what it said before.
 func TestDamagedFiles(t *testing.T) {
+	const readOnly = "gone, and the disk read-only"
 	damages := []struct {
 		name string
 		do   func(path string) error
@@ -29,12 +33,15 @@ func TestDamagedFiles(t *testing.T) {
 		{"wrong", func(p string) error { return os.WriteFile(p, []byte(`{"peers":[{"addr":"0.0.0.0:0"}]}`), 0o600) }},
 		{"binary", func(p string) error { return os.WriteFile(p, []byte{0, 0xff, 0, 1}, 0o600) }},
 		{"a number too large", func(p string) error { return os.WriteFile(p, []byte("18446744073709551615\n"), 0o600) }},
-		// Neither read nor written, as on a disk that fails or is full: also for root.
 		{"a directory", func(p string) error {
 			if err := os.Remove(p); err != nil {
 				return err
 			}
 			return os.MkdirAll(filepath.Join(p, "x"), 0o700)
+		}},
+		{readOnly, func(p string) error {
+			dir := filepath.Dir(p)
+			return errors.Join(os.Remove(p), unix.Mount(dir, dir, "", unix.MS_BIND, ""), unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, ""))
 		}},
 	}
 	c := newCluster(t, Tuning{})
@@ -42,6 +49,9 @@ func TestDamagedFiles(t *testing.T) {
 	k := 0
 	for _, file := range []string{"epoch", "peers.json"} {
 		for _, d := range damages {
+			if d.name == readOnly && os.Geteuid() != 0 {
+				continue // it takes a mount
+			}
 			c.kill(2)
 			path := filepath.Join(c.dir, nodeID(2), "gossip", file)
 			if err := d.do(path); err != nil {
@@ -51,7 +61,7 @@ func TestDamagedFiles(t *testing.T) {
 			n := c.start(2, addrs(1)...)
 			n.put(100+k, 200+k)
 			c.eventually(10*time.Second, file+" is "+d.name, c.agreed)
-			if d.name != "a directory" {
+			if d.name != readOnly {
 				continue
 			}
 			if n.DiskErr() == nil {
@@ -63,7 +73,7 @@ func TestDamagedFiles(t *testing.T) {
 				})
 			}
 			// The cause goes, and with it the fault, without a restart.
-			if err := os.RemoveAll(path); err != nil {
+			if err := unix.Unmount(filepath.Dir(path), unix.MNT_DETACH); err != nil {
 				t.Fatal(err)
 			}
 			c.eventually(10*time.Second, file+" is kept again", func() string {
