@@ -8,7 +8,7 @@ COUNTS := bin/test-counts
 UNIT := $(shell go list ./... 2>/dev/null | grep -v -e /integration$$)
 VM_TESTS := vip/ipvs integration
 
-.PHONY: vms test-vms deb rpm tarball test-package help build test test-unit test-vet test-e2e test-vm chaos bench demo lab generate fmt clean setup
+.PHONY: vms test-vms test-compose deb rpm tarball test-package help build test test-unit test-vet test-e2e test-vm chaos bench demo lab generate fmt clean setup
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ vms: build deb ## three real machines in QEMU, to play with (vm/cluster down)
 
 test-vms: ## the package on three machines in QEMU: killed, booted anew, upgraded
 	@scripts/test vms
+
+test-compose: ## deploy/compose: three nodes in containers, made from the package
+	@scripts/test compose
 
 SEED ?= 0
 MINUTES ?= 2
