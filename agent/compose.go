@@ -79,7 +79,9 @@ type inputs struct {
 // after an upgrade of that one, and what runs there would be missing.
 func (in inputs) met() bool {
 	for _, n := range in.assigned.Nodes {
-		if n.ID != in.self && n.Status == spec.NodeReady && !slices.ContainsFunc(in.gossip.Members, func(m gossip.Member) bool { return m.Peer.ID == n.ID }) {
+		if n.ID != in.self && n.Status == spec.NodeReady && !slices.ContainsFunc(in.gossip.Members, func(m gossip.Member) bool {
+			return m.Peer.ID == n.ID && (m.Epoch > 0 || m.Liveness == spec.PeerDead)
+		}) {
 			return false
 		}
 	}

@@ -27,7 +27,7 @@ func sources() inputs {
 			Tasks: []spec.Task{{ID: "t1", Node: "n1", Desired: spec.DesiredRunning, Attachments: []spec.Attachment{{Network: "app"}}}},
 		},
 		gossip: &gossip.Snapshot{Synced: true,
-			Members:   []gossip.Member{{Peer: spec.Peer{ID: "n1"}}, {Peer: spec.Peer{ID: "n2"}}, {Peer: spec.Peer{ID: "invented"}}},
+			Members:   []gossip.Member{{Peer: spec.Peer{ID: "n1"}}, {Peer: spec.Peer{ID: "n2"}, Epoch: 7}, {Peer: spec.Peer{ID: "invented"}}},
 			Endpoints: []spec.Endpoint{ep("t1", "app", "n1", spec.EndpointActive), ep("t2", "app", "n2", spec.EndpointDraining), ep("t3", "db", "n2", spec.EndpointActive)}},
 	}
 }
@@ -81,6 +81,13 @@ func TestComposeIsIncompleteUntilEverySourceReported(t *testing.T) {
 		"a node not met": func(in *inputs) {
 			in.first = true
 			in.assigned.Nodes = []spec.Node{{ID: "n1", Status: spec.NodeReady}, {ID: "n2", Status: spec.NodeReady}, {ID: "n3", Status: spec.NodeReady}}
+		},
+		"a node that has yet to say what it runs": func(in *inputs) {
+			in.first = true
+			in.assigned.Nodes = []spec.Node{{ID: "n1", Status: spec.NodeReady}, {ID: "n2", Status: spec.NodeReady}}
+			s := *in.gossip
+			s.Members = []gossip.Member{s.Members[0], {Peer: s.Members[1].Peer}}
+			in.gossip = &s
 		},
 	} {
 		in := sources()
