@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -91,7 +92,7 @@ func rewritten(p string, fn func([]byte) []byte) error {
 func TestFilesOfANode(t *testing.T) {
 	onlyNative(t)
 	t.Parallel()
-	seed, rounds := uint64(11), 8 // the IDs in the paths are others each time all the same
+	seed, rounds := uint64(11), 8
 	if v := os.Getenv("SHOAL_FILES_SEED"); v != "" {
 		n, err := strconv.ParseUint(v, 10, 64)
 		if err != nil {
@@ -126,7 +127,7 @@ func TestFilesOfANode(t *testing.T) {
 		} else if err := s.KillAgent("node3"); err != nil {
 			t.Fatal(err)
 		}
-		undo, what := s.damage(r, data, other)
+		undo, what := s.damage(r, data, other, far)
 		t.Logf("round %d: whole node %t: %s", round, whole, what)
 		s.ok("node1", "shoal net create kept%d", round)
 		if err := s.Start(t.Context(), "node3"); err != nil {
@@ -185,9 +186,10 @@ func TestFilesOfANode(t *testing.T) {
 	}
 }
 
-// damage does something to some of the files and directories of a node. undo is for what
-// does not mend itself.
-func (s site) damage(r *rand.Rand, data, other string) (undo func() error, what string) {
+// damage does something to some of the files and directories of a node, the same of the
+// same numbers: task is the ID of one that it has, the others are told from it alone. undo
+// is for what does not mend itself.
+func (s site) damage(r *rand.Rand, data, other, task string) (undo func() error, what string) {
 	s.Helper()
 	if r.IntN(8) == 0 {
 		remount := func(flags uintptr) error {
@@ -214,7 +216,15 @@ func (s site) damage(r *rand.Rand, data, other string) (undo func() error, what 
 			s.Fatal(err)
 		}
 	}
-	slices.Sort(paths)
+	named := func(p string) string {
+		return taskID.ReplaceAllStringFunc(p, func(id string) string {
+			if strings.Contains(id, task) {
+				return "/task"
+			}
+			return "/replica"
+		})
+	}
+	slices.SortFunc(paths, func(a, b string) int { return strings.Compare(named(a), named(b)) })
 	var did, names []string
 	for range 1 + r.IntN(3) {
 		p := paths[r.IntN(len(paths))]
@@ -235,6 +245,8 @@ func (s site) damage(r *rand.Rand, data, other string) (undo func() error, what 
 	}
 	return nil, strings.Join(did, "; ")
 }
+
+var taskID = regexp.MustCompile(`/[a-z2-7]{12}\b`)
 
 // noStrays wants no more namespaces of tasks on a node than tasks that run there.
 func (s site) noStrays(node string) {

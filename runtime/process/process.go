@@ -135,7 +135,7 @@ func (r *Runtime) Create(ctx context.Context, t runtime.Task) (_ runtime.Sandbox
 		return st.Sandbox, nil
 	}
 	dir := r.taskDir(t.ID)
-	if err := durable.MkdirAll(dir); err != nil {
+	if err := errors.Join(durable.MkdirAll(dir), keepOutput(dir)); err != nil {
 		return runtime.Sandbox{}, fmt.Errorf("task %s: %w", t.Name, err)
 	}
 	defer func() {
@@ -178,6 +178,19 @@ func (r *Runtime) Create(ctx context.Context, t runtime.Task) (_ runtime.Sandbox
 	return sb, nil
 }
 
+// keepOutput removes all but the output from a task's directory: what an earlier run of it
+// left, which may be anything by now.
+func keepOutput(dir string) error {
+	es, err := os.ReadDir(dir)
+	errs := []error{err}
+	for _, e := range es {
+		if n := e.Name(); n != logFile && !strings.HasPrefix(n, logFile+".") && n != shimLog {
+			errs = append(errs, os.RemoveAll(filepath.Join(dir, n)))
+		}
+	}
+	return errors.Join(errs...)
+}
+
 // startShim starts the shim in the task's namespace and waits until it serves.
 func (r *Runtime) startShim(ctx context.Context, t runtime.Task) (rd ready, p *os.Process, err error) {
 	dir := r.taskDir(t.ID)
@@ -186,7 +199,7 @@ func (r *Runtime) startShim(ctx context.Context, t runtime.Task) (rd ready, p *o
 		return rd, nil, err
 	}
 	defer pr.Close()
-	errLog, err := durable.Append(filepath.Join(dir, "shim.log"))
+	errLog, err := durable.Append(filepath.Join(dir, shimLog))
 	if err != nil {
 		pw.Close()
 		return rd, nil, err

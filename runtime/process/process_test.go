@@ -241,6 +241,13 @@ func TestRenew(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+		// What the run before left may have become anything.
+		for _, name := range []string{taskFile, "hostname", "hosts", "resolv.conf", "cgroup"} {
+			p := filepath.Join(f.taskDir(k.ID), name)
+			if err := errors.Join(os.RemoveAll(p), os.MkdirAll(filepath.Join(p, "x"), 0o700)); err != nil {
+				t.Fatal(err)
+			}
+		}
 		f.create(k)
 		if err := f.Renew(f.ctx(), k.ID); err == nil || !strings.Contains(err.Error(), "created") {
 			t.Errorf("of one that is there: %v", err)

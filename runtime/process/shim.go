@@ -67,6 +67,7 @@ const (
 	taskFile = "task.json"
 	exitFile = "exit.json"
 	logFile  = "output.log"
+	shimLog  = "shim.log"
 )
 
 // readyFD is where the shim reports to who started it: a ready, as JSON.
