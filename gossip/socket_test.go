@@ -85,7 +85,9 @@ func TestRealSockets(t *testing.T) {
 	t.Logf("dead after %s", time.Since(begin))
 	start(3, port).put(7)
 	t.Logf("back after %s", c.eventually(15*time.Second, "back by its peer list", c.agreed))
-	if err := c.node(2).Leave(ctx); err != nil {
+	lctx, lcancel := context.WithTimeout(context.Background(), 15*time.Second) // the other's time has gone into the waits
+	defer lcancel()
+	if err := c.node(2).Leave(lctx); err != nil {
 		t.Errorf("leave: %v", err)
 	}
 	c.eventually(3*time.Second, "gone", c.expect(2, "absent", 0))
