@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -10,6 +9,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/shoalnet/shoal/lab"
 )
 
 // Of the services that are there already this many have a replica that runs, which is a
@@ -52,24 +53,16 @@ func (b *bench) scale(counts []int) (err error) {
 // agents are the processes of the agents by node, the leader (node1, which made the
 // cluster) first.
 func (b *bench) agents() ([]int, error) {
-	data, err := os.ReadFile(filepath.Join("/run/shoal-lab-"+b.lab, "lab.json"))
+	l, err := lab.Open(b.lab)
 	if err != nil {
 		return nil, err
 	}
-	var l struct {
-		Nodes []struct {
-			PID int `json:"pid"`
-		} `json:"nodes"`
-	}
-	if err := json.Unmarshal(data, &l); err != nil {
-		return nil, err
-	}
 	var pids []int
-	for _, n := range l.Nodes {
+	for _, n := range l.Nodes() {
 		pids = append(pids, n.PID)
 	}
 	if len(pids) != 3 {
-		return nil, fmt.Errorf("%d agents in lab.json, want 3", len(pids))
+		return nil, fmt.Errorf("lab %s has %d agents, want 3", b.lab, len(pids))
 	}
 	return pids, nil
 }
@@ -126,24 +119,39 @@ func (b *bench) create(name, replicas string, flags ...string) []string {
 
 func (b *bench) scaleRow(n int, pids []int) error {
 	time.Sleep(5 * time.Second) // what the last changes brought is over
-	begin, at := cpuOf(pids), time.Now()
+	begin, err := cpuTimes(pids)
+	if err != nil {
+		return err
+	}
+	at := time.Now()
 	time.Sleep(time.Duration(5*b.seconds) * time.Second)
 	wall := time.Since(at).Seconds()
+	end, err := cpuTimes(pids)
+	if err != nil {
+		return err
+	}
 	var idle []float64
-	for i, c := range cpuOf(pids) {
+	for i, c := range end {
 		idle = append(idle, 100*(c-begin[i])/wall)
 	}
 	var running, told, cpu []float64
 	for r := range 2*b.rounds + 1 {
 		say("%d services: one more, round %d", n, r+1)
-		before := cpuOf(pids)
+		before, err := cpuTimes(pids)
+		if err != nil {
+			return err
+		}
 		start := time.Now()
 		if _, err := b.on("node1", b.create("more", "1")...); err != nil {
 			return err
 		}
 		running = append(running, time.Since(start).Seconds())
 		time.Sleep(time.Second)
-		after, each := cpuOf(pids), 0.0
+		after, err := cpuTimes(pids)
+		if err != nil {
+			return err
+		}
+		each := 0.0
 		for i := range after {
 			each += (after[i] - before[i]) / float64(len(pids))
 		}
@@ -166,24 +174,17 @@ func (b *bench) scaleRow(n int, pids []int) error {
 	return nil
 }
 
-// cpuOf is the processor time of processes, seconds (proc(5): fields 14 and 15 of stat,
-// in hundredths on Linux whatever the kernel's own tick).
-func cpuOf(pids []int) []float64 {
+// cpuTimes are those of processes.
+func cpuTimes(pids []int) ([]float64, error) {
 	var out []float64
 	for _, pid := range pids {
-		b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-		_, rest, _ := strings.Cut(string(b), ") ")
-		f := strings.Fields(rest)
-		sum := 0.0
-		for _, i := range []int{11, 12} {
-			if i < len(f) {
-				ticks, _ := strconv.ParseFloat(f[i], 64)
-				sum += ticks / 100
-			}
+		t, err := cpuTime(pid)
+		if err != nil {
+			return nil, err
 		}
-		out = append(out, sum)
+		out = append(out, t)
 	}
-	return out
+	return out, nil
 }
 
 // rss is the memory of a process that is in RAM, bytes (proc(5): the second field of
