@@ -151,8 +151,8 @@ func (c *claims) take(old bool) (keys []claimKey, eps []spec.Endpoint) {
 	return keys, eps
 }
 
-// answered notes what the managers said; nil: they did not. It tells whether there is
-// another View for that.
+// answered notes what the managers said, or with an error that they did not. It tells
+// whether there is another View for that.
 func (c *claims) answered(keys []claimKey, eps []spec.Endpoint, no map[uint32]bool, err error) (changed bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -114,7 +114,7 @@ func TestFilesOfANode(t *testing.T) {
 	s.whoami("web", 3, "--network app")
 	s.ok("node1", "shoal run -d --name near --network app -- %s/whoami", bin)
 	s.ok("node1", "shoal run -d --name far --network app --node node3 --restart always -- %s/whoami", bin)
-	data, other := filepath.Join(s.Dir, "node3", "data"), filepath.Join(s.Dir, "node2", "data")
+	data, other := s.dataDir("node3"), s.dataDir("node2")
 	for round := range rounds {
 		before := s.running("web")
 		far := s.task("far").ID
