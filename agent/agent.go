@@ -908,7 +908,7 @@ func (a *Agent) strays(ctx context.Context) (names []string) {
 		return nil // it is about to enter a cluster, or leaves one
 	}
 	defer a.mu.Unlock()
-	if a.current() != nil || !errors.Is(a.noMember(), errNoCluster) || a.identity().Cluster.ID != "" {
+	if a.identity().Cluster.ID != "" || !errors.Is(a.noMember(), errNoCluster) {
 		return nil
 	}
 	have, err := a.cfg.Runtime.List(ctx)
@@ -929,12 +929,7 @@ const straysHint = "'shoal leave --force' ends them and clears their networks aw
 
 // straysMessage says what strays there are, for a person.
 func straysMessage(names []string) string {
-	few := names[:min(len(names), 5)]
-	s := strings.Join(few, ", ")
-	if more := len(names) - len(few); more > 0 {
-		s += fmt.Sprintf(" and %d more", more)
-	}
-	return fmt.Sprintf("this node is in no cluster, yet tasks of one run here, which no manager knows of: %s", s)
+	return "this node is in no cluster, yet tasks of one run here, which no manager knows of: " + spec.Few(names)
 }
 
 // Doctor looks for what is wrong here.

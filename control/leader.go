@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -158,12 +157,7 @@ func unreachedText(names []string, port int) string {
 	if len(names) == 0 {
 		return ""
 	}
-	const shown = 5
-	list := strings.Join(names[:min(len(names), shown)], ", ")
-	if n := len(names) - shown; n > 0 {
-		list += fmt.Sprintf(" and %d more", n)
-	}
-	return fmt.Sprintf("no data path to %s: open %d/udp between them", list, port)
+	return fmt.Sprintf("no data path to %s: open %d/udp between them", spec.Few(names), port)
 }
 
 // faultsByObject is what live nodes can't do, by the ID of the service or task that

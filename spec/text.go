@@ -1,6 +1,7 @@
 package spec
 
 import (
+	"fmt"
 	"strings"
 	"unicode/utf8"
 )
@@ -64,4 +65,13 @@ func mapped(in []string, fn func(string) string) []string {
 		out[i] = fn(s)
 	}
 	return out
+}
+
+// Few joins names for a line of text: the first five, and how many more there are.
+func Few(names []string) string {
+	const most = 5
+	if len(names) > most {
+		return fmt.Sprintf("%s and %d more", strings.Join(names[:most], ", "), len(names)-most)
+	}
+	return strings.Join(names, ", ")
 }

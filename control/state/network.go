@@ -281,10 +281,10 @@ func (s *State) removeNetwork(c *RemoveNetwork) Result {
 	slices.Sort(tasks)
 	slices.Sort(ending)
 	if len(users)+len(tasks) == 0 && len(ending) > 0 {
-		return Result{Err: failf(ErrEnding, "network %s is used by %s: try again when these have ended", n.Name, few(ending))}
+		return Result{Err: failf(ErrEnding, "network %s is used by %s: try again when these have ended", n.Name, spec.Few(ending))}
 	}
 	if users = append(append(users, tasks...), ending...); len(users) > 0 {
-		return Result{Err: failf(ErrInUse, "network %s is used by %s: remove these first", n.Name, few(users))}
+		return Result{Err: failf(ErrInUse, "network %s is used by %s: remove these first", n.Name, spec.Few(users))}
 	}
 	for _, id := range slices.Sorted(maps.Keys(s.removed)) {
 		if v := s.removed[id]; len(v.VIPsOn(n.ID)) > 0 {
