@@ -95,7 +95,7 @@ func (s site) watch(names ...string) (stop func() map[string]usage) {
 // record begins to write down what passes the underlay to agents.
 func (s site) record(file string) (end func()) {
 	s.Helper()
-	cmd := exec.Command("tcpdump", "-i", "br0", "-U", "-s", "0", "-w", file, "port", "7946", "or", "port", "2377")
+	cmd := exec.Command("tcpdump", "-i", "br0", "--immediate-mode", "-B", "16384", "-U", "-s", "0", "-w", file, "port", "7946", "or", "port", "2377")
 	if err := nl.Do("shoal-"+s.Name+"-underlay", cmd.Start); err != nil {
 		s.Fatal(err)
 	}
@@ -238,7 +238,7 @@ func TestUnderAttack(t *testing.T) {
 
 	l := <-asked
 	if l.Failed > 0 || l.OK < 10000 || len(l.Hosts) != 3 {
-		t.Errorf("%d of %d requests failed (%v), %d servers: %v", l.Failed, l.Requests, l.Errors, len(l.Hosts), l.Hosts)
+		t.Errorf("%d of %d requests failed (%v), %d servers: %v; begun at %s and %v seconds", l.Failed, l.Requests, l.Errors, len(l.Hosts), l.Hosts, l.Started.Format("15:04:05.000"), l.Failures)
 	}
 	// The worker is removed: what its disk had is worth nothing from now on.
 	s.ok("node1", "shoal node rm --force node4")

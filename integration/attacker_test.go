@@ -174,7 +174,8 @@ func (l *attacker) strange(every repeat, datagrams []datagram) {
 	})
 }
 
-// halfOpen begins handshakes and leaves them where they are, 100 at a time.
+// halfOpen begins handshakes and leaves them where they are, 100 at a time or as many as
+// it is let.
 func (l *attacker) halfOpen(ctx context.Context, to netip.Addr) error {
 	var open []net.Conn
 	defer func() {
@@ -184,8 +185,11 @@ func (l *attacker) halfOpen(ctx context.Context, to netip.Addr) error {
 	}()
 	for range 100 {
 		c, err := net.DialTimeout("tcp", netip.AddrPortFrom(to, 2377).String(), time.Second)
-		if err != nil {
+		if err != nil && len(open) == 0 {
 			return err
+		}
+		if err != nil {
+			break
 		}
 		open = append(open, c)
 		_, _ = c.Write([]byte{22, 3, 1, 2, 0, 1, 0, 1}) // a ClientHello that does not go on (RFC 8446)
