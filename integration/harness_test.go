@@ -217,6 +217,9 @@ func (s site) explain() {
 		s.Logf("%s: shoal doctor:\n%s%s", n.Name, r.out, r.err)
 		if b, err := os.ReadFile(filepath.Join(n.Dir, "agent.log")); err == nil {
 			s.Logf("%s: end of agent.log:\n%s", n.Name, b[max(0, len(b)-3000):])
+			if dir := os.Getenv("SHOAL_TEST_LOGS"); dir != "" { // whole, for who looks into it
+				_ = os.WriteFile(filepath.Join(dir, s.Name+"-"+n.Name+".log"), b, 0o600)
+			}
 		}
 	}
 }
@@ -306,7 +309,9 @@ type load struct {
 	Requests, OK, Failed int
 	Hosts, Clients       map[string]int
 	Errors               map[string]int
-	LastFailure          float64 `json:"last_failure"`
+	LastFailure          float64   `json:"last_failure"`
+	Failures             []float64 // seconds after Started at which what failed began
+	Started              time.Time
 }
 
 func (s site) parseLoad(text string) load {
