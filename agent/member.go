@@ -265,8 +265,8 @@ func (m *member) start() error {
 	m.mu.Lock()
 	m.g = g // the Manager and the Forwarder may run already, and look
 	m.mu.Unlock()
-	m.wg.Go(func() { m.due(meetWait, &m.waited) })
-	m.wg.Go(func() { m.due(namesWait, &m.namesDue) })
+	m.wg.Go(func() { m.due(meetWait, &m.waited, g.Recall) })
+	m.wg.Go(func() { m.due(namesWait, &m.namesDue, func() {}) })
 	m.dns = dns.NewServer(dns.Config{Upstreams: m.cfg.Upstreams, Dial: m.cfg.Dial, Stale: m.cfg.DNSStale, Log: m.log})
 	m.tasks = &tasks{rt: m.cfg.Runtime, dns: m.dns, instance: m.cfg.Instance, hostAddr: m.ident.Addr, search: m.cfg.SearchDomains,
 		log: m.log, plumbing: m, ctx: m.ctx, runners: map[string]*runner{}}
@@ -314,8 +314,9 @@ func (m *member) start() error {
 }
 
 // due sets flag after d, and has a View composed that heeds it.
-func (m *member) due(d time.Duration, flag *atomic.Bool) {
+func (m *member) due(d time.Duration, flag *atomic.Bool, first func()) {
 	if sleep.For(m.ctx, d) {
+		first()
 		flag.Store(true)
 		wake(m.composeWake)
 	}

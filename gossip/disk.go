@@ -17,7 +17,7 @@ import (
 )
 
 // What has to outlive the process: DataDir/gossip/epoch, a decimal number, and
-// DataDir/gossip/peers.json.
+// DataDir/gossip/peers.json. (And records.json, see recall.go.)
 
 // maxEpoch and maxSeq bound what a node may say of its record. No node comes near
 // them by itself: a number beyond is damage or malice, and one that were taken

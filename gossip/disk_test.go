@@ -47,7 +47,7 @@ func TestDamagedFiles(t *testing.T) {
 	c := newCluster(t, Tuning{})
 	c.grow(3)
 	k := 0
-	for _, file := range []string{"epoch", "peers.json"} {
+	for _, file := range []string{"epoch", "peers.json", "records.json"} {
 		for _, d := range damages {
 			if d.name == readOnly && os.Geteuid() != 0 {
 				continue // it takes a mount

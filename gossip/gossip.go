@@ -90,7 +90,10 @@ type Gossip struct {
 
 	// publishMu orders the deltas of this node as they are sent.
 	publishMu sync.Mutex
-	saveMu    sync.Mutex // one writer of the peer list at a time
+	saveMu    sync.Mutex // one writer of the folder at a time, and what it wrote last:
+	keptRev   uint64
+	keptSum   uint64 // digestSum of the records in the file
+	keptLen   int
 
 	mu      sync.Mutex
 	meta    meta
@@ -112,6 +115,8 @@ type Gossip struct {
 	waiters map[waiterKey]*waiter
 	acks    map[uint64]*barrier
 	dirty   bool // peers differ from the file
+	// remembered: from the file, and not recalled yet
+	remembered map[string]keptRecord
 	// epochDue: the epoch differs from the file
 	epochDue bool
 
@@ -204,6 +209,9 @@ func Open(cfg Config) (*Gossip, error) {
 		g.addPeer(p.Addr, p.Node)
 	}
 	g.dirty = false
+	if g.remembered, err = loadRecords(g.folder); err != nil {
+		g.log.Warn("what other nodes said last can't be read; waiting to hear of them", "error", err)
+	}
 	return g, nil
 }
 
@@ -263,6 +271,7 @@ func (g *Gossip) Run(ctx context.Context) error {
 		g.spawn(g.syncLoop)
 		g.spawn(g.metaLoop)
 		g.spawn(g.janitorLoop)
+		g.spawn(g.keepLoop)
 		<-ctx.Done()
 	} else {
 		err = fmt.Errorf("gossip: start memberlist: %w", err)
@@ -281,6 +290,7 @@ func (g *Gossip) Run(ctx context.Context) error {
 	g.life.wg.Wait()
 	sink.closed.Store(true)
 	g.savePeers()
+	g.keep()
 	return err
 }
 

@@ -336,6 +336,41 @@ func TestAnAgentDies(t *testing.T) {
 	// answer before it knows them. What it does not know it would ask elsewhere.
 	s.ok("node2", "shoal run -d --name asker --network app -- "+
 		"sh -c 'for n in web tasks.web asker; do while :; do dig +short +time=5 +tries=5 $n | grep -q ^10 || echo lost $n; sleep 0.1; done & done; wait'")
+
+	// All at once, and one is back before the others: it hears nothing of them, for longer
+	// than it waits for that.
+	s.ok("node1", "shoal run -d --name keeper --node node1 --network app -- python3 %s web 9000 3", testdata(t, "keep.py"))
+	s.eventually(slow(10*time.Second), func() error {
+		if got := s.ok("node1", "shoal logs keeper"); got != "connected" {
+			return fmt.Errorf("keeper says %q", got)
+		}
+		return nil
+	})
+	time.Sleep(slow(1500 * time.Millisecond)) // what was heard is on the disk after a second
+	for _, n := range s.Nodes() {
+		if err := s.KillAgent(n.Name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i, n := range s.Nodes() {
+		if err := s.Start(t.Context(), n.Name); err != nil {
+			t.Fatal(err)
+		}
+		if i == 0 {
+			time.Sleep(5 * time.Second) // in which nothing is to happen
+		}
+	}
+	s.eventually(slow(30*time.Second), func() error {
+		if got := s.ok("node1", "shoal node ls --format {{.Name}}={{.Status}}"); strings.Count(got, "=ready") != 3 {
+			return fmt.Errorf("nodes: %s", got)
+		}
+		return nil
+	})
+	if got := s.ok("node1", "shoal logs keeper"); got != "connected" {
+		t.Errorf("connections between tasks of nodes without agents: %s", got)
+	}
+	s.ok("node1", "shoal rm -f keeper")
+
 	conn := s.line("c1", "web", 9000)
 	defer conn.close()
 	conn.say("before")

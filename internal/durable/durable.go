@@ -21,10 +21,24 @@ const Suffix = ".new"
 // of the directory after. When it fails, the old file stands as it was. A directory
 // in its place is put aside (PutAside). Of one path there must be one writer at a time.
 func WriteFile(path string, data []byte) error {
+	if err := replace(path, data, true); err != nil {
+		return err
+	}
+	if err := SyncDir(filepath.Dir(path)); err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	return nil
+}
+
+// Replace is WriteFile for what changes often, and is worth nothing once the machine has
+// lost its power: it does not wait for the disk.
+func Replace(path string, data []byte) error { return replace(path, data, false) }
+
+func replace(path string, data []byte, sync bool) error {
 	tmp := path + Suffix
-	err := writeNew(tmp, data)
+	err := writeNew(tmp, data, sync)
 	if errors.Is(err, unix.EISDIR) && os.RemoveAll(tmp) == nil {
-		err = writeNew(tmp, data)
+		err = writeNew(tmp, data, sync)
 	}
 	if err != nil {
 		return errors.Join(fmt.Errorf("write %s: %w", path, err), remove(tmp))
@@ -35,9 +49,6 @@ func WriteFile(path string, data []byte) error {
 	}
 	if err != nil {
 		return errors.Join(fmt.Errorf("write %s: %w", path, err), remove(tmp))
-	}
-	if err := SyncDir(filepath.Dir(path)); err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
 	}
 	return nil
 }
@@ -74,13 +85,13 @@ func isDir(path string) bool {
 	return err == nil && st.IsDir()
 }
 
-func writeNew(path string, data []byte) error {
+func writeNew(path string, data []byte, sync bool) error {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return cause(err)
 	}
 	_, err = f.Write(data)
-	if err == nil {
+	if err == nil && sync {
 		err = f.Sync()
 	}
 	if cerr := f.Close(); err == nil {

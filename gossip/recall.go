@@ -1,0 +1,167 @@
+package gossip
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/shoalnet/shoal/internal/durable"
+	"github.com/shoalnet/shoal/internal/sleep"
+)
+
+// What the other nodes said last is kept in DataDir/gossip/records.json. Agents of two
+// nodes may be away at once, after a bad package or a full disk: the one that is back
+// first hears nothing of the other, whose tasks run on, connected to tasks here.
+
+type recordsFile struct {
+	Records []keptRecord `json:"records"`
+}
+
+// keptRecord is a node's record, as it travels: a full delta with the node's signature.
+type keptRecord struct {
+	Addr  netip.AddrPort `json:"addr"`
+	MTU   int            `json:"mtu,omitempty"` // bytes, of the path to it; 0: not said
+	Delta []byte         `json:"delta"`
+
+	d *delta
+}
+
+// keepInterval and keepShare bound the time that writing takes: the file is written
+// once in an interval, and no sooner than keepShare times as long as it last took.
+const (
+	keepInterval = time.Second
+	keepShare    = 50
+)
+
+func loadRecords(dir string) (map[string]keptRecord, error) {
+	path := filepath.Join(dir, "records.json")
+	b, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("gossip: records: %w", err)
+	}
+	var f recordsFile
+	if err := json.Unmarshal(b, &f); err != nil {
+		return nil, fmt.Errorf("gossip: records %s: %w", path, err)
+	}
+	out := make(map[string]keptRecord, len(f.Records))
+	for _, k := range f.Records {
+		r := reader{b: k.Delta}
+		if k.d = r.delta(); r.err != nil || !k.d.full || k.MTU < 0 || k.MTU > maxMTU {
+			err = fmt.Errorf("gossip: a record of %s in %s is damaged", k.Addr, path)
+			continue
+		}
+		out[k.d.node] = k
+	}
+	return out, err
+}
+
+// keepLoop writes the records down as they change.
+func (g *Gossip) keepLoop(ctx context.Context) {
+	wait := keepInterval
+	for sleep.For(ctx, jitter(wait)) {
+		start := time.Now()
+		g.keep()
+		wait = max(keepInterval, keepShare*time.Since(start))
+	}
+}
+
+// keep writes the records of the others, if they differ from the file's. A disk that
+// takes nothing is asked again, and no reason for more than that: what is said here is
+// of use for as long as its node can't be heard.
+func (g *Gossip) keep() {
+	g.saveMu.Lock()
+	defer g.saveMu.Unlock()
+	rev := g.revNow.Load()
+	if rev == g.keptRev {
+		return
+	}
+	g.mu.Lock()
+	list := make([]keptRecord, 0, len(g.recs))
+	for id, k := range g.remembered {
+		if g.recs[id] == nil {
+			list = append(list, k)
+		}
+	}
+	for id, r := range g.recs {
+		m := g.members[id]
+		if id == g.cfg.NodeID || m == nil || !m.shown() || r.left {
+			continue
+		}
+		if d := r.since(0, 0, true); d != nil {
+			list = append(list, keptRecord{Addr: m.addr, MTU: m.path.mtu, d: d})
+		}
+	}
+	g.mu.Unlock()
+	slices.SortFunc(list, func(a, b keptRecord) int { return strings.Compare(a.d.node, b.d.node) })
+	items := make([]digestItem, len(list))
+	for i, k := range list {
+		items[i] = digestItem{node: k.d.node, epoch: k.d.epoch, seq: k.d.seq, hash: short(k.d.state) ^ uint64(k.MTU)}
+	}
+	sum := digestSum(items)
+	if sum != g.keptSum || len(list) != g.keptLen {
+		for i, k := range list {
+			list[i].Delta = appendDelta(nil, k.d)
+		}
+		b, err := json.Marshal(recordsFile{list})
+		if err == nil {
+			err = durable.MkdirAll(g.folder)
+		}
+		if err == nil {
+			err = durable.Replace(filepath.Join(g.folder, "records.json"), b)
+		}
+		if err != nil {
+			g.log.Debug("what other nodes said can't be kept", "error", err)
+			return
+		}
+	}
+	g.keptRev, g.keptSum, g.keptLen = rev, sum, len(list)
+}
+
+// Recall takes what nodes said before this process began that it has not heard of since,
+// for as long as their machines are there, and at most as for any node whose agent is
+// away (Tuning.OrphanAge). Call it once there was time to hear of all, during Run.
+func (g *Gossip) Recall() {
+	if g.running() == nil {
+		return
+	}
+	g.mu.Lock()
+	kept := g.remembered
+	g.remembered = nil
+	dir := g.dir.Load()
+	g.mu.Unlock()
+	if dir == nil || g.cfg.Refuses == nil {
+		return
+	}
+	for id, k := range kept {
+		info, ok := dir.nodes[id]
+		if !ok || g.judge(k.d) != valid {
+			continue
+		}
+		g.mu.Lock()
+		m, r := g.members[id], g.recs[id]
+		if r != nil && r.seq > 0 || m != nil && !m.reachable() {
+			g.mu.Unlock()
+			continue
+		}
+		if out, _ := g.accept(k.d, time.Now(), false); out == applied && m == nil {
+			m = &member{addr: info.at(), assigned: true, orphaned: true, since: time.Now(), path: path{mtu: k.MTU}}
+			if g.spawn(func(ctx context.Context) { g.watchOrphan(ctx, id, m.addr) }) {
+				g.members[id] = m
+				g.count()
+				g.bump()
+			}
+		}
+		g.mu.Unlock()
+	}
+}
