@@ -230,7 +230,8 @@ func TestContainersOutliveKills(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	const rounds = 6
+	kinds := rnd.Perm(5)
+	rounds := len(kinds)
 	for i := 1; i <= rounds; i++ {
 		r.push(image(i), "app", fmt.Sprint(i))
 		name := fmt.Sprintf("w%d", i)
@@ -239,7 +240,7 @@ func TestContainersOutliveKills(t *testing.T) {
 			r.ok("node1", "shoal svc rm w%d", i-2)
 		}
 		time.Sleep(time.Duration(rnd.Intn(900)) * time.Millisecond) // the moment is what chance has it
-		switch what := rnd.Intn(4); what {
+		switch what := kinds[i-1]; what {
 		case 0, 1:
 			node := []string{"node1", "node2"}[what]
 			agent(node)
@@ -251,6 +252,12 @@ func TestContainersOutliveKills(t *testing.T) {
 			if err := r.StartContainerd(t.Context()); err != nil {
 				t.Fatal(err)
 			}
+		case 3:
+			agent("node1")
+			agent("node2")
+			revive("node1")
+			time.Sleep(time.Duration(rnd.Intn(4000)) * time.Millisecond) // for longer than it is waited for, at times
+			revive("node2")
 		default:
 			node := []string{"node1", "node2"}[rnd.Intn(2)]
 			agent(node)
