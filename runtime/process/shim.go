@@ -121,8 +121,10 @@ func shimMain(args []string) int {
 	// One shim per task: it must be small more than fast.
 	goruntime.GOMAXPROCS(1)
 	debug.SetGCPercent(20)
-	// Nothing but its socket ends a shim: not the terminal, nor a group's signal.
-	signal.Ignore(syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGPIPE)
+	// Nothing but its socket ends a shim, and its machine: not the terminal, nor a group's signal.
+	signal.Ignore(syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGPIPE)
+	ending := make(chan os.Signal, 1)
+	signal.Notify(ending, syscall.SIGTERM)
 	s := &shim{dir: args[0], socket: args[1], changed: make(chan struct{}), done: make(chan struct{}), attached: make(chan struct{})}
 	var rec record
 	var err error
@@ -168,9 +170,31 @@ func shimMain(args []string) int {
 	_, _ = report.Write(b)
 	report.Close()
 	go s.accept(ln)
+	go s.halt(ending)
 	s.mend(ln, mend)
 	return 1
 }
+
+// haltGrace is what a program has to end when its machine does: Docker's stop timeout.
+const haltGrace = 10 * time.Second
+
+// halt ends the program and the shim when the machine is going down: systemd signals
+// whatever is left then, and waits 90 s for it to end (systemd-shutdown(8)).
+func (s *shim) halt(ending <-chan os.Signal) {
+	for range ending {
+		if b, _ := os.ReadFile("/proc/1/comm"); !shutsDown(string(b)) {
+			continue
+		}
+		if s.task.Executor == "" { // else it is containerd's, which is signalled, too
+			s.stop(syscall.SIGTERM, haltGrace)
+		}
+		os.Exit(0)
+	}
+}
+
+// shutsDown tells by the name of PID 1 whether it ends what is left: systemd has executed
+// systemd-shutdown in its place, of whose name comm has 15 bytes (proc_pid_comm(5)).
+func shutsDown(comm string) bool { return strings.TrimSpace(comm) == "systemd-shutdow" }
 
 // openDNS opens the name server's sockets: one port, UDP and TCP, on the
 // address that Docker made known. The redirection of port 53 is the overlay's.
