@@ -313,10 +313,10 @@ func (m *member) start() error {
 	return nil
 }
 
-// due sets flag after d, and has a View composed that heeds it.
-func (m *member) due(d time.Duration, flag *atomic.Bool, first func()) {
+// due calls before and sets flag after d, and has a View composed that heeds it.
+func (m *member) due(d time.Duration, flag *atomic.Bool, before func()) {
 	if sleep.For(m.ctx, d) {
-		first()
+		before()
 		flag.Store(true)
 		wake(m.composeWake)
 	}

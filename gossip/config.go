@@ -31,8 +31,8 @@ type Config struct {
 	Port int
 	// ControlPort is told to the other nodes, with Number and Role.
 	ControlPort int
-	// DataDir gets a folder gossip with the boot epoch and the durable peer
-	// list.
+	// DataDir gets a folder gossip with the boot epoch, the durable peer list
+	// and the others' records.
 	DataDir string
 	Log     *slog.Logger // nil: slog.Default
 	// Transport replaces the sockets on Addr and Port, in tests.

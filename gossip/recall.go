@@ -87,43 +87,48 @@ func (g *Gossip) keep() {
 		return
 	}
 	g.mu.Lock()
-	list := make([]keptRecord, 0, len(g.recs))
+	var list []keptRecord
+	var items []digestItem
+	add := func(k keptRecord, it digestItem) {
+		it.hash ^= uint64(k.MTU)
+		list, items = append(list, k), append(items, it)
+	}
 	for id, k := range g.remembered {
 		if g.recs[id] == nil {
-			list = append(list, k)
+			add(k, digestItem{node: id, epoch: k.d.epoch, seq: k.d.seq, hash: short(k.d.state)})
 		}
 	}
 	for id, r := range g.recs {
-		m := g.members[id]
-		if id == g.cfg.NodeID || m == nil || !m.shown() || r.left {
-			continue
+		if m := g.members[id]; id != g.cfg.NodeID && m != nil && m.shown() && !r.left && r.seq > 0 {
+			add(keptRecord{Addr: m.addr, MTU: m.path.mtu}, r.digest())
 		}
-		if d := r.since(0, 0, true); d != nil {
-			list = append(list, keptRecord{Addr: m.addr, MTU: m.path.mtu, d: d})
+	}
+	sum := digestSum(items)
+	if sum == g.keptSum && len(items) == g.keptLen {
+		g.mu.Unlock()
+		g.keptRev = rev
+		return
+	}
+	for i, it := range items {
+		if list[i].d == nil {
+			list[i].d = g.recs[it.node].since(0, 0, true)
 		}
 	}
 	g.mu.Unlock()
 	slices.SortFunc(list, func(a, b keptRecord) int { return strings.Compare(a.d.node, b.d.node) })
-	items := make([]digestItem, len(list))
 	for i, k := range list {
-		items[i] = digestItem{node: k.d.node, epoch: k.d.epoch, seq: k.d.seq, hash: short(k.d.state) ^ uint64(k.MTU)}
+		list[i].Delta = appendDelta(nil, k.d)
 	}
-	sum := digestSum(items)
-	if sum != g.keptSum || len(list) != g.keptLen {
-		for i, k := range list {
-			list[i].Delta = appendDelta(nil, k.d)
-		}
-		b, err := json.Marshal(recordsFile{list})
-		if err == nil {
-			err = durable.MkdirAll(g.folder)
-		}
-		if err == nil {
-			err = durable.Replace(filepath.Join(g.folder, "records.json"), b)
-		}
-		if err != nil {
-			g.log.Debug("what other nodes said can't be kept", "error", err)
-			return
-		}
+	b, err := json.Marshal(recordsFile{list})
+	if err == nil {
+		err = durable.MkdirAll(g.folder)
+	}
+	if err == nil {
+		err = durable.Replace(filepath.Join(g.folder, "records.json"), b)
+	}
+	if err != nil {
+		g.log.Debug("what other nodes said can't be kept", "error", err)
+		return
 	}
 	g.keptRev, g.keptSum, g.keptLen = rev, sum, len(list)
 }
