@@ -69,17 +69,26 @@ type peerRecord struct {
 	Node string         `json:"node,omitempty"`
 }
 
-func loadPeers(dir string) ([]peerRecord, error) {
-	b, err := os.ReadFile(filepath.Join(dir, "peers.json"))
+// load reads one of the folder's JSON files; an absent one leaves into as it is.
+func load(dir, file, what string, into any) error {
+	path := filepath.Join(dir, file)
+	b, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
+		return nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("gossip: peer list: %w", err)
+		return fmt.Errorf("gossip: %s: %w", what, err)
 	}
+	if err := json.Unmarshal(b, into); err != nil {
+		return fmt.Errorf("gossip: %s %s: %w", what, path, err)
+	}
+	return nil
+}
+
+func loadPeers(dir string) ([]peerRecord, error) {
 	var f peersFile
-	if err := json.Unmarshal(b, &f); err != nil {
-		return nil, fmt.Errorf("gossip: peer list %s: %w", filepath.Join(dir, "peers.json"), err)
+	if err := load(dir, "peers.json", "peer list", &f); err != nil {
+		return nil, err
 	}
 	return f.Peers, nil
 }

@@ -92,8 +92,7 @@ type Gossip struct {
 	publishMu sync.Mutex
 	saveMu    sync.Mutex // one writer of the folder at a time, and what it wrote last:
 	keptRev   uint64
-	keptSum   uint64 // digestSum of the records in the file
-	keptLen   int
+	keptSum   uint64 // digestSum of the records in the file; 0: of none
 
 	mu      sync.Mutex
 	meta    meta

@@ -3,11 +3,8 @@ package gossip
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io/fs"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -42,23 +39,16 @@ const (
 )
 
 func loadRecords(dir string) (map[string]keptRecord, error) {
-	path := filepath.Join(dir, "records.json")
-	b, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("gossip: records: %w", err)
-	}
 	var f recordsFile
-	if err := json.Unmarshal(b, &f); err != nil {
-		return nil, fmt.Errorf("gossip: records %s: %w", path, err)
+	if err := load(dir, "records.json", "records", &f); err != nil {
+		return nil, err
 	}
+	var err error
 	out := make(map[string]keptRecord, len(f.Records))
 	for _, k := range f.Records {
 		r := reader{b: k.Delta}
 		if k.d = r.delta(); r.err != nil || !k.d.full || k.MTU < 0 || k.MTU > maxMTU {
-			err = fmt.Errorf("gossip: a record of %s in %s is damaged", k.Addr, path)
+			err = fmt.Errorf("gossip: a record of %s in %s is damaged", k.Addr, filepath.Join(dir, "records.json"))
 			continue
 		}
 		out[k.d.node] = k
@@ -104,7 +94,7 @@ func (g *Gossip) keep() {
 		}
 	}
 	sum := digestSum(items)
-	if sum == g.keptSum && len(items) == g.keptLen {
+	if sum == g.keptSum {
 		g.mu.Unlock()
 		g.keptRev = rev
 		return
@@ -130,7 +120,7 @@ func (g *Gossip) keep() {
 		g.log.Debug("what other nodes said can't be kept", "error", err)
 		return
 	}
-	g.keptRev, g.keptSum, g.keptLen = rev, sum, len(list)
+	g.keptRev, g.keptSum = rev, sum
 }
 
 // Recall takes what nodes said before this process began that it has not heard of since,

@@ -28,6 +28,16 @@ func (c *cluster) kept(i int, of ...int) {
 	})
 }
 
+// allAway makes three nodes, of which each knows the others, and kills them all.
+func (c *cluster) allAway() {
+	c.Helper()
+	c.grow(3)
+	c.kept(1, 2, 3)
+	for i := range 3 {
+		c.kill(i + 1)
+	}
+}
+
 // runs waits until node i takes part.
 func (c *cluster) runs(i int) {
 	c.Helper()
@@ -63,11 +73,7 @@ func TestRecall(t *testing.T) {
 			c := newCluster(t, tune)
 			var gone atomic.Bool
 			c.refuses = func(_ context.Context, a netip.AddrPort) bool { return a == nodeAddr(2) && !gone.Load() }
-			c.grow(3)
-			c.kept(1, 2, 3)
-			for i := range 3 {
-				c.kill(i + 1)
-			}
+			c.allAway()
 			n := c.start(1)
 			n.put(1)
 			c.runs(1)
@@ -109,11 +115,7 @@ func TestRecallIsOverruled(t *testing.T) {
 func TestDamagedRecords(t *testing.T) {
 	c := newCluster(t, Tuning{})
 	c.refuses = func(context.Context, netip.AddrPort) bool { return true }
-	c.grow(3)
-	c.kept(1, 2, 3)
-	for i := range 3 {
-		c.kill(i + 1)
-	}
+	c.allAway()
 	path := filepath.Join(c.dir, nodeID(1), "gossip", "records.json")
 	whole, err := os.ReadFile(path)
 	if err != nil {
