@@ -16,7 +16,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"connectrpc.com/connect"
@@ -257,7 +256,7 @@ func (m *member) start() error {
 	g, err := gossip.Open(gossip.Config{
 		NodeID: m.ident.NodeID, Name: m.ident.Name, Number: m.ident.Number, Role: m.ident.Role, Cluster: m.ident.Cluster.ID,
 		Addr: m.ident.Addr, Port: m.ident.GossipPort, ControlPort: m.ident.ControlPort, DataDir: m.cfg.DataDir, Log: m.log,
-		Refuses: refuses, Keys: m.gossipKeys(), Signer: m.creds.Signer(),
+		Present: present, Keys: m.gossipKeys(), Signer: m.creds.Signer(),
 	})
 	if err != nil {
 		return err
@@ -320,18 +319,6 @@ func (m *member) due(d time.Duration, flag *atomic.Bool, before func()) {
 		flag.Store(true)
 		wake(m.composeWake)
 	}
-}
-
-// refuses implements gossip.Config's Refuses: it asks for a TCP connection.
-func refuses(ctx context.Context, addr netip.AddrPort) bool {
-	var d net.Dialer
-	c, err := d.DialContext(ctx, "tcp", addr.String())
-	if err == nil {
-		// Something listens: an agent that hangs or starts.
-		c.Close()
-		return true
-	}
-	return errors.Is(err, syscall.ECONNREFUSED)
 }
 
 // stop ends every goroutine of the member, and leaves tasks and kernel state.

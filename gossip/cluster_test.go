@@ -63,8 +63,8 @@ type cluster struct {
 	ring  Keyring
 	keys  map[int]crypto.Signer
 	says  map[string]NodeInfo // what the managers say
-	// refuses, if set, is Config.Refuses of every node.
-	refuses func(context.Context, netip.AddrPort) bool
+	// present, if set, is Config.Present of every node.
+	present func(context.Context, netip.AddrPort) bool
 }
 
 // node is one process of a node.
@@ -198,7 +198,7 @@ func (c *cluster) startAt(i int, at netip.AddrPort, join ...netip.AddrPort) *nod
 	g, err := Open(Config{
 		NodeID: nodeID(i), Name: "n" + fmt.Sprint(i), Number: i, Role: spec.RoleWorker, Cluster: "testcluster", Addr: at.Addr(), Port: int(at.Port()),
 		Keys: c.ring, Signer: c.signer(i),
-		ControlPort: 7947, DataDir: filepath.Join(c.dir, nodeID(i)), Log: c.log.With("on", nodeID(i)), Transport: tr, Tuning: c.tune, Refuses: c.refuses,
+		ControlPort: 7947, DataDir: filepath.Join(c.dir, nodeID(i)), Log: c.log.With("on", nodeID(i)), Transport: tr, Tuning: c.tune, Present: c.present,
 	})
 	if err != nil {
 		c.Fatalf("open: %v", err)

@@ -37,10 +37,9 @@ type Config struct {
 	Log     *slog.Logger // nil: slog.Default
 	// Transport replaces the sockets on Addr and Port, in tests.
 	Transport memberlist.Transport
-	// Refuses tells whether the machine at addr is there, though no agent on it
-	// is: it refuses a connection rather than leaving it without an answer.
-	// nil: that is not asked.
-	Refuses func(ctx context.Context, addr netip.AddrPort) bool
+	// Present tells whether the machine at addr is there, with or without an agent
+	// that works. nil: that is not asked.
+	Present func(ctx context.Context, addr netip.AddrPort) bool
 	Tuning  Tuning
 }
 
@@ -97,9 +96,14 @@ type Tuning struct {
 	SyncWait time.Duration
 	// OrphanAge is for how long a node whose machine is there, though its agent
 	// is not, is held for suspect instead of dead. Its tasks go on without their
-	// agent, and so do their connections until it is back. OrphanInterval is the
-	// time between looks at the machine.
-	OrphanAge, OrphanInterval time.Duration
+	// agent, and so do their connections until it is back.
+	OrphanAge time.Duration
+	// LookInterval is the time between looks at the machine of a suspected node, and
+	// that which one has for its answer; LookMisses is how many in a row must have had
+	// none until a node without an agent is dead. A machine that works may miss some: its
+	// processors are busy, or all the world calls it.
+	LookInterval time.Duration
+	LookMisses   int
 	// Tombstones kept per node: at most TombstoneMax, none older than
 	// TombstoneAge.
 	TombstoneMax int
@@ -123,7 +127,8 @@ func (t Tuning) withDefaults() Tuning {
 	def(&t.ProbeInterval, 500*time.Millisecond)
 	def(&t.ProbeTimeout, 225*time.Millisecond)
 	def(&t.OrphanAge, 12*time.Second)
-	def(&t.OrphanInterval, 250*time.Millisecond)
+	def(&t.LookInterval, 250*time.Millisecond)
+	def(&t.LookMisses, 4)
 	def(&t.SuspicionMult, 3)
 	def(&t.SuspicionMaxMult, 4)
 	def(&t.GossipInterval, 100*time.Millisecond)

@@ -262,7 +262,7 @@ func TestAnAgentWithoutWhichTheMachineGoesOn(t *testing.T) {
 			tune.OrphanAge = 3 * time.Second
 		}
 		c := newCluster(t, tune)
-		c.refuses = func(_ context.Context, a netip.AddrPort) bool { return a == nodeAddr(3) && there.Load() }
+		c.present = func(_ context.Context, a netip.AddrPort) bool { return a == nodeAddr(3) && there.Load() }
 		c.grow(3)
 		c.kill(3)
 		// Long enough for memberlist to give it up: another without a machine is.
@@ -285,6 +285,43 @@ func TestAnAgentWithoutWhichTheMachineGoesOn(t *testing.T) {
 		c.eventually(20*time.Second, tc.name, c.expect(3, tc.want, tc.n))
 		c.close()
 	}
+}
+
+// A machine that misses a look, or all but one in a row, is not dead for that: it is busy.
+func TestAMachineThatMissesALook(t *testing.T) {
+	c := newCluster(t, Tuning{OrphanAge: time.Hour})
+	var looks atomic.Int64
+	c.present = func(_ context.Context, a netip.AddrPort) bool {
+		return looks.Add(1)%4 == 0
+	}
+	c.grow(2)
+	c.kill(2)
+	n := c.node(1)
+	c.eventually(15*time.Second, "orphaned", func() string {
+		n.Gossip.mu.Lock()
+		defer n.Gossip.mu.Unlock()
+		if m := n.members[nodeID(2)]; m.up || !m.orphaned {
+			return fmt.Sprintf("up %t, orphaned %t", m.up, m.orphaned)
+		}
+		return ""
+	})
+	was := looks.Load()
+	for looks.Load() < was+12 {
+		if msg := c.expect(2, "suspect", 1)(); msg != "" {
+			t.Fatalf("after %d looks: %s", looks.Load()-was, msg)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	c.start(2, nodeAddr(1)).put(1)
+	c.eventually(15*time.Second, "back", c.expect(2, "alive", 1))
+	c.eventually(15*time.Second, "nobody looks any more", func() string {
+		n.Gossip.mu.Lock()
+		defer n.Gossip.mu.Unlock()
+		if n.members[nodeID(2)].looking {
+			return "somebody looks"
+		}
+		return ""
+	})
 }
 
 func TestRestartKeepsEndpointsUntilItSpeaks(t *testing.T) {

@@ -28,10 +28,13 @@ type member struct {
 	// orphaned: memberlist holds it dead, and its machine is there; only its
 	// agent is not.
 	orphaned  bool
-	forgotten bool // hidden, see Forget
-	fails     int  // pings in a row without answer
-	answers   bool // the last ping was answered
-	suspect   bool // fails reached Tuning.SuspectAfter
+	until     time.Time // orphaned: when its agent has been away for too long
+	looking   bool      // lookLoop looks whether its machine is there
+	unseen    int       // looks in a row that its machine did not answer
+	forgotten bool      // hidden, see Forget
+	fails     int       // pings in a row without answer
+	answers   bool      // the last ping was answered
+	suspect   bool      // fails reached Tuning.SuspectAfter
 	pinging   bool
 	since     time.Time // of the last change of up or left
 	path      path      // as it last said
@@ -196,13 +199,8 @@ func (g *Gossip) memberDown(id string) {
 	}
 	m.up, m.since = false, time.Now()
 	m.holding = !m.suspect && !m.left && !m.forgotten && m.assigned
-	// Until its machine was asked, the doubt that there was goes on.
-	m.orphaned = g.cfg.Refuses != nil && !m.holding && !m.left && !m.forgotten && m.assigned
-	if m.orphaned {
-		addr := m.addr
-		if !g.spawn(func(ctx context.Context) { g.watchOrphan(ctx, id, addr) }) {
-			m.orphaned = false
-		}
+	if !m.holding && !m.left && !m.forgotten && m.assigned {
+		g.orphan(id, m)
 	}
 	if m.forgotten || !m.assigned {
 		delete(g.members, id)
@@ -225,36 +223,72 @@ func (g *Gossip) memberDown(id string) {
 	poke(g.rejoin)
 }
 
-// watchOrphan looks whether the machine of a node that does not answer is there,
-// again and again until it is not, the node is a member again, or the agent has
-// been away for too long.
-func (g *Gossip) watchOrphan(ctx context.Context, id string, addr netip.AddrPort) {
-	end := time.Now().Add(g.tune.OrphanAge)
-	for first := true; ; first = false {
-		dctx, cancel := context.WithTimeout(ctx, g.tune.OrphanInterval)
-		refuses := g.cfg.Refuses(dctx, addr)
-		cancel()
+// orphan holds a node for suspect, whose agent is away, for as long as its machine is
+// there. Under mu.
+func (g *Gossip) orphan(id string, m *member) {
+	m.orphaned, m.until = g.look(id, m) && m.unseen < g.tune.LookMisses, time.Now().Add(g.tune.OrphanAge)
+}
+
+// look sees to it that somebody looks whether the machine of a suspected node is there.
+// Under mu.
+func (g *Gossip) look(id string, m *member) bool {
+	if g.cfg.Present == nil {
+		return false
+	}
+	if !m.looking {
+		m.unseen = 0
+		m.looking = g.spawn(func(ctx context.Context) { g.lookLoop(ctx, id, m) })
+	}
+	return m.looking
+}
+
+// lookLoop looks whether the machine of a node that does not answer is there, again and
+// again until the node is not suspect any more, or dead: its machine was not seen, or it
+// has been without an agent for too long. It begins with the suspicion, so that enough was
+// seen, or not seen, when memberlist is sure that there is no agent.
+func (g *Gossip) lookLoop(ctx context.Context, id string, m *member) {
+	for told := false; ; {
 		g.mu.Lock()
-		m := g.members[id]
-		if m == nil || !m.orphaned || m.addr != addr {
+		addr := m.addr
+		g.mu.Unlock()
+		start := time.Now()
+		dctx, cancel := context.WithTimeout(ctx, g.tune.LookInterval)
+		present := g.cfg.Present(dctx, addr)
+		cancel()
+		took := time.Since(start)
+		if ctx.Err() != nil {
+			return
+		}
+		g.mu.Lock()
+		if g.members[id] != m {
 			g.mu.Unlock()
 			return
 		}
-		over := time.Now().After(end)
-		if !refuses || over || m.left || m.forgotten {
+		switch {
+		case present:
+			m.unseen = 0
+		case m.addr == addr && took <= g.tune.LookInterval+stalled: // else the lateness is this process's
+			m.unseen++
+		}
+		tell := present && m.orphaned && !told
+		dead := m.orphaned && (m.unseen >= g.tune.LookMisses || time.Now().After(m.until) || m.left || m.forgotten)
+		if dead {
 			m.orphaned = false
 			g.count()
 			g.bump()
-			g.mu.Unlock()
-			g.log.Warn("node is dead", "node", id)
-			poke(g.rejoin)
-			return
 		}
+		m.looking = m.orphaned || m.suspect && (m.up || m.holding)
+		looking := m.looking
 		g.mu.Unlock()
-		if first {
+		switch {
+		case dead:
+			g.log.Warn("node is dead", "node", id, "its machine answers", present)
+			poke(g.rejoin)
+		case tell:
+			told = true
 			g.log.Warn("a node's agent is gone, its machine is not: it is held for suspect", "node", id)
 		}
-		if !sleep.For(ctx, g.tune.OrphanInterval) {
+		if !looking || !sleep.For(ctx, g.tune.LookInterval-took) {
 			return
 		}
 	}
@@ -339,11 +373,12 @@ func (g *Gossip) ping(id string, addr netip.AddrPort, stalledNow bool) {
 		}
 		m.answers = false
 		if m.fails++; m.fails >= g.tune.SuspectAfter {
-			if m.holding && g.cfg.Refuses != nil {
-				addr := m.addr
-				m.orphaned = g.spawn(func(ctx context.Context) { g.watchOrphan(ctx, id, addr) })
+			if m.suspect = true; m.holding {
+				m.holding = false
+				g.orphan(id, m)
+			} else if m.reachable() {
+				g.look(id, m)
 			}
-			m.suspect, m.holding = true, false
 		}
 	}
 	if after := m.liveness(); after != before {

@@ -135,7 +135,7 @@ func (g *Gossip) Recall() {
 	g.remembered = nil
 	dir := g.dir.Load()
 	g.mu.Unlock()
-	if dir == nil || g.cfg.Refuses == nil {
+	if dir == nil || g.cfg.Present == nil {
 		return
 	}
 	for id, k := range kept {
@@ -145,17 +145,21 @@ func (g *Gossip) Recall() {
 		}
 		g.mu.Lock()
 		m, r := g.members[id], g.recs[id]
-		if r != nil && r.seq > 0 || m != nil && !m.reachable() {
+		if m != nil && !m.reachable() {
 			g.mu.Unlock()
 			continue
 		}
-		if out, _ := g.accept(k.d, time.Now(), false); out == applied && m == nil {
-			m = &member{addr: info.at(), assigned: true, orphaned: true, since: time.Now(), path: path{mtu: k.MTU}}
-			if g.spawn(func(ctx context.Context) { g.watchOrphan(ctx, id, m.addr) }) {
-				g.members[id] = m
-				g.count()
-				g.bump()
-			}
+		known := r != nil && r.seq > 0
+		if !known {
+			out, _ := g.accept(k.d, time.Now(), false)
+			known = out == applied
+		}
+		if known && m == nil {
+			m = &member{addr: info.at(), assigned: true, since: time.Now(), path: path{mtu: k.MTU}}
+			g.members[id] = m
+			g.orphan(id, m)
+			g.count()
+			g.bump()
 		}
 		g.mu.Unlock()
 	}

@@ -72,7 +72,7 @@ func TestRecall(t *testing.T) {
 			}
 			c := newCluster(t, tune)
 			var gone atomic.Bool
-			c.refuses = func(_ context.Context, a netip.AddrPort) bool { return a == nodeAddr(2) && !gone.Load() }
+			c.present = func(_ context.Context, a netip.AddrPort) bool { return a == nodeAddr(2) && !gone.Load() }
 			c.allAway()
 			n := c.start(1)
 			n.put(1)
@@ -96,7 +96,7 @@ func TestRecall(t *testing.T) {
 // TestRecallIsOverruled: what the disk has counts for nothing beside what was heard.
 func TestRecallIsOverruled(t *testing.T) {
 	c := newCluster(t, Tuning{})
-	c.refuses = func(context.Context, netip.AddrPort) bool { return true }
+	c.present = func(context.Context, netip.AddrPort) bool { return true }
 	c.grow(3)
 	c.kept(1, 2, 3)
 	c.kill(1)
@@ -114,7 +114,7 @@ func TestRecallIsOverruled(t *testing.T) {
 // no use, and does no harm.
 func TestDamagedRecords(t *testing.T) {
 	c := newCluster(t, Tuning{})
-	c.refuses = func(context.Context, netip.AddrPort) bool { return true }
+	c.present = func(context.Context, netip.AddrPort) bool { return true }
 	c.allAway()
 	path := filepath.Join(c.dir, nodeID(1), "gossip", "records.json")
 	whole, err := os.ReadFile(path)

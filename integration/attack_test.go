@@ -293,7 +293,9 @@ func TestUnderAttack(t *testing.T) {
 			t.Errorf("nothing was refused for its %s", reason)
 		}
 	}
-	if now := s.metric("node1", "shoal_raft_term"); now > term+3 {
+	// Each election makes one more, and a machine with too much to do may see some: what
+	// was sent is over 4e18.
+	if now := s.metric("node1", "shoal_raft_term"); now > term+1000 {
 		t.Errorf("raft's term is %g, was %g", now, term)
 	}
 

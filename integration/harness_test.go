@@ -205,6 +205,13 @@ func (s site) reset() {
 
 // explain shows the state of things after a failure.
 func (s site) explain() {
+	if dir := os.Getenv("SHOAL_TEST_LOGS"); dir != "" { // whole, for who looks into it
+		for _, n := range s.Nodes() {
+			if b, err := os.ReadFile(filepath.Join(n.Dir, "agent.log")); err == nil {
+				_ = os.WriteFile(filepath.Join(dir, s.Name+"-"+n.Name+".log"), b, 0o600)
+			}
+		}
+	}
 	if !s.Failed() {
 		return
 	}
@@ -217,9 +224,6 @@ func (s site) explain() {
 		s.Logf("%s: shoal doctor:\n%s%s", n.Name, r.out, r.err)
 		if b, err := os.ReadFile(filepath.Join(n.Dir, "agent.log")); err == nil {
 			s.Logf("%s: end of agent.log:\n%s", n.Name, b[max(0, len(b)-3000):])
-			if dir := os.Getenv("SHOAL_TEST_LOGS"); dir != "" { // whole, for who looks into it
-				_ = os.WriteFile(filepath.Join(dir, s.Name+"-"+n.Name+".log"), b, 0o600)
-			}
 		}
 	}
 }

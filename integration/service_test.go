@@ -383,17 +383,32 @@ func TestAnAgentDies(t *testing.T) {
 		return out
 	}
 	before := pids()
-	for _, n := range []string{"node2", "node3"} { // node1 carries the connection's client end
-		if err := s.KillAgent(n); err != nil {
-			t.Fatal(err)
-		}
+	// One hangs, and so takes no connections any more; nor does one refuse them. What it
+	// had made goes on, and those behind it must be let answer: by its address, since
+	// names wait.
+	vip := strings.Fields(s.ok("node1", "shoal exec c1 getent hosts web"))[0]
+	s.ok("node1", "shoal run -d --name across --node node2 --network app -- %s/load -n 270 -rate 30 -timeout %s http://%s/", bin, slow(3*time.Second), vip)
+	s.ok("node2", "nft 'add table inet deaf; add chain inet deaf in { type filter hook input priority -300; }; add rule inet deaf in tcp dport { 2377, 7946 } drop'")
+	if err := syscall.Kill(s.Nodes()[1].PID, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	// Whether shares are even depends on when a node turns suspect, and so takes
+	// nothing new as long as another can: what counts is that none fails, also once it
+	// is held to have no agent.
+	if l := s.inTask("c1", "-n 240 -rate 30 -timeout %s http://web/", slow(2*time.Second)); l.Failed > 0 || l.OK != 240 {
+		t.Errorf("beside an agent that hangs: %+v", l)
+	}
+	if err := s.KillAgent("node3"); err != nil { // node1 carries the connection's client end
+		t.Fatal(err)
 	}
 	conn.say("without agents on two nodes")
-	// Whether shares are even depends on when the nodes turn suspect, and so take
-	// nothing new as long as another can: what counts is that none fails.
 	if l := s.inTask("c1", "-n 60 -timeout %s http://web/", slow(2*time.Second)); l.Failed > 0 || l.OK != 60 {
 		t.Errorf("without agents: %+v", l)
 	}
+	if err := s.KillAgent("node2"); err != nil {
+		t.Fatal(err)
+	}
+	s.ok("node2", "nft delete table inet deaf")
 	for _, n := range []string{"node2", "node3"} {
 		if err := s.Start(t.Context(), n); err != nil {
 			t.Fatal(err)
@@ -409,6 +424,17 @@ func TestAnAgentDies(t *testing.T) {
 		return nil
 	})
 	conn.say("after")
+	s.eventually(slow(10*time.Second), func() error {
+		var l load
+		if err := json.Unmarshal([]byte(s.ok("node1", "shoal logs across")), &l); err != nil {
+			return err
+		}
+		if l.Failed > 0 || l.OK != 270 {
+			t.Errorf("from behind an agent that hangs: %+v", l)
+		}
+		return nil
+	})
+	s.ok("node1", "shoal rm -f across")
 	// Managers may find a node ready before the client's finds it beyond suspicion.
 	s.eventually(slow(10*time.Second), func() error {
 		if l := s.inTask("c1", "-n 30 -timeout %s http://web/", slow(2*time.Second)); len(l.Hosts) != 3 {

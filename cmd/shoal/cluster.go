@@ -206,6 +206,9 @@ func (c *cli) infoCmd() *cobra.Command {
 	return cmd
 }
 
+// doctorWait is how long doctor waits for the agent: it is asked where something hangs.
+var doctorWait = 20 * time.Second
+
 func (c *cli) doctorCmd() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "doctor",
@@ -220,7 +223,12 @@ firewalls have to let pass; balancers prefer other nodes meanwhile.
 drops: what the rules of the data path dropped or refused, by reason.`,
 		Args: exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			resp, err := c.local().Doctor(cmd.Context(), connect.NewRequest(&shoalv1.DoctorRequest{}))
+			ctx, cancel := context.WithTimeout(cmd.Context(), doctorWait)
+			defer cancel()
+			resp, err := c.local().Doctor(ctx, connect.NewRequest(&shoalv1.DoctorRequest{}))
+			if ctx.Err() == context.DeadlineExceeded && err != nil {
+				return fmt.Errorf("the agent at %s has not answered for %s: it hangs, or has too much to do. What it says is in 'journalctl -u shoal'; 'systemctl restart shoal' starts it anew, and what runs here goes on", c.socket, doctorWait)
+			}
 			if err != nil {
 				return err
 			}

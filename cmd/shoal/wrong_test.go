@@ -4,12 +4,14 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // TestMain makes the test binary the program itself for those who ask for it.
@@ -121,6 +123,23 @@ var wrong = []struct {
 	{"port x", 1, noAgent}, {"stats", 1, noAgent}, {"events", 1, noAgent}, {"node ls", 1, noAgent}, {"node inspect x", 1, noAgent},
 	{"node inspect self", 1, noAgent}, {"node update --role worker x", 1, noAgent}, {"node rm x", 1, noAgent},
 	{"--socket /dev/null info", 1, "no agent answers at /dev/null"},
+}
+
+// TestDoctorOfAHungAgent: doctor is asked where something hangs, and must not hang itself.
+func TestDoctorOfAHungAgent(t *testing.T) {
+	defer func(d time.Duration) { doctorWait = d }(doctorWait)
+	doctorWait = 200 * time.Millisecond
+	socket := filepath.Join(t.TempDir(), "hung.sock")
+	l, err := net.Listen("unix", socket) // takes connections, as the kernel does for who is stopped
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	var out, errOut bytes.Buffer
+	code := run(t.Context(), []string{"--socket", socket, "doctor"}, strings.NewReader(""), &out, &errOut)
+	if code != 1 || !strings.Contains(errOut.String(), "has not answered for 200ms") || out.Len() > 0 {
+		t.Errorf("exit status %d: %s%s", code, out.String(), errOut.String())
+	}
 }
 
 const noAgent = "no agent answers at "
