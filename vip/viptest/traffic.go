@@ -988,10 +988,27 @@ func dialSCTP(ns string, from int, to netip.Addr, port int) (net.Conn, error) {
 	}
 	f := os.NewFile(uintptr(fd), "sctp")
 	defer f.Close()
-	tv := unix.NsecToTimeval(soon.Nanoseconds())
-	unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &tv) // of connect, too
+	// Not in one call that blocks: a signal of Go's scheduler would end it (connect(2), EINTR).
+	if err := unix.SetNonblock(fd, true); err != nil {
+		return nil, err
+	}
 	_, sa := sockaddr(to, port)
-	if err := unix.Connect(fd, sa); err != nil {
+	err = unix.Connect(fd, sa)
+	for end := time.Now().Add(soon); errors.Is(err, unix.EINPROGRESS) || errors.Is(err, unix.EINTR); {
+		n, perr := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, int(max(0, time.Until(end).Milliseconds())))
+		switch {
+		case perr != nil: // EINTR
+			err = perr
+		case n == 0:
+			err = unix.ETIMEDOUT
+		default:
+			var code int
+			if code, err = unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR); err == nil && code != 0 {
+				err = unix.Errno(code)
+			}
+		}
+	}
+	if err != nil {
 		return nil, fmt.Errorf("sctp connect to %s: %w", to, err)
 	}
 	return net.FileConn(f)
