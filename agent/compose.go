@@ -156,6 +156,11 @@ func compose(in inputs) *spec.View {
 				v.Endpoints = append(v.Endpoints, e)
 			}
 		}
+		for _, e := range in.gossip.Away {
+			if present[e.Network] && (in.refused == nil || !in.refused(e)) {
+				v.Away = append(v.Away, e)
+			}
+		}
 	}
 	// A sandbox is wired only to networks that are known; the rest of it waits.
 	hostPorts := in.assigned.hostPorts()
@@ -186,7 +191,7 @@ func peers(in inputs) []spec.Peer {
 		for _, n := range in.assigned.Nodes {
 			p := spec.Peer{ID: n.ID, Name: n.Name, Number: n.Number, Addr: n.Addr, Liveness: spec.PeerDead, ControlPort: n.ControlPort, GossipPort: n.GossipPort}
 			if h, ok := heard[n.ID]; ok {
-				p.Liveness, p.MTU, p.Answers = h.Liveness, h.MTU, h.Answers
+				p.Liveness, p.MTU, p.Answers, p.Away = h.Liveness, h.MTU, h.Answers, h.Away
 			}
 			out = append(out, p)
 		}

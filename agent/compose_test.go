@@ -219,3 +219,21 @@ func TestHold(t *testing.T) {
 		t.Error("released with nothing held")
 	}
 }
+
+// TestComposeAway: a node that is dead for want of an agent keeps its routes, and is in
+// nothing else.
+func TestComposeAway(t *testing.T) {
+	in := sources()
+	s := *in.gossip
+	s.Members = []gossip.Member{{Peer: spec.Peer{ID: "n1"}}, {Peer: spec.Peer{ID: "n2", Liveness: spec.PeerDead, Away: true}, Epoch: 7}}
+	s.Endpoints, s.Away = s.Endpoints[:1], s.Endpoints[1:]
+	in.gossip = &s
+	v := compose(in)
+	if p, _ := v.Peer("n2"); !p.Away || !p.Routed() || len(v.Endpoints) != 1 || len(v.Away) != 1 || v.Away[0].Task != "t2" {
+		t.Errorf("peers %+v, endpoints %+v, away %+v", v.Peers, v.Endpoints, v.Away)
+	}
+	in.refused = func(e spec.Endpoint) bool { return e.Task == "t2" }
+	if v := compose(in); len(v.Away) > 0 {
+		t.Errorf("what is refused is away: %+v", v.Away)
+	}
+}

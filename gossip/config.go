@@ -182,6 +182,8 @@ const (
 	// stalled: a detector round this much late was not run by a healthy
 	// process; it judges nobody.
 	stalled = 100 * time.Millisecond
+	// awayRest stretches the time between looks at the machine of a dead node.
+	awayRest = 20
 	// clusterMax bounds Cluster.
 	clusterMax = 64
 	// fetchBytesMax bounds what one fetch brings: 100,000 endpoints are some 40 MB.

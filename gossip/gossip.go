@@ -39,6 +39,9 @@ type Snapshot struct {
 	Members []Member
 	// Endpoints of members that are not dead, by Key, then Node.
 	Endpoints []spec.Endpoint
+	// Away are those of members whose machine is there and whose agent has been gone for
+	// longer than it may be (spec.Peer.Away), in the same order.
+	Away []spec.Endpoint
 	// Synced: what is missing here does not exist, as far as any peer that can
 	// be reached knows.
 	Synced bool
@@ -393,8 +396,7 @@ func (g *Gossip) build() *Snapshot {
 			ControlPort: g.cfg.ControlPort, GossipPort: int(g.addr.Port()), MTU: g.meta.path.mtu, Answers: g.meta.path.answers},
 		Role: g.role, Epoch: self.epoch, Seq: self.seq,
 	})
-	n := len(self.entries)
-	shown := []*record{self}
+	shown, away := []*record{self}, []*record(nil)
 	dir := g.dir.Load()
 	for id, m := range g.members {
 		if !m.shown() || dir == nil {
@@ -406,26 +408,38 @@ func (g *Gossip) build() *Snapshot {
 		}
 		out := Member{
 			Peer: spec.Peer{ID: id, Name: info.Name, Number: info.Number, Addr: m.addr.Addr(), Liveness: m.liveness(),
-				ControlPort: info.ControlPort, GossipPort: int(m.addr.Port()), MTU: m.path.mtu, Answers: m.path.answers},
+				ControlPort: info.ControlPort, GossipPort: int(m.addr.Port()), MTU: m.path.mtu, Answers: m.path.answers, Away: m.away},
 			Role: info.Role,
 		}
 		if r := g.recs[id]; r != nil {
 			out.Epoch, out.Seq = r.epoch, r.seq
-			if out.Liveness != spec.PeerDead {
+			switch {
+			case out.Liveness != spec.PeerDead:
 				shown = append(shown, r)
-				n += len(r.entries)
+			case m.away:
+				away = append(away, r)
 			}
 		}
 		s.Members = append(s.Members, out)
 	}
 	slices.SortFunc(s.Members, func(a, b Member) int { return strings.Compare(a.Peer.ID, b.Peer.ID) })
 
+	s.Endpoints, s.Away = endpoints(shown), endpoints(away)
+	return s
+}
+
+// endpoints are those of records, by Key, then Node.
+func endpoints(records []*record) []spec.Endpoint {
 	type keyed struct {
 		key string
 		e   *entry
 	}
+	n := 0
+	for _, r := range records {
+		n += len(r.entries)
+	}
 	all := make([]keyed, 0, n)
-	for _, r := range shown {
+	for _, r := range records {
 		for key, e := range r.entries {
 			if !e.gone {
 				all = append(all, keyed{key, e})
@@ -438,11 +452,11 @@ func (g *Gossip) build() *Snapshot {
 		}
 		return strings.Compare(a.e.ep.Node, b.e.ep.Node)
 	})
-	s.Endpoints = make([]spec.Endpoint, len(all))
+	out := make([]spec.Endpoint, len(all))
 	for i, k := range all {
-		s.Endpoints[i] = k.e.ep
+		out[i] = k.e.ep
 	}
-	return s
+	return out
 }
 
 // SetEndpoints replaces this node's own set. It returns once the change is on

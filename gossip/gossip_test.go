@@ -283,6 +283,23 @@ func TestAnAgentWithoutWhichTheMachineGoesOn(t *testing.T) {
 		}
 		tc.end(c)
 		c.eventually(20*time.Second, tc.name, c.expect(3, tc.want, tc.n))
+		away := func(want int) func() string {
+			return func() string {
+				for _, n := range c.all() {
+					s := n.Snapshot()
+					i := slices.IndexFunc(s.Members, func(m Member) bool { return m.ID == nodeID(3) })
+					if m := s.Members[i]; m.Away != (want > 0) || len(s.Away) != want {
+						return fmt.Sprintf("%s: away %t, with %d endpoints", nodeID(n.i), m.Away, len(s.Away))
+					}
+				}
+				return ""
+			}
+		}
+		if tc.name == "time up" {
+			c.eventually(3*time.Second, "away", away(1))
+			there.Store(false)
+		}
+		c.eventually(20*time.Second, "not away", away(0))
 		c.close()
 	}
 }

@@ -29,6 +29,7 @@ type member struct {
 	// agent is not.
 	orphaned  bool
 	until     time.Time // orphaned: when its agent has been away for too long
+	away      bool      // it has, and the machine is still there: dead all the same
 	looking   bool      // lookLoop looks whether its machine is there
 	unseen    int       // looks in a row that its machine did not answer
 	forgotten bool      // hidden, see Forget
@@ -147,7 +148,7 @@ func (g *Gossip) memberUp(n *memberlist.Node, join bool) {
 	}
 	before := *m
 	m.addr, m.assigned, m.path = addr, g.assigned(n.Name), said
-	m.up, m.holding, m.orphaned = true, false, false
+	m.up, m.holding, m.orphaned, m.away = true, false, false, false
 	if join {
 		// Only the node itself can come back from having left.
 		m.left, m.fails, m.suspect, m.answers, m.since = false, 0, false, false, time.Now()
@@ -243,9 +244,9 @@ func (g *Gossip) look(id string, m *member) bool {
 }
 
 // lookLoop looks whether the machine of a node that does not answer is there, again and
-// again until the node is not suspect any more, or dead: its machine was not seen, or it
-// has been without an agent for too long. It begins with the suspicion, so that enough was
-// seen, or not seen, when memberlist is sure that there is no agent.
+// again until the node is not suspect any more, or its machine was not seen. It begins
+// with the suspicion, so that enough was seen, or not seen, when memberlist is sure that
+// there is no agent.
 func (g *Gossip) lookLoop(ctx context.Context, id string, m *member) {
 	for told := false; ; {
 		g.mu.Lock()
@@ -271,24 +272,28 @@ func (g *Gossip) lookLoop(ctx context.Context, id string, m *member) {
 			m.unseen++
 		}
 		tell := present && m.orphaned && !told
-		dead := m.orphaned && (m.unseen >= g.tune.LookMisses || time.Now().After(m.until) || m.left || m.forgotten)
-		if dead {
-			m.orphaned = false
+		gone := m.unseen >= g.tune.LookMisses || m.left || m.forgotten
+		dead, lost := m.orphaned && (gone || time.Now().After(m.until)), m.away && gone
+		if dead || lost {
+			m.orphaned, m.away = false, !gone
 			g.count()
 			g.bump()
 		}
-		m.looking = m.orphaned || m.suspect && (m.up || m.holding)
-		looking := m.looking
+		m.looking = m.orphaned || m.away || m.suspect && (m.up || m.holding)
+		looking, wait := m.looking, g.tune.LookInterval
+		if m.away && m.unseen == 0 {
+			wait *= awayRest // nothing but routes depends on it
+		}
 		g.mu.Unlock()
 		switch {
 		case dead:
-			g.log.Warn("node is dead", "node", id, "its machine answers", present)
+			g.log.Warn("node is dead", "node", id, "its machine is there", !gone)
 			poke(g.rejoin)
 		case tell:
 			told = true
 			g.log.Warn("a node's agent is gone, its machine is not: it is held for suspect", "node", id)
 		}
-		if !looking || !sleep.For(ctx, g.tune.LookInterval-took) {
+		if !looking || !sleep.For(ctx, wait-took) {
 			return
 		}
 	}

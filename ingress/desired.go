@@ -174,7 +174,7 @@ func (b *builder) local(n *network, owner string, p spec.Port, takes, drains []n
 // nodes adds the nodes that replies may have to go to.
 func (b *builder) nodes(n *network) {
 	for _, p := range b.v.Peers {
-		if p.ID != b.v.Self && p.Liveness != spec.PeerDead && p.Number >= 1 && p.Number <= spec.MaxNodes {
+		if p.ID != b.v.Self && p.Routed() && p.Number >= 1 && p.Number <= spec.MaxNodes {
 			b.Add(Node{Netns: n.ns, Number: p.Number, MTU: b.v.PathMTU(n.Network, p, false)})
 		}
 	}

@@ -66,8 +66,6 @@ func TestNoRequestIsLost(t *testing.T) {
 	if leader == other {
 		other = "node3"
 	}
-	// Within the 12 s after which the others give the node up, and with it the way back
-	// to its clients.
 	s.ok(other, "shoal svc scale -d web=4")
 	if err := s.Start(t.Context(), leader); err != nil {
 		t.Fatal(err)

@@ -278,12 +278,18 @@ func (s *State) remotes(v *spec.View, n *network) {
 		p spec.Peer
 	}
 	claims := map[netip.Addr]claim{}
-	for _, e := range v.Endpoints {
+	for i := range len(v.Endpoints) + len(v.Away) {
+		var e spec.Endpoint
+		if i < len(v.Endpoints) {
+			e = v.Endpoints[i]
+		} else {
+			e = v.Away[i-len(v.Endpoints)]
+		}
 		if e.Network != n.ID || e.Node == v.Self {
 			continue
 		}
 		p, ok := v.Peer(e.Node)
-		if !ok || p.Liveness == spec.PeerDead || p.Number < 1 || p.Number > spec.MaxNodes ||
+		if !ok || !p.Routed() || p.Number < 1 || p.Number > spec.MaxNodes ||
 			!p.Addr.IsValid() || p.Addr.Is4() != v.Underlay.Addr.Is4() {
 			continue
 		}
@@ -301,7 +307,7 @@ func (s *State) remotes(v *spec.View, n *network) {
 		// Replies to a client go back to the node where it entered, which need
 		// not have an endpoint.
 		for _, p := range v.Peers {
-			if p.ID != v.Self && p.Liveness != spec.PeerDead && p.Number >= 1 && p.Number <= spec.MaxNodes &&
+			if p.ID != v.Self && p.Routed() && p.Number >= 1 && p.Number <= spec.MaxNodes &&
 				p.Addr.IsValid() && p.Addr.Is4() == v.Underlay.Addr.Is4() {
 				mac := spec.VTEPMAC(p.Number).String()
 				s.Add(Neigh{n.ns, VXLANDev, spec.RouterAddr(p.Number), mac})
@@ -338,7 +344,7 @@ func (s *State) path(v *spec.View, self spec.Peer) {
 	s.Add(Addr{n.ns, "lo", host(me)})
 	s.Add(Route{Netns: n.ns, Dst: spec.RouterPrefix, Dev: VXLANDev, Src: me})
 	for _, p := range v.Peers {
-		if p.ID != v.Self && p.Liveness != spec.PeerDead && p.Number >= 1 && p.Number <= spec.MaxNodes && p.Number != self.Number &&
+		if p.ID != v.Self && p.Routed() && p.Number >= 1 && p.Number <= spec.MaxNodes && p.Number != self.Number &&
 			p.Addr.IsValid() && p.Addr.Is4() == v.Underlay.Addr.Is4() {
 			mac := spec.VTEPMAC(p.Number).String()
 			s.Add(Neigh{n.ns, VXLANDev, spec.RouterAddr(p.Number), mac})

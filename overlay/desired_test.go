@@ -250,3 +250,24 @@ func TestPath(t *testing.T) {
 	}
 	has(t, kernel(v), false, ns+": ")
 }
+
+// TestAway: a dead node whose machine is there keeps its routes, unless somebody who lives
+// has the address by now.
+func TestAway(t *testing.T) {
+	v := sample()
+	i := slices.IndexFunc(v.Endpoints, func(e spec.Endpoint) bool { return e.Node == v.Peers[1].ID })
+	e := v.Endpoints[i]
+	addr, alive := e.Addrs[0].String(), kernel(v)
+	has(t, alive, true, "route "+addr, spec.RouterAddr(v.Peers[1].Number).String())
+	v.Peers[1].Liveness = spec.PeerDead
+	v.Endpoints = slices.DeleteFunc(v.Endpoints, func(e spec.Endpoint) bool { return e.Node == v.Peers[1].ID })
+	has(t, kernel(v), false, "route "+addr)
+	v.Peers[1].Away, v.Away = true, []spec.Endpoint{e}
+	has(t, kernel(v), true, "route "+addr, spec.RouterAddr(v.Peers[1].Number).String())
+	other := e
+	other.Node = v.Peers[2].ID
+	v.Endpoints = append(v.Endpoints, other)
+	v.Sort()
+	has(t, kernel(v), true, "route "+addr, spec.RouterAddr(v.Peers[2].Number).String())
+	has(t, kernel(v), false, "route "+addr, spec.RouterAddr(v.Peers[1].Number).String())
+}

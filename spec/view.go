@@ -13,7 +13,7 @@ type Liveness int
 const (
 	PeerAlive   Liveness = iota
 	PeerSuspect          // probes fail; takes no new connections where others can
-	PeerDead             // its endpoints are out of every VIP, name and route
+	PeerDead             // its endpoints are out of every VIP and name, and unless it is Away of every route
 )
 
 func (l Liveness) String() string {
@@ -36,10 +36,17 @@ type Peer struct {
 	// Answers: it has a namespace that answers probes of the data path
 	// ([PathNetwork]).
 	Answers bool
+	// Away: it is dead for want of an agent, and its machine is there: what its tasks have
+	// begun, and what they begin by what their kernel knows, is answered, though nothing
+	// is sent to them by a VIP or a name. Not gossiped.
+	Away bool
 	// Dark: it does not answer those of this node, by the data path, though it
 	// should: what VXLAN carries there or back is lost. Not gossiped.
 	Dark bool
 }
+
+// Routed tells whether there are routes to the peer, and to its endpoints.
+func (p Peer) Routed() bool { return p.Liveness != PeerDead || p.Away }
 
 // PathNetwork is the network that the nodes have among themselves, on which they
 // probe the data path: each has its RouterAddr on it. Its VNI is below those of
@@ -148,6 +155,7 @@ type View struct {
 	Networks  []Network
 	Services  []Service  // those on Networks, by ID
 	Endpoints []Endpoint // those on Networks, of peers that aren't dead, by Key
+	Away      []Endpoint // those of peers that are Away, in the order of Endpoints: they have routes, and nothing else
 	Sandboxes []Sandbox  // by Task
 }
 
@@ -226,13 +234,15 @@ func (v *View) Sort() {
 	slices.SortFunc(v.Peers, func(a, b Peer) int { return strings.Compare(a.ID, b.ID) })
 	slices.SortFunc(v.Networks, func(a, b Network) int { return strings.Compare(a.ID, b.ID) })
 	slices.SortFunc(v.Services, func(a, b Service) int { return strings.Compare(a.ID, b.ID) })
-	slices.SortFunc(v.Endpoints, func(a, b Endpoint) int {
-		// As their Keys, which are not made: a View may have 100,000.
-		if c := strings.Compare(a.Task, b.Task); c != 0 {
-			return c
-		}
-		return strings.Compare(a.Network, b.Network)
-	})
+	for _, list := range [][]Endpoint{v.Endpoints, v.Away} {
+		slices.SortFunc(list, func(a, b Endpoint) int {
+			// As their Keys, which are not made: a View may have 100,000.
+			if c := strings.Compare(a.Task, b.Task); c != 0 {
+				return c
+			}
+			return strings.Compare(a.Network, b.Network)
+		})
+	}
 	slices.SortFunc(v.Sandboxes, func(a, b Sandbox) int { return strings.Compare(a.Task, b.Task) })
 }
 
