@@ -45,6 +45,7 @@ const (
 	// meetWait is for gossip to hear of every node that is ready, after a start: a restarted
 	// agent's peers hold it for suspect for a second or two.
 	meetWait  = 2500 * time.Millisecond
+	wireWait  = 5 * time.Second // for this node's kernel to follow the cluster, after a start: then it counts as ready all the same
 	namesWait = 3 * time.Second // for all names to be known, after a start; stub resolvers ask again after 5 s
 )
 
@@ -112,6 +113,7 @@ type member struct {
 	cacheErr   error // why what they said before it is not known; nil: it is
 	certErr    error // why the certificate or the role is not as it should be; nil: it is
 	acked      map[string]spec.TaskStatus
+	began      time.Time // when the agent started
 	answered   time.Time // when a manager last answered, or the agent started
 	follows    uint64    // index of the newest assignment that the kernel follows
 }
@@ -298,6 +300,7 @@ func (m *member) start() error {
 		})
 	}
 	m.answer() // silence begins now
+	m.began = m.answered
 	m.wg.Go(m.runtimeLoop)
 	m.wg.Go(m.composeLoop)
 	m.wg.Go(m.assignLoop)
@@ -948,6 +951,8 @@ func (m *member) report() error {
 	failed := slices.Concat(m.vip.Failed(), m.ingress.Failed())
 	m.mu.Lock()
 	req.Applied, req.ManagerReady = m.follows, m.manager != nil
+	// Who sends requests to a node that is ready finds its published ports there.
+	req.Wiring = m.follows == 0 && time.Since(m.began) < wireWait
 	if info, ok := m.creds.Info(); ok {
 		req.CertificateRoot = info.Root
 	}

@@ -604,7 +604,7 @@ func (s *service) Report(ctx context.Context, req *connect.Request[shoalv1.Repor
 		now = s.m.withLevel(now, r.Level, r.Build)
 		now = s.m.withCapacity(now, r.NanoCpus, r.Memory, r.EngineLabels)
 	}
-	if known.Status != spec.NodeReady || !now.SameOfItself(known) {
+	if known.Status != spec.NodeReady && !r.Wiring || !now.SameOfItself(known) {
 		if _, err := s.m.Propose(ctx, state.Command{UpsertNode: &state.UpsertNode{Node: now}}); err != nil {
 			return nil, err
 		}

@@ -677,8 +677,13 @@ func TestReportsKeepNodesReady(t *testing.T) {
 		})
 	}
 	is(spec.NodeDown)
+	// What was down is not ready before its kernel follows the cluster.
+	_, err := n.as(w.node.ID, spec.RoleWorker).Report(testCtx(t), connect.NewRequest(&shoalv1.ReportRequest{Node: w.node.ID, Wiring: true}))
+	if err != nil || status() != spec.NodeDown {
+		t.Errorf("while its kernel does not follow: %s, %v", status(), err)
+	}
 	// With another address, as a laptop comes back.
-	_, err := n.as(w.node.ID, spec.RoleWorker).Report(testCtx(t), connect.NewRequest(&shoalv1.ReportRequest{Node: w.node.ID, Addr: "127.0.0.9", ControlPort: 1, GossipPort: 2, DataPath: "nft"}))
+	_, err = n.as(w.node.ID, spec.RoleWorker).Report(testCtx(t), connect.NewRequest(&shoalv1.ReportRequest{Node: w.node.ID, Addr: "127.0.0.9", ControlPort: 1, GossipPort: 2, DataPath: "nft"}))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -6367,8 +6367,11 @@ type ReportRequest struct {
 	Memory    int64    `protobuf:"varint,18,opt,name=memory,proto3" json:"memory,omitempty"`                     // bytes
 	// The node has said how each of its tasks is: none of them is as it was when the
 	// machine went down.
-	TasksKnown    bool              `protobuf:"varint,19,opt,name=tasks_known,json=tasksKnown,proto3" json:"tasks_known,omitempty"`
-	EngineLabels  map[string]string `protobuf:"bytes,20,rep,name=engine_labels,json=engineLabels,proto3" json:"engine_labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // that its agent was started with
+	TasksKnown   bool              `protobuf:"varint,19,opt,name=tasks_known,json=tasksKnown,proto3" json:"tasks_known,omitempty"`
+	EngineLabels map[string]string `protobuf:"bytes,20,rep,name=engine_labels,json=engineLabels,proto3" json:"engine_labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // that its agent was started with
+	// Its kernel does not do yet what it is to, after a start of its agent: if it was down
+	// it is so for a moment more.
+	Wiring        bool `protobuf:"varint,21,opt,name=wiring,proto3" json:"wiring,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -6562,6 +6565,13 @@ func (x *ReportRequest) GetEngineLabels() map[string]string {
 		return x.EngineLabels
 	}
 	return nil
+}
+
+func (x *ReportRequest) GetWiring() bool {
+	if x != nil {
+		return x.Wiring
+	}
+	return false
 }
 
 type ReportResponse struct {
@@ -11622,7 +11632,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"generation\x18\x01 \x01(\x04R\n" +
 	"generation\x12\x10\n" +
 	"\x03key\x18\x02 \x01(\fR\x03key\x12\x18\n" +
-	"\aprimary\x18\x03 \x01(\bR\aprimary\"\xf9\a\n" +
+	"\aprimary\x18\x03 \x01(\bR\aprimary\"\x91\b\n" +
 	"\rReportRequest\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x128\n" +
 	"\x05tasks\x18\x02 \x03(\v2\".shoal.v1.ReportRequest.TasksEntryR\x05tasks\x12\x1d\n" +
@@ -11654,7 +11664,8 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x06memory\x18\x12 \x01(\x03R\x06memory\x12\x1f\n" +
 	"\vtasks_known\x18\x13 \x01(\bR\n" +
 	"tasksKnown\x12N\n" +
-	"\rengine_labels\x18\x14 \x03(\v2).shoal.v1.ReportRequest.EngineLabelsEntryR\fengineLabels\x1aN\n" +
+	"\rengine_labels\x18\x14 \x03(\v2).shoal.v1.ReportRequest.EngineLabelsEntryR\fengineLabels\x12\x16\n" +
+	"\x06wiring\x18\x15 \x01(\bR\x06wiring\x1aN\n" +
 	"\n" +
 	"TasksEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12*\n" +
