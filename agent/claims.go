@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -20,9 +21,11 @@ import (
 // says it: with its key somebody could say that it has another task's address, or a
 // replica of any service. So the managers are asked whether they gave it that. An
 // endpoint of which they have not said so yet is left out of the View: it takes a
-// round trip, and the endpoint is told of before its program starts. Where they don't
-// answer, and for what comes with a network that is new here, it counts until they do:
-// a VIP is not to miss what is alive for want of a manager.
+// round trip, and the endpoint is told of before its program starts. Where they have not
+// answered for longer than they take to elect a leader, and for what comes with a network
+// that is new here, it counts until they do: a VIP is not to miss what is alive for want
+// of a manager. But never against what they have given: an address of that is not taken
+// from its task by who says that it has it, too.
 //
 // Tried and dropped: the managers' signature on each task in its node's record. It is
 // worth as much after the address has gone to another task, and a node that knows
@@ -32,6 +35,7 @@ import (
 const (
 	claimTimeout = time.Second     // of one
 	claimAgain   = 2 * time.Second // between those about what was given before
+	claimGrace   = aloneAfter      // of managers that have answered before, and don't
 	claimBatch   = 1000            // claims in one
 	claimPerNode = 100             // of them, of one node: none keeps the others waiting
 	claimOld     = 50              // of those that are asked about again
@@ -46,13 +50,20 @@ type claims struct {
 	mu        sync.Mutex
 	networks  map[string]bool // on this node, at the last View
 	known     map[claimKey]*claim
-	again     []claimKey // given ones, the longest not asked about first
-	answering bool       // the managers have answered the last question
-	look      uint64     // number of the View that is being made
+	again     []claimKey           // given ones, the longest not asked about first
+	holders   map[holding]claimKey // who was given an address last, of those in known
+	answering bool                 // the managers have answered a question within claimGrace
+	answer    time.Time            // when they last did
+	look      uint64               // number of the View that is being made
 	warned    map[string]time.Time
 }
 
 type claimKey struct{ node, task, network string }
+
+type holding struct {
+	network string
+	addr    netip.Addr
+}
 
 type claim struct {
 	e       spec.Endpoint
@@ -72,7 +83,7 @@ const (
 )
 
 func newClaims(self string, log *slog.Logger) *claims {
-	return &claims{wake: make(chan struct{}, 1), self: self, log: log, networks: map[string]bool{}, known: map[claimKey]*claim{}, warned: map[string]time.Time{}}
+	return &claims{wake: make(chan struct{}, 1), self: self, log: log, networks: map[string]bool{}, known: map[claimKey]*claim{}, holders: map[holding]claimKey{}, warned: map[string]time.Time{}}
 }
 
 // refused tells whether an endpoint is to be left out of the View that is being made.
@@ -91,14 +102,38 @@ func (c *claims) refused(e spec.Endpoint) bool {
 	case !sameClaim(x.e, e):
 		// Another name of what was given counts meanwhile: its connections go on.
 		x.early = x.verdict == given && x.e.Service == e.Service && slices.Equal(x.e.Addrs, e.Addrs)
+		c.release(k, x)
 		x.e, x.verdict, x.doubted = e, pending, false
 	}
 	x.look = c.look
 	if x.verdict == pending {
 		wake(c.wake)
-		return c.answering && !x.early
+		return c.answering && !x.early || c.held(k, x)
 	}
 	return x.verdict == wrong
+}
+
+// held tells whether another has been given an address that k claims.
+func (c *claims) held(k claimKey, x *claim) bool {
+	for _, a := range x.e.Addrs {
+		h, ok := c.holders[holding{k.network, a}]
+		if !ok || h == k {
+			continue
+		}
+		if y := c.known[h]; y != nil && y.verdict == given && y.look+1 >= c.look && slices.Contains(y.e.Addrs, a) {
+			return true
+		}
+	}
+	return false
+}
+
+// release forgets that k was given what it has claimed.
+func (c *claims) release(k claimKey, x *claim) {
+	for _, a := range x.e.Addrs {
+		if h := (holding{k.network, a}); c.holders[h] == k {
+			delete(c.holders, h)
+		}
+	}
 }
 
 // sameClaim tells whether two endpoints say the same of what the managers gave.
@@ -133,6 +168,7 @@ func (c *claims) take(old bool) (keys []claimKey, eps []spec.Endpoint) {
 		switch {
 		case old && x.look+1 < c.look: // the newest View may be half made
 			delete(c.known, k)
+			c.release(k, x)
 		case len(keys) < claimBatch && perNode[k.node] < claimPerNode && (x.verdict == pending || old && (x.verdict == wrong || x.doubted)):
 			perNode[k.node]++
 			add(k, x)
@@ -153,11 +189,16 @@ func (c *claims) take(old bool) (keys []claimKey, eps []spec.Endpoint) {
 
 // answered notes what the managers said, or with an error that they did not. It tells
 // whether there is another View for that.
-func (c *claims) answered(keys []claimKey, eps []spec.Endpoint, no map[uint32]bool, err error) (changed bool) {
+func (c *claims) answered(keys []claimKey, eps []spec.Endpoint, no map[uint32]bool, err error, now time.Time) (changed bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	changed = c.answering != (err == nil)
-	if c.answering = err == nil; changed && c.answering {
+	was := c.answering
+	if err == nil {
+		c.answering, c.answer = true, now
+	} else {
+		c.answering = c.answering && now.Sub(c.answer) < claimGrace
+	}
+	if changed = was != c.answering; changed && c.answering {
 		for _, x := range c.known { // they have counted up to now
 			x.early = true
 		}
@@ -176,6 +217,11 @@ func (c *claims) answered(keys []claimKey, eps []spec.Endpoint, no map[uint32]bo
 			x.verdict, x.doubted = wrong, false
 		default:
 			x.verdict, x.doubted = given, false
+		}
+		if x.verdict == given {
+			for _, a := range x.e.Addrs {
+				c.holders[holding{k.network, a}] = k
+			}
 		}
 		if x.verdict == given && !x.queued {
 			x.queued = true
@@ -223,12 +269,13 @@ func (m *member) claimLoop() {
 		if m.ctx.Err() != nil {
 			return
 		}
-		if m.claims.answered(keys, eps, no, err) {
+		if m.claims.answered(keys, eps, no, err, time.Now()) {
 			wake(m.composeWake) // which asks about what is left
 		}
 		if err != nil {
 			m.log.Debug("the managers don't say whose endpoints these are", "endpoints", len(eps), "error", err)
 			sleep.For(m.ctx, 100*time.Millisecond)
+			wake(m.claims.wake)
 		}
 	}
 }

@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"strconv"
 	"testing"
+	"time"
 
 	"github.com/shoalnet/shoal/spec"
 )
@@ -13,16 +15,18 @@ import (
 // claimSim is a node that looks at what others claim.
 type claimSim struct {
 	*testing.T
-	c *claims
-	v *spec.View
+	c   *claims
+	v   *spec.View
+	now time.Time
 }
 
 func newClaimSim(t *testing.T) *claimSim {
-	return &claimSim{t, newClaims("self", slog.New(slog.DiscardHandler)), &spec.View{Networks: []spec.Network{{ID: "net"}}}}
+	return &claimSim{t, newClaims("self", slog.New(slog.DiscardHandler)), &spec.View{Networks: []spec.Network{{ID: "net"}}}, time.Unix(1e9, 0)}
 }
 
 func claimOf(node, task string) spec.Endpoint {
-	return spec.Endpoint{Node: node, Task: task, TaskName: "web." + task, Service: "svc", Network: "net", Addrs: []netip.Addr{netip.MustParseAddr("10.0.1.7")}, State: spec.EndpointActive}
+	n, _ := strconv.Atoi(task)
+	return spec.Endpoint{Node: node, Task: task, TaskName: "web." + task, Service: "svc", Network: "net", Addrs: []netip.Addr{netip.AddrFrom4([4]byte{10, 1, byte(n >> 8), byte(n)})}, State: spec.EndpointActive}
 }
 
 // shows makes a View and tells which of the endpoints are in it.
@@ -47,7 +51,7 @@ func (s *claimSim) ask(old bool, err error, no ...string) (asked []string, chang
 			deny[uint32(i)] = deny[uint32(i)] || x == k.node+"/"+k.task
 		}
 	}
-	return asked, s.c.answered(keys, eps, deny, err)
+	return asked, s.c.answered(keys, eps, deny, err, s.now)
 }
 
 func (s *claimSim) want(what string, got []string, want ...string) {
@@ -104,13 +108,26 @@ func TestClaims(t *testing.T) {
 	s.ask(true, nil, "a/4")
 	s.want("by the managers, too", s.shows(web, late), "a/1")
 
-	// Without an answer all counts that is not known to be wrong, also when they are
-	// back, until they have said so.
-	s.ask(true, errors.New("no manager leads"))
-	other, more := claimOf("c", "5"), claimOf("c", "6")
-	s.want("without managers", s.shows(web, late, other, more), "a/1", "c/5", "c/6")
+	// Without an answer for some time all counts that is not known to be wrong, also when
+	// they are back, until they have said so; but not who says that he has what another
+	// was given.
+	noLeader := errors.New("no manager leads")
+	other, more, thief, twin := claimOf("c", "5"), claimOf("c", "6"), claimOf("d", "7"), web
+	thief.Addrs, twin.Node = web.Addrs, "d"
+	s.now = s.now.Add(claimGrace - 1)
+	s.ask(true, noLeader)
+	s.want("while they elect a leader", s.shows(web, late, other, more, thief, twin), "a/1")
+	s.now = s.now.Add(1)
+	if _, changed := s.ask(false, noLeader); !changed {
+		t.Error("no other View without managers")
+	}
+	s.want("without managers", s.shows(web, late, other, more, thief, twin), "a/1", "c/5", "c/6")
+	s.want("an address whose task is gone", s.shows(other, more, thief), "c/5", "c/6")
+	s.want("and has been", s.shows(other, more, thief), "c/5", "c/6", "d/7")
+	s.shows(web, other, more)
+	s.shows(web, other, more)
 	keys, eps := s.c.take(false)
-	s.c.answered(keys[:1], eps[:1], nil, nil)
+	s.c.answered(keys[:1], eps[:1], nil, nil, s.now)
 	if got := s.shows(web, other, more); len(got) != 3 {
 		t.Errorf("with the managers back: %v", got)
 	}
@@ -173,7 +190,7 @@ func TestClaimsAreBounded(t *testing.T) {
 	for range len(eps) / claimOld {
 		s.ask(true, nil)
 	}
-	if len(s.c.known) != 0 || len(s.c.again) > claimOld {
+	if len(s.c.known) != 0 || len(s.c.holders) != 0 || len(s.c.again) > claimOld {
 		t.Errorf("%d and %d are kept of what is gone", len(s.c.known), len(s.c.again))
 	}
 }

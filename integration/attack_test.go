@@ -173,7 +173,7 @@ func TestUnderAttack(t *testing.T) {
 		}
 	}
 	web, network := s.running("web"), s.network("app")
-	svc := web[0].Service
+	svc, client := web[0].Service, s.task("client").Attachments[0].Addrs[0]
 	addr := func(a string) []netip.Addr { return []netip.Addr{netip.MustParseAddr(a)} }
 	thief := stranger
 	thief.Addr, thief.Self, thief.Cluster, thief.Nodes, thief.Keys, thief.Victim, thief.Dir = netip.MustParseAddr(s.addrOf("node4")), disk.Node, disk.Cluster, disk.Nodes, disk.Trust.Gossip, ids["node2"], t.TempDir()
@@ -218,7 +218,7 @@ func TestUnderAttack(t *testing.T) {
 	s.ok("node2", "shoal svc rm meanwhile")
 	s.eventually(slow(10*time.Second), func() error {
 		if out, err := s.client("python3", testdata(t, "spoof.py"), "vxlan", fmt.Sprint(network.VNI), spec.VTEPMAC(1).String(), s.addrOf("node1"), "4789",
-			web[0].Attachments[0].Addrs[0], s.task("client").Attachments[0].Addrs[0], "forged"); err != nil {
+			web[0].Attachments[0].Addrs[0], client, "forged"); err != nil {
 			return fmt.Errorf("vxlan: %w %s", err, out)
 		}
 		if s.metric("node1", `shoal_dropped_packets_total{network="(host)",reason="vxlan-not-member"}`) == 0 {
