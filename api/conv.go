@@ -102,7 +102,20 @@ func TaskSpec(t spec.TaskSpec) *shoalv1.TaskSpec {
 		Dns: texts(t.DNS), DnsSearch: t.DNSSearch, DnsOptions: t.DNSOptions, ExtraHosts: t.ExtraHosts, Links: t.Links, Expose: t.Expose,
 		Health: HealthCheck(t.Health), Container: Container(t.Container), Resources: Resources(t.Resources),
 		Secrets: blobRefs(t.Secrets), Configs: blobRefs(t.Configs),
-		Attach: t.Attach, Stdin: t.Stdin, Tty: t.TTY, AutoRemove: t.AutoRemove, Restart: t.Restart}
+		Attach: t.Attach, Stdin: t.Stdin, Tty: t.TTY, AutoRemove: t.AutoRemove, Restart: t.Restart, Log: LogConfig(t.Log)}
+}
+
+// LogConfig is c on the wire.
+func LogConfig(c spec.LogConfig) *shoalv1.LogConfig {
+	if c == (spec.LogConfig{}) {
+		return nil
+	}
+	return &shoalv1.LogConfig{Driver: c.Driver, Size: c.Size, Files: int32(c.Files)}
+}
+
+// ToLogConfig is the inverse of LogConfig.
+func ToLogConfig(c *shoalv1.LogConfig) spec.LogConfig {
+	return spec.LogConfig{Driver: c.GetDriver(), Size: c.GetSize(), Files: int(c.GetFiles())}
 }
 
 // HealthCheck is h on the wire.
@@ -174,7 +187,7 @@ func ToTaskSpec(t *shoalv1.TaskSpec) (spec.TaskSpec, error) {
 		DNS: dns, DNSSearch: t.GetDnsSearch(), DNSOptions: t.GetDnsOptions(), ExtraHosts: t.GetExtraHosts(), Links: t.GetLinks(), Expose: t.GetExpose(),
 		Health: ToHealthCheck(t.GetHealth()), Container: ToContainer(t.GetContainer()), Resources: ToResources(t.GetResources()),
 		Secrets: toBlobRefs(t.GetSecrets()), Configs: toBlobRefs(t.GetConfigs()),
-		Attach: t.GetAttach(), Stdin: t.GetStdin(), TTY: t.GetTty(), AutoRemove: t.GetAutoRemove(), Restart: t.GetRestart()}, err
+		Attach: t.GetAttach(), Stdin: t.GetStdin(), TTY: t.GetTty(), AutoRemove: t.GetAutoRemove(), Restart: t.GetRestart(), Log: ToLogConfig(t.GetLog())}, err
 }
 
 // Ports are as on the wire.

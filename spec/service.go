@@ -63,6 +63,8 @@ type TaskSpec struct {
 	Secrets []BlobRef `json:"secrets,omitempty" level:"2"`
 	Configs []BlobRef `json:"configs,omitempty" level:"2"`
 
+	Log LogConfig `json:"log,omitzero" level:"3"`
+
 	// Of tasks of their own (shoal run) only:
 	Attach     bool `json:"attach,omitempty"`      // somebody is about to attach: the program waits for them, for a moment
 	Stdin      bool `json:"stdin,omitempty"`       // keep standard input open, for who attaches
@@ -101,6 +103,9 @@ func (t TaskSpec) Grace() time.Duration {
 
 // Validate reports the first thing wrong.
 func (t TaskSpec) Validate() error {
+	if err := t.Log.Validate(); err != nil {
+		return err
+	}
 	if t.Image == "" && (len(t.Command) == 0 || t.Command[0] == "") {
 		return fmt.Errorf("no command: give it after --, like: -- python3 -m http.server 80")
 	}

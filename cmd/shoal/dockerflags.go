@@ -9,7 +9,6 @@ import (
 // Docker's flags that Shoal has not, each with what there is instead. A test looks that
 // they are not there, so that a line goes when its feature comes.
 const (
-	noLogDriver = "output is kept by the node and read with 'shoal logs'; send it elsewhere from there"
 	noNamespace = "a task has namespaces of its own, and shares none but the node's network: '--network host'"
 	noBlkio     = "disk bandwidth is not limited; '--cpus', '--memory' and '--pids-limit' are there"
 	noWindows   = "it is of Windows"
@@ -18,7 +17,6 @@ const (
 
 // dockerTaskFlags are of run, create and update of services.
 var dockerTaskFlags = map[string]string{
-	"log-driver": noLogDriver, "log-opt": noLogDriver,
 	"isolation": noWindows, "credential-spec": noWindows,
 }
 

@@ -102,6 +102,7 @@ func dockerTaskSpec(t spec.TaskSpec) object {
 			"Healthcheck": dockerHealth(t.Health), "Init": t.Init, "ReadOnly": t.ReadOnly, "CapabilityAdd": t.CapAdd, "CapabilityDrop": t.CapDrop, "Sysctls": orEmpty(t.Sysctls), "TTY": t.TTY,
 		},
 		"Resources": dockerResources(t.Resources),
+		"LogDriver": object{"Name": cmp.Or(t.Log.Driver, "json-file"), "Options": t.Log.Options()},
 	}
 }
 
@@ -278,7 +279,9 @@ func dockerTask(w *shoalv1.Task, nodes, nets names) (object, error) {
 		"Config": object{"Hostname": cmp.Or(t.Spec.Hostname, t.Name), "User": t.Spec.User, "Env": t.Spec.Env, "Cmd": t.Spec.Command, "Entrypoint": t.Spec.Entrypoint, "Image": t.Spec.Image,
 			"WorkingDir": t.Spec.Dir, "Labels": orEmpty(t.Spec.Labels), "Tty": t.Spec.TTY, "StopSignal": t.Spec.StopSignal, "Healthcheck": dockerHealth(t.Spec.Health)},
 		"HostConfig": object{"NanoCpus": t.Spec.Resources.NanoCPUs, "Memory": t.Spec.Resources.Memory, "MemorySwap": t.Spec.Resources.MemorySwap, "PidsLimit": t.Spec.Resources.PidsLimit(),
-			"Privileged": t.Spec.Privileged, "ReadonlyRootfs": t.Spec.ReadOnly, "AutoRemove": t.Spec.AutoRemove, "RestartPolicy": dockerRestart(t.Spec.Restart), "CapAdd": t.Spec.CapAdd, "CapDrop": t.Spec.CapDrop},
+			"Privileged": t.Spec.Privileged, "ReadonlyRootfs": t.Spec.ReadOnly, "AutoRemove": t.Spec.AutoRemove, "RestartPolicy": dockerRestart(t.Spec.Restart),
+			"LogConfig": object{"Type": cmp.Or(t.Spec.Log.Driver, "json-file"), "Config": t.Spec.Log.Options()},
+			"CapAdd":    t.Spec.CapAdd, "CapDrop": t.Spec.CapDrop},
 		"Mounts":          dockerMounts(t.Spec.Mounts),
 		"NetworkSettings": object{"IPAddress": first, "Networks": on},
 		"ServiceID":       t.Service, "Slot": t.Slot, "NodeID": t.Node, "Node": object{"Name": nodes[t.Node]}, "DesiredState": t.Desired, "NetworksAttachments": attached,
@@ -393,6 +396,11 @@ func prettyService(w io.Writer, s *shoalv1.Service, nets names) error {
 	}
 	for _, r := range t.Configs {
 		p.line(1, "Config", r.Name+" at "+r.Path(spec.KindConfig, t.Image != ""))
+	}
+	if t.Log != (spec.LogConfig{}) {
+		p.head("Log Driver")
+		p.line(1, "Name", cmp.Or(t.Log.Driver, "json-file"))
+		p.line(1, "LogOpts", t.Log.String())
 	}
 	prettyResources(p, t.Resources)
 	p.line(0, "Networks", strings.Join(each1(v.Spec.Networks, func(a spec.NetworkAttachment) string { return nets.Of(a.Network) }), " "))

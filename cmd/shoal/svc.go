@@ -32,6 +32,8 @@ type taskFlags struct {
 	labelFile, taskLabels                   []string
 	hostname, user, dir, stopSignal         string
 	stopGrace                               time.Duration
+	logDriver                               string
+	logOpts                                 []string
 
 	dns, dnsSearch, dnsOptions, hosts, links, expose, publish []string
 	ip                                                        string // of the first network
@@ -59,8 +61,15 @@ func (t *taskFlags) add(f *pflag.FlagSet, hostShort string) {
 	f.StringArrayVar(&t.links, "link", nil, "task or service to know by another name, NAME:ALIAS, with Docker's variables (deprecated there; repeatable)")
 	f.StringSliceVar(&t.expose, "expose", nil, "port that is served, PORT[/PROTOCOL], for those that link to it (repeatable)")
 	f.StringVar(&t.stopSignal, "stop-signal", "", "signal that asks the program to stop (default SIGTERM)")
+	f.StringVar(&t.logDriver, "log-driver", "", logDriverHelp)
+	f.StringArrayVar(&t.logOpts, "log-opt", nil, logOptHelp)
 	t.health.add(f)
 }
+
+const (
+	logDriverHelp = "how output is kept: json-file or local, which are the same: in files of the node"
+	logOptHelp    = "max-size=SIZE of a file of output (10m), max-file=N of them (3; repeatable)"
+)
 
 // attachments parses --network: a name, or Docker's name=…,alias=…,ip=….
 func (t *taskFlags) attachments() ([]*shoalv1.NetworkAttachment, error) {
@@ -130,6 +139,11 @@ func (t *taskFlags) spec(command []string) (*shoalv1.TaskSpec, error) {
 	if s.Health, err = t.health.apply(nil); err != nil {
 		return nil, err
 	}
+	kept, err := spec.ParseLog(t.logDriver, t.logOpts)
+	if err != nil {
+		return nil, err
+	}
+	s.Log = api.LogConfig(kept)
 	if t.resources.set != nil {
 		r, err := t.resources.apply(spec.Resources{})
 		if err != nil {

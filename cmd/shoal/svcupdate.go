@@ -27,7 +27,8 @@ func (c *cli) svcUpdate() *cobra.Command {
 	var cf containerFlags
 	var mountRm, tmpfsRm, groupRm, ulimitRm, sysctlRm, deviceRm []string
 	var registryAuthToo, noResolve bool
-	var command, hostname, mode, user, dir, stopSignal, vip string
+	var command, hostname, mode, user, dir, stopSignal, vip, logDriver string
+	var logOpts []string
 	var grace, restartDelay, restartWindow, listenTimeout time.Duration
 	var prefAdd, prefRm []string
 	var maxPerNode, maxConcurrent int32
@@ -65,6 +66,9 @@ ones run on (--update-failure-action). Another update resumes it; --rollback, or
 					return usageError(cmd, fmt.Errorf("other flags may not be combined with --rollback"))
 				}
 				return c.rollback(ctx, args[0], detach, quiet)
+			}
+			if _, err := spec.ParseLog(logDriver, logOpts); err != nil {
+				return usageError(cmd, err)
 			}
 			svcs, err := c.services(ctx, args[0])
 			if err != nil {
@@ -209,6 +213,13 @@ ones run on (--update-failure-action). Another update resumes it; --rollback, or
 			onImage("security-opt", func(ct *spec.Container) { ct.SecurityOpt = add.SecurityOpt })
 			set("user", func() error { sp.Task.User = spec.Text(user); return nil })
 			set("workdir", func() error { sp.Task.Dir = spec.Text(dir); return nil })
+			// As with Docker: options go with the driver that they are of.
+			set("log-driver", func() error { sp.Task.Log = &shoalv1.LogConfig{Driver: logDriver}; return nil })
+			set("log-opt", func() error {
+				kept, err := spec.ParseLog(sp.Task.Log.GetDriver(), logOpts)
+				sp.Task.Log = api.LogConfig(kept)
+				return err
+			})
 			set("stop-signal", func() error { sp.Task.StopSignal = stopSignal; return nil })
 			set("restart-delay", func() error { sp.RestartDelayMs = restartDelay.Milliseconds(); return nil })
 			set("listen-timeout", func() (err error) {
@@ -415,6 +426,8 @@ ones run on (--update-failure-action). Another update resumes it; --rollback, or
 	f.StringVar(&command, "args", "", "arguments of the command, with quotes as a shell has them")
 	f.StringVarP(&user, "user", "u", "", "user or uid, and group: NAME[:GROUP]")
 	f.StringVarP(&dir, "workdir", "w", "", "working directory")
+	f.StringVar(&logDriver, "log-driver", "", logDriverHelp)
+	f.StringArrayVar(&logOpts, "log-opt", nil, logOptHelp+": all of them, those that are not given go")
 	f.StringVar(&stopSignal, "stop-signal", "", "signal that asks the program to stop")
 	f.StringArrayVar(&prefAdd, "placement-pref-add", nil, placementPrefHelp)
 	f.StringArrayVar(&prefRm, "placement-pref-rm", nil, "remove a placement preference, spread=node.labels.KEY")

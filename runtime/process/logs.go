@@ -17,11 +17,10 @@ import (
 	"github.com/shoalnet/shoal/spec"
 )
 
-// Output on disk: a line per line, "NANOSECONDS o|e TEXT". A file is closed at
-// maxLogSize and renamed to .1, .1 to .2, which is dropped: 30 MB a task.
+// Output on disk: a line per line, "NANOSECONDS o|e TEXT". A file is closed at the size
+// that the task's spec.LogConfig gives and renamed to .1, .1 to .2, and so on; the last
+// is dropped.
 const (
-	maxLogSize  = 10 << 20
-	logFiles    = 3
 	maxLogLine  = spec.MaxLogLine
 	logPollTime = 50 * time.Millisecond
 )
@@ -49,6 +48,31 @@ func rotated(path string, i int) string {
 	return path + "." + strconv.Itoa(i)
 }
 
+// files yields the numbers of the files that there are. One may be missing in the row, of
+// which another is being made of it.
+func files(path string) iter.Seq2[int, os.FileInfo] {
+	return func(yield func(int, os.FileInfo) bool) {
+		for i, missing := 0, 0; i < spec.MaxLogFiles && missing < 2; i++ {
+			st, err := os.Stat(rotated(path, i))
+			if err != nil {
+				missing++
+				continue
+			}
+			if missing = 0; !yield(i, st) {
+				return
+			}
+		}
+	}
+}
+
+// oldest is the number of the oldest file, 0 also if there is none.
+func oldest(path string) (n int) {
+	for i := range files(path) {
+		n = i
+	}
+	return n
+}
+
 func parseLog(b []byte) (runtime.LogLine, error) {
 	at, rest, ok := bytes.Cut(b, []byte(" "))
 	ns, err := strconv.ParseInt(string(at), 10, 64)
@@ -71,7 +95,7 @@ type logReader struct {
 // openOldest starts at the oldest file there is.
 func openOldest(path string) (*logReader, error) {
 	r := &logReader{path: path}
-	for i := logFiles - 1; i >= 0; i-- {
+	for i := oldest(path); i >= 0; i-- {
 		if err := r.use(i); err == nil {
 			return r, nil
 		} else if !errors.Is(err, os.ErrNotExist) {
@@ -136,7 +160,7 @@ func (r *logReader) next() (line []byte, note string, ok bool, err error) {
 			return nil, "", false, nil
 		}
 		if i < 0 {
-			i = logFiles // this one is gone: so are all before the oldest
+			i = oldest(r.path) + 1 // this one is gone: so are all before the oldest
 		}
 		for i--; i > 0 && !exists(rotated(r.path, i)); i-- {
 		}
@@ -152,8 +176,8 @@ func (r *logReader) index() (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	for i := range logFiles {
-		if st, err := os.Stat(rotated(r.path, i)); err == nil && os.SameFile(st, mine) {
+	for i, st := range files(r.path) {
+		if os.SameFile(st, mine) {
 			return i, nil
 		}
 	}

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/shoalnet/shoal/internal/durable"
+	"github.com/shoalnet/shoal/spec"
 )
 
 // maxPending bounds the output that waits to be written while more is coming, bytes.
@@ -21,6 +22,8 @@ const maxPending = 64 << 10
 type logWriter struct {
 	path string
 	tell func(error) // why lines are being lost, nil: they are kept again
+	most int64       // bytes of a file
+	keep int         // files
 	mu   sync.Mutex
 	f    *os.File // nil: it can't be opened now
 	buf  []byte   // whole lines, not written yet
@@ -34,10 +37,11 @@ type logWriter struct {
 // logRetry is how often the disk is asked whether it takes output again.
 const logRetry = time.Second
 
-// newLogWriter opens the file. tell is called when lines begin to be lost, and when that
+// newLogWriter opens the file, one of so many as c says. tell is called when lines begin to be lost, and when that
 // is over; the writer is locked meanwhile.
-func newLogWriter(path string, tell func(error)) (*logWriter, error) {
+func newLogWriter(path string, c spec.LogConfig, tell func(error)) (*logWriter, error) {
 	l := &logWriter{path: path, tell: tell}
+	l.most, l.keep = c.Limits()
 	return l, l.open()
 }
 
@@ -68,7 +72,7 @@ func (l *logWriter) write(stderr bool, line []byte, flush bool) {
 	if stderr {
 		kind = 'e'
 	}
-	if at := l.size + int64(len(l.buf)); at > 0 && at+int64(len(line)) > maxLogSize {
+	if at := l.size + int64(len(l.buf)); at > 0 && at+int64(len(line)) > l.most {
 		l.rotate()
 	}
 	l.buf = appendLine(l.buf, kind, line)
@@ -169,7 +173,10 @@ func (l *logWriter) rotate() {
 		l.f.Close()
 		l.f = nil
 	}
-	for i := logFiles - 1; i > 0; i-- {
+	if l.keep == 1 {
+		_ = os.Remove(l.path)
+	}
+	for i := l.keep - 1; i > 0; i-- {
 		_ = os.Rename(rotated(l.path, i-1), rotated(l.path, i))
 	}
 	if err := l.open(); err != nil {

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/shoalnet/shoal/spec"
 )
 
 // TestOutputOutlivesAFullDisk: what is written while the disk is full is lost, and
@@ -30,7 +32,7 @@ func TestOutputOutlivesAFullDisk(t *testing.T) {
 	}()
 	path := filepath.Join(dir, logFile)
 	told := make(chan error, 10)
-	l, err := newLogWriter(path, func(err error) { told <- err })
+	l, err := newLogWriter(path, spec.LogConfig{}, func(err error) { told <- err })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -92,5 +94,72 @@ func TestOutputOutlivesAFullDisk(t *testing.T) {
 	}
 	if n := strings.Count(text, "lines of output could not be kept: no space left on device]"); n != want {
 		t.Errorf("the loss is told %d times, want %d:\n%.500s", n, want, text)
+	}
+}
+
+// TestLogFiles: there are as many files as the task asks for, of that size, and what is in
+// them is the end of the output.
+func TestLogFiles(t *testing.T) {
+	for _, keep := range []int{1, 2, 5, 12} {
+		path := filepath.Join(t.TempDir(), logFile)
+		l, err := newLogWriter(path, spec.LogConfig{Size: spec.MinLogSize, Files: keep}, func(error) {})
+		if err != nil {
+			t.Fatal(err)
+		}
+		// One that reads along misses nothing.
+		along, err := openOldest(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		const lines = 1300 // of some 1,020 bytes
+		next := 0
+		read := func(r *logReader, want int) int {
+			for {
+				b, note, ok, err := r.next()
+				if err != nil || note != "" {
+					t.Fatalf("%d files: %v %s", keep, err, note)
+				}
+				if !ok {
+					return want
+				}
+				x, err := parseLog(b)
+				if err != nil {
+					t.Fatal(err)
+				}
+				var n int
+				if _, err := fmt.Sscanf(string(x.Line), "line %d", &n); err != nil || want >= 0 && n != want {
+					t.Fatalf("%d files: %.20q, want line %d: %v", keep, x.Line, want, err)
+				}
+				want = n + 1
+			}
+		}
+		for i := range lines {
+			l.write(false, fmt.Appendf(nil, "line %d %s", i, strings.Repeat("x", 990)), true)
+			next = read(along, next)
+		}
+		if next != lines {
+			t.Errorf("%d files: who reads along has read %d lines", keep, next)
+		}
+		along.close()
+		found, _ := filepath.Glob(path + "*")
+		var size int64
+		for _, f := range found {
+			st, err := os.Stat(f)
+			if err != nil || st.Size() > spec.MinLogSize+2000 {
+				t.Errorf("%d files: %s: %d bytes, %v", keep, f, st.Size(), err)
+			}
+			size += st.Size()
+		}
+		if len(found) != keep || keep > 1 && size < int64(keep-1)*(spec.MinLogSize-2000) {
+			t.Errorf("%d files, %d bytes: %v", keep, size, found)
+		}
+		r, err := openOldest(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if end := read(r, -1); end != lines {
+			t.Errorf("%d files: the last line is %d", keep, end)
+		}
+		r.close()
 	}
 }

@@ -149,7 +149,7 @@ func shimMain(args []string) int {
 		}
 		port = uint16(s.udp.LocalAddr().(*net.UDPAddr).Port)
 	}
-	if s.log, err = newLogWriter(filepath.Join(s.dir, logFile), s.losing); err != nil {
+	if s.log, err = newLogWriter(filepath.Join(s.dir, logFile), s.task.Spec.Log, s.losing); err != nil {
 		return fail(err)
 	}
 	s.status = runtime.Status{ID: s.task.ID, Name: s.task.Name, State: runtime.Created, Sandbox: runtime.Sandbox{Netns: s.task.Netns, DNSPort: port}}

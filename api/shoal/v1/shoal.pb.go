@@ -267,6 +267,7 @@ type TaskSpec struct {
 	Secrets       []*BlobRef             `protobuf:"bytes,42,rep,name=secrets,proto3" json:"secrets,omitempty"`
 	Configs       []*BlobRef             `protobuf:"bytes,43,rep,name=configs,proto3" json:"configs,omitempty"`
 	Restart       string                 `protobuf:"bytes,44,opt,name=restart,proto3" json:"restart,omitempty"` // policy of a task of its own
+	Log           *LogConfig             `protobuf:"bytes,45,opt,name=log,proto3" json:"log,omitempty"`         // absent: the defaults
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -469,6 +470,74 @@ func (x *TaskSpec) GetRestart() string {
 	return ""
 }
 
+func (x *TaskSpec) GetLog() *LogConfig {
+	if x != nil {
+		return x.Log
+	}
+	return nil
+}
+
+// LogConfig is how output is kept (spec.LogConfig).
+type LogConfig struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Driver        string                 `protobuf:"bytes,1,opt,name=driver,proto3" json:"driver,omitempty"`
+	Size          int64                  `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"` // bytes
+	Files         int32                  `protobuf:"varint,3,opt,name=files,proto3" json:"files,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogConfig) Reset() {
+	*x = LogConfig{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogConfig) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogConfig) ProtoMessage() {}
+
+func (x *LogConfig) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogConfig.ProtoReflect.Descriptor instead.
+func (*LogConfig) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *LogConfig) GetDriver() string {
+	if x != nil {
+		return x.Driver
+	}
+	return ""
+}
+
+func (x *LogConfig) GetSize() int64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *LogConfig) GetFiles() int32 {
+	if x != nil {
+		return x.Files
+	}
+	return 0
+}
+
 // BlobRef asks for a secret or a config in a task (spec.BlobRef).
 type BlobRef struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -484,7 +553,7 @@ type BlobRef struct {
 
 func (x *BlobRef) Reset() {
 	*x = BlobRef{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[3]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -496,7 +565,7 @@ func (x *BlobRef) String() string {
 func (*BlobRef) ProtoMessage() {}
 
 func (x *BlobRef) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[3]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -509,7 +578,7 @@ func (x *BlobRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BlobRef.ProtoReflect.Descriptor instead.
 func (*BlobRef) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{3}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *BlobRef) GetId() string {
@@ -571,7 +640,7 @@ type Blob struct {
 
 func (x *Blob) Reset() {
 	*x = Blob{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[4]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -583,7 +652,7 @@ func (x *Blob) String() string {
 func (*Blob) ProtoMessage() {}
 
 func (x *Blob) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[4]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -596,7 +665,7 @@ func (x *Blob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Blob.ProtoReflect.Descriptor instead.
 func (*Blob) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{4}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Blob) GetId() string {
@@ -674,7 +743,7 @@ type Resources struct {
 
 func (x *Resources) Reset() {
 	*x = Resources{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[5]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -686,7 +755,7 @@ func (x *Resources) String() string {
 func (*Resources) ProtoMessage() {}
 
 func (x *Resources) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[5]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -699,7 +768,7 @@ func (x *Resources) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Resources.ProtoReflect.Descriptor instead.
 func (*Resources) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{5}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Resources) GetNanoCpus() int64 {
@@ -797,7 +866,7 @@ type Container struct {
 
 func (x *Container) Reset() {
 	*x = Container{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[6]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -809,7 +878,7 @@ func (x *Container) String() string {
 func (*Container) ProtoMessage() {}
 
 func (x *Container) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[6]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -822,7 +891,7 @@ func (x *Container) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Container.ProtoReflect.Descriptor instead.
 func (*Container) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{6}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Container) GetImage() string {
@@ -957,7 +1026,7 @@ type Mount struct {
 
 func (x *Mount) Reset() {
 	*x = Mount{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[7]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -969,7 +1038,7 @@ func (x *Mount) String() string {
 func (*Mount) ProtoMessage() {}
 
 func (x *Mount) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[7]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -982,7 +1051,7 @@ func (x *Mount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Mount.ProtoReflect.Descriptor instead.
 func (*Mount) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{7}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Mount) GetType() string {
@@ -1085,7 +1154,7 @@ type HealthCheck struct {
 
 func (x *HealthCheck) Reset() {
 	*x = HealthCheck{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[8]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1097,7 +1166,7 @@ func (x *HealthCheck) String() string {
 func (*HealthCheck) ProtoMessage() {}
 
 func (x *HealthCheck) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[8]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1110,7 +1179,7 @@ func (x *HealthCheck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HealthCheck.ProtoReflect.Descriptor instead.
 func (*HealthCheck) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{8}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *HealthCheck) GetCommand() string {
@@ -1183,7 +1252,7 @@ type Port struct {
 
 func (x *Port) Reset() {
 	*x = Port{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[9]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1195,7 +1264,7 @@ func (x *Port) String() string {
 func (*Port) ProtoMessage() {}
 
 func (x *Port) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[9]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1208,7 +1277,7 @@ func (x *Port) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Port.ProtoReflect.Descriptor instead.
 func (*Port) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{9}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Port) GetPublished() uint32 {
@@ -1281,7 +1350,7 @@ type ServiceSpec struct {
 
 func (x *ServiceSpec) Reset() {
 	*x = ServiceSpec{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[10]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1293,7 +1362,7 @@ func (x *ServiceSpec) String() string {
 func (*ServiceSpec) ProtoMessage() {}
 
 func (x *ServiceSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[10]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1306,7 +1375,7 @@ func (x *ServiceSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServiceSpec.ProtoReflect.Descriptor instead.
 func (*ServiceSpec) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{10}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ServiceSpec) GetName() string {
@@ -1464,7 +1533,7 @@ type UpdateConfig struct {
 
 func (x *UpdateConfig) Reset() {
 	*x = UpdateConfig{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[11]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1476,7 +1545,7 @@ func (x *UpdateConfig) String() string {
 func (*UpdateConfig) ProtoMessage() {}
 
 func (x *UpdateConfig) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[11]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1489,7 +1558,7 @@ func (x *UpdateConfig) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateConfig.ProtoReflect.Descriptor instead.
 func (*UpdateConfig) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{11}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *UpdateConfig) GetParallelism() int32 {
@@ -1546,7 +1615,7 @@ type UpdateStatus struct {
 
 func (x *UpdateStatus) Reset() {
 	*x = UpdateStatus{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[12]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1558,7 +1627,7 @@ func (x *UpdateStatus) String() string {
 func (*UpdateStatus) ProtoMessage() {}
 
 func (x *UpdateStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[12]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1571,7 +1640,7 @@ func (x *UpdateStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateStatus.ProtoReflect.Descriptor instead.
 func (*UpdateStatus) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{12}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *UpdateStatus) GetState() string {
@@ -1612,7 +1681,7 @@ type VIPs struct {
 
 func (x *VIPs) Reset() {
 	*x = VIPs{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[13]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1624,7 +1693,7 @@ func (x *VIPs) String() string {
 func (*VIPs) ProtoMessage() {}
 
 func (x *VIPs) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[13]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1637,7 +1706,7 @@ func (x *VIPs) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VIPs.ProtoReflect.Descriptor instead.
 func (*VIPs) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{13}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *VIPs) GetNetwork() string {
@@ -1678,7 +1747,7 @@ type Service struct {
 
 func (x *Service) Reset() {
 	*x = Service{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[14]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1690,7 +1759,7 @@ func (x *Service) String() string {
 func (*Service) ProtoMessage() {}
 
 func (x *Service) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[14]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1703,7 +1772,7 @@ func (x *Service) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Service.ProtoReflect.Descriptor instead.
 func (*Service) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{14}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Service) GetId() string {
@@ -1830,7 +1899,7 @@ type NodeFault struct {
 
 func (x *NodeFault) Reset() {
 	*x = NodeFault{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[15]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1842,7 +1911,7 @@ func (x *NodeFault) String() string {
 func (*NodeFault) ProtoMessage() {}
 
 func (x *NodeFault) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[15]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1855,7 +1924,7 @@ func (x *NodeFault) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeFault.ProtoReflect.Descriptor instead.
 func (*NodeFault) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{15}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *NodeFault) GetNode() string {
@@ -1887,7 +1956,7 @@ type Attachment struct {
 
 func (x *Attachment) Reset() {
 	*x = Attachment{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[16]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1899,7 +1968,7 @@ func (x *Attachment) String() string {
 func (*Attachment) ProtoMessage() {}
 
 func (x *Attachment) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[16]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1912,7 +1981,7 @@ func (x *Attachment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attachment.ProtoReflect.Descriptor instead.
 func (*Attachment) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{16}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Attachment) GetNetwork() string {
@@ -1981,7 +2050,7 @@ type TaskStatus struct {
 
 func (x *TaskStatus) Reset() {
 	*x = TaskStatus{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[17]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1993,7 +2062,7 @@ func (x *TaskStatus) String() string {
 func (*TaskStatus) ProtoMessage() {}
 
 func (x *TaskStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[17]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2006,7 +2075,7 @@ func (x *TaskStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskStatus.ProtoReflect.Descriptor instead.
 func (*TaskStatus) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{17}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *TaskStatus) GetState() string {
@@ -2083,7 +2152,7 @@ type Stopping struct {
 
 func (x *Stopping) Reset() {
 	*x = Stopping{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[18]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2095,7 +2164,7 @@ func (x *Stopping) String() string {
 func (*Stopping) ProtoMessage() {}
 
 func (x *Stopping) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[18]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2108,7 +2177,7 @@ func (x *Stopping) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stopping.ProtoReflect.Descriptor instead.
 func (*Stopping) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{18}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Stopping) GetSignal() string {
@@ -2151,7 +2220,7 @@ type Task struct {
 
 func (x *Task) Reset() {
 	*x = Task{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[19]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2163,7 +2232,7 @@ func (x *Task) String() string {
 func (*Task) ProtoMessage() {}
 
 func (x *Task) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[19]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2176,7 +2245,7 @@ func (x *Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Task.ProtoReflect.Descriptor instead.
 func (*Task) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{19}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Task) GetId() string {
@@ -2341,7 +2410,7 @@ type NodeInfo struct {
 
 func (x *NodeInfo) Reset() {
 	*x = NodeInfo{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[20]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2353,7 +2422,7 @@ func (x *NodeInfo) String() string {
 func (*NodeInfo) ProtoMessage() {}
 
 func (x *NodeInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[20]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2366,7 +2435,7 @@ func (x *NodeInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeInfo.ProtoReflect.Descriptor instead.
 func (*NodeInfo) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{20}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *NodeInfo) GetId() string {
@@ -2578,7 +2647,7 @@ type Cluster struct {
 
 func (x *Cluster) Reset() {
 	*x = Cluster{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[21]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2590,7 +2659,7 @@ func (x *Cluster) String() string {
 func (*Cluster) ProtoMessage() {}
 
 func (x *Cluster) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[21]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2603,7 +2672,7 @@ func (x *Cluster) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cluster.ProtoReflect.Descriptor instead.
 func (*Cluster) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{21}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Cluster) GetId() string {
@@ -2653,7 +2722,7 @@ type CreateNetworkRequest struct {
 
 func (x *CreateNetworkRequest) Reset() {
 	*x = CreateNetworkRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[22]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2665,7 +2734,7 @@ func (x *CreateNetworkRequest) String() string {
 func (*CreateNetworkRequest) ProtoMessage() {}
 
 func (x *CreateNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[22]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2678,7 +2747,7 @@ func (x *CreateNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateNetworkRequest.ProtoReflect.Descriptor instead.
 func (*CreateNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{22}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *CreateNetworkRequest) GetName() string {
@@ -2767,7 +2836,7 @@ type CreateNetworkResponse struct {
 
 func (x *CreateNetworkResponse) Reset() {
 	*x = CreateNetworkResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[23]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2779,7 +2848,7 @@ func (x *CreateNetworkResponse) String() string {
 func (*CreateNetworkResponse) ProtoMessage() {}
 
 func (x *CreateNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[23]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2792,7 +2861,7 @@ func (x *CreateNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateNetworkResponse.ProtoReflect.Descriptor instead.
 func (*CreateNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{23}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *CreateNetworkResponse) GetNetwork() *Network {
@@ -2811,7 +2880,7 @@ type ListNetworksRequest struct {
 
 func (x *ListNetworksRequest) Reset() {
 	*x = ListNetworksRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[24]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2823,7 +2892,7 @@ func (x *ListNetworksRequest) String() string {
 func (*ListNetworksRequest) ProtoMessage() {}
 
 func (x *ListNetworksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[24]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2836,7 +2905,7 @@ func (x *ListNetworksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNetworksRequest.ProtoReflect.Descriptor instead.
 func (*ListNetworksRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{24}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ListNetworksRequest) GetRefs() []string {
@@ -2855,7 +2924,7 @@ type ListNetworksResponse struct {
 
 func (x *ListNetworksResponse) Reset() {
 	*x = ListNetworksResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[25]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2867,7 +2936,7 @@ func (x *ListNetworksResponse) String() string {
 func (*ListNetworksResponse) ProtoMessage() {}
 
 func (x *ListNetworksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[25]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2880,7 +2949,7 @@ func (x *ListNetworksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNetworksResponse.ProtoReflect.Descriptor instead.
 func (*ListNetworksResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{25}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ListNetworksResponse) GetNetworks() []*Network {
@@ -2899,7 +2968,7 @@ type RemoveNetworkRequest struct {
 
 func (x *RemoveNetworkRequest) Reset() {
 	*x = RemoveNetworkRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[26]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2911,7 +2980,7 @@ func (x *RemoveNetworkRequest) String() string {
 func (*RemoveNetworkRequest) ProtoMessage() {}
 
 func (x *RemoveNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[26]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2924,7 +2993,7 @@ func (x *RemoveNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNetworkRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{26}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *RemoveNetworkRequest) GetRef() string {
@@ -2942,7 +3011,7 @@ type RemoveNetworkResponse struct {
 
 func (x *RemoveNetworkResponse) Reset() {
 	*x = RemoveNetworkResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[27]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2954,7 +3023,7 @@ func (x *RemoveNetworkResponse) String() string {
 func (*RemoveNetworkResponse) ProtoMessage() {}
 
 func (x *RemoveNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[27]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2967,7 +3036,7 @@ func (x *RemoveNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNetworkResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{27}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{28}
 }
 
 // ConnectNetwork attaches a running task or service, which goes on running.
@@ -2983,7 +3052,7 @@ type ConnectNetworkRequest struct {
 
 func (x *ConnectNetworkRequest) Reset() {
 	*x = ConnectNetworkRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[28]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2995,7 +3064,7 @@ func (x *ConnectNetworkRequest) String() string {
 func (*ConnectNetworkRequest) ProtoMessage() {}
 
 func (x *ConnectNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[28]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3008,7 +3077,7 @@ func (x *ConnectNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnectNetworkRequest.ProtoReflect.Descriptor instead.
 func (*ConnectNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{28}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ConnectNetworkRequest) GetNetwork() string {
@@ -3049,7 +3118,7 @@ type ConnectNetworkResponse struct {
 
 func (x *ConnectNetworkResponse) Reset() {
 	*x = ConnectNetworkResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[29]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3061,7 +3130,7 @@ func (x *ConnectNetworkResponse) String() string {
 func (*ConnectNetworkResponse) ProtoMessage() {}
 
 func (x *ConnectNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[29]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3074,7 +3143,7 @@ func (x *ConnectNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnectNetworkResponse.ProtoReflect.Descriptor instead.
 func (*ConnectNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{29}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ConnectNetworkResponse) GetTask() *Task {
@@ -3101,7 +3170,7 @@ type DisconnectNetworkRequest struct {
 
 func (x *DisconnectNetworkRequest) Reset() {
 	*x = DisconnectNetworkRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[30]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3113,7 +3182,7 @@ func (x *DisconnectNetworkRequest) String() string {
 func (*DisconnectNetworkRequest) ProtoMessage() {}
 
 func (x *DisconnectNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[30]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3126,7 +3195,7 @@ func (x *DisconnectNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisconnectNetworkRequest.ProtoReflect.Descriptor instead.
 func (*DisconnectNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{30}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *DisconnectNetworkRequest) GetNetwork() string {
@@ -3153,7 +3222,7 @@ type DisconnectNetworkResponse struct {
 
 func (x *DisconnectNetworkResponse) Reset() {
 	*x = DisconnectNetworkResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[31]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3165,7 +3234,7 @@ func (x *DisconnectNetworkResponse) String() string {
 func (*DisconnectNetworkResponse) ProtoMessage() {}
 
 func (x *DisconnectNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[31]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3178,7 +3247,7 @@ func (x *DisconnectNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisconnectNetworkResponse.ProtoReflect.Descriptor instead.
 func (*DisconnectNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{31}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *DisconnectNetworkResponse) GetTask() *Task {
@@ -3205,7 +3274,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[32]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3217,7 +3286,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[32]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3230,7 +3299,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{32}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *EventsRequest) GetSinceMs() int64 {
@@ -3261,7 +3330,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3273,7 +3342,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3286,7 +3355,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{33}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Event) GetAtMs() int64 {
@@ -3343,7 +3412,7 @@ type CreateServiceRequest struct {
 
 func (x *CreateServiceRequest) Reset() {
 	*x = CreateServiceRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3355,7 +3424,7 @@ func (x *CreateServiceRequest) String() string {
 func (*CreateServiceRequest) ProtoMessage() {}
 
 func (x *CreateServiceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3368,7 +3437,7 @@ func (x *CreateServiceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateServiceRequest.ProtoReflect.Descriptor instead.
 func (*CreateServiceRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{34}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *CreateServiceRequest) GetSpec() *ServiceSpec {
@@ -3394,7 +3463,7 @@ type CreateServiceResponse struct {
 
 func (x *CreateServiceResponse) Reset() {
 	*x = CreateServiceResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3406,7 +3475,7 @@ func (x *CreateServiceResponse) String() string {
 func (*CreateServiceResponse) ProtoMessage() {}
 
 func (x *CreateServiceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3419,7 +3488,7 @@ func (x *CreateServiceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateServiceResponse.ProtoReflect.Descriptor instead.
 func (*CreateServiceResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{35}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *CreateServiceResponse) GetService() *Service {
@@ -3445,7 +3514,7 @@ type UpdateServiceRequest struct {
 
 func (x *UpdateServiceRequest) Reset() {
 	*x = UpdateServiceRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3457,7 +3526,7 @@ func (x *UpdateServiceRequest) String() string {
 func (*UpdateServiceRequest) ProtoMessage() {}
 
 func (x *UpdateServiceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3470,7 +3539,7 @@ func (x *UpdateServiceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateServiceRequest.ProtoReflect.Descriptor instead.
 func (*UpdateServiceRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{36}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *UpdateServiceRequest) GetRef() string {
@@ -3524,7 +3593,7 @@ type UpdateServiceResponse struct {
 
 func (x *UpdateServiceResponse) Reset() {
 	*x = UpdateServiceResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3536,7 +3605,7 @@ func (x *UpdateServiceResponse) String() string {
 func (*UpdateServiceResponse) ProtoMessage() {}
 
 func (x *UpdateServiceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3549,7 +3618,7 @@ func (x *UpdateServiceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateServiceResponse.ProtoReflect.Descriptor instead.
 func (*UpdateServiceResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{37}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *UpdateServiceResponse) GetService() *Service {
@@ -3568,7 +3637,7 @@ type ListServicesRequest struct {
 
 func (x *ListServicesRequest) Reset() {
 	*x = ListServicesRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3580,7 +3649,7 @@ func (x *ListServicesRequest) String() string {
 func (*ListServicesRequest) ProtoMessage() {}
 
 func (x *ListServicesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3593,7 +3662,7 @@ func (x *ListServicesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListServicesRequest.ProtoReflect.Descriptor instead.
 func (*ListServicesRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{38}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ListServicesRequest) GetRefs() []string {
@@ -3612,7 +3681,7 @@ type ListServicesResponse struct {
 
 func (x *ListServicesResponse) Reset() {
 	*x = ListServicesResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3624,7 +3693,7 @@ func (x *ListServicesResponse) String() string {
 func (*ListServicesResponse) ProtoMessage() {}
 
 func (x *ListServicesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3637,7 +3706,7 @@ func (x *ListServicesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListServicesResponse.ProtoReflect.Descriptor instead.
 func (*ListServicesResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{39}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ListServicesResponse) GetServices() []*Service {
@@ -3656,7 +3725,7 @@ type RemoveServiceRequest struct {
 
 func (x *RemoveServiceRequest) Reset() {
 	*x = RemoveServiceRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3668,7 +3737,7 @@ func (x *RemoveServiceRequest) String() string {
 func (*RemoveServiceRequest) ProtoMessage() {}
 
 func (x *RemoveServiceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3681,7 +3750,7 @@ func (x *RemoveServiceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveServiceRequest.ProtoReflect.Descriptor instead.
 func (*RemoveServiceRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{40}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *RemoveServiceRequest) GetRef() string {
@@ -3699,7 +3768,7 @@ type RemoveServiceResponse struct {
 
 func (x *RemoveServiceResponse) Reset() {
 	*x = RemoveServiceResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3711,7 +3780,7 @@ func (x *RemoveServiceResponse) String() string {
 func (*RemoveServiceResponse) ProtoMessage() {}
 
 func (x *RemoveServiceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3724,7 +3793,7 @@ func (x *RemoveServiceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveServiceResponse.ProtoReflect.Descriptor instead.
 func (*RemoveServiceResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{41}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{42}
 }
 
 type CreateTaskRequest struct {
@@ -3741,7 +3810,7 @@ type CreateTaskRequest struct {
 
 func (x *CreateTaskRequest) Reset() {
 	*x = CreateTaskRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3753,7 +3822,7 @@ func (x *CreateTaskRequest) String() string {
 func (*CreateTaskRequest) ProtoMessage() {}
 
 func (x *CreateTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3766,7 +3835,7 @@ func (x *CreateTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTaskRequest.ProtoReflect.Descriptor instead.
 func (*CreateTaskRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{42}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *CreateTaskRequest) GetName() string {
@@ -3820,7 +3889,7 @@ type CreateTaskResponse struct {
 
 func (x *CreateTaskResponse) Reset() {
 	*x = CreateTaskResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3832,7 +3901,7 @@ func (x *CreateTaskResponse) String() string {
 func (*CreateTaskResponse) ProtoMessage() {}
 
 func (x *CreateTaskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3845,7 +3914,7 @@ func (x *CreateTaskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTaskResponse.ProtoReflect.Descriptor instead.
 func (*CreateTaskResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{43}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *CreateTaskResponse) GetTask() *Task {
@@ -3867,7 +3936,7 @@ type ListTasksRequest struct {
 
 func (x *ListTasksRequest) Reset() {
 	*x = ListTasksRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3879,7 +3948,7 @@ func (x *ListTasksRequest) String() string {
 func (*ListTasksRequest) ProtoMessage() {}
 
 func (x *ListTasksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3892,7 +3961,7 @@ func (x *ListTasksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTasksRequest.ProtoReflect.Descriptor instead.
 func (*ListTasksRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{44}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ListTasksRequest) GetRefs() []string {
@@ -3932,7 +4001,7 @@ type ListTasksResponse struct {
 
 func (x *ListTasksResponse) Reset() {
 	*x = ListTasksResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3944,7 +4013,7 @@ func (x *ListTasksResponse) String() string {
 func (*ListTasksResponse) ProtoMessage() {}
 
 func (x *ListTasksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3957,7 +4026,7 @@ func (x *ListTasksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTasksResponse.ProtoReflect.Descriptor instead.
 func (*ListTasksResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{45}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ListTasksResponse) GetTasks() []*Task {
@@ -3978,7 +4047,7 @@ type StopTaskRequest struct {
 
 func (x *StopTaskRequest) Reset() {
 	*x = StopTaskRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3990,7 +4059,7 @@ func (x *StopTaskRequest) String() string {
 func (*StopTaskRequest) ProtoMessage() {}
 
 func (x *StopTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4003,7 +4072,7 @@ func (x *StopTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopTaskRequest.ProtoReflect.Descriptor instead.
 func (*StopTaskRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{46}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *StopTaskRequest) GetRef() string {
@@ -4035,7 +4104,7 @@ type StopTaskResponse struct {
 
 func (x *StopTaskResponse) Reset() {
 	*x = StopTaskResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4047,7 +4116,7 @@ func (x *StopTaskResponse) String() string {
 func (*StopTaskResponse) ProtoMessage() {}
 
 func (x *StopTaskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4060,7 +4129,7 @@ func (x *StopTaskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopTaskResponse.ProtoReflect.Descriptor instead.
 func (*StopTaskResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{47}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{48}
 }
 
 type StartTaskRequest struct {
@@ -4076,7 +4145,7 @@ type StartTaskRequest struct {
 
 func (x *StartTaskRequest) Reset() {
 	*x = StartTaskRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4088,7 +4157,7 @@ func (x *StartTaskRequest) String() string {
 func (*StartTaskRequest) ProtoMessage() {}
 
 func (x *StartTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4101,7 +4170,7 @@ func (x *StartTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartTaskRequest.ProtoReflect.Descriptor instead.
 func (*StartTaskRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{48}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *StartTaskRequest) GetRef() string {
@@ -4148,7 +4217,7 @@ type StartTaskResponse struct {
 
 func (x *StartTaskResponse) Reset() {
 	*x = StartTaskResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4160,7 +4229,7 @@ func (x *StartTaskResponse) String() string {
 func (*StartTaskResponse) ProtoMessage() {}
 
 func (x *StartTaskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4173,7 +4242,7 @@ func (x *StartTaskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartTaskResponse.ProtoReflect.Descriptor instead.
 func (*StartTaskResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{49}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *StartTaskResponse) GetTask() *Task {
@@ -4193,7 +4262,7 @@ type RenameTaskRequest struct {
 
 func (x *RenameTaskRequest) Reset() {
 	*x = RenameTaskRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4205,7 +4274,7 @@ func (x *RenameTaskRequest) String() string {
 func (*RenameTaskRequest) ProtoMessage() {}
 
 func (x *RenameTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4218,7 +4287,7 @@ func (x *RenameTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameTaskRequest.ProtoReflect.Descriptor instead.
 func (*RenameTaskRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{50}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *RenameTaskRequest) GetRef() string {
@@ -4244,7 +4313,7 @@ type RenameTaskResponse struct {
 
 func (x *RenameTaskResponse) Reset() {
 	*x = RenameTaskResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4256,7 +4325,7 @@ func (x *RenameTaskResponse) String() string {
 func (*RenameTaskResponse) ProtoMessage() {}
 
 func (x *RenameTaskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4269,7 +4338,7 @@ func (x *RenameTaskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameTaskResponse.ProtoReflect.Descriptor instead.
 func (*RenameTaskResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{51}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *RenameTaskResponse) GetTask() *Task {
@@ -4288,7 +4357,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4300,7 +4369,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4313,7 +4382,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{52}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ListNodesRequest) GetRefs() []string {
@@ -4332,7 +4401,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4344,7 +4413,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4357,7 +4426,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{53}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ListNodesResponse) GetNodes() []*NodeInfo {
@@ -4381,7 +4450,7 @@ type UpdateNodeRequest struct {
 
 func (x *UpdateNodeRequest) Reset() {
 	*x = UpdateNodeRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4393,7 +4462,7 @@ func (x *UpdateNodeRequest) String() string {
 func (*UpdateNodeRequest) ProtoMessage() {}
 
 func (x *UpdateNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4406,7 +4475,7 @@ func (x *UpdateNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNodeRequest.ProtoReflect.Descriptor instead.
 func (*UpdateNodeRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{54}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *UpdateNodeRequest) GetRef() string {
@@ -4460,7 +4529,7 @@ type UpdateNodeResponse struct {
 
 func (x *UpdateNodeResponse) Reset() {
 	*x = UpdateNodeResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4472,7 +4541,7 @@ func (x *UpdateNodeResponse) String() string {
 func (*UpdateNodeResponse) ProtoMessage() {}
 
 func (x *UpdateNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4485,7 +4554,7 @@ func (x *UpdateNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNodeResponse.ProtoReflect.Descriptor instead.
 func (*UpdateNodeResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{55}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *UpdateNodeResponse) GetNode() *NodeInfo {
@@ -4505,7 +4574,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4517,7 +4586,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4530,7 +4599,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{56}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *RemoveNodeRequest) GetRef() string {
@@ -4555,7 +4624,7 @@ type RemoveNodeResponse struct {
 
 func (x *RemoveNodeResponse) Reset() {
 	*x = RemoveNodeResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4567,7 +4636,7 @@ func (x *RemoveNodeResponse) String() string {
 func (*RemoveNodeResponse) ProtoMessage() {}
 
 func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4580,7 +4649,7 @@ func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{57}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{58}
 }
 
 type JoinNodeRequest struct {
@@ -4595,7 +4664,7 @@ type JoinNodeRequest struct {
 
 func (x *JoinNodeRequest) Reset() {
 	*x = JoinNodeRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4607,7 +4676,7 @@ func (x *JoinNodeRequest) String() string {
 func (*JoinNodeRequest) ProtoMessage() {}
 
 func (x *JoinNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4620,7 +4689,7 @@ func (x *JoinNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinNodeRequest.ProtoReflect.Descriptor instead.
 func (*JoinNodeRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{58}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *JoinNodeRequest) GetNode() *NodeInfo {
@@ -4665,7 +4734,7 @@ type JoinNodeResponse struct {
 
 func (x *JoinNodeResponse) Reset() {
 	*x = JoinNodeResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4677,7 +4746,7 @@ func (x *JoinNodeResponse) String() string {
 func (*JoinNodeResponse) ProtoMessage() {}
 
 func (x *JoinNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4690,7 +4759,7 @@ func (x *JoinNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinNodeResponse.ProtoReflect.Descriptor instead.
 func (*JoinNodeResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{59}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *JoinNodeResponse) GetCluster() *Cluster {
@@ -4746,7 +4815,7 @@ type Certificate struct {
 
 func (x *Certificate) Reset() {
 	*x = Certificate{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4758,7 +4827,7 @@ func (x *Certificate) String() string {
 func (*Certificate) ProtoMessage() {}
 
 func (x *Certificate) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4771,7 +4840,7 @@ func (x *Certificate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Certificate.ProtoReflect.Descriptor instead.
 func (*Certificate) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{60}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *Certificate) GetChain() [][]byte {
@@ -4799,7 +4868,7 @@ type RenewCertificateRequest struct {
 
 func (x *RenewCertificateRequest) Reset() {
 	*x = RenewCertificateRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4811,7 +4880,7 @@ func (x *RenewCertificateRequest) String() string {
 func (*RenewCertificateRequest) ProtoMessage() {}
 
 func (x *RenewCertificateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4824,7 +4893,7 @@ func (x *RenewCertificateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewCertificateRequest.ProtoReflect.Descriptor instead.
 func (*RenewCertificateRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{61}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *RenewCertificateRequest) GetNode() string {
@@ -4844,7 +4913,7 @@ type RenewCertificateResponse struct {
 
 func (x *RenewCertificateResponse) Reset() {
 	*x = RenewCertificateResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4856,7 +4925,7 @@ func (x *RenewCertificateResponse) String() string {
 func (*RenewCertificateResponse) ProtoMessage() {}
 
 func (x *RenewCertificateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4869,7 +4938,7 @@ func (x *RenewCertificateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewCertificateResponse.ProtoReflect.Descriptor instead.
 func (*RenewCertificateResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{62}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *RenewCertificateResponse) GetCertificate() *Certificate {
@@ -4897,7 +4966,7 @@ type Lock struct {
 
 func (x *Lock) Reset() {
 	*x = Lock{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4909,7 +4978,7 @@ func (x *Lock) String() string {
 func (*Lock) ProtoMessage() {}
 
 func (x *Lock) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4922,7 +4991,7 @@ func (x *Lock) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lock.ProtoReflect.Descriptor instead.
 func (*Lock) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{63}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *Lock) GetKey() string {
@@ -4949,7 +5018,7 @@ type LeaveNodeRequest struct {
 
 func (x *LeaveNodeRequest) Reset() {
 	*x = LeaveNodeRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4961,7 +5030,7 @@ func (x *LeaveNodeRequest) String() string {
 func (*LeaveNodeRequest) ProtoMessage() {}
 
 func (x *LeaveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4974,7 +5043,7 @@ func (x *LeaveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveNodeRequest.ProtoReflect.Descriptor instead.
 func (*LeaveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{64}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *LeaveNodeRequest) GetNode() string {
@@ -4992,7 +5061,7 @@ type LeaveNodeResponse struct {
 
 func (x *LeaveNodeResponse) Reset() {
 	*x = LeaveNodeResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5004,7 +5073,7 @@ func (x *LeaveNodeResponse) String() string {
 func (*LeaveNodeResponse) ProtoMessage() {}
 
 func (x *LeaveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5017,7 +5086,7 @@ func (x *LeaveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveNodeResponse.ProtoReflect.Descriptor instead.
 func (*LeaveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{65}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{66}
 }
 
 type ShowTokenRequest struct {
@@ -5029,7 +5098,7 @@ type ShowTokenRequest struct {
 
 func (x *ShowTokenRequest) Reset() {
 	*x = ShowTokenRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5041,7 +5110,7 @@ func (x *ShowTokenRequest) String() string {
 func (*ShowTokenRequest) ProtoMessage() {}
 
 func (x *ShowTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5054,7 +5123,7 @@ func (x *ShowTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowTokenRequest.ProtoReflect.Descriptor instead.
 func (*ShowTokenRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{66}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *ShowTokenRequest) GetRole() string {
@@ -5075,7 +5144,7 @@ type ShowTokenResponse struct {
 
 func (x *ShowTokenResponse) Reset() {
 	*x = ShowTokenResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5087,7 +5156,7 @@ func (x *ShowTokenResponse) String() string {
 func (*ShowTokenResponse) ProtoMessage() {}
 
 func (x *ShowTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5100,7 +5169,7 @@ func (x *ShowTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowTokenResponse.ProtoReflect.Descriptor instead.
 func (*ShowTokenResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{67}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *ShowTokenResponse) GetToken() string {
@@ -5133,7 +5202,7 @@ type RotateTokenRequest struct {
 
 func (x *RotateTokenRequest) Reset() {
 	*x = RotateTokenRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5145,7 +5214,7 @@ func (x *RotateTokenRequest) String() string {
 func (*RotateTokenRequest) ProtoMessage() {}
 
 func (x *RotateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5158,7 +5227,7 @@ func (x *RotateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateTokenRequest.ProtoReflect.Descriptor instead.
 func (*RotateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{68}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *RotateTokenRequest) GetRole() string {
@@ -5177,7 +5246,7 @@ type RotateTokenResponse struct {
 
 func (x *RotateTokenResponse) Reset() {
 	*x = RotateTokenResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5189,7 +5258,7 @@ func (x *RotateTokenResponse) String() string {
 func (*RotateTokenResponse) ProtoMessage() {}
 
 func (x *RotateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5202,7 +5271,7 @@ func (x *RotateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateTokenResponse.ProtoReflect.Descriptor instead.
 func (*RotateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{69}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *RotateTokenResponse) GetToken() string {
@@ -5220,7 +5289,7 @@ type ShowCARequest struct {
 
 func (x *ShowCARequest) Reset() {
 	*x = ShowCARequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5232,7 +5301,7 @@ func (x *ShowCARequest) String() string {
 func (*ShowCARequest) ProtoMessage() {}
 
 func (x *ShowCARequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5245,7 +5314,7 @@ func (x *ShowCARequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowCARequest.ProtoReflect.Descriptor instead.
 func (*ShowCARequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{70}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{71}
 }
 
 type ShowCAResponse struct {
@@ -5261,7 +5330,7 @@ type ShowCAResponse struct {
 
 func (x *ShowCAResponse) Reset() {
 	*x = ShowCAResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5273,7 +5342,7 @@ func (x *ShowCAResponse) String() string {
 func (*ShowCAResponse) ProtoMessage() {}
 
 func (x *ShowCAResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5286,7 +5355,7 @@ func (x *ShowCAResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowCAResponse.ProtoReflect.Descriptor instead.
 func (*ShowCAResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{71}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *ShowCAResponse) GetRoot() *ShowCAResponse_Root {
@@ -5333,7 +5402,7 @@ type UnlockKeyRequest struct {
 
 func (x *UnlockKeyRequest) Reset() {
 	*x = UnlockKeyRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5345,7 +5414,7 @@ func (x *UnlockKeyRequest) String() string {
 func (*UnlockKeyRequest) ProtoMessage() {}
 
 func (x *UnlockKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5358,7 +5427,7 @@ func (x *UnlockKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockKeyRequest.ProtoReflect.Descriptor instead.
 func (*UnlockKeyRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *UnlockKeyRequest) GetRotate() bool {
@@ -5377,7 +5446,7 @@ type UnlockKeyResponse struct {
 
 func (x *UnlockKeyResponse) Reset() {
 	*x = UnlockKeyResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5389,7 +5458,7 @@ func (x *UnlockKeyResponse) String() string {
 func (*UnlockKeyResponse) ProtoMessage() {}
 
 func (x *UnlockKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5402,7 +5471,7 @@ func (x *UnlockKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockKeyResponse.ProtoReflect.Descriptor instead.
 func (*UnlockKeyResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{73}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *UnlockKeyResponse) GetKey() string {
@@ -5420,7 +5489,7 @@ type RotateCARequest struct {
 
 func (x *RotateCARequest) Reset() {
 	*x = RotateCARequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[74]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5432,7 +5501,7 @@ func (x *RotateCARequest) String() string {
 func (*RotateCARequest) ProtoMessage() {}
 
 func (x *RotateCARequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[74]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5445,7 +5514,7 @@ func (x *RotateCARequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateCARequest.ProtoReflect.Descriptor instead.
 func (*RotateCARequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{74}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{75}
 }
 
 type RotateCAResponse struct {
@@ -5457,7 +5526,7 @@ type RotateCAResponse struct {
 
 func (x *RotateCAResponse) Reset() {
 	*x = RotateCAResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[75]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5469,7 +5538,7 @@ func (x *RotateCAResponse) String() string {
 func (*RotateCAResponse) ProtoMessage() {}
 
 func (x *RotateCAResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[75]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5482,7 +5551,7 @@ func (x *RotateCAResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateCAResponse.ProtoReflect.Descriptor instead.
 func (*RotateCAResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{75}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *RotateCAResponse) GetDigest() string {
@@ -5501,7 +5570,7 @@ type AdmitManagerRequest struct {
 
 func (x *AdmitManagerRequest) Reset() {
 	*x = AdmitManagerRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[76]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5513,7 +5582,7 @@ func (x *AdmitManagerRequest) String() string {
 func (*AdmitManagerRequest) ProtoMessage() {}
 
 func (x *AdmitManagerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[76]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5526,7 +5595,7 @@ func (x *AdmitManagerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AdmitManagerRequest.ProtoReflect.Descriptor instead.
 func (*AdmitManagerRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{76}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *AdmitManagerRequest) GetNode() string {
@@ -5546,7 +5615,7 @@ type AdmitManagerResponse struct {
 
 func (x *AdmitManagerResponse) Reset() {
 	*x = AdmitManagerResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[77]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5558,7 +5627,7 @@ func (x *AdmitManagerResponse) String() string {
 func (*AdmitManagerResponse) ProtoMessage() {}
 
 func (x *AdmitManagerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[77]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5571,7 +5640,7 @@ func (x *AdmitManagerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AdmitManagerResponse.ProtoReflect.Descriptor instead.
 func (*AdmitManagerResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{77}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *AdmitManagerResponse) GetTerm() uint64 {
@@ -5597,7 +5666,7 @@ type CreateBlobRequest struct {
 
 func (x *CreateBlobRequest) Reset() {
 	*x = CreateBlobRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[78]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5609,7 +5678,7 @@ func (x *CreateBlobRequest) String() string {
 func (*CreateBlobRequest) ProtoMessage() {}
 
 func (x *CreateBlobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[78]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5622,7 +5691,7 @@ func (x *CreateBlobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateBlobRequest.ProtoReflect.Descriptor instead.
 func (*CreateBlobRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{78}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *CreateBlobRequest) GetBlob() *Blob {
@@ -5641,7 +5710,7 @@ type CreateBlobResponse struct {
 
 func (x *CreateBlobResponse) Reset() {
 	*x = CreateBlobResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[79]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5653,7 +5722,7 @@ func (x *CreateBlobResponse) String() string {
 func (*CreateBlobResponse) ProtoMessage() {}
 
 func (x *CreateBlobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[79]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5666,7 +5735,7 @@ func (x *CreateBlobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateBlobResponse.ProtoReflect.Descriptor instead.
 func (*CreateBlobResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{79}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *CreateBlobResponse) GetBlob() *Blob {
@@ -5687,7 +5756,7 @@ type UpdateBlobRequest struct {
 
 func (x *UpdateBlobRequest) Reset() {
 	*x = UpdateBlobRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5699,7 +5768,7 @@ func (x *UpdateBlobRequest) String() string {
 func (*UpdateBlobRequest) ProtoMessage() {}
 
 func (x *UpdateBlobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5712,7 +5781,7 @@ func (x *UpdateBlobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateBlobRequest.ProtoReflect.Descriptor instead.
 func (*UpdateBlobRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{80}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *UpdateBlobRequest) GetKind() string {
@@ -5745,7 +5814,7 @@ type UpdateBlobResponse struct {
 
 func (x *UpdateBlobResponse) Reset() {
 	*x = UpdateBlobResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5757,7 +5826,7 @@ func (x *UpdateBlobResponse) String() string {
 func (*UpdateBlobResponse) ProtoMessage() {}
 
 func (x *UpdateBlobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5770,7 +5839,7 @@ func (x *UpdateBlobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateBlobResponse.ProtoReflect.Descriptor instead.
 func (*UpdateBlobResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{81}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *UpdateBlobResponse) GetBlob() *Blob {
@@ -5790,7 +5859,7 @@ type ListBlobsRequest struct {
 
 func (x *ListBlobsRequest) Reset() {
 	*x = ListBlobsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5802,7 +5871,7 @@ func (x *ListBlobsRequest) String() string {
 func (*ListBlobsRequest) ProtoMessage() {}
 
 func (x *ListBlobsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5815,7 +5884,7 @@ func (x *ListBlobsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBlobsRequest.ProtoReflect.Descriptor instead.
 func (*ListBlobsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{82}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *ListBlobsRequest) GetKind() string {
@@ -5841,7 +5910,7 @@ type ListBlobsResponse struct {
 
 func (x *ListBlobsResponse) Reset() {
 	*x = ListBlobsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5853,7 +5922,7 @@ func (x *ListBlobsResponse) String() string {
 func (*ListBlobsResponse) ProtoMessage() {}
 
 func (x *ListBlobsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5866,7 +5935,7 @@ func (x *ListBlobsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBlobsResponse.ProtoReflect.Descriptor instead.
 func (*ListBlobsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{83}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *ListBlobsResponse) GetBlobs() []*Blob {
@@ -5886,7 +5955,7 @@ type RemoveBlobRequest struct {
 
 func (x *RemoveBlobRequest) Reset() {
 	*x = RemoveBlobRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5898,7 +5967,7 @@ func (x *RemoveBlobRequest) String() string {
 func (*RemoveBlobRequest) ProtoMessage() {}
 
 func (x *RemoveBlobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5911,7 +5980,7 @@ func (x *RemoveBlobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveBlobRequest.ProtoReflect.Descriptor instead.
 func (*RemoveBlobRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{84}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *RemoveBlobRequest) GetKind() string {
@@ -5936,7 +6005,7 @@ type RemoveBlobResponse struct {
 
 func (x *RemoveBlobResponse) Reset() {
 	*x = RemoveBlobResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5948,7 +6017,7 @@ func (x *RemoveBlobResponse) String() string {
 func (*RemoveBlobResponse) ProtoMessage() {}
 
 func (x *RemoveBlobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5961,7 +6030,7 @@ func (x *RemoveBlobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveBlobResponse.ProtoReflect.Descriptor instead.
 func (*RemoveBlobResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{85}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{86}
 }
 
 type TaskBlobsRequest struct {
@@ -5974,7 +6043,7 @@ type TaskBlobsRequest struct {
 
 func (x *TaskBlobsRequest) Reset() {
 	*x = TaskBlobsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5986,7 +6055,7 @@ func (x *TaskBlobsRequest) String() string {
 func (*TaskBlobsRequest) ProtoMessage() {}
 
 func (x *TaskBlobsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5999,7 +6068,7 @@ func (x *TaskBlobsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskBlobsRequest.ProtoReflect.Descriptor instead.
 func (*TaskBlobsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{86}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *TaskBlobsRequest) GetNode() string {
@@ -6025,7 +6094,7 @@ type TaskBlobsResponse struct {
 
 func (x *TaskBlobsResponse) Reset() {
 	*x = TaskBlobsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6037,7 +6106,7 @@ func (x *TaskBlobsResponse) String() string {
 func (*TaskBlobsResponse) ProtoMessage() {}
 
 func (x *TaskBlobsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6050,7 +6119,7 @@ func (x *TaskBlobsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskBlobsResponse.ProtoReflect.Descriptor instead.
 func (*TaskBlobsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{87}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *TaskBlobsResponse) GetBlobs() []*Blob {
@@ -6069,7 +6138,7 @@ type AssignmentsRequest struct {
 
 func (x *AssignmentsRequest) Reset() {
 	*x = AssignmentsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6081,7 +6150,7 @@ func (x *AssignmentsRequest) String() string {
 func (*AssignmentsRequest) ProtoMessage() {}
 
 func (x *AssignmentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6094,7 +6163,7 @@ func (x *AssignmentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignmentsRequest.ProtoReflect.Descriptor instead.
 func (*AssignmentsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{88}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *AssignmentsRequest) GetNode() string {
@@ -6124,7 +6193,7 @@ type AssignmentsResponse struct {
 
 func (x *AssignmentsResponse) Reset() {
 	*x = AssignmentsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6136,7 +6205,7 @@ func (x *AssignmentsResponse) String() string {
 func (*AssignmentsResponse) ProtoMessage() {}
 
 func (x *AssignmentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6149,7 +6218,7 @@ func (x *AssignmentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignmentsResponse.ProtoReflect.Descriptor instead.
 func (*AssignmentsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{89}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *AssignmentsResponse) GetIndex() uint64 {
@@ -6227,7 +6296,7 @@ type Trust struct {
 
 func (x *Trust) Reset() {
 	*x = Trust{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6239,7 +6308,7 @@ func (x *Trust) String() string {
 func (*Trust) ProtoMessage() {}
 
 func (x *Trust) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6252,7 +6321,7 @@ func (x *Trust) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Trust.ProtoReflect.Descriptor instead.
 func (*Trust) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{90}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *Trust) GetRoots() [][]byte {
@@ -6287,7 +6356,7 @@ type GossipKey struct {
 
 func (x *GossipKey) Reset() {
 	*x = GossipKey{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6299,7 +6368,7 @@ func (x *GossipKey) String() string {
 func (*GossipKey) ProtoMessage() {}
 
 func (x *GossipKey) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6312,7 +6381,7 @@ func (x *GossipKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GossipKey.ProtoReflect.Descriptor instead.
 func (*GossipKey) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{91}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *GossipKey) GetGeneration() uint64 {
@@ -6378,7 +6447,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[92]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6390,7 +6459,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[92]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6403,7 +6472,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{92}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *ReportRequest) GetNode() string {
@@ -6582,7 +6651,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[93]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6594,7 +6663,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[93]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6607,7 +6676,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{93}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{94}
 }
 
 type CheckEndpointsRequest struct {
@@ -6620,7 +6689,7 @@ type CheckEndpointsRequest struct {
 
 func (x *CheckEndpointsRequest) Reset() {
 	*x = CheckEndpointsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[94]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6632,7 +6701,7 @@ func (x *CheckEndpointsRequest) String() string {
 func (*CheckEndpointsRequest) ProtoMessage() {}
 
 func (x *CheckEndpointsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[94]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6645,7 +6714,7 @@ func (x *CheckEndpointsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckEndpointsRequest.ProtoReflect.Descriptor instead.
 func (*CheckEndpointsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{94}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *CheckEndpointsRequest) GetNode() string {
@@ -6671,7 +6740,7 @@ type CheckEndpointsResponse struct {
 
 func (x *CheckEndpointsResponse) Reset() {
 	*x = CheckEndpointsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[95]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6683,7 +6752,7 @@ func (x *CheckEndpointsResponse) String() string {
 func (*CheckEndpointsResponse) ProtoMessage() {}
 
 func (x *CheckEndpointsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[95]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6696,7 +6765,7 @@ func (x *CheckEndpointsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckEndpointsResponse.ProtoReflect.Descriptor instead.
 func (*CheckEndpointsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{95}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *CheckEndpointsResponse) GetWrong() []uint32 {
@@ -6714,7 +6783,7 @@ type TasksRequest struct {
 
 func (x *TasksRequest) Reset() {
 	*x = TasksRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[96]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6726,7 +6795,7 @@ func (x *TasksRequest) String() string {
 func (*TasksRequest) ProtoMessage() {}
 
 func (x *TasksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[96]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6739,7 +6808,7 @@ func (x *TasksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TasksRequest.ProtoReflect.Descriptor instead.
 func (*TasksRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{96}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{97}
 }
 
 type TasksResponse struct {
@@ -6751,7 +6820,7 @@ type TasksResponse struct {
 
 func (x *TasksResponse) Reset() {
 	*x = TasksResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[97]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6763,7 +6832,7 @@ func (x *TasksResponse) String() string {
 func (*TasksResponse) ProtoMessage() {}
 
 func (x *TasksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[97]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6776,7 +6845,7 @@ func (x *TasksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TasksResponse.ProtoReflect.Descriptor instead.
 func (*TasksResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{97}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *TasksResponse) GetTasks() []*Task {
@@ -6796,7 +6865,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[98]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6808,7 +6877,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[98]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6821,7 +6890,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{98}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *StatsRequest) GetTasks() []string {
@@ -6849,7 +6918,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[99]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6861,7 +6930,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[99]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6874,7 +6943,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{99}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *StatsResponse) GetNode() string {
@@ -6907,7 +6976,7 @@ type KernelRequest struct {
 
 func (x *KernelRequest) Reset() {
 	*x = KernelRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6919,7 +6988,7 @@ func (x *KernelRequest) String() string {
 func (*KernelRequest) ProtoMessage() {}
 
 func (x *KernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6932,7 +7001,7 @@ func (x *KernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelRequest.ProtoReflect.Descriptor instead.
 func (*KernelRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{100}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{101}
 }
 
 func (x *KernelRequest) GetService() string {
@@ -6953,7 +7022,7 @@ type KernelResponse struct {
 
 func (x *KernelResponse) Reset() {
 	*x = KernelResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[101]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6965,7 +7034,7 @@ func (x *KernelResponse) String() string {
 func (*KernelResponse) ProtoMessage() {}
 
 func (x *KernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[101]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6978,7 +7047,7 @@ func (x *KernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse.ProtoReflect.Descriptor instead.
 func (*KernelResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{101}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{102}
 }
 
 func (x *KernelResponse) GetNode() string {
@@ -7018,7 +7087,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7030,7 +7099,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7043,7 +7112,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{102}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *ExecRequest) GetMsg() isExecRequest_Msg {
@@ -7146,7 +7215,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7158,7 +7227,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7171,7 +7240,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{103}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *ExecResponse) GetMsg() isExecResponse_Msg {
@@ -7243,7 +7312,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7255,7 +7324,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7268,7 +7337,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{104}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{105}
 }
 
 func (x *LogsRequest) GetTask() string {
@@ -7321,7 +7390,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7333,7 +7402,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7346,7 +7415,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{105}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{106}
 }
 
 func (x *LogsResponse) GetStderr() bool {
@@ -7410,7 +7479,7 @@ type CopySource struct {
 
 func (x *CopySource) Reset() {
 	*x = CopySource{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7422,7 +7491,7 @@ func (x *CopySource) String() string {
 func (*CopySource) ProtoMessage() {}
 
 func (x *CopySource) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7435,7 +7504,7 @@ func (x *CopySource) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopySource.ProtoReflect.Descriptor instead.
 func (*CopySource) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{106}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{107}
 }
 
 func (x *CopySource) GetPath() string {
@@ -7473,7 +7542,7 @@ type CopyRequest struct {
 
 func (x *CopyRequest) Reset() {
 	*x = CopyRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7485,7 +7554,7 @@ func (x *CopyRequest) String() string {
 func (*CopyRequest) ProtoMessage() {}
 
 func (x *CopyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7498,7 +7567,7 @@ func (x *CopyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyRequest.ProtoReflect.Descriptor instead.
 func (*CopyRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{107}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{108}
 }
 
 func (x *CopyRequest) GetMsg() isCopyRequest_Msg {
@@ -7572,7 +7641,7 @@ type CopyResponse struct {
 
 func (x *CopyResponse) Reset() {
 	*x = CopyResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7584,7 +7653,7 @@ func (x *CopyResponse) String() string {
 func (*CopyResponse) ProtoMessage() {}
 
 func (x *CopyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7597,7 +7666,7 @@ func (x *CopyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyResponse.ProtoReflect.Descriptor instead.
 func (*CopyResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{108}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{109}
 }
 
 func (x *CopyResponse) GetMsg() isCopyResponse_Msg {
@@ -7681,7 +7750,7 @@ type KillRequest struct {
 
 func (x *KillRequest) Reset() {
 	*x = KillRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7693,7 +7762,7 @@ func (x *KillRequest) String() string {
 func (*KillRequest) ProtoMessage() {}
 
 func (x *KillRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7706,7 +7775,7 @@ func (x *KillRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillRequest.ProtoReflect.Descriptor instead.
 func (*KillRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{109}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{110}
 }
 
 func (x *KillRequest) GetTask() string {
@@ -7731,7 +7800,7 @@ type KillResponse struct {
 
 func (x *KillResponse) Reset() {
 	*x = KillResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7743,7 +7812,7 @@ func (x *KillResponse) String() string {
 func (*KillResponse) ProtoMessage() {}
 
 func (x *KillResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7756,7 +7825,7 @@ func (x *KillResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillResponse.ProtoReflect.Descriptor instead.
 func (*KillResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{110}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{111}
 }
 
 type TopRequest struct {
@@ -7769,7 +7838,7 @@ type TopRequest struct {
 
 func (x *TopRequest) Reset() {
 	*x = TopRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7781,7 +7850,7 @@ func (x *TopRequest) String() string {
 func (*TopRequest) ProtoMessage() {}
 
 func (x *TopRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7794,7 +7863,7 @@ func (x *TopRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TopRequest.ProtoReflect.Descriptor instead.
 func (*TopRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{111}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{112}
 }
 
 func (x *TopRequest) GetTask() string {
@@ -7820,7 +7889,7 @@ type TopResponse struct {
 
 func (x *TopResponse) Reset() {
 	*x = TopResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7832,7 +7901,7 @@ func (x *TopResponse) String() string {
 func (*TopResponse) ProtoMessage() {}
 
 func (x *TopResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7845,7 +7914,7 @@ func (x *TopResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TopResponse.ProtoReflect.Descriptor instead.
 func (*TopResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{112}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{113}
 }
 
 func (x *TopResponse) GetLines() []string {
@@ -7864,7 +7933,7 @@ type WaitRequest struct {
 
 func (x *WaitRequest) Reset() {
 	*x = WaitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7876,7 +7945,7 @@ func (x *WaitRequest) String() string {
 func (*WaitRequest) ProtoMessage() {}
 
 func (x *WaitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7889,7 +7958,7 @@ func (x *WaitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitRequest.ProtoReflect.Descriptor instead.
 func (*WaitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{113}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{114}
 }
 
 func (x *WaitRequest) GetTask() string {
@@ -7908,7 +7977,7 @@ type WaitResponse struct {
 
 func (x *WaitResponse) Reset() {
 	*x = WaitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7920,7 +7989,7 @@ func (x *WaitResponse) String() string {
 func (*WaitResponse) ProtoMessage() {}
 
 func (x *WaitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7933,7 +8002,7 @@ func (x *WaitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitResponse.ProtoReflect.Descriptor instead.
 func (*WaitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{114}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{115}
 }
 
 func (x *WaitResponse) GetStatus() *TaskStatus {
@@ -7951,7 +8020,7 @@ type SaveSnapshotRequest struct {
 
 func (x *SaveSnapshotRequest) Reset() {
 	*x = SaveSnapshotRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7963,7 +8032,7 @@ func (x *SaveSnapshotRequest) String() string {
 func (*SaveSnapshotRequest) ProtoMessage() {}
 
 func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7976,7 +8045,7 @@ func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{115}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{116}
 }
 
 type SaveSnapshotResponse struct {
@@ -7988,7 +8057,7 @@ type SaveSnapshotResponse struct {
 
 func (x *SaveSnapshotResponse) Reset() {
 	*x = SaveSnapshotResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8000,7 +8069,7 @@ func (x *SaveSnapshotResponse) String() string {
 func (*SaveSnapshotResponse) ProtoMessage() {}
 
 func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8013,7 +8082,7 @@ func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{116}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{117}
 }
 
 func (x *SaveSnapshotResponse) GetSnapshot() []byte {
@@ -8038,7 +8107,7 @@ type Image struct {
 
 func (x *Image) Reset() {
 	*x = Image{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[118]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8050,7 +8119,7 @@ func (x *Image) String() string {
 func (*Image) ProtoMessage() {}
 
 func (x *Image) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[118]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8063,7 +8132,7 @@ func (x *Image) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Image.ProtoReflect.Descriptor instead.
 func (*Image) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{117}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{118}
 }
 
 func (x *Image) GetName() string {
@@ -8123,7 +8192,7 @@ type ImageListRequest struct {
 
 func (x *ImageListRequest) Reset() {
 	*x = ImageListRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[118]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[119]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8135,7 +8204,7 @@ func (x *ImageListRequest) String() string {
 func (*ImageListRequest) ProtoMessage() {}
 
 func (x *ImageListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[118]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[119]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8148,7 +8217,7 @@ func (x *ImageListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageListRequest.ProtoReflect.Descriptor instead.
 func (*ImageListRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{118}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{119}
 }
 
 type ImageListResponse struct {
@@ -8161,7 +8230,7 @@ type ImageListResponse struct {
 
 func (x *ImageListResponse) Reset() {
 	*x = ImageListResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[119]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[120]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8173,7 +8242,7 @@ func (x *ImageListResponse) String() string {
 func (*ImageListResponse) ProtoMessage() {}
 
 func (x *ImageListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[119]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[120]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8186,7 +8255,7 @@ func (x *ImageListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageListResponse.ProtoReflect.Descriptor instead.
 func (*ImageListResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{119}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{120}
 }
 
 func (x *ImageListResponse) GetNode() string {
@@ -8213,7 +8282,7 @@ type ImagePullRequest struct {
 
 func (x *ImagePullRequest) Reset() {
 	*x = ImagePullRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[120]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[121]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8225,7 +8294,7 @@ func (x *ImagePullRequest) String() string {
 func (*ImagePullRequest) ProtoMessage() {}
 
 func (x *ImagePullRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[120]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[121]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8238,7 +8307,7 @@ func (x *ImagePullRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagePullRequest.ProtoReflect.Descriptor instead.
 func (*ImagePullRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{120}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{121}
 }
 
 func (x *ImagePullRequest) GetImage() string {
@@ -8265,7 +8334,7 @@ type ImagePullResponse struct {
 
 func (x *ImagePullResponse) Reset() {
 	*x = ImagePullResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[121]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[122]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8277,7 +8346,7 @@ func (x *ImagePullResponse) String() string {
 func (*ImagePullResponse) ProtoMessage() {}
 
 func (x *ImagePullResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[121]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[122]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8290,7 +8359,7 @@ func (x *ImagePullResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagePullResponse.ProtoReflect.Descriptor instead.
 func (*ImagePullResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{121}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{122}
 }
 
 func (x *ImagePullResponse) GetProgress() string {
@@ -8317,7 +8386,7 @@ type ImageResolveRequest struct {
 
 func (x *ImageResolveRequest) Reset() {
 	*x = ImageResolveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[122]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[123]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8329,7 +8398,7 @@ func (x *ImageResolveRequest) String() string {
 func (*ImageResolveRequest) ProtoMessage() {}
 
 func (x *ImageResolveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[122]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[123]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8342,7 +8411,7 @@ func (x *ImageResolveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageResolveRequest.ProtoReflect.Descriptor instead.
 func (*ImageResolveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{122}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{123}
 }
 
 func (x *ImageResolveRequest) GetImage() string {
@@ -8368,7 +8437,7 @@ type ImageResolveResponse struct {
 
 func (x *ImageResolveResponse) Reset() {
 	*x = ImageResolveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[123]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[124]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8380,7 +8449,7 @@ func (x *ImageResolveResponse) String() string {
 func (*ImageResolveResponse) ProtoMessage() {}
 
 func (x *ImageResolveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[123]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[124]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8393,7 +8462,7 @@ func (x *ImageResolveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageResolveResponse.ProtoReflect.Descriptor instead.
 func (*ImageResolveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{123}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{124}
 }
 
 func (x *ImageResolveResponse) GetRef() string {
@@ -8413,7 +8482,7 @@ type ImageRemoveRequest struct {
 
 func (x *ImageRemoveRequest) Reset() {
 	*x = ImageRemoveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[124]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[125]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8425,7 +8494,7 @@ func (x *ImageRemoveRequest) String() string {
 func (*ImageRemoveRequest) ProtoMessage() {}
 
 func (x *ImageRemoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[124]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[125]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8438,7 +8507,7 @@ func (x *ImageRemoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageRemoveRequest.ProtoReflect.Descriptor instead.
 func (*ImageRemoveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{124}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{125}
 }
 
 func (x *ImageRemoveRequest) GetImage() string {
@@ -8465,7 +8534,7 @@ type ImagePruneRequest struct {
 
 func (x *ImagePruneRequest) Reset() {
 	*x = ImagePruneRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[125]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[126]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8477,7 +8546,7 @@ func (x *ImagePruneRequest) String() string {
 func (*ImagePruneRequest) ProtoMessage() {}
 
 func (x *ImagePruneRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[125]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[126]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8490,7 +8559,7 @@ func (x *ImagePruneRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagePruneRequest.ProtoReflect.Descriptor instead.
 func (*ImagePruneRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{125}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{126}
 }
 
 func (x *ImagePruneRequest) GetAll() bool {
@@ -8517,7 +8586,7 @@ type ImageRemoveResponse struct {
 
 func (x *ImageRemoveResponse) Reset() {
 	*x = ImageRemoveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[126]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[127]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8529,7 +8598,7 @@ func (x *ImageRemoveResponse) String() string {
 func (*ImageRemoveResponse) ProtoMessage() {}
 
 func (x *ImageRemoveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[126]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[127]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8542,7 +8611,7 @@ func (x *ImageRemoveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageRemoveResponse.ProtoReflect.Descriptor instead.
 func (*ImageRemoveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{126}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{127}
 }
 
 func (x *ImageRemoveResponse) GetRemoved() []string {
@@ -8568,7 +8637,7 @@ type ImageInspectRequest struct {
 
 func (x *ImageInspectRequest) Reset() {
 	*x = ImageInspectRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[127]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[128]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8580,7 +8649,7 @@ func (x *ImageInspectRequest) String() string {
 func (*ImageInspectRequest) ProtoMessage() {}
 
 func (x *ImageInspectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[127]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[128]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8593,7 +8662,7 @@ func (x *ImageInspectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageInspectRequest.ProtoReflect.Descriptor instead.
 func (*ImageInspectRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{127}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{128}
 }
 
 func (x *ImageInspectRequest) GetImage() string {
@@ -8613,7 +8682,7 @@ type ImageInspectResponse struct {
 
 func (x *ImageInspectResponse) Reset() {
 	*x = ImageInspectResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[128]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[129]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8625,7 +8694,7 @@ func (x *ImageInspectResponse) String() string {
 func (*ImageInspectResponse) ProtoMessage() {}
 
 func (x *ImageInspectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[128]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[129]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8638,7 +8707,7 @@ func (x *ImageInspectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageInspectResponse.ProtoReflect.Descriptor instead.
 func (*ImageInspectResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{128}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{129}
 }
 
 func (x *ImageInspectResponse) GetImage() *Image {
@@ -8665,7 +8734,7 @@ type ImageLoadRequest struct {
 
 func (x *ImageLoadRequest) Reset() {
 	*x = ImageLoadRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[129]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[130]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8677,7 +8746,7 @@ func (x *ImageLoadRequest) String() string {
 func (*ImageLoadRequest) ProtoMessage() {}
 
 func (x *ImageLoadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[129]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[130]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8690,7 +8759,7 @@ func (x *ImageLoadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageLoadRequest.ProtoReflect.Descriptor instead.
 func (*ImageLoadRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{129}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{130}
 }
 
 func (x *ImageLoadRequest) GetName() string {
@@ -8716,7 +8785,7 @@ type ImageLoadResponse struct {
 
 func (x *ImageLoadResponse) Reset() {
 	*x = ImageLoadResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[130]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[131]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8728,7 +8797,7 @@ func (x *ImageLoadResponse) String() string {
 func (*ImageLoadResponse) ProtoMessage() {}
 
 func (x *ImageLoadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[130]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[131]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8741,7 +8810,7 @@ func (x *ImageLoadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageLoadResponse.ProtoReflect.Descriptor instead.
 func (*ImageLoadResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{130}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{131}
 }
 
 func (x *ImageLoadResponse) GetImages() []string {
@@ -8760,7 +8829,7 @@ type ImageSaveRequest struct {
 
 func (x *ImageSaveRequest) Reset() {
 	*x = ImageSaveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[131]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[132]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8772,7 +8841,7 @@ func (x *ImageSaveRequest) String() string {
 func (*ImageSaveRequest) ProtoMessage() {}
 
 func (x *ImageSaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[131]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[132]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8785,7 +8854,7 @@ func (x *ImageSaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageSaveRequest.ProtoReflect.Descriptor instead.
 func (*ImageSaveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{131}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{132}
 }
 
 func (x *ImageSaveRequest) GetImages() []string {
@@ -8804,7 +8873,7 @@ type ImageSaveResponse struct {
 
 func (x *ImageSaveResponse) Reset() {
 	*x = ImageSaveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[132]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[133]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8816,7 +8885,7 @@ func (x *ImageSaveResponse) String() string {
 func (*ImageSaveResponse) ProtoMessage() {}
 
 func (x *ImageSaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[132]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[133]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8829,7 +8898,7 @@ func (x *ImageSaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageSaveResponse.ProtoReflect.Descriptor instead.
 func (*ImageSaveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{132}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{133}
 }
 
 func (x *ImageSaveResponse) GetData() []byte {
@@ -8853,7 +8922,7 @@ type Volume struct {
 
 func (x *Volume) Reset() {
 	*x = Volume{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[133]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[134]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8865,7 +8934,7 @@ func (x *Volume) String() string {
 func (*Volume) ProtoMessage() {}
 
 func (x *Volume) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[133]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[134]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8878,7 +8947,7 @@ func (x *Volume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Volume.ProtoReflect.Descriptor instead.
 func (*Volume) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{133}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{134}
 }
 
 func (x *Volume) GetName() string {
@@ -8931,7 +9000,7 @@ type VolumeListRequest struct {
 
 func (x *VolumeListRequest) Reset() {
 	*x = VolumeListRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[134]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[135]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8943,7 +9012,7 @@ func (x *VolumeListRequest) String() string {
 func (*VolumeListRequest) ProtoMessage() {}
 
 func (x *VolumeListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[134]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[135]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8956,7 +9025,7 @@ func (x *VolumeListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeListRequest.ProtoReflect.Descriptor instead.
 func (*VolumeListRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{134}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{135}
 }
 
 type VolumeListResponse struct {
@@ -8969,7 +9038,7 @@ type VolumeListResponse struct {
 
 func (x *VolumeListResponse) Reset() {
 	*x = VolumeListResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[135]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[136]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8981,7 +9050,7 @@ func (x *VolumeListResponse) String() string {
 func (*VolumeListResponse) ProtoMessage() {}
 
 func (x *VolumeListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[135]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[136]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8994,7 +9063,7 @@ func (x *VolumeListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeListResponse.ProtoReflect.Descriptor instead.
 func (*VolumeListResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{135}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{136}
 }
 
 func (x *VolumeListResponse) GetNode() string {
@@ -9021,7 +9090,7 @@ type VolumeCreateRequest struct {
 
 func (x *VolumeCreateRequest) Reset() {
 	*x = VolumeCreateRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[136]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[137]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9033,7 +9102,7 @@ func (x *VolumeCreateRequest) String() string {
 func (*VolumeCreateRequest) ProtoMessage() {}
 
 func (x *VolumeCreateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[136]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[137]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9046,7 +9115,7 @@ func (x *VolumeCreateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeCreateRequest.ProtoReflect.Descriptor instead.
 func (*VolumeCreateRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{136}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{137}
 }
 
 func (x *VolumeCreateRequest) GetName() string {
@@ -9072,7 +9141,7 @@ type VolumeCreateResponse struct {
 
 func (x *VolumeCreateResponse) Reset() {
 	*x = VolumeCreateResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[137]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[138]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9084,7 +9153,7 @@ func (x *VolumeCreateResponse) String() string {
 func (*VolumeCreateResponse) ProtoMessage() {}
 
 func (x *VolumeCreateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[137]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[138]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9097,7 +9166,7 @@ func (x *VolumeCreateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeCreateResponse.ProtoReflect.Descriptor instead.
 func (*VolumeCreateResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{137}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{138}
 }
 
 func (x *VolumeCreateResponse) GetVolume() *Volume {
@@ -9117,7 +9186,7 @@ type VolumeRemoveRequest struct {
 
 func (x *VolumeRemoveRequest) Reset() {
 	*x = VolumeRemoveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[138]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[139]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9129,7 +9198,7 @@ func (x *VolumeRemoveRequest) String() string {
 func (*VolumeRemoveRequest) ProtoMessage() {}
 
 func (x *VolumeRemoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[138]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[139]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9142,7 +9211,7 @@ func (x *VolumeRemoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeRemoveRequest.ProtoReflect.Descriptor instead.
 func (*VolumeRemoveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{138}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{139}
 }
 
 func (x *VolumeRemoveRequest) GetName() string {
@@ -9167,7 +9236,7 @@ type VolumeRemoveResponse struct {
 
 func (x *VolumeRemoveResponse) Reset() {
 	*x = VolumeRemoveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[139]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[140]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9179,7 +9248,7 @@ func (x *VolumeRemoveResponse) String() string {
 func (*VolumeRemoveResponse) ProtoMessage() {}
 
 func (x *VolumeRemoveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[139]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[140]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9192,7 +9261,7 @@ func (x *VolumeRemoveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeRemoveResponse.ProtoReflect.Descriptor instead.
 func (*VolumeRemoveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{139}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{140}
 }
 
 // RestoreSnapshot makes the cluster of a snapshot, with this node as its manager.
@@ -9207,7 +9276,7 @@ type RestoreSnapshotRequest struct {
 
 func (x *RestoreSnapshotRequest) Reset() {
 	*x = RestoreSnapshotRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[140]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[141]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9219,7 +9288,7 @@ func (x *RestoreSnapshotRequest) String() string {
 func (*RestoreSnapshotRequest) ProtoMessage() {}
 
 func (x *RestoreSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[140]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[141]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9232,7 +9301,7 @@ func (x *RestoreSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*RestoreSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{140}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{141}
 }
 
 func (x *RestoreSnapshotRequest) GetSnapshot() []byte {
@@ -9266,7 +9335,7 @@ type UnlockRequest struct {
 
 func (x *UnlockRequest) Reset() {
 	*x = UnlockRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[141]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[142]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9278,7 +9347,7 @@ func (x *UnlockRequest) String() string {
 func (*UnlockRequest) ProtoMessage() {}
 
 func (x *UnlockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[141]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[142]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9291,7 +9360,7 @@ func (x *UnlockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockRequest.ProtoReflect.Descriptor instead.
 func (*UnlockRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{141}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{142}
 }
 
 func (x *UnlockRequest) GetKey() string {
@@ -9309,7 +9378,7 @@ type UnlockResponse struct {
 
 func (x *UnlockResponse) Reset() {
 	*x = UnlockResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[142]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[143]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9321,7 +9390,7 @@ func (x *UnlockResponse) String() string {
 func (*UnlockResponse) ProtoMessage() {}
 
 func (x *UnlockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[142]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[143]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9334,7 +9403,7 @@ func (x *UnlockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockResponse.ProtoReflect.Descriptor instead.
 func (*UnlockResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{142}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{143}
 }
 
 type InfoRequest struct {
@@ -9345,7 +9414,7 @@ type InfoRequest struct {
 
 func (x *InfoRequest) Reset() {
 	*x = InfoRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[143]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[144]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9357,7 +9426,7 @@ func (x *InfoRequest) String() string {
 func (*InfoRequest) ProtoMessage() {}
 
 func (x *InfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[143]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[144]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9370,7 +9439,7 @@ func (x *InfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoRequest.ProtoReflect.Descriptor instead.
 func (*InfoRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{143}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{144}
 }
 
 type InfoResponse struct {
@@ -9402,7 +9471,7 @@ type InfoResponse struct {
 
 func (x *InfoResponse) Reset() {
 	*x = InfoResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[144]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[145]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9414,7 +9483,7 @@ func (x *InfoResponse) String() string {
 func (*InfoResponse) ProtoMessage() {}
 
 func (x *InfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[144]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[145]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9427,7 +9496,7 @@ func (x *InfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoResponse.ProtoReflect.Descriptor instead.
 func (*InfoResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{144}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{145}
 }
 
 func (x *InfoResponse) GetVersion() string {
@@ -9584,7 +9653,7 @@ type InitRequest struct {
 
 func (x *InitRequest) Reset() {
 	*x = InitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[145]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[146]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9596,7 +9665,7 @@ func (x *InitRequest) String() string {
 func (*InitRequest) ProtoMessage() {}
 
 func (x *InitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[145]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[146]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9609,7 +9678,7 @@ func (x *InitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitRequest.ProtoReflect.Descriptor instead.
 func (*InitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{145}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{146}
 }
 
 func (x *InitRequest) GetAdvertiseAddr() string {
@@ -9669,7 +9738,7 @@ type InitResponse struct {
 
 func (x *InitResponse) Reset() {
 	*x = InitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[146]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[147]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9681,7 +9750,7 @@ func (x *InitResponse) String() string {
 func (*InitResponse) ProtoMessage() {}
 
 func (x *InitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[146]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[147]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9694,7 +9763,7 @@ func (x *InitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitResponse.ProtoReflect.Descriptor instead.
 func (*InitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{146}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{147}
 }
 
 func (x *InitResponse) GetCluster() string {
@@ -9758,7 +9827,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[147]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[148]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9770,7 +9839,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[147]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[148]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9783,7 +9852,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{147}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{148}
 }
 
 func (x *JoinRequest) GetRemote() string {
@@ -9824,7 +9893,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[148]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[149]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9836,7 +9905,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[148]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[149]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9849,7 +9918,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{148}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{149}
 }
 
 func (x *JoinResponse) GetCluster() string {
@@ -9875,7 +9944,7 @@ type LeaveRequest struct {
 
 func (x *LeaveRequest) Reset() {
 	*x = LeaveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[149]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[150]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9887,7 +9956,7 @@ func (x *LeaveRequest) String() string {
 func (*LeaveRequest) ProtoMessage() {}
 
 func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[149]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[150]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9900,7 +9969,7 @@ func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
 func (*LeaveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{149}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{150}
 }
 
 func (x *LeaveRequest) GetForce() bool {
@@ -9918,7 +9987,7 @@ type LeaveResponse struct {
 
 func (x *LeaveResponse) Reset() {
 	*x = LeaveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[150]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[151]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9930,7 +9999,7 @@ func (x *LeaveResponse) String() string {
 func (*LeaveResponse) ProtoMessage() {}
 
 func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[150]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[151]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9943,7 +10012,7 @@ func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveResponse.ProtoReflect.Descriptor instead.
 func (*LeaveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{150}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{151}
 }
 
 type DoctorRequest struct {
@@ -9954,7 +10023,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[151]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[152]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9966,7 +10035,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[151]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[152]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9979,7 +10048,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{151}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{152}
 }
 
 type DoctorResponse struct {
@@ -9992,7 +10061,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[152]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[153]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10004,7 +10073,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[152]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[153]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10017,7 +10086,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{152}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{153}
 }
 
 func (x *DoctorResponse) GetChecks() []*DoctorResponse_Check {
@@ -10046,7 +10115,7 @@ type ShowCAResponse_Root struct {
 
 func (x *ShowCAResponse_Root) Reset() {
 	*x = ShowCAResponse_Root{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[166]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[167]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10058,7 +10127,7 @@ func (x *ShowCAResponse_Root) String() string {
 func (*ShowCAResponse_Root) ProtoMessage() {}
 
 func (x *ShowCAResponse_Root) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[166]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[167]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10071,7 +10140,7 @@ func (x *ShowCAResponse_Root) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowCAResponse_Root.ProtoReflect.Descriptor instead.
 func (*ShowCAResponse_Root) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{71, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72, 0}
 }
 
 func (x *ShowCAResponse_Root) GetCertificate() []byte {
@@ -10112,7 +10181,7 @@ type ReportRequest_Fault struct {
 
 func (x *ReportRequest_Fault) Reset() {
 	*x = ReportRequest_Fault{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[170]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[171]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10124,7 +10193,7 @@ func (x *ReportRequest_Fault) String() string {
 func (*ReportRequest_Fault) ProtoMessage() {}
 
 func (x *ReportRequest_Fault) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[170]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[171]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10137,7 +10206,7 @@ func (x *ReportRequest_Fault) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest_Fault.ProtoReflect.Descriptor instead.
 func (*ReportRequest_Fault) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{92, 2}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{93, 2}
 }
 
 func (x *ReportRequest_Fault) GetObject() string {
@@ -10170,7 +10239,7 @@ type CheckEndpointsRequest_Claim struct {
 
 func (x *CheckEndpointsRequest_Claim) Reset() {
 	*x = CheckEndpointsRequest_Claim{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[171]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[172]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10182,7 +10251,7 @@ func (x *CheckEndpointsRequest_Claim) String() string {
 func (*CheckEndpointsRequest_Claim) ProtoMessage() {}
 
 func (x *CheckEndpointsRequest_Claim) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[171]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[172]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10195,7 +10264,7 @@ func (x *CheckEndpointsRequest_Claim) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckEndpointsRequest_Claim.ProtoReflect.Descriptor instead.
 func (*CheckEndpointsRequest_Claim) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{94, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{95, 0}
 }
 
 func (x *CheckEndpointsRequest_Claim) GetNode() string {
@@ -10273,7 +10342,7 @@ type StatsResponse_Task struct {
 
 func (x *StatsResponse_Task) Reset() {
 	*x = StatsResponse_Task{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[172]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[173]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10285,7 +10354,7 @@ func (x *StatsResponse_Task) String() string {
 func (*StatsResponse_Task) ProtoMessage() {}
 
 func (x *StatsResponse_Task) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[172]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[173]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10298,7 +10367,7 @@ func (x *StatsResponse_Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse_Task.ProtoReflect.Descriptor instead.
 func (*StatsResponse_Task) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{99, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{100, 0}
 }
 
 func (x *StatsResponse_Task) GetId() string {
@@ -10434,7 +10503,7 @@ type StatsResponse_Drop struct {
 
 func (x *StatsResponse_Drop) Reset() {
 	*x = StatsResponse_Drop{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[173]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[174]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10446,7 +10515,7 @@ func (x *StatsResponse_Drop) String() string {
 func (*StatsResponse_Drop) ProtoMessage() {}
 
 func (x *StatsResponse_Drop) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[173]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[174]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10459,7 +10528,7 @@ func (x *StatsResponse_Drop) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse_Drop.ProtoReflect.Descriptor instead.
 func (*StatsResponse_Drop) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{99, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{100, 1}
 }
 
 func (x *StatsResponse_Drop) GetNetwork() string {
@@ -10501,7 +10570,7 @@ type KernelResponse_Backend struct {
 
 func (x *KernelResponse_Backend) Reset() {
 	*x = KernelResponse_Backend{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[174]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[175]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10513,7 +10582,7 @@ func (x *KernelResponse_Backend) String() string {
 func (*KernelResponse_Backend) ProtoMessage() {}
 
 func (x *KernelResponse_Backend) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[174]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[175]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10526,7 +10595,7 @@ func (x *KernelResponse_Backend) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse_Backend.ProtoReflect.Descriptor instead.
 func (*KernelResponse_Backend) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{101, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{102, 0}
 }
 
 func (x *KernelResponse_Backend) GetAddr() string {
@@ -10563,7 +10632,7 @@ type KernelResponse_Server struct {
 
 func (x *KernelResponse_Server) Reset() {
 	*x = KernelResponse_Server{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[175]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[176]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10575,7 +10644,7 @@ func (x *KernelResponse_Server) String() string {
 func (*KernelResponse_Server) ProtoMessage() {}
 
 func (x *KernelResponse_Server) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[175]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[176]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10588,7 +10657,7 @@ func (x *KernelResponse_Server) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse_Server.ProtoReflect.Descriptor instead.
 func (*KernelResponse_Server) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{101, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{102, 1}
 }
 
 func (x *KernelResponse_Server) GetService() string {
@@ -10647,7 +10716,7 @@ type ExecRequest_Start struct {
 
 func (x *ExecRequest_Start) Reset() {
 	*x = ExecRequest_Start{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[176]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[177]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10659,7 +10728,7 @@ func (x *ExecRequest_Start) String() string {
 func (*ExecRequest_Start) ProtoMessage() {}
 
 func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[176]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[177]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10672,7 +10741,7 @@ func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Start.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Start) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{102, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{103, 0}
 }
 
 func (x *ExecRequest_Start) GetTask() string {
@@ -10776,7 +10845,7 @@ type ExecRequest_Resize struct {
 
 func (x *ExecRequest_Resize) Reset() {
 	*x = ExecRequest_Resize{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[177]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[178]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10788,7 +10857,7 @@ func (x *ExecRequest_Resize) String() string {
 func (*ExecRequest_Resize) ProtoMessage() {}
 
 func (x *ExecRequest_Resize) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[177]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[178]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10801,7 +10870,7 @@ func (x *ExecRequest_Resize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Resize.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Resize) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{102, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{103, 1}
 }
 
 func (x *ExecRequest_Resize) GetRows() int32 {
@@ -10832,7 +10901,7 @@ type CopyRequest_Start struct {
 
 func (x *CopyRequest_Start) Reset() {
 	*x = CopyRequest_Start{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[178]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[179]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10844,7 +10913,7 @@ func (x *CopyRequest_Start) String() string {
 func (*CopyRequest_Start) ProtoMessage() {}
 
 func (x *CopyRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[178]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[179]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10857,7 +10926,7 @@ func (x *CopyRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyRequest_Start.ProtoReflect.Descriptor instead.
 func (*CopyRequest_Start) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{107, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{108, 0}
 }
 
 func (x *CopyRequest_Start) GetTask() string {
@@ -10914,7 +10983,7 @@ type DoctorResponse_Check struct {
 
 func (x *DoctorResponse_Check) Reset() {
 	*x = DoctorResponse_Check{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[181]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[182]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10926,7 +10995,7 @@ func (x *DoctorResponse_Check) String() string {
 func (*DoctorResponse_Check) ProtoMessage() {}
 
 func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[181]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[182]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10939,7 +11008,7 @@ func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Check.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Check) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{152, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{153, 0}
 }
 
 func (x *DoctorResponse_Check) GetName() string {
@@ -10985,7 +11054,7 @@ type DoctorResponse_Object struct {
 
 func (x *DoctorResponse_Object) Reset() {
 	*x = DoctorResponse_Object{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[182]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[183]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10997,7 +11066,7 @@ func (x *DoctorResponse_Object) String() string {
 func (*DoctorResponse_Object) ProtoMessage() {}
 
 func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[182]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[183]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -11010,7 +11079,7 @@ func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Object.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Object) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{152, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{153, 1}
 }
 
 func (x *DoctorResponse_Object) GetReconciler() string {
@@ -11093,7 +11162,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x11NetworkAttachment\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x18\n" +
 	"\aaliases\x18\x02 \x03(\tR\aaliases\x12\x14\n" +
-	"\x05addrs\x18\x03 \x03(\tR\x05addrs\"\xbb\x06\n" +
+	"\x05addrs\x18\x03 \x03(\tR\x05addrs\"\xe2\x06\n" +
 	"\bTaskSpec\x12\x18\n" +
 	"\acommand\x18\x01 \x03(\tR\acommand\x12\x10\n" +
 	"\x03env\x18\x02 \x03(\tR\x03env\x12\x10\n" +
@@ -11124,10 +11193,15 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\tresources\x18) \x01(\v2\x13.shoal.v1.ResourcesR\tresources\x12+\n" +
 	"\asecrets\x18* \x03(\v2\x11.shoal.v1.BlobRefR\asecrets\x12+\n" +
 	"\aconfigs\x18+ \x03(\v2\x11.shoal.v1.BlobRefR\aconfigs\x12\x18\n" +
-	"\arestart\x18, \x01(\tR\arestart\x1a9\n" +
+	"\arestart\x18, \x01(\tR\arestart\x12%\n" +
+	"\x03log\x18- \x01(\v2\x13.shoal.v1.LogConfigR\x03log\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"}\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"M\n" +
+	"\tLogConfig\x12\x16\n" +
+	"\x06driver\x18\x01 \x01(\tR\x06driver\x12\x12\n" +
+	"\x04size\x18\x02 \x01(\x03R\x04size\x12\x14\n" +
+	"\x05files\x18\x03 \x01(\x05R\x05files\"}\n" +
 	"\aBlobRef\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +
@@ -12075,435 +12149,437 @@ func file_shoal_v1_shoal_proto_rawDescGZIP() []byte {
 	return file_shoal_v1_shoal_proto_rawDescData
 }
 
-var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 183)
+var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 184)
 var file_shoal_v1_shoal_proto_goTypes = []any{
 	(*Network)(nil),                     // 0: shoal.v1.Network
 	(*NetworkAttachment)(nil),           // 1: shoal.v1.NetworkAttachment
 	(*TaskSpec)(nil),                    // 2: shoal.v1.TaskSpec
-	(*BlobRef)(nil),                     // 3: shoal.v1.BlobRef
-	(*Blob)(nil),                        // 4: shoal.v1.Blob
-	(*Resources)(nil),                   // 5: shoal.v1.Resources
-	(*Container)(nil),                   // 6: shoal.v1.Container
-	(*Mount)(nil),                       // 7: shoal.v1.Mount
-	(*HealthCheck)(nil),                 // 8: shoal.v1.HealthCheck
-	(*Port)(nil),                        // 9: shoal.v1.Port
-	(*ServiceSpec)(nil),                 // 10: shoal.v1.ServiceSpec
-	(*UpdateConfig)(nil),                // 11: shoal.v1.UpdateConfig
-	(*UpdateStatus)(nil),                // 12: shoal.v1.UpdateStatus
-	(*VIPs)(nil),                        // 13: shoal.v1.VIPs
-	(*Service)(nil),                     // 14: shoal.v1.Service
-	(*NodeFault)(nil),                   // 15: shoal.v1.NodeFault
-	(*Attachment)(nil),                  // 16: shoal.v1.Attachment
-	(*TaskStatus)(nil),                  // 17: shoal.v1.TaskStatus
-	(*Stopping)(nil),                    // 18: shoal.v1.Stopping
-	(*Task)(nil),                        // 19: shoal.v1.Task
-	(*NodeInfo)(nil),                    // 20: shoal.v1.NodeInfo
-	(*Cluster)(nil),                     // 21: shoal.v1.Cluster
-	(*CreateNetworkRequest)(nil),        // 22: shoal.v1.CreateNetworkRequest
-	(*CreateNetworkResponse)(nil),       // 23: shoal.v1.CreateNetworkResponse
-	(*ListNetworksRequest)(nil),         // 24: shoal.v1.ListNetworksRequest
-	(*ListNetworksResponse)(nil),        // 25: shoal.v1.ListNetworksResponse
-	(*RemoveNetworkRequest)(nil),        // 26: shoal.v1.RemoveNetworkRequest
-	(*RemoveNetworkResponse)(nil),       // 27: shoal.v1.RemoveNetworkResponse
-	(*ConnectNetworkRequest)(nil),       // 28: shoal.v1.ConnectNetworkRequest
-	(*ConnectNetworkResponse)(nil),      // 29: shoal.v1.ConnectNetworkResponse
-	(*DisconnectNetworkRequest)(nil),    // 30: shoal.v1.DisconnectNetworkRequest
-	(*DisconnectNetworkResponse)(nil),   // 31: shoal.v1.DisconnectNetworkResponse
-	(*EventsRequest)(nil),               // 32: shoal.v1.EventsRequest
-	(*Event)(nil),                       // 33: shoal.v1.Event
-	(*CreateServiceRequest)(nil),        // 34: shoal.v1.CreateServiceRequest
-	(*CreateServiceResponse)(nil),       // 35: shoal.v1.CreateServiceResponse
-	(*UpdateServiceRequest)(nil),        // 36: shoal.v1.UpdateServiceRequest
-	(*UpdateServiceResponse)(nil),       // 37: shoal.v1.UpdateServiceResponse
-	(*ListServicesRequest)(nil),         // 38: shoal.v1.ListServicesRequest
-	(*ListServicesResponse)(nil),        // 39: shoal.v1.ListServicesResponse
-	(*RemoveServiceRequest)(nil),        // 40: shoal.v1.RemoveServiceRequest
-	(*RemoveServiceResponse)(nil),       // 41: shoal.v1.RemoveServiceResponse
-	(*CreateTaskRequest)(nil),           // 42: shoal.v1.CreateTaskRequest
-	(*CreateTaskResponse)(nil),          // 43: shoal.v1.CreateTaskResponse
-	(*ListTasksRequest)(nil),            // 44: shoal.v1.ListTasksRequest
-	(*ListTasksResponse)(nil),           // 45: shoal.v1.ListTasksResponse
-	(*StopTaskRequest)(nil),             // 46: shoal.v1.StopTaskRequest
-	(*StopTaskResponse)(nil),            // 47: shoal.v1.StopTaskResponse
-	(*StartTaskRequest)(nil),            // 48: shoal.v1.StartTaskRequest
-	(*StartTaskResponse)(nil),           // 49: shoal.v1.StartTaskResponse
-	(*RenameTaskRequest)(nil),           // 50: shoal.v1.RenameTaskRequest
-	(*RenameTaskResponse)(nil),          // 51: shoal.v1.RenameTaskResponse
-	(*ListNodesRequest)(nil),            // 52: shoal.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),           // 53: shoal.v1.ListNodesResponse
-	(*UpdateNodeRequest)(nil),           // 54: shoal.v1.UpdateNodeRequest
-	(*UpdateNodeResponse)(nil),          // 55: shoal.v1.UpdateNodeResponse
-	(*RemoveNodeRequest)(nil),           // 56: shoal.v1.RemoveNodeRequest
-	(*RemoveNodeResponse)(nil),          // 57: shoal.v1.RemoveNodeResponse
-	(*JoinNodeRequest)(nil),             // 58: shoal.v1.JoinNodeRequest
-	(*JoinNodeResponse)(nil),            // 59: shoal.v1.JoinNodeResponse
-	(*Certificate)(nil),                 // 60: shoal.v1.Certificate
-	(*RenewCertificateRequest)(nil),     // 61: shoal.v1.RenewCertificateRequest
-	(*RenewCertificateResponse)(nil),    // 62: shoal.v1.RenewCertificateResponse
-	(*Lock)(nil),                        // 63: shoal.v1.Lock
-	(*LeaveNodeRequest)(nil),            // 64: shoal.v1.LeaveNodeRequest
-	(*LeaveNodeResponse)(nil),           // 65: shoal.v1.LeaveNodeResponse
-	(*ShowTokenRequest)(nil),            // 66: shoal.v1.ShowTokenRequest
-	(*ShowTokenResponse)(nil),           // 67: shoal.v1.ShowTokenResponse
-	(*RotateTokenRequest)(nil),          // 68: shoal.v1.RotateTokenRequest
-	(*RotateTokenResponse)(nil),         // 69: shoal.v1.RotateTokenResponse
-	(*ShowCARequest)(nil),               // 70: shoal.v1.ShowCARequest
-	(*ShowCAResponse)(nil),              // 71: shoal.v1.ShowCAResponse
-	(*UnlockKeyRequest)(nil),            // 72: shoal.v1.UnlockKeyRequest
-	(*UnlockKeyResponse)(nil),           // 73: shoal.v1.UnlockKeyResponse
-	(*RotateCARequest)(nil),             // 74: shoal.v1.RotateCARequest
-	(*RotateCAResponse)(nil),            // 75: shoal.v1.RotateCAResponse
-	(*AdmitManagerRequest)(nil),         // 76: shoal.v1.AdmitManagerRequest
-	(*AdmitManagerResponse)(nil),        // 77: shoal.v1.AdmitManagerResponse
-	(*CreateBlobRequest)(nil),           // 78: shoal.v1.CreateBlobRequest
-	(*CreateBlobResponse)(nil),          // 79: shoal.v1.CreateBlobResponse
-	(*UpdateBlobRequest)(nil),           // 80: shoal.v1.UpdateBlobRequest
-	(*UpdateBlobResponse)(nil),          // 81: shoal.v1.UpdateBlobResponse
-	(*ListBlobsRequest)(nil),            // 82: shoal.v1.ListBlobsRequest
-	(*ListBlobsResponse)(nil),           // 83: shoal.v1.ListBlobsResponse
-	(*RemoveBlobRequest)(nil),           // 84: shoal.v1.RemoveBlobRequest
-	(*RemoveBlobResponse)(nil),          // 85: shoal.v1.RemoveBlobResponse
-	(*TaskBlobsRequest)(nil),            // 86: shoal.v1.TaskBlobsRequest
-	(*TaskBlobsResponse)(nil),           // 87: shoal.v1.TaskBlobsResponse
-	(*AssignmentsRequest)(nil),          // 88: shoal.v1.AssignmentsRequest
-	(*AssignmentsResponse)(nil),         // 89: shoal.v1.AssignmentsResponse
-	(*Trust)(nil),                       // 90: shoal.v1.Trust
-	(*GossipKey)(nil),                   // 91: shoal.v1.GossipKey
-	(*ReportRequest)(nil),               // 92: shoal.v1.ReportRequest
-	(*ReportResponse)(nil),              // 93: shoal.v1.ReportResponse
-	(*CheckEndpointsRequest)(nil),       // 94: shoal.v1.CheckEndpointsRequest
-	(*CheckEndpointsResponse)(nil),      // 95: shoal.v1.CheckEndpointsResponse
-	(*TasksRequest)(nil),                // 96: shoal.v1.TasksRequest
-	(*TasksResponse)(nil),               // 97: shoal.v1.TasksResponse
-	(*StatsRequest)(nil),                // 98: shoal.v1.StatsRequest
-	(*StatsResponse)(nil),               // 99: shoal.v1.StatsResponse
-	(*KernelRequest)(nil),               // 100: shoal.v1.KernelRequest
-	(*KernelResponse)(nil),              // 101: shoal.v1.KernelResponse
-	(*ExecRequest)(nil),                 // 102: shoal.v1.ExecRequest
-	(*ExecResponse)(nil),                // 103: shoal.v1.ExecResponse
-	(*LogsRequest)(nil),                 // 104: shoal.v1.LogsRequest
-	(*LogsResponse)(nil),                // 105: shoal.v1.LogsResponse
-	(*CopySource)(nil),                  // 106: shoal.v1.CopySource
-	(*CopyRequest)(nil),                 // 107: shoal.v1.CopyRequest
-	(*CopyResponse)(nil),                // 108: shoal.v1.CopyResponse
-	(*KillRequest)(nil),                 // 109: shoal.v1.KillRequest
-	(*KillResponse)(nil),                // 110: shoal.v1.KillResponse
-	(*TopRequest)(nil),                  // 111: shoal.v1.TopRequest
-	(*TopResponse)(nil),                 // 112: shoal.v1.TopResponse
-	(*WaitRequest)(nil),                 // 113: shoal.v1.WaitRequest
-	(*WaitResponse)(nil),                // 114: shoal.v1.WaitResponse
-	(*SaveSnapshotRequest)(nil),         // 115: shoal.v1.SaveSnapshotRequest
-	(*SaveSnapshotResponse)(nil),        // 116: shoal.v1.SaveSnapshotResponse
-	(*Image)(nil),                       // 117: shoal.v1.Image
-	(*ImageListRequest)(nil),            // 118: shoal.v1.ImageListRequest
-	(*ImageListResponse)(nil),           // 119: shoal.v1.ImageListResponse
-	(*ImagePullRequest)(nil),            // 120: shoal.v1.ImagePullRequest
-	(*ImagePullResponse)(nil),           // 121: shoal.v1.ImagePullResponse
-	(*ImageResolveRequest)(nil),         // 122: shoal.v1.ImageResolveRequest
-	(*ImageResolveResponse)(nil),        // 123: shoal.v1.ImageResolveResponse
-	(*ImageRemoveRequest)(nil),          // 124: shoal.v1.ImageRemoveRequest
-	(*ImagePruneRequest)(nil),           // 125: shoal.v1.ImagePruneRequest
-	(*ImageRemoveResponse)(nil),         // 126: shoal.v1.ImageRemoveResponse
-	(*ImageInspectRequest)(nil),         // 127: shoal.v1.ImageInspectRequest
-	(*ImageInspectResponse)(nil),        // 128: shoal.v1.ImageInspectResponse
-	(*ImageLoadRequest)(nil),            // 129: shoal.v1.ImageLoadRequest
-	(*ImageLoadResponse)(nil),           // 130: shoal.v1.ImageLoadResponse
-	(*ImageSaveRequest)(nil),            // 131: shoal.v1.ImageSaveRequest
-	(*ImageSaveResponse)(nil),           // 132: shoal.v1.ImageSaveResponse
-	(*Volume)(nil),                      // 133: shoal.v1.Volume
-	(*VolumeListRequest)(nil),           // 134: shoal.v1.VolumeListRequest
-	(*VolumeListResponse)(nil),          // 135: shoal.v1.VolumeListResponse
-	(*VolumeCreateRequest)(nil),         // 136: shoal.v1.VolumeCreateRequest
-	(*VolumeCreateResponse)(nil),        // 137: shoal.v1.VolumeCreateResponse
-	(*VolumeRemoveRequest)(nil),         // 138: shoal.v1.VolumeRemoveRequest
-	(*VolumeRemoveResponse)(nil),        // 139: shoal.v1.VolumeRemoveResponse
-	(*RestoreSnapshotRequest)(nil),      // 140: shoal.v1.RestoreSnapshotRequest
-	(*UnlockRequest)(nil),               // 141: shoal.v1.UnlockRequest
-	(*UnlockResponse)(nil),              // 142: shoal.v1.UnlockResponse
-	(*InfoRequest)(nil),                 // 143: shoal.v1.InfoRequest
-	(*InfoResponse)(nil),                // 144: shoal.v1.InfoResponse
-	(*InitRequest)(nil),                 // 145: shoal.v1.InitRequest
-	(*InitResponse)(nil),                // 146: shoal.v1.InitResponse
-	(*JoinRequest)(nil),                 // 147: shoal.v1.JoinRequest
-	(*JoinResponse)(nil),                // 148: shoal.v1.JoinResponse
-	(*LeaveRequest)(nil),                // 149: shoal.v1.LeaveRequest
-	(*LeaveResponse)(nil),               // 150: shoal.v1.LeaveResponse
-	(*DoctorRequest)(nil),               // 151: shoal.v1.DoctorRequest
-	(*DoctorResponse)(nil),              // 152: shoal.v1.DoctorResponse
-	nil,                                 // 153: shoal.v1.Network.LabelsEntry
-	nil,                                 // 154: shoal.v1.Network.OptionsEntry
-	nil,                                 // 155: shoal.v1.TaskSpec.LabelsEntry
-	nil,                                 // 156: shoal.v1.Blob.LabelsEntry
-	nil,                                 // 157: shoal.v1.Container.SysctlsEntry
-	nil,                                 // 158: shoal.v1.Mount.LabelsEntry
-	nil,                                 // 159: shoal.v1.ServiceSpec.LabelsEntry
-	nil,                                 // 160: shoal.v1.NodeInfo.LabelsEntry
-	nil,                                 // 161: shoal.v1.NodeInfo.EngineLabelsEntry
-	nil,                                 // 162: shoal.v1.CreateNetworkRequest.LabelsEntry
-	nil,                                 // 163: shoal.v1.CreateNetworkRequest.OptionsEntry
-	nil,                                 // 164: shoal.v1.Event.AttributesEntry
-	nil,                                 // 165: shoal.v1.UpdateNodeRequest.SetLabelsEntry
-	(*ShowCAResponse_Root)(nil),         // 166: shoal.v1.ShowCAResponse.Root
-	nil,                                 // 167: shoal.v1.UpdateBlobRequest.LabelsEntry
-	nil,                                 // 168: shoal.v1.ReportRequest.TasksEntry
-	nil,                                 // 169: shoal.v1.ReportRequest.EngineLabelsEntry
-	(*ReportRequest_Fault)(nil),         // 170: shoal.v1.ReportRequest.Fault
-	(*CheckEndpointsRequest_Claim)(nil), // 171: shoal.v1.CheckEndpointsRequest.Claim
-	(*StatsResponse_Task)(nil),          // 172: shoal.v1.StatsResponse.Task
-	(*StatsResponse_Drop)(nil),          // 173: shoal.v1.StatsResponse.Drop
-	(*KernelResponse_Backend)(nil),      // 174: shoal.v1.KernelResponse.Backend
-	(*KernelResponse_Server)(nil),       // 175: shoal.v1.KernelResponse.Server
-	(*ExecRequest_Start)(nil),           // 176: shoal.v1.ExecRequest.Start
-	(*ExecRequest_Resize)(nil),          // 177: shoal.v1.ExecRequest.Resize
-	(*CopyRequest_Start)(nil),           // 178: shoal.v1.CopyRequest.Start
-	nil,                                 // 179: shoal.v1.Volume.LabelsEntry
-	nil,                                 // 180: shoal.v1.VolumeCreateRequest.LabelsEntry
-	(*DoctorResponse_Check)(nil),        // 181: shoal.v1.DoctorResponse.Check
-	(*DoctorResponse_Object)(nil),       // 182: shoal.v1.DoctorResponse.Object
+	(*LogConfig)(nil),                   // 3: shoal.v1.LogConfig
+	(*BlobRef)(nil),                     // 4: shoal.v1.BlobRef
+	(*Blob)(nil),                        // 5: shoal.v1.Blob
+	(*Resources)(nil),                   // 6: shoal.v1.Resources
+	(*Container)(nil),                   // 7: shoal.v1.Container
+	(*Mount)(nil),                       // 8: shoal.v1.Mount
+	(*HealthCheck)(nil),                 // 9: shoal.v1.HealthCheck
+	(*Port)(nil),                        // 10: shoal.v1.Port
+	(*ServiceSpec)(nil),                 // 11: shoal.v1.ServiceSpec
+	(*UpdateConfig)(nil),                // 12: shoal.v1.UpdateConfig
+	(*UpdateStatus)(nil),                // 13: shoal.v1.UpdateStatus
+	(*VIPs)(nil),                        // 14: shoal.v1.VIPs
+	(*Service)(nil),                     // 15: shoal.v1.Service
+	(*NodeFault)(nil),                   // 16: shoal.v1.NodeFault
+	(*Attachment)(nil),                  // 17: shoal.v1.Attachment
+	(*TaskStatus)(nil),                  // 18: shoal.v1.TaskStatus
+	(*Stopping)(nil),                    // 19: shoal.v1.Stopping
+	(*Task)(nil),                        // 20: shoal.v1.Task
+	(*NodeInfo)(nil),                    // 21: shoal.v1.NodeInfo
+	(*Cluster)(nil),                     // 22: shoal.v1.Cluster
+	(*CreateNetworkRequest)(nil),        // 23: shoal.v1.CreateNetworkRequest
+	(*CreateNetworkResponse)(nil),       // 24: shoal.v1.CreateNetworkResponse
+	(*ListNetworksRequest)(nil),         // 25: shoal.v1.ListNetworksRequest
+	(*ListNetworksResponse)(nil),        // 26: shoal.v1.ListNetworksResponse
+	(*RemoveNetworkRequest)(nil),        // 27: shoal.v1.RemoveNetworkRequest
+	(*RemoveNetworkResponse)(nil),       // 28: shoal.v1.RemoveNetworkResponse
+	(*ConnectNetworkRequest)(nil),       // 29: shoal.v1.ConnectNetworkRequest
+	(*ConnectNetworkResponse)(nil),      // 30: shoal.v1.ConnectNetworkResponse
+	(*DisconnectNetworkRequest)(nil),    // 31: shoal.v1.DisconnectNetworkRequest
+	(*DisconnectNetworkResponse)(nil),   // 32: shoal.v1.DisconnectNetworkResponse
+	(*EventsRequest)(nil),               // 33: shoal.v1.EventsRequest
+	(*Event)(nil),                       // 34: shoal.v1.Event
+	(*CreateServiceRequest)(nil),        // 35: shoal.v1.CreateServiceRequest
+	(*CreateServiceResponse)(nil),       // 36: shoal.v1.CreateServiceResponse
+	(*UpdateServiceRequest)(nil),        // 37: shoal.v1.UpdateServiceRequest
+	(*UpdateServiceResponse)(nil),       // 38: shoal.v1.UpdateServiceResponse
+	(*ListServicesRequest)(nil),         // 39: shoal.v1.ListServicesRequest
+	(*ListServicesResponse)(nil),        // 40: shoal.v1.ListServicesResponse
+	(*RemoveServiceRequest)(nil),        // 41: shoal.v1.RemoveServiceRequest
+	(*RemoveServiceResponse)(nil),       // 42: shoal.v1.RemoveServiceResponse
+	(*CreateTaskRequest)(nil),           // 43: shoal.v1.CreateTaskRequest
+	(*CreateTaskResponse)(nil),          // 44: shoal.v1.CreateTaskResponse
+	(*ListTasksRequest)(nil),            // 45: shoal.v1.ListTasksRequest
+	(*ListTasksResponse)(nil),           // 46: shoal.v1.ListTasksResponse
+	(*StopTaskRequest)(nil),             // 47: shoal.v1.StopTaskRequest
+	(*StopTaskResponse)(nil),            // 48: shoal.v1.StopTaskResponse
+	(*StartTaskRequest)(nil),            // 49: shoal.v1.StartTaskRequest
+	(*StartTaskResponse)(nil),           // 50: shoal.v1.StartTaskResponse
+	(*RenameTaskRequest)(nil),           // 51: shoal.v1.RenameTaskRequest
+	(*RenameTaskResponse)(nil),          // 52: shoal.v1.RenameTaskResponse
+	(*ListNodesRequest)(nil),            // 53: shoal.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),           // 54: shoal.v1.ListNodesResponse
+	(*UpdateNodeRequest)(nil),           // 55: shoal.v1.UpdateNodeRequest
+	(*UpdateNodeResponse)(nil),          // 56: shoal.v1.UpdateNodeResponse
+	(*RemoveNodeRequest)(nil),           // 57: shoal.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),          // 58: shoal.v1.RemoveNodeResponse
+	(*JoinNodeRequest)(nil),             // 59: shoal.v1.JoinNodeRequest
+	(*JoinNodeResponse)(nil),            // 60: shoal.v1.JoinNodeResponse
+	(*Certificate)(nil),                 // 61: shoal.v1.Certificate
+	(*RenewCertificateRequest)(nil),     // 62: shoal.v1.RenewCertificateRequest
+	(*RenewCertificateResponse)(nil),    // 63: shoal.v1.RenewCertificateResponse
+	(*Lock)(nil),                        // 64: shoal.v1.Lock
+	(*LeaveNodeRequest)(nil),            // 65: shoal.v1.LeaveNodeRequest
+	(*LeaveNodeResponse)(nil),           // 66: shoal.v1.LeaveNodeResponse
+	(*ShowTokenRequest)(nil),            // 67: shoal.v1.ShowTokenRequest
+	(*ShowTokenResponse)(nil),           // 68: shoal.v1.ShowTokenResponse
+	(*RotateTokenRequest)(nil),          // 69: shoal.v1.RotateTokenRequest
+	(*RotateTokenResponse)(nil),         // 70: shoal.v1.RotateTokenResponse
+	(*ShowCARequest)(nil),               // 71: shoal.v1.ShowCARequest
+	(*ShowCAResponse)(nil),              // 72: shoal.v1.ShowCAResponse
+	(*UnlockKeyRequest)(nil),            // 73: shoal.v1.UnlockKeyRequest
+	(*UnlockKeyResponse)(nil),           // 74: shoal.v1.UnlockKeyResponse
+	(*RotateCARequest)(nil),             // 75: shoal.v1.RotateCARequest
+	(*RotateCAResponse)(nil),            // 76: shoal.v1.RotateCAResponse
+	(*AdmitManagerRequest)(nil),         // 77: shoal.v1.AdmitManagerRequest
+	(*AdmitManagerResponse)(nil),        // 78: shoal.v1.AdmitManagerResponse
+	(*CreateBlobRequest)(nil),           // 79: shoal.v1.CreateBlobRequest
+	(*CreateBlobResponse)(nil),          // 80: shoal.v1.CreateBlobResponse
+	(*UpdateBlobRequest)(nil),           // 81: shoal.v1.UpdateBlobRequest
+	(*UpdateBlobResponse)(nil),          // 82: shoal.v1.UpdateBlobResponse
+	(*ListBlobsRequest)(nil),            // 83: shoal.v1.ListBlobsRequest
+	(*ListBlobsResponse)(nil),           // 84: shoal.v1.ListBlobsResponse
+	(*RemoveBlobRequest)(nil),           // 85: shoal.v1.RemoveBlobRequest
+	(*RemoveBlobResponse)(nil),          // 86: shoal.v1.RemoveBlobResponse
+	(*TaskBlobsRequest)(nil),            // 87: shoal.v1.TaskBlobsRequest
+	(*TaskBlobsResponse)(nil),           // 88: shoal.v1.TaskBlobsResponse
+	(*AssignmentsRequest)(nil),          // 89: shoal.v1.AssignmentsRequest
+	(*AssignmentsResponse)(nil),         // 90: shoal.v1.AssignmentsResponse
+	(*Trust)(nil),                       // 91: shoal.v1.Trust
+	(*GossipKey)(nil),                   // 92: shoal.v1.GossipKey
+	(*ReportRequest)(nil),               // 93: shoal.v1.ReportRequest
+	(*ReportResponse)(nil),              // 94: shoal.v1.ReportResponse
+	(*CheckEndpointsRequest)(nil),       // 95: shoal.v1.CheckEndpointsRequest
+	(*CheckEndpointsResponse)(nil),      // 96: shoal.v1.CheckEndpointsResponse
+	(*TasksRequest)(nil),                // 97: shoal.v1.TasksRequest
+	(*TasksResponse)(nil),               // 98: shoal.v1.TasksResponse
+	(*StatsRequest)(nil),                // 99: shoal.v1.StatsRequest
+	(*StatsResponse)(nil),               // 100: shoal.v1.StatsResponse
+	(*KernelRequest)(nil),               // 101: shoal.v1.KernelRequest
+	(*KernelResponse)(nil),              // 102: shoal.v1.KernelResponse
+	(*ExecRequest)(nil),                 // 103: shoal.v1.ExecRequest
+	(*ExecResponse)(nil),                // 104: shoal.v1.ExecResponse
+	(*LogsRequest)(nil),                 // 105: shoal.v1.LogsRequest
+	(*LogsResponse)(nil),                // 106: shoal.v1.LogsResponse
+	(*CopySource)(nil),                  // 107: shoal.v1.CopySource
+	(*CopyRequest)(nil),                 // 108: shoal.v1.CopyRequest
+	(*CopyResponse)(nil),                // 109: shoal.v1.CopyResponse
+	(*KillRequest)(nil),                 // 110: shoal.v1.KillRequest
+	(*KillResponse)(nil),                // 111: shoal.v1.KillResponse
+	(*TopRequest)(nil),                  // 112: shoal.v1.TopRequest
+	(*TopResponse)(nil),                 // 113: shoal.v1.TopResponse
+	(*WaitRequest)(nil),                 // 114: shoal.v1.WaitRequest
+	(*WaitResponse)(nil),                // 115: shoal.v1.WaitResponse
+	(*SaveSnapshotRequest)(nil),         // 116: shoal.v1.SaveSnapshotRequest
+	(*SaveSnapshotResponse)(nil),        // 117: shoal.v1.SaveSnapshotResponse
+	(*Image)(nil),                       // 118: shoal.v1.Image
+	(*ImageListRequest)(nil),            // 119: shoal.v1.ImageListRequest
+	(*ImageListResponse)(nil),           // 120: shoal.v1.ImageListResponse
+	(*ImagePullRequest)(nil),            // 121: shoal.v1.ImagePullRequest
+	(*ImagePullResponse)(nil),           // 122: shoal.v1.ImagePullResponse
+	(*ImageResolveRequest)(nil),         // 123: shoal.v1.ImageResolveRequest
+	(*ImageResolveResponse)(nil),        // 124: shoal.v1.ImageResolveResponse
+	(*ImageRemoveRequest)(nil),          // 125: shoal.v1.ImageRemoveRequest
+	(*ImagePruneRequest)(nil),           // 126: shoal.v1.ImagePruneRequest
+	(*ImageRemoveResponse)(nil),         // 127: shoal.v1.ImageRemoveResponse
+	(*ImageInspectRequest)(nil),         // 128: shoal.v1.ImageInspectRequest
+	(*ImageInspectResponse)(nil),        // 129: shoal.v1.ImageInspectResponse
+	(*ImageLoadRequest)(nil),            // 130: shoal.v1.ImageLoadRequest
+	(*ImageLoadResponse)(nil),           // 131: shoal.v1.ImageLoadResponse
+	(*ImageSaveRequest)(nil),            // 132: shoal.v1.ImageSaveRequest
+	(*ImageSaveResponse)(nil),           // 133: shoal.v1.ImageSaveResponse
+	(*Volume)(nil),                      // 134: shoal.v1.Volume
+	(*VolumeListRequest)(nil),           // 135: shoal.v1.VolumeListRequest
+	(*VolumeListResponse)(nil),          // 136: shoal.v1.VolumeListResponse
+	(*VolumeCreateRequest)(nil),         // 137: shoal.v1.VolumeCreateRequest
+	(*VolumeCreateResponse)(nil),        // 138: shoal.v1.VolumeCreateResponse
+	(*VolumeRemoveRequest)(nil),         // 139: shoal.v1.VolumeRemoveRequest
+	(*VolumeRemoveResponse)(nil),        // 140: shoal.v1.VolumeRemoveResponse
+	(*RestoreSnapshotRequest)(nil),      // 141: shoal.v1.RestoreSnapshotRequest
+	(*UnlockRequest)(nil),               // 142: shoal.v1.UnlockRequest
+	(*UnlockResponse)(nil),              // 143: shoal.v1.UnlockResponse
+	(*InfoRequest)(nil),                 // 144: shoal.v1.InfoRequest
+	(*InfoResponse)(nil),                // 145: shoal.v1.InfoResponse
+	(*InitRequest)(nil),                 // 146: shoal.v1.InitRequest
+	(*InitResponse)(nil),                // 147: shoal.v1.InitResponse
+	(*JoinRequest)(nil),                 // 148: shoal.v1.JoinRequest
+	(*JoinResponse)(nil),                // 149: shoal.v1.JoinResponse
+	(*LeaveRequest)(nil),                // 150: shoal.v1.LeaveRequest
+	(*LeaveResponse)(nil),               // 151: shoal.v1.LeaveResponse
+	(*DoctorRequest)(nil),               // 152: shoal.v1.DoctorRequest
+	(*DoctorResponse)(nil),              // 153: shoal.v1.DoctorResponse
+	nil,                                 // 154: shoal.v1.Network.LabelsEntry
+	nil,                                 // 155: shoal.v1.Network.OptionsEntry
+	nil,                                 // 156: shoal.v1.TaskSpec.LabelsEntry
+	nil,                                 // 157: shoal.v1.Blob.LabelsEntry
+	nil,                                 // 158: shoal.v1.Container.SysctlsEntry
+	nil,                                 // 159: shoal.v1.Mount.LabelsEntry
+	nil,                                 // 160: shoal.v1.ServiceSpec.LabelsEntry
+	nil,                                 // 161: shoal.v1.NodeInfo.LabelsEntry
+	nil,                                 // 162: shoal.v1.NodeInfo.EngineLabelsEntry
+	nil,                                 // 163: shoal.v1.CreateNetworkRequest.LabelsEntry
+	nil,                                 // 164: shoal.v1.CreateNetworkRequest.OptionsEntry
+	nil,                                 // 165: shoal.v1.Event.AttributesEntry
+	nil,                                 // 166: shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	(*ShowCAResponse_Root)(nil),         // 167: shoal.v1.ShowCAResponse.Root
+	nil,                                 // 168: shoal.v1.UpdateBlobRequest.LabelsEntry
+	nil,                                 // 169: shoal.v1.ReportRequest.TasksEntry
+	nil,                                 // 170: shoal.v1.ReportRequest.EngineLabelsEntry
+	(*ReportRequest_Fault)(nil),         // 171: shoal.v1.ReportRequest.Fault
+	(*CheckEndpointsRequest_Claim)(nil), // 172: shoal.v1.CheckEndpointsRequest.Claim
+	(*StatsResponse_Task)(nil),          // 173: shoal.v1.StatsResponse.Task
+	(*StatsResponse_Drop)(nil),          // 174: shoal.v1.StatsResponse.Drop
+	(*KernelResponse_Backend)(nil),      // 175: shoal.v1.KernelResponse.Backend
+	(*KernelResponse_Server)(nil),       // 176: shoal.v1.KernelResponse.Server
+	(*ExecRequest_Start)(nil),           // 177: shoal.v1.ExecRequest.Start
+	(*ExecRequest_Resize)(nil),          // 178: shoal.v1.ExecRequest.Resize
+	(*CopyRequest_Start)(nil),           // 179: shoal.v1.CopyRequest.Start
+	nil,                                 // 180: shoal.v1.Volume.LabelsEntry
+	nil,                                 // 181: shoal.v1.VolumeCreateRequest.LabelsEntry
+	(*DoctorResponse_Check)(nil),        // 182: shoal.v1.DoctorResponse.Check
+	(*DoctorResponse_Object)(nil),       // 183: shoal.v1.DoctorResponse.Object
 }
 var file_shoal_v1_shoal_proto_depIdxs = []int32{
-	153, // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
-	154, // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
-	155, // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
-	8,   // 3: shoal.v1.TaskSpec.health:type_name -> shoal.v1.HealthCheck
-	6,   // 4: shoal.v1.TaskSpec.container:type_name -> shoal.v1.Container
-	5,   // 5: shoal.v1.TaskSpec.resources:type_name -> shoal.v1.Resources
-	3,   // 6: shoal.v1.TaskSpec.secrets:type_name -> shoal.v1.BlobRef
-	3,   // 7: shoal.v1.TaskSpec.configs:type_name -> shoal.v1.BlobRef
-	156, // 8: shoal.v1.Blob.labels:type_name -> shoal.v1.Blob.LabelsEntry
-	7,   // 9: shoal.v1.Container.mounts:type_name -> shoal.v1.Mount
-	157, // 10: shoal.v1.Container.sysctls:type_name -> shoal.v1.Container.SysctlsEntry
-	158, // 11: shoal.v1.Mount.labels:type_name -> shoal.v1.Mount.LabelsEntry
-	159, // 12: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
-	1,   // 13: shoal.v1.ServiceSpec.networks:type_name -> shoal.v1.NetworkAttachment
-	2,   // 14: shoal.v1.ServiceSpec.task:type_name -> shoal.v1.TaskSpec
-	9,   // 15: shoal.v1.ServiceSpec.ports:type_name -> shoal.v1.Port
-	11,  // 16: shoal.v1.ServiceSpec.update:type_name -> shoal.v1.UpdateConfig
-	11,  // 17: shoal.v1.ServiceSpec.rollback:type_name -> shoal.v1.UpdateConfig
-	10,  // 18: shoal.v1.Service.spec:type_name -> shoal.v1.ServiceSpec
-	13,  // 19: shoal.v1.Service.vips:type_name -> shoal.v1.VIPs
-	9,   // 20: shoal.v1.Service.ports:type_name -> shoal.v1.Port
-	15,  // 21: shoal.v1.Service.faults:type_name -> shoal.v1.NodeFault
-	10,  // 22: shoal.v1.Service.previous_spec:type_name -> shoal.v1.ServiceSpec
-	12,  // 23: shoal.v1.Service.update_status:type_name -> shoal.v1.UpdateStatus
-	2,   // 24: shoal.v1.Task.spec:type_name -> shoal.v1.TaskSpec
-	16,  // 25: shoal.v1.Task.attachments:type_name -> shoal.v1.Attachment
-	17,  // 26: shoal.v1.Task.status:type_name -> shoal.v1.TaskStatus
-	9,   // 27: shoal.v1.Task.ports:type_name -> shoal.v1.Port
-	15,  // 28: shoal.v1.Task.faults:type_name -> shoal.v1.NodeFault
-	18,  // 29: shoal.v1.Task.stopping:type_name -> shoal.v1.Stopping
-	160, // 30: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
-	161, // 31: shoal.v1.NodeInfo.engine_labels:type_name -> shoal.v1.NodeInfo.EngineLabelsEntry
-	162, // 32: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
-	163, // 33: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
-	0,   // 34: shoal.v1.CreateNetworkResponse.network:type_name -> shoal.v1.Network
-	0,   // 35: shoal.v1.ListNetworksResponse.networks:type_name -> shoal.v1.Network
-	19,  // 36: shoal.v1.ConnectNetworkResponse.task:type_name -> shoal.v1.Task
-	14,  // 37: shoal.v1.ConnectNetworkResponse.service:type_name -> shoal.v1.Service
-	19,  // 38: shoal.v1.DisconnectNetworkResponse.task:type_name -> shoal.v1.Task
-	14,  // 39: shoal.v1.DisconnectNetworkResponse.service:type_name -> shoal.v1.Service
-	164, // 40: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
-	10,  // 41: shoal.v1.CreateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
-	14,  // 42: shoal.v1.CreateServiceResponse.service:type_name -> shoal.v1.Service
-	10,  // 43: shoal.v1.UpdateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
-	14,  // 44: shoal.v1.UpdateServiceResponse.service:type_name -> shoal.v1.Service
-	14,  // 45: shoal.v1.ListServicesResponse.services:type_name -> shoal.v1.Service
-	2,   // 46: shoal.v1.CreateTaskRequest.spec:type_name -> shoal.v1.TaskSpec
-	1,   // 47: shoal.v1.CreateTaskRequest.networks:type_name -> shoal.v1.NetworkAttachment
-	9,   // 48: shoal.v1.CreateTaskRequest.ports:type_name -> shoal.v1.Port
-	19,  // 49: shoal.v1.CreateTaskResponse.task:type_name -> shoal.v1.Task
-	19,  // 50: shoal.v1.ListTasksResponse.tasks:type_name -> shoal.v1.Task
-	18,  // 51: shoal.v1.StopTaskRequest.stopping:type_name -> shoal.v1.Stopping
-	18,  // 52: shoal.v1.StartTaskRequest.stopping:type_name -> shoal.v1.Stopping
-	19,  // 53: shoal.v1.StartTaskResponse.task:type_name -> shoal.v1.Task
-	19,  // 54: shoal.v1.RenameTaskResponse.task:type_name -> shoal.v1.Task
-	20,  // 55: shoal.v1.ListNodesResponse.nodes:type_name -> shoal.v1.NodeInfo
-	165, // 56: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
-	20,  // 57: shoal.v1.UpdateNodeResponse.node:type_name -> shoal.v1.NodeInfo
-	20,  // 58: shoal.v1.JoinNodeRequest.node:type_name -> shoal.v1.NodeInfo
-	21,  // 59: shoal.v1.JoinNodeResponse.cluster:type_name -> shoal.v1.Cluster
-	20,  // 60: shoal.v1.JoinNodeResponse.node:type_name -> shoal.v1.NodeInfo
-	20,  // 61: shoal.v1.JoinNodeResponse.managers:type_name -> shoal.v1.NodeInfo
-	60,  // 62: shoal.v1.JoinNodeResponse.certificate:type_name -> shoal.v1.Certificate
-	90,  // 63: shoal.v1.JoinNodeResponse.trust:type_name -> shoal.v1.Trust
-	63,  // 64: shoal.v1.JoinNodeResponse.lock:type_name -> shoal.v1.Lock
-	60,  // 65: shoal.v1.RenewCertificateResponse.certificate:type_name -> shoal.v1.Certificate
-	63,  // 66: shoal.v1.RenewCertificateResponse.lock:type_name -> shoal.v1.Lock
-	20,  // 67: shoal.v1.ShowTokenResponse.managers:type_name -> shoal.v1.NodeInfo
-	166, // 68: shoal.v1.ShowCAResponse.root:type_name -> shoal.v1.ShowCAResponse.Root
-	166, // 69: shoal.v1.ShowCAResponse.old:type_name -> shoal.v1.ShowCAResponse.Root
-	4,   // 70: shoal.v1.CreateBlobRequest.blob:type_name -> shoal.v1.Blob
-	4,   // 71: shoal.v1.CreateBlobResponse.blob:type_name -> shoal.v1.Blob
-	167, // 72: shoal.v1.UpdateBlobRequest.labels:type_name -> shoal.v1.UpdateBlobRequest.LabelsEntry
-	4,   // 73: shoal.v1.UpdateBlobResponse.blob:type_name -> shoal.v1.Blob
-	4,   // 74: shoal.v1.ListBlobsResponse.blobs:type_name -> shoal.v1.Blob
-	4,   // 75: shoal.v1.TaskBlobsResponse.blobs:type_name -> shoal.v1.Blob
-	19,  // 76: shoal.v1.AssignmentsResponse.tasks:type_name -> shoal.v1.Task
-	0,   // 77: shoal.v1.AssignmentsResponse.networks:type_name -> shoal.v1.Network
-	14,  // 78: shoal.v1.AssignmentsResponse.services:type_name -> shoal.v1.Service
-	20,  // 79: shoal.v1.AssignmentsResponse.nodes:type_name -> shoal.v1.NodeInfo
-	21,  // 80: shoal.v1.AssignmentsResponse.cluster:type_name -> shoal.v1.Cluster
-	90,  // 81: shoal.v1.AssignmentsResponse.trust:type_name -> shoal.v1.Trust
-	91,  // 82: shoal.v1.Trust.gossip_keys:type_name -> shoal.v1.GossipKey
-	168, // 83: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
-	170, // 84: shoal.v1.ReportRequest.faults:type_name -> shoal.v1.ReportRequest.Fault
-	169, // 85: shoal.v1.ReportRequest.engine_labels:type_name -> shoal.v1.ReportRequest.EngineLabelsEntry
-	171, // 86: shoal.v1.CheckEndpointsRequest.claims:type_name -> shoal.v1.CheckEndpointsRequest.Claim
-	19,  // 87: shoal.v1.TasksResponse.tasks:type_name -> shoal.v1.Task
-	172, // 88: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
-	173, // 89: shoal.v1.StatsResponse.drops:type_name -> shoal.v1.StatsResponse.Drop
-	175, // 90: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
-	176, // 91: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
-	177, // 92: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
-	178, // 93: shoal.v1.CopyRequest.start:type_name -> shoal.v1.CopyRequest.Start
-	106, // 94: shoal.v1.CopyResponse.source:type_name -> shoal.v1.CopySource
-	17,  // 95: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
-	117, // 96: shoal.v1.ImageListResponse.images:type_name -> shoal.v1.Image
-	117, // 97: shoal.v1.ImageInspectResponse.image:type_name -> shoal.v1.Image
-	179, // 98: shoal.v1.Volume.labels:type_name -> shoal.v1.Volume.LabelsEntry
-	133, // 99: shoal.v1.VolumeListResponse.volumes:type_name -> shoal.v1.Volume
-	180, // 100: shoal.v1.VolumeCreateRequest.labels:type_name -> shoal.v1.VolumeCreateRequest.LabelsEntry
-	133, // 101: shoal.v1.VolumeCreateResponse.volume:type_name -> shoal.v1.Volume
-	20,  // 102: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
-	20,  // 103: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
-	20,  // 104: shoal.v1.InitResponse.lost:type_name -> shoal.v1.NodeInfo
-	20,  // 105: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
-	181, // 106: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
-	182, // 107: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
-	17,  // 108: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
-	174, // 109: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
-	106, // 110: shoal.v1.CopyRequest.Start.source:type_name -> shoal.v1.CopySource
-	22,  // 111: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
-	24,  // 112: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
-	26,  // 113: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
-	28,  // 114: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
-	30,  // 115: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
-	34,  // 116: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
-	36,  // 117: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
-	38,  // 118: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
-	40,  // 119: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
-	42,  // 120: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
-	44,  // 121: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
-	46,  // 122: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
-	48,  // 123: shoal.v1.Control.StartTask:input_type -> shoal.v1.StartTaskRequest
-	50,  // 124: shoal.v1.Control.RenameTask:input_type -> shoal.v1.RenameTaskRequest
-	78,  // 125: shoal.v1.Control.CreateBlob:input_type -> shoal.v1.CreateBlobRequest
-	80,  // 126: shoal.v1.Control.UpdateBlob:input_type -> shoal.v1.UpdateBlobRequest
-	82,  // 127: shoal.v1.Control.ListBlobs:input_type -> shoal.v1.ListBlobsRequest
-	84,  // 128: shoal.v1.Control.RemoveBlob:input_type -> shoal.v1.RemoveBlobRequest
-	86,  // 129: shoal.v1.Control.TaskBlobs:input_type -> shoal.v1.TaskBlobsRequest
-	52,  // 130: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
-	54,  // 131: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
-	56,  // 132: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
-	32,  // 133: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
-	66,  // 134: shoal.v1.Control.ShowToken:input_type -> shoal.v1.ShowTokenRequest
-	68,  // 135: shoal.v1.Control.RotateToken:input_type -> shoal.v1.RotateTokenRequest
-	70,  // 136: shoal.v1.Control.ShowCA:input_type -> shoal.v1.ShowCARequest
-	74,  // 137: shoal.v1.Control.RotateCA:input_type -> shoal.v1.RotateCARequest
-	72,  // 138: shoal.v1.Control.UnlockKey:input_type -> shoal.v1.UnlockKeyRequest
-	115, // 139: shoal.v1.Control.SaveSnapshot:input_type -> shoal.v1.SaveSnapshotRequest
-	61,  // 140: shoal.v1.Control.RenewCertificate:input_type -> shoal.v1.RenewCertificateRequest
-	64,  // 141: shoal.v1.Control.LeaveNode:input_type -> shoal.v1.LeaveNodeRequest
-	58,  // 142: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
-	76,  // 143: shoal.v1.Control.AdmitManager:input_type -> shoal.v1.AdmitManagerRequest
-	88,  // 144: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
-	92,  // 145: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
-	94,  // 146: shoal.v1.Control.CheckEndpoints:input_type -> shoal.v1.CheckEndpointsRequest
-	118, // 147: shoal.v1.Node.ImageList:input_type -> shoal.v1.ImageListRequest
-	120, // 148: shoal.v1.Node.ImagePull:input_type -> shoal.v1.ImagePullRequest
-	122, // 149: shoal.v1.Node.ImageResolve:input_type -> shoal.v1.ImageResolveRequest
-	124, // 150: shoal.v1.Node.ImageRemove:input_type -> shoal.v1.ImageRemoveRequest
-	125, // 151: shoal.v1.Node.ImagePrune:input_type -> shoal.v1.ImagePruneRequest
-	127, // 152: shoal.v1.Node.ImageInspect:input_type -> shoal.v1.ImageInspectRequest
-	129, // 153: shoal.v1.Node.ImageLoad:input_type -> shoal.v1.ImageLoadRequest
-	131, // 154: shoal.v1.Node.ImageSave:input_type -> shoal.v1.ImageSaveRequest
-	134, // 155: shoal.v1.Node.VolumeList:input_type -> shoal.v1.VolumeListRequest
-	136, // 156: shoal.v1.Node.VolumeCreate:input_type -> shoal.v1.VolumeCreateRequest
-	138, // 157: shoal.v1.Node.VolumeRemove:input_type -> shoal.v1.VolumeRemoveRequest
-	102, // 158: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
-	107, // 159: shoal.v1.Node.Copy:input_type -> shoal.v1.CopyRequest
-	104, // 160: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
-	113, // 161: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
-	109, // 162: shoal.v1.Node.Kill:input_type -> shoal.v1.KillRequest
-	111, // 163: shoal.v1.Node.Top:input_type -> shoal.v1.TopRequest
-	96,  // 164: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
-	98,  // 165: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
-	100, // 166: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
-	143, // 167: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
-	145, // 168: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
-	147, // 169: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
-	149, // 170: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
-	151, // 171: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
-	141, // 172: shoal.v1.Local.Unlock:input_type -> shoal.v1.UnlockRequest
-	140, // 173: shoal.v1.Local.RestoreSnapshot:input_type -> shoal.v1.RestoreSnapshotRequest
-	23,  // 174: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
-	25,  // 175: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
-	27,  // 176: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
-	29,  // 177: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
-	31,  // 178: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
-	35,  // 179: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
-	37,  // 180: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
-	39,  // 181: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
-	41,  // 182: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
-	43,  // 183: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
-	45,  // 184: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
-	47,  // 185: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
-	49,  // 186: shoal.v1.Control.StartTask:output_type -> shoal.v1.StartTaskResponse
-	51,  // 187: shoal.v1.Control.RenameTask:output_type -> shoal.v1.RenameTaskResponse
-	79,  // 188: shoal.v1.Control.CreateBlob:output_type -> shoal.v1.CreateBlobResponse
-	81,  // 189: shoal.v1.Control.UpdateBlob:output_type -> shoal.v1.UpdateBlobResponse
-	83,  // 190: shoal.v1.Control.ListBlobs:output_type -> shoal.v1.ListBlobsResponse
-	85,  // 191: shoal.v1.Control.RemoveBlob:output_type -> shoal.v1.RemoveBlobResponse
-	87,  // 192: shoal.v1.Control.TaskBlobs:output_type -> shoal.v1.TaskBlobsResponse
-	53,  // 193: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
-	55,  // 194: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
-	57,  // 195: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
-	33,  // 196: shoal.v1.Control.Events:output_type -> shoal.v1.Event
-	67,  // 197: shoal.v1.Control.ShowToken:output_type -> shoal.v1.ShowTokenResponse
-	69,  // 198: shoal.v1.Control.RotateToken:output_type -> shoal.v1.RotateTokenResponse
-	71,  // 199: shoal.v1.Control.ShowCA:output_type -> shoal.v1.ShowCAResponse
-	75,  // 200: shoal.v1.Control.RotateCA:output_type -> shoal.v1.RotateCAResponse
-	73,  // 201: shoal.v1.Control.UnlockKey:output_type -> shoal.v1.UnlockKeyResponse
-	116, // 202: shoal.v1.Control.SaveSnapshot:output_type -> shoal.v1.SaveSnapshotResponse
-	62,  // 203: shoal.v1.Control.RenewCertificate:output_type -> shoal.v1.RenewCertificateResponse
-	65,  // 204: shoal.v1.Control.LeaveNode:output_type -> shoal.v1.LeaveNodeResponse
-	59,  // 205: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
-	77,  // 206: shoal.v1.Control.AdmitManager:output_type -> shoal.v1.AdmitManagerResponse
-	89,  // 207: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
-	93,  // 208: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
-	95,  // 209: shoal.v1.Control.CheckEndpoints:output_type -> shoal.v1.CheckEndpointsResponse
-	119, // 210: shoal.v1.Node.ImageList:output_type -> shoal.v1.ImageListResponse
-	121, // 211: shoal.v1.Node.ImagePull:output_type -> shoal.v1.ImagePullResponse
-	123, // 212: shoal.v1.Node.ImageResolve:output_type -> shoal.v1.ImageResolveResponse
-	126, // 213: shoal.v1.Node.ImageRemove:output_type -> shoal.v1.ImageRemoveResponse
-	126, // 214: shoal.v1.Node.ImagePrune:output_type -> shoal.v1.ImageRemoveResponse
-	128, // 215: shoal.v1.Node.ImageInspect:output_type -> shoal.v1.ImageInspectResponse
-	130, // 216: shoal.v1.Node.ImageLoad:output_type -> shoal.v1.ImageLoadResponse
-	132, // 217: shoal.v1.Node.ImageSave:output_type -> shoal.v1.ImageSaveResponse
-	135, // 218: shoal.v1.Node.VolumeList:output_type -> shoal.v1.VolumeListResponse
-	137, // 219: shoal.v1.Node.VolumeCreate:output_type -> shoal.v1.VolumeCreateResponse
-	139, // 220: shoal.v1.Node.VolumeRemove:output_type -> shoal.v1.VolumeRemoveResponse
-	103, // 221: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
-	108, // 222: shoal.v1.Node.Copy:output_type -> shoal.v1.CopyResponse
-	105, // 223: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
-	114, // 224: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
-	110, // 225: shoal.v1.Node.Kill:output_type -> shoal.v1.KillResponse
-	112, // 226: shoal.v1.Node.Top:output_type -> shoal.v1.TopResponse
-	97,  // 227: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
-	99,  // 228: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
-	101, // 229: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
-	144, // 230: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
-	146, // 231: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
-	148, // 232: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
-	150, // 233: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
-	152, // 234: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
-	142, // 235: shoal.v1.Local.Unlock:output_type -> shoal.v1.UnlockResponse
-	146, // 236: shoal.v1.Local.RestoreSnapshot:output_type -> shoal.v1.InitResponse
-	174, // [174:237] is the sub-list for method output_type
-	111, // [111:174] is the sub-list for method input_type
-	111, // [111:111] is the sub-list for extension type_name
-	111, // [111:111] is the sub-list for extension extendee
-	0,   // [0:111] is the sub-list for field type_name
+	154, // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
+	155, // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
+	156, // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
+	9,   // 3: shoal.v1.TaskSpec.health:type_name -> shoal.v1.HealthCheck
+	7,   // 4: shoal.v1.TaskSpec.container:type_name -> shoal.v1.Container
+	6,   // 5: shoal.v1.TaskSpec.resources:type_name -> shoal.v1.Resources
+	4,   // 6: shoal.v1.TaskSpec.secrets:type_name -> shoal.v1.BlobRef
+	4,   // 7: shoal.v1.TaskSpec.configs:type_name -> shoal.v1.BlobRef
+	3,   // 8: shoal.v1.TaskSpec.log:type_name -> shoal.v1.LogConfig
+	157, // 9: shoal.v1.Blob.labels:type_name -> shoal.v1.Blob.LabelsEntry
+	8,   // 10: shoal.v1.Container.mounts:type_name -> shoal.v1.Mount
+	158, // 11: shoal.v1.Container.sysctls:type_name -> shoal.v1.Container.SysctlsEntry
+	159, // 12: shoal.v1.Mount.labels:type_name -> shoal.v1.Mount.LabelsEntry
+	160, // 13: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
+	1,   // 14: shoal.v1.ServiceSpec.networks:type_name -> shoal.v1.NetworkAttachment
+	2,   // 15: shoal.v1.ServiceSpec.task:type_name -> shoal.v1.TaskSpec
+	10,  // 16: shoal.v1.ServiceSpec.ports:type_name -> shoal.v1.Port
+	12,  // 17: shoal.v1.ServiceSpec.update:type_name -> shoal.v1.UpdateConfig
+	12,  // 18: shoal.v1.ServiceSpec.rollback:type_name -> shoal.v1.UpdateConfig
+	11,  // 19: shoal.v1.Service.spec:type_name -> shoal.v1.ServiceSpec
+	14,  // 20: shoal.v1.Service.vips:type_name -> shoal.v1.VIPs
+	10,  // 21: shoal.v1.Service.ports:type_name -> shoal.v1.Port
+	16,  // 22: shoal.v1.Service.faults:type_name -> shoal.v1.NodeFault
+	11,  // 23: shoal.v1.Service.previous_spec:type_name -> shoal.v1.ServiceSpec
+	13,  // 24: shoal.v1.Service.update_status:type_name -> shoal.v1.UpdateStatus
+	2,   // 25: shoal.v1.Task.spec:type_name -> shoal.v1.TaskSpec
+	17,  // 26: shoal.v1.Task.attachments:type_name -> shoal.v1.Attachment
+	18,  // 27: shoal.v1.Task.status:type_name -> shoal.v1.TaskStatus
+	10,  // 28: shoal.v1.Task.ports:type_name -> shoal.v1.Port
+	16,  // 29: shoal.v1.Task.faults:type_name -> shoal.v1.NodeFault
+	19,  // 30: shoal.v1.Task.stopping:type_name -> shoal.v1.Stopping
+	161, // 31: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
+	162, // 32: shoal.v1.NodeInfo.engine_labels:type_name -> shoal.v1.NodeInfo.EngineLabelsEntry
+	163, // 33: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
+	164, // 34: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
+	0,   // 35: shoal.v1.CreateNetworkResponse.network:type_name -> shoal.v1.Network
+	0,   // 36: shoal.v1.ListNetworksResponse.networks:type_name -> shoal.v1.Network
+	20,  // 37: shoal.v1.ConnectNetworkResponse.task:type_name -> shoal.v1.Task
+	15,  // 38: shoal.v1.ConnectNetworkResponse.service:type_name -> shoal.v1.Service
+	20,  // 39: shoal.v1.DisconnectNetworkResponse.task:type_name -> shoal.v1.Task
+	15,  // 40: shoal.v1.DisconnectNetworkResponse.service:type_name -> shoal.v1.Service
+	165, // 41: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
+	11,  // 42: shoal.v1.CreateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
+	15,  // 43: shoal.v1.CreateServiceResponse.service:type_name -> shoal.v1.Service
+	11,  // 44: shoal.v1.UpdateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
+	15,  // 45: shoal.v1.UpdateServiceResponse.service:type_name -> shoal.v1.Service
+	15,  // 46: shoal.v1.ListServicesResponse.services:type_name -> shoal.v1.Service
+	2,   // 47: shoal.v1.CreateTaskRequest.spec:type_name -> shoal.v1.TaskSpec
+	1,   // 48: shoal.v1.CreateTaskRequest.networks:type_name -> shoal.v1.NetworkAttachment
+	10,  // 49: shoal.v1.CreateTaskRequest.ports:type_name -> shoal.v1.Port
+	20,  // 50: shoal.v1.CreateTaskResponse.task:type_name -> shoal.v1.Task
+	20,  // 51: shoal.v1.ListTasksResponse.tasks:type_name -> shoal.v1.Task
+	19,  // 52: shoal.v1.StopTaskRequest.stopping:type_name -> shoal.v1.Stopping
+	19,  // 53: shoal.v1.StartTaskRequest.stopping:type_name -> shoal.v1.Stopping
+	20,  // 54: shoal.v1.StartTaskResponse.task:type_name -> shoal.v1.Task
+	20,  // 55: shoal.v1.RenameTaskResponse.task:type_name -> shoal.v1.Task
+	21,  // 56: shoal.v1.ListNodesResponse.nodes:type_name -> shoal.v1.NodeInfo
+	166, // 57: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	21,  // 58: shoal.v1.UpdateNodeResponse.node:type_name -> shoal.v1.NodeInfo
+	21,  // 59: shoal.v1.JoinNodeRequest.node:type_name -> shoal.v1.NodeInfo
+	22,  // 60: shoal.v1.JoinNodeResponse.cluster:type_name -> shoal.v1.Cluster
+	21,  // 61: shoal.v1.JoinNodeResponse.node:type_name -> shoal.v1.NodeInfo
+	21,  // 62: shoal.v1.JoinNodeResponse.managers:type_name -> shoal.v1.NodeInfo
+	61,  // 63: shoal.v1.JoinNodeResponse.certificate:type_name -> shoal.v1.Certificate
+	91,  // 64: shoal.v1.JoinNodeResponse.trust:type_name -> shoal.v1.Trust
+	64,  // 65: shoal.v1.JoinNodeResponse.lock:type_name -> shoal.v1.Lock
+	61,  // 66: shoal.v1.RenewCertificateResponse.certificate:type_name -> shoal.v1.Certificate
+	64,  // 67: shoal.v1.RenewCertificateResponse.lock:type_name -> shoal.v1.Lock
+	21,  // 68: shoal.v1.ShowTokenResponse.managers:type_name -> shoal.v1.NodeInfo
+	167, // 69: shoal.v1.ShowCAResponse.root:type_name -> shoal.v1.ShowCAResponse.Root
+	167, // 70: shoal.v1.ShowCAResponse.old:type_name -> shoal.v1.ShowCAResponse.Root
+	5,   // 71: shoal.v1.CreateBlobRequest.blob:type_name -> shoal.v1.Blob
+	5,   // 72: shoal.v1.CreateBlobResponse.blob:type_name -> shoal.v1.Blob
+	168, // 73: shoal.v1.UpdateBlobRequest.labels:type_name -> shoal.v1.UpdateBlobRequest.LabelsEntry
+	5,   // 74: shoal.v1.UpdateBlobResponse.blob:type_name -> shoal.v1.Blob
+	5,   // 75: shoal.v1.ListBlobsResponse.blobs:type_name -> shoal.v1.Blob
+	5,   // 76: shoal.v1.TaskBlobsResponse.blobs:type_name -> shoal.v1.Blob
+	20,  // 77: shoal.v1.AssignmentsResponse.tasks:type_name -> shoal.v1.Task
+	0,   // 78: shoal.v1.AssignmentsResponse.networks:type_name -> shoal.v1.Network
+	15,  // 79: shoal.v1.AssignmentsResponse.services:type_name -> shoal.v1.Service
+	21,  // 80: shoal.v1.AssignmentsResponse.nodes:type_name -> shoal.v1.NodeInfo
+	22,  // 81: shoal.v1.AssignmentsResponse.cluster:type_name -> shoal.v1.Cluster
+	91,  // 82: shoal.v1.AssignmentsResponse.trust:type_name -> shoal.v1.Trust
+	92,  // 83: shoal.v1.Trust.gossip_keys:type_name -> shoal.v1.GossipKey
+	169, // 84: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
+	171, // 85: shoal.v1.ReportRequest.faults:type_name -> shoal.v1.ReportRequest.Fault
+	170, // 86: shoal.v1.ReportRequest.engine_labels:type_name -> shoal.v1.ReportRequest.EngineLabelsEntry
+	172, // 87: shoal.v1.CheckEndpointsRequest.claims:type_name -> shoal.v1.CheckEndpointsRequest.Claim
+	20,  // 88: shoal.v1.TasksResponse.tasks:type_name -> shoal.v1.Task
+	173, // 89: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
+	174, // 90: shoal.v1.StatsResponse.drops:type_name -> shoal.v1.StatsResponse.Drop
+	176, // 91: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
+	177, // 92: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
+	178, // 93: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
+	179, // 94: shoal.v1.CopyRequest.start:type_name -> shoal.v1.CopyRequest.Start
+	107, // 95: shoal.v1.CopyResponse.source:type_name -> shoal.v1.CopySource
+	18,  // 96: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
+	118, // 97: shoal.v1.ImageListResponse.images:type_name -> shoal.v1.Image
+	118, // 98: shoal.v1.ImageInspectResponse.image:type_name -> shoal.v1.Image
+	180, // 99: shoal.v1.Volume.labels:type_name -> shoal.v1.Volume.LabelsEntry
+	134, // 100: shoal.v1.VolumeListResponse.volumes:type_name -> shoal.v1.Volume
+	181, // 101: shoal.v1.VolumeCreateRequest.labels:type_name -> shoal.v1.VolumeCreateRequest.LabelsEntry
+	134, // 102: shoal.v1.VolumeCreateResponse.volume:type_name -> shoal.v1.Volume
+	21,  // 103: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
+	21,  // 104: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
+	21,  // 105: shoal.v1.InitResponse.lost:type_name -> shoal.v1.NodeInfo
+	21,  // 106: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
+	182, // 107: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
+	183, // 108: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
+	18,  // 109: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
+	175, // 110: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
+	107, // 111: shoal.v1.CopyRequest.Start.source:type_name -> shoal.v1.CopySource
+	23,  // 112: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
+	25,  // 113: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
+	27,  // 114: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
+	29,  // 115: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
+	31,  // 116: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
+	35,  // 117: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
+	37,  // 118: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
+	39,  // 119: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
+	41,  // 120: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
+	43,  // 121: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
+	45,  // 122: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
+	47,  // 123: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
+	49,  // 124: shoal.v1.Control.StartTask:input_type -> shoal.v1.StartTaskRequest
+	51,  // 125: shoal.v1.Control.RenameTask:input_type -> shoal.v1.RenameTaskRequest
+	79,  // 126: shoal.v1.Control.CreateBlob:input_type -> shoal.v1.CreateBlobRequest
+	81,  // 127: shoal.v1.Control.UpdateBlob:input_type -> shoal.v1.UpdateBlobRequest
+	83,  // 128: shoal.v1.Control.ListBlobs:input_type -> shoal.v1.ListBlobsRequest
+	85,  // 129: shoal.v1.Control.RemoveBlob:input_type -> shoal.v1.RemoveBlobRequest
+	87,  // 130: shoal.v1.Control.TaskBlobs:input_type -> shoal.v1.TaskBlobsRequest
+	53,  // 131: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
+	55,  // 132: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
+	57,  // 133: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
+	33,  // 134: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
+	67,  // 135: shoal.v1.Control.ShowToken:input_type -> shoal.v1.ShowTokenRequest
+	69,  // 136: shoal.v1.Control.RotateToken:input_type -> shoal.v1.RotateTokenRequest
+	71,  // 137: shoal.v1.Control.ShowCA:input_type -> shoal.v1.ShowCARequest
+	75,  // 138: shoal.v1.Control.RotateCA:input_type -> shoal.v1.RotateCARequest
+	73,  // 139: shoal.v1.Control.UnlockKey:input_type -> shoal.v1.UnlockKeyRequest
+	116, // 140: shoal.v1.Control.SaveSnapshot:input_type -> shoal.v1.SaveSnapshotRequest
+	62,  // 141: shoal.v1.Control.RenewCertificate:input_type -> shoal.v1.RenewCertificateRequest
+	65,  // 142: shoal.v1.Control.LeaveNode:input_type -> shoal.v1.LeaveNodeRequest
+	59,  // 143: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
+	77,  // 144: shoal.v1.Control.AdmitManager:input_type -> shoal.v1.AdmitManagerRequest
+	89,  // 145: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
+	93,  // 146: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
+	95,  // 147: shoal.v1.Control.CheckEndpoints:input_type -> shoal.v1.CheckEndpointsRequest
+	119, // 148: shoal.v1.Node.ImageList:input_type -> shoal.v1.ImageListRequest
+	121, // 149: shoal.v1.Node.ImagePull:input_type -> shoal.v1.ImagePullRequest
+	123, // 150: shoal.v1.Node.ImageResolve:input_type -> shoal.v1.ImageResolveRequest
+	125, // 151: shoal.v1.Node.ImageRemove:input_type -> shoal.v1.ImageRemoveRequest
+	126, // 152: shoal.v1.Node.ImagePrune:input_type -> shoal.v1.ImagePruneRequest
+	128, // 153: shoal.v1.Node.ImageInspect:input_type -> shoal.v1.ImageInspectRequest
+	130, // 154: shoal.v1.Node.ImageLoad:input_type -> shoal.v1.ImageLoadRequest
+	132, // 155: shoal.v1.Node.ImageSave:input_type -> shoal.v1.ImageSaveRequest
+	135, // 156: shoal.v1.Node.VolumeList:input_type -> shoal.v1.VolumeListRequest
+	137, // 157: shoal.v1.Node.VolumeCreate:input_type -> shoal.v1.VolumeCreateRequest
+	139, // 158: shoal.v1.Node.VolumeRemove:input_type -> shoal.v1.VolumeRemoveRequest
+	103, // 159: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
+	108, // 160: shoal.v1.Node.Copy:input_type -> shoal.v1.CopyRequest
+	105, // 161: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
+	114, // 162: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
+	110, // 163: shoal.v1.Node.Kill:input_type -> shoal.v1.KillRequest
+	112, // 164: shoal.v1.Node.Top:input_type -> shoal.v1.TopRequest
+	97,  // 165: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
+	99,  // 166: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
+	101, // 167: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
+	144, // 168: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
+	146, // 169: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
+	148, // 170: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
+	150, // 171: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
+	152, // 172: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
+	142, // 173: shoal.v1.Local.Unlock:input_type -> shoal.v1.UnlockRequest
+	141, // 174: shoal.v1.Local.RestoreSnapshot:input_type -> shoal.v1.RestoreSnapshotRequest
+	24,  // 175: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
+	26,  // 176: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
+	28,  // 177: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
+	30,  // 178: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
+	32,  // 179: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
+	36,  // 180: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
+	38,  // 181: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
+	40,  // 182: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
+	42,  // 183: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
+	44,  // 184: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
+	46,  // 185: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
+	48,  // 186: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
+	50,  // 187: shoal.v1.Control.StartTask:output_type -> shoal.v1.StartTaskResponse
+	52,  // 188: shoal.v1.Control.RenameTask:output_type -> shoal.v1.RenameTaskResponse
+	80,  // 189: shoal.v1.Control.CreateBlob:output_type -> shoal.v1.CreateBlobResponse
+	82,  // 190: shoal.v1.Control.UpdateBlob:output_type -> shoal.v1.UpdateBlobResponse
+	84,  // 191: shoal.v1.Control.ListBlobs:output_type -> shoal.v1.ListBlobsResponse
+	86,  // 192: shoal.v1.Control.RemoveBlob:output_type -> shoal.v1.RemoveBlobResponse
+	88,  // 193: shoal.v1.Control.TaskBlobs:output_type -> shoal.v1.TaskBlobsResponse
+	54,  // 194: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
+	56,  // 195: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
+	58,  // 196: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
+	34,  // 197: shoal.v1.Control.Events:output_type -> shoal.v1.Event
+	68,  // 198: shoal.v1.Control.ShowToken:output_type -> shoal.v1.ShowTokenResponse
+	70,  // 199: shoal.v1.Control.RotateToken:output_type -> shoal.v1.RotateTokenResponse
+	72,  // 200: shoal.v1.Control.ShowCA:output_type -> shoal.v1.ShowCAResponse
+	76,  // 201: shoal.v1.Control.RotateCA:output_type -> shoal.v1.RotateCAResponse
+	74,  // 202: shoal.v1.Control.UnlockKey:output_type -> shoal.v1.UnlockKeyResponse
+	117, // 203: shoal.v1.Control.SaveSnapshot:output_type -> shoal.v1.SaveSnapshotResponse
+	63,  // 204: shoal.v1.Control.RenewCertificate:output_type -> shoal.v1.RenewCertificateResponse
+	66,  // 205: shoal.v1.Control.LeaveNode:output_type -> shoal.v1.LeaveNodeResponse
+	60,  // 206: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
+	78,  // 207: shoal.v1.Control.AdmitManager:output_type -> shoal.v1.AdmitManagerResponse
+	90,  // 208: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
+	94,  // 209: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
+	96,  // 210: shoal.v1.Control.CheckEndpoints:output_type -> shoal.v1.CheckEndpointsResponse
+	120, // 211: shoal.v1.Node.ImageList:output_type -> shoal.v1.ImageListResponse
+	122, // 212: shoal.v1.Node.ImagePull:output_type -> shoal.v1.ImagePullResponse
+	124, // 213: shoal.v1.Node.ImageResolve:output_type -> shoal.v1.ImageResolveResponse
+	127, // 214: shoal.v1.Node.ImageRemove:output_type -> shoal.v1.ImageRemoveResponse
+	127, // 215: shoal.v1.Node.ImagePrune:output_type -> shoal.v1.ImageRemoveResponse
+	129, // 216: shoal.v1.Node.ImageInspect:output_type -> shoal.v1.ImageInspectResponse
+	131, // 217: shoal.v1.Node.ImageLoad:output_type -> shoal.v1.ImageLoadResponse
+	133, // 218: shoal.v1.Node.ImageSave:output_type -> shoal.v1.ImageSaveResponse
+	136, // 219: shoal.v1.Node.VolumeList:output_type -> shoal.v1.VolumeListResponse
+	138, // 220: shoal.v1.Node.VolumeCreate:output_type -> shoal.v1.VolumeCreateResponse
+	140, // 221: shoal.v1.Node.VolumeRemove:output_type -> shoal.v1.VolumeRemoveResponse
+	104, // 222: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
+	109, // 223: shoal.v1.Node.Copy:output_type -> shoal.v1.CopyResponse
+	106, // 224: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
+	115, // 225: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
+	111, // 226: shoal.v1.Node.Kill:output_type -> shoal.v1.KillResponse
+	113, // 227: shoal.v1.Node.Top:output_type -> shoal.v1.TopResponse
+	98,  // 228: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
+	100, // 229: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
+	102, // 230: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
+	145, // 231: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
+	147, // 232: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
+	149, // 233: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
+	151, // 234: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
+	153, // 235: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
+	143, // 236: shoal.v1.Local.Unlock:output_type -> shoal.v1.UnlockResponse
+	147, // 237: shoal.v1.Local.RestoreSnapshot:output_type -> shoal.v1.InitResponse
+	175, // [175:238] is the sub-list for method output_type
+	112, // [112:175] is the sub-list for method input_type
+	112, // [112:112] is the sub-list for extension type_name
+	112, // [112:112] is the sub-list for extension extendee
+	0,   // [0:112] is the sub-list for field type_name
 }
 
 func init() { file_shoal_v1_shoal_proto_init() }
@@ -12511,40 +12587,40 @@ func file_shoal_v1_shoal_proto_init() {
 	if File_shoal_v1_shoal_proto != nil {
 		return
 	}
-	file_shoal_v1_shoal_proto_msgTypes[18].OneofWrappers = []any{}
-	file_shoal_v1_shoal_proto_msgTypes[36].OneofWrappers = []any{}
-	file_shoal_v1_shoal_proto_msgTypes[54].OneofWrappers = []any{}
-	file_shoal_v1_shoal_proto_msgTypes[102].OneofWrappers = []any{
+	file_shoal_v1_shoal_proto_msgTypes[19].OneofWrappers = []any{}
+	file_shoal_v1_shoal_proto_msgTypes[37].OneofWrappers = []any{}
+	file_shoal_v1_shoal_proto_msgTypes[55].OneofWrappers = []any{}
+	file_shoal_v1_shoal_proto_msgTypes[103].OneofWrappers = []any{
 		(*ExecRequest_Start_)(nil),
 		(*ExecRequest_Stdin)(nil),
 		(*ExecRequest_StdinEof)(nil),
 		(*ExecRequest_Resize_)(nil),
 		(*ExecRequest_Signal)(nil),
 	}
-	file_shoal_v1_shoal_proto_msgTypes[103].OneofWrappers = []any{
+	file_shoal_v1_shoal_proto_msgTypes[104].OneofWrappers = []any{
 		(*ExecResponse_Stdout)(nil),
 		(*ExecResponse_Stderr)(nil),
 		(*ExecResponse_ExitCode)(nil),
 	}
-	file_shoal_v1_shoal_proto_msgTypes[107].OneofWrappers = []any{
+	file_shoal_v1_shoal_proto_msgTypes[108].OneofWrappers = []any{
 		(*CopyRequest_Start_)(nil),
 		(*CopyRequest_Data)(nil),
 		(*CopyRequest_Eof)(nil),
 	}
-	file_shoal_v1_shoal_proto_msgTypes[108].OneofWrappers = []any{
+	file_shoal_v1_shoal_proto_msgTypes[109].OneofWrappers = []any{
 		(*CopyResponse_Source)(nil),
 		(*CopyResponse_Data)(nil),
 		(*CopyResponse_Done)(nil),
 		(*CopyResponse_Failed)(nil),
 	}
-	file_shoal_v1_shoal_proto_msgTypes[172].OneofWrappers = []any{}
+	file_shoal_v1_shoal_proto_msgTypes[173].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_shoal_v1_shoal_proto_rawDesc), len(file_shoal_v1_shoal_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   183,
+			NumMessages:   184,
 			NumExtensions: 0,
 			NumServices:   3,
 		},
