@@ -127,6 +127,7 @@ func TestHostileNumbers(t *testing.T) {
 	join(t, n, worker)
 	stranger := peer.New(peer.Config{Credentials: credentials(t, n.root, worker.node.ID, spec.RoleWorker)})
 	t.Cleanup(stranger.Close)
+	byStranger := stranger.Managers() // one: a node's connections are counted
 	if err := createNetwork(n, "app"); err != nil {
 		t.Fatal(err)
 	}
@@ -154,7 +155,7 @@ func TestHostileNumbers(t *testing.T) {
 			c, url := n.client, "http://shoal"
 			thief := !out && h.IntN(3) == 0
 			if thief {
-				c, url = stranger.Managers(), "http://"+n.addr()
+				c, url = byStranger, "http://"+n.addr()
 			}
 			switch code, answer := post(c, url+path, body); {
 			case code == http.StatusOK:
