@@ -22,7 +22,6 @@ var dockerTaskFlags = map[string]string{
 
 var dockerServiceFlags = map[string]string{
 	"generic-resource": noGeneric, "generic-resource-add": noGeneric, "generic-resource-rm": noGeneric,
-	"tty": "replicas have no terminal: use 'shoal run -t', or 'shoal exec -it' in a replica",
 }
 
 var dockerRunFlags = map[string]string{

@@ -208,7 +208,7 @@ func listenTimeoutMs(d time.Duration) (int64, error) {
 func (c *cli) svcCreate() *cobra.Command {
 	req := &shoalv1.ServiceSpec{}
 	var tf taskFlags
-	var detach, quiet bool
+	var detach, quiet, tty bool
 	var restartDelay, restartWindow, listenTimeout time.Duration
 	var prefs []string
 	var secrets, configs []string
@@ -238,6 +238,7 @@ that all replicas are one image.`,
 			if req.Networks, err = tf.attachments(); err != nil {
 				return usageError(cmd, err)
 			}
+			req.Task.Tty = tty
 			req.Labels = req.Task.Labels
 			if req.Task.Labels, err = labels(tf.taskLabels); err != nil {
 				return usageError(cmd, err)
@@ -316,6 +317,7 @@ that all replicas are one image.`,
 	f.DurationVar(&tf.stopGrace, "stop-grace-period", spec.DefaultStopGrace, "time between the stop signal and the kill")
 	f.BoolVarP(&detach, "detach", "d", false, "don't wait until the replicas run")
 	f.BoolVarP(&quiet, "quiet", "q", false, "wait, but show no progress")
+	f.BoolVarP(&tty, "tty", "t", false, "give each replica a terminal, as programs want that are silent without, or end")
 	f.StringArrayVar(&tf.taskLabels, "container-label", nil, "label of the tasks, key=value (repeatable); --label is the service's")
 	tf.add(f, "")
 	tf.image.add(f, true)

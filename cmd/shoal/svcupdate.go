@@ -29,6 +29,7 @@ func (c *cli) svcUpdate() *cobra.Command {
 	var registryAuthToo, noResolve bool
 	var command, hostname, mode, user, dir, stopSignal, vip, logDriver string
 	var logOpts []string
+	var tty bool
 	var grace, restartDelay, restartWindow, listenTimeout time.Duration
 	var prefAdd, prefRm []string
 	var maxPerNode, maxConcurrent int32
@@ -220,6 +221,7 @@ ones run on (--update-failure-action). Another update resumes it; --rollback, or
 				sp.Task.Log = api.LogConfig(kept)
 				return err
 			})
+			set("tty", func() error { sp.Task.Tty = tty; return nil })
 			set("stop-signal", func() error { sp.Task.StopSignal = stopSignal; return nil })
 			set("restart-delay", func() error { sp.RestartDelayMs = restartDelay.Milliseconds(); return nil })
 			set("listen-timeout", func() (err error) {
@@ -428,6 +430,7 @@ ones run on (--update-failure-action). Another update resumes it; --rollback, or
 	f.StringVarP(&dir, "workdir", "w", "", "working directory")
 	f.StringVar(&logDriver, "log-driver", "", logDriverHelp)
 	f.StringArrayVar(&logOpts, "log-opt", nil, logOptHelp+": all of them, those that are not given go")
+	f.BoolVarP(&tty, "tty", "t", false, "give each replica a terminal")
 	f.StringVar(&stopSignal, "stop-signal", "", "signal that asks the program to stop")
 	f.StringArrayVar(&prefAdd, "placement-pref-add", nil, placementPrefHelp)
 	f.StringArrayVar(&prefRm, "placement-pref-rm", nil, "remove a placement preference, spread=node.labels.KEY")

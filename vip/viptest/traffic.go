@@ -1006,6 +1006,9 @@ func dialSCTP(ns string, from int, to netip.Addr, port int) (net.Conn, error) {
 			if code, err = unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR); err == nil && code != 0 {
 				err = unix.Errno(code)
 			}
+			if err == unix.ENOPROTOOPT { // as connect(2) has it when it blocks: net/sctp/socket.c, sctp_wait_for_connect
+				err = unix.ECONNREFUSED
+			}
 		}
 	}
 	if err != nil {
