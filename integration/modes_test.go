@@ -61,6 +61,9 @@ func TestModes(t *testing.T) {
 
 	for n, z := range map[string]string{"node1": "a", "node2": "b", "node3": "b"} {
 		s.ok("node1", "shoal node update --label-add zone=%s %s", z, n)
+		if got := s.ok("node1", "shoal node ls --filter node.label=zone=%s --filter membership=accepted --format {{.Hostname}}", z); !strings.Contains(got, n) {
+			t.Errorf("nodes in zone %s are %s, without %s", z, got, n)
+		}
 		t.Cleanup(func() { s.on("node1", "shoal", "node", "update", "--label-rm", "zone", n) })
 	}
 	s.whoami("pool", 4, "--network app --placement-pref spread=node.labels.zone")

@@ -253,15 +253,11 @@ func blobRefs(k spec.BlobKind, args []string) ([]*shoalv1.BlobRef, error) {
 	return api.BlobRefs(out), nil
 }
 
-// changeBlobs is what update makes of the ones that are there: rm by name or target,
-// then add.
+// changeBlobs is what update makes of the ones that are there: rm by name or ID, then add.
+// As with Docker one that is not there may be taken away, so that a script may be run again.
 func changeBlobs(k spec.BlobKind, have []*shoalv1.BlobRef, rm, add []string) ([]*shoalv1.BlobRef, error) {
 	for _, r := range rm {
-		n := len(have)
 		have = slices.DeleteFunc(slices.Clone(have), func(b *shoalv1.BlobRef) bool { return b.Name == r || b.Id == r })
-		if len(have) == n {
-			return nil, fmt.Errorf("the service has no %s %s", k, r)
-		}
 	}
 	more, err := blobRefs(k, add)
 	return append(have, more...), err

@@ -203,7 +203,7 @@ func TestCompletion(t *testing.T) {
 		"node update --role ":             "manager worker",
 		"join --role ":                    "manager worker",
 		"net create --driver ":            "overlay bridge",
-		"node ls -f ":                     "availability= id= name= role= status= label=",
+		"node ls -f ":                     "availability= id= membership= name= node.label= role= status= label=",
 		"node ls --filter role=":          "role=manager role=worker",
 		"node ls -f availability=d":       "availability=active availability=pause availability=drain",
 		"net ls -f driver=":               "driver=overlay driver=bridge driver=host driver=null",

@@ -161,7 +161,8 @@ func dockerService(w *shoalv1.Service, nets []*shoalv1.Network) (object, error) 
 	}
 	out := object{"ID": s.ID, "Version": object{"Index": s.Version}, "CreatedAt": dockerTime(s.Created), "UpdatedAt": dockerTime(s.Created), "Spec": dockerServiceSpec(s.Spec),
 		"Endpoint":      object{"Spec": object{"Mode": s.Spec.EndpointMode, "Ports": dockerPorts(s.Spec.Ports)}, "Ports": dockerPorts(s.Ports), "VirtualIPs": vips},
-		"ServiceStatus": object{"RunningTasks": w.Running, "DesiredTasks": w.Desired}}
+		"ServiceStatus": object{"RunningTasks": w.Running, "DesiredTasks": w.Desired},
+		"PreviousSpec":  nil, "UpdateStatus": nil} // so that {{if .UpdateStatus}} asks for it
 	if s.Previous != nil {
 		out["PreviousSpec"] = dockerServiceSpec(*s.Previous)
 	}

@@ -85,6 +85,11 @@ func TestDockersFields(t *testing.T) {
 			t.Errorf("%s: %q, want %q", tc.format, got, tc.want)
 		}
 	}
+	svc.UpdateStatus = nil
+	if got := show("{{if .UpdateStatus}}updated{{else}}as created{{end}} {{json .PreviousSpec}}", js, service); got != "as created null" {
+		t.Errorf("a service that was never updated: %q", got)
+	}
+	svc.UpdateStatus = &shoalv1.UpdateStatus{State: "paused", Message: "update paused due to failure"}
 	if got := show("{{.Nothing.There}}", js, service); !strings.Contains(got, "error: ") {
 		t.Errorf("a field of nobody's: %q", got)
 	}

@@ -317,11 +317,7 @@ ones run on (--update-failure-action). Another update resumes it; --rollback, or
 					if err != nil {
 						return err
 					}
-					at := slices.IndexFunc(sp.Networks, func(a *shoalv1.NetworkAttachment) bool { return a.Network == nets[0].Id })
-					if at < 0 {
-						return fmt.Errorf("service %s is not on network %s", sp.Name, n)
-					}
-					sp.Networks = slices.Delete(sp.Networks, at, at+1)
+					sp.Networks = slices.DeleteFunc(sp.Networks, func(a *shoalv1.NetworkAttachment) bool { return a.Network == nets[0].Id })
 				}
 				return nil
 			})
