@@ -518,10 +518,25 @@ func (a *localAPI) Info(ctx context.Context, _ *connect.Request[shoalv1.InfoRequ
 	return connect.NewResponse(resp), nil
 }
 
+// busyWait is how long an init, join or leave waits for another before it is refused.
+const busyWait = 2 * time.Second
+
+// enter locks a.mu for what takes the node into a cluster or out of one. Who only looks,
+// as an agent does that starts, holds it for a moment; another init, join or leave for
+// longer.
+func (a *Agent) enter(ctx context.Context) error {
+	for end := time.Now().Add(busyWait); !a.mu.TryLock(); {
+		if time.Now().After(end) || !sleep.For(ctx, 10*time.Millisecond) {
+			return precondition("this node is already busy with an init, join or leave: wait for it")
+		}
+	}
+	return nil
+}
+
 // Init makes a cluster of this node.
 func (a *localAPI) Init(ctx context.Context, req *connect.Request[shoalv1.InitRequest]) (*connect.Response[shoalv1.InitResponse], error) {
-	if !a.mu.TryLock() {
-		return nil, precondition("this node is already busy with an init, join or leave: wait for it")
+	if err := a.enter(ctx); err != nil {
+		return nil, err
 	}
 	defer a.mu.Unlock()
 	if req.Msg.ForceNewCluster {
@@ -619,8 +634,8 @@ func (a *localAPI) Init(ctx context.Context, req *connect.Request[shoalv1.InitRe
 
 // Join makes this node a member of the cluster that a manager names.
 func (a *localAPI) Join(ctx context.Context, req *connect.Request[shoalv1.JoinRequest]) (*connect.Response[shoalv1.JoinResponse], error) {
-	if !a.mu.TryLock() {
-		return nil, precondition("this node is already busy with an init, join or leave: wait for it")
+	if err := a.enter(ctx); err != nil {
+		return nil, err
 	}
 	defer a.mu.Unlock()
 	if a.ident.Cluster.ID != "" {
@@ -855,8 +870,8 @@ func (a *localAPI) Leave(ctx context.Context, req *connect.Request[shoalv1.Leave
 }
 
 func (a *Agent) leave(ctx context.Context, force bool) error {
-	if !a.mu.TryLock() {
-		return precondition("this node is already busy with an init, join or leave: wait for it")
+	if err := a.enter(ctx); err != nil {
+		return err
 	}
 	defer a.mu.Unlock()
 	m := a.current()

@@ -336,3 +336,28 @@ func TestLockDir(t *testing.T) {
 		l.Close()
 	}
 }
+
+// TestEnter: who looks at a node in no cluster, as each agent does that starts, is no
+// reason to refuse an init; another init is.
+func TestEnter(t *testing.T) {
+	a := &Agent{}
+	a.mu.Lock()
+	go func() {
+		time.Sleep(50 * time.Millisecond) // it looks
+		a.mu.Unlock()
+	}()
+	if err := a.enter(t.Context()); err != nil {
+		t.Errorf("beside one that looks: %v", err)
+	}
+	if err := a.enter(t.Context()); connect.CodeOf(err) != connect.CodeFailedPrecondition {
+		t.Errorf("beside another: %v", err)
+	}
+	a.mu.Unlock()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := a.enter(ctx); err == nil {
+		t.Error("entered without the lock")
+	}
+}

@@ -58,8 +58,8 @@ func (a *localAPI) RestoreSnapshot(ctx context.Context, req *connect.Request[sho
 	if err != nil {
 		return nil, connect.NewError(connect.CodeInvalidArgument, err)
 	}
-	if !a.mu.TryLock() {
-		return nil, precondition("this node is already busy with an init, join or leave: wait for it")
+	if err := a.enter(ctx); err != nil {
+		return nil, err
 	}
 	defer a.mu.Unlock()
 	var resp *shoalv1.InitResponse
