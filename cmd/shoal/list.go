@@ -135,9 +135,7 @@ func (l *listing[T]) filtered(cmd *cobra.Command, all []T) ([]T, error) {
 		for k, values := range byKey {
 			if k == "label" {
 				for _, want := range values {
-					key, value, pair := strings.Cut(spec.Text(want), "=")
-					have, ok := l.labels(v)[key]
-					keep = keep && ok && (!pair || have == value)
+					keep = keep && hasLabel(l.labels(v), want)
 				}
 			} else {
 				keep = keep && slices.ContainsFunc(values, func(want string) bool { return l.filters[k](v, want) })
@@ -148,6 +146,13 @@ func (l *listing[T]) filtered(cmd *cobra.Command, all []T) ([]T, error) {
 		}
 	}
 	return out, nil
+}
+
+// hasLabel tells whether labels have KEY, or KEY=VALUE.
+func hasLabel(labels map[string]string, want string) bool {
+	key, value, pair := strings.Cut(spec.Text(want), "=")
+	have, ok := labels[key]
+	return ok && (!pair || have == value)
 }
 
 // isTable tells whether print shows people a table, not scripts their fields.

@@ -60,12 +60,8 @@ func (c *cli) nodeLs() *cobra.Command {
 			"role":         func(n *shoalv1.NodeInfo, v string) bool { return n.Role == v },
 			"status":       func(n *shoalv1.NodeInfo, v string) bool { return n.Status == v },
 			"availability": func(n *shoalv1.NodeInfo, v string) bool { return n.Availability == v },
-			"node.label": func(n *shoalv1.NodeInfo, v string) bool { // Docker's word; its label is engine's
-				key, value, pair := strings.Cut(spec.Text(v), "=")
-				have, ok := n.Labels[key]
-				return ok && (!pair || have == value)
-			},
-			"membership": func(_ *shoalv1.NodeInfo, v string) bool { return v == "accepted" }, // none waits to be let in
+			"node.label":   func(n *shoalv1.NodeInfo, v string) bool { return hasLabel(n.Labels, v) }, // Docker's word; its label is the engine's
+			"membership":   func(_ *shoalv1.NodeInfo, v string) bool { return v == "accepted" },       // none waits to be let in
 		},
 		values: map[string][]string{"role": {spec.RoleManager, spec.RoleWorker}, "status": {spec.NodeReady, spec.NodeDown}, "membership": {"accepted", "pending"},
 			"availability": {spec.AvailabilityActive, spec.AvailabilityPause, spec.AvailabilityDrain}},
