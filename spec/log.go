@@ -87,7 +87,7 @@ func (c LogConfig) Limits() (size int64, files int) {
 	return c.Size, c.Files
 }
 
-// Options are Docker's --log-opt, sorted.
+// Options are Docker's --log-opt, by key.
 func (c LogConfig) Options() map[string]string {
 	out := map[string]string{}
 	if c.Size > 0 {
