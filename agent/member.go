@@ -965,9 +965,11 @@ func (m *member) report() error {
 			delete(m.acked, id)
 		}
 	}
-	if m.assigned == nil || m.assigned.Level < 2 { // Listened is not told before
+	if m.assigned == nil || m.assigned.Level < 4 { // what is not told before
 		for id, st := range sent {
-			st.Listened = false
+			if st.Health = ""; m.assigned == nil || m.assigned.Level < 2 {
+				st.Listened = false
+			}
 			sent[id] = st
 		}
 	}

@@ -38,6 +38,19 @@ type fitness struct {
 	dead  string // its health check has failed for too long, or it listens too late; ""
 }
 
+// health is what the health check says, in Docker's words; "" without one.
+func (f fitness) health(t spec.Task) string {
+	switch {
+	case t.Spec.Health == nil:
+		return ""
+	case f.ill == "":
+		return spec.HealthHealthy
+	case strings.HasPrefix(f.ill, spec.Unhealthy):
+		return spec.HealthUnhealthy
+	}
+	return spec.HealthStarting
+}
+
 // firstFitness is what is known of a program that an earlier agent started, or
 // that is yet to be: it is as well as its health check says now, if it has one, and
 // in a VIP if it listens now.
@@ -125,9 +138,9 @@ func (r *runner) tell(ctx context.Context, st runtime.Status) {
 	if st.Note != "" {
 		why = strings.TrimPrefix(why+"; "+st.Note, "; ")
 	}
-	listened := r.status.Listened || f.heard
+	listened, health := r.status.Listened || f.heard, f.health(r.task)
 	moved := r.endpoint == nil || *r.endpoint != ep
-	same := !moved && r.status.State == state && r.status.Message == why && r.status.Listened == listened
+	same := !moved && r.status.State == state && r.status.Message == why && r.status.Listened == listened && r.status.Health == health
 	r.mu.Unlock()
 	if same {
 		return
@@ -145,7 +158,7 @@ func (r *runner) tell(ctx context.Context, st runtime.Status) {
 		}
 	}
 	r.mu.Lock()
-	r.status.Listened = listened
+	r.status.Listened, r.status.Health = listened, health
 	r.mu.Unlock()
 	r.state(state, why)
 }

@@ -957,6 +957,9 @@ func (r *runner) watch(ctx context.Context) error {
 		}
 		r.mu.Lock()
 		dead := r.fit.dead
+		if dead != "" { // what of it is told from here on has it
+			r.status.Health = r.fit.health(r.task)
+		}
 		r.mu.Unlock()
 		if dead != "" {
 			return r.stop(ctx, spec.TaskFailed, dead)

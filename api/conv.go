@@ -323,12 +323,12 @@ func ToService(s *shoalv1.Service) (spec.Service, error) {
 
 // TaskStatus is s on the wire.
 func TaskStatus(s spec.TaskStatus) *shoalv1.TaskStatus {
-	return &shoalv1.TaskStatus{State: s.State.String(), Message: s.Message, ExitCode: int32(s.ExitCode), Pid: int32(s.PID), AtMs: s.At, Released: s.Released, Wired: s.Wired, Listened: s.Listened, Run: int32(s.Run)}
+	return &shoalv1.TaskStatus{State: s.State.String(), Message: s.Message, ExitCode: int32(s.ExitCode), Pid: int32(s.PID), AtMs: s.At, Released: s.Released, Wired: s.Wired, Listened: s.Listened, Run: int32(s.Run), Health: s.Health}
 }
 
 // ToTaskStatus is the inverse of TaskStatus.
 func ToTaskStatus(s *shoalv1.TaskStatus) (spec.TaskStatus, error) {
-	out := spec.TaskStatus{Message: s.GetMessage(), ExitCode: int(s.GetExitCode()), PID: int(s.GetPid()), At: s.GetAtMs(), Released: s.GetReleased(), Wired: s.GetWired(), Listened: s.GetListened(), Run: int(s.GetRun())}
+	out := spec.TaskStatus{Message: s.GetMessage(), ExitCode: int(s.GetExitCode()), PID: int(s.GetPid()), At: s.GetAtMs(), Released: s.GetReleased(), Wired: s.GetWired(), Listened: s.GetListened(), Run: int(s.GetRun()), Health: s.GetHealth()}
 	var err error
 	out.State, err = spec.ParseTaskState(s.GetState())
 	return out, err

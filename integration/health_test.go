@@ -30,6 +30,18 @@ func TestHealth(t *testing.T) {
 		return nil
 	}
 	s.eventually(slow(20*time.Second), starting)
+	health := func(want string) func() error {
+		return func() error {
+			if got := s.ok("node2", "shoal ps --filter health=%s -q", want); len(strings.Fields(got)) != 2 {
+				return fmt.Errorf("%s are %q, want two", want, got)
+			}
+			if got := s.ok("node2", "shoal inspect -f {{.State.Health.Status}} web.1"); got != want {
+				return fmt.Errorf("inspect: %q, want %q", got, want)
+			}
+			return nil
+		}
+	}
+	s.eventually(slow(10*time.Second), health("starting"))
 	if l := s.inTask("c1", "-n 4 -timeout 5s http://web/"); l.Errors["connection refused"] != 4 {
 		t.Errorf("no replica is healthy yet: %d answered, errors %v", l.OK, l.Errors)
 	}
@@ -37,11 +49,18 @@ func TestHealth(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.awaitRunning("web", 2)
+	s.eventually(slow(10*time.Second), health("healthy"))
+	if got := s.ok("node1", "shoal ps --filter name=web.1 --format '{{.Status}} {{.Health}}'"); !strings.HasPrefix(got, "Up ") || !strings.HasSuffix(got, " (healthy) healthy") {
+		t.Errorf("ps: %q", got)
+	}
 	s.fair("healthy", s.inTask("c1", "-n 20 -timeout 2s http://web/"), 2)
 	if err := os.Remove(well); err != nil {
 		t.Fatal(err)
 	}
 	s.eventually(slow(20*time.Second), func() error {
+		if got := s.ok("node1", "shoal events --since 10m --until 0s --filter type=task"); strings.Count(got, "health_status: unhealthy") < 1 || strings.Count(got, "health_status: healthy") < 2 {
+			return fmt.Errorf("events: %s", got)
+		}
 		for _, x := range s.tasks("web") {
 			if x.Status.State == "failed" && strings.HasPrefix(x.Status.Message, "unhealthy: exit status 1") {
 				return nil

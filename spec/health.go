@@ -80,5 +80,15 @@ func (h HealthCheck) Validate() error {
 	return nil
 }
 
+// What a health check says of a task, in Docker's words.
+const (
+	HealthStarting  = "starting"
+	HealthHealthy   = "healthy"
+	HealthUnhealthy = "unhealthy"
+)
+
+// Healths are the words for a task's health.
+func Healths() []string { return []string{HealthStarting, HealthHealthy, HealthUnhealthy} }
+
 // Unhealthy begins the message of a task whose health check has failed for too long.
-const Unhealthy = "unhealthy: "
+const Unhealthy = HealthUnhealthy + ": "

@@ -91,6 +91,8 @@ type TaskStatus struct {
 	Listened bool `json:"listened,omitempty" level:"2"`
 	// Run is the task's that this is of.
 	Run int `json:"run,omitempty" level:"3"`
+	// Health is what its health check says, in Docker's words; empty without one.
+	Health string `json:"health,omitempty" level:"4"`
 }
 
 // Stopping is how a task is to be stopped, where who stops it says so: the other fields

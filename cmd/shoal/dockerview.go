@@ -80,6 +80,14 @@ func dockerHealth(h *spec.HealthCheck) any {
 }
 
 // orEmpty is m, and never nil: {{range}} and {{index}} work on it.
+// dockerHealthNow is nothing, which a template can ask for, where there is no check.
+func dockerHealthNow(h string) any {
+	if h == "" {
+		return nil
+	}
+	return object{"Status": h}
+}
+
 func orEmpty(m map[string]string) map[string]string {
 	if m == nil {
 		return map[string]string{}
@@ -249,6 +257,30 @@ func dockerState(t *shoalv1.Task) string {
 	return "created"
 }
 
+// dockerStatus is a container's status in docker ps: "Up 3 minutes (healthy)".
+func dockerStatus(t *shoalv1.Task) string {
+	st := t.GetStatus()
+	switch dockerState(t) {
+	case "exited":
+		return fmt.Sprintf("Exited (%d) %s", st.GetExitCode(), ago(st.GetAtMs()))
+	case "running":
+		since := t.CreatedMs
+		if t.Run > 0 {
+			since = max(since, st.GetAtMs())
+		}
+		up := "Up " + units.HumanDuration(time.Since(time.UnixMilli(since)))
+		switch h := st.GetHealth(); h {
+		case "":
+			return up
+		case spec.HealthStarting:
+			return up + " (health: starting)"
+		default:
+			return up + " (" + h + ")"
+		}
+	}
+	return "Created"
+}
+
 // dockerTask has the fields of a container and of a task of Swarm's: no name is in
 // both with another meaning, but for Spec and Status, which are a task's.
 func dockerTask(w *shoalv1.Task, nodes, nets names) (object, error) {
@@ -276,7 +308,7 @@ func dockerTask(w *shoalv1.Task, nodes, nets names) (object, error) {
 	return object{
 		"Id": t.ID, "ID": t.ID, "Name": "/" + t.Name, "Created": dockerTime(t.Created), "CreatedAt": dockerTime(t.Created), "Version": object{"Index": t.Version}, "Image": t.Spec.Image,
 		"State": object{"Status": state, "Running": state == "running", "Paused": false, "Restarting": false, "OOMKilled": strings.Contains(t.Status.Message, "out of memory"),
-			"Dead": false, "Pid": t.Status.PID, "ExitCode": t.Status.ExitCode, "Error": t.Status.Message},
+			"Dead": false, "Pid": t.Status.PID, "ExitCode": t.Status.ExitCode, "Error": t.Status.Message, "Health": dockerHealthNow(t.Status.Health)},
 		"Config": object{"Hostname": cmp.Or(t.Spec.Hostname, t.Name), "User": t.Spec.User, "Env": t.Spec.Env, "Cmd": t.Spec.Command, "Entrypoint": t.Spec.Entrypoint, "Image": t.Spec.Image,
 			"WorkingDir": t.Spec.Dir, "Labels": orEmpty(t.Spec.Labels), "Tty": t.Spec.TTY, "StopSignal": t.Spec.StopSignal, "Healthcheck": dockerHealth(t.Spec.Health)},
 		"HostConfig": object{"NanoCpus": t.Spec.Resources.NanoCPUs, "Memory": t.Spec.Resources.Memory, "MemorySwap": t.Spec.Resources.MemorySwap, "PidsLimit": t.Spec.Resources.PidsLimit(),

@@ -786,6 +786,9 @@ func recent(in []*shoalv1.Task) []*shoalv1.Task {
 // exited is Docker's word for every way in which a task has ended.
 const exited = "exited"
 
+// noHealth is Docker's word for the health of a task without a check.
+const noHealth = "none"
+
 // taskListing is what ps and svc ps show.
 type taskListing struct {
 	listing[*shoalv1.Task]
@@ -835,14 +838,16 @@ func (c *cli) taskListing() *taskListing {
 				return slices.ContainsFunc(t.Attachments, func(a *shoalv1.Attachment) bool { return a.Network == v })
 			},
 			"desired-state": func(t task, v string) bool { return t.Desired == v },
+			"health": func(t task, v string) bool { return cmp.Or(t.GetStatus().GetHealth(), noHealth) == v },
 			"status": func(t task, v string) bool {
 				return t.GetStatus().GetState() == v || v == exited && ended(t)
 			},
 		},
-		values: map[string][]string{"state": spec.TaskStates(), "status": append(spec.TaskStates(), exited), "desired-state": {spec.DesiredRunning, spec.DesiredShutdown, spec.DesiredRemove}},
+		values: map[string][]string{"health": append(spec.Healths(), noHealth), "state": spec.TaskStates(), "status": append(spec.TaskStates(), exited), "desired-state": {spec.DesiredRunning, spec.DesiredShutdown, spec.DesiredRemove}},
 		fields: map[string]func(task) string{
 			"Names":     func(t task) string { return t.Name },
-			"Status":    func(t task) string { return t.GetStatus().GetState() },
+			"Status":    dockerStatus,
+			"Health":    func(t task) string { return t.GetStatus().GetHealth() },
 			"CreatedAt": func(t task) string { return createdAt(t.CreatedMs) },
 			"RunningFor": func(t task) string {
 				return ago(t.CreatedMs)

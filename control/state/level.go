@@ -20,7 +20,7 @@ import (
 // by the rules of that level, so that every manager makes the same of the log. When
 // the last manager has a newer build the leader raises it (RaiseLevel), never to go
 // back.
-const Level = 3
+const Level = 4
 
 // Levels tells, by level, what each brings.
 var Levels = []string{
@@ -28,6 +28,7 @@ var Levels = []string{
 	1: "the feature level itself; node ls -o wide and inspect show each node's level and version",
 	2: "secrets and configs; updates wait for a replica to listen; update and rollback policies, previous specs",
 	3: "tasks that are started again, and renamed",
+	4: "what a task's health check says is kept: ps --filter health, inspect, events",
 }
 
 // RaiseLevel raises the cluster's level. It is refused while a manager has less.

@@ -267,6 +267,9 @@ func (s *State) report(t *task, st spec.TaskStatus, now int64) {
 	if st.State != cur.State {
 		s.taskEvent(t, st.State.String())
 	}
+	if st.Health != cur.Health && st.Health != "" {
+		s.taskEvent(t, "health_status: "+st.Health) // Docker's word
+	}
 	s.unwire(t)
 	if st.State == spec.TaskRunning && t.started == 0 {
 		t.started = now

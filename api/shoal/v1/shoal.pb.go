@@ -2044,6 +2044,7 @@ type TaskStatus struct {
 	Wired         uint64                 `protobuf:"varint,7,opt,name=wired,proto3" json:"wired,omitempty"`       // version of the task whose attachments are carried out
 	Listened      bool                   `protobuf:"varint,8,opt,name=listened,proto3" json:"listened,omitempty"` // its program has listened where others reach it
 	Run           int32                  `protobuf:"varint,9,opt,name=run,proto3" json:"run,omitempty"`           // the task's that this is of
+	Health        string                 `protobuf:"bytes,10,opt,name=health,proto3" json:"health,omitempty"`     // what its health check says: starting, healthy, unhealthy; empty without one
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2139,6 +2140,13 @@ func (x *TaskStatus) GetRun() int32 {
 		return x.Run
 	}
 	return 0
+}
+
+func (x *TaskStatus) GetHealth() string {
+	if x != nil {
+		return x.Health
+	}
+	return ""
 }
 
 // Stopping is how a task is to be stopped, where who stops it says so.
@@ -9465,6 +9473,7 @@ type InfoResponse struct {
 	ClusterLevel      int32    `protobuf:"varint,15,opt,name=cluster_level,json=clusterLevel,proto3" json:"cluster_level,omitempty"` // of the cluster, as this node heard last; 0: it has none yet
 	Waiting           []string `protobuf:"bytes,16,rep,name=waiting,proto3" json:"waiting,omitempty"`                                // for the cluster to have this build's level: "node2 runs level 1 (v1.2)"
 	LevelBrings       string   `protobuf:"bytes,17,opt,name=level_brings,json=levelBrings,proto3" json:"level_brings,omitempty"`     // what that level brings
+	Locked            bool     `protobuf:"varint,18,opt,name=locked,proto3" json:"locked,omitempty"`                                 // this manager waits for the unlock key
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -9637,6 +9646,13 @@ func (x *InfoResponse) GetLevelBrings() string {
 		return x.LevelBrings
 	}
 	return ""
+}
+
+func (x *InfoResponse) GetLocked() bool {
+	if x != nil {
+		return x.Locked
+	}
+	return false
 }
 
 type InitRequest struct {
@@ -11373,7 +11389,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x05iface\x18\x04 \x01(\tR\x05iface\x12\x18\n" +
 	"\aleaving\x18\x05 \x01(\x04R\aleaving\x12\x16\n" +
 	"\x06joined\x18\x06 \x01(\x04R\x06joined\x12\x14\n" +
-	"\x05fixed\x18\a \x01(\bR\x05fixed\"\xe0\x01\n" +
+	"\x05fixed\x18\a \x01(\bR\x05fixed\"\xf8\x01\n" +
 	"\n" +
 	"TaskStatus\x12\x14\n" +
 	"\x05state\x18\x01 \x01(\tR\x05state\x12\x18\n" +
@@ -11384,7 +11400,9 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\breleased\x18\x06 \x01(\bR\breleased\x12\x14\n" +
 	"\x05wired\x18\a \x01(\x04R\x05wired\x12\x1a\n" +
 	"\blistened\x18\b \x01(\bR\blistened\x12\x10\n" +
-	"\x03run\x18\t \x01(\x05R\x03run\"O\n" +
+	"\x03run\x18\t \x01(\x05R\x03run\x12\x16\n" +
+	"\x06health\x18\n" +
+	" \x01(\tR\x06health\"O\n" +
 	"\bStopping\x12\x16\n" +
 	"\x06signal\x18\x01 \x01(\tR\x06signal\x12\x1e\n" +
 	"\bgrace_ns\x18\x02 \x01(\x03H\x00R\agraceNs\x88\x01\x01B\v\n" +
@@ -11988,7 +12006,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\rUnlockRequest\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\"\x10\n" +
 	"\x0eUnlockResponse\"\r\n" +
-	"\vInfoRequest\"\x84\x05\n" +
+	"\vInfoRequest\"\x9c\x05\n" +
 	"\fInfoResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x18\n" +
 	"\acluster\x18\x02 \x01(\tR\acluster\x12&\n" +
@@ -12012,7 +12030,8 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x05level\x18\x0e \x01(\x05R\x05level\x12#\n" +
 	"\rcluster_level\x18\x0f \x01(\x05R\fclusterLevel\x12\x18\n" +
 	"\awaiting\x18\x10 \x03(\tR\awaiting\x12!\n" +
-	"\flevel_brings\x18\x11 \x01(\tR\vlevelBrings\"\xe8\x01\n" +
+	"\flevel_brings\x18\x11 \x01(\tR\vlevelBrings\x12\x16\n" +
+	"\x06locked\x18\x12 \x01(\bR\x06locked\"\xe8\x01\n" +
 	"\vInitRequest\x12%\n" +
 	"\x0eadvertise_addr\x18\x01 \x01(\tR\radvertiseAddr\x12#\n" +
 	"\raddress_pools\x18\x02 \x03(\tR\faddressPools\x12\x1f\n" +
