@@ -503,6 +503,7 @@ func (a *localAPI) Info(ctx context.Context, _ *connect.Request[shoalv1.InfoRequ
 		resp.Node = api.Node(m.node(m.role()))
 		resp.Leader = m.leader()
 		m.levels(resp)
+		resp.Locked = errors.As(m.managerFault(), &control.LockedError{})
 		for _, f := range m.diskFaults() {
 			resp.Problems = append(resp.Problems, f.message)
 		}

@@ -140,11 +140,19 @@ func TestWatching(t *testing.T) {
 	for cmd, want := range map[string]string{
 		"shoal svc ls -f mode=replicated -f name=^web$ --format '{{.Name}} {{.Mode}} {{.EndpointMode}}'": "web replicated vip",
 		"shoal svc ls -f mode=global -q": "",
-		"shoal svc ps -f desired-state=running --format '{{.DesiredState}} {{.CurrentState}}{{.Error}}' web": `Running Running .* ago(\nRunning Running .* ago)*`,
-		"shoal ps -f name=^c$ -f node=self --format '{{.Image}} {{.Status}}'":                                "sleep running",
-		"shoal ps -a -f name=^c$ -f status=exited -q":                                                        "",
-		"shoal node ls -f name=^node1$ --format '{{.Hostname}} {{.ManagerStatus}}'":                          "node1 Leader",
-		"shoal net ls -f name=^app$ --format '{{.Name}} {{.IPv6}}'":                                          "app false",
+		"shoal svc ps -f desired-state=running --format '{{.DesiredState}} {{.CurrentState}}{{.Error}}' web":               `Running Running .* ago(\nRunning Running .* ago)*`,
+		"shoal ps -f name=^c$ -f node=self --format '{{.Image}} {{.Status}}'":                                              "sleep Up .*",
+		"shoal ps -f name=^c$ -f health=none -q":                                                                           "[a-z0-9]{12}",
+		"shoal ps -f health=healthy -q":                                                                                    "",
+		"shoal inspect -f '{{if .State.Health}}{{.State.Health.Status}}{{else}}none{{end}}' c":                             "none",
+		"shoal info --format '{{.Swarm.LocalNodeState}} {{.Swarm.ControlAvailable}} {{.Swarm.Nodes}} {{.Swarm.Managers}}'": "active true 3 3",
+		"shoal info -f '{{.Name}} {{.NCPU}} {{.Swarm.NodeAddr}} {{len .Swarm.RemoteManagers}} {{.OSType}}'":                "node1 [1-9][0-9]* 172.30.0.1 3 linux",
+		"shoal info -f '{{.Node}} {{.Role}} {{.DataPath}}'":                                                                "node1 manager (nft|ipvs)",
+		"shoal version -f '{{.Client.Os}} {{.Server.Arch}}'":                                                               "linux (amd64|arm64)",
+		"shoal info -f '{{.ContainersRunning}} {{json .Swarm.Cluster}}'":                                                   `[1-9][0-9]* {"ID":"[a-z0-9]{12}"}`,
+		"shoal ps -a -f name=^c$ -f status=exited -q":                                                                      "",
+		"shoal node ls -f name=^node1$ --format '{{.Hostname}} {{.ManagerStatus}}'":                                        "node1 Leader",
+		"shoal net ls -f name=^app$ --format '{{.Name}} {{.IPv6}}'":                                                        "app false",
 	} {
 		if got := s.ok("node1", strings.ReplaceAll(cmd, "%", "%%")); !regexp.MustCompile("^" + want + "$").MatchString(got) {
 			t.Errorf("%s: %q, want %q", cmd, got, want)

@@ -3,8 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"runtime"
-	"runtime/debug"
 	"strings"
 	"time"
 
@@ -14,32 +12,6 @@ import (
 	"github.com/shoalnet/shoal/agent"
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 )
-
-// version is set by the build (-ldflags -X main.version=…).
-var version = ""
-
-func versionString() string {
-	if version != "" {
-		return version
-	}
-	if bi, ok := debug.ReadBuildInfo(); ok && bi.Main.Version != "" {
-		return bi.Main.Version
-	}
-	return "unknown"
-}
-
-func (c *cli) versionCmd() *cobra.Command {
-	cmd := &cobra.Command{Use: "version", Short: "Show the version", Args: exactly(0),
-		RunE: func(*cobra.Command, []string) error {
-			if c.output == "json" {
-				return c.json(map[string]string{"version": versionString(), "go": runtime.Version(), "arch": runtime.GOARCH})
-			}
-			fmt.Fprintf(c.out, "shoal %s (%s, linux/%s)\n", versionString(), runtime.Version(), runtime.GOARCH)
-			return nil
-		}}
-	c.outputFlag(cmd, "json")
-	return cmd
-}
 
 func (c *cli) initCmd() *cobra.Command {
 	req := &shoalv1.InitRequest{}
@@ -168,44 +140,6 @@ func (c *cli) leaveCmd() *cobra.Command {
 	return cmd
 }
 
-func (c *cli) infoCmd() *cobra.Command {
-	cmd := &cobra.Command{
-		Use:   "info",
-		Short: "Show this node and its cluster",
-		Args:  exactly(0),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			resp, err := c.local().Info(cmd.Context(), connect.NewRequest(&shoalv1.InfoRequest{}))
-			if err != nil {
-				return err
-			}
-			m := resp.Msg
-			if c.output == "json" {
-				return c.json(map[string]any{"version": m.Version, "cluster": m.Cluster, "node_id": m.Node.GetId(), "node": m.Node.GetName(), "number": m.Node.GetNumber(),
-					"role": m.Node.GetRole(), "addr": m.Node.GetAddr(), "data_path": m.DataPath, "data_path_reason": m.DataPathReason, "data_dir": m.DataDir, "control_groups": m.Limits, "leader": m.Leader, "problems": m.Problems,
-					"certificate_role": m.CertificateRole, "certificate_from_ms": m.CertificateFromMs, "certificate_end_ms": m.CertificateEndMs, "ca": m.Ca, "roots": m.Roots,
-					"level": m.Level, "cluster_level": m.ClusterLevel, "waiting_for": append([]string{}, m.Waiting...)})
-			}
-			cluster := m.Cluster
-			if cluster == "" {
-				cluster = "none: run 'shoal init' or 'shoal join'"
-			}
-			rows := [][]string{{"Node:", m.Node.GetName()}, {"Node ID:", m.Node.GetId()}, {"Cluster:", cluster}, {"Role:", m.Node.GetRole()}, {"Address:", m.Node.GetAddr()},
-				{"Data path:", m.DataPath + " (" + m.DataPathReason + ")"}, {"Containers:", containersLine(m)}, {"Control groups:", m.Limits}, {"Data directory:", m.DataDir}, {"Agent version:", m.Version}, {"Feature level:", levelLine(m)}}
-			for _, p := range m.Problems {
-				rows = append(rows, []string{"Problem:", p})
-			}
-			if m.CertificateEndMs != 0 {
-				rows = append(rows, []string{"Certificate:", fmt.Sprintf("%s, until %s", m.CertificateRole, time.UnixMilli(m.CertificateEndMs).UTC().Format("2006-01-02 15:04"))},
-					[]string{"CA:", m.Ca})
-			}
-			c.table(rows)
-			return nil
-		},
-	}
-	c.outputFlag(cmd, "json")
-	return cmd
-}
-
 // doctorWait is how long doctor waits for the agent: it is asked where something hangs.
 var doctorWait = 20 * time.Second
 
@@ -299,26 +233,3 @@ func (c *cli) progress(what string) func() {
 	}
 }
 
-// levelLine tells of the feature level: this build's, and the cluster's where that is
-// another.
-func levelLine(m *shoalv1.InfoResponse) string {
-	text := fmt.Sprint(m.Level)
-	switch {
-	case m.Cluster == "":
-	case len(m.Waiting) > 0:
-		text = fmt.Sprintf("%d, and %d once all managers have it: %s", m.ClusterLevel, m.Level, strings.Join(m.Waiting, ", "))
-	case m.ClusterLevel > m.Level:
-		text = fmt.Sprintf("%d, and this node's shoal has %d: upgrade it", m.ClusterLevel, m.Level)
-	case m.ClusterLevel < m.Level && m.ClusterLevel > 0:
-		text = fmt.Sprintf("%d, and about to be %d", m.ClusterLevel, m.Level)
-	}
-	return text
-}
-
-// containersLine says how tasks from images run here, or why they don't.
-func containersLine(m *shoalv1.InfoResponse) string {
-	if m.ContainersOk {
-		return m.Containers
-	}
-	return "none (" + m.Containers + ")"
-}

@@ -414,14 +414,18 @@ func (c *cli) inspectFlags(cmd *cobra.Command) {
 	c.outputFlag(cmd, "json")
 }
 
-// inspected prints what an inspect found, by its --format. A template whose fields are
-// not those of the JSON form is tried on Docker's, where there are such.
+// inspected prints what an inspect found, by its --format.
 func inspected[T any](c *cli, cmd *cobra.Command, vs []T, docker func(i int) (object, error)) error {
-	format, _ := cmd.Flags().GetString("format")
-	switch format {
-	case "":
-		return c.json(vs)
-	case "json":
+	if format, _ := cmd.Flags().GetString("format"); format != "" {
+		return formatted(c, cmd, format, vs, docker)
+	}
+	return c.json(vs)
+}
+
+// formatted prints each by a template, or in the JSON form. A template whose fields are
+// not those of the JSON form is tried on Docker's, where there are such.
+func formatted[T any](c *cli, cmd *cobra.Command, format string, vs []T, docker func(i int) (object, error)) error {
+	if format == "json" {
 		for _, v := range vs {
 			if err := c.jsonLine(v); err != nil {
 				return err
