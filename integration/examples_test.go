@@ -1,21 +1,129 @@
 package integration
 
 import (
+	"encoding/json"
 	"fmt"
+	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/shoalnet/shoal/lab"
 )
 
 func errf(format string, args ...any) error { return fmt.Errorf(format, args...) }
 
-// TestExampleMicroservice checks what examples/microservice/README.md promises.
-func TestExampleMicroservice(t *testing.T) {
+func TestExamples(t *testing.T) {
 	onlyNative(t)
 	s := shared(t)
+	microservice(s)
+	threeTier(s)
+}
+
+// TestExamplesInImages: nginx, PostgreSQL and redis from Debian's packages as containers,
+// started as users of Docker do.
+func TestExamplesInImages(t *testing.T) {
+	onlyNative(t)
+	t.Parallel()
+	needContainers(t, "mmdebstrap")
+	images := exec.Command(filepath.Join(repo, "examples/images"))
+	if out, err := images.CombinedOutput(); err != nil {
+		t.Fatalf("examples/images: %v: %s", err, out)
+	}
+	s := own(t, "ex", lab.Options{Nodes: 3, Containers: true})
+	load := exec.Command(filepath.Join(bin, "shoal"), "lab", "load", "--name", s.Name, filepath.Join(repo, "bin/examples.tar"))
+	if out, err := load.CombinedOutput(); err != nil {
+		t.Fatalf("lab load: %v: %s", err, out)
+	}
+	microservice(s, "--images")
+	threeTier(s, "--images")
+
+	// The database's data outlives its service, in the volume that the example left.
+	visits := func() int {
+		var v struct{ Visits int }
+		got := s.ok("node3", "curl -s -m 5 localhost:8080/api/")
+		if err := json.Unmarshal([]byte(got), &v); err != nil {
+			t.Fatalf("%v: %s", err, got)
+		}
+		return v.Visits
+	}
 	dir := filepath.Join(repo, "examples/microservice")
-	s.ok("node1", "%s/up", dir)
+	s.ok("node1", "%s/up --images", dir)
+	first := visits()
+	if first < 2 {
+		t.Errorf("visit %d of a database that had some before", first)
+	}
+	// Updated it never runs twice on one directory, and the connections of its clients end.
+	s.ok("node1", "shoal svc update --update-order stop-first --force --env-add A=1 db")
+	if got := visits(); got <= first {
+		t.Errorf("visit %d after %d: the update lost what was written", got, first)
+	}
+	// A crash of the database costs nothing that was acknowledged.
+	before := visits()
+	s.ok("node1", "shoal kill db.1")
+	s.eventually(30*time.Second, func() error {
+		got := s.on("node3", "curl", "-s", "-m", "5", "localhost:8080/api/")
+		var v struct{ Visits int }
+		if err := json.Unmarshal([]byte(got.out), &v); err != nil || v.Visits <= before {
+			return errf("%s %s", got.out, got.err)
+		}
+		return nil
+	})
+	// nginx's site is changed as one changes it in a swarm.
+	site := filepath.Join(t.TempDir(), "new.conf")
+	if err := os.WriteFile(site, []byte("server { listen 80; return 200 \"new site\\n\"; }\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	s.ok("node2", "shoal config create new.conf %s", site)
+	s.ok("node2", "shoal svc update --config-rm frontend.conf --config-add source=new.conf,target=/etc/nginx/conf.d/default.conf nginx")
+	for _, n := range []string{"node1", "node2", "node3"} {
+		if got := s.ok(n, "curl -s -m 5 localhost:8080/"); got != "new site" {
+			t.Errorf("%s: %s", n, got)
+		}
+	}
+	if got := s.ok("node1", "shoal exec nginx.1 nginx -t"); strings.Contains(got, "failed") {
+		t.Error(got)
+	}
+	s.ok("node1", "%s/down", dir)
+	s.ok("node1", "shoal config rm new.conf")
+
+	// redis has a health check of its image's, a user and a volume.
+	s.ok("node1", "shoal net create app")
+	s.ok("node1", "shoal svc create --name cache --network app redis:debian")
+	cli := func(cmd string) string {
+		return s.ok("node2", "shoal run --rm --network app redis:debian redis-cli -h cache %s", cmd)
+	}
+	if got := cli("set a 1"); got != "OK" {
+		t.Errorf("set: %s", got)
+	}
+	if got := cli("get a"); got != "1" {
+		t.Errorf("get: %s", got)
+	}
+	if got := s.ok("node1", "shoal inspect --format {{.State.Health.Status}} cache.1"); got != "healthy" {
+		t.Errorf("health: %s", got)
+	}
+	if got := s.ok("node1", "shoal exec cache.1 id -un"); got != "redis" {
+		t.Errorf("user: %s", got)
+	}
+	s.ok("node1", "shoal svc rm cache")
+
+	// Without its password PostgreSQL ends, and whoever waits is told why.
+	r := s.on("node1", "shoal", "svc", "create", "--restart-max-attempts", "1", "--restart-delay", "100ms", "--name", "bad", "--network", "app", "postgres:debian")
+	if r.code == 0 || !strings.Contains(r.err, "exit status") {
+		t.Errorf("a database without password: exit status %d, %s", r.code, r.err)
+	}
+	if got := s.on("node1", "shoal", "svc", "logs", "bad"); !strings.Contains(got.out+got.err, "wants a password") {
+		t.Errorf("its output: %s %s", got.out, got.err)
+	}
+}
+
+// microservice checks what examples/microservice/README.md promises.
+func microservice(s site, args ...string) {
+	t := s.T
+	dir := filepath.Join(repo, "examples/microservice")
+	s.ok("node1", "%s/up %s", dir, strings.Join(args, " "))
 	get := func(node, url string) string { return s.ok(node, "curl -s -m 5 %s", url) }
 	for _, n := range []string{"node1", "node2", "node3"} {
 		s.eventually(10*time.Second, func() error {
@@ -42,12 +150,11 @@ func TestExampleMicroservice(t *testing.T) {
 	s.ok("node1", "%s/down", dir)
 }
 
-// TestExampleThreeTier checks what examples/three-tier/README.md promises.
-func TestExampleThreeTier(t *testing.T) {
-	onlyNative(t)
-	s := shared(t)
+// threeTier checks what examples/three-tier/README.md promises.
+func threeTier(s site, args ...string) {
+	t := s.T
 	dir := filepath.Join(repo, "examples/three-tier")
-	s.ok("node1", "%s/up", dir)
+	s.ok("node1", "%s/up %s", dir, strings.Join(args, " "))
 	seen := map[string]bool{}
 	s.eventually(15*time.Second, func() error {
 		got := s.on("node2", "curl", "-s", "-m", "5", "localhost:8081/").out
@@ -77,6 +184,6 @@ func TestExampleThreeTier(t *testing.T) {
 		}
 		return nil
 	})
-	s.ok("node1", "shoal svc create --name app1 --network middle --network data --env DB_HOST=database --env POSTGRES_USER=app --env POSTGRES_PASSWORD=secret -- python3 %s/examples/common/api.py", repo)
+	s.ok("node1", "shoal svc create --name app1 --network data -- sleep infinity") // for down, which removes it
 	s.ok("node1", "%s/down", dir)
 }
