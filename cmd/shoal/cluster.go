@@ -232,4 +232,3 @@ func (c *cli) progress(what string) func() {
 		<-done
 	}
 }
-

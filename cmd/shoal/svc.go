@@ -838,7 +838,7 @@ func (c *cli) taskListing() *taskListing {
 				return slices.ContainsFunc(t.Attachments, func(a *shoalv1.Attachment) bool { return a.Network == v })
 			},
 			"desired-state": func(t task, v string) bool { return t.Desired == v },
-			"health": func(t task, v string) bool { return cmp.Or(t.GetStatus().GetHealth(), noHealth) == v },
+			"health":        func(t task, v string) bool { return cmp.Or(t.GetStatus().GetHealth(), noHealth) == v },
 			"status": func(t task, v string) bool {
 				return t.GetStatus().GetState() == v || v == exited && ended(t)
 			},
