@@ -167,6 +167,9 @@ const (
 // certLoop keeps the node's certificate and role as the managers have it.
 func (m *member) certLoop() {
 	wait := certInterval
+	if m.creds.Due() { // the machine was off for long
+		wait = certRetry
+	}
 	for {
 		t := time.NewTimer(wait)
 		select {
