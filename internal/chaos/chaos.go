@@ -71,6 +71,10 @@ type world struct {
 	logs   map[string]int64
 	disks  []string // mounted, to be filled
 	began  time.Time
+	// caughtUp is a manager that has carried out all that was told before this quiet
+	// point; "": none is known yet. marks are the labels that were set to find out.
+	caughtUp string
+	marks    int
 }
 
 // Run does it. The error is for what kept it from being done, like a lab that does

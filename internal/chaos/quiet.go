@@ -23,6 +23,7 @@ func (w *world) checkQuiet(ctx context.Context) {
 	start := time.Now()
 	told := start
 	var err error
+	w.caughtUp = ""
 	for {
 		if err = w.quiet(ctx); err == nil || ctx.Err() != nil {
 			break
@@ -50,7 +51,10 @@ func (w *world) quiet(ctx context.Context) error {
 	if i := slices.IndexFunc(sorted(w.model.nodes), func(n string) bool { return w.model.nodes[n].open }); i >= 0 {
 		managers = []string{"node1", "node2", "node3"} // some of which are
 	}
-	l, err := w.anyLists(ctx, managers)
+	if err := w.catchUp(ctx, managers); err != nil {
+		return err
+	}
+	l, err := w.anyLists(ctx, []string{w.caughtUp})
 	if err != nil {
 		return err
 	}
@@ -80,6 +84,35 @@ func (w *world) quiet(ctx context.Context) error {
 		return err
 	}
 	return w.checkDoctors(ctx)
+}
+
+// catchUp waits until a manager has carried out all that the managers were told, also
+// what they had not agreed on when its answer was given up: a leader without a majority
+// keeps it, and carries it out once it has one again. A label behind it tells.
+func (w *world) catchUp(ctx context.Context, managers []string) error {
+	if w.caughtUp != "" {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, scaled(commandTime))
+	defer cancel()
+	var errs []error
+	for _, n := range managers {
+		w.marks++
+		mark := fmt.Sprint(w.marks)
+		_, err := w.lab.Run(ctx, n, w.lab.Binary, "node", "update", "--label-add", "chaos="+mark, "node1")
+		if err == nil {
+			var got string
+			if got, err = w.lab.Run(ctx, n, w.lab.Binary, "node", "inspect", "--format", `{{index .Labels "chaos"}}`, "node1"); err == nil {
+				if strings.TrimSpace(got) == mark {
+					w.caughtUp = n
+					return nil
+				}
+				err = fmt.Errorf("%s shows label chaos=%s of node1, and acknowledged %s", n, strings.TrimSpace(got), mark)
+			}
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
 }
 
 func (w *world) anyLists(ctx context.Context, from []string) (l lists, err error) {
