@@ -712,7 +712,8 @@ func (r *runner) live(ctx context.Context, found *runtime.Status) error {
 	if found != nil {
 		sb.Netns, sb.DNSPort = found.Sandbox.Netns, found.Sandbox.DNSPort
 	} else {
-		rt := runtime.Task{ID: t.ID, Name: t.Name, Netns: r.netns(t), Spec: t.Spec, Executor: runtime.ExecutorOf(t.Spec), Hostname: hostname(t)}
+		rt := runtime.Task{ID: t.ID, Name: t.Name, Netns: r.netns(t), Spec: t.Spec, Executor: runtime.ExecutorOf(t.Spec), Hostname: hostname(t),
+			Keep: t.Service == "" && !t.Spec.AutoRemove}
 		err := r.prepare(ctx, &rt)
 		if err == nil {
 			// What its image says is the task's from now on.

@@ -191,6 +191,38 @@ func (c *cluster) start(i int, join ...netip.AddrPort) *node {
 
 func (c *cluster) startAt(i int, at netip.AddrPort, join ...netip.AddrPort) *node {
 	c.Helper()
+	n := c.run(i, at, nil)
+	c.assign(i, at, c.signer(i).Public())
+	if len(join) > 0 {
+		n.Join(join)
+	}
+	return n
+}
+
+// startAll runs nodes 1 to n at once, each with one endpoint and with all of them in
+// its directory, as those of a cluster that was there before are. seen is called with
+// each change that a node hears of.
+func (c *cluster) startAll(n int, seen func(*node)) {
+	c.Helper()
+	c.mu.Lock()
+	for i := 1; i <= n; i++ {
+		c.keys[i] = newSigner()
+		at := nodeAddr(i)
+		c.says[nodeID(i)] = NodeInfo{Name: "n" + fmt.Sprint(i), Role: spec.RoleWorker, Number: i, Addr: at.Addr(), ControlPort: 7947, GossipPort: int(at.Port()), Keys: []crypto.PublicKey{c.keys[i].Public()}}
+	}
+	c.mu.Unlock()
+	d := c.directory()
+	for i := 1; i <= n; i++ {
+		nd := c.run(i, nodeAddr(i), seen)
+		nd.SetDirectory(d)
+		nd.put(1)
+		nd.Join(addrs(1))
+	}
+}
+
+// run runs node i, of which the managers have not told yet.
+func (c *cluster) run(i int, at netip.AddrPort, seen func(*node)) *node {
+	c.Helper()
 	tr, err := c.net.Bind(at)
 	if err != nil {
 		c.Fatalf("bind: %v", err)
@@ -211,19 +243,15 @@ func (c *cluster) startAt(i int, at netip.AddrPort, join ...netip.AddrPort) *nod
 			c.Errorf("run: %v", err)
 		}
 	}()
-	go n.consume()
+	go n.consume(seen)
 	c.mu.Lock()
 	c.nodes[i] = n
 	c.mu.Unlock()
-	c.assign(i, at, c.signer(i).Public())
-	if len(join) > 0 {
-		g.Join(join)
-	}
 	return n
 }
 
 // consume plays the data plane.
-func (n *node) consume() {
+func (n *node) consume(seen func(*node)) {
 	defer close(n.gone)
 	for {
 		select {
@@ -231,6 +259,9 @@ func (n *node) consume() {
 			return
 		case <-n.Changed():
 			n.apply()
+			if seen != nil {
+				seen(n)
+			}
 		}
 	}
 }

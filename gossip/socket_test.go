@@ -41,7 +41,7 @@ func TestRealSockets(t *testing.T) {
 				t.Errorf("run: %v", err)
 			}
 		}()
-		go n.consume()
+		go n.consume(nil)
 		c.nodes[i] = n
 		c.assign(i, g.Addr(), c.signer(i).Public())
 		return n

@@ -75,7 +75,9 @@ func TestCertificateIsVisible(t *testing.T) {
 		t.Fatalf("no metric of the certificate in %s", out)
 		return time.Time{}
 	}
-	certified := func() int { return strings.Count(s.ok("node1", "shoal events --since 1h --until 0s"), "node certify node2") }
+	certified := func() int {
+		return strings.Count(s.ok("node1", "shoal events --since 1h --until 0s"), "node certify node2")
+	}
 	listed := func() string { return s.ok("node1", "shoal node ls -o wide -f name=node2 --format {{.Certificate}}") }
 	says("ok", "worker, until")
 	was := certified()

@@ -225,3 +225,116 @@ func TestContainers(t *testing.T) {
 		t.Errorf("volumes left: %q, want data1 alone", got)
 	}
 }
+
+// TestContainerFilesStay: a container that was stopped, crashed, or whose agent was killed
+// meanwhile goes on with its files when it is started again, as in Docker, and they can be
+// copied while it does not run. Removed, it leaves nothing.
+func TestContainerFilesStay(t *testing.T) {
+	onlyNative(t)
+	t.Parallel()
+	busybox := needContainers(t)
+	s := own(t, "cs", lab.Options{Nodes: 2, Containers: true})
+	image := build(t, "amd64", map[string]string{"bin/busybox": busybox, "bin/sh": busybox},
+		map[string]any{"Entrypoint": []string{"/bin/busybox", "sh", "-c"}, "Env": []string{"PATH=/bin"}, "Volumes": map[string]any{"/data": map[string]any{}}}).archive(t, "box:1")
+	for _, n := range []string{"node1", "node2"} {
+		s.ok("node1", "shoal image load -i %s --node %s", image, n)
+	}
+	const program = `'for f in /log /data/log /named/log; do echo run >> $f; done; exec /bin/busybox sleep 1000'`
+	s.ok("node1", "shoal run -d --name c --node node2 -v named:/named --tmpfs /mem --pull never box:1 %s", program)
+	runs := func(want int) {
+		t.Helper()
+		for _, f := range []string{"/log", "/data/log", "/named/log"} {
+			s.eventually(10*time.Second, func() error {
+				if got := s.ok("node1", "shoal exec c /bin/busybox cat %s", f); got != strings.TrimSpace(strings.Repeat("run\n", want)) {
+					return fmt.Errorf("%s: %q, want %d lines", f, got, want)
+				}
+				return nil
+			})
+		}
+	}
+	runs(1)
+	s.ok("node1", "shoal stop -t 1 c")
+	dir := t.TempDir()
+	for _, f := range []string{"/log", "/data/log", "/named/log"} {
+		s.ok("node1", "shoal cp c:%s %s/out", f, dir)
+		if b, err := os.ReadFile(filepath.Join(dir, "out")); err != nil || string(b) != "run\n" {
+			t.Errorf("%s of the stopped container: %q, %v", f, b, err)
+		}
+	}
+	s.ok("node1", "shoal cp %s/out c:/in", dir)
+	s.ok("node1", "shoal cp %s/out c:/data/in", dir)
+	s.fails("node1", "no such file", "shoal cp c:/nope %s/x", dir)
+	s.fails("node1", "c", "shoal volume rm --node node2 named")
+	s.fails("node1", "c", "shoal image rm --node node2 box:1")
+	s.ok("node1", "shoal start c")
+	runs(2)
+	if got := s.ok("node1", "shoal exec c /bin/busybox cat /in /data/in"); got != "run\nrun" {
+		t.Errorf("what was copied into the stopped container: %q", got)
+	}
+	s.ok("node1", "shoal restart -t 1 c")
+	runs(3)
+
+	// Nothing of it depends on who is alive meanwhile.
+	s.ok("node1", "shoal stop -t 1 c")
+	if err := s.KillAgent("node2"); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.KillContainerd(); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.StartContainerd(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Start(t.Context(), "node2"); err != nil {
+		t.Fatal(err)
+	}
+	s.eventually(30*time.Second, func() error {
+		if r := s.on("node1", "shoal", "start", "c"); r.code != 0 {
+			return fmt.Errorf("%s", r.err)
+		}
+		return nil
+	})
+	runs(4)
+
+	// One that crashes has what it wrote before; a replica, and one of run --rm, does not.
+	s.ok("node1", `shoal run -d --name again --node node2 --restart on-failure --pull never box:1 'echo run >> /log; [ $(/bin/busybox wc -l < /log) -ge 3 ]'`)
+	s.eventually(30*time.Second, func() error {
+		if x := s.task("again"); x.Status.State != "complete" {
+			return fmt.Errorf("%+v", x.Status)
+		}
+		return nil
+	})
+	s.ok("node1", "shoal cp again:/log %s/out", dir)
+	if b, err := os.ReadFile(filepath.Join(dir, "out")); err != nil || string(b) != "run\nrun\nrun\n" {
+		t.Errorf("of one that crashed twice: %q, %v", b, err)
+	}
+	s.ok("node1", "shoal svc create --name web --pull never box:1 %s", `'echo run >> /log; exec /bin/busybox sleep 1000'`)
+	first := s.running("web")[0]
+	s.ok("node1", "shoal svc update --force web")
+	if got := s.ok("node1", "shoal exec web.1 /bin/busybox cat /log"); got != "run" {
+		t.Errorf("a new replica begins with %q", got)
+	}
+	s.fails("node1", "its files are not kept", "shoal cp %s:/log %s/x", first.ID, dir)
+	s.ok("node1", "shoal svc rm web")
+
+	s.ok("node1", "shoal rm -f c again")
+	s.eventually(30*time.Second, func() error {
+		for _, n := range s.Nodes() {
+			for _, what := range [][]string{{"containers", "ls", "-q"}, {"tasks", "ls", "-q"}} {
+				out, err := exec.Command("ctr", append([]string{"-a", filepath.Join(s.Dir, "containerd/sock"), "-n", n.Netns}, what...)...).CombinedOutput()
+				if err != nil || len(strings.TrimSpace(string(out))) > 0 {
+					return fmt.Errorf("%s: %s are left: %s (%v)", n.Name, what[0], out, err)
+				}
+			}
+			out, err := exec.Command("ctr", "-a", filepath.Join(s.Dir, "containerd/sock"), "-n", n.Netns, "snapshots", "ls").CombinedOutput()
+			if err != nil || strings.Contains(string(out), "shoal-") {
+				return fmt.Errorf("%s: file systems are left: %s (%v)", n.Name, out, err)
+			}
+		}
+		if got := s.ok("node1", "shoal volume ls --node node2 -q"); got != "named" {
+			return fmt.Errorf("volumes: %q, want named alone", got)
+		}
+		return nil
+	})
+	s.ok("node1", "shoal volume rm --node node2 named")
+}

@@ -568,5 +568,5 @@ func TestCopy(t *testing.T) {
 		s.fails("node1", want, "sh -c 'shoal %s'", line)
 	}
 	s.ok("node1", "shoal stop -t 0 c")
-	s.fails("node1", "needs one that runs", "shoal cp c:/etc/hosts .")
+	s.fails("node1", "its program has ended", "shoal cp c:/etc/hosts .")
 }

@@ -48,6 +48,9 @@ type Task struct {
 	Hosts      []byte `json:"hosts"`
 	// Data is kept for the caller and comes back in Status.
 	Data []byte `json:"data,omitempty"`
+	// Keep: it may be started again (Renew), and goes on with the files that it has of
+	// its own, as a container in Docker does. They stay until Remove.
+	Keep bool `json:"keep,omitempty"`
 	// Files are the contents of Spec's secrets, then of its configs, in their order.
 	// They are in memory only.
 	Files [][]byte `json:"-"`

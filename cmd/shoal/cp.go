@@ -23,9 +23,9 @@ import (
 
 func (c *cli) cpCmd() *cobra.Command {
 	var k copying
-	cmd := &cobra.Command{Use: "cp [flags] TASK:PATH DEST|-\n  shoal cp [flags] SRC|- TASK:PATH", Short: "Copy files between a running task and this machine", Args: exactly(2),
-		Long: `Cp copies a file or a directory out of a running task, or into it, on whichever node it
-is. As with docker cp, a directory is copied into one that exists, and otherwise takes
+	cmd := &cobra.Command{Use: "cp [flags] TASK:PATH DEST|-\n  shoal cp [flags] SRC|- TASK:PATH", Short: "Copy files between a task and this machine", Args: exactly(2),
+		Long: `Cp copies a file or a directory out of a task, or into it, on whichever node it is. The
+task runs, or is a container that has ended and can be started again. As with docker cp, a directory is copied into one that exists, and otherwise takes
 its name; SRC/. is what is in a directory. - is a tar archive on standard output, or
 input, which may be compressed. SERVICE.SLOT names a replica, such as web.1.
 
@@ -72,9 +72,12 @@ type copying struct{ archive, follow, quiet bool }
 
 // stream begins a copy on a task's node. Its end is that of the context.
 func (k copying) stream(ctx context.Context, c *cli, ref string, start *shoalv1.CopyRequest_Start) (*connect.BidiStreamForClient[shoalv1.CopyRequest, shoalv1.CopyResponse], string, error) {
-	t, err := c.livingTask(ctx, ref, ": cp needs one that runs")
+	t, err := c.runningTask(ctx, ref)
 	if err != nil {
-		return nil, "", err
+		return nil, "", c.pointTo(ctx, ref, err, "its tasks are REPLICAS")
+	}
+	if t.Node == "" {
+		return nil, "", fmt.Errorf("task %s has no node yet: it is %s", t.Name, t.GetStatus().GetState())
 	}
 	start.Task = t.Id
 	s := c.node().Copy(ctx)

@@ -25,12 +25,15 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/cio"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/containerd/v2/pkg/oci"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/typeurl/v2"
 
 	"github.com/shoalnet/shoal/runtime"
 	"github.com/shoalnet/shoal/runtime/volume"
@@ -76,6 +79,7 @@ const (
 	labelBy       = "net.shoal.by"      // of an image: "task" when nobody asked for it but a task
 	labelUsed     = "net.shoal.used"    // of an image: when a task last began, Unix seconds
 	labelVolumes  = "net.shoal.volumes" // of a container: names of the volumes in it, by commas
+	labelKeep     = "net.shoal.keep"    // of a container: its files stay when its program has ended
 )
 
 const (
@@ -302,8 +306,15 @@ func (e *Executor) start(ctx context.Context, b runtime.Box) (_ int, err error) 
 	} else if !errors.Is(err, runtime.ErrNotFound) {
 		return 0, err
 	}
-	// Whatever else is there was left half made.
-	if err := e.Remove(ctx, b.ID); err != nil {
+	kept, err := e.kept(ctx, c, b.ID)
+	if err != nil {
+		return 0, err
+	}
+	clear := e.Release
+	if kept == nil {
+		clear = e.Remove // whatever else is there was left half made
+	}
+	if err := clear(ctx, b.ID); err != nil {
 		return 0, err
 	}
 	img, err := e.find(ctx, c, b.Spec.Image)
@@ -319,7 +330,7 @@ func (e *Executor) start(ctx context.Context, b runtime.Box) (_ int, err error) 
 		if err != nil {
 			rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), rpcTimeout)
 			defer cancel()
-			if rerr := e.Remove(rctx, b.ID); rerr != nil {
+			if rerr := clear(rctx, b.ID); rerr != nil {
 				err = fmt.Errorf("%w (and not all of it could be undone: %w)", err, rerr)
 			}
 		}
@@ -339,13 +350,21 @@ func (e *Executor) start(ctx context.Context, b runtime.Box) (_ int, err error) 
 	if len(vols) > 0 {
 		labels[labelVolumes] = strings.Join(vols, ",")
 	}
-	ctr, err := c.NewContainer(ctx, b.ID,
-		client.WithImage(img),
-		client.WithContainerLabels(labels),
-		client.WithSnapshotter(e.cfg.Snapshotter),
-		client.WithNewSnapshot(e.snapshotKey(b.ID), img),
-		client.WithRuntime(e.cfg.Runtime, nil),
-		client.WithNewSpec(specOpts(b, img, mounts)...))
+	if b.Keep {
+		labels[labelKeep] = "true"
+	}
+	ctr := kept
+	if kept != nil {
+		err = kept.Update(ctx, withSpec(labels, specOpts(b, img, mounts)))
+	} else {
+		ctr, err = c.NewContainer(ctx, b.ID,
+			client.WithImage(img),
+			client.WithContainerLabels(labels),
+			client.WithSnapshotter(e.cfg.Snapshotter),
+			client.WithNewSnapshot(e.snapshotKey(b.ID), img),
+			client.WithRuntime(e.cfg.Runtime, nil),
+			client.WithNewSpec(specOpts(b, img, mounts)...))
+	}
 	if err != nil {
 		return 0, fmt.Errorf("make a container of it: %w", e.unavailable(err))
 	}
@@ -360,6 +379,45 @@ func (e *Executor) start(ctx context.Context, b runtime.Box) (_ int, err error) 
 		return 0, startError(e.unavailable(err))
 	}
 	return int(t.Pid()), nil
+}
+
+// kept is the container of a task that ran before and is to go on with its files; nil if
+// there is none.
+func (e *Executor) kept(ctx context.Context, c *client.Client, id string) (client.Container, error) {
+	ctr, err := c.LoadContainer(ctx, id)
+	if errdefs.IsNotFound(err) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, e.unavailable(err)
+	}
+	labels, err := ctr.Labels(ctx)
+	if err != nil {
+		return nil, e.unavailable(err)
+	}
+	if labels[labelKeep] == "" {
+		return nil, nil
+	}
+	switch _, err := c.SnapshotService(e.cfg.Snapshotter).Stat(ctx, e.snapshotKey(id)); {
+	case errdefs.IsNotFound(err):
+		return nil, nil // somebody has taken the files away
+	case err != nil:
+		return nil, e.unavailable(err)
+	}
+	return ctr, nil
+}
+
+// withSpec makes a container that there is one of other labels and another spec.
+func withSpec(labels map[string]string, opts []oci.SpecOpts) client.UpdateContainerOpts {
+	return func(ctx context.Context, c *client.Client, ctr *containers.Container) error {
+		s, err := oci.GenerateSpec(ctx, c, ctr, opts...)
+		if err != nil {
+			return err
+		}
+		ctr.Labels = labels
+		ctr.Spec, err = typeurl.MarshalAny(s)
+		return err
+	}
 }
 
 // Wait implements runtime.Executor.
@@ -436,6 +494,40 @@ func (e *Executor) CloseInput(ctx context.Context, id string) error {
 	return e.unavailable(err)
 }
 
+// Release implements runtime.Executor.
+func (e *Executor) Release(ctx context.Context, id string) error {
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	c, ctx, err := e.conn(ctx)
+	if err != nil {
+		return err
+	}
+	ctr, err := e.kept(ctx, c, id)
+	if err != nil {
+		return err
+	}
+	if ctr == nil {
+		return e.Remove(ctx, id)
+	}
+	return e.end(ctx, ctr)
+}
+
+// end ends a container's program, and everything that it has started.
+func (e *Executor) end(ctx context.Context, ctr client.Container) error {
+	t, err := ctr.Task(ctx, nil)
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return e.unavailable(err)
+	}
+	// WithProcessKill waits for the end, too.
+	if _, err := t.Delete(ctx, client.WithProcessKill); err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("end the container of task %s: %w", ctr.ID(), e.unavailable(err))
+	}
+	return nil
+}
+
 // Remove implements runtime.Executor.
 func (e *Executor) Remove(ctx context.Context, id string) error {
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
@@ -457,13 +549,8 @@ func (e *Executor) Remove(ctx context.Context, id string) error {
 		if labels, err := ctr.Labels(ctx); err == nil { // those of earlier versions
 			anonymous = append(anonymous, volumeNames(labels)...)
 		}
-		if t, err := ctr.Task(ctx, nil); err == nil {
-			// WithProcessKill waits for the end, too.
-			if _, err := t.Delete(ctx, client.WithProcessKill); err != nil && !errdefs.IsNotFound(err) {
-				return fmt.Errorf("end the container of task %s: %w", id, e.unavailable(err))
-			}
-		} else if !errdefs.IsNotFound(err) {
-			return e.unavailable(err)
+		if err := e.end(ctx, ctr); err != nil {
+			return err
 		}
 		if img, err := ctr.Image(ctx); err == nil {
 			e.used(ctx, c, img)

@@ -2,7 +2,7 @@ package container
 
 import (
 	"context"
-	"crypto/rand"
+	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -68,6 +68,61 @@ func (e *Executor) mounts(ctx context.Context, c *client.Client, img client.Imag
 		out = append(out, specs.Mount{Destination: initPath, Type: "bind", Source: exe, Options: []string{"bind", "ro", "rprivate"}})
 	}
 	return out, vols, nil
+}
+
+// Files implements runtime.Executor. Volumes and directories of the node are where the
+// program had them; what was in memory is gone.
+func (e *Executor) Files(ctx context.Context, b runtime.Box, do func(root string) error) error {
+	c, ctx, err := e.conn(ctx)
+	if err != nil {
+		return err
+	}
+	ctr, err := e.kept(ctx, c, b.ID)
+	if err != nil {
+		return err
+	}
+	if ctr == nil {
+		return fmt.Errorf("%w: files of task %s", runtime.ErrNotFound, b.ID)
+	}
+	ms, err := c.SnapshotService(e.cfg.Snapshotter).Mounts(ctx, e.snapshotKey(b.ID))
+	if err != nil {
+		return e.unavailable(err)
+	}
+	var over []specs.Mount
+	for _, m := range b.Spec.Mounts {
+		switch m.Type {
+		case spec.MountBind:
+			sm, err := e.bind(m)
+			if err != nil {
+				return err
+			}
+			over = append(append(over, sm), e.hide(sm)...)
+		case spec.MountVolume:
+			v, err := e.cfg.Volumes.Get(volumeName(m, b.ID))
+			if err != nil {
+				return err
+			}
+			over = append(over, specs.Mount{Destination: m.Target, Type: "bind", Source: v.Path, Options: []string{"rbind", "rprivate", rw(m)}})
+		}
+	}
+	for _, m := range over {
+		ms = append(ms, mount.Mount{Type: m.Type, Source: m.Source, Target: m.Destination, Options: m.Options})
+	}
+	var done error
+	if err := mount.WithTempMount(ctx, ms, func(root string) error { done = do(root); return nil }); err != nil {
+		return errors.Join(done, fmt.Errorf("the files of the task can't be mounted: %w", err))
+	}
+	return done
+}
+
+// volumeName is what a mount's volume is called: without a name it is of this task alone,
+// and the same when the task is started again.
+func volumeName(m spec.Mount, task string) string {
+	if m.Source != "" {
+		return m.Source
+	}
+	sum := sha256.Sum256([]byte(task + " " + m.Target))
+	return hex.EncodeToString(sum[:])
 }
 
 // initPath is where --init puts its program, as Docker does.
@@ -174,11 +229,9 @@ func (e *Executor) volume(ctx context.Context, c *client.Client, img client.Imag
 	if e.cfg.Volumes == nil {
 		return volume.Volume{}, errors.New("this node keeps no volumes")
 	}
-	name, owner := m.Source, ""
-	if name == "" {
-		var r [32]byte
-		_, _ = rand.Read(r[:])
-		name, owner = hex.EncodeToString(r[:]), b.ID
+	name, owner := volumeName(m, b.ID), ""
+	if m.Source == "" {
+		owner = b.ID
 	}
 	v, made, err := e.cfg.Volumes.Create(name, m.Labels, owner)
 	if err != nil {

@@ -43,6 +43,9 @@ func (r *Runtime) Copy(ctx context.Context, id string, s runtime.CopySpec) error
 	if err != nil {
 		return err
 	}
+	if st.State == runtime.Exited {
+		return r.copyEnded(ctx, id, s)
+	}
 	if st.State != runtime.Running || st.PID == 0 {
 		return errors.New("its program does not run")
 	}
@@ -55,6 +58,34 @@ func (r *Runtime) Copy(ctx context.Context, id string, s runtime.CopySpec) error
 	if now, err := r.Status(ctx, id); err != nil || now.State != runtime.Running || now.PID != st.PID {
 		return errors.New("its program has ended")
 	}
+	return r.copyBelow(ctx, root, s)
+}
+
+// copyEnded copies from or to the files that a task has kept, which is what containers do.
+func (r *Runtime) copyEnded(ctx context.Context, id string, s runtime.CopySpec) error {
+	b, x, err := r.box(id)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	if x == nil {
+		return errors.New("its program has ended, and its files are those of the node")
+	}
+	err = x.Files(ctx, b, func(dir string) error {
+		root, err := os.Open(dir)
+		if err != nil {
+			return err
+		}
+		defer root.Close()
+		return r.copyBelow(ctx, root, s)
+	})
+	if errors.Is(err, runtime.ErrNotFound) {
+		return errors.New("its program has ended, and its files are not kept: those of services, and of 'run --rm', go with it")
+	}
+	return err
+}
+
+// copyBelow copies from or to what is below root.
+func (r *Runtime) copyBelow(ctx context.Context, root *os.File, s runtime.CopySpec) error {
 	args, err := json.Marshal(copyArgs{Path: s.Path, Follow: s.Follow, In: s.In != nil, Source: s.Source, Owners: s.Owners})
 	if err != nil {
 		return err

@@ -343,18 +343,26 @@ func (r *Runtime) stopForeign(ctx context.Context, id string, x runtime.Executor
 	return r.settle(ctx, id)
 }
 
-// releaseForeign ends and removes what the executor has of a task, and sees to it
-// that the shim knows.
-func (r *Runtime) releaseForeign(ctx context.Context, id string) error {
+// ofExecutor has the executor of a task, if it has one, do something to what it has of it.
+func (r *Runtime) ofExecutor(id string, do func(runtime.Executor) error) (bool, error) {
 	_, x, err := r.box(id)
 	if errors.Is(err, os.ErrNotExist) {
-		return nil // it was never made
+		return false, nil // it was never made
 	}
 	if err != nil || x == nil {
-		return err
+		return false, err
 	}
-	if err := x.Remove(ctx, id); err != nil {
-		return fmt.Errorf("task %s: %w", id, err)
+	if err := do(x); err != nil {
+		return true, fmt.Errorf("task %s: %w", id, err)
+	}
+	return true, nil
+}
+
+// releaseForeign ends what the executor has of a task, and sees to it that the shim
+// knows.
+func (r *Runtime) releaseForeign(ctx context.Context, id string) error {
+	if has, err := r.ofExecutor(id, func(x runtime.Executor) error { return x.Release(ctx, id) }); err != nil || !has {
+		return err
 	}
 	if st, err := r.Status(ctx, id); err == nil && st.State == runtime.Running {
 		_, _, _ = r.call(id, request{Op: "ended", Code: 137}, callTimeout+leftBehind)

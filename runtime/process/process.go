@@ -686,6 +686,9 @@ func (r *Runtime) Remove(ctx context.Context, id string) error {
 	if err := r.Release(ctx, id); err != nil {
 		return err
 	}
+	if _, err := r.ofExecutor(id, func(x runtime.Executor) error { return x.Remove(ctx, id) }); err != nil {
+		return err
+	}
 	if err := os.RemoveAll(r.taskDir(id)); err != nil {
 		return fmt.Errorf("remove task %s: %w", id, err)
 	}
