@@ -88,7 +88,6 @@ func insteadOfFlag(cmd *cobra.Command, err error) string {
 		return map[string]string{
 			"svc ps --no-resolve": "nodes are named; 'shoal svc ps -o json' has their IDs, too",
 			"net create --ipv6":   "a network has IPv6 with a subnet of it: '--subnet fd00:1::/64'",
-			"info --format":       "'shoal info -o json' has all of it",
 		}[path+" --"+name]
 	}
 	for _, t := range tables {

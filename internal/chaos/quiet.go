@@ -383,6 +383,7 @@ func (w *world) askOracle(ctx context.Context) {
 	}
 	start := time.Now()
 	for {
+		asked := time.Since(start) // what is wrong may take a while to be found, and has been said by then
 		said, wrong := w.oracle(ctx)
 		switch {
 		case ctx.Err() != nil:
@@ -393,7 +394,7 @@ func (w *world) askOracle(ctx context.Context) {
 		case said != "" && time.Since(start) > 5*time.Second:
 			w.say("  oracle: said: %s; of %s", said, strings.SplitN(wrong.Error(), "\n", 2)[0])
 			return
-		case time.Since(start) < scaled(settled):
+		case asked < scaled(settled):
 			sleep.For(ctx, time.Second)
 		default:
 			var fs []string
