@@ -54,7 +54,8 @@ type claims struct {
 	holders   map[holding]claimKey // who was given an address last, of those in known
 	answering bool                 // the managers have answered a question within claimGrace
 	answer    time.Time            // when they last did
-	look      uint64               // number of the View that is being made
+	look      uint64               // number of the View that is being made, or was made last
+	made      uint64               // of the one that was made last
 	warned    map[string]time.Time
 }
 
@@ -120,7 +121,7 @@ func (c *claims) held(k claimKey, x *claim) bool {
 		if !ok || h == k {
 			continue
 		}
-		if y := c.known[h]; y != nil && y.verdict == given && y.look+1 >= c.look && slices.Contains(y.e.Addrs, a) {
+		if y := c.known[h]; y != nil && y.verdict == given && y.look >= c.made && slices.Contains(y.e.Addrs, a) {
 			return true
 		}
 	}
@@ -151,6 +152,7 @@ func (c *claims) begin() {
 func (c *claims) end(v *spec.View) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.made = c.look
 	clear(c.networks)
 	for _, n := range v.Networks {
 		c.networks[n.ID] = true
@@ -166,7 +168,7 @@ func (c *claims) take(old bool) (keys []claimKey, eps []spec.Endpoint) {
 	perNode := map[string]int{}
 	for k, x := range c.known {
 		switch {
-		case old && x.look+1 < c.look: // the newest View may be half made
+		case old && x.look < c.made: // the newest View may be half made
 			delete(c.known, k)
 			c.release(k, x)
 		case len(keys) < claimBatch && perNode[k.node] < claimPerNode && (x.verdict == pending || old && (x.verdict == wrong || x.doubted)):
@@ -241,7 +243,7 @@ func (c *claims) wrongs() map[string]int {
 	defer c.mu.Unlock()
 	out := map[string]int{}
 	for k, x := range c.known {
-		if x.verdict == wrong && x.look+1 >= c.look {
+		if x.verdict == wrong && x.look >= c.made {
 			out[k.node]++
 		}
 	}

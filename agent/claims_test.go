@@ -61,6 +61,30 @@ func (s *claimSim) want(what string, got []string, want ...string) {
 	}
 }
 
+// TestClaimsThatEnd: a claim that was withdrawn is no fault any more, though nothing else
+// changes after it.
+func TestClaimsThatEnd(t *testing.T) {
+	s := newClaimSim(t)
+	evil := claimOf("b", "2")
+	s.shows(evil)
+	s.ask(false, nil, "b/2")
+	s.shows(evil)
+	if got := s.c.wrongs(); got["b"] != 1 {
+		t.Errorf("wrong claims: %v", got)
+	}
+	s.shows()
+	if got := s.c.wrongs(); len(got) != 0 {
+		t.Errorf("wrong claims of what nobody says any more: %v", got)
+	}
+	// While a View is made, the last one counts.
+	s.shows(evil)
+	s.ask(false, nil, "b/2")
+	s.c.begin()
+	if got := s.c.wrongs(); got["b"] != 1 {
+		t.Errorf("wrong claims while a View is made: %v", got)
+	}
+}
+
 // TestClaims: what the managers have not given is left out, from the first moment on
 // where they answer; where they don't, nothing is missed.
 func TestClaims(t *testing.T) {
