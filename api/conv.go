@@ -274,7 +274,7 @@ func ToUpdateStatus(u *shoalv1.UpdateStatus) *spec.UpdateStatus {
 	if u == nil {
 		return nil
 	}
-	return &spec.UpdateStatus{State: u.GetState(), StartedAt: u.GetStartedAtMs(), CompletedAt: u.GetCompletedAtMs(), Message: u.GetMessage()}
+	return &spec.UpdateStatus{State: u.GetState(), StartedAt: u.GetStartedAtMs(), CompletedAt: u.GetCompletedAtMs(), Message: u.GetMessage(), Since: u.GetSince()}
 }
 
 // Service is s on the wire; running is the leader's count.
@@ -288,7 +288,7 @@ func Service(s spec.Service, running int) *shoalv1.Service {
 		out.PreviousSpec = ServiceSpec(*s.Previous)
 	}
 	if u := s.Update; u != nil {
-		out.UpdateStatus = &shoalv1.UpdateStatus{State: u.State, StartedAtMs: u.StartedAt, CompletedAtMs: u.CompletedAt, Message: u.Message}
+		out.UpdateStatus = &shoalv1.UpdateStatus{State: u.State, StartedAtMs: u.StartedAt, CompletedAtMs: u.CompletedAt, Message: u.Message, Since: u.Since}
 	}
 	return out
 }

@@ -112,6 +112,9 @@ type UpdateStatus struct {
 	StartedAt   int64  `json:"started_at,omitempty" level:"2"` // Unix milliseconds, like CompletedAt
 	CompletedAt int64  `json:"completed_at,omitempty" level:"2"`
 	Message     string `json:"message,omitempty" level:"2"`
+	// Since is the number of the last task that was made before it, of the managers' own
+	// count: clocks of leaders differ. 0: not noted.
+	Since uint64 `json:"since,omitempty" level:"4"`
 }
 
 // Active tells whether tasks are being replaced.

@@ -210,7 +210,9 @@ func TestRandomJobs(t *testing.T) {
 		changed := false
 		for i := range rapid.IntRange(1, 15).Draw(t, "changes") {
 			n := rapid.SampledFrom(c.sorted()).Draw(t, "node")
-			switch rapid.IntRange(0, 5).Draw(t, "change") {
+			switch rapid.IntRange(0, 6).Draw(t, "change") {
+			case 6:
+				c.clocks(t)
 			case 0:
 				c.avail(n, availability(t))
 			case 1:

@@ -534,7 +534,9 @@ func TestRandomGlobal(t *testing.T) {
 		mon := c.service(sp)
 		for i := range rapid.IntRange(1, 15).Draw(t, "changes") {
 			n := rapid.SampledFrom(c.sorted()).Draw(t, "node")
-			switch rapid.IntRange(0, 6).Draw(t, "change") {
+			switch rapid.IntRange(0, 7).Draw(t, "change") {
+			case 7:
+				c.clocks(t)
 			case 0:
 				c.avail(n, availability(t))
 			case 1:

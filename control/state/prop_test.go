@@ -213,7 +213,8 @@ func TestRandomCommands(t *testing.T) {
 					c.round()
 				}
 			},
-			"time": func(t *rapid.T) { c.now += rapid.Int64Range(1, 60_000).Draw(t, "ms") },
+			"clocks": c.clocks,
+			"time":   func(t *rapid.T) { c.pass(rapid.Int64Range(1, 60_000).Draw(t, "ms")) },
 		})
 		c.checkReplay(rapid.IntRange(1, len(c.log)).Draw(t, "cut"))
 
@@ -278,7 +279,9 @@ func TestConverge(t *testing.T) {
 		}
 		for i := range rapid.IntRange(1, 12).Draw(t, "changes") {
 			v := rapid.SampledFrom(svcs).Draw(t, "service")
-			switch rapid.IntRange(0, 3).Draw(t, "change") {
+			switch rapid.IntRange(0, 4).Draw(t, "change") {
+			case 4:
+				c.clocks(t)
 			case 0, 1:
 				c.scale(v.ID, rapid.IntRange(0, 14).Draw(t, "to"))
 			case 2:
@@ -286,7 +289,7 @@ func TestConverge(t *testing.T) {
 				sp.Task.Env = []string{fmt.Sprintf("V=%d", i)}
 				c.must(Command{UpdateService: &UpdateService{Ref: v.ID, Spec: &sp}})
 			case 3: // one task dies, after a long run: no node gets a bad name
-				c.now += 10 * failWindow
+				c.pass(10 * failWindow)
 				if ts := c.live(v.ID); len(ts) > 0 {
 					x := rapid.SampledFrom(ts).Draw(t, "victim")
 					n := c.nodes[x.Node]

@@ -202,7 +202,7 @@ func (s *State) updateService(c *UpdateService) Result {
 		return Result{Err: err}
 	}
 	if c.Rollback && s.rules >= 2 {
-		v.Update = &spec.UpdateStatus{State: spec.RollbackStarted, StartedAt: c.Now, Message: "manually requested rollback"}
+		v.Update = &spec.UpdateStatus{State: spec.RollbackStarted, StartedAt: c.Now, Since: s.since(), Message: "manually requested rollback"}
 	}
 	s.event("service", "update", v.ID, v.Spec.Name)
 	out := v.Service
@@ -251,7 +251,7 @@ func (s *State) respec(v *service, next spec.ServiceSpec, now int64) error {
 	if s.rules >= 2 {
 		v.Previous, v.prevRev, v.Update = &old, rev, nil
 		if s.dirty(v) && !sp.Job() { // a job begins anew
-			v.Update = &spec.UpdateStatus{State: spec.Updating, StartedAt: now, Message: "update in progress"}
+			v.Update = &spec.UpdateStatus{State: spec.Updating, StartedAt: now, Since: s.since(), Message: "update in progress"}
 		}
 	}
 	return nil

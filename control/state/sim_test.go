@@ -9,8 +9,10 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/shoalnet/shoal/spec"
+	"pgregory.net/rapid"
 )
 
 // tb is what testing.T and rapid.T share.
@@ -27,7 +29,8 @@ type cluster struct {
 	tb
 	s     *State
 	log   [][]byte
-	now   int64
+	now   int64 // by the clock of who leads
+	real  int64 // ms that have passed
 	ids   int
 	nodes map[string]*simNode
 	// check invariants after each command, and that a refusal changed nothing
@@ -80,12 +83,13 @@ type simNode struct {
 	tasks  map[string]spec.TaskStatus
 	fate   func(spec.Task) spec.TaskState // what a started task becomes; nil: running
 	frozen bool                           // takes no step
+	clock  int64                          // how far it is ahead of the first leader's, ms
 }
 
 func newCluster(t tb, pools ...string) *cluster { return newClusterOf(t, 24, pools...) }
 
 func newClusterOf(t tb, bits int, pools ...string) *cluster {
-	c := &cluster{tb: t, s: New(), now: 1_000_000, nodes: map[string]*simNode{}, strict: true, level: Level}
+	c := &cluster{tb: t, s: New(), now: firstClock, nodes: map[string]*simNode{}, strict: true, level: Level}
 	var ps []netip.Prefix
 	for _, p := range pools {
 		ps = append(ps, netip.MustParsePrefix(p))
@@ -269,7 +273,7 @@ func (c *cluster) step(n *simNode) bool {
 			st.Wired = max(st.Wired, a.Leaving, a.Joined)
 		}
 		if st != was {
-			st.At = c.now
+			st.At = c.real + n.clock
 			n.tasks[t.ID], rep[t.ID] = st, st
 		}
 	}
@@ -305,19 +309,50 @@ func (c *cluster) round() bool {
 		busy = c.step(n) || busy
 	}
 	if busy {
-		c.now += 20
+		c.pass(20)
 	} else if next != 0 {
-		c.now = max(next, c.now+1)
+		c.pass(max(next-c.now, 1))
 		busy = true
 	}
 	return busy
 }
 
+// pass lets time pass.
+func (c *cluster) pass(ms int64) { c.now, c.real = c.now+ms, c.real+ms }
+
+// wrongClocks are how far clocks are off, ms.
+var wrongClocks = []int64{-24 * 3600_000, -3600_000, -60_000, -1000, 0, 0, 1000, 60_000, 3600_000, 24 * 3600_000}
+
+// otherLeader has another manager lead from now on, whose clock is off.
+func (c *cluster) otherLeader(off int64) { c.now = firstClock + c.real + off }
+
+// firstClock is what the first leader's clock says at the start, ms.
+const firstClock = 100 * 24 * 3600_000
+
+// patience is how long a cluster may take to come to rest, ms that pass: more than all
+// rules of its services, monitors, delays and pauses one after the other, ask for, and
+// less than an hour, by which clocks are off.
+const patience = 30 * 60_000
+
+// clocks has another manager lead, or a node's clock be set, either of which may be off.
+func (c *cluster) clocks(t *rapid.T) {
+	off := rapid.SampledFrom(wrongClocks).Draw(t, "off")
+	if ns := c.sorted(); len(ns) > 0 && rapid.Bool().Draw(t, "node's") {
+		rapid.SampledFrom(ns).Draw(t, "whose").clock = off
+	} else {
+		c.otherLeader(off)
+	}
+}
+
 // settle runs rounds until nothing is left to do.
 func (c *cluster) settle() {
 	c.Helper()
+	begun := c.real
 	for range 3000 {
 		if !c.round() {
+			if took := c.real - begun; took > patience {
+				c.Fatalf("at rest after %s", time.Duration(took)*time.Millisecond)
+			}
 			return
 		}
 	}

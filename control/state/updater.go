@@ -80,7 +80,28 @@ func (u *updater) paused() (state, message string) {
 
 // ofUpdate tells whether a task was made by the update that is on.
 func (u *updater) ofUpdate(v *service, t *task) bool {
-	return t != nil && t.rev == v.rev && t.Created >= u.st.StartedAt
+	if t == nil || t.rev != v.rev {
+		return false
+	}
+	if u.st.Since > 0 {
+		return t.seq > u.st.Since
+	}
+	return t.Created >= u.st.StartedAt
+}
+
+// past tells whether d, ms, have passed since at, and until when they have not. Another
+// leader may have written at, by another clock: what is further ahead than d is no time to
+// wait for.
+func (p *planner) past(at, d int64) (until int64, past bool) {
+	return at + d, p.now > at+d || at > p.now+d
+}
+
+// since is what an update that begins now notes.
+func (s *State) since() uint64 {
+	if s.rules < 4 {
+		return 0
+	}
+	return s.seq
 }
 
 // failure is a task of the update that failed in a slot, or found no place; nil: none
@@ -100,11 +121,11 @@ func (p *planner) failure(sv *servicePlan, sp *slotPlan) (t *task, unplaced bool
 			if t != sp.best || sp.ending || t.Status.Message == afterOld || p.waits(sv.v, t) {
 				continue // nobody has looked for its node yet
 			}
-			if until := max(t.Created, t.NotBefore) + monitor; p.now > until {
+			until, past := p.past(max(t.Created, t.NotBefore), monitor)
+			if past {
 				return t, true
-			} else {
-				p.again(until + 1)
 			}
+			p.again(until + 1)
 		}
 	}
 	return nil, false
@@ -118,8 +139,7 @@ func (p *planner) judge(sv *servicePlan) {
 	var firstSlot *slotPlan
 	unplaced := false
 	failed, slots, open := 0, 0, 0
-	last := u.st.StartedAt // when the newest replacement came up
-	replaced := false
+	last, replaced := u.st.StartedAt, false
 	for i := range p.slots {
 		sp := &p.slots[i]
 		if sp.gone || sp.asleep {
@@ -134,7 +154,10 @@ func (p *planner) judge(sv *servicePlan) {
 			sp.failed = true
 		}
 		if u.ofUpdate(v, sp.best) && running(sp.best) {
-			last, replaced = max(last, sp.best.started), true
+			if !replaced {
+				last = 0
+			}
+			last, replaced = max(last, sp.best.started), true // when the newest came up
 		}
 		if t == nil && (!running(sp.best) || sp.stale != nil) && !p.givenUp(sv, sp) {
 			open++
@@ -159,7 +182,7 @@ func (p *planner) judge(sv *servicePlan) {
 		return
 	}
 	if replaced || failed > 0 {
-		if until := last + u.Monitor.Milliseconds(); p.now <= until && last <= p.now {
+		if until, past := p.past(last, u.Monitor.Milliseconds()); !past {
 			p.again(until + 1)
 			return
 		}
@@ -206,7 +229,7 @@ func (p *planner) underway(sv *servicePlan, sp *slotPlan) bool {
 	if sp.best != nil {
 		if running(sp.best) && sv.up.st.Active() && sv.up.ofUpdate(v, sp.best) {
 			// The delay is between a slot that is done and the next.
-			if until := sp.best.started + sv.up.Delay.Milliseconds(); p.now < until && sp.best.started <= p.now {
+			if until, past := p.past(sp.best.started, sv.up.Delay.Milliseconds()); !past && p.now < until {
 				p.again(until)
 				return true
 			}
@@ -402,14 +425,14 @@ func (s *State) turnUpdate(v *service, op ScheduleOp, now int64) bool {
 		return false
 	}
 	was := v.Update
-	next := &spec.UpdateStatus{State: op.State, StartedAt: was.StartedAt, Message: op.Message}
+	next := &spec.UpdateStatus{State: op.State, StartedAt: was.StartedAt, Since: was.Since, Message: op.Message}
 	switch op.State {
 	case spec.UpdateCompleted, spec.RollbackCompleted:
 		next.CompletedAt = now
 	case spec.RollbackStarted:
-		next.StartedAt = now
+		next.StartedAt, next.Since = now, s.since()
 		if err := s.rollBack(v, now); err != nil {
-			next.State, next.StartedAt = spec.UpdatePaused, was.StartedAt
+			next.State, next.StartedAt, next.Since = spec.UpdatePaused, was.StartedAt, was.Since
 			next.Message += fmt.Sprintf("; it can't be rolled back: %v", err)
 		}
 	}

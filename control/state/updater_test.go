@@ -402,8 +402,12 @@ func TestRandomUpdates(t *testing.T) {
 			// no measure.
 			whole := len(c.live(id)) == replicas
 			c.change(id, env(fmt.Sprint(i)))
-			ended := false
-			for range 4000 {
+			ended, begun := false, c.real
+			clocksAt := rapid.IntRange(-20, 60).Draw(t, "clocks at")
+			for round := range 4000 {
+				if round == clocksAt {
+					c.clocks(t)
+				}
 				if !c.round() {
 					ended = true
 					break
@@ -421,6 +425,9 @@ func TestRandomUpdates(t *testing.T) {
 			}
 			if u := v.Update; !ended || u == nil || u.Active() {
 				t.Fatalf("the update does not end: %+v\n%s", u, c.dump())
+			}
+			if took := c.real - begun; took > patience {
+				t.Fatalf("the update took %s\n%s", time.Duration(took)*time.Millisecond, c.dump())
 			}
 		}
 		checkInvariants(t, c.s)

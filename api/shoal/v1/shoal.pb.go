@@ -1609,6 +1609,7 @@ type UpdateStatus struct {
 	StartedAtMs   int64                  `protobuf:"varint,2,opt,name=started_at_ms,json=startedAtMs,proto3" json:"started_at_ms,omitempty"`
 	CompletedAtMs int64                  `protobuf:"varint,3,opt,name=completed_at_ms,json=completedAtMs,proto3" json:"completed_at_ms,omitempty"`
 	Message       string                 `protobuf:"bytes,4,opt,name=message,proto3" json:"message,omitempty"`
+	Since         uint64                 `protobuf:"varint,5,opt,name=since,proto3" json:"since,omitempty"` // number of the last task that was made before it; 0: not noted
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1669,6 +1670,13 @@ func (x *UpdateStatus) GetMessage() string {
 		return x.Message
 	}
 	return ""
+}
+
+func (x *UpdateStatus) GetSince() uint64 {
+	if x != nil {
+		return x.Since
+	}
+	return 0
 }
 
 type VIPs struct {
@@ -11349,12 +11357,13 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"monitor_ms\x18\x03 \x01(\x03R\tmonitorMs\x12*\n" +
 	"\x11max_failure_ratio\x18\x04 \x01(\x01R\x0fmaxFailureRatio\x12%\n" +
 	"\x0efailure_action\x18\x05 \x01(\tR\rfailureAction\x12\x14\n" +
-	"\x05order\x18\x06 \x01(\tR\x05order\"\x8a\x01\n" +
+	"\x05order\x18\x06 \x01(\tR\x05order\"\xa0\x01\n" +
 	"\fUpdateStatus\x12\x14\n" +
 	"\x05state\x18\x01 \x01(\tR\x05state\x12\"\n" +
 	"\rstarted_at_ms\x18\x02 \x01(\x03R\vstartedAtMs\x12&\n" +
 	"\x0fcompleted_at_ms\x18\x03 \x01(\x03R\rcompletedAtMs\x12\x18\n" +
-	"\amessage\x18\x04 \x01(\tR\amessage\"6\n" +
+	"\amessage\x18\x04 \x01(\tR\amessage\x12\x14\n" +
+	"\x05since\x18\x05 \x01(\x04R\x05since\"6\n" +
 	"\x04VIPs\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x14\n" +
 	"\x05addrs\x18\x02 \x03(\tR\x05addrs\"\xa8\x04\n" +
