@@ -151,6 +151,7 @@ func (f *Forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	for {
 		m, h := f.local()
 		if m != nil && m.IsLeader() {
+			f.refusal.Store(nil)
 			r.Body = io.NopCloser(bytes.NewReader(body))
 			lw := &leaderWriter{ResponseWriter: w, again: again(r)}
 			h.ServeHTTP(lw, r)
@@ -306,6 +307,7 @@ func (f *Forwarder) olderLeader(path, addr string) error {
 func (f *Forwarder) findLeader(ctx context.Context, m *Manager) (leader string, silent []string, majority bool) {
 	if m != nil {
 		if id, addr := m.Leader(); addr != "" && id != f.cfg.NodeID {
+			f.refusal.Store(nil) // it leads this node: they know each other
 			return addr, nil, true
 		}
 	}

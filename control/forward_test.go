@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -139,6 +140,58 @@ func TestForwarderOfAnotherCluster(t *testing.T) {
 		if r := n.fwd.Refusal(); (r == "") != (c.want == "") {
 			t.Errorf("a node of %s cluster asks: refusal %q", in, r)
 		}
+	}
+}
+
+// TestCutIsNoRefusal: a manager whose agent ends or hangs as it is asked says nothing of
+// certificates; nor does what was said before a leader was found that this node follows.
+func TestCutIsNoRefusal(t *testing.T) {
+	t.Parallel()
+	for _, how := range []string{"cut", "hangs"} {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var conns sync.WaitGroup
+		conns.Go(func() {
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					return
+				}
+				if how == "cut" {
+					_ = c.(*net.TCPConn).SetLinger(0) // a reset, as of a process that was killed
+					_ = c.Close()
+				} else {
+					conns.Go(func() { _, _ = io.Copy(io.Discard, c); c.Close() })
+				}
+			}
+		})
+		n := newAsker(t)
+		n.sees, n.wait = []string{l.Addr().String()}, time.Second
+		n.start()
+		if _, err := n.ctl.ListNetworks(testCtx(t), connect.NewRequest(&shoalv1.ListNetworksRequest{})); err == nil {
+			t.Errorf("%s: the call was answered", how)
+		}
+		if r := n.fwd.Refusal(); r != "" {
+			t.Errorf("%s: said to be a matter of certificates: %s", how, r)
+		}
+		l.Close()
+		t.Cleanup(conns.Wait) // once the asker has ended
+	}
+
+	m := newNode(t, "manager", spec.RoleManager)
+	m.start()
+	if _, err := m.mgr.Bootstrap(testCtx(t), testCluster, testTrust); err != nil {
+		t.Fatal(err)
+	}
+	was := "handshake with 192.0.2.1:2377: bad certificate"
+	m.fwd.refusal.Store(&was)
+	if _, err := m.ctl.ListNetworks(testCtx(t), connect.NewRequest(&shoalv1.ListNetworksRequest{})); err != nil {
+		t.Fatal(err)
+	}
+	if r := m.fwd.Refusal(); r != "" {
+		t.Errorf("a manager that leads still says: %s", r)
 	}
 }
 

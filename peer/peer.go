@@ -6,11 +6,13 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/netip"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -413,8 +415,14 @@ func (e *HandshakeError) Unwrap() error { return e.Err }
 
 // IsRefusal tells whether err is of two nodes that reach each other and don't know
 // each other by their certificates: this one's verdict, or the other's, which comes
-// after the handshake (RFC 8446, section 4.4.2.4).
+// after the handshake (RFC 8446, section 4.4.2.4). A connection that was cut, or hangs,
+// is none: the other's agent ends, or stands still.
 func IsRefusal(err error) bool {
+	var ne net.Error
+	if errors.As(err, &ne) && ne.Timeout() || errors.Is(err, context.Canceled) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
+		errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, net.ErrClosed) {
+		return false
+	}
 	var he *HandshakeError
 	var alert tls.AlertError
 	var op *net.OpError
