@@ -294,7 +294,7 @@ func (w *world) taskRemove(ctx context.Context, name string) {
 	case done:
 		delete(w.model.tasks, name)
 	case doubtful:
-		w.model.tasks[name].doubt = true
+		w.model.tasks[name].doubt, w.model.tasks[name].going = true, true
 	}
 }
 

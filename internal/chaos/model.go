@@ -37,6 +37,7 @@ type task struct {
 	ended bool // stopped, or its node died
 	doubt bool
 	open  bool
+	going bool // its node was to end it, and may yet: that it is found says nothing
 }
 
 type node struct {

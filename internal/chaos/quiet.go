@@ -228,7 +228,7 @@ func (w *world) checkObjects(l lists) error {
 			nets = append(nets, a.NetworkName)
 		}
 		if x.doubt || x.open {
-			x.nets, x.ended, x.doubt, x.open = nets, x.ended || t.ended(), false, false
+			x.nets, x.ended, x.doubt, x.open = nets, x.ended || t.ended(), x.going, false
 		}
 		if slices.Sort(nets); !slices.Equal(nets, slices.Sorted(slices.Values(x.nets))) {
 			errs = append(errs, fmt.Errorf("task %s is on %v, want %v", t.Name, nets, x.nets))
