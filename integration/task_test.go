@@ -127,6 +127,20 @@ func TestWatching(t *testing.T) {
 			t.Errorf("stats: %+v", r)
 		}
 	}
+	if got, want := s.ok("node2", "shoal svc ps --no-resolve --format {{.Node}} web"), s.ok("node2", "shoal svc ps -o json web"); got == "" || !strings.Contains(want, `"node": "`+strings.Fields(got)[0]+`"`) {
+		t.Errorf("svc ps --no-resolve: %q, and %s", got, want)
+	}
+	cid := filepath.Join(t.TempDir(), "cid")
+	id := s.ok("node1", "shoal run -d --name withid --cidfile %s -- sleep 1000", cid)
+	if b, err := os.ReadFile(cid); err != nil || string(b) != id {
+		t.Errorf("--cidfile: %q, %v, want %q", b, err, id)
+	}
+	s.fails("node1", "is there already", "shoal run -d --name second --cidfile %s -- sleep 1000", cid)
+	s.fails("node1", "withid", "shoal run -d --name withid --cidfile %s.2 -- sleep 1000", cid)
+	if _, err := os.Stat(cid + ".2"); err == nil {
+		t.Error("--cidfile: a file is left of a task that was not made")
+	}
+	s.ok("node1", "shoal rm -f withid")
 	if got := s.ok("node2", "shoal port web"); got != "80/tcp -> 0.0.0.0:18080" {
 		t.Errorf("port: %q", got)
 	}

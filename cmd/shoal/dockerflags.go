@@ -39,7 +39,6 @@ var dockerRunFlags = map[string]string{
 	"pid":                   noNamespace,
 	"userns":                noNamespace,
 	"uts":                   noNamespace,
-	"cidfile":               "'shoal run -d' prints the ID: write it to a file from there",
 	"cpu-count":             noWindows,
 	"cpu-percent":           noWindows,
 	"io-maxbandwidth":       noWindows,
@@ -86,7 +85,6 @@ func insteadOfFlag(cmd *cobra.Command, err error) string {
 		tables = append(tables, dockerServiceFlags)
 	default:
 		return map[string]string{
-			"svc ps --no-resolve": "nodes are named; 'shoal svc ps -o json' has their IDs, too",
 			"net create --ipv6":   "a network has IPv6 with a subnet of it: '--subnet fd00:1::/64'",
 		}[path+" --"+name]
 	}

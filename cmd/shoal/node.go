@@ -194,6 +194,7 @@ func (c *cli) nodePs() *cobra.Command {
 			}
 			return l.show(cmd, tasks)
 		}}
+	cmd.Flags().BoolVar(&l.ids, "no-resolve", false, "show IDs of nodes, not names")
 	l.add(c, cmd)
 	return cmd
 }

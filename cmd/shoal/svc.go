@@ -766,6 +766,7 @@ func (c *cli) svcPs() *cobra.Command {
 			}
 			return nil
 		}}
+	cmd.Flags().BoolVar(&l.ids, "no-resolve", false, "show IDs of nodes, not names")
 	cmd.Flags().BoolVarP(&all, "all", "a", false, "the whole history, not the last ended task of each slot only")
 	l.add(c, cmd)
 	return cmd
@@ -793,6 +794,7 @@ const noHealth = "none"
 type taskListing struct {
 	listing[*shoalv1.Task]
 	c     *cli
+	ids   bool // nodes by their IDs, not by name
 	nodes names
 	svcs  names
 	nets  names
@@ -809,7 +811,12 @@ func (c *cli) taskListing() *taskListing {
 		columns: []column[task]{
 			{"ID", true, func(t task) string { return t.Id }},
 			{"NAME", false, func(t task) string { return t.Name }},
-			{"NODE", false, func(t task) string { return cmp.Or(l.nodes[t.Node], "-") }},
+			{"NODE", false, func(t task) string {
+				if l.ids {
+					return cmp.Or(t.Node, "-")
+				}
+				return cmp.Or(l.nodes[t.Node], "-")
+			}},
 			{"STATE", false, func(t task) string { return t.GetStatus().GetState() }},
 			{"ADDRESS", false, func(t task) string {
 				var addrs []string

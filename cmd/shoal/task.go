@@ -20,11 +20,36 @@ import (
 	"github.com/shoalnet/shoal/spec"
 )
 
+// createInto makes a task and writes its ID to a file, if there is to be one: before it
+// is made it is known that this can be done.
+func (c *cli) createInto(ctx context.Context, req *shoalv1.CreateTaskRequest, file string) (*shoalv1.Task, error) {
+	if file == "" {
+		return c.api().CreateTask(ctx, req)
+	}
+	f, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
+	if errors.Is(err, os.ErrExist) {
+		return nil, fmt.Errorf("--cidfile %s: the file is there already: another task's, perhaps: remove it, or name another", file)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("--cidfile: %w", err)
+	}
+	defer f.Close()
+	t, err := c.api().CreateTask(ctx, req)
+	if err != nil {
+		_ = os.Remove(file)
+		return nil, err
+	}
+	if _, err := f.WriteString(t.Id); err != nil {
+		return nil, fmt.Errorf("--cidfile: task %s was made, and its ID is not in the file: %w", t.Id, err)
+	}
+	return t, nil
+}
+
 func (c *cli) runCmd() *cobra.Command {
 	var tf taskFlags
 	var detach, remove, stdin, tty, quiet bool
 	proxy := true
-	var restart string
+	var restart, cidfile string
 	var stopTimeout int
 	req := &shoalv1.CreateTaskRequest{}
 	cmd := &cobra.Command{
@@ -90,7 +115,7 @@ found; with -d it prints the task's ID once it runs.`,
 					return err
 				}
 			}
-			t, err := c.api().CreateTask(cmd.Context(), req)
+			t, err := c.createInto(cmd.Context(), req, cidfile)
 			if err != nil {
 				return err
 			}
@@ -107,6 +132,7 @@ found; with -d it prints the task's ID once it runs.`,
 	f.BoolVar(&remove, "rm", false, "remove it, and its output, when it has ended")
 	f.BoolVarP(&stdin, "interactive", "i", false, "pass standard input on")
 	f.BoolVarP(&tty, "tty", "t", false, "give the program a terminal")
+	f.StringVar(&cidfile, "cidfile", "", "write the task's ID to this file, which must not exist")
 	f.BoolVar(&proxy, "sig-proxy", true, "in the foreground, pass signals on to the program")
 	f.BoolVarP(&quiet, "quiet", "q", false, "say nothing of pulling the image, as is so anyway")
 	_ = f.MarkHidden("quiet")
