@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -266,7 +267,30 @@ func TestContainerFilesStay(t *testing.T) {
 	s.fails("node1", "no such file", "shoal cp c:/nope %s/x", dir)
 	s.fails("node1", "c", "shoal volume rm --node node2 named")
 	s.fails("node1", "c", "shoal image rm --node node2 box:1")
+	// Who copies, and takes no more of it, keeps nobody from starting it.
+	out, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer out.Close()
+	var errs bytes.Buffer
+	copying, _, err := s.Command(t.Context(), "node1", "shoal", "cp", "c:/", "-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	copying.Stdout, copying.Stderr = w, &errs
+	if err := copying.Start(); err != nil {
+		t.Fatal(err)
+	}
+	w.Close()
+	if _, err := out.Read(make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
 	s.ok("node1", "shoal start c")
+	go func() { _, _ = io.Copy(io.Discard, out) }()
+	if err := copying.Wait(); err == nil || !strings.Contains(errs.String(), "it is started again") {
+		t.Errorf("the copy of a container that was started: %v, %s", err, errs.String())
+	}
 	runs(2)
 	if got := s.ok("node1", "shoal exec c /bin/busybox cat /in /data/in"); got != "run\nrun" {
 		t.Errorf("what was copied into the stopped container: %q", got)

@@ -93,8 +93,9 @@ type Executor interface {
 	// Exec runs a command beside the program.
 	Exec(ctx context.Context, b Box, s ExecSpec) (Process, error)
 	// Files has do see the files of a task whose program has ended, as they were for it, in
-	// a directory: ErrNotFound when they are not kept.
-	Files(ctx context.Context, b Box, do func(root string) error) error
+	// a directory, until the context that it gets ends: the task is started again.
+	// ErrNotFound: they are not kept.
+	Files(ctx context.Context, b Box, do func(ctx context.Context, root string) error) error
 	// Release ends what runs, and keeps of a task that says so (Keep) the files that are
 	// its own, for another Start. Absence is no error.
 	Release(ctx context.Context, id string) error

@@ -68,6 +68,7 @@ type Executor struct {
 
 	mu     sync.Mutex
 	client *client.Client
+	looked map[string]*looking // by task, whose files are mounted for somebody
 
 	pulls flights
 }
@@ -310,11 +311,15 @@ func (e *Executor) start(ctx context.Context, b runtime.Box) (_ int, err error) 
 	if err != nil {
 		return 0, err
 	}
-	clear := e.Release
+	undo := e.Release
 	if kept == nil {
-		clear = e.Remove // whatever else is there was left half made
+		undo = e.Remove // whatever else is there was left half made
 	}
-	if err := clear(ctx, b.ID); err != nil {
+	if err := undo(ctx, b.ID); err != nil {
+		return 0, err
+	}
+	// Nobody mounts anything in there while the program may change what is where.
+	if err := e.lookAway(ctx, b.ID); err != nil {
 		return 0, err
 	}
 	img, err := e.find(ctx, c, b.Spec.Image)
@@ -330,7 +335,7 @@ func (e *Executor) start(ctx context.Context, b runtime.Box) (_ int, err error) 
 		if err != nil {
 			rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), rpcTimeout)
 			defer cancel()
-			if rerr := clear(rctx, b.ID); rerr != nil {
+			if rerr := undo(rctx, b.ID); rerr != nil {
 				err = fmt.Errorf("%w (and not all of it could be undone: %w)", err, rerr)
 			}
 		}

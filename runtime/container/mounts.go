@@ -72,7 +72,7 @@ func (e *Executor) mounts(ctx context.Context, c *client.Client, img client.Imag
 
 // Files implements runtime.Executor. Volumes and directories of the node are where the
 // program had them; what was in memory is gone.
-func (e *Executor) Files(ctx context.Context, b runtime.Box, do func(root string) error) error {
+func (e *Executor) Files(ctx context.Context, b runtime.Box, do func(ctx context.Context, root string) error) error {
 	c, ctx, err := e.conn(ctx)
 	if err != nil {
 		return err
@@ -83,6 +83,16 @@ func (e *Executor) Files(ctx context.Context, b runtime.Box, do func(root string
 	}
 	if ctr == nil {
 		return fmt.Errorf("%w: files of task %s", runtime.ErrNotFound, b.ID)
+	}
+	ctx, done, err := e.look(ctx, b.ID)
+	if err != nil {
+		return err
+	}
+	defer done()
+	if _, err := ctr.Task(ctx, nil); err == nil {
+		return errStarted
+	} else if !errdefs.IsNotFound(err) {
+		return e.unavailable(err)
 	}
 	ms, err := c.SnapshotService(e.cfg.Snapshotter).Mounts(ctx, e.snapshotKey(b.ID))
 	if err != nil {
@@ -108,11 +118,70 @@ func (e *Executor) Files(ctx context.Context, b runtime.Box, do func(root string
 	for _, m := range over {
 		ms = append(ms, mount.Mount{Type: m.Type, Source: m.Source, Target: m.Destination, Options: m.Options})
 	}
-	var done error
-	if err := mount.WithTempMount(ctx, ms, func(root string) error { done = do(root); return nil }); err != nil {
-		return errors.Join(done, fmt.Errorf("the files of the task can't be mounted: %w", err))
+	var did error
+	err = mount.WithTempMount(ctx, ms, func(root string) error { did = do(ctx, root); return nil })
+	if err != nil {
+		err = fmt.Errorf("the files of the task can't be mounted: %w", err)
 	}
-	return done
+	if cause := context.Cause(ctx); did != nil && errors.Is(cause, errStarted) {
+		did = cause
+	}
+	return errors.Join(did, err)
+}
+
+var errStarted = errors.New("it is started again")
+
+// looking is somebody who sees the files of a task that does not run.
+type looking struct {
+	end  context.CancelCauseFunc
+	over chan struct{}
+}
+
+// look has one at a time see a task's files, until done is called or the context ends.
+func (e *Executor) look(ctx context.Context, id string) (context.Context, func(), error) {
+	for {
+		e.mu.Lock()
+		other := e.looked[id]
+		if other == nil {
+			ctx, end := context.WithCancelCause(ctx)
+			l := &looking{end, make(chan struct{})}
+			if e.looked == nil {
+				e.looked = map[string]*looking{}
+			}
+			e.looked[id] = l
+			e.mu.Unlock()
+			return ctx, func() {
+				e.mu.Lock()
+				delete(e.looked, id)
+				e.mu.Unlock()
+				close(l.over)
+				end(nil)
+			}, nil
+		}
+		e.mu.Unlock()
+		select {
+		case <-ctx.Done():
+			return nil, nil, ctx.Err()
+		case <-other.over:
+		}
+	}
+}
+
+// lookAway ends who sees a task's files.
+func (e *Executor) lookAway(ctx context.Context, id string) error {
+	e.mu.Lock()
+	l := e.looked[id]
+	e.mu.Unlock()
+	if l == nil {
+		return nil
+	}
+	l.end(errStarted)
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-l.over:
+		return nil
+	}
 }
 
 // volumeName is what a mount's volume is called: without a name it is of this task alone,

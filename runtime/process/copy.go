@@ -70,7 +70,7 @@ func (r *Runtime) copyEnded(ctx context.Context, id string, s runtime.CopySpec) 
 	if x == nil {
 		return errors.New("its program has ended, and its files are those of the node")
 	}
-	err = x.Files(ctx, b, func(dir string) error {
+	err = x.Files(ctx, b, func(ctx context.Context, dir string) error {
 		root, err := os.Open(dir)
 		if err != nil {
 			return err
