@@ -85,7 +85,7 @@ func insteadOfFlag(cmd *cobra.Command, err error) string {
 		tables = append(tables, dockerServiceFlags)
 	default:
 		return map[string]string{
-			"net create --ipv6":   "a network has IPv6 with a subnet of it: '--subnet fd00:1::/64'",
+			"net create --ipv6": "a network has IPv6 with a subnet of it: '--subnet fd00:1::/64'",
 		}[path+" --"+name]
 	}
 	for _, t := range tables {
