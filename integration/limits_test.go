@@ -66,7 +66,7 @@ func TestLimits(t *testing.T) {
 		return nil
 	})
 	// A fork bomb ends at its own limit, and its neighbours' programs go on.
-	s.ok("node1", "shoal run -d --name bomb --pids-limit 30 -- sh -c 'while :; do sleep 60 & done'")
+	s.ok("node1", "shoal run -d --name bomb --pids-limit 30 -- sh -c 'sleep 2; while :; do sleep 60 & done'") // it is known to run first
 	s.eventually(20*time.Second, func() error {
 		if r := stats("bomb"); len(r) == 1 && r[0].Pids != nil && *r[0].Pids > 30 {
 			t.Fatalf("beyond its limit: %+v", r)

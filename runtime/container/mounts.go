@@ -89,10 +89,17 @@ func (e *Executor) Files(ctx context.Context, b runtime.Box, do func(ctx context
 		return err
 	}
 	defer done()
-	if _, err := ctr.Task(ctx, nil); err == nil {
-		return errStarted
-	} else if !errdefs.IsNotFound(err) {
+	switch t, err := ctr.Task(ctx, nil); {
+	case errdefs.IsNotFound(err):
+	case err != nil:
 		return e.unavailable(err)
+	default:
+		// What has ended may not have been cleared away yet.
+		if st, err := t.Status(ctx); err == nil && st.Status != client.Stopped {
+			return errStarted
+		} else if err != nil && !errdefs.IsNotFound(err) {
+			return e.unavailable(err)
+		}
 	}
 	ms, err := c.SnapshotService(e.cfg.Snapshotter).Mounts(ctx, e.snapshotKey(b.ID))
 	if err != nil {
