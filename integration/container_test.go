@@ -254,6 +254,8 @@ func TestContainerFilesStay(t *testing.T) {
 		}
 	}
 	runs(1)
+	// More than is on its way at once when nobody takes it.
+	s.ok("node1", "shoal exec c /bin/busybox sh -c '/bin/busybox head -c 67108864 /dev/zero > /big'")
 	s.ok("node1", "shoal stop -t 1 c")
 	dir := t.TempDir()
 	for _, f := range []string{"/log", "/data/log", "/named/log"} {

@@ -180,6 +180,10 @@ func (c *cli) awaitRunning(ctx context.Context, t *shoalv1.Task, runs func()) er
 			}
 			continue // the one before ends
 		}
+		if st == spec.TaskFailed && t.GetSpec().GetRestart() != "" && strings.HasPrefix(t.GetStatus().GetMessage(), "exit status ") {
+			runs() // it has run, as often as its policy has it
+			return nil
+		}
 		if st.Ended() && st != spec.TaskComplete {
 			failed := c.taskFailed(t)
 			if t.Spec.GetAutoRemove() {
