@@ -6,6 +6,7 @@
 //	go run ./internal/tools/bench -bin bin -data-path nft
 //	go run ./internal/tools/bench -names
 //	go run ./internal/tools/bench -scale 0,200,500,2000
+//	go run ./internal/tools/bench -containers
 //
 // It prints Markdown for docs/PERFORMANCE.md. It needs root, iperf3, wrk and
 // dnsperf (scripts/setup installs them).
@@ -42,6 +43,7 @@ func main() {
 	flag.IntVar(&b.seconds, "seconds", 2, "length of one measurement")
 	onlyNames := flag.Bool("names", false, "measure the name server alone, beside CoreDNS if BIN/bench-coredns is there")
 	scale := flag.String("scale", "", "measure one more service, and agents with nothing to do, with so many services there: 0,200,500,2000")
+	onlyContainers := flag.Bool("containers", false, "measure containers alone, beside Docker's if dockerd is installed")
 	// The two ends of -names, each a process of its own.
 	serve := flag.String("serve", "", "serve the table of names at this address")
 	ask := flag.String("ask", "", "ask the server at this address")
@@ -60,6 +62,8 @@ func main() {
 		}
 	case *onlyNames:
 		err = b.names(say)
+	case *onlyContainers:
+		err = b.containers()
 	case *scale != "":
 		var counts []int
 		if err = json.Unmarshal([]byte("["+*scale+"]"), &counts); err != nil {
