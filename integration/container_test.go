@@ -114,6 +114,22 @@ func needContainers(t *testing.T, programs ...string) (busybox string) {
 	return busybox
 }
 
+// containersLeft is what the lab's containerd has of tasks, as it says itself, when it
+// should have nothing.
+func (s site) containersLeft() error {
+	for _, n := range s.Nodes() {
+		for _, what := range [][]string{{"containers", "ls", "-q"}, {"tasks", "ls", "-q"}} {
+			if out, err := s.ctr(n.Netns, what...); err != nil || out != "" {
+				return fmt.Errorf("%s: %s are left: %s (%v)", n.Name, what[0], out, err)
+			}
+		}
+		if out, err := s.ctr(n.Netns, "snapshots", "ls"); err != nil || strings.Contains(out, "shoal-") {
+			return fmt.Errorf("%s: file systems are left: %s (%v)", n.Name, out, err)
+		}
+	}
+	return nil
+}
+
 // TestContainers: services and tasks from images, as users of Docker type them.
 func TestContainers(t *testing.T) {
 	onlyNative(t)
@@ -206,22 +222,7 @@ func TestContainers(t *testing.T) {
 	})
 	s.ok("node1", "shoal run --rm --network app --entrypoint /bin/busybox web:1 wget -qO- http://web/")
 	s.ok("node1", "shoal svc rm web")
-	// Nothing of ours is left in containerd, as containerd itself says.
-	s.eventually(30*time.Second, func() error {
-		for _, n := range s.Nodes() {
-			for _, what := range [][]string{{"containers", "ls", "-q"}, {"tasks", "ls", "-q"}} {
-				out, err := exec.Command("ctr", append([]string{"-a", filepath.Join(s.Dir, "containerd/sock"), "-n", n.Netns}, what...)...).CombinedOutput()
-				if err != nil || len(strings.TrimSpace(string(out))) > 0 {
-					return fmt.Errorf("%s: %s are left: %s (%v)", n.Name, what[0], out, err)
-				}
-			}
-			out, err := exec.Command("ctr", "-a", filepath.Join(s.Dir, "containerd/sock"), "-n", n.Netns, "snapshots", "ls").CombinedOutput()
-			if err != nil || strings.Contains(string(out), "shoal-") {
-				return fmt.Errorf("%s: file systems are left: %s (%v)", n.Name, out, err)
-			}
-		}
-		return nil
-	})
+	s.eventually(30*time.Second, s.containersLeft)
 	if got := s.ok("node1", "shoal volume ls -q"); got != "data1" {
 		t.Errorf("volumes left: %q, want data1 alone", got)
 	}
@@ -345,17 +346,8 @@ func TestContainerFilesStay(t *testing.T) {
 
 	s.ok("node1", "shoal rm -f c again")
 	s.eventually(30*time.Second, func() error {
-		for _, n := range s.Nodes() {
-			for _, what := range [][]string{{"containers", "ls", "-q"}, {"tasks", "ls", "-q"}} {
-				out, err := exec.Command("ctr", append([]string{"-a", filepath.Join(s.Dir, "containerd/sock"), "-n", n.Netns}, what...)...).CombinedOutput()
-				if err != nil || len(strings.TrimSpace(string(out))) > 0 {
-					return fmt.Errorf("%s: %s are left: %s (%v)", n.Name, what[0], out, err)
-				}
-			}
-			out, err := exec.Command("ctr", "-a", filepath.Join(s.Dir, "containerd/sock"), "-n", n.Netns, "snapshots", "ls").CombinedOutput()
-			if err != nil || strings.Contains(string(out), "shoal-") {
-				return fmt.Errorf("%s: file systems are left: %s (%v)", n.Name, out, err)
-			}
+		if err := s.containersLeft(); err != nil {
+			return err
 		}
 		if got := s.ok("node1", "shoal volume ls --node node2 -q"); got != "named" {
 			return fmt.Errorf("volumes: %q, want named alone", got)

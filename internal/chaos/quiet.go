@@ -54,7 +54,7 @@ func (w *world) quiet(ctx context.Context) error {
 	if err := w.catchUp(ctx, managers); err != nil {
 		return err
 	}
-	l, err := w.anyLists(ctx, []string{w.caughtUp})
+	l, err := w.lists(ctx, w.caughtUp)
 	if err != nil {
 		return err
 	}
