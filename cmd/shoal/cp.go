@@ -24,10 +24,11 @@ import (
 func (c *cli) cpCmd() *cobra.Command {
 	var k copying
 	cmd := &cobra.Command{Use: "cp [flags] TASK:PATH DEST|-\n  shoal cp [flags] SRC|- TASK:PATH", Short: "Copy files between a task and this machine", Args: exactly(2),
-		Long: `Cp copies a file or a directory out of a task, or into it, on whichever node it is. The
-task runs, or is a container that has ended and can be started again. As with docker cp, a directory is copied into one that exists, and otherwise takes
-its name; SRC/. is what is in a directory. - is a tar archive on standard output, or
-input, which may be compressed. SERVICE.SLOT names a replica, such as web.1.
+		Long: `Cp copies a file or a directory out of a task, or into it, on whichever node it is.
+The task runs, or is a container that has ended and can be started again. As with
+docker cp, a directory is copied into one that exists, and otherwise takes its name;
+SRC/. is what is in a directory. - is a tar archive on standard output, or input,
+which may be compressed. SERVICE.SLOT names a replica, such as web.1.
 
 What is copied belongs to root in the task, and to you on this machine; with -a, users
 and groups stay as they are, by number.`,

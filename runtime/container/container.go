@@ -311,9 +311,9 @@ func (e *Executor) start(ctx context.Context, b runtime.Box) (_ int, err error) 
 	if err != nil {
 		return 0, err
 	}
-	undo := e.Release
-	if kept == nil {
-		undo = e.Remove // whatever else is there was left half made
+	undo := e.Remove // whatever else is there was left half made
+	if kept != nil {
+		undo = func(ctx context.Context, _ string) error { return e.end(ctx, kept) }
 	}
 	if err := undo(ctx, b.ID); err != nil {
 		return 0, err
