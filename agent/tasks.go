@@ -141,7 +141,8 @@ func encodeTask(t spec.Task) []byte {
 
 // adopt makes a runner for every task the runtime still has. It is called once,
 // before the first assign. Of known tasks what the managers last wanted of them
-// counts: what the runtime kept is of their start.
+// counts: what the runtime kept is of their start. But what they are known to have
+// wanted of an earlier run does not, as the cache may be older than the start.
 func (m *tasks) adopt(ctx context.Context, known []spec.Task) error {
 	have, err := m.rt.List(ctx)
 	if err != nil {
@@ -156,7 +157,7 @@ func (m *tasks) adopt(ctx context.Context, known []spec.Task) error {
 			}
 			continue
 		}
-		if i := slices.IndexFunc(known, func(k spec.Task) bool { return k.ID == t.ID }); i >= 0 {
+		if i := slices.IndexFunc(known, func(k spec.Task) bool { return k.ID == t.ID && k.Run >= t.Run }); i >= 0 {
 			t.Desired, t.Attachments, t.Ports, t.Name, t.Stopping = known[i].Desired, known[i].Attachments, known[i].Ports, known[i].Name, known[i].Stopping
 		}
 		m.log.Info("adopting task", "task", t.Name, "state", st.State, "pid", st.PID)
@@ -170,7 +171,7 @@ func (m *tasks) adopt(ctx context.Context, known []spec.Task) error {
 
 // assign brings the runners in line with an assignment: new tasks get a runner,
 // known ones their new desired state. Only a fresh assignment, one that comes
-// from the managers now, may end what it does not name.
+// from the managers now, may end what it does not name, or an earlier run of it does.
 func (m *tasks) assign(self string, assigned []spec.Task, fresh bool) {
 	named := map[string]bool{}
 	rewired := false
@@ -181,7 +182,7 @@ func (m *tasks) assign(self string, assigned []spec.Task, fresh bool) {
 		named[t.ID] = true
 		m.mu.Lock()
 		r := m.runners[t.ID]
-		if r != nil {
+		if r != nil && (fresh || t.Run >= r.task.Run) {
 			rewired = r.heed(t) || rewired
 		}
 		m.mu.Unlock()
@@ -453,7 +454,11 @@ func (r *runner) run(ctx context.Context, found *runtime.Status) {
 		if err == nil {
 			break
 		}
-		r.log.Error("task can't be removed; trying again", "task", r.name(), "error", err)
+		level := slog.LevelError
+		if errors.Is(err, runtime.ErrUnavailable) {
+			level = slog.LevelWarn
+		}
+		r.log.Log(ctx, level, "task can't be removed; trying again", "task", r.name(), "error", err)
 		if !sleep.For(ctx, time.Second) {
 			return
 		}
@@ -1178,7 +1183,11 @@ func (r *runner) takeDown(ctx context.Context) {
 		if err == nil {
 			break
 		}
-		r.log.Error("the task's sandbox can't be removed; trying again", "task", r.name(), "error", err)
+		level := slog.LevelError
+		if errors.Is(err, runtime.ErrUnavailable) {
+			level = slog.LevelWarn // doctor says so, if it stays away
+		}
+		r.log.Log(ctx, level, "the task's sandbox can't be removed; trying again", "task", r.name(), "error", err)
 		if !sleep.For(ctx, time.Second) {
 			return
 		}

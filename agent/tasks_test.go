@@ -912,6 +912,18 @@ func TestAdopt(t *testing.T) {
 			t.Errorf("sandboxes %+v", sb)
 		}
 	})
+	t.Run("running, and known is that an earlier run was wanted down", func(t *testing.T) {
+		again := task
+		again.Run = 1
+		b := adopt(t, found(again, runtime.Running, 0), unwantedTask(task))
+		b.give(false, unwantedTask(task))
+		b.expect("dns t1", "t1 endpoint: app active", "t1: running")
+		down := unwantedTask(again)
+		b.give(false, down)
+		b.expect("dns t1", "t1 endpoint: app active", "t1: running",
+			"t1 endpoint: app draining", "t1: stopping draining", "settled", "t1: stopping", "stop t1 SIGTERM 10s",
+			"t1 endpoint:", "t1: shutdown", "release t1", "t1: shutdown released")
+	})
 	t.Run("created", func(t *testing.T) {
 		b := adopt(t, found(task, runtime.Created, 0), task)
 		b.expect(slices.DeleteFunc(slices.Clone(up), func(l string) bool { return l == "create t1" })...)

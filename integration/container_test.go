@@ -3,11 +3,14 @@ package integration
 import (
 	"archive/tar"
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,6 +18,9 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	shimapi "github.com/containerd/containerd/api/runtime/task/v2"
+	"github.com/containerd/ttrpc"
 
 	"github.com/shoalnet/shoal/lab"
 )
@@ -228,6 +234,43 @@ func TestContainers(t *testing.T) {
 	}
 }
 
+// bundle is containerd's directory of a container's task, or one beside it with a prefix.
+func (s site) bundle(id, prefix string) string {
+	s.Helper()
+	bundles, err := filepath.Glob(filepath.Join(s.Dir, "containerd/state/io.containerd.runtime.v2.task/*", id))
+	if err != nil || len(bundles) != 1 {
+		s.Fatalf("the bundle of %s: %q %v", id, bundles, err)
+	}
+	return filepath.Join(filepath.Dir(bundles[0]), prefix+id)
+}
+
+// takeAway ends a container's program and has its shim forget it, behind containerd's back.
+func (s site) takeAway(id string) {
+	s.Helper()
+	address, err := os.ReadFile(filepath.Join(s.bundle(id, ""), "address"))
+	if err != nil {
+		s.Fatal(err)
+	}
+	conn, err := net.Dial("unix", strings.TrimPrefix(strings.TrimSpace(string(address)), "unix://"))
+	if err != nil {
+		s.Fatal(err)
+	}
+	c := ttrpc.NewClient(conn)
+	defer c.Close()
+	shim := shimapi.NewTTRPCTaskClient(c)
+	ctx, cancel := context.WithTimeout(s.Context(), 30*time.Second)
+	defer cancel()
+	if _, err := shim.Kill(ctx, &shimapi.KillRequest{ID: id, Signal: uint32(syscall.SIGKILL), All: true}); err != nil {
+		s.Fatal(err)
+	}
+	if _, err := shim.Wait(ctx, &shimapi.WaitRequest{ID: id}); err != nil {
+		s.Fatal(err)
+	}
+	if _, err := shim.Delete(ctx, &shimapi.DeleteRequest{ID: id}); err != nil {
+		s.Fatal(err)
+	}
+}
+
 // TestContainerFilesStay: a container that was stopped, crashed, or whose agent was killed
 // meanwhile goes on with its files when it is started again, as in Docker, and they can be
 // copied while it does not run. Removed, it leaves nothing.
@@ -322,6 +365,29 @@ func TestContainerFilesStay(t *testing.T) {
 		return nil
 	})
 	runs(4)
+
+	// containerd was killed while it took a program away: its shim has done so, and is there
+	// still, as containerd then has it that the program is; and once more while it removed
+	// the directory, which it does under a hidden name.
+	hidden := s.bundle(s.task("c").ID, ".")
+	if err := errors.Join(os.Mkdir(hidden, 0o700), os.WriteFile(filepath.Join(hidden, "config.json"), nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.KillAgent("node2"); err != nil {
+		t.Fatal(err)
+	}
+	s.takeAway(s.task("c").ID)
+	if err := s.Start(t.Context(), "node2"); err != nil {
+		t.Fatal(err)
+	}
+	s.eventually(30*time.Second, func() error {
+		if x := s.task("c"); x.Status.State != "failed" {
+			return fmt.Errorf("whose program was taken away: %+v", x.Status)
+		}
+		return nil
+	})
+	s.ok("node1", "shoal start c")
+	runs(5)
 
 	// One that crashes has what it wrote before; a replica, and one of run --rm, does not.
 	s.ok("node1", `shoal run -d --name again --node node2 --restart on-failure --pull never box:1 'echo run >> /log; [ $(/bin/busybox wc -l < /log) -ge 3 ]'`)

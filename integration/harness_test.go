@@ -226,6 +226,9 @@ func (s site) explain() {
 			s.Logf("%s: end of agent.log:\n%s", n.Name, b[max(0, len(b)-3000):])
 		}
 	}
+	if b, err := os.ReadFile(filepath.Join(s.Dir, "containerd/log")); err == nil {
+		s.Logf("end of containerd's log:\n%s", b[max(0, len(b)-3000):])
+	}
 }
 
 type result struct {

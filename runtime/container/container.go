@@ -24,6 +24,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/containerd/containerd/api/services/tasks/v1"
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/core/leases"
@@ -33,8 +34,10 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/pkg/oci"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/typeurl/v2"
 
+	"github.com/shoalnet/shoal/internal/proc"
 	"github.com/shoalnet/shoal/runtime"
 	"github.com/shoalnet/shoal/runtime/volume"
 )
@@ -178,17 +181,53 @@ const (
 	awayPoll = 250 * time.Millisecond
 )
 
-// bundleExists is how containerd says that it is at making a container's task.
-var bundleExists = regexp.MustCompile(`/io\.containerd\.runtime\.[^ ]*: file exists`)
+// bundleExists is how containerd says that there is a directory of a container's task.
+var bundleExists = regexp.MustCompile(`mkdir (/[^ ]*/io\.containerd\.runtime\.[^ ]*): file exists`)
+
+// bundleTime is for how long such a directory may be that of a task that containerd is at
+// making, for somebody who was killed meanwhile.
+const bundleTime = 2 * time.Second
+
+// clearBundle removes what is left of a task of ours in containerd's own directory, whose
+// name is in err: a containerd that was killed while it removed that has made half of it
+// hidden, and from then on never removes the directory, nor makes a task of that name. It
+// leaves what a shim is still behind.
+func (e *Executor) clearBundle(id string, err error) error {
+	m := bundleExists.FindStringSubmatch(err.Error())
+	if m == nil || m[1] != filepath.Clean(m[1]) || filepath.Base(m[1]) != id || filepath.Base(filepath.Dir(m[1])) != e.cfg.Namespace {
+		return nil
+	}
+	bundle, hidden := m[1], filepath.Join(filepath.Dir(m[1]), "."+id)
+	if _, err := os.Stat(hidden); err != nil {
+		return nil // it is there for another reason, or not to be seen from here
+	}
+	pids, err := proc.PIDs()
+	if err != nil {
+		return err
+	}
+	for _, pid := range pids {
+		b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)) // it may have ended
+		args := strings.Split(string(b), "\x00")
+		if strings.HasPrefix(filepath.Base(args[0]), "containerd-shim") && slices.Contains(args, id) && slices.Contains(args, e.cfg.Namespace) {
+			return nil
+		}
+	}
+	e.log.Info("clearing away what a containerd that was killed has left, and is in its way", "task", id, "directory", bundle)
+	if err := mount.UnmountAll(filepath.Join(bundle, "rootfs"), 0); err != nil {
+		return fmt.Errorf("unmount the root of a container that is gone: %w", err)
+	}
+	return errors.Join(os.RemoveAll(hidden), os.RemoveAll(bundle))
+}
 
 // persist calls fn again while containerd does not answer, as it does while it is started
 // anew, or still makes what somebody asked for who was killed meanwhile; told hears of the
 // first failure. Where there is no containerd at all nobody waits.
 func (e *Executor) persist(ctx context.Context, told func(error), fn func() error) error {
-	for end := time.Now().Add(awayTime); ; {
+	began := time.Now()
+	for {
 		err := fn()
 		again := errors.Is(err, runtime.ErrUnavailable) || errdefs.IsAlreadyExists(err) || err != nil && bundleExists.MatchString(err.Error())
-		if _, serr := os.Stat(e.cfg.Address); !again || serr != nil || time.Now().After(end) {
+		if _, serr := os.Stat(e.cfg.Address); !again || serr != nil || time.Since(began) > awayTime {
 			return err
 		}
 		if told != nil {
@@ -279,8 +318,13 @@ func startError(err error) error {
 
 // Start implements runtime.Executor.
 func (e *Executor) Start(ctx context.Context, b runtime.Box) (pid int, err error) {
+	began := time.Now()
 	err = e.persist(ctx, func(err error) { e.log.Info("trying again to start a container", "task", b.Name, "error", err) }, func() error {
-		pid, err = e.start(ctx, b)
+		if pid, err = e.start(ctx, b); err != nil && time.Since(began) > bundleTime {
+			if cerr := e.clearBundle(b.ID, err); cerr != nil {
+				err = fmt.Errorf("%w (and what is left of it can't be cleared away: %w)", err, cerr)
+			}
+		}
 		return err
 	})
 	if err != nil {
@@ -521,6 +565,18 @@ func (e *Executor) Release(ctx context.Context, id string) error {
 func (e *Executor) end(ctx context.Context, ctr client.Container) error {
 	t, err := ctr.Task(ctx, nil)
 	if errdefs.IsNotFound(err) {
+		// It may be that its shim alone has forgotten it: whoever asked for its end before,
+		// or containerd, was killed at it. To containerd the task is there then, and in the
+		// way of the next, until it is asked for its end again.
+		c, ctx, err := e.conn(ctx)
+		if err != nil {
+			return err
+		}
+		if _, err := c.TaskService().Delete(ctx, &tasks.DeleteTaskRequest{ContainerID: ctr.ID()}); err != nil {
+			if err := errgrpc.ToNative(err); !errdefs.IsNotFound(err) {
+				return fmt.Errorf("end the shim of task %s: %w", ctr.ID(), e.unavailable(err))
+			}
+		}
 		return nil
 	}
 	if err != nil {
