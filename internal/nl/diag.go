@@ -2,11 +2,13 @@ package nl
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net/netip"
 	"os"
 	"slices"
@@ -75,7 +77,10 @@ func Listening(all bool) (Sockets, error) {
 
 // Diag asks for the sockets of one namespace by a socket that it keeps there: to go there
 // costs more than the answer.
-type Diag struct{ socket *vnl.SocketHandle }
+type Diag struct {
+	socket *vnl.SocketHandle
+	heard  *diagRequest // a socket that listened when it was last asked; nil: none is known
+}
 
 // OpenDiag opens one in a named namespace, which lives until Close.
 func OpenDiag(name string) (*Diag, error) {
@@ -91,25 +96,55 @@ func OpenDiag(name string) (*Diag, error) {
 		s.Close()
 		return nil, fmt.Errorf("netlink socket: %w", err)
 	}
-	return &Diag{&vnl.SocketHandle{Socket: s}}, nil
+	return &Diag{socket: &vnl.SocketHandle{Socket: s}}, nil
 }
 
 // Close lets the namespace go.
 func (d *Diag) Close() { d.socket.Close() }
 
 // ServesTCP tells whether a TCP socket listens there on more than loopback, as Listening
-// counts them.
+// counts them. The one that did last time is looked up first: for a list of all the kernel
+// walks the listening sockets of every namespace (inet_diag_dump_icsk), in some 100 µs.
 func (d *Diag) ServesTCP() (bool, error) {
+	if d.heard != nil && d.heard.listens(d.socket) {
+		return true, nil
+	}
+	d.heard = nil
 	for _, r := range tcpListening {
 		as, err := r.sources(d.socket)
 		if err != nil {
 			return false, err
 		}
-		if slices.ContainsFunc(as, fromElsewhere) {
+		if i := slices.IndexFunc(as, fromElsewhere); i >= 0 {
+			d.heard = &diagRequest{r.family, r.protocol, r.states, listener(as[i])}
 			return true, nil
 		}
 	}
 	return false, nil
+}
+
+// listener is the struct inet_diag_sockid of whatever socket listens at an address.
+func listener(at netip.AddrPort) []byte {
+	id := make([]byte, sizeofSockID)
+	binary.BigEndian.PutUint16(id, at.Port())
+	copy(id[diagSourceAddr-4:], at.Addr().AsSlice())
+	binary.NativeEndian.PutUint64(id[sizeofSockID-8:], math.MaxUint64) // INET_DIAG_NOCOOKIE, twice
+	return id
+}
+
+// listens tells whether the socket of an ID is there, listens, and is where the ID says.
+func (r diagRequest) listens(by *vnl.SocketHandle) bool {
+	req := vnl.NewNetlinkRequest(vnl.SOCK_DIAG_BY_FAMILY, 0)
+	req.Sockets = map[int]*vnl.SocketHandle{unix.NETLINK_INET_DIAG: by}
+	req.AddData(r)
+	found := false
+	err := req.ExecuteIter(unix.NETLINK_INET_DIAG, vnl.SOCK_DIAG_BY_FAMILY, func(msg []byte) bool {
+		const end = diagSourceAddr + 16
+		found = len(msg) >= end && msg[0] == r.family && msg[1] == tcpListen &&
+			bytes.Equal(msg[diagSourcePort:diagSourcePort+2], r.id[:2]) && bytes.Equal(msg[diagSourceAddr:end], r.id[diagSourceAddr-4:end-4])
+		return true
+	})
+	return err == nil && found
 }
 
 // fromElsewhere tells whether what is sent to an address need not come from the same
