@@ -3,10 +3,12 @@ package main
 import (
 	"context"
 	"fmt"
+	"net"
 	"os"
 	"runtime"
 	"runtime/debug"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -190,7 +192,7 @@ func (c *cli) dockerInfo(ctx context.Context, m *shoalv1.InfoResponse, format st
 		var managers []object
 		for _, n := range nodes {
 			if n.Role == spec.RoleManager {
-				managers = append(managers, object{"NodeID": n.Id, "Addr": fmt.Sprintf("%s:%d", n.Addr, n.ControlPort)})
+				managers = append(managers, object{"NodeID": n.Id, "Addr": net.JoinHostPort(n.Addr, strconv.Itoa(int(n.ControlPort)))})
 			}
 		}
 		swarm["Nodes"], swarm["Managers"], swarm["RemoteManagers"] = len(nodes), len(managers), managers
