@@ -75,6 +75,9 @@ type Config struct {
 	SocketGroup string
 	// Ready is called once the Socket answers; nil: nobody waits for it.
 	Ready func()
+	// GoesDown tells, when Run is to end, whether it is because the machine goes down:
+	// its tasks are stopped then, which go on otherwise; nil: it never does.
+	GoesDown func() bool
 	// MetricsAddr is ADDRESS:PORT to serve Prometheus' metrics at, for anybody who
 	// reaches it; empty: they are on the Socket only.
 	MetricsAddr string
@@ -273,11 +276,19 @@ func (a *Agent) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			a.mu.Lock()
 			defer a.mu.Unlock()
+			halts := a.cfg.GoesDown != nil && a.cfg.GoesDown()
 			if m := a.current(); m != nil {
+				if halts {
+					m.halt()
+				}
 				a.setMember(nil)
 				m.stop()
 			}
-			a.log.Info("agent stopped; tasks go on")
+			if halts {
+				a.log.Info("agent stopped, and its tasks")
+			} else {
+				a.log.Info("agent stopped; tasks go on")
+			}
 			return nil
 		case why := <-a.evict:
 			if a.current() == nil || !a.mu.TryLock() {

@@ -270,7 +270,8 @@ func (m *member) start() error {
 	m.wg.Go(func() { m.due(namesWait, &m.namesDue, func() {}) })
 	m.dns = dns.NewServer(dns.Config{Upstreams: m.cfg.Upstreams, Dial: m.cfg.Dial, Stale: m.cfg.DNSStale, Log: m.log})
 	m.tasks = &tasks{rt: m.cfg.Runtime, dns: m.dns, instance: m.cfg.Instance, hostAddr: m.ident.Addr, search: m.cfg.SearchDomains,
-		log: m.log, plumbing: m, ctx: m.ctx, runners: map[string]*runner{}}
+		log: m.log, plumbing: m, runners: map[string]*runner{}}
+	m.tasks.begin(m.ctx)
 	m.overlay = reconcile.New("overlay", overlay.NewTarget(m.cfg.Overlay), reconcile.Options{Log: m.log, OnPass: m.overlayPass})
 	m.vip = reconcile.New("vip", vip.Target{Dataplane: m.cfg.VIP}, reconcile.Options{Log: m.log, OnPass: m.vipPass})
 	m.ingress = reconcile.New("ingress", ingress.Target{Dataplane: m.cfg.Ingress}, reconcile.Options{Log: m.log, OnPass: m.ingressPass})
@@ -332,7 +333,7 @@ func (m *member) stop() {
 	m.wg.Wait()
 	m.peer.Close() // what was dialed meanwhile
 	if m.tasks != nil {
-		m.tasks.wg.Wait()
+		m.tasks.wait()
 		m.dns.Close()
 	}
 }

@@ -77,8 +77,11 @@ type tasks struct {
 	log      *slog.Logger
 	plumbing plumbing
 
-	ctx context.Context // of every runner
-	wg  sync.WaitGroup
+	ctx   context.Context    // of the tasks' name servers
+	work  context.Context    // of every runner; it ends with ctx, or before it by freeze
+	ended context.CancelFunc // of work
+	wg    sync.WaitGroup     // name servers
+	busy  sync.WaitGroup     // runners
 
 	mu       sync.Mutex
 	runners  map[string]*runner
@@ -227,13 +230,13 @@ func (r *runner) heed(t spec.Task) bool {
 func (m *tasks) start(t spec.Task, found *runtime.Status) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.runners[t.ID] != nil || m.ctx.Err() != nil {
+	if m.runners[t.ID] != nil || m.work.Err() != nil {
 		return
 	}
 	r := &runner{tasks: m, id: t.ID, wake: make(chan struct{}, 1), task: t, adopting: found != nil}
 	r.status.Run = t.Run
 	m.runners[t.ID] = r
-	m.wg.Go(func() { r.run(m.ctx, found) })
+	m.busy.Go(func() { r.run(m.work, found) })
 }
 
 // event passes the program's change of state on to its runner.
@@ -1204,7 +1207,7 @@ func (r *runner) serveDNS(ctx context.Context) error {
 	r.mu.Lock()
 	r.sees()
 	r.mu.Unlock()
-	dctx, cancel := context.WithCancel(ctx)
+	dctx, cancel := context.WithCancel(r.ctx)
 	r.stopDNS = cancel
 	r.wg.Go(func() {
 		defer cancel()

@@ -80,14 +80,15 @@ func newBench(t *testing.T, have ...runtime.Status) *bench {
 	ctx, cancel := context.WithCancel(context.Background())
 	b := &bench{t: t, cancel: cancel, said: map[string]string{}, have: map[string]*fakeTask{}, gates: map[string]chan struct{}{}, fails: map[string]error{}, hosts: map[string]bool{}}
 	log := slog.New(slog.DiscardHandler)
-	b.tasks = &tasks{rt: b, plumbing: b, instance: "shoal", search: func() []string { return nil }, log: log, ctx: ctx, runners: map[string]*runner{},
+	b.tasks = &tasks{rt: b, plumbing: b, instance: "shoal", search: func() []string { return nil }, log: log, runners: map[string]*runner{},
 		dns: dns.NewServer(dns.Config{Upstreams: func() []netip.AddrPort { return nil }, Log: log})}
+	b.begin(ctx)
 	for _, s := range have {
 		b.have[s.ID] = &fakeTask{Status: s}
 	}
 	t.Cleanup(func() {
 		cancel()
-		b.wg.Wait()
+		b.wait()
 	})
 	return b
 }
@@ -296,6 +297,10 @@ func (b *bench) Stop(ctx context.Context, id, signal string, grace time.Duration
 		}
 		t.State, t.PID = runtime.Exited, 0
 	})
+}
+
+func (b *bench) Halt(ctx context.Context, id, signal string, grace time.Duration) error {
+	return b.do(ctx, fmt.Sprintf("halt %s %s %s", id, signal, grace))
 }
 
 func (b *bench) Release(ctx context.Context, id string) error {
@@ -1077,7 +1082,7 @@ func TestContextEndLeavesTasks(t *testing.T) {
 			b.give(true, newTask("t1"))
 			b.await(cmp.Or(step, "t1: running"))
 			b.cancel()
-			b.wg.Wait()
+			b.wait()
 			b.never("stop t1 SIGTERM 10s", "release t1", "remove t1", "t1 endpoint: app draining")
 			b.give(true, newTask("t2")) // too late: no runner
 			if _, _, ok := b.find("t2"); ok {
@@ -1093,9 +1098,40 @@ func TestContextEndLeavesTasks(t *testing.T) {
 		b.give(true, unwantedTask(newTask("t1")))
 		b.await("t1: stopping draining")
 		b.cancel()
-		b.wg.Wait()
+		b.wait()
 		b.never("release t1", "remove t1")
 	})
+}
+
+// TestHalt: when the machine goes down its tasks are out of the balancers before their
+// programs hear of it, each by its own signal; nobody is told that any has ended, nor is one
+// started again.
+func TestHalt(t *testing.T) {
+	b := newBench(t)
+	b.give(true, newTask("t1"))
+	b.await("t1: running")
+	b.give(true, newTask("t1"), newTask("t2", func(t *spec.Task) {
+		t.Service = ""
+		t.Spec.StopSignal, t.Spec.Restart = "SIGQUIT", "always"
+	}))
+	b.await("t2: running")
+	b.await("t2 endpoint: app active")
+	b.forget()
+	settle := b.gate("settled")
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		b.halt(context.Background())
+	}()
+	b.await("settled")
+	b.never("halt t1 SIGTERM 10s", "halt t2 SIGQUIT 10s")
+	settle()
+	<-done
+	lines := b.lines()
+	slices.Sort(lines)
+	if want := []string{"halt t1 SIGTERM 10s", "halt t2 SIGQUIT 10s", "settled", "t1 endpoint: app draining", "t2 endpoint: app draining"}; !slices.Equal(lines, want) {
+		t.Errorf("what happens: %q, want %q", lines, want)
+	}
 }
 
 // TestEndWhileItDrains: for who has ended no balancer is waited.

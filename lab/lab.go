@@ -55,6 +55,7 @@ type Options struct {
 	Binary    string   // this program
 	Dir       string   // /run/shoal-lab[-NAME]
 	AgentArgs []string // further arguments of every agent
+	AgentEnv  []string // NAME=VALUE further, of every agent
 	DataPath  string   // --data-path of every agent
 	LogLevel  string   // of every agent; "info"
 	MTU       int      // of the underlay, bytes; 1500
@@ -81,6 +82,7 @@ type Lab struct {
 	Dir      string   `json:"dir"`
 	Binary   string   `json:"binary"`
 	Args     []string `json:"args"` // of every agent
+	Env      []string `json:"env,omitempty"`
 	MTU      int      `json:"mtu"`
 	NodeList []Node   `json:"nodes"`
 	// Containerd is the process ID of the lab's containerd; 0: it has none.
@@ -246,7 +248,7 @@ func Up(ctx context.Context, o Options) (_ *Lab, err error) {
 	if o.LogLevel != "" {
 		l.Args = append(l.Args, "--log-level", o.LogLevel)
 	}
-	l.Args = append(l.Args, o.AgentArgs...)
+	l.Args, l.Env = append(l.Args, o.AgentArgs...), o.AgentEnv
 	for i := 1; i <= o.Nodes; i++ {
 		l.NodeList = append(l.NodeList, l.node(i))
 	}
@@ -381,6 +383,7 @@ func (l *Lab) startAgent(n *Node) error {
 		"--hide", l.Dir, "--socket", n.Socket, "--instance", n.Netns, "--advertise-addr", n.Addr.String(), "--containerd", l.containerdAddress()}, l.Args...)
 	cmd := exec.Command(l.Binary, args...)
 	cmd.Dir = "/"
+	cmd.Env = append(os.Environ(), l.Env...)
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	return l.change(func() error {

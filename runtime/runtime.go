@@ -169,6 +169,9 @@ type Runtime interface {
 	// task after grace. It returns when the program has ended; one that has
 	// ended already, or never started, is no error.
 	Stop(ctx context.Context, id, signal string, grace time.Duration) error
+	// Halt is Stop of a task whose machine goes down: its end counts as lost with that
+	// (an Err, see Status), whatever exit status its program makes of the signal.
+	Halt(ctx context.Context, id, signal string, grace time.Duration) error
 	// Signal sends a signal ("SIGHUP" or a number) to the task's program. ErrNotFound is
 	// of a task that is not there; one that does not run is an error, too.
 	Signal(ctx context.Context, id, signal string) error

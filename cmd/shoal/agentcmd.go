@@ -201,6 +201,8 @@ func runAgent(ctx context.Context, cfg agent.Config, runDir, dataPath string, hi
 	}
 	cfg.Runtime = rt
 	// Of a unit of Type=notify; the variable is no affair of tasks.
+	notify := os.Getenv("NOTIFY_SOCKET")
+	cfg.GoesDown = func() bool { return goesDown(notify) }
 	cfg.Ready = func() { _, _ = daemon.SdNotify(true, daemon.SdNotifyReady) }
 	a, err := agent.New(cfg)
 	if err != nil {

@@ -588,6 +588,15 @@ func (r *Runtime) Stop(ctx context.Context, id, signal string, grace time.Durati
 	}
 }
 
+// Halt implements runtime.Runtime.
+func (r *Runtime) Halt(ctx context.Context, id, signal string, grace time.Duration) error {
+	// A shim of an earlier version does not know of it; nor can one that is gone say more.
+	if _, _, err := r.call(id, request{Op: "halt"}, callTimeout); err != nil {
+		r.log.Debug("the end of a task will be taken for its own", "task", id, "error", err)
+	}
+	return r.Stop(ctx, id, signal, grace)
+}
+
 // settle waits until this process knows of a task's end.
 func (r *Runtime) settle(ctx context.Context, id string) error {
 	for deadline := time.Now().Add(callTimeout); ; {

@@ -367,6 +367,35 @@ func TestStopGraceAndKill(t *testing.T) {
 	}
 }
 
+// TestHaltIsNoEndOfItsOwn: a program that makes an orderly end of it because the machine
+// goes down has not completed what it was to do; that is found by the next agent, too.
+func TestHaltIsNoEndOfItsOwn(t *testing.T) {
+	f := setup(t)
+	polite := f.running("sh", "-c", "trap 'exit 0' USR1; echo ready; while :; do sleep 0.01; done")
+	f.eventually("the trap is set", func() bool { return f.output(polite) == "ready\n" })
+	if err := f.Halt(f.ctx(), polite.ID, "SIGUSR1", 20*time.Second); err != nil {
+		t.Fatal(err)
+	}
+	want := func(st runtime.Status) {
+		t.Helper()
+		if st.State != runtime.Exited || st.ExitCode != 0 || st.Err != "stopped with its machine" {
+			t.Errorf("%+v", st)
+		}
+	}
+	want(f.status(polite))
+	var kept runtime.Status
+	if err := readJSON(filepath.Join(f.taskDir(polite.ID), exitFile), &kept); err != nil {
+		t.Error(err)
+	}
+	want(kept)
+	if err := f.Halt(f.ctx(), polite.ID, "SIGUSR1", 20*time.Second); err != nil {
+		t.Errorf("of one that has ended: %v", err)
+	}
+	if err := f.Halt(f.ctx(), "nonononono", "SIGTERM", time.Second); !errors.Is(err, runtime.ErrNotFound) {
+		t.Errorf("of none: %v", err)
+	}
+}
+
 func TestTheProgramsChildrenEndWithIt(t *testing.T) {
 	f := setup(t)
 	mark := "7" + strconv.Itoa(os.Getpid()) + "1"

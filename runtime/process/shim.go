@@ -102,6 +102,7 @@ type shim struct {
 	early   []syscall.Signal // that came before the program ran
 	status  runtime.Status
 	initPID int
+	halted  bool          // its machine goes down
 	changed chan struct{} // closed and replaced at each change of status
 	done    chan struct{} // closed when the program has ended
 }
@@ -186,10 +187,19 @@ func (s *shim) halt(ending <-chan os.Signal) {
 			continue
 		}
 		if s.task.Executor == "" { // else it is containerd's, which is signalled, too
+			s.goesDown()
 			s.stop(syscall.SIGTERM, haltGrace)
 		}
 		os.Exit(0)
 	}
+}
+
+// goesDown has the program's end, from now on, be its machine's: one that makes an orderly
+// end of it at the signal has not completed what it was to do.
+func (s *shim) goesDown() {
+	s.mu.Lock()
+	s.halted = true
+	s.mu.Unlock()
 }
 
 // shutsDown tells by the name of PID 1 whether it ends what is left: systemd has executed
@@ -261,6 +271,9 @@ func (s *shim) serve(c *net.UnixConn) {
 		answer(nil)
 	case "stop":
 		s.stop(syscall.Signal(req.Signal), req.Grace)
+		answer(nil)
+	case "halt":
+		s.goesDown()
 		answer(nil)
 	case "signal":
 		s.signal(syscall.Signal(req.Signal))
@@ -474,6 +487,9 @@ func (s *shim) finish(logs *sync.WaitGroup, code int, startErr string) {
 	var final runtime.Status
 	s.mu.Lock()
 	final = s.status
+	if s.halted && startErr == "" {
+		startErr = "stopped with its machine"
+	}
 	s.mu.Unlock()
 	if startErr == "" {
 		startErr = outOfMemory(s.cgroup, code)
