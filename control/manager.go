@@ -16,6 +16,7 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/hashicorp/raft"
+	"golang.org/x/time/rate"
 
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/api/shoal/v1/shoalv1connect"
@@ -106,6 +107,7 @@ type Manager struct {
 	levels     map[string]int                            // by node: feature level of its build
 	adding     string                                    // node that is in raft's configuration, or about to be, before that is committed
 	dark       map[string][]string                       // by node: those that do not answer it over VXLAN
+	reports    map[string]*rate.Limiter                  // by node: its budget of reports; nil: it has never led
 	wakeNodes  chan struct{}                             // size 1
 	wakeVoters chan struct{}                             // size 1
 }
@@ -347,6 +349,7 @@ func (m *Manager) lead(ctx context.Context) {
 	m.lastSeen, m.applied, m.faults, m.ready, m.shows = map[string]time.Time{}, map[string]uint64{}, map[string][]*shoalv1.ReportRequest_Fault{}, map[string]bool{}, map[string]string{}
 	m.gossipSeen, m.levels = map[string]gossipSeen{}, map[string]int{}
 	m.dark = map[string][]string{}
+	m.reports = map[string]*rate.Limiter{}
 	m.mu.Unlock()
 	m.log.Info("leading the managers")
 	defer func() {

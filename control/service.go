@@ -586,6 +586,7 @@ func (s *service) Report(ctx context.Context, req *connect.Request[shoalv1.Repor
 		}
 		return nil, rpcError(err)
 	}
+	s.m.bound(r)
 	s.m.seen(r.Node)
 	s.m.follows(r.Node, r.Applied)
 	s.m.failing(r.Node, bounded(r.Faults))
@@ -605,11 +606,17 @@ func (s *service) Report(ctx context.Context, req *connect.Request[shoalv1.Repor
 		now = s.m.withCapacity(now, r.NanoCpus, r.Memory, r.EngineLabels)
 	}
 	if known.Status != spec.NodeReady && !r.Wiring || !now.SameOfItself(known) {
+		if err := s.m.spend(ctx, r.Node); err != nil {
+			return nil, err
+		}
 		if _, err := s.m.Propose(ctx, state.Command{UpsertNode: &state.UpsertNode{Node: now}}); err != nil {
 			return nil, err
 		}
 	}
 	if len(r.Tasks) > 0 {
+		if err := s.m.spend(ctx, r.Node); err != nil {
+			return nil, err
+		}
 		cmd := &state.ReportTasks{Node: r.Node, Now: time.Now().UnixMilli(), Tasks: map[string]spec.TaskStatus{}}
 		for id, t := range r.Tasks {
 			st, err := api.ToTaskStatus(t)

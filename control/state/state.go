@@ -332,6 +332,12 @@ func (s *State) node(ref string) (*node, error) {
 	return s.nodes[ids[0]], nil
 }
 
+// RunsOn tells whether there is a task of that ID on a node.
+func (s *State) RunsOn(task, node string) bool {
+	t := s.tasks[task]
+	return t != nil && t.Node == node
+}
+
 // TasksOfNode returns every task assigned to a node, in the order of Tasks.
 func (s *State) TasksOfNode(id string) []spec.Task { return s.Tasks(TaskFilter{Node: id, All: true}) }
 
