@@ -15,6 +15,10 @@ import (
 // the longest stop grace that people give databases.
 const haltTime = 5 * time.Minute
 
+// haltDrain bounds how long it waits for the other nodes to let go of them. It is shorter
+// than drainTimeout: the others may be going down as well, and answer no more.
+const haltDrain = 10 * time.Second
+
 // halt ends what runs here because the machine goes down, as a person would have it who
 // stops each task: out of every balancer first, then with its own signal and grace.
 func (m *member) halt() {
@@ -24,18 +28,22 @@ func (m *member) halt() {
 	m.log.Info("the machine goes down: its tasks are taken out of the balancers, and stopped")
 	ctx, cancel := context.WithTimeout(m.ctx, haltTime)
 	defer cancel()
+	m.mu.Lock()
+	m.halting = true
+	m.mu.Unlock()
+	wake(m.reportWake) // the managers replace at once what they can
 	m.tasks.halt(ctx)
 }
 
 // begin makes the contexts of what the tasks need, which end with ctx.
 func (m *tasks) begin(ctx context.Context) {
 	m.ctx = ctx
-	m.work, m.ended = context.WithCancel(ctx)
+	m.work, m.endWork = context.WithCancel(ctx)
 }
 
 // freeze ends the runners, and leaves the tasks as they are.
 func (m *tasks) freeze() {
-	m.ended()
+	m.endWork()
 	m.busy.Wait()
 }
 
@@ -66,7 +74,7 @@ func (m *tasks) halt(ctx context.Context) {
 	m.mu.Unlock()
 	if named {
 		m.plumbing.publish()
-		dctx, cancel := context.WithTimeout(ctx, drainTimeout)
+		dctx, cancel := context.WithTimeout(ctx, haltDrain)
 		err := m.plumbing.settled(dctx)
 		cancel()
 		switch {

@@ -110,6 +110,7 @@ type member struct {
 	mgrDone    chan struct{}
 	assigned   *assignment
 	fresh      bool  // assigned came from the managers since the start
+	halting    bool  // its machine goes down
 	cacheErr   error // why what they said before it is not known; nil: it is
 	certErr    error // why the certificate or the role is not as it should be; nil: it is
 	acked      map[string]spec.TaskStatus
@@ -953,6 +954,7 @@ func (m *member) report() error {
 	m.mu.Lock()
 	req.Applied, req.ManagerReady = m.follows, m.manager != nil
 	// Who sends requests to a node that is ready finds its published ports there.
+	req.Halting = m.halting
 	req.Wiring = m.follows == 0 && time.Since(m.began) < wireWait
 	if info, ok := m.creds.Info(); ok {
 		req.CertificateRoot = info.Root

@@ -77,11 +77,11 @@ type tasks struct {
 	log      *slog.Logger
 	plumbing plumbing
 
-	ctx   context.Context    // of the tasks' name servers
-	work  context.Context    // of every runner; it ends with ctx, or before it by freeze
-	ended context.CancelFunc // of work
-	wg    sync.WaitGroup     // name servers
-	busy  sync.WaitGroup     // runners
+	ctx     context.Context    // of the tasks' name servers
+	work    context.Context    // of every runner; it ends with ctx, or before it by freeze
+	endWork context.CancelFunc // of work
+	wg      sync.WaitGroup     // name servers
+	busy    sync.WaitGroup     // runners
 
 	mu       sync.Mutex
 	runners  map[string]*runner

@@ -18,6 +18,7 @@ func TestJudge(t *testing.T) {
 		down   string       // of them
 		silent map[rune]int // seconds; else 0
 		dead   string       // to gossip
+		halt   string       // say that their machine goes down
 		want   map[rune]string
 	}{
 		{name: "all speak", nodes: "abc"},
@@ -29,6 +30,10 @@ func TestJudge(t *testing.T) {
 		{name: "down already", nodes: "abc", down: "b", silent: map[rune]int{'b': 60}, dead: "b"},
 		{name: "down, and only a report makes it ready", nodes: "abc", down: "b"},
 		{name: "the leader itself is ready, whatever it heard of itself", nodes: "abc", down: "a", silent: map[rune]int{'a': 99}, dead: "a", want: map[rune]string{'a': spec.NodeReady}},
+		{name: "its machine goes down", nodes: "abc", halt: "b", want: map[rune]string{'b': spec.NodeDown}},
+		{name: "so does the leader's, which leads on", nodes: "abc", halt: "a"},
+		{name: "it does, and is down", nodes: "abc", down: "b", halt: "b", silent: map[rune]int{'b': 16}, dead: "b"},
+		{name: "all machines go down", nodes: "abcd", halt: "abcd", want: map[rune]string{'b': spec.NodeDown, 'c': spec.NodeDown, 'd': spec.NodeDown}},
 		{name: "most look dead: rather this one is cut off", nodes: "abcd", silent: map[rune]int{'b': 4, 'c': 4, 'd': 4}, dead: "bcd"},
 		{name: "most are silent for long", nodes: "abcd", silent: map[rune]int{'b': 16, 'c': 16, 'd': 4}, dead: "bcd",
 			want: map[rune]string{'b': spec.NodeDown, 'c': spec.NodeDown}},
@@ -45,6 +50,10 @@ func TestJudge(t *testing.T) {
 			for _, r := range k.dead {
 				live[string(r)] = spec.PeerDead
 			}
+			halting := map[string]bool{}
+			for _, r := range k.halt {
+				halting[string(r)] = true
+			}
 			for i := range nodes {
 				for _, r := range k.down {
 					if nodes[i].ID == string(r) {
@@ -54,7 +63,7 @@ func TestJudge(t *testing.T) {
 			}
 			seen := func(id string) time.Time { return now.Add(-time.Duration(k.silent[rune(id[0])]) * time.Second) }
 			got := map[rune]string{}
-			for _, c := range judge(nodes, "a", seen, live, now, tune) {
+			for _, c := range judge(nodes, "a", seen, live, halting, now, tune) {
 				got[rune(c.ID[0])] = c.Status
 				if (c.Status == spec.NodeDown) != (c.Message != "") {
 					t.Errorf("%s is %s with message %q", c.ID, c.Status, c.Message)

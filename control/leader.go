@@ -99,6 +99,27 @@ func (m *Manager) follows(id string, index uint64) {
 	m.mu.Unlock()
 }
 
+// halts notes whether a node says that its machine goes down.
+func (m *Manager) halts(id string, does bool) {
+	m.mu.Lock()
+	was := m.halting[id]
+	if does {
+		if m.halting == nil {
+			m.halting = map[string]bool{}
+		}
+		m.halting[id] = true
+	} else {
+		delete(m.halting, id)
+	}
+	m.mu.Unlock()
+	if does && !was {
+		select {
+		case m.wakeNodes <- struct{}{}:
+		default:
+		}
+	}
+}
+
 // failing notes what a node says it can't do; it replaces what it said before.
 func (m *Manager) failing(id string, faults []*shoalv1.ReportRequest_Fault) {
 	m.mu.Lock()
@@ -214,7 +235,7 @@ func (m *Manager) monitor(ctx context.Context, since time.Time) {
 			}
 			return since
 		}
-		changes := judge(nodes, m.cfg.Node.ID, seen, m.cfg.Liveness(), time.Now(), m.cfg.Tuning)
+		changes := judge(nodes, m.cfg.Node.ID, seen, m.cfg.Liveness(), m.halting, time.Now(), m.cfg.Tuning)
 		m.mu.Unlock()
 		if len(changes) == 0 {
 			continue
@@ -229,7 +250,7 @@ func (m *Manager) monitor(ctx context.Context, since time.Time) {
 }
 
 // judge decides which nodes' status is another now. It is pure.
-func judge(nodes []spec.Node, self string, seen func(string) time.Time, live map[string]spec.Liveness, now time.Time, t Tuning) []state.NodeStatus {
+func judge(nodes []spec.Node, self string, seen func(string) time.Time, live map[string]spec.Liveness, halting map[string]bool, now time.Time, t Tuning) []state.NodeStatus {
 	type verdict struct {
 		n      spec.Node
 		silent time.Duration
@@ -253,6 +274,8 @@ func judge(nodes []spec.Node, self string, seen func(string) time.Time, live map
 		switch {
 		case v.n.ID == self:
 			status, msg = spec.NodeReady, ""
+		case halting[v.n.ID]:
+			status, msg = spec.NodeDown, "its machine goes down"
 		case v.dead && !(doubt && v.silent <= t.DownRegardless):
 			// Only a report of its own makes it ready again.
 			status, msg = spec.NodeDown, "not heard from since "+seen(v.n.ID).UTC().Format(time.RFC3339)

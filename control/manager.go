@@ -108,6 +108,7 @@ type Manager struct {
 	adding     string                                    // node that is in raft's configuration, or about to be, before that is committed
 	dark       map[string][]string                       // by node: those that do not answer it over VXLAN
 	reports    map[string]*rate.Limiter                  // by node: its budget of reports; nil: it has never led
+	halting    map[string]bool                           // by node: its machine goes down
 	wakeNodes  chan struct{}                             // size 1
 	wakeVoters chan struct{}                             // size 1
 }
@@ -349,7 +350,7 @@ func (m *Manager) lead(ctx context.Context) {
 	m.lastSeen, m.applied, m.faults, m.ready, m.shows = map[string]time.Time{}, map[string]uint64{}, map[string][]*shoalv1.ReportRequest_Fault{}, map[string]bool{}, map[string]string{}
 	m.gossipSeen, m.levels = map[string]gossipSeen{}, map[string]int{}
 	m.dark = map[string][]string{}
-	m.reports = map[string]*rate.Limiter{}
+	m.reports, m.halting = map[string]*rate.Limiter{}, nil
 	m.mu.Unlock()
 	m.log.Info("leading the managers")
 	defer func() {

@@ -588,6 +588,7 @@ func (s *service) Report(ctx context.Context, req *connect.Request[shoalv1.Repor
 	}
 	s.m.bound(r)
 	s.m.seen(r.Node)
+	s.m.halts(r.Node, r.Halting)
 	s.m.follows(r.Node, r.Applied)
 	s.m.failing(r.Node, bounded(r.Faults))
 	s.m.managing(r.Node, r.ManagerReady)
@@ -605,7 +606,7 @@ func (s *service) Report(ctx context.Context, req *connect.Request[shoalv1.Repor
 		now = s.m.withLevel(now, r.Level, r.Build)
 		now = s.m.withCapacity(now, r.NanoCpus, r.Memory, r.EngineLabels)
 	}
-	if known.Status != spec.NodeReady && !r.Wiring || !now.SameOfItself(known) {
+	if known.Status != spec.NodeReady && !r.Wiring && !r.Halting || !now.SameOfItself(known) {
 		if err := s.m.spend(ctx, r.Node); err != nil {
 			return nil, err
 		}

@@ -24,7 +24,8 @@ func TestAMachineGoesDown(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "systemctl"), []byte("#!/bin/sh\n[ -e "+down+" ] && echo stopping && exit 1\necho running\n"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	s := own(t, "halt", lab.Options{AgentEnv: []string{"PATH=" + dir + ":" + os.Getenv("PATH")}})
+	busybox := needContainers(t)
+	s := own(t, "halt", lab.Options{Containers: true, AgentEnv: []string{"PATH=" + dir + ":" + os.Getenv("PATH")}})
 	s.ok("node1", "shoal net create app")
 	s.whoami("web", 3, "--network app")
 	s.ok("node1", "shoal run -d --name c1 --network app -- sleep 10000")
@@ -33,14 +34,20 @@ func TestAMachineGoesDown(t *testing.T) {
 	s.ok("node1", "shoal svc create -q -d --name job --mode replicated-job --constraint node.hostname==node2 -- sh -c %s", `'trap "exit 0" TERM; sleep 10000 & wait'`)
 	s.ok("node1", "shoal run -d --name db --node node2 --restart always --stop-signal SIGUSR1 -- sh -c %s",
 		`'trap "sleep 1; echo flushed >> `+dir+`/db; exit 0" USR1; echo began >> `+dir+`/db; while :; do sleep 0.1; done'`)
+	image := build(t, "amd64", map[string]string{"bin/busybox": busybox, "bin/sh": busybox}, map[string]any{"Entrypoint": []string{"/bin/busybox", "sh", "-c"}, "Env": []string{"PATH=/bin"}}).archive(t, "box:1")
+	s.ok("node1", "shoal image load -i %s --node node2", image)
+	s.ok("node1", "shoal run -d --name box --node node2 --restart always --stop-signal SIGUSR1 -v %s:/out --pull never box:1 %s", dir,
+		`'trap "busybox sleep 1; echo flushed >> /out/box; exit 0" USR1; echo began >> /out/box; while :; do busybox sleep 0.1; done'`)
 	wrote := func(want string) {
 		t.Helper()
-		s.eventually(30*time.Second, func() error {
-			if b, _ := os.ReadFile(filepath.Join(dir, "db")); string(b) != want {
-				return fmt.Errorf("db wrote %q, want %q", b, want)
-			}
-			return nil
-		})
+		for _, name := range []string{"db", "box"} {
+			s.eventually(30*time.Second, func() error {
+				if b, _ := os.ReadFile(filepath.Join(dir, name)); string(b) != want {
+					return fmt.Errorf("%s wrote %q, want %q", name, b, want)
+				}
+				return nil
+			})
+		}
 	}
 	wrote("began\n")
 	s.eventually(30*time.Second, func() error {
@@ -62,14 +69,14 @@ func TestAMachineGoesDown(t *testing.T) {
 			return nil
 		})
 	}
-	l := s.under("c1", 15, func() {
+	l := s.under("c1", 12, func() {
 		if err := os.WriteFile(down, nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
 		end()
 		wrote("began\nflushed\n")
-		if err := s.Kill(t.Context(), "node2"); err != nil {
-			t.Fatal(err)
+		if got := s.ok("node1", "shoal node ls --filter name=node2 --format %s", "'{{.Status}} {{.Message}}'"); got != "down its machine goes down" {
+			t.Errorf("node2 is %s", got)
 		}
 		s.eventually(60*time.Second, func() error {
 			got := s.running("web")
@@ -78,6 +85,9 @@ func TestAMachineGoesDown(t *testing.T) {
 			}
 			return nil
 		})
+		if err := s.Kill(t.Context(), "node2"); err != nil {
+			t.Fatal(err)
+		}
 	})
 	if l.Failed != 0 {
 		t.Errorf("a machine that is shut down: %d of %d failed: %v", l.Failed, l.Requests, l.Errors)

@@ -182,7 +182,7 @@ const (
 )
 
 // bundleExists is how containerd says that there is a directory of a container's task.
-var bundleExists = regexp.MustCompile(`mkdir (/[^ ]*/io\.containerd\.runtime\.[^ ]*): file exists`)
+var bundleExists = regexp.MustCompile(`(/[^ ]*/io\.containerd\.runtime\.[^ ]*): file exists`)
 
 // bundleTime is for how long such a directory may be that of a task that containerd is at
 // making, for somebody who was killed meanwhile.

@@ -6457,6 +6457,7 @@ type ReportRequest struct {
 	// Its kernel does not do yet what it is to, after a start of its agent: if it was down
 	// it is so for a moment more.
 	Wiring        bool `protobuf:"varint,21,opt,name=wiring,proto3" json:"wiring,omitempty"`
+	Halting       bool `protobuf:"varint,22,opt,name=halting,proto3" json:"halting,omitempty"` // its machine goes down, and with it all that runs there
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -6655,6 +6656,13 @@ func (x *ReportRequest) GetEngineLabels() map[string]string {
 func (x *ReportRequest) GetWiring() bool {
 	if x != nil {
 		return x.Wiring
+	}
+	return false
+}
+
+func (x *ReportRequest) GetHalting() bool {
+	if x != nil {
+		return x.Halting
 	}
 	return false
 }
@@ -11733,7 +11741,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"generation\x18\x01 \x01(\x04R\n" +
 	"generation\x12\x10\n" +
 	"\x03key\x18\x02 \x01(\fR\x03key\x12\x18\n" +
-	"\aprimary\x18\x03 \x01(\bR\aprimary\"\x91\b\n" +
+	"\aprimary\x18\x03 \x01(\bR\aprimary\"\xab\b\n" +
 	"\rReportRequest\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x128\n" +
 	"\x05tasks\x18\x02 \x03(\v2\".shoal.v1.ReportRequest.TasksEntryR\x05tasks\x12\x1d\n" +
@@ -11766,7 +11774,8 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\vtasks_known\x18\x13 \x01(\bR\n" +
 	"tasksKnown\x12N\n" +
 	"\rengine_labels\x18\x14 \x03(\v2).shoal.v1.ReportRequest.EngineLabelsEntryR\fengineLabels\x12\x16\n" +
-	"\x06wiring\x18\x15 \x01(\bR\x06wiring\x1aN\n" +
+	"\x06wiring\x18\x15 \x01(\bR\x06wiring\x12\x18\n" +
+	"\ahalting\x18\x16 \x01(\bR\ahalting\x1aN\n" +
 	"\n" +
 	"TasksEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12*\n" +
