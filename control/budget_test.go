@@ -45,8 +45,8 @@ func TestReportsHaveABudget(t *testing.T) {
 		t.Error(err)
 	}
 	wg.Wait()
-	if most := int64(reportBurst + reportRate*time.Since(began).Seconds() + 1); kept.Load() > most || kept.Load() < reportBurst {
-		t.Errorf("%d changes in %s, want %d to %d", kept.Load(), time.Since(began), reportBurst, most)
+	if most := int64(reportBurst + reportRate*time.Since(began).Seconds() + 1); kept.Load() > most || kept.Load() == 0 {
+		t.Errorf("%d changes in %s, want %d at most", kept.Load(), time.Since(began), most)
 	}
 	// What says nothing new is free: it is the node's sign of life.
 	var platform string
