@@ -3,6 +3,7 @@ package control
 import (
 	"context"
 	"fmt"
+	"maps"
 	"strings"
 	"time"
 
@@ -11,6 +12,7 @@ import (
 
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/control/state"
+	"github.com/shoalnet/shoal/spec"
 )
 
 // Budget of the reports of a node that change something, each of which goes through raft
@@ -56,24 +58,20 @@ func cut(s string, most int) string {
 	return strings.ToValidUTF8(s[:most], "") + "…" // so that the state marks it as cut, too
 }
 
-// bound cuts what a report says to what it may: words and messages of bounded length, and
-// the statuses of the node's own tasks alone. What is of others, or of none, would be
-// dropped by the state, and yet fill the log.
-func (m *Manager) bound(r *shoalv1.ReportRequest) {
+// bound cuts the words and messages of a report to the length that they may have.
+func bound(r *shoalv1.ReportRequest) {
 	r.Platform, r.DataPath, r.ContainersWhy = cut(r.Platform, maxWord), cut(r.DataPath, maxWord), cut(r.ContainersWhy, maxSaid)
-	if len(r.Tasks) == 0 {
-		return
-	}
-	m.fsm.read(func(st *state.State) {
-		for id := range r.Tasks {
-			if !st.RunsOn(id, r.Node) {
-				delete(r.Tasks, id)
-			}
-		}
-	})
 	for _, t := range r.Tasks {
 		if t != nil {
 			t.Message, t.Health = cut(t.Message, maxSaid), cut(t.Health, maxWord)
 		}
 	}
+}
+
+// ownTasks takes what is not of the node's own tasks out of what it says. The state would
+// drop it; the log would keep it.
+func (m *Manager) ownTasks(c *state.ReportTasks) {
+	m.fsm.read(func(st *state.State) {
+		maps.DeleteFunc(c.Tasks, func(id string, _ spec.TaskStatus) bool { return !st.RunsOn(id, c.Node) })
+	})
 }

@@ -102,10 +102,15 @@ func TestReportsAreBounded(t *testing.T) {
 	if own != 1 || len(r.Tasks) != 4 {
 		t.Fatalf("the worker has %d of %d", own, len(r.Tasks))
 	}
-	n.mgr.bound(r)
-	if len(r.Tasks) != own {
-		t.Errorf("of %d tasks of the node %d are left", own, len(r.Tasks))
+	bound(r)
+	cmd := &state.ReportTasks{Node: w.node.ID, Tasks: map[string]spec.TaskStatus{}}
+	for id := range r.Tasks {
+		cmd.Tasks[id] = spec.TaskStatus{State: spec.TaskRunning}
 	}
+	if n.mgr.ownTasks(cmd); len(cmd.Tasks) != own {
+		t.Errorf("of %d tasks of the node %d are left", own, len(cmd.Tasks))
+	}
+	delete(r.Tasks, "nil") // whose state is none
 	for id, x := range r.Tasks {
 		if len(x.Message) > maxSaid+3 || len(x.Health) > maxWord+3 {
 			t.Errorf("%s: a message of %d bytes, a health of %d", id, len(x.Message), len(x.Health))

@@ -586,7 +586,7 @@ func (s *service) Report(ctx context.Context, req *connect.Request[shoalv1.Repor
 		}
 		return nil, rpcError(err)
 	}
-	s.m.bound(r)
+	bound(r)
 	s.m.seen(r.Node)
 	s.m.halts(r.Node, r.Halting)
 	s.m.follows(r.Node, r.Applied)
@@ -615,9 +615,6 @@ func (s *service) Report(ctx context.Context, req *connect.Request[shoalv1.Repor
 		}
 	}
 	if len(r.Tasks) > 0 {
-		if err := s.m.spend(ctx, r.Node); err != nil {
-			return nil, err
-		}
 		cmd := &state.ReportTasks{Node: r.Node, Now: time.Now().UnixMilli(), Tasks: map[string]spec.TaskStatus{}}
 		for id, t := range r.Tasks {
 			st, err := api.ToTaskStatus(t)
@@ -626,8 +623,13 @@ func (s *service) Report(ctx context.Context, req *connect.Request[shoalv1.Repor
 			}
 			cmd.Tasks[id] = st
 		}
-		if _, err := s.m.Propose(ctx, state.Command{ReportTasks: cmd}); err != nil {
-			return nil, err
+		if s.m.ownTasks(cmd); len(cmd.Tasks) > 0 {
+			if err := s.m.spend(ctx, r.Node); err != nil {
+				return nil, err
+			}
+			if _, err := s.m.Propose(ctx, state.Command{ReportTasks: cmd}); err != nil {
+				return nil, err
+			}
 		}
 	}
 	if r.TasksKnown {
