@@ -41,12 +41,15 @@ func (c *cli) agentCmd() *cobra.Command {
 	cfg := agent.Config{Version: versionString()}
 	var runDir, dataPath, logLevel, logFormat string
 	var hidden, engine []string
+	var stopTasks bool
 	var ctr container.Config
 	cmd := &cobra.Command{
 		Use: "agent", Short: "Run this node's agent", Args: exactly(0),
 		Long: `Agent is the daemon of a node. It listens on its unix socket only, until 'shoal
 init' or 'shoal join' gives it an address to advertise. Tasks and their network
-go on when it stops or is killed; the next agent adopts them.
+go on when it stops or is killed; the next agent adopts them. When it stops because
+the machine goes down, as systemd says, or with --stop-tasks, it has them taken out
+of every balancer first, and stopped each by its own signal and grace.
 
 Tasks find --data-dir and --run-dir empty, containerd's directories, and what --hide
 names: who reaches the agent's socket rules the cluster, and who reaches containerd's
@@ -96,6 +99,9 @@ rules the node.`,
 			if cfg.ImageTTL < 0 {
 				return usageError(cmd, fmt.Errorf("--image-ttl %s is negative: use 0 to keep images for ever", cfg.ImageTTL))
 			}
+			if stopTasks {
+				cfg.GoesDown = func() bool { return true }
+			}
 			if ctr.Namespace == "" {
 				ctr.Namespace = cfg.Instance
 			}
@@ -124,6 +130,7 @@ rules the node.`,
 	f.DurationVar(&ctr.Pull.Stall, "pull-timeout", time.Minute, "how long a registry may send nothing before a pull is given up")
 	f.DurationVar(&cfg.ImageTTL, "image-ttl", 7*24*time.Hour, "how long an image that only tasks asked for stays after the last of them; 0: for ever")
 	f.StringVar(&cfg.Instance, "instance", "shoal", "prefix of what this agent names on the machine, for several agents on one")
+	f.BoolVar(&stopTasks, "stop-tasks", false, "stop the node's tasks, in order, when the agent is stopped, and not only when systemd says that the machine goes down: for a node in a container")
 	f.StringVar(&logLevel, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&logFormat, "log-format", "text", "text or json")
 	_ = cmd.RegisterFlagCompletionFunc("log-level", cobra.FixedCompletions([]string{"debug", "info", "warn", "error"}, cobra.ShellCompDirectiveNoFileComp))
@@ -202,7 +209,9 @@ func runAgent(ctx context.Context, cfg agent.Config, runDir, dataPath string, hi
 	cfg.Runtime = rt
 	// Of a unit of Type=notify; the variable is no affair of tasks.
 	notify := os.Getenv("NOTIFY_SOCKET")
-	cfg.GoesDown = func() bool { return goesDown(notify) }
+	if cfg.GoesDown == nil {
+		cfg.GoesDown = func() bool { return goesDown(notify) }
+	}
 	cfg.Ready = func() { _, _ = daemon.SdNotify(true, daemon.SdNotifyReady) }
 	a, err := agent.New(cfg)
 	if err != nil {
