@@ -35,25 +35,6 @@ func (m *member) halt() {
 	m.tasks.halt(ctx)
 }
 
-// begin makes the contexts of what the tasks need, which end with ctx.
-func (m *tasks) begin(ctx context.Context) {
-	m.ctx = ctx
-	m.work, m.endWork = context.WithCancel(ctx)
-}
-
-// freeze ends the runners, and leaves the tasks as they are.
-func (m *tasks) freeze() {
-	m.endWork()
-	m.busy.Wait()
-}
-
-// wait returns when nothing of the tasks is at work here any more, after the end of their
-// context.
-func (m *tasks) wait() {
-	m.freeze()
-	m.wg.Wait()
-}
-
 // halt takes the tasks out of every balancer and ends their programs. Nobody is told of
 // these ends now; the next agent finds that they were the machine's.
 func (m *tasks) halt(ctx context.Context) {
@@ -67,7 +48,7 @@ func (m *tasks) halt(ctx context.Context) {
 			continue
 		}
 		named = true
-		served = served || r.task.Service != "" && *r.endpoint == spec.EndpointActive
+		served = served || r.serves()
 		draining := spec.EndpointDraining
 		r.endpoint = &draining
 	}

@@ -953,8 +953,8 @@ func (m *member) report() error {
 	failed := slices.Concat(m.vip.Failed(), m.ingress.Failed())
 	m.mu.Lock()
 	req.Applied, req.ManagerReady = m.follows, m.manager != nil
-	// Who sends requests to a node that is ready finds its published ports there.
 	req.Halting = m.halting
+	// Who sends requests to a node that is ready finds its published ports there.
 	req.Wiring = m.follows == 0 && time.Since(m.began) < wireWait
 	if info, ok := m.creds.Info(); ok {
 		req.CertificateRoot = info.Root

@@ -239,6 +239,25 @@ func (m *tasks) start(t spec.Task, found *runtime.Status) {
 	m.busy.Go(func() { r.run(m.work, found) })
 }
 
+// begin makes the contexts of what the tasks need, which end with ctx.
+func (m *tasks) begin(ctx context.Context) {
+	m.ctx = ctx
+	m.work, m.endWork = context.WithCancel(ctx)
+}
+
+// freeze ends the runners, and leaves the tasks as they are.
+func (m *tasks) freeze() {
+	m.endWork()
+	m.busy.Wait()
+}
+
+// wait returns when nothing of the tasks is at work here any more, after the end of their
+// context.
+func (m *tasks) wait() {
+	m.freeze()
+	m.wg.Wait()
+}
+
 // event passes the program's change of state on to its runner.
 func (m *tasks) event(id string) {
 	m.mu.Lock()
@@ -452,19 +471,8 @@ func (r *runner) run(ctx context.Context, found *runtime.Status) {
 	if ctx.Err() != nil {
 		return
 	}
-	for {
-		err := r.rt.Remove(ctx, r.id)
-		if err == nil {
-			break
-		}
-		level := slog.LevelError
-		if errors.Is(err, runtime.ErrUnavailable) {
-			level = slog.LevelWarn
-		}
-		r.log.Log(ctx, level, "task can't be removed; trying again", "task", r.name(), "error", err)
-		if !sleep.For(ctx, time.Second) {
-			return
-		}
+	if !r.insist(ctx, "task can't be removed; trying again", r.rt.Remove) {
+		return
 	}
 	r.mu.Lock()
 	delete(r.runners, r.id)
@@ -1099,11 +1107,16 @@ func (r *runner) netns(t spec.Task) string {
 	return spec.TaskNetns(r.instance, t)
 }
 
+// serves tells whether it is a replica that the balancers choose. tasks.mu is held.
+func (r *runner) serves() bool {
+	return r.task.Service != "" && r.endpoint != nil && *r.endpoint == spec.EndpointActive
+}
+
 // stop ends the task in good order: it is out of every balancer before its
 // program hears of it. as and why are what it is then said to be.
 func (r *runner) stop(ctx context.Context, as spec.TaskState, why string) error {
 	r.mu.Lock()
-	served := r.task.Service != "" && r.endpoint != nil && *r.endpoint == spec.EndpointActive
+	served := r.serves()
 	r.mu.Unlock()
 	r.announce(spec.EndpointDraining)
 	r.state(spec.TaskStopping, "draining")
@@ -1181,18 +1194,24 @@ func (r *runner) takeDown(ctx context.Context) {
 	if r.stopDNS != nil {
 		r.stopDNS()
 	}
+	r.insist(ctx, "the task's sandbox can't be removed; trying again", r.rt.Release)
+}
+
+// insist calls fn with the task until it succeeds, and says what of each failure; false: ctx
+// ended first.
+func (r *runner) insist(ctx context.Context, what string, fn func(context.Context, string) error) bool {
 	for {
-		err := r.rt.Release(ctx, r.id)
+		err := fn(ctx, r.id)
 		if err == nil {
-			break
+			return true
 		}
 		level := slog.LevelError
 		if errors.Is(err, runtime.ErrUnavailable) {
 			level = slog.LevelWarn // doctor says so, if it stays away
 		}
-		r.log.Log(ctx, level, "the task's sandbox can't be removed; trying again", "task", r.name(), "error", err)
+		r.log.Log(ctx, level, what, "task", r.name(), "error", err)
 		if !sleep.For(ctx, time.Second) {
-			return
+			return false
 		}
 	}
 }
