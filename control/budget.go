@@ -51,11 +51,17 @@ const (
 	maxWord = 64      // of a platform, a data path or a health
 )
 
+// clip is s, of so many bytes at most.
+func clip(s string, most int) string {
+	return strings.ToValidUTF8(s[:min(len(s), most)], "")
+}
+
+// cut is s, clipped and marked so if it is longer; the state marks it as cut, too.
 func cut(s string, most int) string {
 	if len(s) <= most {
 		return s
 	}
-	return strings.ToValidUTF8(s[:most], "") + "…" // so that the state marks it as cut, too
+	return clip(s, most) + "…"
 }
 
 // bound cuts the words and messages of a report to the length that they may have.

@@ -99,6 +99,14 @@ func (m *Manager) follows(id string, index uint64) {
 	m.mu.Unlock()
 }
 
+// wake has whoever waits on ch, of size 1, look again. It never blocks.
+func wake(ch chan<- struct{}) {
+	select {
+	case ch <- struct{}{}:
+	default:
+	}
+}
+
 // halts notes whether a node says that its machine goes down.
 func (m *Manager) halts(id string, does bool) {
 	m.mu.Lock()
@@ -113,10 +121,7 @@ func (m *Manager) halts(id string, does bool) {
 	}
 	m.mu.Unlock()
 	if does && !was {
-		select {
-		case m.wakeNodes <- struct{}{}:
-		default:
-		}
+		wake(m.wakeNodes)
 	}
 }
 
@@ -381,10 +386,7 @@ func (m *Manager) managing(id string, ready bool) {
 		return
 	}
 	m.ready[id] = ready
-	select {
-	case m.wakeVoters <- struct{}{}:
-	default:
-	}
+	wake(m.wakeVoters)
 }
 
 // readmit takes a manager that has lost its store out of raft, and tells it from

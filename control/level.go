@@ -19,10 +19,7 @@ func (m *Manager) runs(id string, level int) {
 		return
 	}
 	m.levels[id] = level
-	select {
-	case m.wakeVoters <- struct{}{}:
-	default:
-	}
+	wake(m.wakeVoters)
 }
 
 // heard is what nodes have said of their level to this leader. From level 1 on it is

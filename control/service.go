@@ -558,7 +558,7 @@ func bounded(fs []*shoalv1.ReportRequest_Fault) []*shoalv1.ReportRequest_Fault {
 	fs = fs[:min(len(fs), maxFaults)]
 	for _, f := range fs {
 		f.Object = f.Object[:min(len(f.Object), maxFault)]
-		f.Message = strings.ToValidUTF8(f.Message[:min(len(f.Message), maxFault)], "")
+		f.Message = clip(f.Message, maxFault)
 	}
 	return fs
 }
