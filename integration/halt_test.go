@@ -6,7 +6,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -56,24 +55,11 @@ func TestAMachineGoesDown(t *testing.T) {
 		}
 		return nil
 	})
-	n := s.NodeList[slices.IndexFunc(s.NodeList, func(n lab.Node) bool { return n.Name == "node2" })]
-	end := func() {
-		t.Helper()
-		if err := syscall.Kill(n.PID, syscall.SIGTERM); err != nil {
-			t.Fatal(err)
-		}
-		s.eventually(60*time.Second, func() error {
-			if n.Running() {
-				return fmt.Errorf("the agent of node2 does not end")
-			}
-			return nil
-		})
-	}
 	l := s.under("c1", 12, func() {
 		if err := os.WriteFile(down, nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		end()
+		s.endAgent("node2", 60*time.Second)
 		wrote("began\nflushed\n")
 		if got := s.ok("node1", "shoal node ls --filter name=node2 --format %s", "'{{.Status}} {{.Message}}'"); got != "down its machine goes down" {
 			t.Errorf("node2 is %s", got)

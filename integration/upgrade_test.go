@@ -41,20 +41,26 @@ func (s site) install(from string) {
 	}
 }
 
-// restartAgent ends a node's agent, and starts the binary that is installed now.
-func (s site) restartAgent(name string) {
+// endAgent asks a node's agent to end, and waits until it has.
+func (s site) endAgent(name string, within time.Duration) {
 	s.Helper()
 	i := slices.IndexFunc(s.NodeList, func(n lab.Node) bool { return n.Name == name })
 	n := s.NodeList[i]
 	if err := syscall.Kill(n.PID, syscall.SIGTERM); err != nil {
 		s.Fatal(err)
 	}
-	s.eventually(slow(20*time.Second), func() error {
+	s.eventually(within, func() error {
 		if n.Running() {
 			return fmt.Errorf("the agent of %s does not end", name)
 		}
 		return nil
 	})
+}
+
+// restartAgent ends a node's agent, and starts the binary that is installed now.
+func (s site) restartAgent(name string) {
+	s.Helper()
+	s.endAgent(name, slow(20*time.Second))
 	if err := s.Start(s.Context(), name); err != nil {
 		s.Fatal(err)
 	}
