@@ -69,9 +69,8 @@ func (s site) leftovers() error {
 			return err
 		}
 		for _, pid := range pids {
-			b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-			args := strings.Split(string(b), "\x00")
-			if slices.Contains(args, "task-shim") && strings.Contains(string(b), n.Dir+"/") || strings.Contains(args[0], "containerd-shim") && slices.Contains(args, n.Netns) {
+			args := proc.Args(pid)
+			if slices.Contains(args, "task-shim") && strings.Contains(strings.Join(args, " "), n.Dir+"/") || len(args) > 0 && strings.Contains(args[0], "containerd-shim") && slices.Contains(args, n.Netns) {
 				return fmt.Errorf("%s: a shim is left: %q", n.Name, args)
 			}
 		}

@@ -172,8 +172,8 @@ func (l *Lab) containerdShims() (out []int) {
 		return nil
 	}
 	for _, pid := range pids {
-		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-		if err == nil && strings.Contains(string(b), "containerd-shim") && strings.Contains(string(b), l.containerdSocket()) {
+		cmd := strings.Join(proc.Args(pid), " ")
+		if strings.Contains(cmd, "containerd-shim") && strings.Contains(cmd, l.containerdSocket()) {
 			out = append(out, pid)
 		}
 	}

@@ -34,6 +34,7 @@ import (
 
 	"github.com/shoalnet/shoal/internal/durable"
 	"github.com/shoalnet/shoal/internal/nl"
+	"github.com/shoalnet/shoal/internal/proc"
 	"github.com/shoalnet/shoal/runtime/cgroup"
 )
 
@@ -676,8 +677,7 @@ func (l *Lab) works(pid int, dir string) bool {
 	if err != nil || strings.TrimSuffix(exe, " (deleted)") != l.Binary {
 		return false
 	}
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-	return err == nil && slices.ContainsFunc(strings.Split(string(b), "\x00"), func(arg string) bool {
+	return slices.ContainsFunc(proc.Args(pid), func(arg string) bool {
 		return arg == dir || strings.HasPrefix(arg, dir+"/")
 	})
 }

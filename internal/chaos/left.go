@@ -5,11 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strings"
 	"time"
 
 	"github.com/shoalnet/shoal/internal/nl"
+	"github.com/shoalnet/shoal/internal/proc"
 	"github.com/shoalnet/shoal/internal/sleep"
 )
 
@@ -107,10 +107,10 @@ func (w *world) checkNothingLeft() {
 	if _, err := os.Stat(w.lab.Dir); err == nil {
 		w.problem("after lab down there is %s", w.lab.Dir)
 	}
-	procs, _ := filepath.Glob("/proc/[0-9]*/cmdline")
-	for _, p := range procs {
-		if b, err := os.ReadFile(p); err == nil && strings.Contains(string(b), w.lab.Dir+"/") {
-			w.problem("after lab down there is process %s: %s", strings.Split(p, "/")[2], strings.ReplaceAll(string(b), "\x00", " "))
+	pids, _ := proc.PIDs()
+	for _, pid := range pids {
+		if cmd := strings.Join(proc.Args(pid), " "); strings.Contains(cmd, w.lab.Dir+"/") {
+			w.problem("after lab down there is process %d: %s", pid, cmd)
 		}
 	}
 }

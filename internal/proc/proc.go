@@ -2,8 +2,10 @@
 package proc
 
 import (
+	"fmt"
 	"os"
 	"strconv"
+	"strings"
 )
 
 // PIDs are the IDs of all processes that this one sees, in no order that means
@@ -20,4 +22,14 @@ func PIDs() ([]int, error) {
 		}
 	}
 	return pids, nil
+}
+
+// Args are the words of a process's command line (proc_pid_cmdline(5)); none of one that
+// has ended, or is the kernel's.
+func Args(pid int) []string {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	if err != nil || len(b) == 0 {
+		return nil
+	}
+	return strings.Split(strings.TrimSuffix(string(b), "\x00"), "\x00")
 }

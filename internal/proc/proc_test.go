@@ -12,3 +12,12 @@ func TestPIDs(t *testing.T) {
 		t.Errorf("%v, %v", pids, err)
 	}
 }
+
+func TestArgs(t *testing.T) {
+	if got := Args(os.Getpid()); !slices.Equal(got, os.Args) {
+		t.Errorf("%q, want %q", got, os.Args)
+	}
+	if got := Args(1 << 30); got != nil {
+		t.Errorf("of none: %q", got)
+	}
+}

@@ -206,9 +206,8 @@ func (e *Executor) clearBundle(id string, err error) error {
 		return err
 	}
 	for _, pid := range pids {
-		b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)) // it may have ended
-		args := strings.Split(string(b), "\x00")
-		if strings.HasPrefix(filepath.Base(args[0]), "containerd-shim") && slices.Contains(args, id) && slices.Contains(args, e.cfg.Namespace) {
+		args := proc.Args(pid)
+		if len(args) > 0 && strings.HasPrefix(filepath.Base(args[0]), "containerd-shim") && slices.Contains(args, id) && slices.Contains(args, e.cfg.Namespace) {
 			return nil
 		}
 	}
@@ -223,11 +222,10 @@ func (e *Executor) clearBundle(id string, err error) error {
 // anew, or still makes what somebody asked for who was killed meanwhile; told hears of the
 // first failure. Where there is no containerd at all nobody waits.
 func (e *Executor) persist(ctx context.Context, told func(error), fn func() error) error {
-	began := time.Now()
-	for {
+	for end := time.Now().Add(awayTime); ; {
 		err := fn()
 		again := errors.Is(err, runtime.ErrUnavailable) || errdefs.IsAlreadyExists(err) || err != nil && bundleExists.MatchString(err.Error())
-		if _, serr := os.Stat(e.cfg.Address); !again || serr != nil || time.Since(began) > awayTime {
+		if _, serr := os.Stat(e.cfg.Address); !again || serr != nil || time.Now().After(end) {
 			return err
 		}
 		if told != nil {

@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
-	"strings"
 	"syscall"
 	"time"
 
@@ -70,11 +69,7 @@ func (r *Runtime) findShims() map[string]int {
 // shimOf is the ID of the task that a process is the shim of, by its command line; ""
 // when it is none of ours.
 func (r *Runtime) shimOf(pid int) string {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-	if err != nil {
-		return ""
-	}
-	args := strings.Split(strings.TrimSuffix(string(b), "\x00"), "\x00")
+	args := proc.Args(pid)
 	n := len(args)
 	if n < 4 || args[n-3] != shimWord {
 		return ""
