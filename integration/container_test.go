@@ -1,11 +1,8 @@
 package integration
 
 import (
-	"archive/tar"
 	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -22,19 +19,12 @@ import (
 	shimapi "github.com/containerd/containerd/api/runtime/task/v2"
 	"github.com/containerd/ttrpc"
 
+	"github.com/shoalnet/shoal/internal/imagefile"
 	"github.com/shoalnet/shoal/lab"
 )
 
 // anImage is an image of one layer.
-type anImage struct {
-	layer  []byte // a tar
-	config []byte
-}
-
-func sum(b []byte) string {
-	h := sha256.Sum256(b)
-	return hex.EncodeToString(h[:])
-}
+type anImage struct{ imagefile.Image }
 
 func marshal(t *testing.T, v any) []byte {
 	t.Helper()
@@ -48,60 +38,37 @@ func marshal(t *testing.T, v any) []byte {
 // build makes an image of static programs: a file for each path in it.
 func build(t *testing.T, arch string, files map[string]string, config map[string]any) anImage {
 	t.Helper()
-	var layer bytes.Buffer
-	w := tar.NewWriter(&layer)
-	dir := func(name string, mode int64) {
-		if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: name, Mode: mode}); err != nil {
-			t.Fatal(err)
-		}
-	}
+	var layer []imagefile.File
 	for _, d := range []string{"bin", "etc", "dev", "proc", "sys", "data"} {
-		dir(d, 0o755)
+		layer = append(layer, imagefile.File{Name: d, Mode: 0o755})
 	}
-	dir("tmp", 0o1777)
-	entry(t, w, "etc/passwd", 0o644, []byte("root:x:0:0:root:/root:/bin/sh\nweb:x:1000:1000::/:/bin/sh\n"))
-	entry(t, w, "etc/group", 0o644, []byte("root:x:0:\nweb:x:1000:\nextra:x:2000:\n"))
-	entry(t, w, "data/seed", 0o644, []byte("from the image\n"))
+	layer = append(layer, imagefile.File{Name: "tmp", Mode: 0o1777},
+		imagefile.File{Name: "etc/passwd", Mode: 0o644, Data: []byte("root:x:0:0:root:/root:/bin/sh\nweb:x:1000:1000::/:/bin/sh\n")},
+		imagefile.File{Name: "etc/group", Mode: 0o644, Data: []byte("root:x:0:\nweb:x:1000:\nextra:x:2000:\n")},
+		imagefile.File{Name: "data/seed", Mode: 0o644, Data: []byte("from the image\n")})
 	for to, from := range files {
 		b, err := os.ReadFile(from)
 		if err != nil {
 			t.Fatal(err)
 		}
-		entry(t, w, to, 0o755, b)
+		layer = append(layer, imagefile.File{Name: to, Mode: 0o755, Data: b})
 	}
-	if err := w.Close(); err != nil {
+	i, err := imagefile.New(arch, config, layer...)
+	if err != nil {
 		t.Fatal(err)
 	}
-	cfg := marshal(t, map[string]any{"architecture": arch, "os": "linux", "config": config, "rootfs": map[string]any{"type": "layers", "diff_ids": []string{"sha256:" + sum(layer.Bytes())}}})
-	return anImage{layer.Bytes(), cfg}
-}
-
-// entry writes a file into an archive.
-func entry(t *testing.T, w *tar.Writer, name string, mode int64, b []byte) {
-	t.Helper()
-	if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: mode, Size: int64(len(b))}); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := w.Write(b); err != nil {
-		t.Fatal(err)
-	}
+	return anImage{i}
 }
 
 // archive writes an image as docker save does, and returns the file's path.
 func (i anImage) archive(t *testing.T, name string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "image.tar")
-	f, err := os.Create(path)
-	if err != nil {
-		t.Fatal(err)
+	b, err := i.Archive(name)
+	if err == nil {
+		err = os.WriteFile(path, b, 0o600)
 	}
-	defer f.Close()
-	w := tar.NewWriter(f)
-	cfg, layer := sum(i.config)+".json", sum(i.layer)+"/layer.tar"
-	entry(t, w, cfg, 0o644, i.config)
-	entry(t, w, layer, 0o644, i.layer)
-	entry(t, w, "manifest.json", 0o644, marshal(t, []map[string]any{{"Config": cfg, "RepoTags": []string{name}, "Layers": []string{layer}}}))
-	if err := w.Close(); err != nil {
+	if err != nil {
 		t.Fatal(err)
 	}
 	return path

@@ -28,6 +28,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/shoalnet/shoal/internal/imagefile"
 	"github.com/shoalnet/shoal/internal/nl"
 	"github.com/shoalnet/shoal/lab"
 )
@@ -230,7 +231,7 @@ func (r *registry) blob(repo string, b []byte) {
 		r.Fatal(err)
 	}
 	q := where.Query()
-	q.Set("digest", "sha256:"+sum(b))
+	q.Set("digest", "sha256:"+imagefile.Sum(b))
 	where.RawQuery = q.Encode()
 	r.put(http.MethodPut, where.String(), "application/octet-stream", b)
 }
@@ -240,20 +241,20 @@ func (r *registry) push(i anImage, repo, tag string) string {
 	r.Helper()
 	var z bytes.Buffer
 	w, _ := gzip.NewWriterLevel(&z, gzip.BestSpeed)
-	_, _ = w.Write(i.layer)
+	_, _ = w.Write(i.Layer)
 	_ = w.Close()
-	return r.pushLayer(i.config, z.Bytes(), repo, tag)
+	return r.pushLayer(i.Config, z.Bytes(), repo, tag)
 }
 
 func (r *registry) pushLayer(config, layer []byte, repo, tag string) string {
 	r.Helper()
 	part := func(kind string, b []byte) map[string]any {
 		r.blob(repo, b)
-		return map[string]any{"mediaType": kind, "digest": "sha256:" + sum(b), "size": len(b)}
+		return map[string]any{"mediaType": kind, "digest": "sha256:" + imagefile.Sum(b), "size": len(b)}
 	}
 	m := marshal(r.T, map[string]any{"schemaVersion": 2, "mediaType": ociManifest, "config": part(ociConfig, config), "layers": []any{part(ociLayer, layer)}})
 	r.put(http.MethodPut, "http://"+plain+"/v2/"+repo+"/manifests/"+tag, ociManifest, m)
-	return "sha256:" + sum(m)
+	return "sha256:" + imagefile.Sum(m)
 }
 
 // index puts a list of images, by platform, into the registry.
@@ -419,13 +420,13 @@ func TestBadRegistries(t *testing.T) {
 	none := web(t, "amd64", "none")
 	r.push(web(t, "s390x", "other"), "foreign", "1")
 	r.index("foreign", "2", map[string]anImage{"s390x": web(t, "s390x", "other")})
-	r.pushLayer(none.config, []byte("no gzip, and no tar"), "damaged", "1")
+	r.pushLayer(none.Config, []byte("no gzip, and no tar"), "damaged", "1")
 	var conf map[string]any
-	if err := json.Unmarshal(none.config, &conf); err != nil {
+	if err := json.Unmarshal(none.Config, &conf); err != nil {
 		t.Fatal(err)
 	}
 	conf["config"] = map[string]any{"Entrypoint": []string{"/nope"}}
-	r.push(anImage{none.layer, marshal(t, conf)}, "nope", "1")
+	r.push(anImage{imagefile.Image{Layer: none.Layer, Config: marshal(t, conf)}}, "nope", "1")
 	r.ok("node1", "shoal net create app")
 	r.ok("node1", "shoal svc create --name good --network app --replicas 2 %s/good:1", plain)
 	r.ok("node1", "shoal run -d --name client --network app -- sleep 10000")

@@ -1,11 +1,6 @@
 package main
 
 import (
-	"archive/tar"
-	"bytes"
-	"crypto/sha256"
-	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -18,6 +13,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/shoalnet/shoal/internal/imagefile"
+	"github.com/shoalnet/shoal/internal/proc"
 	"github.com/shoalnet/shoal/lab"
 )
 
@@ -144,13 +141,12 @@ func (b *bench) manyContainers(create func(string, int) []string) error {
 // pss is the memory of processes of a lab whose command has a word in it, bytes: what
 // several share is counted in equal parts (proc(5), smaps_rollup).
 func pss(dir, word string) (sum float64) {
-	ps, _ := filepath.Glob("/proc/[0-9]*/cmdline")
-	for _, p := range ps {
-		cmd, err := os.ReadFile(p)
-		if err != nil || !bytes.Contains(cmd, []byte(word)) || !bytes.Contains(cmd, []byte(dir)) {
+	pids, _ := proc.PIDs()
+	for _, pid := range pids {
+		if cmd := strings.Join(proc.Args(pid), " "); !strings.Contains(cmd, word) || !strings.Contains(cmd, dir) {
 			continue
 		}
-		roll, _ := os.ReadFile(filepath.Join(filepath.Dir(p), "smaps_rollup"))
+		roll, _ := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
 		for line := range strings.Lines(string(roll)) {
 			var kb float64
 			if n, _ := fmt.Sscanf(line, "Pss: %g kB", &kb); n == 1 {
@@ -255,40 +251,12 @@ func imageOf(path, name, program string) error {
 	if err != nil {
 		return err
 	}
-	var layer, all bytes.Buffer
-	put := func(to *bytes.Buffer, files ...func(*tar.Writer) error) error {
-		w := tar.NewWriter(to)
-		for _, f := range files {
-			if err := f(w); err != nil {
-				return err
-			}
-		}
-		return w.Close()
-	}
-	file := func(name string, mode int64, b []byte) func(*tar.Writer) error {
-		return func(w *tar.Writer) error {
-			err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: mode, Size: int64(len(b))})
-			if err == nil {
-				_, err = w.Write(b)
-			}
-			return err
-		}
-	}
-	if err := put(&layer, file("whoami", 0o755, b)); err != nil {
-		return err
-	}
-	sum := sha256.Sum256(layer.Bytes())
-	config, err := json.Marshal(map[string]any{"architecture": runtime.GOARCH, "os": "linux", "config": map[string]any{"Entrypoint": []string{"/whoami"}},
-		"rootfs": map[string]any{"type": "layers", "diff_ids": []string{"sha256:" + hex.EncodeToString(sum[:])}}})
+	i, err := imagefile.New(runtime.GOARCH, map[string]any{"Entrypoint": []string{"/whoami"}}, imagefile.File{Name: "whoami", Mode: 0o755, Data: b})
 	if err != nil {
 		return err
 	}
-	manifest, err := json.Marshal([]map[string]any{{"Config": "config.json", "RepoTags": []string{name}, "Layers": []string{"layer.tar"}}})
-	if err != nil {
+	if b, err = i.Archive(name); err != nil {
 		return err
 	}
-	if err := put(&all, file("config.json", 0o644, config), file("layer.tar", 0o644, layer.Bytes()), file("manifest.json", 0o644, manifest)); err != nil {
-		return err
-	}
-	return os.WriteFile(path, all.Bytes(), 0o600)
+	return os.WriteFile(path, b, 0o600)
 }
