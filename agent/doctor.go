@@ -83,7 +83,7 @@ func (m *member) clashes(ctx context.Context) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	a, err := toAssignment(&shoalv1.AssignmentsResponse{Nodes: nodes.Msg.Nodes, Networks: nets.Msg.Networks, Services: svcs.Msg.Services, Tasks: tasks.Msg.Tasks})
+	a, err := toAssignment(&shoalv1.AssignmentsResponse{Nodes: nodes.Msg.Nodes, Networks: nets.Msg.Networks, Services: svcs.Msg.Services, Tasks: tasks.Msg.Tasks}, nil)
 	if err != nil {
 		return nil, err
 	}

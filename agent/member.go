@@ -761,12 +761,13 @@ func (m *member) followAssignments() error {
 	// The stream is silent only when its connection, or its leader, is gone.
 	silent := time.AfterFunc(3*streamSilence, cancel) // the forwarder may first look for a leader
 	defer silent.Stop()
-	stream, err := m.client.Assignments(ctx, connect.NewRequest(&shoalv1.AssignmentsRequest{Node: m.ident.NodeID}))
+	stream, err := m.client.Assignments(ctx, connect.NewRequest(&shoalv1.AssignmentsRequest{Node: m.ident.NodeID, Deltas: true}))
 	if err != nil {
 		return err
 	}
 	defer stream.Close()
 	first := true
+	var a *assignment // as this stream told it
 	for stream.Receive() {
 		silent.Reset(streamSilence)
 		m.answer()
@@ -782,8 +783,7 @@ func (m *member) followAssignments() error {
 		if msg.Unchanged {
 			continue
 		}
-		a, err := toAssignment(msg)
-		if err != nil {
+		if a, err = toAssignment(msg, a); err != nil {
 			return err
 		}
 		m.assign(a)
@@ -791,7 +791,12 @@ func (m *member) followAssignments() error {
 	return stream.Err()
 }
 
-func toAssignment(msg *shoalv1.AssignmentsResponse) (*assignment, error) {
+// toAssignment is what a message says: all of an assignment, or what changed since the
+// one that the message before it said. Lists that did not change are that one's own.
+func toAssignment(msg *shoalv1.AssignmentsResponse, before *assignment) (*assignment, error) {
+	if msg.Since != 0 && (before == nil || before.Index != msg.Since) {
+		return nil, fmt.Errorf("the managers tell what changed since index %d, which they did not tell of", msg.Since)
+	}
 	a := &assignment{Index: msg.Index, Level: int(msg.Level)}
 	for _, t := range msg.Tasks {
 		v, err := api.ToTask(t)
@@ -822,6 +827,15 @@ func toAssignment(msg *shoalv1.AssignmentsResponse) (*assignment, error) {
 		a.Nodes = append(a.Nodes, v)
 	}
 	a.Trust = toTrust(msg.Trust)
+	if msg.Since != 0 {
+		gone := make(map[string]bool, len(msg.Gone))
+		for _, id := range msg.Gone {
+			gone[id] = true
+		}
+		a.Tasks = state.Merge(before.Tasks, a.Tasks, gone, func(t spec.Task) string { return t.ID })
+		a.Services = state.Merge(before.Services, a.Services, gone, func(s spec.Service) string { return s.ID })
+		a.Nodes = state.Merge(before.Nodes, a.Nodes, gone, func(n spec.Node) string { return n.ID })
+	}
 	return a, nil
 }
 

@@ -22,6 +22,7 @@ import (
 
 	"go.uber.org/goleak"
 
+	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/dns"
 	"github.com/shoalnet/shoal/runtime"
 	"github.com/shoalnet/shoal/spec"
@@ -1274,6 +1275,54 @@ func TestHosts(t *testing.T) {
 	} {
 		if got := string(hosts(k.task, k.node)); got != head+k.want {
 			t.Errorf("%s:\n%s\nwant\n%s", name, got, head+k.want)
+		}
+	}
+}
+
+// TestDeltas: what the managers say of an assignment is all of it, or what changed.
+func TestDeltas(t *testing.T) {
+	task := func(id string, version uint64) *shoalv1.Task {
+		return &shoalv1.Task{Id: id, Name: id, Version: version, Status: &shoalv1.TaskStatus{State: "running"}}
+	}
+	node := func(id, addr string) *shoalv1.NodeInfo { return &shoalv1.NodeInfo{Id: id, Name: id, Addr: addr} }
+	text := func(a *assignment) (s string) {
+		for _, t := range a.Tasks {
+			s += fmt.Sprintf("%s:%d ", t.ID, t.Version)
+		}
+		for _, n := range a.Nodes {
+			s += n.ID + "@" + n.Addr.String() + " "
+		}
+		return s
+	}
+	first := &shoalv1.AssignmentsResponse{Index: 7, Tasks: []*shoalv1.Task{task("a", 1), task("c", 2), task("d", 3)}, Nodes: []*shoalv1.NodeInfo{node("n", "10.0.0.1")}}
+	a, err := toAssignment(first, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := toAssignment(&shoalv1.AssignmentsResponse{Index: 9, Since: 7, Tasks: []*shoalv1.Task{task("b", 8), task("d", 9)}, Gone: []string{"c", "never"}}, a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := text(b), "a:1 b:8 d:9 n@10.0.0.1 "; got != want || b.Index != 9 {
+		t.Errorf("index %d: %s, want 9: %s", b.Index, got, want)
+	}
+	if got, want := text(a), "a:1 c:2 d:3 n@10.0.0.1 "; got != want {
+		t.Errorf("the one before became %s, and was %s", got, want)
+	}
+	if &b.Nodes[0] != &a.Nodes[0] {
+		t.Error("nodes that did not change were copied")
+	}
+	// Gone and come again within one message.
+	c, err := toAssignment(&shoalv1.AssignmentsResponse{Index: 11, Since: 9, Nodes: []*shoalv1.NodeInfo{node("n", "10.0.0.2")}, Gone: []string{"n", "a"}}, b)
+	if err != nil || text(c) != "b:8 d:9 n@10.0.0.2 " {
+		t.Errorf("%v, %v", c, err)
+	}
+	if d, err := toAssignment(first, c); err != nil || text(d) != text(a) {
+		t.Errorf("a whole one after others: %v, %v", d, err)
+	}
+	for _, before := range []*assignment{nil, a} {
+		if _, err := toAssignment(&shoalv1.AssignmentsResponse{Index: 12, Since: 11}, before); err == nil || !strings.Contains(err.Error(), "since index 11") {
+			t.Errorf("what builds on an index that was never told: %v", err)
 		}
 	}
 }

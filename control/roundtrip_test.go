@@ -12,7 +12,7 @@ import (
 
 // TestAssignmentIsWhole: nothing of an assignment is forgotten on its way to a node.
 func TestAssignmentIsWhole(t *testing.T) {
-	m := assignment(filled.Value[state.Assignment]()).ProtoReflect()
+	m := assignment(filled.Value[state.Delta]()).ProtoReflect()
 	var look func(m protoreflect.Message)
 	look = func(m protoreflect.Message) {
 		fields := m.Descriptor().Fields()

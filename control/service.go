@@ -491,16 +491,21 @@ func (s *service) Assignments(ctx context.Context, req *connect.Request[shoalv1.
 	}
 	alive := time.NewTicker(s.m.cfg.Tuning.Alive)
 	defer alive.Stop()
-	var sent uint64
+	var sent uint64              // index of the last message
+	var networks map[string]bool // that it had
 	for first := true; ; first = false {
 		changed := s.m.fsm.next()
-		var a state.Assignment
+		var a state.Delta
 		var index uint64
 		var err error
 		s.m.fsm.read(func(st *state.State) {
 			// Nothing of this node's has changed: most changes are others'.
 			if index = st.AssignmentIndex(req.Msg.Node); first || index != sent {
-				a, err = st.AssignmentFor(req.Msg.Node)
+				since := sent
+				if !req.Msg.Deltas {
+					since = 0
+				}
+				a, err = st.AssignmentSince(req.Msg.Node, since, networks)
 			}
 		})
 		if err != nil {
@@ -510,7 +515,10 @@ func (s *service) Assignments(ctx context.Context, req *connect.Request[shoalv1.
 			if err := stream.Send(assignment(a)); err != nil {
 				return err
 			}
-			sent = index
+			sent, networks = index, make(map[string]bool, len(a.Networks))
+			for _, n := range a.Networks {
+				networks[n.ID] = true
+			}
 		}
 	wait:
 		for {
@@ -530,8 +538,8 @@ func (s *service) Assignments(ctx context.Context, req *connect.Request[shoalv1.
 	}
 }
 
-func assignment(a state.Assignment) *shoalv1.AssignmentsResponse {
-	out := &shoalv1.AssignmentsResponse{Index: a.Index, Cluster: clusterInfo(a.Cluster)}
+func assignment(a state.Delta) *shoalv1.AssignmentsResponse {
+	out := &shoalv1.AssignmentsResponse{Index: a.Index, Since: a.Since, Gone: a.Gone, Cluster: clusterInfo(a.Cluster)}
 	for _, t := range a.Tasks {
 		out.Tasks = append(out.Tasks, api.Task(t))
 	}

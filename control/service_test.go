@@ -501,6 +501,31 @@ func TestAssignmentStream(t *testing.T) {
 	if !again.Receive() || text(again.Msg()) != text(last) {
 		t.Errorf("a new stream begins with %v, %v", again.Msg(), again.Err())
 	}
+	// Who can take it is told the whole first, then only what changed.
+	deltas, err := w.ctl.Assignments(ctx, connect.NewRequest(&shoalv1.AssignmentsRequest{Node: w.node.ID, Deltas: true}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer deltas.Close()
+	if !deltas.Receive() || deltas.Msg().Since != 0 || text(deltas.Msg()) != text(last) {
+		t.Fatalf("a stream of deltas begins with %v, %v", deltas.Msg(), deltas.Err())
+	}
+	index := deltas.Msg().Index
+	id := n.createService(on(svc("other", 0, "mine"), "worker")).Id
+	for deltas.Receive() && deltas.Msg().Unchanged {
+	}
+	if m := deltas.Msg(); deltas.Err() != nil || text(m) != "tasks [] networks [mine] services [other] nodes []" || m.Since != index || slices.Contains(m.Gone, id) {
+		t.Errorf("of one more service: %v, %v; want it alone, since %d", m, deltas.Err(), index)
+	}
+	index = deltas.Msg().Index
+	if _, err := n.ctl.RemoveService(ctx, connect.NewRequest(&shoalv1.RemoveServiceRequest{Ref: "other"})); err != nil {
+		t.Fatal(err)
+	}
+	for deltas.Receive() && deltas.Msg().Unchanged {
+	}
+	if m := deltas.Msg(); deltas.Err() != nil || text(m) != "tasks [] networks [mine] services [] nodes []" || m.Since != index || !slices.Contains(m.Gone, id) {
+		t.Errorf("of a removed service: %v, %v; want it gone, since %d", m, deltas.Err(), index)
+	}
 	if _, err := n.ctl.RemoveNode(ctx, connect.NewRequest(&shoalv1.RemoveNodeRequest{Ref: "worker", Force: true})); err != nil {
 		t.Fatal(err)
 	}

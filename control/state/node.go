@@ -323,6 +323,7 @@ func (s *State) removeNode(c *RemoveNode) Result {
 		s.trust = t
 	}
 	delete(s.nodes, n.ID)
+	s.depart(n.ID)
 	delete(s.numbers, n.Number)
 	s.unnameNode(n.Name, n.ID)
 	s.changed = s.index

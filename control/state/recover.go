@@ -47,6 +47,7 @@ func (s *State) Recover(self spec.Node, now time.Time, beyond uint64) ([]spec.No
 			continue
 		}
 		n.expelled = true
+		s.depart(n.ID)
 		next := n.Node
 		next.Role, next.Status = spec.RoleWorker, spec.NodeDown
 		next.Message = fmt.Sprintf("lost when the cluster was made anew from %s: remove it with 'shoal node rm', it can join again as a new node", self.Name)

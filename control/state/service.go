@@ -319,6 +319,7 @@ func (s *State) finish(v *service) {
 		s.release(a.Network, a.Addrs, v.holder())
 	}
 	delete(s.services, v.ID)
+	s.depart(v.ID)
 	delete(s.removed, v.ID)
 }
 

@@ -3,6 +3,7 @@ package state
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -37,6 +38,55 @@ type cluster struct {
 	strict bool
 	level  int              // that commands are stamped with
 	shown  map[string]shown // by node, when strict
+	told   map[string]Delta // by node, as its messages make it, when strict
+}
+
+// checkTold wants what a node has, who was told of some changes only, to be its
+// assignment.
+func (c *cluster) checkTold() {
+	c.Helper()
+	maps.DeleteFunc(c.told, func(id string, _ Delta) bool { return c.s.nodes[id] == nil }) // its stream ends
+	for id, n := range c.s.nodes {
+		was, ok := c.told[id]
+		if (int(c.s.Index())+n.Number)%3 == 0 || ok && was.Index == c.s.AssignmentIndex(id) {
+			continue // a message tells of several commands, or there is none
+		}
+		whole, err := c.s.AssignmentFor(id)
+		if errors.Is(err, ErrNotFound) {
+			continue // expelled
+		}
+		if err != nil {
+			c.Fatalf("%v", err)
+		}
+		networks := map[string]bool{}
+		for _, n := range was.Networks {
+			networks[n.ID] = true
+		}
+		is, err := c.s.AssignmentSince(id, was.Index, networks)
+		if err != nil {
+			c.Fatalf("%v", err)
+		}
+		if is.Since != 0 {
+			gone := map[string]bool{}
+			for _, id := range is.Gone {
+				gone[id] = true
+			}
+			is.Tasks = Merge(was.Tasks, is.Tasks, gone, func(t spec.Task) string { return t.ID })
+			is.Services = Merge(was.Services, is.Services, gone, func(v spec.Service) string { return v.ID })
+			is.Nodes = Merge(was.Nodes, is.Nodes, gone, func(n spec.Node) string { return n.ID })
+		}
+		want, err := json.Marshal(whole)
+		if err != nil {
+			c.Fatalf("%v", err)
+		}
+		if have, err := json.Marshal(is.Assignment); err != nil || !bytes.Equal(have, want) {
+			c.Fatalf("%s was told since %d of this, %v:\n%s\nand its assignment is\n%s", id, is.Since, err, have, want)
+		}
+		if c.told == nil {
+			c.told = map[string]Delta{}
+		}
+		c.told[id] = is
+	}
 }
 
 // shown is what a node was last told, without what it told itself.
@@ -132,6 +182,7 @@ func (c *cluster) apply(cmd Command) Result {
 		}
 		checkInvariants(c, c.s)
 		c.checkShown()
+		c.checkTold()
 	}
 	return r
 }

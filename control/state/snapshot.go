@@ -127,7 +127,7 @@ func restore(b []byte) (*State, error) {
 	s := New()
 	s.index, s.cluster, s.defaultNet, s.lastSubnet = in.Index, in.Cluster, in.Default, in.LastSubnet
 	s.lastVNI, s.lastNumber, s.seq = in.LastVNI, in.LastNumber, in.Seq
-	s.changed, s.level = s.index, in.Level
+	s.changed, s.goneFrom, s.level = s.index, s.index, in.Level
 	if err := in.Trust.check(); err != nil {
 		return nil, err
 	}

@@ -44,6 +44,8 @@ type State struct {
 	published map[string]*service // those with ports that every node answers
 	events    []Event             // not taken yet
 	changed   uint64              // index of the last change to what every assignment shows
+	gone      []departed          // the newest services, tasks and nodes that are no more, oldest first
+	goneFrom  uint64              // gone tells all of the time after this index
 }
 
 type network struct {
@@ -415,15 +417,39 @@ func (s *State) AssignmentIndex(nodeID string) uint64 {
 
 // AssignmentFor returns a node's assignment.
 func (s *State) AssignmentFor(nodeID string) (Assignment, error) {
+	d, err := s.AssignmentSince(nodeID, 0, nil)
+	return d.Assignment, err
+}
+
+// Delta is how an assignment differs from an earlier one of the same node.
+type Delta struct {
+	// Assignment is as it is now, but of Tasks, Services and Nodes only what is new or
+	// changed. Its Index is never less than Since.
+	Assignment
+	Since uint64 // index of the earlier one; 0: this is whole, whatever was before
+	// Gone are IDs of what the earlier one may have had of these, and this one has not:
+	// the services and tasks of others that ended since then are among them.
+	Gone []string
+}
+
+// AssignmentSince returns what changed in a node's assignment since the one of an
+// index, 0 for none, which had networks (IDs). Where too much has gone since then for
+// the state to remember, it is whole. [Merge] is the inverse.
+func (s *State) AssignmentSince(nodeID string, since uint64, networks map[string]bool) (Delta, error) {
 	n := s.nodes[nodeID]
 	if n == nil || n.expelled || s.cluster == nil {
-		return Assignment{}, &NotFoundError{"node", nodeID}
+		return Delta{}, &NotFoundError{"node", nodeID}
 	}
-	a := Assignment{Index: s.AssignmentIndex(nodeID), Cluster: *s.cluster, Trust: s.trust.clone(), Level: s.level}
+	if since < s.goneFrom {
+		since, networks = 0, nil
+	}
+	a := Delta{Assignment: Assignment{Index: s.AssignmentIndex(nodeID), Cluster: *s.cluster, Trust: s.trust.clone(), Level: s.level}, Since: since}
 	nets := map[string]bool{}
 	for _, id := range slices.Sorted(maps.Keys(n.tasks)) {
 		t := n.tasks[id]
-		a.Tasks = append(a.Tasks, t.Task)
+		if since == 0 || t.Version > since {
+			a.Tasks = append(a.Tasks, t.Task)
+		}
 		if t.holds() {
 			for _, at := range t.Attachments {
 				nets[at.Network] = true
@@ -436,20 +462,75 @@ func (s *State) AssignmentFor(nodeID string) (Assignment, error) {
 	for _, id := range slices.Sorted(maps.Keys(nets)) {
 		a.Networks = append(a.Networks, s.networks[id].Network)
 	}
+	on := func(v *service, nets map[string]bool) bool {
+		return slices.ContainsFunc(v.Spec.Networks, func(at spec.NetworkAttachment) bool { return nets[at.Network] })
+	}
 	for _, v := range s.services {
-		if !v.removed && slices.ContainsFunc(v.Spec.Networks, func(at spec.NetworkAttachment) bool { return nets[at.Network] }) {
+		switch shown := !v.removed && on(v, nets); {
+		case shown && (since == 0 || v.Version > since || !on(v, networks)):
 			told := v.Service
 			told.Previous, told.Update = nil, nil
 			a.Services = append(a.Services, told)
+		case !shown && since > 0 && (v.Version > since || on(v, networks)):
+			a.Gone = append(a.Gone, v.ID)
 		}
 	}
 	slices.SortFunc(a.Services, func(x, y spec.Service) int { return cmp.Compare(x.ID, y.ID) })
 	for _, id := range slices.Sorted(maps.Keys(s.nodes)) {
-		if n := s.nodes[id]; !n.expelled {
+		if n := s.nodes[id]; !n.expelled && (since == 0 || n.Version > since) {
 			a.Nodes = append(a.Nodes, n.Node)
 		}
 	}
+	for i := len(s.gone) - 1; i >= 0 && s.gone[i].index > since && since > 0; i-- {
+		a.Gone = append(a.Gone, s.gone[i].id)
+	}
+	slices.Sort(a.Gone)
 	return a, nil
+}
+
+// departed is a service, a task or a node that is no more, since a raft index.
+type departed struct {
+	index uint64
+	id    string
+}
+
+// maxGone is how many of these are remembered: a node that was told of the last of
+// them is told of what changed, one that was not is told all anew.
+const maxGone = 4096
+
+// depart notes that something is in no assignment any more.
+func (s *State) depart(id string) {
+	if len(s.gone) >= 2*maxGone {
+		s.goneFrom = s.gone[maxGone-1].index
+		s.gone = slices.Delete(s.gone, 0, maxGone)
+	}
+	s.gone = append(s.gone, departed{s.index, id})
+}
+
+// Merge brings a list of what an assignment had, by ID, up to date: with what changed,
+// by ID, and without what has gone. What has gone and come again is there. The lists
+// stay as they are; where nothing changes, have itself is returned.
+func Merge[T any](have, changed []T, gone map[string]bool, id func(T) string) []T {
+	if len(changed) == 0 && !slices.ContainsFunc(have, func(x T) bool { return gone[id(x)] }) {
+		return have
+	}
+	out := slices.Grow([]T(nil), len(have)+len(changed))
+	for len(have) > 0 || len(changed) > 0 {
+		switch {
+		case len(have) == 0 || len(changed) > 0 && id(changed[0]) < id(have[0]):
+			out, changed = append(out, changed[0]), changed[1:]
+		case len(changed) > 0 && id(changed[0]) == id(have[0]):
+			out, changed, have = append(out, changed[0]), changed[1:], have[1:]
+		case gone[id(have[0])]:
+			have = have[1:]
+		default:
+			out, have = append(out, have[0]), have[1:]
+		}
+	}
+	if len(out) == 0 {
+		return nil // as a whole one's
+	}
+	return out
 }
 
 // holds tells whether the task has addresses that nobody else may get.

@@ -37,6 +37,7 @@ func (s *State) put(t *task) {
 // forget removes a task, which must not hold addresses, from state and indices.
 func (s *State) forget(t *task) {
 	delete(s.tasks, t.ID)
+	s.depart(t.ID)
 	s.unnameTask(t)
 	if v := s.services[t.Service]; v != nil {
 		if i := slices.Index(v.tasks, t); i >= 0 {

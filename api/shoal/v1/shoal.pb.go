@@ -6147,7 +6147,8 @@ func (x *TaskBlobsResponse) GetBlobs() []*Blob {
 
 type AssignmentsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`      // ID
+	Deltas        bool                   `protobuf:"varint,2,opt,name=deltas,proto3" json:"deltas,omitempty"` // the caller can take answers that tell only what changed
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -6189,20 +6190,32 @@ func (x *AssignmentsRequest) GetNode() string {
 	return ""
 }
 
-// AssignmentsResponse is always the node's whole assignment. The stream sends
-// one at once and one after each change; also every two seconds without a
-// change, as the leader's sign of life.
+func (x *AssignmentsRequest) GetDeltas() bool {
+	if x != nil {
+		return x.Deltas
+	}
+	return false
+}
+
+// AssignmentsResponse is the node's whole assignment, or what changed in it (since).
+// The stream sends a whole one at once and another after each change; also every two
+// seconds without a change, as the leader's sign of life. Of tasks, services and
+// nodes each list is in the order of their IDs.
 type AssignmentsResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Index         uint64                 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"`         // raft index it was read at
-	Unchanged     bool                   `protobuf:"varint,2,opt,name=unchanged,proto3" json:"unchanged,omitempty"` // sign of life: the rest is empty
-	Tasks         []*Task                `protobuf:"bytes,3,rep,name=tasks,proto3" json:"tasks,omitempty"`
-	Networks      []*Network             `protobuf:"bytes,4,rep,name=networks,proto3" json:"networks,omitempty"` // of those tasks
-	Services      []*Service             `protobuf:"bytes,5,rep,name=services,proto3" json:"services,omitempty"` // on those networks
-	Nodes         []*NodeInfo            `protobuf:"bytes,6,rep,name=nodes,proto3" json:"nodes,omitempty"`       // all
-	Cluster       *Cluster               `protobuf:"bytes,7,opt,name=cluster,proto3" json:"cluster,omitempty"`
-	Trust         *Trust                 `protobuf:"bytes,8,opt,name=trust,proto3" json:"trust,omitempty"`
-	Level         int32                  `protobuf:"varint,9,opt,name=level,proto3" json:"level,omitempty"` // feature level of the cluster: what its managers all understand
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Index     uint64                 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"`         // raft index it was read at
+	Unchanged bool                   `protobuf:"varint,2,opt,name=unchanged,proto3" json:"unchanged,omitempty"` // sign of life: the rest is empty
+	Tasks     []*Task                `protobuf:"bytes,3,rep,name=tasks,proto3" json:"tasks,omitempty"`
+	Networks  []*Network             `protobuf:"bytes,4,rep,name=networks,proto3" json:"networks,omitempty"` // of those tasks
+	Services  []*Service             `protobuf:"bytes,5,rep,name=services,proto3" json:"services,omitempty"` // on those networks
+	Nodes     []*NodeInfo            `protobuf:"bytes,6,rep,name=nodes,proto3" json:"nodes,omitempty"`       // all
+	Cluster   *Cluster               `protobuf:"bytes,7,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	Trust     *Trust                 `protobuf:"bytes,8,opt,name=trust,proto3" json:"trust,omitempty"`
+	Level     int32                  `protobuf:"varint,9,opt,name=level,proto3" json:"level,omitempty"` // feature level of the cluster: what its managers all understand
+	// The index of the answer before on this stream, of whose tasks, services and nodes
+	// those count on that are neither here nor gone; 0: this is whole.
+	Since         uint64   `protobuf:"varint,10,opt,name=since,proto3" json:"since,omitempty"`
+	Gone          []string `protobuf:"bytes,11,rep,name=gone,proto3" json:"gone,omitempty"` // IDs of tasks, services and nodes
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -6298,6 +6311,20 @@ func (x *AssignmentsResponse) GetLevel() int32 {
 		return x.Level
 	}
 	return 0
+}
+
+func (x *AssignmentsResponse) GetSince() uint64 {
+	if x != nil {
+		return x.Since
+	}
+	return 0
+}
+
+func (x *AssignmentsResponse) GetGone() []string {
+	if x != nil {
+		return x.Gone
+	}
+	return nil
 }
 
 // Trust is what every node must know to tell its own from others.
@@ -11718,9 +11745,10 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x10\n" +
 	"\x03ids\x18\x02 \x03(\tR\x03ids\"9\n" +
 	"\x11TaskBlobsResponse\x12$\n" +
-	"\x05blobs\x18\x01 \x03(\v2\x0e.shoal.v1.BlobR\x05blobs\"(\n" +
+	"\x05blobs\x18\x01 \x03(\v2\x0e.shoal.v1.BlobR\x05blobs\"@\n" +
 	"\x12AssignmentsRequest\x12\x12\n" +
-	"\x04node\x18\x01 \x01(\tR\x04node\"\xe1\x02\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x16\n" +
+	"\x06deltas\x18\x02 \x01(\bR\x06deltas\"\x8b\x03\n" +
 	"\x13AssignmentsResponse\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x1c\n" +
 	"\tunchanged\x18\x02 \x01(\bR\tunchanged\x12$\n" +
@@ -11730,7 +11758,10 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x05nodes\x18\x06 \x03(\v2\x12.shoal.v1.NodeInfoR\x05nodes\x12+\n" +
 	"\acluster\x18\a \x01(\v2\x11.shoal.v1.ClusterR\acluster\x12%\n" +
 	"\x05trust\x18\b \x01(\v2\x0f.shoal.v1.TrustR\x05trust\x12\x14\n" +
-	"\x05level\x18\t \x01(\x05R\x05level\"i\n" +
+	"\x05level\x18\t \x01(\x05R\x05level\x12\x14\n" +
+	"\x05since\x18\n" +
+	" \x01(\x04R\x05since\x12\x12\n" +
+	"\x04gone\x18\v \x03(\tR\x04gone\"i\n" +
 	"\x05Trust\x12\x14\n" +
 	"\x05roots\x18\x01 \x03(\fR\x05roots\x12\x14\n" +
 	"\x05signs\x18\x02 \x01(\tR\x05signs\x124\n" +
