@@ -86,7 +86,7 @@ func newMetrics(a *Agent) *metrics {
 
 // passed notes a pass of a reconciler.
 func (m *metrics) passed(name string, p reconcile.Pass) {
-	if m == nil {
+	if m == nil || p.Spared {
 		return
 	}
 	m.passes.WithLabelValues(name).Inc()

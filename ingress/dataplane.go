@@ -2,6 +2,8 @@ package ingress
 
 import (
 	"context"
+	"maps"
+	"slices"
 	"time"
 
 	"github.com/shoalnet/shoal/reconcile"
@@ -26,7 +28,15 @@ type Dataplane interface {
 // Target is a Dataplane with [Diff] as a reconcile.Target.
 type Target struct{ Dataplane }
 
-var _ reconcile.Target[State, State] = Target{}
+var (
+	_ reconcile.Target[State, State] = Target{}
+	_ reconcile.Comparer[State]      = Target{}
+)
+
+// Same implements reconcile.Comparer.
+func (Target) Same(a, b State) bool {
+	return a.Complete == b.Complete && slices.Equal(a.Ways, b.Ways) && a.Equal(b) && maps.Equal(a.owners, b.owners)
+}
 
 // Diff implements reconcile.Target.
 func (Target) Diff(want, have State, now time.Time) ([]reconcile.Op, time.Time) {

@@ -2,6 +2,7 @@ package overlay
 
 import (
 	"context"
+	"maps"
 	"time"
 
 	"github.com/shoalnet/shoal/reconcile"
@@ -36,7 +37,16 @@ type Drop struct {
 // Target is a Dataplane with [Diff] as a reconcile.Target.
 type Target struct{ Dataplane }
 
-var _ reconcile.Target[State, State] = Target{}
+var (
+	_ reconcile.Target[State, State] = Target{}
+	_ reconcile.Comparer[State]      = Target{}
+)
+
+// Same implements reconcile.Comparer.
+func (Target) Same(a, b State) bool {
+	return a.Complete == b.Complete && a.UnderlayMTU == b.UnderlayMTU && a.Overhead == b.Overhead &&
+		maps.Equal(a.objects, b.objects) && maps.Equal(a.Owners, b.Owners) && maps.Equal(a.PortOwners, b.PortOwners)
+}
 
 // NewTarget makes a Target.
 func NewTarget(d Dataplane) Target { return Target{d} }

@@ -5,7 +5,8 @@
 //
 //   - at once when [Loop.Set] brings another want, or [Loop.Wake] a notice
 //     that the kernel changed; wakes that come during a pass fold into one
-//     further pass;
+//     further pass. A want that says what the last one said ([Comparer]), which the
+//     kernel follows, needs none;
 //   - on a timer otherwise, because nobody tells us of every change: the
 //     period is [Options.Period], stretched so that observing takes at most
 //     one part in twenty of the time;
@@ -71,6 +72,11 @@ type Batcher interface {
 	ApplyAll(ctx context.Context, ops []Op) []error
 }
 
+// Comparer is a Target that tells whether two wants ask for the same.
+type Comparer[W any] interface {
+	Same(a, b W) bool
+}
+
 // Options of a Loop. The zero value is ready.
 type Options struct {
 	Period time.Duration // between passes that nothing asked for; 0: DefaultPeriod
@@ -94,10 +100,13 @@ const (
 
 // Pass tells what one pass did.
 type Pass struct {
-	Gen     uint64 // of the newest Set that this pass worked on
-	Ops     int    // applied without error
-	Held    int    // left out: their object backs off
-	Err     error  // of Observe, and of every failed operation, joined
+	Gen uint64 // of the newest Set that this pass worked on
+	// Spared: nothing was observed, as the kernel was seen or made to be so by the last
+	// pass, and nobody has told of a change since.
+	Spared  bool
+	Ops     int   // applied without error
+	Held    int   // left out: their object backs off
+	Err     error // of Observe, and of every failed operation, joined
 	Elapsed time.Duration
 }
 
@@ -143,6 +152,8 @@ type Loop[W, H any] struct {
 	mu      sync.Mutex
 	want    W
 	gen     uint64
+	told    bool   // by Wake, since the last pass began
+	worked  W      // what the newest pass worked on
 	applied uint64 // newest generation that a clean pass worked on
 	last    Pass
 	objects map[string]*object
@@ -173,12 +184,19 @@ func (l *Loop[W, H]) Set(want W) uint64 {
 	l.gen++
 	gen := l.gen
 	l.mu.Unlock()
-	l.Wake()
+	l.stir()
 	return gen
 }
 
-// Wake asks for a pass soon. It never blocks.
+// Wake asks for a pass soon: the kernel may have changed. It never blocks.
 func (l *Loop[W, H]) Wake() {
+	l.mu.Lock()
+	l.told = true
+	l.mu.Unlock()
+	l.stir()
+}
+
+func (l *Loop[W, H]) stir() {
 	select {
 	case l.wake <- struct{}{}:
 	default:
@@ -277,6 +295,9 @@ func (l *Loop[W, H]) Run(ctx context.Context) {
 			look(ctx)
 			continue
 		case <-l.wake:
+			if l.spared() {
+				continue // the timer goes on
+			}
 		case <-timer.C:
 		}
 		timer.Reset(l.pass(ctx))
@@ -304,10 +325,35 @@ func (l *Loop[W, H]) Look(ctx context.Context) (have H, err error) {
 	}
 }
 
+// spared tells whether no pass is needed for what is wanted by now.
+func (l *Loop[W, H]) spared() bool {
+	c, ok := l.target.(Comparer[W])
+	l.mu.Lock()
+	want, gen := l.want, l.gen
+	// After a clean pass applied is what it worked on, or what was spared one since.
+	if !ok || l.told || !l.last.Clean() || l.applied == 0 || l.applied != l.last.Gen || gen == l.applied {
+		l.mu.Unlock()
+		return false
+	}
+	worked := l.worked
+	l.mu.Unlock()
+	if !c.Same(worked, want) {
+		return false
+	}
+	l.mu.Lock()
+	l.last.Gen, l.applied = gen, gen
+	l.mu.Unlock()
+	if l.opt.OnPass != nil {
+		l.opt.OnPass(Pass{Gen: gen, Spared: true})
+	}
+	return true
+}
+
 // pass runs once and returns the time until the next.
 func (l *Loop[W, H]) pass(ctx context.Context) time.Duration {
 	l.mu.Lock()
 	want, gen := l.want, l.gen
+	l.told, l.worked = false, want
 	l.mu.Unlock()
 	if gen == 0 {
 		return l.opt.Period

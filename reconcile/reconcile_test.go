@@ -306,3 +306,79 @@ func TestDiffNamesItsNextMoment(t *testing.T) {
 		t.Error("old went before its time")
 	}
 }
+
+// same is a world whose wants can be compared, and that counts how often it is read.
+type same struct {
+	*world
+	observed int
+}
+
+func (s *same) Same(a, b []string) bool { return slices.Equal(a, b) }
+
+func (s *same) Observe(ctx context.Context, want []string) ([]string, error) {
+	s.do(func() { s.observed++ })
+	return s.world.Observe(ctx, want)
+}
+
+// TestTheSameWantNeedsNoPass: what the kernel was seen to follow is not read again for
+// a want that asks for the same, unless something may have changed it since.
+func TestTheSameWantNeedsNoPass(t *testing.T) {
+	w := &same{world: newWorld()}
+	var mu sync.Mutex
+	var passes []Pass
+	l := New("test", w, Options{Period: time.Hour, Log: slog.New(slog.DiscardHandler), OnPass: func(p Pass) {
+		mu.Lock()
+		passes = append(passes, p)
+		mu.Unlock()
+	}})
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	wg.Go(func() { l.Run(ctx) })
+	defer func() {
+		cancel()
+		wg.Wait()
+	}()
+	// set has a want applied, and returns what its pass said and how often the kernel
+	// was read by then.
+	set := func(want ...string) (Pass, int) {
+		t.Helper()
+		gen := l.Set(want)
+		eventually(t, "a pass for the want", func() bool { return l.Last().Gen == gen })
+		var last Pass
+		eventually(t, "the pass is told of", func() bool {
+			mu.Lock()
+			defer mu.Unlock()
+			last = passes[len(passes)-1]
+			return last.Gen == gen
+		})
+		n := 0
+		w.do(func() { n = w.observed })
+		return last, n
+	}
+	if p, n := set("a"); p.Spared || n != 1 {
+		t.Fatalf("the first: %+v, read %d times", p, n)
+	}
+	for range 3 {
+		if p, n := set("a"); !p.Spared || n != 1 || l.Applied() != p.Gen {
+			t.Fatalf("the same again: %+v, applied %d, read %d times", p, l.Applied(), n)
+		}
+	}
+	if p, n := set("a", "b"); p.Spared || n != 2 || !slices.Equal(w.names(), []string{"a", "b"}) {
+		t.Fatalf("another: %+v, read %d times, have %v", p, n, w.names())
+	}
+	// The kernel may have changed.
+	w.do(func() { delete(w.have, "b") })
+	l.Wake()
+	eventually(t, "b is back", func() bool { return len(w.names()) == 2 })
+	if p, n := set("a", "b"); !p.Spared || n != 3 {
+		t.Fatalf("after a notice was heeded: %+v, read %d times", p, n)
+	}
+	// What failed is not applied by being asked for again.
+	w.do(func() { w.broken["c"] = true })
+	if p, _ := set("c"); p.Clean() {
+		t.Fatalf("a broken one: %+v", p)
+	}
+	if p, _ := set("c"); p.Spared || p.Clean() || l.Applied() == p.Gen {
+		t.Fatalf("a broken one again: %+v, applied %d", p, l.Applied())
+	}
+}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"reflect"
 	"time"
 
 	"github.com/shoalnet/shoal/reconcile"
@@ -47,7 +48,11 @@ type Target struct{ Dataplane }
 var (
 	_ reconcile.Target[State, State] = Target{}
 	_ reconcile.Batcher              = Target{}
+	_ reconcile.Comparer[State]      = Target{}
 )
+
+// Same implements reconcile.Comparer.
+func (Target) Same(a, b State) bool { return reflect.DeepEqual(a, b) }
 
 // ApplyAll implements reconcile.Batcher, also for a Dataplane that does not.
 func (t Target) ApplyAll(ctx context.Context, ops []reconcile.Op) []error {
