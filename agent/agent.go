@@ -102,8 +102,8 @@ type Config struct {
 	// if none has it; nil: the others are not told.
 	UnderlayMTU func() int
 	// WatchKernel calls wake after changes of the kernel's that may concern
-	// us; nil: the loops' period must do.
-	WatchKernel func(ctx context.Context, wake func())
+	// us, with where they were; nil: the loops' period must do.
+	WatchKernel func(ctx context.Context, wake func([]overlay.Change))
 	// Blocked tells of firewalls of the machine that probably drop what Shoal
 	// needs; nil: not known.
 	Blocked func(ctx context.Context) ([]string, error)

@@ -19,11 +19,15 @@ import (
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/api/shoal/v1/shoalv1connect"
 	"github.com/shoalnet/shoal/control"
+	"github.com/shoalnet/shoal/ingress"
 	"github.com/shoalnet/shoal/ingress/ingresstest"
+	"github.com/shoalnet/shoal/overlay"
 	"github.com/shoalnet/shoal/overlay/overlaytest"
 	"github.com/shoalnet/shoal/peer"
+	"github.com/shoalnet/shoal/reconcile"
 	"github.com/shoalnet/shoal/runtime"
 	"github.com/shoalnet/shoal/spec"
+	"github.com/shoalnet/shoal/vip"
 	"github.com/shoalnet/shoal/vip/viptest"
 )
 
@@ -359,5 +363,30 @@ func TestEnter(t *testing.T) {
 	cancel()
 	if err := a.enter(ctx); err == nil {
 		t.Error("entered without the lock")
+	}
+}
+
+// TestConcerned: a change wakes the loops that read what changed, and no other.
+func TestConcerned(t *testing.T) {
+	m := &member{cfg: Config{Instance: "shoal"},
+		overlay: reconcile.New("overlay", overlay.NewTarget(nil), reconcile.Options{}),
+		vip:     reconcile.New("vip", vip.Target{}, reconcile.Options{}),
+		ingress: reconcile.New("ingress", ingress.Target{}, reconcile.Options{})}
+	for _, c := range []struct {
+		changes []overlay.Change
+		want    int // loops
+	}{
+		{nil, 0},
+		{[]overlay.Change{{}}, 3}, // the host, or whatever was missed
+		{[]overlay.Change{{Netns: "shoal-net-app-k3v9x2"}}, 3},
+		{[]overlay.Change{{Netns: "shoal-task-web.1.k3v9x2m1p0qa"}}, 1},
+		{[]overlay.Change{{Netns: "shoal-net-app-k3v9x2", Table: "shoal-vip"}}, 1},
+		{[]overlay.Change{{Netns: "shoal-net-app-k3v9x2", Table: "shoal-ingress"}, {Table: "shoal-ingress"}}, 1},
+		{[]overlay.Change{{Netns: "shoal-net-app-k3v9x2", Table: "shoal-overlay"}, {Netns: "shoal-net-app-k3v9x2", Table: "stranger"}, {Table: "shoal-members"}}, 1},
+		{[]overlay.Change{{Netns: "shoal-task-web.1.k3v9x2m1p0qa", Table: "shoal"}, {Netns: "shoal-net-app-k3v9x2", Table: "shoal-vip"}}, 2},
+	} {
+		if got := len(m.concerned(c.changes)); got != c.want {
+			t.Errorf("%v wakes %d loops, want %d", c.changes, got, c.want)
+		}
 	}
 }

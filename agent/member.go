@@ -294,10 +294,10 @@ func (m *member) start() error {
 	}
 	if m.cfg.WatchKernel != nil {
 		m.wg.Go(func() {
-			m.cfg.WatchKernel(m.ctx, func() {
-				m.overlay.Wake()
-				m.vip.Wake()
-				m.ingress.Wake()
+			m.cfg.WatchKernel(m.ctx, func(changes []overlay.Change) {
+				for _, wake := range m.concerned(changes) {
+					wake()
+				}
 			})
 		})
 	}
@@ -315,6 +315,35 @@ func (m *member) start() error {
 	m.wg.Go(m.pathLoop)
 	m.wg.Go(m.claimLoop)
 	return nil
+}
+
+// concerned are the Wakes of the loops that read what changed. All read what
+// rtnetlink tells of the host's namespace and of networks', the overlay alone that of
+// tasks'; of the nftables tables each its own, and the overlay those of strangers.
+func (m *member) concerned(changes []overlay.Change) (wakes []func()) {
+	var wires, balancers, ports bool
+	for _, c := range changes {
+		switch {
+		case c.Table == vip.Table:
+			balancers = true
+		case c.Table == ingress.NetnsTable || c.Table == ingress.TableName(m.cfg.Instance):
+			ports = true
+		case c.Table != "" || strings.HasPrefix(c.Netns, m.cfg.Instance+spec.TaskNetnsInfix):
+			wires = true
+		default:
+			wires, balancers, ports = true, true, true
+		}
+	}
+	if wires {
+		wakes = append(wakes, m.overlay.Wake)
+	}
+	if balancers {
+		wakes = append(wakes, m.vip.Wake)
+	}
+	if ports {
+		wakes = append(wakes, m.ingress.Wake)
+	}
+	return wakes
 }
 
 // due calls before and sets flag after d, and has a View composed that heeds it.

@@ -34,6 +34,11 @@ type Drop struct {
 	Packets, Bytes uint64
 }
 
+// Change is where something changed in the kernel: in a namespace, "" the host's, an
+// nftables table there, or (Table "") devices, addresses, routes and the like. The zero
+// one may stand for any.
+type Change struct{ Netns, Table string }
+
 // Target is a Dataplane with [Diff] as a reconcile.Target.
 type Target struct{ Dataplane }
 

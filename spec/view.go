@@ -252,12 +252,15 @@ func OverlayNetns(instance string, n Network) string {
 	return instance + "-net-" + n.Name + "-" + short(n.ID)
 }
 
+// TaskNetnsInfix follows the instance's name in the names of tasks' namespaces.
+const TaskNetnsInfix = "-task-"
+
 // TaskNetns is the name of a task's namespace: "shoal-task-web.1.k3v9x2m1p0qa".
 func TaskNetns(instance string, t Task) string {
 	if strings.Contains(t.Name, t.ID) {
-		return instance + "-task-" + t.Name
+		return instance + TaskNetnsInfix + t.Name
 	}
-	return instance + "-task-" + t.Name + "-" + short(t.ID)
+	return instance + TaskNetnsInfix + t.Name + "-" + short(t.ID)
 }
 
 func short(id string) string { return id[:min(6, len(id))] }

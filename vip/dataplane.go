@@ -11,6 +11,10 @@ import (
 	"github.com/shoalnet/shoal/reconcile"
 )
 
+// Table is the name of the nftables table that a Dataplane has in a network's
+// namespace, in families ip and ip6.
+const Table = "shoal-vip"
+
 // Dataplane carries virtual servers in a kernel, or pretends to.
 //
 // Observe reports, for each network of want, what is in its namespace and

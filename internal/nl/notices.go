@@ -8,6 +8,7 @@ import (
 	"maps"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -61,8 +62,13 @@ type Notices struct {
 	ids    map[int32]*space
 	lost   uint64
 	closed bool
-	stir   func(netns string) // see Run
+	stir   func(Change) // see Run
 }
+
+// Change is where something changed: in a namespace, "" the host's, an nftables table
+// there, or what rtnetlink tells of (Table ""). After notices were lost, which may have
+// told of anything, it is the zero one.
+type Change struct{ Netns, Table string }
 
 // space is a namespace that is followed.
 type space struct {
@@ -336,7 +342,7 @@ func (n *Notices) take(fd int, notice func(*space, uint16, []byte)) {
 			return
 		case errors.Is(err, unix.ENOBUFS):
 			n.lost++
-			n.stirred("")
+			n.stirred(Change{})
 			continue
 		case err != nil:
 			n.lost++
@@ -396,7 +402,7 @@ func (n *Notices) routeNotice(sp *space, typ uint16, body []byte) {
 	sp.kinds[k]++
 	// The host's own routes and neighbours are the host's affair.
 	if sp.id != -1 || k != 2 && k != 3 {
-		n.stirred(sp.name)
+		n.stirred(Change{Netns: sp.name})
 	}
 }
 
@@ -428,7 +434,7 @@ func (n *Notices) nftNotice(sp *space, typ uint16, body []byte) {
 		t.parts[part]++
 	}
 	if sp.id != -1 || strings.HasPrefix(table, "shoal") {
-		n.stirred(sp.name)
+		n.stirred(Change{sp.name, table})
 	}
 }
 
@@ -448,9 +454,9 @@ func attr(b []byte, typ uint16) string {
 	return ""
 }
 
-func (n *Notices) stirred(netns string) {
+func (n *Notices) stirred(c Change) {
 	if n.stir != nil {
-		n.stir(netns)
+		n.stir(c)
 	}
 }
 
@@ -459,12 +465,14 @@ func (n *Notices) stirred(netns string) {
 const settleTime = 20 * time.Millisecond
 
 // Run calls wake some milliseconds after changes in the namespaces that are
-// followed, until ctx ends. Of the host's namespace these are changes of links,
+// followed, with where they were, until ctx ends. Of the host's namespace these are changes of links,
 // addresses, rules, settings and of tables that begin with "shoal".
-func (n *Notices) Run(ctx context.Context, wake func()) error {
+func (n *Notices) Run(ctx context.Context, wake func([]Change)) error {
 	moved := make(chan struct{}, 1)
+	where := map[Change]bool{} // under n.mu
 	n.mu.Lock()
-	n.stir = func(string) {
+	n.stir = func(c Change) {
+		where[c] = true
 		select {
 		case moved <- struct{}{}:
 		default:
@@ -494,7 +502,13 @@ func (n *Notices) Run(ctx context.Context, wake func()) error {
 			case <-moved:
 			default:
 			}
-			wake()
+			n.mu.Lock()
+			all := slices.Collect(maps.Keys(where))
+			clear(where)
+			n.mu.Unlock()
+			if len(all) > 0 { // else what came in between was told of with what was before
+				wake(all)
+			}
 		}
 	}
 	cancel()

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -31,10 +32,10 @@ func TestNotices(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer n.Close()
-	woken := make(chan struct{}, 100)
+	woken := make(chan []Change, 100)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
-	go func() { done <- n.Run(ctx, func() { woken <- struct{}{} }) }()
+	go func() { done <- n.Run(ctx, func(c []Change) { woken <- c }) }()
 	defer func() {
 		cancel()
 		if err := <-done; err != nil {
@@ -122,10 +123,18 @@ func TestNotices(t *testing.T) {
 	if at("").Since(before)&Links == 0 {
 		t.Error("a change of the host was not noticed")
 	}
-	select {
-	case <-woken:
-	case <-time.After(10 * time.Second):
-		t.Error("Run has not called wake")
+	heard := map[Change]bool{}
+	wanted := []Change{{ns, ""}, {ns, "shoal-t"}, {ns, "other"}, {"", ""}}
+	lacks := func(c Change) bool { return !heard[c] }
+	for limit := time.After(10 * time.Second); slices.ContainsFunc(wanted, lacks); {
+		select {
+		case changes := <-woken:
+			for _, c := range changes {
+				heard[c] = true
+			}
+		case <-limit:
+			t.Fatalf("Run has told of changes in %v, want %v", heard, wanted)
+		}
 	}
 
 	before = at(ns)

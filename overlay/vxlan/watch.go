@@ -16,18 +16,28 @@ import (
 )
 
 // Watch calls wake when something may have changed in the namespaces that Observe
-// reads, until ctx ends. What it doesn't notice, the next pass does. Being a hint,
+// reads, with where, until ctx ends. What it doesn't notice, the next pass does. Being a hint,
 // it gives up with a log line where the kernel refuses it.
 //
 // Without Notices it hears of devices in the host's namespace only: a network's
 // way out goes with its namespace, so that this tells of most deletions by hand.
-func (d *Dataplane) Watch(ctx context.Context, wake func()) {
-	watch := d.watch
+func (d *Dataplane) Watch(ctx context.Context, wake func([]overlay.Change)) {
+	watch := func(ctx context.Context) error {
+		return d.watch(ctx, func() { wake([]overlay.Change{{}}) })
+	}
 	if d.cfg.Notices != nil {
-		watch = d.cfg.Notices.Run
+		watch = func(ctx context.Context) error {
+			return d.cfg.Notices.Run(ctx, func(changes []nl.Change) {
+				out := make([]overlay.Change, len(changes))
+				for i, c := range changes {
+					out[i] = overlay.Change(c)
+				}
+				wake(out)
+			})
+		}
 	}
 	for ctx.Err() == nil {
-		err := watch(ctx, wake)
+		err := watch(ctx)
 		if ctx.Err() != nil {
 			return
 		}

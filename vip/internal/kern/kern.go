@@ -42,7 +42,7 @@ import (
 )
 
 // Table is the name of the nftables table that is ours, in families ip and ip6.
-const Table = "shoal-vip"
+const Table = vip.Table
 
 // Label marks an IPv4 address on lo as a VIP of ours (ip-address(8), label).
 const Label = "lo:vip"
