@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"net/netip"
+	"reflect"
 	"slices"
 	"strings"
 
@@ -617,6 +618,11 @@ func (s *State) Remove(key any) { delete(s.objects, key) }
 
 // Get returns the object with a key, or nil.
 func (s State) Get(key any) Object { return s.objects[key] }
+
+// Is tells whether two are one set of objects, not only alike.
+func (s State) Is(o State) bool {
+	return reflect.ValueOf(s.objects).UnsafePointer() == reflect.ValueOf(o.objects).UnsafePointer()
+}
 
 // Len is the number of objects.
 func (s State) Len() int { return len(s.objects) }

@@ -45,10 +45,25 @@ func (s *snap) link(name string) netlink.Link {
 type wants struct {
 	ns      string
 	objects []overlay.Object
-	network string          // ID; empty: not an ovns
-	task    string          // ID; empty: not a task's
-	v6      bool            // some of it is IPv6
-	devs    map[string]bool // see names
+	network string                  // ID; empty: not an ovns
+	task    string                  // ID; empty: not a task's
+	v6      bool                    // some of it is IPv6
+	devs    map[string]bool         // see names
+	set     map[overlay.Object]bool // objects, once asked for; see same
+}
+
+// same tells whether two ask for the same of one namespace.
+func (w *wants) same(o *wants) bool {
+	if w.network != o.network || w.task != o.task || w.v6 != o.v6 || len(w.objects) != len(o.objects) {
+		return false
+	}
+	if w.set == nil {
+		w.set = make(map[overlay.Object]bool, len(w.objects))
+		for _, x := range w.objects {
+			w.set[x] = true
+		}
+	}
+	return !slices.ContainsFunc(o.objects, func(x overlay.Object) bool { return !w.set[x] })
 }
 
 // has tells whether something with a key is wanted.
@@ -60,26 +75,7 @@ func (w *wants) has(key any) bool {
 func (d *Dataplane) Observe(ctx context.Context, want overlay.State) (overlay.State, error) {
 	d.hangUp()
 	var have overlay.State
-	places := map[string]*wants{"": {}}
-	want.Each(func(o overlay.Object) {
-		ns, _ := overlay.Place(o)
-		w := places[ns]
-		if w == nil {
-			w = &wants{ns: ns}
-			places[ns] = w
-		}
-		w.objects = append(w.objects, o)
-		switch o := o.(type) {
-		case overlay.Namespace:
-			w.network = o.Network
-		case overlay.Sandbox:
-			w.task = o.Task
-		case overlay.Addr:
-			w.v6 = w.v6 || o.Prefix.Addr().Is6()
-		case overlay.Route:
-			w.v6 = w.v6 || o.Dst.Addr().Is6()
-		}
-	})
+	places := d.group(want)
 	snaps := map[string]*snap{}
 	now := time.Now()
 	for ns, w := range places {
@@ -110,8 +106,57 @@ func (d *Dataplane) Observe(ctx context.Context, want overlay.State) (overlay.St
 	return have, d.observeUnwanted(&have, places)
 }
 
-// report adds what was read of one namespace, all but its devices.
+// group sorts what is wanted by namespaces. Of one of which the same is wanted as
+// before it is the same wants.
+func (d *Dataplane) group(want overlay.State) map[string]*wants {
+	if d.grouped.places != nil && want.Is(d.grouped.want) {
+		return d.grouped.places
+	}
+	places := map[string]*wants{"": {}}
+	want.Each(func(o overlay.Object) {
+		ns, _ := overlay.Place(o)
+		w := places[ns]
+		if w == nil {
+			w = &wants{ns: ns}
+			places[ns] = w
+		}
+		w.objects = append(w.objects, o)
+		switch o := o.(type) {
+		case overlay.Namespace:
+			w.network = o.Network
+		case overlay.Sandbox:
+			w.task = o.Task
+		case overlay.Addr:
+			w.v6 = w.v6 || o.Prefix.Addr().Is6()
+		case overlay.Route:
+			w.v6 = w.v6 || o.Dst.Addr().Is6()
+		}
+	})
+	for ns, w := range places {
+		if was := d.grouped.places[ns]; was != nil && was.same(w) {
+			places[ns] = was
+		}
+	}
+	d.grouped.want, d.grouped.places = want, places
+	return places
+}
+
+// report adds what was read of one namespace, all but its devices: as it was told last
+// where neither that nor what is wanted has changed.
 func (d *Dataplane) report(have *overlay.State, w *wants, p *place) {
+	if p.fresh || p.told.of != w || len(p.lacking) > 0 || w.network == "" && w.task == "" {
+		var s overlay.State
+		d.tell(&s, w, p)
+		p.told.of, p.told.objects = w, p.told.objects[:0]
+		s.Each(func(o overlay.Object) { p.told.objects = append(p.told.objects, o) })
+	}
+	for _, o := range p.told.objects {
+		have.Add(o)
+	}
+}
+
+// tell is report without what was told last.
+func (d *Dataplane) tell(have *overlay.State, w *wants, p *place) {
 	reportAddrs(have, w, p)
 	if w.network != "" || w.task != "" {
 		if w.network != "" {

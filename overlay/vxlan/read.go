@@ -25,6 +25,11 @@ type place struct {
 	due    time.Time           // when all is read again, noticed or not
 	valid  bool                // stamps mean something
 	again  nl.Kind             // to be read whatever the stamps say
+	fresh  bool                // some of it was read just now, or of settings is another than before
+	told   struct {            // what was made of it last; see report
+		of      *wants
+		objects []overlay.Object
+	}
 
 	v6     bool // neighs and routes are of both families
 	ours   bool // neighs and routes were read at all
@@ -133,7 +138,7 @@ func (d *Dataplane) read(w *wants, now time.Time) (*place, error) {
 		p.due = now.Add(sweepPeriod + rand.N(sweepPeriod/2))
 		p.closeFiles() // the name may be another namespace's by now
 	}
-	p.valid = false // until all has gone well
+	p.valid, p.fresh = false, false // until all has gone well
 	changed |= p.again
 	p.again = 0
 	ours := w.network != "" || w.task != ""
@@ -177,6 +182,7 @@ func (d *Dataplane) readRoute(w *wants, p *place, changed nl.Kind, ours bool) er
 	if changed&(nl.Links|nl.Addrs|nl.Routes|nl.Neighs|nl.Policies|nl.Qdiscs) == 0 && len(links) == 0 {
 		return nil
 	}
+	p.fresh = true
 	s, err := d.dial(w.ns)
 	if err != nil {
 		return err
@@ -249,14 +255,18 @@ func (d *Dataplane) readRoute(w *wants, p *place, changed nl.Kind, ours bool) er
 func (d *Dataplane) readInside(w *wants, p *place, nft map[string]bool, alien bool, changed nl.Kind) error {
 	var work []func(*nftConn) error
 	var shut []overlay.Sysctl
-	clear(p.holds)
+	if p.told.of != w {
+		clear(p.holds)
+	}
 	open := map[string]bool{ipForward: w.ns == ""} // the host's is readHost's
 	for _, o := range w.objects {
 		switch o := o.(type) {
 		case overlay.Sysctl:
 			open[o.Name] = true
 			if v, ok := p.sysctl(o.Name); ok {
+				was, known := p.holds[o]
 				p.holds[o] = v == o.Value
+				p.fresh = p.fresh || !known || was != p.holds[o]
 			} else {
 				shut = append(shut, o)
 			}
@@ -305,6 +315,7 @@ func (d *Dataplane) readInside(w *wants, p *place, nft map[string]bool, alien bo
 	if len(work) == 0 && len(shut) == 0 && !unforwarded {
 		return nil
 	}
+	p.fresh = true
 	err := d.do(w.ns, func() error {
 		if unforwarded {
 			p.unforwarded = readUnforwarded(p)

@@ -22,8 +22,9 @@
 // addresses, routes, neighbours, each nftables table) is read again, with one dump,
 // when the kernel sent a notice of it ([nl.Notices]), and after half a minute without
 // one. Settings, of which the kernel tells only some, are read in each pass, by
-// files that are kept open: a read is about a microsecond. So a pass costs what
-// changed, and little for what is there.
+// files that are kept open: a read is about a microsecond. What was made of all that
+// is kept as well, as long as the same is wanted. So a pass costs what changed, and
+// little for what is there.
 //
 // nftables rules carry a digest of the whole rule set in their comments: a rule
 // can't be changed in place, so that reading the comments is reading the rules
@@ -75,6 +76,11 @@ type Dataplane struct {
 	// wants, by name.
 	places   map[string]*place
 	unwanted map[string]owner
+	// grouped is the last want, sorted; see group.
+	grouped struct {
+		want   overlay.State
+		places map[string]*wants
+	}
 	// routed is what the host's table was last seen to say (see forwarding):
 	// only for the case that someone flushes all nftables rules.
 	routed *[]string
