@@ -758,7 +758,7 @@ func (r *Runtime) Listening(ctx context.Context, id string, all bool) (runtime.S
 		initPID, pid, ns = e.initPID, e.status.PID, e.status.Sandbox.Netns
 	}
 	r.mu.Unlock()
-	if initPID == 0 || pid != 0 && stopped(pid) {
+	if initPID == 0 || pid != 0 && e.looker.stopped(pid) {
 		return runtime.Sockets{}, nil
 	}
 	if !all && e.looker.servesTCP(ns) {
@@ -799,6 +799,36 @@ type looker struct {
 	mu   sync.Mutex
 	diag *nl.Diag
 	over bool // the namespace is to go
+	// stat is /proc/PID/stat of the process pid: to find and open it costs more than to
+	// read it. It tells of that process only, or of none (ESRCH), whoever has its ID.
+	stat *os.File
+	pid  int
+}
+
+// stopped is stopped of a task's program.
+func (l *looker) stopped(pid int) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.over {
+		return false
+	}
+	if l.stat == nil || l.pid != pid {
+		if l.stat != nil {
+			l.stat.Close()
+		}
+		var err error
+		if l.stat, err = os.Open(fmt.Sprintf("/proc/%d/stat", pid)); err != nil {
+			l.stat = nil
+			return false
+		}
+		l.pid = pid
+	}
+	var b [512]byte                // the name is 15 bytes long at most, the state follows it
+	n, _ := l.stat.ReadAt(b[:], 0) // io.EOF comes with what there is
+	if st, _ := parseStat(b[:n]); st != 'T' {
+		return false
+	}
+	return stopped(pid)
 }
 
 // servesTCP tells whether a TCP socket accepts connections from elsewhere in a namespace;
@@ -831,6 +861,10 @@ func (l *looker) close() {
 	if l.over = true; l.diag != nil {
 		l.diag.Close()
 		l.diag = nil
+	}
+	if l.stat != nil {
+		l.stat.Close()
+		l.stat = nil
 	}
 }
 

@@ -1,6 +1,7 @@
 package process
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -560,12 +561,16 @@ func procStat(pid int) (state byte, parent int) {
 	if err != nil {
 		return 0, 0
 	}
-	s := string(b)
-	if i := strings.LastIndexByte(s, ')'); i >= 0 {
-		if f := strings.Fields(s[i+1:]); len(f) > 1 {
-			parent, _ = strconv.Atoi(f[1])
-			return f[0][0], parent
-		}
+	return parseStat(b)
+}
+
+// parseStat reads the beginning of what procStat is about.
+func parseStat(b []byte) (state byte, parent int) {
+	i := bytes.LastIndexByte(b, ')')
+	if i < 0 || len(b) < i+3 || b[i+1] != ' ' {
+		return 0, 0
 	}
-	return 0, 0
+	ppid, _, _ := bytes.Cut(b[min(len(b), i+4):], []byte{' '})
+	parent, _ = strconv.Atoi(string(ppid))
+	return b[i+2], parent
 }

@@ -193,3 +193,23 @@ func TestOthersShimsAreTheirs(t *testing.T) {
 		t.Errorf("its own does not: %v", ss)
 	}
 }
+
+// TestParseStat: a program may have any name.
+func TestParseStat(t *testing.T) {
+	for _, c := range []struct {
+		in     string
+		state  byte
+		parent int
+	}{
+		{"12 (sh) S 1 12 12 0 -1 4194304", 'S', 1},
+		{"12 (a) T 7 (b) T 345 12 12", 'T', 345},
+		{"12 () Z 0 ", 'Z', 0},
+		{"12 (sh) R 99", 'R', 99},
+		{"12 (sh) R", 'R', 0},
+		{"12 (sh) ", 0, 0}, {"12 (sh)", 0, 0}, {"12 (sh)T 1", 0, 0}, {"12", 0, 0}, {"", 0, 0},
+	} {
+		if state, parent := parseStat([]byte(c.in)); state != c.state || parent != c.parent {
+			t.Errorf("%q: state %q of parent %d, want %q of %d", c.in, state, parent, c.state, c.parent)
+		}
+	}
+}
