@@ -78,6 +78,7 @@ type member struct {
 
 	view        atomic.Pointer[spec.View] // the last that was composed
 	composeWake chan struct{}             // size 1
+	changedAt   atomic.Int64              // when a loop's pass that changed the kernel ended; Unix nanoseconds
 	reportWake  chan struct{}             // size 1
 	assignWake  chan struct{}             // size 1
 	certWake    chan struct{}             // size 1
@@ -295,6 +296,9 @@ func (m *member) start() error {
 	if m.cfg.WatchKernel != nil {
 		m.wg.Go(func() {
 			m.cfg.WatchKernel(m.ctx, func(changes []overlay.Change) {
+				if time.Since(time.Unix(0, m.changedAt.Load())) < ownChanges {
+					sleep.For(m.ctx, lookAgain) // what changes meanwhile is told of next
+				}
 				for _, wake := range m.concerned(changes) {
 					wake()
 				}
@@ -584,7 +588,23 @@ func (m *member) hangUp(gone map[string][]netip.Addr) {
 	}
 }
 
+// A change in the kernel so soon after the loops changed something is probably their
+// own. They look what became of it, but not in the midst of more such work: what
+// strangers did is promised to be mended within 2 s.
+const (
+	ownChanges = 100 * time.Millisecond
+	lookAgain  = 300 * time.Millisecond
+)
+
+// noteChange notes a pass that changed something.
+func (m *member) noteChange(p reconcile.Pass) {
+	if p.Ops > 0 {
+		m.changedAt.Store(time.Now().UnixNano())
+	}
+}
+
 func (m *member) overlayPass(p reconcile.Pass) {
+	m.noteChange(p)
 	m.metrics.passed("overlay", p)
 	if m.progress.routesMade(p.Gen) {
 		wake(m.composeWake)
@@ -593,11 +613,13 @@ func (m *member) overlayPass(p reconcile.Pass) {
 }
 
 func (m *member) vipPass(p reconcile.Pass) {
+	m.noteChange(p)
 	m.metrics.passed("vip", p)
 	m.passed(func(g *generations) { g.vip = p.Gen })
 }
 
 func (m *member) ingressPass(p reconcile.Pass) {
+	m.noteChange(p)
 	m.metrics.passed("ingress", p)
 	m.passed(func(g *generations) { g.ingress = p.Gen })
 }
