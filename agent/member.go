@@ -732,24 +732,46 @@ func (m *member) wired(ctx context.Context, t spec.Task) error {
 			prefixes = append(prefixes, "network "+n.Name+": ")
 		}
 	}
-	for {
-		err := m.applied(ctx)
-		var failed error
+	err := untilWired(ctx, wireTimeout, m.applied, func() error {
 		for _, o := range m.overlay.Failed() {
 			if slices.ContainsFunc(prefixes, func(p string) bool { return strings.HasPrefix(o.Object, p) }) {
-				failed = fmt.Errorf("%s: %s", o.Op, o.Err)
-				break
+				return fmt.Errorf("%s: %s", o.Op, o.Err)
 			}
 		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("network of task %s is not ready: %w", t.Name, err)
+	}
+	return nil
+}
+
+// untilWired waits until the kernel follows what is wanted and nothing of it fails. What
+// has failed for the time of a patience is given up; what is only slow, on a machine that
+// has much else to do, is waited for until ctx ends: to make the task anew elsewhere
+// would be more such work.
+func untilWired(ctx context.Context, patience time.Duration, applied func(context.Context) error, failed func() error) error {
+	begun := time.Now()
+	failing := begun
+	for {
+		actx, cancel := context.WithTimeout(ctx, patience)
+		err := applied(actx)
+		cancel()
+		why, now := failed(), time.Now()
+		if why == nil {
+			failing = now
+		}
 		switch {
-		case failed == nil && err == nil:
+		case err == nil && why == nil:
 			return nil
-		case err != nil:
-			return errors.Join(fmt.Errorf("network of task %s is not ready after %s", t.Name, wireTimeout), failed)
+		case ctx.Err() != nil && why != nil:
+			return fmt.Errorf("after %s: %w", now.Sub(begun).Round(time.Second), why)
+		case ctx.Err() != nil:
+			return fmt.Errorf("after %s: the node is behind with its work", now.Sub(begun).Round(time.Second))
+		case why != nil && now.Sub(failing) >= patience:
+			return fmt.Errorf("for %s: %w", now.Sub(failing).Round(time.Second), why)
 		}
-		if !sleep.For(ctx, 50*time.Millisecond) {
-			return fmt.Errorf("network of task %s is not ready after %s: %w", t.Name, wireTimeout, failed)
-		}
+		sleep.For(ctx, 50*time.Millisecond)
 	}
 }
 

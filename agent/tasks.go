@@ -32,7 +32,8 @@ const dnsPort = 53 // RFC 1035 section 4.2
 // if only its agent is dead, is waited for no more; so what is waited for are nodes
 // that live and are slow.
 const (
-	wireTimeout  = 15 * time.Second       // for its interfaces and routes
+	wireTimeout  = 15 * time.Second       // for its interfaces and routes, when there is a fault
+	wireSlowly   = 2 * time.Minute        // when there is none but want of time
 	routeTimeout = 300 * time.Millisecond // for the other nodes' routes to it: none sends it traffic before it has one, see hold
 	takeTimeout  = 15 * time.Second       // for every node's balancer to choose it, before it is said to run
 	leftTimeout  = 2 * time.Second        // the same, once the node has left the cluster and nobody answers it
@@ -779,7 +780,7 @@ func (r *runner) live(ctx context.Context, found *runtime.Status) error {
 	})
 
 	if !running {
-		err := r.whileWanted(ctx, wireTimeout, func(ctx context.Context) error { return r.plumbing.wired(ctx, t) })
+		err := r.whileWanted(ctx, wireSlowly, func(ctx context.Context) error { return r.plumbing.wired(ctx, t) })
 		if err != nil && r.unwanted() == "" {
 			return err
 		}
@@ -1077,7 +1078,7 @@ func (r *runner) rewire(ctx context.Context) bool {
 		if told >= target {
 			return true
 		}
-		err := r.whileWanted(ctx, wireTimeout, func(ctx context.Context) error { return r.plumbing.wired(ctx, t) })
+		err := r.whileWanted(ctx, wireSlowly, func(ctx context.Context) error { return r.plumbing.wired(ctx, t) })
 		if err == nil && joins {
 			// Whoever connected it expects it to be found.
 			if err := r.whileWanted(ctx, routeTimeout, r.plumbing.settled); err != nil {

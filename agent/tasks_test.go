@@ -24,6 +24,7 @@ import (
 
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/dns"
+	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/runtime"
 	"github.com/shoalnet/shoal/spec"
 )
@@ -1324,5 +1325,49 @@ func TestDeltas(t *testing.T) {
 		if _, err := toAssignment(&shoalv1.AssignmentsResponse{Index: 12, Since: 11}, before); err == nil || !strings.Contains(err.Error(), "since index 11") {
 			t.Errorf("what builds on an index that was never told: %v", err)
 		}
+	}
+}
+
+// TestUntilWired: a fault is given up after a while, slowness is waited for.
+func TestUntilWired(t *testing.T) {
+	const patience = 100 * time.Millisecond
+	slow := func(until time.Time) func(context.Context) error {
+		return func(ctx context.Context) error {
+			if !sleep.For(ctx, time.Until(until)) {
+				return ctx.Err()
+			}
+			return nil
+		}
+	}
+	none := func() error { return nil }
+	long := func() context.Context {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		t.Cleanup(cancel)
+		return ctx
+	}
+	if err := untilWired(long(), patience, slow(time.Now()), none); err != nil {
+		t.Errorf("at once: %v", err)
+	}
+	if err := untilWired(long(), patience, slow(time.Now().Add(5*patience)), none); err != nil {
+		t.Errorf("after five times the patience: %v", err)
+	}
+	fault := errors.New("no such device")
+	err := untilWired(long(), patience, slow(time.Now()), func() error { return fault })
+	if !errors.Is(err, fault) {
+		t.Errorf("a fault that stays: %v", err)
+	}
+	n := 0
+	if err := untilWired(long(), patience, slow(time.Now()), func() error {
+		if n++; n < 2 {
+			return fault
+		}
+		return nil
+	}); err != nil {
+		t.Errorf("a fault that goes: %v", err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
+	defer cancel()
+	if err := untilWired(ctx, patience, slow(time.Now().Add(time.Hour)), none); err == nil || !strings.Contains(err.Error(), "behind with its work") {
+		t.Errorf("never: %v", err)
 	}
 }
