@@ -1,6 +1,7 @@
 #!/bin/sh
 set -e
-if [ -d /run/systemd/system ]; then
+# Of an upgrade postinst tells systemd, which need not look at all its units twice.
+if [ "$1" != upgrade ] && [ -d /run/systemd/system ]; then
     systemctl daemon-reload || true
 fi
 case "$1" in
