@@ -138,13 +138,17 @@ func (fs *flights) join(ctx context.Context, key string, progress func(string), 
 	}
 }
 
+// pullOf is what pulls have in common that one can stand for: the image, and the login,
+// without which, or with another, a registry may answer otherwise.
+func pullOf(name, auth string) string { return name + "\x00" + auth }
+
 // Pull fetches an image for this node's platform.
 func (e *Executor) Pull(ctx context.Context, image, auth, by string, progress func(string)) error {
 	name, err := Normalize(image)
 	if err != nil {
 		return err
 	}
-	return e.pulls.join(ctx, name, progress, func(say func(string)) (err error) {
+	return e.pulls.join(ctx, pullOf(name, auth), progress, func(say func(string)) (err error) {
 		ctx, done, err := e.lease(ctx)
 		if err != nil {
 			return err

@@ -1,10 +1,12 @@
 package container
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	remoteserrors "github.com/containerd/containerd/v2/core/remotes/errors"
 )
@@ -41,6 +43,42 @@ func TestShown(t *testing.T) {
 	for in, want := range map[string]string{"nginx": "nginx:latest", "docker.io/library/nginx:1" + d: "nginx:1", "reg:5000/a/b" + d: "reg:5000/a/b" + d, "No Image": "No Image"} {
 		if got := shown(in); got != want {
 			t.Errorf("%s: %s, want %s", in, got, want)
+		}
+	}
+}
+
+// TestPullsAreShared: by all who want the same image with the same login, and by no others:
+// a registry may refuse the one and serve the other.
+func TestPullsAreShared(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	var fs flights
+	refused := errors.New("refused without a valid login")
+	begun, end := make(chan struct{}), make(chan struct{})
+	silent := func(string) {}
+	first := make(chan error, 1)
+	go func() {
+		first <- fs.join(ctx, pullOf("registry/web:1", ""), silent, func(func(string)) error {
+			close(begun)
+			<-end
+			return refused
+		})
+	}()
+	<-begun
+	ran := false
+	if err := fs.join(ctx, pullOf("registry/web:1", "a login"), silent, func(func(string)) error { ran = true; return nil }); err != nil || !ran {
+		t.Errorf("with a login, beside one without: %v, asked for itself: %t", err, ran)
+	}
+	second := make(chan error, 1)
+	go func() {
+		second <- fs.join(ctx, pullOf("registry/web:1", ""), func(string) {}, func(func(string)) error {
+			return refused // when the first has ended by then
+		})
+	}()
+	close(end)
+	for _, ch := range []chan error{first, second} {
+		if err := <-ch; !errors.Is(err, refused) {
+			t.Errorf("without: %v", err)
 		}
 	}
 }
