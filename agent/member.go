@@ -596,38 +596,29 @@ const (
 	lookAgain  = 300 * time.Millisecond
 )
 
-// noteChange notes a pass that changed something.
-func (m *member) noteChange(p reconcile.Pass) {
-	if p.Ops > 0 {
-		m.changedAt.Store(time.Now().UnixNano())
-	}
-}
-
 func (m *member) overlayPass(p reconcile.Pass) {
-	m.noteChange(p)
-	m.metrics.passed("overlay", p)
 	if m.progress.routesMade(p.Gen) {
 		wake(m.composeWake)
 	}
-	m.passed(func(g *generations) { g.overlay = p.Gen })
+	m.passed("overlay", p, func(g *generations) { g.overlay = p.Gen })
 }
 
 func (m *member) vipPass(p reconcile.Pass) {
-	m.noteChange(p)
-	m.metrics.passed("vip", p)
-	m.passed(func(g *generations) { g.vip = p.Gen })
+	m.passed("vip", p, func(g *generations) { g.vip = p.Gen })
 }
 
 func (m *member) ingressPass(p reconcile.Pass) {
-	m.noteChange(p)
-	m.metrics.passed("ingress", p)
-	m.passed(func(g *generations) { g.ingress = p.Gen })
+	m.passed("ingress", p, func(g *generations) { g.ingress = p.Gen })
 }
 
-// passed notes a pass. One that failed for some object counts: whoever waits
+// passed notes a pass of a loop. One that failed for some object counts: whoever waits
 // for a drain is told of what could be done, and must not wait for a fault
 // elsewhere.
-func (m *member) passed(fn func(*generations)) {
+func (m *member) passed(loop string, p reconcile.Pass, fn func(*generations)) {
+	m.metrics.passed(loop, p)
+	if p.Ops > 0 {
+		m.changedAt.Store(time.Now().UnixNano())
+	}
 	if rev := m.progress.passed(fn); rev != 0 {
 		m.g.Applied(rev)
 	}
@@ -764,12 +755,11 @@ func untilWired(ctx context.Context, patience time.Duration, applied func(contex
 		switch {
 		case err == nil && why == nil:
 			return nil
-		case ctx.Err() != nil && why != nil:
+		case ctx.Err() != nil || now.Sub(failing) >= patience: // failing is now, if nothing fails
+			if why == nil {
+				why = errors.New("the node is behind with its work")
+			}
 			return fmt.Errorf("after %s: %w", now.Sub(begun).Round(time.Second), why)
-		case ctx.Err() != nil:
-			return fmt.Errorf("after %s: the node is behind with its work", now.Sub(begun).Round(time.Second))
-		case why != nil && now.Sub(failing) >= patience:
-			return fmt.Errorf("for %s: %w", now.Sub(failing).Round(time.Second), why)
 		}
 		sleep.For(ctx, 50*time.Millisecond)
 	}

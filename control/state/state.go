@@ -481,8 +481,10 @@ func (s *State) AssignmentSince(nodeID string, since uint64, networks map[string
 			a.Nodes = append(a.Nodes, n.Node)
 		}
 	}
-	for i := len(s.gone) - 1; i >= 0 && s.gone[i].index > since && since > 0; i-- {
-		a.Gone = append(a.Gone, s.gone[i].id)
+	if since > 0 {
+		for i := len(s.gone) - 1; i >= 0 && s.gone[i].index > since; i-- {
+			a.Gone = append(a.Gone, s.gone[i].id)
+		}
 	}
 	slices.Sort(a.Gone)
 	return a, nil
