@@ -28,6 +28,8 @@ type fakeAgent struct {
 	socket string
 	srv    *http.Server
 
+	leader shoalv1connect.ControlHandler
+
 	mu       sync.Mutex
 	services map[string]*shoalv1.Service
 	tasks    map[string]*shoalv1.Task
@@ -39,7 +41,13 @@ type fakeAgent struct {
 }
 
 func newFakeAgent(t *testing.T) *fakeAgent {
+	return newFakeAgentAs(t, func(a *fakeAgent) shoalv1connect.ControlHandler { return a })
+}
+
+// newFakeAgentAs makes one whose leader is another.
+func newFakeAgentAs(t *testing.T, leader func(*fakeAgent) shoalv1connect.ControlHandler) *fakeAgent {
 	a := &fakeAgent{t: t, socket: filepath.Join(t.TempDir(), "s"), services: map[string]*shoalv1.Service{}, tasks: map[string]*shoalv1.Task{}, lines: map[string][]string{}, over: map[string]bool{}}
+	a.leader = leader(a)
 	a.start()
 	t.Cleanup(a.stop)
 	return a
@@ -51,7 +59,7 @@ func (a *fakeAgent) start() {
 		a.t.Fatal(err)
 	}
 	mux := http.NewServeMux()
-	mux.Handle(shoalv1connect.NewControlHandler(a))
+	mux.Handle(shoalv1connect.NewControlHandler(a.leader))
 	mux.Handle(shoalv1connect.NewNodeHandler(a))
 	p := new(http.Protocols)
 	p.SetUnencryptedHTTP2(true)

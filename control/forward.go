@@ -417,7 +417,7 @@ func (f *Forwarder) askLeader(ctx context.Context, addr string) (string, error) 
 // the same again.
 func repeatable(path string) bool {
 	verb := peer.Verb(path)
-	return strings.HasPrefix(verb, "List") || verb == "Report" || verb == "Assignments"
+	return strings.HasPrefix(verb, "List") || verb == "Report" || verb == "Assignments" || verb == "Watch"
 }
 
 // creates tells which calls make an object with an ID of its own.

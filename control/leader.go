@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+	"google.golang.org/protobuf/proto"
 
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
 	"github.com/shoalnet/shoal/control/state"
@@ -95,8 +96,25 @@ func (m *Manager) awaitReports(ctx context.Context) error {
 // follows notes which assignment a node's kernel follows.
 func (m *Manager) follows(id string, index uint64) {
 	m.mu.Lock()
-	m.applied[id] = max(m.applied[id], index)
-	m.mu.Unlock()
+	defer m.mu.Unlock()
+	if index > m.applied[id] {
+		m.applied[id] = index
+		m.tidings()
+	}
+}
+
+// news is closed when a node says something else than before of what its kernel follows,
+// or can't do. Take it before reading that.
+func (m *Manager) news() <-chan struct{} {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.newsCh
+}
+
+// tidings tells who waits for news. m.mu is held.
+func (m *Manager) tidings() {
+	close(m.newsCh)
+	m.newsCh = make(chan struct{})
 }
 
 // wake has whoever waits on ch, of size 1, look again. It never blocks.
@@ -129,10 +147,14 @@ func (m *Manager) halts(id string, does bool) {
 func (m *Manager) failing(id string, faults []*shoalv1.ReportRequest_Fault) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	same := slices.EqualFunc(m.faults[id], faults, func(a, b *shoalv1.ReportRequest_Fault) bool { return proto.Equal(a, b) })
 	if len(faults) == 0 {
 		delete(m.faults, id)
 	} else if m.faults != nil {
 		m.faults[id] = faults
+	}
+	if !same {
+		m.tidings()
 	}
 }
 

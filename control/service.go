@@ -225,16 +225,21 @@ func (s *service) ListServices(ctx context.Context, req *connect.Request[shoalv1
 		ss, err := pick(req.Msg.Refs, st.Services, st.Service)
 		faults := s.m.faultsByObject(st)
 		for _, v := range ss {
-			w := api.Service(v, st.Running(v.ID))
-			w.Desired = int32(st.Desired(v.ID))
-			done, total := st.Completed(v.ID)
-			w.Completed, w.ToComplete = int32(done), int32(total)
-			w.Stale, w.Behind, w.Faults = int32(st.Stale(v.ID)), s.m.behind(st, v.Version), faults[v.ID]
-			resp.Services = append(resp.Services, w)
+			resp.Services = append(resp.Services, s.serviceInfo(st, v, faults))
 		}
 		return err
 	})
 	return connect.NewResponse(resp), err
+}
+
+// serviceInfo is a service with how far it is.
+func (s *service) serviceInfo(st *state.State, v spec.Service, faults map[string][]*shoalv1.NodeFault) *shoalv1.Service {
+	w := api.Service(v, st.Running(v.ID))
+	w.Desired = int32(st.Desired(v.ID))
+	done, total := st.Completed(v.ID)
+	w.Completed, w.ToComplete = int32(done), int32(total)
+	w.Stale, w.Behind, w.Faults = int32(st.Stale(v.ID)), s.m.behind(st, v.Version), faults[v.ID]
+	return w
 }
 
 func (s *service) RemoveService(ctx context.Context, req *connect.Request[shoalv1.RemoveServiceRequest]) (*connect.Response[shoalv1.RemoveServiceResponse], error) {
@@ -297,13 +302,17 @@ func (s *service) ListTasks(ctx context.Context, req *connect.Request[shoalv1.Li
 		ts, err := pick(r.Refs, func() []spec.Task { return st.Tasks(f) }, st.Task)
 		faults := s.m.faultsByObject(st)
 		for _, t := range ts {
-			w := api.Task(t)
-			w.Faults = faults[t.ID]
-			resp.Tasks = append(resp.Tasks, w)
+			resp.Tasks = append(resp.Tasks, taskInfo(t, faults))
 		}
 		return err
 	})
 	return connect.NewResponse(resp), err
+}
+
+func taskInfo(t spec.Task, faults map[string][]*shoalv1.NodeFault) *shoalv1.Task {
+	w := api.Task(t)
+	w.Faults = faults[t.ID]
+	return w
 }
 
 func (s *service) StopTask(ctx context.Context, req *connect.Request[shoalv1.StopTaskRequest]) (*connect.Response[shoalv1.StopTaskResponse], error) {

@@ -48,6 +48,7 @@ var Table = map[string]Rule{
 	"/shoal.v1.Control/UpdateNode":        users(),
 	"/shoal.v1.Control/RemoveNode":        users(),
 	"/shoal.v1.Control/Events":            users(),
+	"/shoal.v1.Control/Watch":             users(),
 	"/shoal.v1.Control/ShowToken":         users(),
 	"/shoal.v1.Control/RotateToken":       users(),
 	"/shoal.v1.Control/ShowCA":            users(),

@@ -170,27 +170,36 @@ func (c *cli) waitCmd() *cobra.Command {
 					errs = append(errs, c.pointTo(ctx, ref, err, "its tasks are REPLICAS"))
 					continue
 				}
-				for wait := 50 * time.Millisecond; !ended(t); wait = min(2*wait, 500*time.Millisecond) {
-					if !sleep.For(ctx, wait) {
-						return ctx.Err()
-					}
-					ts, err := c.tasks(ctx, &shoalv1.ListTasksRequest{Refs: []string{t.Id}, All: true})
-					if connect.CodeOf(err) == connect.CodeNotFound && err != nil {
-						errs = append(errs, fmt.Errorf("task %s was removed before its exit status was known", t.Name))
-						t = nil
-						break
-					}
-					if err != nil && !client.Away(err) {
-						return err
-					}
-					if err == nil && len(ts) == 1 {
-						t = ts[0]
-					}
+				if t, err = c.awaitEnd(ctx, t); ctx.Err() != nil {
+					return ctx.Err()
 				}
-				if t != nil {
-					fmt.Fprintln(c.out, t.GetStatus().GetExitCode())
+				if err != nil {
+					errs = append(errs, err)
+					continue
 				}
+				fmt.Fprintln(c.out, t.GetStatus().GetExitCode())
 			}
 			return errors.Join(errs...)
 		}}
+}
+
+// awaitEnd waits until a task has ended, and returns it as it is then.
+func (c *cli) awaitEnd(ctx context.Context, t *shoalv1.Task) (*shoalv1.Task, error) {
+	watch := c.api().Watch(&shoalv1.WatchRequest{Tasks: []string{t.Id}})
+	defer watch.Close()
+	for !ended(t) {
+		now, err := watch.Next(ctx)
+		if client.Away(err) && sleep.For(ctx, 200*time.Millisecond) {
+			continue // the managers will answer again
+		}
+		switch ts := now.GetTasks(); {
+		case err != nil:
+			return nil, err
+		case len(ts) == 0:
+			return nil, fmt.Errorf("task %s was removed before its exit status was known", t.Name)
+		default:
+			t = ts[0]
+		}
+	}
+	return t, nil
 }

@@ -203,29 +203,28 @@ func (c *cli) netDisconnect() *cobra.Command {
 // disconnect wants them: of an ID, since what was typed may be the name of the one and
 // the beginning of the other's. A manager of an older version may give neither.
 func (c *cli) rewired(ctx context.Context, service, task string, done func(*shoalv1.Task) bool) error {
-	req := &shoalv1.ListTasksRequest{Service: service}
+	req := &shoalv1.WatchRequest{Services: []string{service}}
 	switch {
 	case task != "":
-		req = &shoalv1.ListTasksRequest{Refs: []string{task}}
+		req = &shoalv1.WatchRequest{Tasks: []string{task}}
 	case service == "":
 		return nil
 	}
 	defer c.progress("Waiting for the nodes")()
+	watch := c.api().Watch(req)
+	defer watch.Close()
 	for limit := time.Now().Add(20 * time.Second); time.Now().Before(limit); {
-		ts, err := c.tasks(ctx, req)
+		now, err := watch.Next(ctx)
 		if client.Away(err) && sleep.For(ctx, 200*time.Millisecond) {
 			continue // the managers will answer again
 		}
 		if err != nil {
 			return err
 		}
-		if !slices.ContainsFunc(ts, func(t *shoalv1.Task) bool {
+		if !slices.ContainsFunc(now.GetTasks(), func(t *shoalv1.Task) bool {
 			return t.Desired == spec.DesiredRunning && !ended(t) && t.Node != "" && !done(t)
 		}) {
 			return nil
-		}
-		if !sleep.For(ctx, 30*time.Millisecond) {
-			return ctx.Err()
 		}
 	}
 	return fmt.Errorf("the change is made, but not every node has confirmed it: see 'shoal ps' and 'shoal doctor'")

@@ -11,7 +11,6 @@ import (
 	"strings"
 	"time"
 
-	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
@@ -404,11 +403,11 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 	var up time.Time   // since when all tasks are as wanted
 	var over time.Time // since when a slot is given up
 	var away time.Time // since when nobody says how it is
+	watch := c.api().Watch(&shoalv1.WatchRequest{Services: []string{s.Id}})
+	defer watch.Close()
 	for {
-		tasks, err := c.tasks(ctx, &shoalv1.ListTasksRequest{Service: s.Id, All: true})
-		if err != nil && ctx.Err() == nil && !client.Away(err) && connect.CodeOf(err) != connect.CodeNotFound {
-			return err
-		}
+		now, err := watch.Next(ctx)
+		tasks := now.GetTasks()
 		running, extra, rewiring := 0, 0, 0
 		if err == nil {
 			why = ""
@@ -431,17 +430,14 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 		stale, done, todo := 0, 0, 0
 		var behind []string
 		var faults []*shoalv1.NodeFault
-		if svcs, serr := c.services(ctx, s.Id); serr == nil {
+		if svcs := now.GetServices(); len(svcs) > 0 {
 			stale, behind, faults = int(svcs[0].Stale), svcs[0].Behind, svcs[0].Faults
 			update, want = svcs[0].UpdateStatus, desired(svcs[0])
 			done, todo = int(svcs[0].Completed), int(svcs[0].ToComplete)
 		} else if err == nil {
-			err = serr
+			return fmt.Errorf("service %s was removed meanwhile", name)
 		}
 		if err != nil && ctx.Err() == nil {
-			if connect.CodeOf(err) == connect.CodeNotFound {
-				return fmt.Errorf("service %s was removed meanwhile", name)
-			}
 			if !client.Away(err) {
 				return fmt.Errorf("service %s exists, but how far it is can't be learned: %w", name, err)
 			}
@@ -546,8 +542,7 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 			}
 			last = show
 		}
-		select {
-		case <-ctx.Done():
+		if ctx.Err() != nil {
 			if tty {
 				fmt.Fprintln(c.err)
 			}
@@ -556,7 +551,6 @@ func (c *cli) converge(ctx context.Context, s *shoalv1.Service, quiet bool) erro
 				err = fmt.Errorf("%w: %s", err, why)
 			}
 			return fmt.Errorf("%w: see 'shoal svc ps %s'", err, name)
-		case <-time.After(50 * time.Millisecond):
 		}
 	}
 }

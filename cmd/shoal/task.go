@@ -155,29 +155,29 @@ found; with -d it prints the task's ID once it runs.`,
 func (c *cli) awaitRunning(ctx context.Context, t *shoalv1.Task, runs func()) error {
 	id, run := t.Id, t.Run
 	var since time.Time // since when its program runs and is not healthy yet
+	watch := c.api().Watch(&shoalv1.WatchRequest{Tasks: []string{id}})
+	defer watch.Close()
 	for {
-		ts, err := c.tasks(ctx, &shoalv1.ListTasksRequest{Refs: []string{id}, All: true})
-		if connect.CodeOf(err) == connect.CodeNotFound && err != nil && t.Spec.GetAutoRemove() {
-			runs() // it has run, and is gone already
-			return nil
-		}
+		now, err := watch.Next(ctx)
 		if client.Away(err) && sleep.For(ctx, 200*time.Millisecond) {
 			continue // the managers will answer again
 		}
-		if err != nil {
+		switch ts := now.GetTasks(); {
+		case err != nil:
 			return err
-		}
-		if len(ts) == 1 {
+		case len(ts) > 0:
 			t = ts[0]
+		case t.Spec.GetAutoRemove():
+			runs() // it has run, and is gone already
+			return nil
+		default:
+			return fmt.Errorf("task %s was removed meanwhile", t.Name)
 		}
 		st, err := spec.ParseTaskState(t.GetStatus().GetState())
 		if err != nil {
 			return err
 		}
 		if t.GetStatus().GetRun() < run {
-			if !sleep.For(ctx, 20*time.Millisecond) {
-				return ctx.Err()
-			}
 			continue // the one before ends
 		}
 		if st == spec.TaskFailed && t.GetSpec().GetRestart() != "" && strings.HasPrefix(t.GetStatus().GetMessage(), "exit status ") {
@@ -207,9 +207,6 @@ func (c *cli) awaitRunning(ctx context.Context, t *shoalv1.Task, runs func()) er
 			runs()
 			c.warn(t.Faults)
 			return nil
-		}
-		if !sleep.For(ctx, 20*time.Millisecond) {
-			return ctx.Err()
 		}
 	}
 }
@@ -338,22 +335,18 @@ func (c *cli) endTasks(ctx context.Context, refs []string, remove bool, how *sho
 			grace = time.Duration(how.GetGraceNs())
 		}
 		limit := time.Now().Add(grace + 20*time.Second)
+		watch := c.api().Watch(&shoalv1.WatchRequest{Tasks: []string{t.Id}})
+		defer watch.Close()
 		for grace < 0 || time.Now().Before(limit) {
-			ts, err := c.tasks(ctx, &shoalv1.ListTasksRequest{Refs: []string{t.Id}, All: true})
-			if connect.CodeOf(err) == connect.CodeNotFound && err != nil {
-				return nil
-			}
+			now, err := watch.Next(ctx)
 			if client.Away(err) && sleep.For(ctx, 200*time.Millisecond) {
 				continue // the managers will answer again
 			}
 			if err != nil {
 				return err
 			}
-			if len(ts) == 0 || (!remove && ended(ts[0])) {
+			if ts := now.GetTasks(); len(ts) == 0 || !remove && ended(ts[0]) {
 				return nil
-			}
-			if !sleep.For(ctx, 30*time.Millisecond) {
-				return ctx.Err()
 			}
 		}
 		return fmt.Errorf("task %s was asked to stop, but its node has not confirmed it: see 'shoal ps -a'", t.Name)

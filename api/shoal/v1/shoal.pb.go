@@ -3280,6 +3280,111 @@ func (x *DisconnectNetworkResponse) GetService() *Service {
 	return nil
 }
 
+type WatchRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Services      []string               `protobuf:"bytes,1,rep,name=services,proto3" json:"services,omitempty"` // IDs or names; with all of their tasks
+	Tasks         []string               `protobuf:"bytes,2,rep,name=tasks,proto3" json:"tasks,omitempty"`       // IDs or names
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchRequest) Reset() {
+	*x = WatchRequest{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchRequest) ProtoMessage() {}
+
+func (x *WatchRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
+func (*WatchRequest) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *WatchRequest) GetServices() []string {
+	if x != nil {
+		return x.Services
+	}
+	return nil
+}
+
+func (x *WatchRequest) GetTasks() []string {
+	if x != nil {
+		return x.Tasks
+	}
+	return nil
+}
+
+// WatchResponse lacks what is no more.
+type WatchResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Services      []*Service             `protobuf:"bytes,1,rep,name=services,proto3" json:"services,omitempty"`
+	Tasks         []*Task                `protobuf:"bytes,2,rep,name=tasks,proto3" json:"tasks,omitempty"` // of the services and those asked for, also those that have ended
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchResponse) Reset() {
+	*x = WatchResponse{}
+	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchResponse) ProtoMessage() {}
+
+func (x *WatchResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
+func (*WatchResponse) Descriptor() ([]byte, []int) {
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *WatchResponse) GetServices() []*Service {
+	if x != nil {
+		return x.Services
+	}
+	return nil
+}
+
+func (x *WatchResponse) GetTasks() []*Task {
+	if x != nil {
+		return x.Tasks
+	}
+	return nil
+}
+
 type EventsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	SinceMs       int64                  `protobuf:"varint,1,opt,name=since_ms,json=sinceMs,proto3" json:"since_ms,omitempty"` // also those since then that the leader remembers; 0: from now on
@@ -3290,7 +3395,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3302,7 +3407,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[33]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3315,7 +3420,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{33}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *EventsRequest) GetSinceMs() int64 {
@@ -3346,7 +3451,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3358,7 +3463,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[34]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3371,7 +3476,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{34}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Event) GetAtMs() int64 {
@@ -3428,7 +3533,7 @@ type CreateServiceRequest struct {
 
 func (x *CreateServiceRequest) Reset() {
 	*x = CreateServiceRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3440,7 +3545,7 @@ func (x *CreateServiceRequest) String() string {
 func (*CreateServiceRequest) ProtoMessage() {}
 
 func (x *CreateServiceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[35]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3453,7 +3558,7 @@ func (x *CreateServiceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateServiceRequest.ProtoReflect.Descriptor instead.
 func (*CreateServiceRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{35}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *CreateServiceRequest) GetSpec() *ServiceSpec {
@@ -3479,7 +3584,7 @@ type CreateServiceResponse struct {
 
 func (x *CreateServiceResponse) Reset() {
 	*x = CreateServiceResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3491,7 +3596,7 @@ func (x *CreateServiceResponse) String() string {
 func (*CreateServiceResponse) ProtoMessage() {}
 
 func (x *CreateServiceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[36]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3504,7 +3609,7 @@ func (x *CreateServiceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateServiceResponse.ProtoReflect.Descriptor instead.
 func (*CreateServiceResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{36}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *CreateServiceResponse) GetService() *Service {
@@ -3530,7 +3635,7 @@ type UpdateServiceRequest struct {
 
 func (x *UpdateServiceRequest) Reset() {
 	*x = UpdateServiceRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3542,7 +3647,7 @@ func (x *UpdateServiceRequest) String() string {
 func (*UpdateServiceRequest) ProtoMessage() {}
 
 func (x *UpdateServiceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[37]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3555,7 +3660,7 @@ func (x *UpdateServiceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateServiceRequest.ProtoReflect.Descriptor instead.
 func (*UpdateServiceRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{37}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *UpdateServiceRequest) GetRef() string {
@@ -3609,7 +3714,7 @@ type UpdateServiceResponse struct {
 
 func (x *UpdateServiceResponse) Reset() {
 	*x = UpdateServiceResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3621,7 +3726,7 @@ func (x *UpdateServiceResponse) String() string {
 func (*UpdateServiceResponse) ProtoMessage() {}
 
 func (x *UpdateServiceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[38]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3634,7 +3739,7 @@ func (x *UpdateServiceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateServiceResponse.ProtoReflect.Descriptor instead.
 func (*UpdateServiceResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{38}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *UpdateServiceResponse) GetService() *Service {
@@ -3653,7 +3758,7 @@ type ListServicesRequest struct {
 
 func (x *ListServicesRequest) Reset() {
 	*x = ListServicesRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3665,7 +3770,7 @@ func (x *ListServicesRequest) String() string {
 func (*ListServicesRequest) ProtoMessage() {}
 
 func (x *ListServicesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[39]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3678,7 +3783,7 @@ func (x *ListServicesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListServicesRequest.ProtoReflect.Descriptor instead.
 func (*ListServicesRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{39}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ListServicesRequest) GetRefs() []string {
@@ -3697,7 +3802,7 @@ type ListServicesResponse struct {
 
 func (x *ListServicesResponse) Reset() {
 	*x = ListServicesResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3709,7 +3814,7 @@ func (x *ListServicesResponse) String() string {
 func (*ListServicesResponse) ProtoMessage() {}
 
 func (x *ListServicesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[40]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3722,7 +3827,7 @@ func (x *ListServicesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListServicesResponse.ProtoReflect.Descriptor instead.
 func (*ListServicesResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{40}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ListServicesResponse) GetServices() []*Service {
@@ -3741,7 +3846,7 @@ type RemoveServiceRequest struct {
 
 func (x *RemoveServiceRequest) Reset() {
 	*x = RemoveServiceRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3753,7 +3858,7 @@ func (x *RemoveServiceRequest) String() string {
 func (*RemoveServiceRequest) ProtoMessage() {}
 
 func (x *RemoveServiceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[41]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3766,7 +3871,7 @@ func (x *RemoveServiceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveServiceRequest.ProtoReflect.Descriptor instead.
 func (*RemoveServiceRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{41}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *RemoveServiceRequest) GetRef() string {
@@ -3784,7 +3889,7 @@ type RemoveServiceResponse struct {
 
 func (x *RemoveServiceResponse) Reset() {
 	*x = RemoveServiceResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3796,7 +3901,7 @@ func (x *RemoveServiceResponse) String() string {
 func (*RemoveServiceResponse) ProtoMessage() {}
 
 func (x *RemoveServiceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[42]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3809,7 +3914,7 @@ func (x *RemoveServiceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveServiceResponse.ProtoReflect.Descriptor instead.
 func (*RemoveServiceResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{42}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{44}
 }
 
 type CreateTaskRequest struct {
@@ -3826,7 +3931,7 @@ type CreateTaskRequest struct {
 
 func (x *CreateTaskRequest) Reset() {
 	*x = CreateTaskRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3838,7 +3943,7 @@ func (x *CreateTaskRequest) String() string {
 func (*CreateTaskRequest) ProtoMessage() {}
 
 func (x *CreateTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[43]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3851,7 +3956,7 @@ func (x *CreateTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTaskRequest.ProtoReflect.Descriptor instead.
 func (*CreateTaskRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{43}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *CreateTaskRequest) GetName() string {
@@ -3905,7 +4010,7 @@ type CreateTaskResponse struct {
 
 func (x *CreateTaskResponse) Reset() {
 	*x = CreateTaskResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3917,7 +4022,7 @@ func (x *CreateTaskResponse) String() string {
 func (*CreateTaskResponse) ProtoMessage() {}
 
 func (x *CreateTaskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[44]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3930,7 +4035,7 @@ func (x *CreateTaskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTaskResponse.ProtoReflect.Descriptor instead.
 func (*CreateTaskResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{44}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *CreateTaskResponse) GetTask() *Task {
@@ -3952,7 +4057,7 @@ type ListTasksRequest struct {
 
 func (x *ListTasksRequest) Reset() {
 	*x = ListTasksRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3964,7 +4069,7 @@ func (x *ListTasksRequest) String() string {
 func (*ListTasksRequest) ProtoMessage() {}
 
 func (x *ListTasksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[45]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3977,7 +4082,7 @@ func (x *ListTasksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTasksRequest.ProtoReflect.Descriptor instead.
 func (*ListTasksRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{45}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ListTasksRequest) GetRefs() []string {
@@ -4017,7 +4122,7 @@ type ListTasksResponse struct {
 
 func (x *ListTasksResponse) Reset() {
 	*x = ListTasksResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4029,7 +4134,7 @@ func (x *ListTasksResponse) String() string {
 func (*ListTasksResponse) ProtoMessage() {}
 
 func (x *ListTasksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[46]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4042,7 +4147,7 @@ func (x *ListTasksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTasksResponse.ProtoReflect.Descriptor instead.
 func (*ListTasksResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{46}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ListTasksResponse) GetTasks() []*Task {
@@ -4063,7 +4168,7 @@ type StopTaskRequest struct {
 
 func (x *StopTaskRequest) Reset() {
 	*x = StopTaskRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4075,7 +4180,7 @@ func (x *StopTaskRequest) String() string {
 func (*StopTaskRequest) ProtoMessage() {}
 
 func (x *StopTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[47]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4088,7 +4193,7 @@ func (x *StopTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopTaskRequest.ProtoReflect.Descriptor instead.
 func (*StopTaskRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{47}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *StopTaskRequest) GetRef() string {
@@ -4120,7 +4225,7 @@ type StopTaskResponse struct {
 
 func (x *StopTaskResponse) Reset() {
 	*x = StopTaskResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4132,7 +4237,7 @@ func (x *StopTaskResponse) String() string {
 func (*StopTaskResponse) ProtoMessage() {}
 
 func (x *StopTaskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[48]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4145,7 +4250,7 @@ func (x *StopTaskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopTaskResponse.ProtoReflect.Descriptor instead.
 func (*StopTaskResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{48}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{50}
 }
 
 type StartTaskRequest struct {
@@ -4161,7 +4266,7 @@ type StartTaskRequest struct {
 
 func (x *StartTaskRequest) Reset() {
 	*x = StartTaskRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4173,7 +4278,7 @@ func (x *StartTaskRequest) String() string {
 func (*StartTaskRequest) ProtoMessage() {}
 
 func (x *StartTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[49]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4186,7 +4291,7 @@ func (x *StartTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartTaskRequest.ProtoReflect.Descriptor instead.
 func (*StartTaskRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{49}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *StartTaskRequest) GetRef() string {
@@ -4233,7 +4338,7 @@ type StartTaskResponse struct {
 
 func (x *StartTaskResponse) Reset() {
 	*x = StartTaskResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4245,7 +4350,7 @@ func (x *StartTaskResponse) String() string {
 func (*StartTaskResponse) ProtoMessage() {}
 
 func (x *StartTaskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[50]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4258,7 +4363,7 @@ func (x *StartTaskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartTaskResponse.ProtoReflect.Descriptor instead.
 func (*StartTaskResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{50}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *StartTaskResponse) GetTask() *Task {
@@ -4278,7 +4383,7 @@ type RenameTaskRequest struct {
 
 func (x *RenameTaskRequest) Reset() {
 	*x = RenameTaskRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4290,7 +4395,7 @@ func (x *RenameTaskRequest) String() string {
 func (*RenameTaskRequest) ProtoMessage() {}
 
 func (x *RenameTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[51]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4303,7 +4408,7 @@ func (x *RenameTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameTaskRequest.ProtoReflect.Descriptor instead.
 func (*RenameTaskRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{51}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *RenameTaskRequest) GetRef() string {
@@ -4329,7 +4434,7 @@ type RenameTaskResponse struct {
 
 func (x *RenameTaskResponse) Reset() {
 	*x = RenameTaskResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4341,7 +4446,7 @@ func (x *RenameTaskResponse) String() string {
 func (*RenameTaskResponse) ProtoMessage() {}
 
 func (x *RenameTaskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[52]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4354,7 +4459,7 @@ func (x *RenameTaskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameTaskResponse.ProtoReflect.Descriptor instead.
 func (*RenameTaskResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{52}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *RenameTaskResponse) GetTask() *Task {
@@ -4373,7 +4478,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4385,7 +4490,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[53]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4398,7 +4503,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{53}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ListNodesRequest) GetRefs() []string {
@@ -4417,7 +4522,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4429,7 +4534,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[54]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4442,7 +4547,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{54}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *ListNodesResponse) GetNodes() []*NodeInfo {
@@ -4466,7 +4571,7 @@ type UpdateNodeRequest struct {
 
 func (x *UpdateNodeRequest) Reset() {
 	*x = UpdateNodeRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4478,7 +4583,7 @@ func (x *UpdateNodeRequest) String() string {
 func (*UpdateNodeRequest) ProtoMessage() {}
 
 func (x *UpdateNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[55]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4491,7 +4596,7 @@ func (x *UpdateNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNodeRequest.ProtoReflect.Descriptor instead.
 func (*UpdateNodeRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{55}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *UpdateNodeRequest) GetRef() string {
@@ -4545,7 +4650,7 @@ type UpdateNodeResponse struct {
 
 func (x *UpdateNodeResponse) Reset() {
 	*x = UpdateNodeResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4557,7 +4662,7 @@ func (x *UpdateNodeResponse) String() string {
 func (*UpdateNodeResponse) ProtoMessage() {}
 
 func (x *UpdateNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[56]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4570,7 +4675,7 @@ func (x *UpdateNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNodeResponse.ProtoReflect.Descriptor instead.
 func (*UpdateNodeResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{56}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *UpdateNodeResponse) GetNode() *NodeInfo {
@@ -4590,7 +4695,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4602,7 +4707,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[57]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4615,7 +4720,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{57}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *RemoveNodeRequest) GetRef() string {
@@ -4640,7 +4745,7 @@ type RemoveNodeResponse struct {
 
 func (x *RemoveNodeResponse) Reset() {
 	*x = RemoveNodeResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4652,7 +4757,7 @@ func (x *RemoveNodeResponse) String() string {
 func (*RemoveNodeResponse) ProtoMessage() {}
 
 func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[58]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4665,7 +4770,7 @@ func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{58}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{60}
 }
 
 type JoinNodeRequest struct {
@@ -4680,7 +4785,7 @@ type JoinNodeRequest struct {
 
 func (x *JoinNodeRequest) Reset() {
 	*x = JoinNodeRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4692,7 +4797,7 @@ func (x *JoinNodeRequest) String() string {
 func (*JoinNodeRequest) ProtoMessage() {}
 
 func (x *JoinNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[59]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4705,7 +4810,7 @@ func (x *JoinNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinNodeRequest.ProtoReflect.Descriptor instead.
 func (*JoinNodeRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{59}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *JoinNodeRequest) GetNode() *NodeInfo {
@@ -4750,7 +4855,7 @@ type JoinNodeResponse struct {
 
 func (x *JoinNodeResponse) Reset() {
 	*x = JoinNodeResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4762,7 +4867,7 @@ func (x *JoinNodeResponse) String() string {
 func (*JoinNodeResponse) ProtoMessage() {}
 
 func (x *JoinNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[60]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4775,7 +4880,7 @@ func (x *JoinNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinNodeResponse.ProtoReflect.Descriptor instead.
 func (*JoinNodeResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{60}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *JoinNodeResponse) GetCluster() *Cluster {
@@ -4831,7 +4936,7 @@ type Certificate struct {
 
 func (x *Certificate) Reset() {
 	*x = Certificate{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4843,7 +4948,7 @@ func (x *Certificate) String() string {
 func (*Certificate) ProtoMessage() {}
 
 func (x *Certificate) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[61]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4856,7 +4961,7 @@ func (x *Certificate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Certificate.ProtoReflect.Descriptor instead.
 func (*Certificate) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{61}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *Certificate) GetChain() [][]byte {
@@ -4884,7 +4989,7 @@ type RenewCertificateRequest struct {
 
 func (x *RenewCertificateRequest) Reset() {
 	*x = RenewCertificateRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4896,7 +5001,7 @@ func (x *RenewCertificateRequest) String() string {
 func (*RenewCertificateRequest) ProtoMessage() {}
 
 func (x *RenewCertificateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[62]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4909,7 +5014,7 @@ func (x *RenewCertificateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewCertificateRequest.ProtoReflect.Descriptor instead.
 func (*RenewCertificateRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{62}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *RenewCertificateRequest) GetNode() string {
@@ -4929,7 +5034,7 @@ type RenewCertificateResponse struct {
 
 func (x *RenewCertificateResponse) Reset() {
 	*x = RenewCertificateResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4941,7 +5046,7 @@ func (x *RenewCertificateResponse) String() string {
 func (*RenewCertificateResponse) ProtoMessage() {}
 
 func (x *RenewCertificateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[63]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4954,7 +5059,7 @@ func (x *RenewCertificateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewCertificateResponse.ProtoReflect.Descriptor instead.
 func (*RenewCertificateResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{63}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *RenewCertificateResponse) GetCertificate() *Certificate {
@@ -4982,7 +5087,7 @@ type Lock struct {
 
 func (x *Lock) Reset() {
 	*x = Lock{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4994,7 +5099,7 @@ func (x *Lock) String() string {
 func (*Lock) ProtoMessage() {}
 
 func (x *Lock) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[64]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5007,7 +5112,7 @@ func (x *Lock) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lock.ProtoReflect.Descriptor instead.
 func (*Lock) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{64}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *Lock) GetKey() string {
@@ -5034,7 +5139,7 @@ type LeaveNodeRequest struct {
 
 func (x *LeaveNodeRequest) Reset() {
 	*x = LeaveNodeRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5046,7 +5151,7 @@ func (x *LeaveNodeRequest) String() string {
 func (*LeaveNodeRequest) ProtoMessage() {}
 
 func (x *LeaveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[65]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5059,7 +5164,7 @@ func (x *LeaveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveNodeRequest.ProtoReflect.Descriptor instead.
 func (*LeaveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{65}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *LeaveNodeRequest) GetNode() string {
@@ -5077,7 +5182,7 @@ type LeaveNodeResponse struct {
 
 func (x *LeaveNodeResponse) Reset() {
 	*x = LeaveNodeResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5089,7 +5194,7 @@ func (x *LeaveNodeResponse) String() string {
 func (*LeaveNodeResponse) ProtoMessage() {}
 
 func (x *LeaveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[66]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5102,7 +5207,7 @@ func (x *LeaveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveNodeResponse.ProtoReflect.Descriptor instead.
 func (*LeaveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{66}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{68}
 }
 
 type ShowTokenRequest struct {
@@ -5114,7 +5219,7 @@ type ShowTokenRequest struct {
 
 func (x *ShowTokenRequest) Reset() {
 	*x = ShowTokenRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5126,7 +5231,7 @@ func (x *ShowTokenRequest) String() string {
 func (*ShowTokenRequest) ProtoMessage() {}
 
 func (x *ShowTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[67]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5139,7 +5244,7 @@ func (x *ShowTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowTokenRequest.ProtoReflect.Descriptor instead.
 func (*ShowTokenRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{67}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *ShowTokenRequest) GetRole() string {
@@ -5160,7 +5265,7 @@ type ShowTokenResponse struct {
 
 func (x *ShowTokenResponse) Reset() {
 	*x = ShowTokenResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5172,7 +5277,7 @@ func (x *ShowTokenResponse) String() string {
 func (*ShowTokenResponse) ProtoMessage() {}
 
 func (x *ShowTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[68]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5185,7 +5290,7 @@ func (x *ShowTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowTokenResponse.ProtoReflect.Descriptor instead.
 func (*ShowTokenResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{68}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *ShowTokenResponse) GetToken() string {
@@ -5218,7 +5323,7 @@ type RotateTokenRequest struct {
 
 func (x *RotateTokenRequest) Reset() {
 	*x = RotateTokenRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5230,7 +5335,7 @@ func (x *RotateTokenRequest) String() string {
 func (*RotateTokenRequest) ProtoMessage() {}
 
 func (x *RotateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[69]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5243,7 +5348,7 @@ func (x *RotateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateTokenRequest.ProtoReflect.Descriptor instead.
 func (*RotateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{69}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *RotateTokenRequest) GetRole() string {
@@ -5262,7 +5367,7 @@ type RotateTokenResponse struct {
 
 func (x *RotateTokenResponse) Reset() {
 	*x = RotateTokenResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5274,7 +5379,7 @@ func (x *RotateTokenResponse) String() string {
 func (*RotateTokenResponse) ProtoMessage() {}
 
 func (x *RotateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[70]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5287,7 +5392,7 @@ func (x *RotateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateTokenResponse.ProtoReflect.Descriptor instead.
 func (*RotateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{70}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *RotateTokenResponse) GetToken() string {
@@ -5305,7 +5410,7 @@ type ShowCARequest struct {
 
 func (x *ShowCARequest) Reset() {
 	*x = ShowCARequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5317,7 +5422,7 @@ func (x *ShowCARequest) String() string {
 func (*ShowCARequest) ProtoMessage() {}
 
 func (x *ShowCARequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[71]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5330,7 +5435,7 @@ func (x *ShowCARequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowCARequest.ProtoReflect.Descriptor instead.
 func (*ShowCARequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{71}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{73}
 }
 
 type ShowCAResponse struct {
@@ -5346,7 +5451,7 @@ type ShowCAResponse struct {
 
 func (x *ShowCAResponse) Reset() {
 	*x = ShowCAResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5358,7 +5463,7 @@ func (x *ShowCAResponse) String() string {
 func (*ShowCAResponse) ProtoMessage() {}
 
 func (x *ShowCAResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[72]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5371,7 +5476,7 @@ func (x *ShowCAResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowCAResponse.ProtoReflect.Descriptor instead.
 func (*ShowCAResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *ShowCAResponse) GetRoot() *ShowCAResponse_Root {
@@ -5418,7 +5523,7 @@ type UnlockKeyRequest struct {
 
 func (x *UnlockKeyRequest) Reset() {
 	*x = UnlockKeyRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5430,7 +5535,7 @@ func (x *UnlockKeyRequest) String() string {
 func (*UnlockKeyRequest) ProtoMessage() {}
 
 func (x *UnlockKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[73]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5443,7 +5548,7 @@ func (x *UnlockKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockKeyRequest.ProtoReflect.Descriptor instead.
 func (*UnlockKeyRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{73}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *UnlockKeyRequest) GetRotate() bool {
@@ -5462,7 +5567,7 @@ type UnlockKeyResponse struct {
 
 func (x *UnlockKeyResponse) Reset() {
 	*x = UnlockKeyResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[74]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5474,7 +5579,7 @@ func (x *UnlockKeyResponse) String() string {
 func (*UnlockKeyResponse) ProtoMessage() {}
 
 func (x *UnlockKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[74]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5487,7 +5592,7 @@ func (x *UnlockKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockKeyResponse.ProtoReflect.Descriptor instead.
 func (*UnlockKeyResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{74}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *UnlockKeyResponse) GetKey() string {
@@ -5505,7 +5610,7 @@ type RotateCARequest struct {
 
 func (x *RotateCARequest) Reset() {
 	*x = RotateCARequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[75]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5517,7 +5622,7 @@ func (x *RotateCARequest) String() string {
 func (*RotateCARequest) ProtoMessage() {}
 
 func (x *RotateCARequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[75]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5530,7 +5635,7 @@ func (x *RotateCARequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateCARequest.ProtoReflect.Descriptor instead.
 func (*RotateCARequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{75}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{77}
 }
 
 type RotateCAResponse struct {
@@ -5542,7 +5647,7 @@ type RotateCAResponse struct {
 
 func (x *RotateCAResponse) Reset() {
 	*x = RotateCAResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[76]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5554,7 +5659,7 @@ func (x *RotateCAResponse) String() string {
 func (*RotateCAResponse) ProtoMessage() {}
 
 func (x *RotateCAResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[76]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5567,7 +5672,7 @@ func (x *RotateCAResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateCAResponse.ProtoReflect.Descriptor instead.
 func (*RotateCAResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{76}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *RotateCAResponse) GetDigest() string {
@@ -5586,7 +5691,7 @@ type AdmitManagerRequest struct {
 
 func (x *AdmitManagerRequest) Reset() {
 	*x = AdmitManagerRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[77]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5598,7 +5703,7 @@ func (x *AdmitManagerRequest) String() string {
 func (*AdmitManagerRequest) ProtoMessage() {}
 
 func (x *AdmitManagerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[77]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5611,7 +5716,7 @@ func (x *AdmitManagerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AdmitManagerRequest.ProtoReflect.Descriptor instead.
 func (*AdmitManagerRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{77}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *AdmitManagerRequest) GetNode() string {
@@ -5631,7 +5736,7 @@ type AdmitManagerResponse struct {
 
 func (x *AdmitManagerResponse) Reset() {
 	*x = AdmitManagerResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[78]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5643,7 +5748,7 @@ func (x *AdmitManagerResponse) String() string {
 func (*AdmitManagerResponse) ProtoMessage() {}
 
 func (x *AdmitManagerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[78]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5656,7 +5761,7 @@ func (x *AdmitManagerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AdmitManagerResponse.ProtoReflect.Descriptor instead.
 func (*AdmitManagerResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{78}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *AdmitManagerResponse) GetTerm() uint64 {
@@ -5682,7 +5787,7 @@ type CreateBlobRequest struct {
 
 func (x *CreateBlobRequest) Reset() {
 	*x = CreateBlobRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[79]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5694,7 +5799,7 @@ func (x *CreateBlobRequest) String() string {
 func (*CreateBlobRequest) ProtoMessage() {}
 
 func (x *CreateBlobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[79]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5707,7 +5812,7 @@ func (x *CreateBlobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateBlobRequest.ProtoReflect.Descriptor instead.
 func (*CreateBlobRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{79}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *CreateBlobRequest) GetBlob() *Blob {
@@ -5726,7 +5831,7 @@ type CreateBlobResponse struct {
 
 func (x *CreateBlobResponse) Reset() {
 	*x = CreateBlobResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5738,7 +5843,7 @@ func (x *CreateBlobResponse) String() string {
 func (*CreateBlobResponse) ProtoMessage() {}
 
 func (x *CreateBlobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[80]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5751,7 +5856,7 @@ func (x *CreateBlobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateBlobResponse.ProtoReflect.Descriptor instead.
 func (*CreateBlobResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{80}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *CreateBlobResponse) GetBlob() *Blob {
@@ -5772,7 +5877,7 @@ type UpdateBlobRequest struct {
 
 func (x *UpdateBlobRequest) Reset() {
 	*x = UpdateBlobRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5784,7 +5889,7 @@ func (x *UpdateBlobRequest) String() string {
 func (*UpdateBlobRequest) ProtoMessage() {}
 
 func (x *UpdateBlobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[81]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5797,7 +5902,7 @@ func (x *UpdateBlobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateBlobRequest.ProtoReflect.Descriptor instead.
 func (*UpdateBlobRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{81}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *UpdateBlobRequest) GetKind() string {
@@ -5830,7 +5935,7 @@ type UpdateBlobResponse struct {
 
 func (x *UpdateBlobResponse) Reset() {
 	*x = UpdateBlobResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5842,7 +5947,7 @@ func (x *UpdateBlobResponse) String() string {
 func (*UpdateBlobResponse) ProtoMessage() {}
 
 func (x *UpdateBlobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[82]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5855,7 +5960,7 @@ func (x *UpdateBlobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateBlobResponse.ProtoReflect.Descriptor instead.
 func (*UpdateBlobResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{82}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *UpdateBlobResponse) GetBlob() *Blob {
@@ -5875,7 +5980,7 @@ type ListBlobsRequest struct {
 
 func (x *ListBlobsRequest) Reset() {
 	*x = ListBlobsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5887,7 +5992,7 @@ func (x *ListBlobsRequest) String() string {
 func (*ListBlobsRequest) ProtoMessage() {}
 
 func (x *ListBlobsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[83]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5900,7 +6005,7 @@ func (x *ListBlobsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBlobsRequest.ProtoReflect.Descriptor instead.
 func (*ListBlobsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{83}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *ListBlobsRequest) GetKind() string {
@@ -5926,7 +6031,7 @@ type ListBlobsResponse struct {
 
 func (x *ListBlobsResponse) Reset() {
 	*x = ListBlobsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5938,7 +6043,7 @@ func (x *ListBlobsResponse) String() string {
 func (*ListBlobsResponse) ProtoMessage() {}
 
 func (x *ListBlobsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[84]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5951,7 +6056,7 @@ func (x *ListBlobsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBlobsResponse.ProtoReflect.Descriptor instead.
 func (*ListBlobsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{84}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *ListBlobsResponse) GetBlobs() []*Blob {
@@ -5971,7 +6076,7 @@ type RemoveBlobRequest struct {
 
 func (x *RemoveBlobRequest) Reset() {
 	*x = RemoveBlobRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5983,7 +6088,7 @@ func (x *RemoveBlobRequest) String() string {
 func (*RemoveBlobRequest) ProtoMessage() {}
 
 func (x *RemoveBlobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[85]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5996,7 +6101,7 @@ func (x *RemoveBlobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveBlobRequest.ProtoReflect.Descriptor instead.
 func (*RemoveBlobRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{85}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *RemoveBlobRequest) GetKind() string {
@@ -6021,7 +6126,7 @@ type RemoveBlobResponse struct {
 
 func (x *RemoveBlobResponse) Reset() {
 	*x = RemoveBlobResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6033,7 +6138,7 @@ func (x *RemoveBlobResponse) String() string {
 func (*RemoveBlobResponse) ProtoMessage() {}
 
 func (x *RemoveBlobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[86]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6046,7 +6151,7 @@ func (x *RemoveBlobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveBlobResponse.ProtoReflect.Descriptor instead.
 func (*RemoveBlobResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{86}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{88}
 }
 
 type TaskBlobsRequest struct {
@@ -6059,7 +6164,7 @@ type TaskBlobsRequest struct {
 
 func (x *TaskBlobsRequest) Reset() {
 	*x = TaskBlobsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6071,7 +6176,7 @@ func (x *TaskBlobsRequest) String() string {
 func (*TaskBlobsRequest) ProtoMessage() {}
 
 func (x *TaskBlobsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[87]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6084,7 +6189,7 @@ func (x *TaskBlobsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskBlobsRequest.ProtoReflect.Descriptor instead.
 func (*TaskBlobsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{87}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *TaskBlobsRequest) GetNode() string {
@@ -6110,7 +6215,7 @@ type TaskBlobsResponse struct {
 
 func (x *TaskBlobsResponse) Reset() {
 	*x = TaskBlobsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6122,7 +6227,7 @@ func (x *TaskBlobsResponse) String() string {
 func (*TaskBlobsResponse) ProtoMessage() {}
 
 func (x *TaskBlobsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[88]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6135,7 +6240,7 @@ func (x *TaskBlobsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskBlobsResponse.ProtoReflect.Descriptor instead.
 func (*TaskBlobsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{88}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *TaskBlobsResponse) GetBlobs() []*Blob {
@@ -6155,7 +6260,7 @@ type AssignmentsRequest struct {
 
 func (x *AssignmentsRequest) Reset() {
 	*x = AssignmentsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6167,7 +6272,7 @@ func (x *AssignmentsRequest) String() string {
 func (*AssignmentsRequest) ProtoMessage() {}
 
 func (x *AssignmentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[89]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6180,7 +6285,7 @@ func (x *AssignmentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignmentsRequest.ProtoReflect.Descriptor instead.
 func (*AssignmentsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{89}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *AssignmentsRequest) GetNode() string {
@@ -6222,7 +6327,7 @@ type AssignmentsResponse struct {
 
 func (x *AssignmentsResponse) Reset() {
 	*x = AssignmentsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6234,7 +6339,7 @@ func (x *AssignmentsResponse) String() string {
 func (*AssignmentsResponse) ProtoMessage() {}
 
 func (x *AssignmentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[90]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6247,7 +6352,7 @@ func (x *AssignmentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignmentsResponse.ProtoReflect.Descriptor instead.
 func (*AssignmentsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{90}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *AssignmentsResponse) GetIndex() uint64 {
@@ -6339,7 +6444,7 @@ type Trust struct {
 
 func (x *Trust) Reset() {
 	*x = Trust{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6351,7 +6456,7 @@ func (x *Trust) String() string {
 func (*Trust) ProtoMessage() {}
 
 func (x *Trust) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[91]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6364,7 +6469,7 @@ func (x *Trust) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Trust.ProtoReflect.Descriptor instead.
 func (*Trust) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{91}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *Trust) GetRoots() [][]byte {
@@ -6399,7 +6504,7 @@ type GossipKey struct {
 
 func (x *GossipKey) Reset() {
 	*x = GossipKey{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[92]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6411,7 +6516,7 @@ func (x *GossipKey) String() string {
 func (*GossipKey) ProtoMessage() {}
 
 func (x *GossipKey) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[92]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6424,7 +6529,7 @@ func (x *GossipKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GossipKey.ProtoReflect.Descriptor instead.
 func (*GossipKey) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{92}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *GossipKey) GetGeneration() uint64 {
@@ -6491,7 +6596,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[93]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6503,7 +6608,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[93]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6516,7 +6621,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{93}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *ReportRequest) GetNode() string {
@@ -6702,7 +6807,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[94]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6714,7 +6819,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[94]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6727,7 +6832,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{94}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{96}
 }
 
 type CheckEndpointsRequest struct {
@@ -6740,7 +6845,7 @@ type CheckEndpointsRequest struct {
 
 func (x *CheckEndpointsRequest) Reset() {
 	*x = CheckEndpointsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[95]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6752,7 +6857,7 @@ func (x *CheckEndpointsRequest) String() string {
 func (*CheckEndpointsRequest) ProtoMessage() {}
 
 func (x *CheckEndpointsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[95]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6765,7 +6870,7 @@ func (x *CheckEndpointsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckEndpointsRequest.ProtoReflect.Descriptor instead.
 func (*CheckEndpointsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{95}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *CheckEndpointsRequest) GetNode() string {
@@ -6791,7 +6896,7 @@ type CheckEndpointsResponse struct {
 
 func (x *CheckEndpointsResponse) Reset() {
 	*x = CheckEndpointsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[96]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6803,7 +6908,7 @@ func (x *CheckEndpointsResponse) String() string {
 func (*CheckEndpointsResponse) ProtoMessage() {}
 
 func (x *CheckEndpointsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[96]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6816,7 +6921,7 @@ func (x *CheckEndpointsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckEndpointsResponse.ProtoReflect.Descriptor instead.
 func (*CheckEndpointsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{96}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *CheckEndpointsResponse) GetWrong() []uint32 {
@@ -6834,7 +6939,7 @@ type TasksRequest struct {
 
 func (x *TasksRequest) Reset() {
 	*x = TasksRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[97]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6846,7 +6951,7 @@ func (x *TasksRequest) String() string {
 func (*TasksRequest) ProtoMessage() {}
 
 func (x *TasksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[97]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6859,7 +6964,7 @@ func (x *TasksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TasksRequest.ProtoReflect.Descriptor instead.
 func (*TasksRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{97}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{99}
 }
 
 type TasksResponse struct {
@@ -6871,7 +6976,7 @@ type TasksResponse struct {
 
 func (x *TasksResponse) Reset() {
 	*x = TasksResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[98]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6883,7 +6988,7 @@ func (x *TasksResponse) String() string {
 func (*TasksResponse) ProtoMessage() {}
 
 func (x *TasksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[98]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6896,7 +7001,7 @@ func (x *TasksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TasksResponse.ProtoReflect.Descriptor instead.
 func (*TasksResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{98}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *TasksResponse) GetTasks() []*Task {
@@ -6916,7 +7021,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[99]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6928,7 +7033,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[99]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6941,7 +7046,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{99}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{101}
 }
 
 func (x *StatsRequest) GetTasks() []string {
@@ -6969,7 +7074,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6981,7 +7086,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[100]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6994,7 +7099,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{100}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{102}
 }
 
 func (x *StatsResponse) GetNode() string {
@@ -7027,7 +7132,7 @@ type KernelRequest struct {
 
 func (x *KernelRequest) Reset() {
 	*x = KernelRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[101]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7039,7 +7144,7 @@ func (x *KernelRequest) String() string {
 func (*KernelRequest) ProtoMessage() {}
 
 func (x *KernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[101]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7052,7 +7157,7 @@ func (x *KernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelRequest.ProtoReflect.Descriptor instead.
 func (*KernelRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{101}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *KernelRequest) GetService() string {
@@ -7073,7 +7178,7 @@ type KernelResponse struct {
 
 func (x *KernelResponse) Reset() {
 	*x = KernelResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7085,7 +7190,7 @@ func (x *KernelResponse) String() string {
 func (*KernelResponse) ProtoMessage() {}
 
 func (x *KernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[102]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7098,7 +7203,7 @@ func (x *KernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse.ProtoReflect.Descriptor instead.
 func (*KernelResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{102}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *KernelResponse) GetNode() string {
@@ -7138,7 +7243,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7150,7 +7255,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[103]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7163,7 +7268,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{103}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{105}
 }
 
 func (x *ExecRequest) GetMsg() isExecRequest_Msg {
@@ -7266,7 +7371,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7278,7 +7383,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[104]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7291,7 +7396,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{104}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{106}
 }
 
 func (x *ExecResponse) GetMsg() isExecResponse_Msg {
@@ -7363,7 +7468,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7375,7 +7480,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[105]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7388,7 +7493,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{105}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{107}
 }
 
 func (x *LogsRequest) GetTask() string {
@@ -7441,7 +7546,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7453,7 +7558,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[106]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7466,7 +7571,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{106}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{108}
 }
 
 func (x *LogsResponse) GetStderr() bool {
@@ -7530,7 +7635,7 @@ type CopySource struct {
 
 func (x *CopySource) Reset() {
 	*x = CopySource{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7542,7 +7647,7 @@ func (x *CopySource) String() string {
 func (*CopySource) ProtoMessage() {}
 
 func (x *CopySource) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[107]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7555,7 +7660,7 @@ func (x *CopySource) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopySource.ProtoReflect.Descriptor instead.
 func (*CopySource) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{107}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{109}
 }
 
 func (x *CopySource) GetPath() string {
@@ -7593,7 +7698,7 @@ type CopyRequest struct {
 
 func (x *CopyRequest) Reset() {
 	*x = CopyRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7605,7 +7710,7 @@ func (x *CopyRequest) String() string {
 func (*CopyRequest) ProtoMessage() {}
 
 func (x *CopyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[108]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7618,7 +7723,7 @@ func (x *CopyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyRequest.ProtoReflect.Descriptor instead.
 func (*CopyRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{108}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{110}
 }
 
 func (x *CopyRequest) GetMsg() isCopyRequest_Msg {
@@ -7692,7 +7797,7 @@ type CopyResponse struct {
 
 func (x *CopyResponse) Reset() {
 	*x = CopyResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7704,7 +7809,7 @@ func (x *CopyResponse) String() string {
 func (*CopyResponse) ProtoMessage() {}
 
 func (x *CopyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[109]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7717,7 +7822,7 @@ func (x *CopyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyResponse.ProtoReflect.Descriptor instead.
 func (*CopyResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{109}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{111}
 }
 
 func (x *CopyResponse) GetMsg() isCopyResponse_Msg {
@@ -7801,7 +7906,7 @@ type KillRequest struct {
 
 func (x *KillRequest) Reset() {
 	*x = KillRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7813,7 +7918,7 @@ func (x *KillRequest) String() string {
 func (*KillRequest) ProtoMessage() {}
 
 func (x *KillRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[110]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7826,7 +7931,7 @@ func (x *KillRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillRequest.ProtoReflect.Descriptor instead.
 func (*KillRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{110}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{112}
 }
 
 func (x *KillRequest) GetTask() string {
@@ -7851,7 +7956,7 @@ type KillResponse struct {
 
 func (x *KillResponse) Reset() {
 	*x = KillResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7863,7 +7968,7 @@ func (x *KillResponse) String() string {
 func (*KillResponse) ProtoMessage() {}
 
 func (x *KillResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[111]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7876,7 +7981,7 @@ func (x *KillResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillResponse.ProtoReflect.Descriptor instead.
 func (*KillResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{111}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{113}
 }
 
 type TopRequest struct {
@@ -7889,7 +7994,7 @@ type TopRequest struct {
 
 func (x *TopRequest) Reset() {
 	*x = TopRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7901,7 +8006,7 @@ func (x *TopRequest) String() string {
 func (*TopRequest) ProtoMessage() {}
 
 func (x *TopRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[112]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7914,7 +8019,7 @@ func (x *TopRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TopRequest.ProtoReflect.Descriptor instead.
 func (*TopRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{112}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{114}
 }
 
 func (x *TopRequest) GetTask() string {
@@ -7940,7 +8045,7 @@ type TopResponse struct {
 
 func (x *TopResponse) Reset() {
 	*x = TopResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7952,7 +8057,7 @@ func (x *TopResponse) String() string {
 func (*TopResponse) ProtoMessage() {}
 
 func (x *TopResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[113]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7965,7 +8070,7 @@ func (x *TopResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TopResponse.ProtoReflect.Descriptor instead.
 func (*TopResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{113}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{115}
 }
 
 func (x *TopResponse) GetLines() []string {
@@ -7984,7 +8089,7 @@ type WaitRequest struct {
 
 func (x *WaitRequest) Reset() {
 	*x = WaitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7996,7 +8101,7 @@ func (x *WaitRequest) String() string {
 func (*WaitRequest) ProtoMessage() {}
 
 func (x *WaitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[114]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8009,7 +8114,7 @@ func (x *WaitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitRequest.ProtoReflect.Descriptor instead.
 func (*WaitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{114}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{116}
 }
 
 func (x *WaitRequest) GetTask() string {
@@ -8028,7 +8133,7 @@ type WaitResponse struct {
 
 func (x *WaitResponse) Reset() {
 	*x = WaitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8040,7 +8145,7 @@ func (x *WaitResponse) String() string {
 func (*WaitResponse) ProtoMessage() {}
 
 func (x *WaitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[115]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8053,7 +8158,7 @@ func (x *WaitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitResponse.ProtoReflect.Descriptor instead.
 func (*WaitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{115}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{117}
 }
 
 func (x *WaitResponse) GetStatus() *TaskStatus {
@@ -8071,7 +8176,7 @@ type SaveSnapshotRequest struct {
 
 func (x *SaveSnapshotRequest) Reset() {
 	*x = SaveSnapshotRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[118]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8083,7 +8188,7 @@ func (x *SaveSnapshotRequest) String() string {
 func (*SaveSnapshotRequest) ProtoMessage() {}
 
 func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[116]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[118]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8096,7 +8201,7 @@ func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{116}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{118}
 }
 
 type SaveSnapshotResponse struct {
@@ -8108,7 +8213,7 @@ type SaveSnapshotResponse struct {
 
 func (x *SaveSnapshotResponse) Reset() {
 	*x = SaveSnapshotResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[119]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8120,7 +8225,7 @@ func (x *SaveSnapshotResponse) String() string {
 func (*SaveSnapshotResponse) ProtoMessage() {}
 
 func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[117]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[119]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8133,7 +8238,7 @@ func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{117}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{119}
 }
 
 func (x *SaveSnapshotResponse) GetSnapshot() []byte {
@@ -8158,7 +8263,7 @@ type Image struct {
 
 func (x *Image) Reset() {
 	*x = Image{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[118]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[120]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8170,7 +8275,7 @@ func (x *Image) String() string {
 func (*Image) ProtoMessage() {}
 
 func (x *Image) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[118]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[120]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8183,7 +8288,7 @@ func (x *Image) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Image.ProtoReflect.Descriptor instead.
 func (*Image) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{118}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{120}
 }
 
 func (x *Image) GetName() string {
@@ -8243,7 +8348,7 @@ type ImageListRequest struct {
 
 func (x *ImageListRequest) Reset() {
 	*x = ImageListRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[119]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[121]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8255,7 +8360,7 @@ func (x *ImageListRequest) String() string {
 func (*ImageListRequest) ProtoMessage() {}
 
 func (x *ImageListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[119]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[121]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8268,7 +8373,7 @@ func (x *ImageListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageListRequest.ProtoReflect.Descriptor instead.
 func (*ImageListRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{119}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{121}
 }
 
 type ImageListResponse struct {
@@ -8281,7 +8386,7 @@ type ImageListResponse struct {
 
 func (x *ImageListResponse) Reset() {
 	*x = ImageListResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[120]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[122]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8293,7 +8398,7 @@ func (x *ImageListResponse) String() string {
 func (*ImageListResponse) ProtoMessage() {}
 
 func (x *ImageListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[120]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[122]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8306,7 +8411,7 @@ func (x *ImageListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageListResponse.ProtoReflect.Descriptor instead.
 func (*ImageListResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{120}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{122}
 }
 
 func (x *ImageListResponse) GetNode() string {
@@ -8333,7 +8438,7 @@ type ImagePullRequest struct {
 
 func (x *ImagePullRequest) Reset() {
 	*x = ImagePullRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[121]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[123]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8345,7 +8450,7 @@ func (x *ImagePullRequest) String() string {
 func (*ImagePullRequest) ProtoMessage() {}
 
 func (x *ImagePullRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[121]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[123]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8358,7 +8463,7 @@ func (x *ImagePullRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagePullRequest.ProtoReflect.Descriptor instead.
 func (*ImagePullRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{121}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{123}
 }
 
 func (x *ImagePullRequest) GetImage() string {
@@ -8385,7 +8490,7 @@ type ImagePullResponse struct {
 
 func (x *ImagePullResponse) Reset() {
 	*x = ImagePullResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[122]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[124]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8397,7 +8502,7 @@ func (x *ImagePullResponse) String() string {
 func (*ImagePullResponse) ProtoMessage() {}
 
 func (x *ImagePullResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[122]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[124]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8410,7 +8515,7 @@ func (x *ImagePullResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagePullResponse.ProtoReflect.Descriptor instead.
 func (*ImagePullResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{122}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{124}
 }
 
 func (x *ImagePullResponse) GetProgress() string {
@@ -8437,7 +8542,7 @@ type ImageResolveRequest struct {
 
 func (x *ImageResolveRequest) Reset() {
 	*x = ImageResolveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[123]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[125]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8449,7 +8554,7 @@ func (x *ImageResolveRequest) String() string {
 func (*ImageResolveRequest) ProtoMessage() {}
 
 func (x *ImageResolveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[123]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[125]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8462,7 +8567,7 @@ func (x *ImageResolveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageResolveRequest.ProtoReflect.Descriptor instead.
 func (*ImageResolveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{123}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{125}
 }
 
 func (x *ImageResolveRequest) GetImage() string {
@@ -8488,7 +8593,7 @@ type ImageResolveResponse struct {
 
 func (x *ImageResolveResponse) Reset() {
 	*x = ImageResolveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[124]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[126]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8500,7 +8605,7 @@ func (x *ImageResolveResponse) String() string {
 func (*ImageResolveResponse) ProtoMessage() {}
 
 func (x *ImageResolveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[124]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[126]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8513,7 +8618,7 @@ func (x *ImageResolveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageResolveResponse.ProtoReflect.Descriptor instead.
 func (*ImageResolveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{124}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{126}
 }
 
 func (x *ImageResolveResponse) GetRef() string {
@@ -8533,7 +8638,7 @@ type ImageRemoveRequest struct {
 
 func (x *ImageRemoveRequest) Reset() {
 	*x = ImageRemoveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[125]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[127]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8545,7 +8650,7 @@ func (x *ImageRemoveRequest) String() string {
 func (*ImageRemoveRequest) ProtoMessage() {}
 
 func (x *ImageRemoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[125]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[127]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8558,7 +8663,7 @@ func (x *ImageRemoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageRemoveRequest.ProtoReflect.Descriptor instead.
 func (*ImageRemoveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{125}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{127}
 }
 
 func (x *ImageRemoveRequest) GetImage() string {
@@ -8585,7 +8690,7 @@ type ImagePruneRequest struct {
 
 func (x *ImagePruneRequest) Reset() {
 	*x = ImagePruneRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[126]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[128]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8597,7 +8702,7 @@ func (x *ImagePruneRequest) String() string {
 func (*ImagePruneRequest) ProtoMessage() {}
 
 func (x *ImagePruneRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[126]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[128]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8610,7 +8715,7 @@ func (x *ImagePruneRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagePruneRequest.ProtoReflect.Descriptor instead.
 func (*ImagePruneRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{126}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{128}
 }
 
 func (x *ImagePruneRequest) GetAll() bool {
@@ -8637,7 +8742,7 @@ type ImageRemoveResponse struct {
 
 func (x *ImageRemoveResponse) Reset() {
 	*x = ImageRemoveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[127]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[129]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8649,7 +8754,7 @@ func (x *ImageRemoveResponse) String() string {
 func (*ImageRemoveResponse) ProtoMessage() {}
 
 func (x *ImageRemoveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[127]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[129]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8662,7 +8767,7 @@ func (x *ImageRemoveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageRemoveResponse.ProtoReflect.Descriptor instead.
 func (*ImageRemoveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{127}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{129}
 }
 
 func (x *ImageRemoveResponse) GetRemoved() []string {
@@ -8688,7 +8793,7 @@ type ImageInspectRequest struct {
 
 func (x *ImageInspectRequest) Reset() {
 	*x = ImageInspectRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[128]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[130]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8700,7 +8805,7 @@ func (x *ImageInspectRequest) String() string {
 func (*ImageInspectRequest) ProtoMessage() {}
 
 func (x *ImageInspectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[128]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[130]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8713,7 +8818,7 @@ func (x *ImageInspectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageInspectRequest.ProtoReflect.Descriptor instead.
 func (*ImageInspectRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{128}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{130}
 }
 
 func (x *ImageInspectRequest) GetImage() string {
@@ -8733,7 +8838,7 @@ type ImageInspectResponse struct {
 
 func (x *ImageInspectResponse) Reset() {
 	*x = ImageInspectResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[129]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[131]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8745,7 +8850,7 @@ func (x *ImageInspectResponse) String() string {
 func (*ImageInspectResponse) ProtoMessage() {}
 
 func (x *ImageInspectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[129]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[131]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8758,7 +8863,7 @@ func (x *ImageInspectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageInspectResponse.ProtoReflect.Descriptor instead.
 func (*ImageInspectResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{129}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{131}
 }
 
 func (x *ImageInspectResponse) GetImage() *Image {
@@ -8785,7 +8890,7 @@ type ImageLoadRequest struct {
 
 func (x *ImageLoadRequest) Reset() {
 	*x = ImageLoadRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[130]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[132]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8797,7 +8902,7 @@ func (x *ImageLoadRequest) String() string {
 func (*ImageLoadRequest) ProtoMessage() {}
 
 func (x *ImageLoadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[130]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[132]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8810,7 +8915,7 @@ func (x *ImageLoadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageLoadRequest.ProtoReflect.Descriptor instead.
 func (*ImageLoadRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{130}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{132}
 }
 
 func (x *ImageLoadRequest) GetName() string {
@@ -8836,7 +8941,7 @@ type ImageLoadResponse struct {
 
 func (x *ImageLoadResponse) Reset() {
 	*x = ImageLoadResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[131]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[133]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8848,7 +8953,7 @@ func (x *ImageLoadResponse) String() string {
 func (*ImageLoadResponse) ProtoMessage() {}
 
 func (x *ImageLoadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[131]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[133]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8861,7 +8966,7 @@ func (x *ImageLoadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageLoadResponse.ProtoReflect.Descriptor instead.
 func (*ImageLoadResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{131}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{133}
 }
 
 func (x *ImageLoadResponse) GetImages() []string {
@@ -8880,7 +8985,7 @@ type ImageSaveRequest struct {
 
 func (x *ImageSaveRequest) Reset() {
 	*x = ImageSaveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[132]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[134]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8892,7 +8997,7 @@ func (x *ImageSaveRequest) String() string {
 func (*ImageSaveRequest) ProtoMessage() {}
 
 func (x *ImageSaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[132]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[134]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8905,7 +9010,7 @@ func (x *ImageSaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageSaveRequest.ProtoReflect.Descriptor instead.
 func (*ImageSaveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{132}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{134}
 }
 
 func (x *ImageSaveRequest) GetImages() []string {
@@ -8924,7 +9029,7 @@ type ImageSaveResponse struct {
 
 func (x *ImageSaveResponse) Reset() {
 	*x = ImageSaveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[133]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[135]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8936,7 +9041,7 @@ func (x *ImageSaveResponse) String() string {
 func (*ImageSaveResponse) ProtoMessage() {}
 
 func (x *ImageSaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[133]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[135]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8949,7 +9054,7 @@ func (x *ImageSaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageSaveResponse.ProtoReflect.Descriptor instead.
 func (*ImageSaveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{133}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{135}
 }
 
 func (x *ImageSaveResponse) GetData() []byte {
@@ -8973,7 +9078,7 @@ type Volume struct {
 
 func (x *Volume) Reset() {
 	*x = Volume{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[134]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[136]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8985,7 +9090,7 @@ func (x *Volume) String() string {
 func (*Volume) ProtoMessage() {}
 
 func (x *Volume) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[134]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[136]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8998,7 +9103,7 @@ func (x *Volume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Volume.ProtoReflect.Descriptor instead.
 func (*Volume) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{134}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{136}
 }
 
 func (x *Volume) GetName() string {
@@ -9051,7 +9156,7 @@ type VolumeListRequest struct {
 
 func (x *VolumeListRequest) Reset() {
 	*x = VolumeListRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[135]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[137]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9063,7 +9168,7 @@ func (x *VolumeListRequest) String() string {
 func (*VolumeListRequest) ProtoMessage() {}
 
 func (x *VolumeListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[135]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[137]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9076,7 +9181,7 @@ func (x *VolumeListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeListRequest.ProtoReflect.Descriptor instead.
 func (*VolumeListRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{135}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{137}
 }
 
 type VolumeListResponse struct {
@@ -9089,7 +9194,7 @@ type VolumeListResponse struct {
 
 func (x *VolumeListResponse) Reset() {
 	*x = VolumeListResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[136]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[138]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9101,7 +9206,7 @@ func (x *VolumeListResponse) String() string {
 func (*VolumeListResponse) ProtoMessage() {}
 
 func (x *VolumeListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[136]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[138]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9114,7 +9219,7 @@ func (x *VolumeListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeListResponse.ProtoReflect.Descriptor instead.
 func (*VolumeListResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{136}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{138}
 }
 
 func (x *VolumeListResponse) GetNode() string {
@@ -9141,7 +9246,7 @@ type VolumeCreateRequest struct {
 
 func (x *VolumeCreateRequest) Reset() {
 	*x = VolumeCreateRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[137]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[139]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9153,7 +9258,7 @@ func (x *VolumeCreateRequest) String() string {
 func (*VolumeCreateRequest) ProtoMessage() {}
 
 func (x *VolumeCreateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[137]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[139]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9166,7 +9271,7 @@ func (x *VolumeCreateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeCreateRequest.ProtoReflect.Descriptor instead.
 func (*VolumeCreateRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{137}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{139}
 }
 
 func (x *VolumeCreateRequest) GetName() string {
@@ -9192,7 +9297,7 @@ type VolumeCreateResponse struct {
 
 func (x *VolumeCreateResponse) Reset() {
 	*x = VolumeCreateResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[138]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[140]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9204,7 +9309,7 @@ func (x *VolumeCreateResponse) String() string {
 func (*VolumeCreateResponse) ProtoMessage() {}
 
 func (x *VolumeCreateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[138]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[140]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9217,7 +9322,7 @@ func (x *VolumeCreateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeCreateResponse.ProtoReflect.Descriptor instead.
 func (*VolumeCreateResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{138}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{140}
 }
 
 func (x *VolumeCreateResponse) GetVolume() *Volume {
@@ -9237,7 +9342,7 @@ type VolumeRemoveRequest struct {
 
 func (x *VolumeRemoveRequest) Reset() {
 	*x = VolumeRemoveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[139]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[141]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9249,7 +9354,7 @@ func (x *VolumeRemoveRequest) String() string {
 func (*VolumeRemoveRequest) ProtoMessage() {}
 
 func (x *VolumeRemoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[139]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[141]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9262,7 +9367,7 @@ func (x *VolumeRemoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeRemoveRequest.ProtoReflect.Descriptor instead.
 func (*VolumeRemoveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{139}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{141}
 }
 
 func (x *VolumeRemoveRequest) GetName() string {
@@ -9287,7 +9392,7 @@ type VolumeRemoveResponse struct {
 
 func (x *VolumeRemoveResponse) Reset() {
 	*x = VolumeRemoveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[140]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[142]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9299,7 +9404,7 @@ func (x *VolumeRemoveResponse) String() string {
 func (*VolumeRemoveResponse) ProtoMessage() {}
 
 func (x *VolumeRemoveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[140]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[142]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9312,7 +9417,7 @@ func (x *VolumeRemoveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeRemoveResponse.ProtoReflect.Descriptor instead.
 func (*VolumeRemoveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{140}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{142}
 }
 
 // RestoreSnapshot makes the cluster of a snapshot, with this node as its manager.
@@ -9327,7 +9432,7 @@ type RestoreSnapshotRequest struct {
 
 func (x *RestoreSnapshotRequest) Reset() {
 	*x = RestoreSnapshotRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[141]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[143]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9339,7 +9444,7 @@ func (x *RestoreSnapshotRequest) String() string {
 func (*RestoreSnapshotRequest) ProtoMessage() {}
 
 func (x *RestoreSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[141]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[143]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9352,7 +9457,7 @@ func (x *RestoreSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*RestoreSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{141}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{143}
 }
 
 func (x *RestoreSnapshotRequest) GetSnapshot() []byte {
@@ -9386,7 +9491,7 @@ type UnlockRequest struct {
 
 func (x *UnlockRequest) Reset() {
 	*x = UnlockRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[142]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[144]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9398,7 +9503,7 @@ func (x *UnlockRequest) String() string {
 func (*UnlockRequest) ProtoMessage() {}
 
 func (x *UnlockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[142]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[144]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9411,7 +9516,7 @@ func (x *UnlockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockRequest.ProtoReflect.Descriptor instead.
 func (*UnlockRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{142}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{144}
 }
 
 func (x *UnlockRequest) GetKey() string {
@@ -9429,7 +9534,7 @@ type UnlockResponse struct {
 
 func (x *UnlockResponse) Reset() {
 	*x = UnlockResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[143]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[145]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9441,7 +9546,7 @@ func (x *UnlockResponse) String() string {
 func (*UnlockResponse) ProtoMessage() {}
 
 func (x *UnlockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[143]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[145]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9454,7 +9559,7 @@ func (x *UnlockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockResponse.ProtoReflect.Descriptor instead.
 func (*UnlockResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{143}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{145}
 }
 
 type InfoRequest struct {
@@ -9465,7 +9570,7 @@ type InfoRequest struct {
 
 func (x *InfoRequest) Reset() {
 	*x = InfoRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[144]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[146]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9477,7 +9582,7 @@ func (x *InfoRequest) String() string {
 func (*InfoRequest) ProtoMessage() {}
 
 func (x *InfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[144]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[146]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9490,7 +9595,7 @@ func (x *InfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoRequest.ProtoReflect.Descriptor instead.
 func (*InfoRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{144}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{146}
 }
 
 type InfoResponse struct {
@@ -9523,7 +9628,7 @@ type InfoResponse struct {
 
 func (x *InfoResponse) Reset() {
 	*x = InfoResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[145]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[147]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9535,7 +9640,7 @@ func (x *InfoResponse) String() string {
 func (*InfoResponse) ProtoMessage() {}
 
 func (x *InfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[145]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[147]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9548,7 +9653,7 @@ func (x *InfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoResponse.ProtoReflect.Descriptor instead.
 func (*InfoResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{145}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{147}
 }
 
 func (x *InfoResponse) GetVersion() string {
@@ -9712,7 +9817,7 @@ type InitRequest struct {
 
 func (x *InitRequest) Reset() {
 	*x = InitRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[146]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[148]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9724,7 +9829,7 @@ func (x *InitRequest) String() string {
 func (*InitRequest) ProtoMessage() {}
 
 func (x *InitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[146]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[148]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9737,7 +9842,7 @@ func (x *InitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitRequest.ProtoReflect.Descriptor instead.
 func (*InitRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{146}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{148}
 }
 
 func (x *InitRequest) GetAdvertiseAddr() string {
@@ -9797,7 +9902,7 @@ type InitResponse struct {
 
 func (x *InitResponse) Reset() {
 	*x = InitResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[147]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[149]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9809,7 +9914,7 @@ func (x *InitResponse) String() string {
 func (*InitResponse) ProtoMessage() {}
 
 func (x *InitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[147]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[149]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9822,7 +9927,7 @@ func (x *InitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitResponse.ProtoReflect.Descriptor instead.
 func (*InitResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{147}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{149}
 }
 
 func (x *InitResponse) GetCluster() string {
@@ -9886,7 +9991,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[148]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[150]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9898,7 +10003,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[148]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[150]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9911,7 +10016,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{148}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{150}
 }
 
 func (x *JoinRequest) GetRemote() string {
@@ -9952,7 +10057,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[149]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[151]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9964,7 +10069,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[149]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[151]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9977,7 +10082,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{149}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{151}
 }
 
 func (x *JoinResponse) GetCluster() string {
@@ -10003,7 +10108,7 @@ type LeaveRequest struct {
 
 func (x *LeaveRequest) Reset() {
 	*x = LeaveRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[150]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[152]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10015,7 +10120,7 @@ func (x *LeaveRequest) String() string {
 func (*LeaveRequest) ProtoMessage() {}
 
 func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[150]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[152]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10028,7 +10133,7 @@ func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
 func (*LeaveRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{150}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{152}
 }
 
 func (x *LeaveRequest) GetForce() bool {
@@ -10046,7 +10151,7 @@ type LeaveResponse struct {
 
 func (x *LeaveResponse) Reset() {
 	*x = LeaveResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[151]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[153]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10058,7 +10163,7 @@ func (x *LeaveResponse) String() string {
 func (*LeaveResponse) ProtoMessage() {}
 
 func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[151]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[153]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10071,7 +10176,7 @@ func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveResponse.ProtoReflect.Descriptor instead.
 func (*LeaveResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{151}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{153}
 }
 
 type DoctorRequest struct {
@@ -10082,7 +10187,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[152]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[154]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10094,7 +10199,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[152]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[154]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10107,7 +10212,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{152}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{154}
 }
 
 type DoctorResponse struct {
@@ -10120,7 +10225,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[153]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[155]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10132,7 +10237,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[153]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[155]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10145,7 +10250,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{153}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{155}
 }
 
 func (x *DoctorResponse) GetChecks() []*DoctorResponse_Check {
@@ -10174,7 +10279,7 @@ type ShowCAResponse_Root struct {
 
 func (x *ShowCAResponse_Root) Reset() {
 	*x = ShowCAResponse_Root{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[167]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[169]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10186,7 +10291,7 @@ func (x *ShowCAResponse_Root) String() string {
 func (*ShowCAResponse_Root) ProtoMessage() {}
 
 func (x *ShowCAResponse_Root) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[167]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[169]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10199,7 +10304,7 @@ func (x *ShowCAResponse_Root) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowCAResponse_Root.ProtoReflect.Descriptor instead.
 func (*ShowCAResponse_Root) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{72, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{74, 0}
 }
 
 func (x *ShowCAResponse_Root) GetCertificate() []byte {
@@ -10240,7 +10345,7 @@ type ReportRequest_Fault struct {
 
 func (x *ReportRequest_Fault) Reset() {
 	*x = ReportRequest_Fault{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[171]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[173]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10252,7 +10357,7 @@ func (x *ReportRequest_Fault) String() string {
 func (*ReportRequest_Fault) ProtoMessage() {}
 
 func (x *ReportRequest_Fault) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[171]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[173]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10265,7 +10370,7 @@ func (x *ReportRequest_Fault) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest_Fault.ProtoReflect.Descriptor instead.
 func (*ReportRequest_Fault) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{93, 2}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{95, 2}
 }
 
 func (x *ReportRequest_Fault) GetObject() string {
@@ -10298,7 +10403,7 @@ type CheckEndpointsRequest_Claim struct {
 
 func (x *CheckEndpointsRequest_Claim) Reset() {
 	*x = CheckEndpointsRequest_Claim{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[172]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[174]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10310,7 +10415,7 @@ func (x *CheckEndpointsRequest_Claim) String() string {
 func (*CheckEndpointsRequest_Claim) ProtoMessage() {}
 
 func (x *CheckEndpointsRequest_Claim) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[172]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[174]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10323,7 +10428,7 @@ func (x *CheckEndpointsRequest_Claim) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckEndpointsRequest_Claim.ProtoReflect.Descriptor instead.
 func (*CheckEndpointsRequest_Claim) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{95, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{97, 0}
 }
 
 func (x *CheckEndpointsRequest_Claim) GetNode() string {
@@ -10401,7 +10506,7 @@ type StatsResponse_Task struct {
 
 func (x *StatsResponse_Task) Reset() {
 	*x = StatsResponse_Task{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[173]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[175]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10413,7 +10518,7 @@ func (x *StatsResponse_Task) String() string {
 func (*StatsResponse_Task) ProtoMessage() {}
 
 func (x *StatsResponse_Task) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[173]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[175]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10426,7 +10531,7 @@ func (x *StatsResponse_Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse_Task.ProtoReflect.Descriptor instead.
 func (*StatsResponse_Task) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{100, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{102, 0}
 }
 
 func (x *StatsResponse_Task) GetId() string {
@@ -10562,7 +10667,7 @@ type StatsResponse_Drop struct {
 
 func (x *StatsResponse_Drop) Reset() {
 	*x = StatsResponse_Drop{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[174]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[176]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10574,7 +10679,7 @@ func (x *StatsResponse_Drop) String() string {
 func (*StatsResponse_Drop) ProtoMessage() {}
 
 func (x *StatsResponse_Drop) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[174]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[176]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10587,7 +10692,7 @@ func (x *StatsResponse_Drop) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse_Drop.ProtoReflect.Descriptor instead.
 func (*StatsResponse_Drop) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{100, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{102, 1}
 }
 
 func (x *StatsResponse_Drop) GetNetwork() string {
@@ -10629,7 +10734,7 @@ type KernelResponse_Backend struct {
 
 func (x *KernelResponse_Backend) Reset() {
 	*x = KernelResponse_Backend{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[175]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[177]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10641,7 +10746,7 @@ func (x *KernelResponse_Backend) String() string {
 func (*KernelResponse_Backend) ProtoMessage() {}
 
 func (x *KernelResponse_Backend) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[175]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[177]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10654,7 +10759,7 @@ func (x *KernelResponse_Backend) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse_Backend.ProtoReflect.Descriptor instead.
 func (*KernelResponse_Backend) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{102, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{104, 0}
 }
 
 func (x *KernelResponse_Backend) GetAddr() string {
@@ -10691,7 +10796,7 @@ type KernelResponse_Server struct {
 
 func (x *KernelResponse_Server) Reset() {
 	*x = KernelResponse_Server{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[176]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[178]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10703,7 +10808,7 @@ func (x *KernelResponse_Server) String() string {
 func (*KernelResponse_Server) ProtoMessage() {}
 
 func (x *KernelResponse_Server) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[176]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[178]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10716,7 +10821,7 @@ func (x *KernelResponse_Server) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelResponse_Server.ProtoReflect.Descriptor instead.
 func (*KernelResponse_Server) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{102, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{104, 1}
 }
 
 func (x *KernelResponse_Server) GetService() string {
@@ -10775,7 +10880,7 @@ type ExecRequest_Start struct {
 
 func (x *ExecRequest_Start) Reset() {
 	*x = ExecRequest_Start{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[177]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[179]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10787,7 +10892,7 @@ func (x *ExecRequest_Start) String() string {
 func (*ExecRequest_Start) ProtoMessage() {}
 
 func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[177]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[179]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10800,7 +10905,7 @@ func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Start.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Start) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{103, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{105, 0}
 }
 
 func (x *ExecRequest_Start) GetTask() string {
@@ -10904,7 +11009,7 @@ type ExecRequest_Resize struct {
 
 func (x *ExecRequest_Resize) Reset() {
 	*x = ExecRequest_Resize{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[178]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[180]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10916,7 +11021,7 @@ func (x *ExecRequest_Resize) String() string {
 func (*ExecRequest_Resize) ProtoMessage() {}
 
 func (x *ExecRequest_Resize) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[178]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[180]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10929,7 +11034,7 @@ func (x *ExecRequest_Resize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Resize.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Resize) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{103, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{105, 1}
 }
 
 func (x *ExecRequest_Resize) GetRows() int32 {
@@ -10960,7 +11065,7 @@ type CopyRequest_Start struct {
 
 func (x *CopyRequest_Start) Reset() {
 	*x = CopyRequest_Start{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[179]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[181]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -10972,7 +11077,7 @@ func (x *CopyRequest_Start) String() string {
 func (*CopyRequest_Start) ProtoMessage() {}
 
 func (x *CopyRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[179]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[181]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -10985,7 +11090,7 @@ func (x *CopyRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyRequest_Start.ProtoReflect.Descriptor instead.
 func (*CopyRequest_Start) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{108, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{110, 0}
 }
 
 func (x *CopyRequest_Start) GetTask() string {
@@ -11042,7 +11147,7 @@ type DoctorResponse_Check struct {
 
 func (x *DoctorResponse_Check) Reset() {
 	*x = DoctorResponse_Check{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[182]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[184]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -11054,7 +11159,7 @@ func (x *DoctorResponse_Check) String() string {
 func (*DoctorResponse_Check) ProtoMessage() {}
 
 func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[182]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[184]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -11067,7 +11172,7 @@ func (x *DoctorResponse_Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Check.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Check) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{153, 0}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{155, 0}
 }
 
 func (x *DoctorResponse_Check) GetName() string {
@@ -11113,7 +11218,7 @@ type DoctorResponse_Object struct {
 
 func (x *DoctorResponse_Object) Reset() {
 	*x = DoctorResponse_Object{}
-	mi := &file_shoal_v1_shoal_proto_msgTypes[183]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[185]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -11125,7 +11230,7 @@ func (x *DoctorResponse_Object) String() string {
 func (*DoctorResponse_Object) ProtoMessage() {}
 
 func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
-	mi := &file_shoal_v1_shoal_proto_msgTypes[183]
+	mi := &file_shoal_v1_shoal_proto_msgTypes[185]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -11138,7 +11243,7 @@ func (x *DoctorResponse_Object) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse_Object.ProtoReflect.Descriptor instead.
 func (*DoctorResponse_Object) Descriptor() ([]byte, []int) {
-	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{153, 1}
+	return file_shoal_v1_shoal_proto_rawDescGZIP(), []int{155, 1}
 }
 
 func (x *DoctorResponse_Object) GetReconciler() string {
@@ -11560,7 +11665,13 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x06target\x18\x02 \x01(\tR\x06target\"l\n" +
 	"\x19DisconnectNetworkResponse\x12\"\n" +
 	"\x04task\x18\x01 \x01(\v2\x0e.shoal.v1.TaskR\x04task\x12+\n" +
-	"\aservice\x18\x02 \x01(\v2\x11.shoal.v1.ServiceR\aservice\"E\n" +
+	"\aservice\x18\x02 \x01(\v2\x11.shoal.v1.ServiceR\aservice\"@\n" +
+	"\fWatchRequest\x12\x1a\n" +
+	"\bservices\x18\x01 \x03(\tR\bservices\x12\x14\n" +
+	"\x05tasks\x18\x02 \x03(\tR\x05tasks\"d\n" +
+	"\rWatchResponse\x12-\n" +
+	"\bservices\x18\x01 \x03(\v2\x11.shoal.v1.ServiceR\bservices\x12$\n" +
+	"\x05tasks\x18\x02 \x03(\v2\x0e.shoal.v1.TaskR\x05tasks\"E\n" +
 	"\rEventsRequest\x12\x19\n" +
 	"\bsince_ms\x18\x01 \x01(\x03R\asinceMs\x12\x19\n" +
 	"\buntil_ms\x18\x02 \x01(\x03R\auntilMs\"\xec\x01\n" +
@@ -12127,7 +12238,7 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"\x02op\x18\x04 \x01(\tR\x02op\x12\x19\n" +
 	"\bsince_ms\x18\x05 \x01(\x03R\asinceMs\x12\x14\n" +
 	"\x05error\x18\x06 \x01(\tR\x05error\x12\x14\n" +
-	"\x05tries\x18\a \x01(\x05R\x05tries2\x84\x15\n" +
+	"\x05tries\x18\a \x01(\x05R\x05tries2\xc0\x15\n" +
 	"\aControl\x12P\n" +
 	"\rCreateNetwork\x12\x1e.shoal.v1.CreateNetworkRequest\x1a\x1f.shoal.v1.CreateNetworkResponse\x12M\n" +
 	"\fListNetworks\x12\x1d.shoal.v1.ListNetworksRequest\x1a\x1e.shoal.v1.ListNetworksResponse\x12P\n" +
@@ -12158,7 +12269,8 @@ const file_shoal_v1_shoal_proto_rawDesc = "" +
 	"UpdateNode\x12\x1b.shoal.v1.UpdateNodeRequest\x1a\x1c.shoal.v1.UpdateNodeResponse\x12G\n" +
 	"\n" +
 	"RemoveNode\x12\x1b.shoal.v1.RemoveNodeRequest\x1a\x1c.shoal.v1.RemoveNodeResponse\x124\n" +
-	"\x06Events\x12\x17.shoal.v1.EventsRequest\x1a\x0f.shoal.v1.Event0\x01\x12D\n" +
+	"\x06Events\x12\x17.shoal.v1.EventsRequest\x1a\x0f.shoal.v1.Event0\x01\x12:\n" +
+	"\x05Watch\x12\x16.shoal.v1.WatchRequest\x1a\x17.shoal.v1.WatchResponse0\x01\x12D\n" +
 	"\tShowToken\x12\x1a.shoal.v1.ShowTokenRequest\x1a\x1b.shoal.v1.ShowTokenResponse\x12J\n" +
 	"\vRotateToken\x12\x1c.shoal.v1.RotateTokenRequest\x1a\x1d.shoal.v1.RotateTokenResponse\x12;\n" +
 	"\x06ShowCA\x12\x17.shoal.v1.ShowCARequest\x1a\x18.shoal.v1.ShowCAResponse\x12A\n" +
@@ -12217,7 +12329,7 @@ func file_shoal_v1_shoal_proto_rawDescGZIP() []byte {
 	return file_shoal_v1_shoal_proto_rawDescData
 }
 
-var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 184)
+var file_shoal_v1_shoal_proto_msgTypes = make([]protoimpl.MessageInfo, 186)
 var file_shoal_v1_shoal_proto_goTypes = []any{
 	(*Network)(nil),                     // 0: shoal.v1.Network
 	(*NetworkAttachment)(nil),           // 1: shoal.v1.NetworkAttachment
@@ -12252,173 +12364,175 @@ var file_shoal_v1_shoal_proto_goTypes = []any{
 	(*ConnectNetworkResponse)(nil),      // 30: shoal.v1.ConnectNetworkResponse
 	(*DisconnectNetworkRequest)(nil),    // 31: shoal.v1.DisconnectNetworkRequest
 	(*DisconnectNetworkResponse)(nil),   // 32: shoal.v1.DisconnectNetworkResponse
-	(*EventsRequest)(nil),               // 33: shoal.v1.EventsRequest
-	(*Event)(nil),                       // 34: shoal.v1.Event
-	(*CreateServiceRequest)(nil),        // 35: shoal.v1.CreateServiceRequest
-	(*CreateServiceResponse)(nil),       // 36: shoal.v1.CreateServiceResponse
-	(*UpdateServiceRequest)(nil),        // 37: shoal.v1.UpdateServiceRequest
-	(*UpdateServiceResponse)(nil),       // 38: shoal.v1.UpdateServiceResponse
-	(*ListServicesRequest)(nil),         // 39: shoal.v1.ListServicesRequest
-	(*ListServicesResponse)(nil),        // 40: shoal.v1.ListServicesResponse
-	(*RemoveServiceRequest)(nil),        // 41: shoal.v1.RemoveServiceRequest
-	(*RemoveServiceResponse)(nil),       // 42: shoal.v1.RemoveServiceResponse
-	(*CreateTaskRequest)(nil),           // 43: shoal.v1.CreateTaskRequest
-	(*CreateTaskResponse)(nil),          // 44: shoal.v1.CreateTaskResponse
-	(*ListTasksRequest)(nil),            // 45: shoal.v1.ListTasksRequest
-	(*ListTasksResponse)(nil),           // 46: shoal.v1.ListTasksResponse
-	(*StopTaskRequest)(nil),             // 47: shoal.v1.StopTaskRequest
-	(*StopTaskResponse)(nil),            // 48: shoal.v1.StopTaskResponse
-	(*StartTaskRequest)(nil),            // 49: shoal.v1.StartTaskRequest
-	(*StartTaskResponse)(nil),           // 50: shoal.v1.StartTaskResponse
-	(*RenameTaskRequest)(nil),           // 51: shoal.v1.RenameTaskRequest
-	(*RenameTaskResponse)(nil),          // 52: shoal.v1.RenameTaskResponse
-	(*ListNodesRequest)(nil),            // 53: shoal.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),           // 54: shoal.v1.ListNodesResponse
-	(*UpdateNodeRequest)(nil),           // 55: shoal.v1.UpdateNodeRequest
-	(*UpdateNodeResponse)(nil),          // 56: shoal.v1.UpdateNodeResponse
-	(*RemoveNodeRequest)(nil),           // 57: shoal.v1.RemoveNodeRequest
-	(*RemoveNodeResponse)(nil),          // 58: shoal.v1.RemoveNodeResponse
-	(*JoinNodeRequest)(nil),             // 59: shoal.v1.JoinNodeRequest
-	(*JoinNodeResponse)(nil),            // 60: shoal.v1.JoinNodeResponse
-	(*Certificate)(nil),                 // 61: shoal.v1.Certificate
-	(*RenewCertificateRequest)(nil),     // 62: shoal.v1.RenewCertificateRequest
-	(*RenewCertificateResponse)(nil),    // 63: shoal.v1.RenewCertificateResponse
-	(*Lock)(nil),                        // 64: shoal.v1.Lock
-	(*LeaveNodeRequest)(nil),            // 65: shoal.v1.LeaveNodeRequest
-	(*LeaveNodeResponse)(nil),           // 66: shoal.v1.LeaveNodeResponse
-	(*ShowTokenRequest)(nil),            // 67: shoal.v1.ShowTokenRequest
-	(*ShowTokenResponse)(nil),           // 68: shoal.v1.ShowTokenResponse
-	(*RotateTokenRequest)(nil),          // 69: shoal.v1.RotateTokenRequest
-	(*RotateTokenResponse)(nil),         // 70: shoal.v1.RotateTokenResponse
-	(*ShowCARequest)(nil),               // 71: shoal.v1.ShowCARequest
-	(*ShowCAResponse)(nil),              // 72: shoal.v1.ShowCAResponse
-	(*UnlockKeyRequest)(nil),            // 73: shoal.v1.UnlockKeyRequest
-	(*UnlockKeyResponse)(nil),           // 74: shoal.v1.UnlockKeyResponse
-	(*RotateCARequest)(nil),             // 75: shoal.v1.RotateCARequest
-	(*RotateCAResponse)(nil),            // 76: shoal.v1.RotateCAResponse
-	(*AdmitManagerRequest)(nil),         // 77: shoal.v1.AdmitManagerRequest
-	(*AdmitManagerResponse)(nil),        // 78: shoal.v1.AdmitManagerResponse
-	(*CreateBlobRequest)(nil),           // 79: shoal.v1.CreateBlobRequest
-	(*CreateBlobResponse)(nil),          // 80: shoal.v1.CreateBlobResponse
-	(*UpdateBlobRequest)(nil),           // 81: shoal.v1.UpdateBlobRequest
-	(*UpdateBlobResponse)(nil),          // 82: shoal.v1.UpdateBlobResponse
-	(*ListBlobsRequest)(nil),            // 83: shoal.v1.ListBlobsRequest
-	(*ListBlobsResponse)(nil),           // 84: shoal.v1.ListBlobsResponse
-	(*RemoveBlobRequest)(nil),           // 85: shoal.v1.RemoveBlobRequest
-	(*RemoveBlobResponse)(nil),          // 86: shoal.v1.RemoveBlobResponse
-	(*TaskBlobsRequest)(nil),            // 87: shoal.v1.TaskBlobsRequest
-	(*TaskBlobsResponse)(nil),           // 88: shoal.v1.TaskBlobsResponse
-	(*AssignmentsRequest)(nil),          // 89: shoal.v1.AssignmentsRequest
-	(*AssignmentsResponse)(nil),         // 90: shoal.v1.AssignmentsResponse
-	(*Trust)(nil),                       // 91: shoal.v1.Trust
-	(*GossipKey)(nil),                   // 92: shoal.v1.GossipKey
-	(*ReportRequest)(nil),               // 93: shoal.v1.ReportRequest
-	(*ReportResponse)(nil),              // 94: shoal.v1.ReportResponse
-	(*CheckEndpointsRequest)(nil),       // 95: shoal.v1.CheckEndpointsRequest
-	(*CheckEndpointsResponse)(nil),      // 96: shoal.v1.CheckEndpointsResponse
-	(*TasksRequest)(nil),                // 97: shoal.v1.TasksRequest
-	(*TasksResponse)(nil),               // 98: shoal.v1.TasksResponse
-	(*StatsRequest)(nil),                // 99: shoal.v1.StatsRequest
-	(*StatsResponse)(nil),               // 100: shoal.v1.StatsResponse
-	(*KernelRequest)(nil),               // 101: shoal.v1.KernelRequest
-	(*KernelResponse)(nil),              // 102: shoal.v1.KernelResponse
-	(*ExecRequest)(nil),                 // 103: shoal.v1.ExecRequest
-	(*ExecResponse)(nil),                // 104: shoal.v1.ExecResponse
-	(*LogsRequest)(nil),                 // 105: shoal.v1.LogsRequest
-	(*LogsResponse)(nil),                // 106: shoal.v1.LogsResponse
-	(*CopySource)(nil),                  // 107: shoal.v1.CopySource
-	(*CopyRequest)(nil),                 // 108: shoal.v1.CopyRequest
-	(*CopyResponse)(nil),                // 109: shoal.v1.CopyResponse
-	(*KillRequest)(nil),                 // 110: shoal.v1.KillRequest
-	(*KillResponse)(nil),                // 111: shoal.v1.KillResponse
-	(*TopRequest)(nil),                  // 112: shoal.v1.TopRequest
-	(*TopResponse)(nil),                 // 113: shoal.v1.TopResponse
-	(*WaitRequest)(nil),                 // 114: shoal.v1.WaitRequest
-	(*WaitResponse)(nil),                // 115: shoal.v1.WaitResponse
-	(*SaveSnapshotRequest)(nil),         // 116: shoal.v1.SaveSnapshotRequest
-	(*SaveSnapshotResponse)(nil),        // 117: shoal.v1.SaveSnapshotResponse
-	(*Image)(nil),                       // 118: shoal.v1.Image
-	(*ImageListRequest)(nil),            // 119: shoal.v1.ImageListRequest
-	(*ImageListResponse)(nil),           // 120: shoal.v1.ImageListResponse
-	(*ImagePullRequest)(nil),            // 121: shoal.v1.ImagePullRequest
-	(*ImagePullResponse)(nil),           // 122: shoal.v1.ImagePullResponse
-	(*ImageResolveRequest)(nil),         // 123: shoal.v1.ImageResolveRequest
-	(*ImageResolveResponse)(nil),        // 124: shoal.v1.ImageResolveResponse
-	(*ImageRemoveRequest)(nil),          // 125: shoal.v1.ImageRemoveRequest
-	(*ImagePruneRequest)(nil),           // 126: shoal.v1.ImagePruneRequest
-	(*ImageRemoveResponse)(nil),         // 127: shoal.v1.ImageRemoveResponse
-	(*ImageInspectRequest)(nil),         // 128: shoal.v1.ImageInspectRequest
-	(*ImageInspectResponse)(nil),        // 129: shoal.v1.ImageInspectResponse
-	(*ImageLoadRequest)(nil),            // 130: shoal.v1.ImageLoadRequest
-	(*ImageLoadResponse)(nil),           // 131: shoal.v1.ImageLoadResponse
-	(*ImageSaveRequest)(nil),            // 132: shoal.v1.ImageSaveRequest
-	(*ImageSaveResponse)(nil),           // 133: shoal.v1.ImageSaveResponse
-	(*Volume)(nil),                      // 134: shoal.v1.Volume
-	(*VolumeListRequest)(nil),           // 135: shoal.v1.VolumeListRequest
-	(*VolumeListResponse)(nil),          // 136: shoal.v1.VolumeListResponse
-	(*VolumeCreateRequest)(nil),         // 137: shoal.v1.VolumeCreateRequest
-	(*VolumeCreateResponse)(nil),        // 138: shoal.v1.VolumeCreateResponse
-	(*VolumeRemoveRequest)(nil),         // 139: shoal.v1.VolumeRemoveRequest
-	(*VolumeRemoveResponse)(nil),        // 140: shoal.v1.VolumeRemoveResponse
-	(*RestoreSnapshotRequest)(nil),      // 141: shoal.v1.RestoreSnapshotRequest
-	(*UnlockRequest)(nil),               // 142: shoal.v1.UnlockRequest
-	(*UnlockResponse)(nil),              // 143: shoal.v1.UnlockResponse
-	(*InfoRequest)(nil),                 // 144: shoal.v1.InfoRequest
-	(*InfoResponse)(nil),                // 145: shoal.v1.InfoResponse
-	(*InitRequest)(nil),                 // 146: shoal.v1.InitRequest
-	(*InitResponse)(nil),                // 147: shoal.v1.InitResponse
-	(*JoinRequest)(nil),                 // 148: shoal.v1.JoinRequest
-	(*JoinResponse)(nil),                // 149: shoal.v1.JoinResponse
-	(*LeaveRequest)(nil),                // 150: shoal.v1.LeaveRequest
-	(*LeaveResponse)(nil),               // 151: shoal.v1.LeaveResponse
-	(*DoctorRequest)(nil),               // 152: shoal.v1.DoctorRequest
-	(*DoctorResponse)(nil),              // 153: shoal.v1.DoctorResponse
-	nil,                                 // 154: shoal.v1.Network.LabelsEntry
-	nil,                                 // 155: shoal.v1.Network.OptionsEntry
-	nil,                                 // 156: shoal.v1.TaskSpec.LabelsEntry
-	nil,                                 // 157: shoal.v1.Blob.LabelsEntry
-	nil,                                 // 158: shoal.v1.Container.SysctlsEntry
-	nil,                                 // 159: shoal.v1.Mount.LabelsEntry
-	nil,                                 // 160: shoal.v1.ServiceSpec.LabelsEntry
-	nil,                                 // 161: shoal.v1.NodeInfo.LabelsEntry
-	nil,                                 // 162: shoal.v1.NodeInfo.EngineLabelsEntry
-	nil,                                 // 163: shoal.v1.CreateNetworkRequest.LabelsEntry
-	nil,                                 // 164: shoal.v1.CreateNetworkRequest.OptionsEntry
-	nil,                                 // 165: shoal.v1.Event.AttributesEntry
-	nil,                                 // 166: shoal.v1.UpdateNodeRequest.SetLabelsEntry
-	(*ShowCAResponse_Root)(nil),         // 167: shoal.v1.ShowCAResponse.Root
-	nil,                                 // 168: shoal.v1.UpdateBlobRequest.LabelsEntry
-	nil,                                 // 169: shoal.v1.ReportRequest.TasksEntry
-	nil,                                 // 170: shoal.v1.ReportRequest.EngineLabelsEntry
-	(*ReportRequest_Fault)(nil),         // 171: shoal.v1.ReportRequest.Fault
-	(*CheckEndpointsRequest_Claim)(nil), // 172: shoal.v1.CheckEndpointsRequest.Claim
-	(*StatsResponse_Task)(nil),          // 173: shoal.v1.StatsResponse.Task
-	(*StatsResponse_Drop)(nil),          // 174: shoal.v1.StatsResponse.Drop
-	(*KernelResponse_Backend)(nil),      // 175: shoal.v1.KernelResponse.Backend
-	(*KernelResponse_Server)(nil),       // 176: shoal.v1.KernelResponse.Server
-	(*ExecRequest_Start)(nil),           // 177: shoal.v1.ExecRequest.Start
-	(*ExecRequest_Resize)(nil),          // 178: shoal.v1.ExecRequest.Resize
-	(*CopyRequest_Start)(nil),           // 179: shoal.v1.CopyRequest.Start
-	nil,                                 // 180: shoal.v1.Volume.LabelsEntry
-	nil,                                 // 181: shoal.v1.VolumeCreateRequest.LabelsEntry
-	(*DoctorResponse_Check)(nil),        // 182: shoal.v1.DoctorResponse.Check
-	(*DoctorResponse_Object)(nil),       // 183: shoal.v1.DoctorResponse.Object
+	(*WatchRequest)(nil),                // 33: shoal.v1.WatchRequest
+	(*WatchResponse)(nil),               // 34: shoal.v1.WatchResponse
+	(*EventsRequest)(nil),               // 35: shoal.v1.EventsRequest
+	(*Event)(nil),                       // 36: shoal.v1.Event
+	(*CreateServiceRequest)(nil),        // 37: shoal.v1.CreateServiceRequest
+	(*CreateServiceResponse)(nil),       // 38: shoal.v1.CreateServiceResponse
+	(*UpdateServiceRequest)(nil),        // 39: shoal.v1.UpdateServiceRequest
+	(*UpdateServiceResponse)(nil),       // 40: shoal.v1.UpdateServiceResponse
+	(*ListServicesRequest)(nil),         // 41: shoal.v1.ListServicesRequest
+	(*ListServicesResponse)(nil),        // 42: shoal.v1.ListServicesResponse
+	(*RemoveServiceRequest)(nil),        // 43: shoal.v1.RemoveServiceRequest
+	(*RemoveServiceResponse)(nil),       // 44: shoal.v1.RemoveServiceResponse
+	(*CreateTaskRequest)(nil),           // 45: shoal.v1.CreateTaskRequest
+	(*CreateTaskResponse)(nil),          // 46: shoal.v1.CreateTaskResponse
+	(*ListTasksRequest)(nil),            // 47: shoal.v1.ListTasksRequest
+	(*ListTasksResponse)(nil),           // 48: shoal.v1.ListTasksResponse
+	(*StopTaskRequest)(nil),             // 49: shoal.v1.StopTaskRequest
+	(*StopTaskResponse)(nil),            // 50: shoal.v1.StopTaskResponse
+	(*StartTaskRequest)(nil),            // 51: shoal.v1.StartTaskRequest
+	(*StartTaskResponse)(nil),           // 52: shoal.v1.StartTaskResponse
+	(*RenameTaskRequest)(nil),           // 53: shoal.v1.RenameTaskRequest
+	(*RenameTaskResponse)(nil),          // 54: shoal.v1.RenameTaskResponse
+	(*ListNodesRequest)(nil),            // 55: shoal.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),           // 56: shoal.v1.ListNodesResponse
+	(*UpdateNodeRequest)(nil),           // 57: shoal.v1.UpdateNodeRequest
+	(*UpdateNodeResponse)(nil),          // 58: shoal.v1.UpdateNodeResponse
+	(*RemoveNodeRequest)(nil),           // 59: shoal.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),          // 60: shoal.v1.RemoveNodeResponse
+	(*JoinNodeRequest)(nil),             // 61: shoal.v1.JoinNodeRequest
+	(*JoinNodeResponse)(nil),            // 62: shoal.v1.JoinNodeResponse
+	(*Certificate)(nil),                 // 63: shoal.v1.Certificate
+	(*RenewCertificateRequest)(nil),     // 64: shoal.v1.RenewCertificateRequest
+	(*RenewCertificateResponse)(nil),    // 65: shoal.v1.RenewCertificateResponse
+	(*Lock)(nil),                        // 66: shoal.v1.Lock
+	(*LeaveNodeRequest)(nil),            // 67: shoal.v1.LeaveNodeRequest
+	(*LeaveNodeResponse)(nil),           // 68: shoal.v1.LeaveNodeResponse
+	(*ShowTokenRequest)(nil),            // 69: shoal.v1.ShowTokenRequest
+	(*ShowTokenResponse)(nil),           // 70: shoal.v1.ShowTokenResponse
+	(*RotateTokenRequest)(nil),          // 71: shoal.v1.RotateTokenRequest
+	(*RotateTokenResponse)(nil),         // 72: shoal.v1.RotateTokenResponse
+	(*ShowCARequest)(nil),               // 73: shoal.v1.ShowCARequest
+	(*ShowCAResponse)(nil),              // 74: shoal.v1.ShowCAResponse
+	(*UnlockKeyRequest)(nil),            // 75: shoal.v1.UnlockKeyRequest
+	(*UnlockKeyResponse)(nil),           // 76: shoal.v1.UnlockKeyResponse
+	(*RotateCARequest)(nil),             // 77: shoal.v1.RotateCARequest
+	(*RotateCAResponse)(nil),            // 78: shoal.v1.RotateCAResponse
+	(*AdmitManagerRequest)(nil),         // 79: shoal.v1.AdmitManagerRequest
+	(*AdmitManagerResponse)(nil),        // 80: shoal.v1.AdmitManagerResponse
+	(*CreateBlobRequest)(nil),           // 81: shoal.v1.CreateBlobRequest
+	(*CreateBlobResponse)(nil),          // 82: shoal.v1.CreateBlobResponse
+	(*UpdateBlobRequest)(nil),           // 83: shoal.v1.UpdateBlobRequest
+	(*UpdateBlobResponse)(nil),          // 84: shoal.v1.UpdateBlobResponse
+	(*ListBlobsRequest)(nil),            // 85: shoal.v1.ListBlobsRequest
+	(*ListBlobsResponse)(nil),           // 86: shoal.v1.ListBlobsResponse
+	(*RemoveBlobRequest)(nil),           // 87: shoal.v1.RemoveBlobRequest
+	(*RemoveBlobResponse)(nil),          // 88: shoal.v1.RemoveBlobResponse
+	(*TaskBlobsRequest)(nil),            // 89: shoal.v1.TaskBlobsRequest
+	(*TaskBlobsResponse)(nil),           // 90: shoal.v1.TaskBlobsResponse
+	(*AssignmentsRequest)(nil),          // 91: shoal.v1.AssignmentsRequest
+	(*AssignmentsResponse)(nil),         // 92: shoal.v1.AssignmentsResponse
+	(*Trust)(nil),                       // 93: shoal.v1.Trust
+	(*GossipKey)(nil),                   // 94: shoal.v1.GossipKey
+	(*ReportRequest)(nil),               // 95: shoal.v1.ReportRequest
+	(*ReportResponse)(nil),              // 96: shoal.v1.ReportResponse
+	(*CheckEndpointsRequest)(nil),       // 97: shoal.v1.CheckEndpointsRequest
+	(*CheckEndpointsResponse)(nil),      // 98: shoal.v1.CheckEndpointsResponse
+	(*TasksRequest)(nil),                // 99: shoal.v1.TasksRequest
+	(*TasksResponse)(nil),               // 100: shoal.v1.TasksResponse
+	(*StatsRequest)(nil),                // 101: shoal.v1.StatsRequest
+	(*StatsResponse)(nil),               // 102: shoal.v1.StatsResponse
+	(*KernelRequest)(nil),               // 103: shoal.v1.KernelRequest
+	(*KernelResponse)(nil),              // 104: shoal.v1.KernelResponse
+	(*ExecRequest)(nil),                 // 105: shoal.v1.ExecRequest
+	(*ExecResponse)(nil),                // 106: shoal.v1.ExecResponse
+	(*LogsRequest)(nil),                 // 107: shoal.v1.LogsRequest
+	(*LogsResponse)(nil),                // 108: shoal.v1.LogsResponse
+	(*CopySource)(nil),                  // 109: shoal.v1.CopySource
+	(*CopyRequest)(nil),                 // 110: shoal.v1.CopyRequest
+	(*CopyResponse)(nil),                // 111: shoal.v1.CopyResponse
+	(*KillRequest)(nil),                 // 112: shoal.v1.KillRequest
+	(*KillResponse)(nil),                // 113: shoal.v1.KillResponse
+	(*TopRequest)(nil),                  // 114: shoal.v1.TopRequest
+	(*TopResponse)(nil),                 // 115: shoal.v1.TopResponse
+	(*WaitRequest)(nil),                 // 116: shoal.v1.WaitRequest
+	(*WaitResponse)(nil),                // 117: shoal.v1.WaitResponse
+	(*SaveSnapshotRequest)(nil),         // 118: shoal.v1.SaveSnapshotRequest
+	(*SaveSnapshotResponse)(nil),        // 119: shoal.v1.SaveSnapshotResponse
+	(*Image)(nil),                       // 120: shoal.v1.Image
+	(*ImageListRequest)(nil),            // 121: shoal.v1.ImageListRequest
+	(*ImageListResponse)(nil),           // 122: shoal.v1.ImageListResponse
+	(*ImagePullRequest)(nil),            // 123: shoal.v1.ImagePullRequest
+	(*ImagePullResponse)(nil),           // 124: shoal.v1.ImagePullResponse
+	(*ImageResolveRequest)(nil),         // 125: shoal.v1.ImageResolveRequest
+	(*ImageResolveResponse)(nil),        // 126: shoal.v1.ImageResolveResponse
+	(*ImageRemoveRequest)(nil),          // 127: shoal.v1.ImageRemoveRequest
+	(*ImagePruneRequest)(nil),           // 128: shoal.v1.ImagePruneRequest
+	(*ImageRemoveResponse)(nil),         // 129: shoal.v1.ImageRemoveResponse
+	(*ImageInspectRequest)(nil),         // 130: shoal.v1.ImageInspectRequest
+	(*ImageInspectResponse)(nil),        // 131: shoal.v1.ImageInspectResponse
+	(*ImageLoadRequest)(nil),            // 132: shoal.v1.ImageLoadRequest
+	(*ImageLoadResponse)(nil),           // 133: shoal.v1.ImageLoadResponse
+	(*ImageSaveRequest)(nil),            // 134: shoal.v1.ImageSaveRequest
+	(*ImageSaveResponse)(nil),           // 135: shoal.v1.ImageSaveResponse
+	(*Volume)(nil),                      // 136: shoal.v1.Volume
+	(*VolumeListRequest)(nil),           // 137: shoal.v1.VolumeListRequest
+	(*VolumeListResponse)(nil),          // 138: shoal.v1.VolumeListResponse
+	(*VolumeCreateRequest)(nil),         // 139: shoal.v1.VolumeCreateRequest
+	(*VolumeCreateResponse)(nil),        // 140: shoal.v1.VolumeCreateResponse
+	(*VolumeRemoveRequest)(nil),         // 141: shoal.v1.VolumeRemoveRequest
+	(*VolumeRemoveResponse)(nil),        // 142: shoal.v1.VolumeRemoveResponse
+	(*RestoreSnapshotRequest)(nil),      // 143: shoal.v1.RestoreSnapshotRequest
+	(*UnlockRequest)(nil),               // 144: shoal.v1.UnlockRequest
+	(*UnlockResponse)(nil),              // 145: shoal.v1.UnlockResponse
+	(*InfoRequest)(nil),                 // 146: shoal.v1.InfoRequest
+	(*InfoResponse)(nil),                // 147: shoal.v1.InfoResponse
+	(*InitRequest)(nil),                 // 148: shoal.v1.InitRequest
+	(*InitResponse)(nil),                // 149: shoal.v1.InitResponse
+	(*JoinRequest)(nil),                 // 150: shoal.v1.JoinRequest
+	(*JoinResponse)(nil),                // 151: shoal.v1.JoinResponse
+	(*LeaveRequest)(nil),                // 152: shoal.v1.LeaveRequest
+	(*LeaveResponse)(nil),               // 153: shoal.v1.LeaveResponse
+	(*DoctorRequest)(nil),               // 154: shoal.v1.DoctorRequest
+	(*DoctorResponse)(nil),              // 155: shoal.v1.DoctorResponse
+	nil,                                 // 156: shoal.v1.Network.LabelsEntry
+	nil,                                 // 157: shoal.v1.Network.OptionsEntry
+	nil,                                 // 158: shoal.v1.TaskSpec.LabelsEntry
+	nil,                                 // 159: shoal.v1.Blob.LabelsEntry
+	nil,                                 // 160: shoal.v1.Container.SysctlsEntry
+	nil,                                 // 161: shoal.v1.Mount.LabelsEntry
+	nil,                                 // 162: shoal.v1.ServiceSpec.LabelsEntry
+	nil,                                 // 163: shoal.v1.NodeInfo.LabelsEntry
+	nil,                                 // 164: shoal.v1.NodeInfo.EngineLabelsEntry
+	nil,                                 // 165: shoal.v1.CreateNetworkRequest.LabelsEntry
+	nil,                                 // 166: shoal.v1.CreateNetworkRequest.OptionsEntry
+	nil,                                 // 167: shoal.v1.Event.AttributesEntry
+	nil,                                 // 168: shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	(*ShowCAResponse_Root)(nil),         // 169: shoal.v1.ShowCAResponse.Root
+	nil,                                 // 170: shoal.v1.UpdateBlobRequest.LabelsEntry
+	nil,                                 // 171: shoal.v1.ReportRequest.TasksEntry
+	nil,                                 // 172: shoal.v1.ReportRequest.EngineLabelsEntry
+	(*ReportRequest_Fault)(nil),         // 173: shoal.v1.ReportRequest.Fault
+	(*CheckEndpointsRequest_Claim)(nil), // 174: shoal.v1.CheckEndpointsRequest.Claim
+	(*StatsResponse_Task)(nil),          // 175: shoal.v1.StatsResponse.Task
+	(*StatsResponse_Drop)(nil),          // 176: shoal.v1.StatsResponse.Drop
+	(*KernelResponse_Backend)(nil),      // 177: shoal.v1.KernelResponse.Backend
+	(*KernelResponse_Server)(nil),       // 178: shoal.v1.KernelResponse.Server
+	(*ExecRequest_Start)(nil),           // 179: shoal.v1.ExecRequest.Start
+	(*ExecRequest_Resize)(nil),          // 180: shoal.v1.ExecRequest.Resize
+	(*CopyRequest_Start)(nil),           // 181: shoal.v1.CopyRequest.Start
+	nil,                                 // 182: shoal.v1.Volume.LabelsEntry
+	nil,                                 // 183: shoal.v1.VolumeCreateRequest.LabelsEntry
+	(*DoctorResponse_Check)(nil),        // 184: shoal.v1.DoctorResponse.Check
+	(*DoctorResponse_Object)(nil),       // 185: shoal.v1.DoctorResponse.Object
 }
 var file_shoal_v1_shoal_proto_depIdxs = []int32{
-	154, // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
-	155, // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
-	156, // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
+	156, // 0: shoal.v1.Network.labels:type_name -> shoal.v1.Network.LabelsEntry
+	157, // 1: shoal.v1.Network.options:type_name -> shoal.v1.Network.OptionsEntry
+	158, // 2: shoal.v1.TaskSpec.labels:type_name -> shoal.v1.TaskSpec.LabelsEntry
 	9,   // 3: shoal.v1.TaskSpec.health:type_name -> shoal.v1.HealthCheck
 	7,   // 4: shoal.v1.TaskSpec.container:type_name -> shoal.v1.Container
 	6,   // 5: shoal.v1.TaskSpec.resources:type_name -> shoal.v1.Resources
 	4,   // 6: shoal.v1.TaskSpec.secrets:type_name -> shoal.v1.BlobRef
 	4,   // 7: shoal.v1.TaskSpec.configs:type_name -> shoal.v1.BlobRef
 	3,   // 8: shoal.v1.TaskSpec.log:type_name -> shoal.v1.LogConfig
-	157, // 9: shoal.v1.Blob.labels:type_name -> shoal.v1.Blob.LabelsEntry
+	159, // 9: shoal.v1.Blob.labels:type_name -> shoal.v1.Blob.LabelsEntry
 	8,   // 10: shoal.v1.Container.mounts:type_name -> shoal.v1.Mount
-	158, // 11: shoal.v1.Container.sysctls:type_name -> shoal.v1.Container.SysctlsEntry
-	159, // 12: shoal.v1.Mount.labels:type_name -> shoal.v1.Mount.LabelsEntry
-	160, // 13: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
+	160, // 11: shoal.v1.Container.sysctls:type_name -> shoal.v1.Container.SysctlsEntry
+	161, // 12: shoal.v1.Mount.labels:type_name -> shoal.v1.Mount.LabelsEntry
+	162, // 13: shoal.v1.ServiceSpec.labels:type_name -> shoal.v1.ServiceSpec.LabelsEntry
 	1,   // 14: shoal.v1.ServiceSpec.networks:type_name -> shoal.v1.NetworkAttachment
 	2,   // 15: shoal.v1.ServiceSpec.task:type_name -> shoal.v1.TaskSpec
 	10,  // 16: shoal.v1.ServiceSpec.ports:type_name -> shoal.v1.Port
@@ -12436,218 +12550,222 @@ var file_shoal_v1_shoal_proto_depIdxs = []int32{
 	10,  // 28: shoal.v1.Task.ports:type_name -> shoal.v1.Port
 	16,  // 29: shoal.v1.Task.faults:type_name -> shoal.v1.NodeFault
 	19,  // 30: shoal.v1.Task.stopping:type_name -> shoal.v1.Stopping
-	161, // 31: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
-	162, // 32: shoal.v1.NodeInfo.engine_labels:type_name -> shoal.v1.NodeInfo.EngineLabelsEntry
-	163, // 33: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
-	164, // 34: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
+	163, // 31: shoal.v1.NodeInfo.labels:type_name -> shoal.v1.NodeInfo.LabelsEntry
+	164, // 32: shoal.v1.NodeInfo.engine_labels:type_name -> shoal.v1.NodeInfo.EngineLabelsEntry
+	165, // 33: shoal.v1.CreateNetworkRequest.labels:type_name -> shoal.v1.CreateNetworkRequest.LabelsEntry
+	166, // 34: shoal.v1.CreateNetworkRequest.options:type_name -> shoal.v1.CreateNetworkRequest.OptionsEntry
 	0,   // 35: shoal.v1.CreateNetworkResponse.network:type_name -> shoal.v1.Network
 	0,   // 36: shoal.v1.ListNetworksResponse.networks:type_name -> shoal.v1.Network
 	20,  // 37: shoal.v1.ConnectNetworkResponse.task:type_name -> shoal.v1.Task
 	15,  // 38: shoal.v1.ConnectNetworkResponse.service:type_name -> shoal.v1.Service
 	20,  // 39: shoal.v1.DisconnectNetworkResponse.task:type_name -> shoal.v1.Task
 	15,  // 40: shoal.v1.DisconnectNetworkResponse.service:type_name -> shoal.v1.Service
-	165, // 41: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
-	11,  // 42: shoal.v1.CreateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
-	15,  // 43: shoal.v1.CreateServiceResponse.service:type_name -> shoal.v1.Service
-	11,  // 44: shoal.v1.UpdateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
-	15,  // 45: shoal.v1.UpdateServiceResponse.service:type_name -> shoal.v1.Service
-	15,  // 46: shoal.v1.ListServicesResponse.services:type_name -> shoal.v1.Service
-	2,   // 47: shoal.v1.CreateTaskRequest.spec:type_name -> shoal.v1.TaskSpec
-	1,   // 48: shoal.v1.CreateTaskRequest.networks:type_name -> shoal.v1.NetworkAttachment
-	10,  // 49: shoal.v1.CreateTaskRequest.ports:type_name -> shoal.v1.Port
-	20,  // 50: shoal.v1.CreateTaskResponse.task:type_name -> shoal.v1.Task
-	20,  // 51: shoal.v1.ListTasksResponse.tasks:type_name -> shoal.v1.Task
-	19,  // 52: shoal.v1.StopTaskRequest.stopping:type_name -> shoal.v1.Stopping
-	19,  // 53: shoal.v1.StartTaskRequest.stopping:type_name -> shoal.v1.Stopping
-	20,  // 54: shoal.v1.StartTaskResponse.task:type_name -> shoal.v1.Task
-	20,  // 55: shoal.v1.RenameTaskResponse.task:type_name -> shoal.v1.Task
-	21,  // 56: shoal.v1.ListNodesResponse.nodes:type_name -> shoal.v1.NodeInfo
-	166, // 57: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
-	21,  // 58: shoal.v1.UpdateNodeResponse.node:type_name -> shoal.v1.NodeInfo
-	21,  // 59: shoal.v1.JoinNodeRequest.node:type_name -> shoal.v1.NodeInfo
-	22,  // 60: shoal.v1.JoinNodeResponse.cluster:type_name -> shoal.v1.Cluster
-	21,  // 61: shoal.v1.JoinNodeResponse.node:type_name -> shoal.v1.NodeInfo
-	21,  // 62: shoal.v1.JoinNodeResponse.managers:type_name -> shoal.v1.NodeInfo
-	61,  // 63: shoal.v1.JoinNodeResponse.certificate:type_name -> shoal.v1.Certificate
-	91,  // 64: shoal.v1.JoinNodeResponse.trust:type_name -> shoal.v1.Trust
-	64,  // 65: shoal.v1.JoinNodeResponse.lock:type_name -> shoal.v1.Lock
-	61,  // 66: shoal.v1.RenewCertificateResponse.certificate:type_name -> shoal.v1.Certificate
-	64,  // 67: shoal.v1.RenewCertificateResponse.lock:type_name -> shoal.v1.Lock
-	21,  // 68: shoal.v1.ShowTokenResponse.managers:type_name -> shoal.v1.NodeInfo
-	167, // 69: shoal.v1.ShowCAResponse.root:type_name -> shoal.v1.ShowCAResponse.Root
-	167, // 70: shoal.v1.ShowCAResponse.old:type_name -> shoal.v1.ShowCAResponse.Root
-	5,   // 71: shoal.v1.CreateBlobRequest.blob:type_name -> shoal.v1.Blob
-	5,   // 72: shoal.v1.CreateBlobResponse.blob:type_name -> shoal.v1.Blob
-	168, // 73: shoal.v1.UpdateBlobRequest.labels:type_name -> shoal.v1.UpdateBlobRequest.LabelsEntry
-	5,   // 74: shoal.v1.UpdateBlobResponse.blob:type_name -> shoal.v1.Blob
-	5,   // 75: shoal.v1.ListBlobsResponse.blobs:type_name -> shoal.v1.Blob
-	5,   // 76: shoal.v1.TaskBlobsResponse.blobs:type_name -> shoal.v1.Blob
-	20,  // 77: shoal.v1.AssignmentsResponse.tasks:type_name -> shoal.v1.Task
-	0,   // 78: shoal.v1.AssignmentsResponse.networks:type_name -> shoal.v1.Network
-	15,  // 79: shoal.v1.AssignmentsResponse.services:type_name -> shoal.v1.Service
-	21,  // 80: shoal.v1.AssignmentsResponse.nodes:type_name -> shoal.v1.NodeInfo
-	22,  // 81: shoal.v1.AssignmentsResponse.cluster:type_name -> shoal.v1.Cluster
-	91,  // 82: shoal.v1.AssignmentsResponse.trust:type_name -> shoal.v1.Trust
-	92,  // 83: shoal.v1.Trust.gossip_keys:type_name -> shoal.v1.GossipKey
-	169, // 84: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
-	171, // 85: shoal.v1.ReportRequest.faults:type_name -> shoal.v1.ReportRequest.Fault
-	170, // 86: shoal.v1.ReportRequest.engine_labels:type_name -> shoal.v1.ReportRequest.EngineLabelsEntry
-	172, // 87: shoal.v1.CheckEndpointsRequest.claims:type_name -> shoal.v1.CheckEndpointsRequest.Claim
-	20,  // 88: shoal.v1.TasksResponse.tasks:type_name -> shoal.v1.Task
-	173, // 89: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
-	174, // 90: shoal.v1.StatsResponse.drops:type_name -> shoal.v1.StatsResponse.Drop
-	176, // 91: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
-	177, // 92: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
-	178, // 93: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
-	179, // 94: shoal.v1.CopyRequest.start:type_name -> shoal.v1.CopyRequest.Start
-	107, // 95: shoal.v1.CopyResponse.source:type_name -> shoal.v1.CopySource
-	18,  // 96: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
-	118, // 97: shoal.v1.ImageListResponse.images:type_name -> shoal.v1.Image
-	118, // 98: shoal.v1.ImageInspectResponse.image:type_name -> shoal.v1.Image
-	180, // 99: shoal.v1.Volume.labels:type_name -> shoal.v1.Volume.LabelsEntry
-	134, // 100: shoal.v1.VolumeListResponse.volumes:type_name -> shoal.v1.Volume
-	181, // 101: shoal.v1.VolumeCreateRequest.labels:type_name -> shoal.v1.VolumeCreateRequest.LabelsEntry
-	134, // 102: shoal.v1.VolumeCreateResponse.volume:type_name -> shoal.v1.Volume
-	21,  // 103: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
-	21,  // 104: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
-	21,  // 105: shoal.v1.InitResponse.lost:type_name -> shoal.v1.NodeInfo
-	21,  // 106: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
-	182, // 107: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
-	183, // 108: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
-	18,  // 109: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
-	175, // 110: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
-	107, // 111: shoal.v1.CopyRequest.Start.source:type_name -> shoal.v1.CopySource
-	23,  // 112: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
-	25,  // 113: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
-	27,  // 114: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
-	29,  // 115: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
-	31,  // 116: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
-	35,  // 117: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
-	37,  // 118: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
-	39,  // 119: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
-	41,  // 120: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
-	43,  // 121: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
-	45,  // 122: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
-	47,  // 123: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
-	49,  // 124: shoal.v1.Control.StartTask:input_type -> shoal.v1.StartTaskRequest
-	51,  // 125: shoal.v1.Control.RenameTask:input_type -> shoal.v1.RenameTaskRequest
-	79,  // 126: shoal.v1.Control.CreateBlob:input_type -> shoal.v1.CreateBlobRequest
-	81,  // 127: shoal.v1.Control.UpdateBlob:input_type -> shoal.v1.UpdateBlobRequest
-	83,  // 128: shoal.v1.Control.ListBlobs:input_type -> shoal.v1.ListBlobsRequest
-	85,  // 129: shoal.v1.Control.RemoveBlob:input_type -> shoal.v1.RemoveBlobRequest
-	87,  // 130: shoal.v1.Control.TaskBlobs:input_type -> shoal.v1.TaskBlobsRequest
-	53,  // 131: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
-	55,  // 132: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
-	57,  // 133: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
-	33,  // 134: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
-	67,  // 135: shoal.v1.Control.ShowToken:input_type -> shoal.v1.ShowTokenRequest
-	69,  // 136: shoal.v1.Control.RotateToken:input_type -> shoal.v1.RotateTokenRequest
-	71,  // 137: shoal.v1.Control.ShowCA:input_type -> shoal.v1.ShowCARequest
-	75,  // 138: shoal.v1.Control.RotateCA:input_type -> shoal.v1.RotateCARequest
-	73,  // 139: shoal.v1.Control.UnlockKey:input_type -> shoal.v1.UnlockKeyRequest
-	116, // 140: shoal.v1.Control.SaveSnapshot:input_type -> shoal.v1.SaveSnapshotRequest
-	62,  // 141: shoal.v1.Control.RenewCertificate:input_type -> shoal.v1.RenewCertificateRequest
-	65,  // 142: shoal.v1.Control.LeaveNode:input_type -> shoal.v1.LeaveNodeRequest
-	59,  // 143: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
-	77,  // 144: shoal.v1.Control.AdmitManager:input_type -> shoal.v1.AdmitManagerRequest
-	89,  // 145: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
-	93,  // 146: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
-	95,  // 147: shoal.v1.Control.CheckEndpoints:input_type -> shoal.v1.CheckEndpointsRequest
-	119, // 148: shoal.v1.Node.ImageList:input_type -> shoal.v1.ImageListRequest
-	121, // 149: shoal.v1.Node.ImagePull:input_type -> shoal.v1.ImagePullRequest
-	123, // 150: shoal.v1.Node.ImageResolve:input_type -> shoal.v1.ImageResolveRequest
-	125, // 151: shoal.v1.Node.ImageRemove:input_type -> shoal.v1.ImageRemoveRequest
-	126, // 152: shoal.v1.Node.ImagePrune:input_type -> shoal.v1.ImagePruneRequest
-	128, // 153: shoal.v1.Node.ImageInspect:input_type -> shoal.v1.ImageInspectRequest
-	130, // 154: shoal.v1.Node.ImageLoad:input_type -> shoal.v1.ImageLoadRequest
-	132, // 155: shoal.v1.Node.ImageSave:input_type -> shoal.v1.ImageSaveRequest
-	135, // 156: shoal.v1.Node.VolumeList:input_type -> shoal.v1.VolumeListRequest
-	137, // 157: shoal.v1.Node.VolumeCreate:input_type -> shoal.v1.VolumeCreateRequest
-	139, // 158: shoal.v1.Node.VolumeRemove:input_type -> shoal.v1.VolumeRemoveRequest
-	103, // 159: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
-	108, // 160: shoal.v1.Node.Copy:input_type -> shoal.v1.CopyRequest
-	105, // 161: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
-	114, // 162: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
-	110, // 163: shoal.v1.Node.Kill:input_type -> shoal.v1.KillRequest
-	112, // 164: shoal.v1.Node.Top:input_type -> shoal.v1.TopRequest
-	97,  // 165: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
-	99,  // 166: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
-	101, // 167: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
-	144, // 168: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
-	146, // 169: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
-	148, // 170: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
-	150, // 171: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
-	152, // 172: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
-	142, // 173: shoal.v1.Local.Unlock:input_type -> shoal.v1.UnlockRequest
-	141, // 174: shoal.v1.Local.RestoreSnapshot:input_type -> shoal.v1.RestoreSnapshotRequest
-	24,  // 175: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
-	26,  // 176: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
-	28,  // 177: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
-	30,  // 178: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
-	32,  // 179: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
-	36,  // 180: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
-	38,  // 181: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
-	40,  // 182: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
-	42,  // 183: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
-	44,  // 184: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
-	46,  // 185: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
-	48,  // 186: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
-	50,  // 187: shoal.v1.Control.StartTask:output_type -> shoal.v1.StartTaskResponse
-	52,  // 188: shoal.v1.Control.RenameTask:output_type -> shoal.v1.RenameTaskResponse
-	80,  // 189: shoal.v1.Control.CreateBlob:output_type -> shoal.v1.CreateBlobResponse
-	82,  // 190: shoal.v1.Control.UpdateBlob:output_type -> shoal.v1.UpdateBlobResponse
-	84,  // 191: shoal.v1.Control.ListBlobs:output_type -> shoal.v1.ListBlobsResponse
-	86,  // 192: shoal.v1.Control.RemoveBlob:output_type -> shoal.v1.RemoveBlobResponse
-	88,  // 193: shoal.v1.Control.TaskBlobs:output_type -> shoal.v1.TaskBlobsResponse
-	54,  // 194: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
-	56,  // 195: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
-	58,  // 196: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
-	34,  // 197: shoal.v1.Control.Events:output_type -> shoal.v1.Event
-	68,  // 198: shoal.v1.Control.ShowToken:output_type -> shoal.v1.ShowTokenResponse
-	70,  // 199: shoal.v1.Control.RotateToken:output_type -> shoal.v1.RotateTokenResponse
-	72,  // 200: shoal.v1.Control.ShowCA:output_type -> shoal.v1.ShowCAResponse
-	76,  // 201: shoal.v1.Control.RotateCA:output_type -> shoal.v1.RotateCAResponse
-	74,  // 202: shoal.v1.Control.UnlockKey:output_type -> shoal.v1.UnlockKeyResponse
-	117, // 203: shoal.v1.Control.SaveSnapshot:output_type -> shoal.v1.SaveSnapshotResponse
-	63,  // 204: shoal.v1.Control.RenewCertificate:output_type -> shoal.v1.RenewCertificateResponse
-	66,  // 205: shoal.v1.Control.LeaveNode:output_type -> shoal.v1.LeaveNodeResponse
-	60,  // 206: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
-	78,  // 207: shoal.v1.Control.AdmitManager:output_type -> shoal.v1.AdmitManagerResponse
-	90,  // 208: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
-	94,  // 209: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
-	96,  // 210: shoal.v1.Control.CheckEndpoints:output_type -> shoal.v1.CheckEndpointsResponse
-	120, // 211: shoal.v1.Node.ImageList:output_type -> shoal.v1.ImageListResponse
-	122, // 212: shoal.v1.Node.ImagePull:output_type -> shoal.v1.ImagePullResponse
-	124, // 213: shoal.v1.Node.ImageResolve:output_type -> shoal.v1.ImageResolveResponse
-	127, // 214: shoal.v1.Node.ImageRemove:output_type -> shoal.v1.ImageRemoveResponse
-	127, // 215: shoal.v1.Node.ImagePrune:output_type -> shoal.v1.ImageRemoveResponse
-	129, // 216: shoal.v1.Node.ImageInspect:output_type -> shoal.v1.ImageInspectResponse
-	131, // 217: shoal.v1.Node.ImageLoad:output_type -> shoal.v1.ImageLoadResponse
-	133, // 218: shoal.v1.Node.ImageSave:output_type -> shoal.v1.ImageSaveResponse
-	136, // 219: shoal.v1.Node.VolumeList:output_type -> shoal.v1.VolumeListResponse
-	138, // 220: shoal.v1.Node.VolumeCreate:output_type -> shoal.v1.VolumeCreateResponse
-	140, // 221: shoal.v1.Node.VolumeRemove:output_type -> shoal.v1.VolumeRemoveResponse
-	104, // 222: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
-	109, // 223: shoal.v1.Node.Copy:output_type -> shoal.v1.CopyResponse
-	106, // 224: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
-	115, // 225: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
-	111, // 226: shoal.v1.Node.Kill:output_type -> shoal.v1.KillResponse
-	113, // 227: shoal.v1.Node.Top:output_type -> shoal.v1.TopResponse
-	98,  // 228: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
-	100, // 229: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
-	102, // 230: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
-	145, // 231: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
-	147, // 232: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
-	149, // 233: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
-	151, // 234: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
-	153, // 235: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
-	143, // 236: shoal.v1.Local.Unlock:output_type -> shoal.v1.UnlockResponse
-	147, // 237: shoal.v1.Local.RestoreSnapshot:output_type -> shoal.v1.InitResponse
-	175, // [175:238] is the sub-list for method output_type
-	112, // [112:175] is the sub-list for method input_type
-	112, // [112:112] is the sub-list for extension type_name
-	112, // [112:112] is the sub-list for extension extendee
-	0,   // [0:112] is the sub-list for field type_name
+	15,  // 41: shoal.v1.WatchResponse.services:type_name -> shoal.v1.Service
+	20,  // 42: shoal.v1.WatchResponse.tasks:type_name -> shoal.v1.Task
+	167, // 43: shoal.v1.Event.attributes:type_name -> shoal.v1.Event.AttributesEntry
+	11,  // 44: shoal.v1.CreateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
+	15,  // 45: shoal.v1.CreateServiceResponse.service:type_name -> shoal.v1.Service
+	11,  // 46: shoal.v1.UpdateServiceRequest.spec:type_name -> shoal.v1.ServiceSpec
+	15,  // 47: shoal.v1.UpdateServiceResponse.service:type_name -> shoal.v1.Service
+	15,  // 48: shoal.v1.ListServicesResponse.services:type_name -> shoal.v1.Service
+	2,   // 49: shoal.v1.CreateTaskRequest.spec:type_name -> shoal.v1.TaskSpec
+	1,   // 50: shoal.v1.CreateTaskRequest.networks:type_name -> shoal.v1.NetworkAttachment
+	10,  // 51: shoal.v1.CreateTaskRequest.ports:type_name -> shoal.v1.Port
+	20,  // 52: shoal.v1.CreateTaskResponse.task:type_name -> shoal.v1.Task
+	20,  // 53: shoal.v1.ListTasksResponse.tasks:type_name -> shoal.v1.Task
+	19,  // 54: shoal.v1.StopTaskRequest.stopping:type_name -> shoal.v1.Stopping
+	19,  // 55: shoal.v1.StartTaskRequest.stopping:type_name -> shoal.v1.Stopping
+	20,  // 56: shoal.v1.StartTaskResponse.task:type_name -> shoal.v1.Task
+	20,  // 57: shoal.v1.RenameTaskResponse.task:type_name -> shoal.v1.Task
+	21,  // 58: shoal.v1.ListNodesResponse.nodes:type_name -> shoal.v1.NodeInfo
+	168, // 59: shoal.v1.UpdateNodeRequest.set_labels:type_name -> shoal.v1.UpdateNodeRequest.SetLabelsEntry
+	21,  // 60: shoal.v1.UpdateNodeResponse.node:type_name -> shoal.v1.NodeInfo
+	21,  // 61: shoal.v1.JoinNodeRequest.node:type_name -> shoal.v1.NodeInfo
+	22,  // 62: shoal.v1.JoinNodeResponse.cluster:type_name -> shoal.v1.Cluster
+	21,  // 63: shoal.v1.JoinNodeResponse.node:type_name -> shoal.v1.NodeInfo
+	21,  // 64: shoal.v1.JoinNodeResponse.managers:type_name -> shoal.v1.NodeInfo
+	63,  // 65: shoal.v1.JoinNodeResponse.certificate:type_name -> shoal.v1.Certificate
+	93,  // 66: shoal.v1.JoinNodeResponse.trust:type_name -> shoal.v1.Trust
+	66,  // 67: shoal.v1.JoinNodeResponse.lock:type_name -> shoal.v1.Lock
+	63,  // 68: shoal.v1.RenewCertificateResponse.certificate:type_name -> shoal.v1.Certificate
+	66,  // 69: shoal.v1.RenewCertificateResponse.lock:type_name -> shoal.v1.Lock
+	21,  // 70: shoal.v1.ShowTokenResponse.managers:type_name -> shoal.v1.NodeInfo
+	169, // 71: shoal.v1.ShowCAResponse.root:type_name -> shoal.v1.ShowCAResponse.Root
+	169, // 72: shoal.v1.ShowCAResponse.old:type_name -> shoal.v1.ShowCAResponse.Root
+	5,   // 73: shoal.v1.CreateBlobRequest.blob:type_name -> shoal.v1.Blob
+	5,   // 74: shoal.v1.CreateBlobResponse.blob:type_name -> shoal.v1.Blob
+	170, // 75: shoal.v1.UpdateBlobRequest.labels:type_name -> shoal.v1.UpdateBlobRequest.LabelsEntry
+	5,   // 76: shoal.v1.UpdateBlobResponse.blob:type_name -> shoal.v1.Blob
+	5,   // 77: shoal.v1.ListBlobsResponse.blobs:type_name -> shoal.v1.Blob
+	5,   // 78: shoal.v1.TaskBlobsResponse.blobs:type_name -> shoal.v1.Blob
+	20,  // 79: shoal.v1.AssignmentsResponse.tasks:type_name -> shoal.v1.Task
+	0,   // 80: shoal.v1.AssignmentsResponse.networks:type_name -> shoal.v1.Network
+	15,  // 81: shoal.v1.AssignmentsResponse.services:type_name -> shoal.v1.Service
+	21,  // 82: shoal.v1.AssignmentsResponse.nodes:type_name -> shoal.v1.NodeInfo
+	22,  // 83: shoal.v1.AssignmentsResponse.cluster:type_name -> shoal.v1.Cluster
+	93,  // 84: shoal.v1.AssignmentsResponse.trust:type_name -> shoal.v1.Trust
+	94,  // 85: shoal.v1.Trust.gossip_keys:type_name -> shoal.v1.GossipKey
+	171, // 86: shoal.v1.ReportRequest.tasks:type_name -> shoal.v1.ReportRequest.TasksEntry
+	173, // 87: shoal.v1.ReportRequest.faults:type_name -> shoal.v1.ReportRequest.Fault
+	172, // 88: shoal.v1.ReportRequest.engine_labels:type_name -> shoal.v1.ReportRequest.EngineLabelsEntry
+	174, // 89: shoal.v1.CheckEndpointsRequest.claims:type_name -> shoal.v1.CheckEndpointsRequest.Claim
+	20,  // 90: shoal.v1.TasksResponse.tasks:type_name -> shoal.v1.Task
+	175, // 91: shoal.v1.StatsResponse.tasks:type_name -> shoal.v1.StatsResponse.Task
+	176, // 92: shoal.v1.StatsResponse.drops:type_name -> shoal.v1.StatsResponse.Drop
+	178, // 93: shoal.v1.KernelResponse.servers:type_name -> shoal.v1.KernelResponse.Server
+	179, // 94: shoal.v1.ExecRequest.start:type_name -> shoal.v1.ExecRequest.Start
+	180, // 95: shoal.v1.ExecRequest.resize:type_name -> shoal.v1.ExecRequest.Resize
+	181, // 96: shoal.v1.CopyRequest.start:type_name -> shoal.v1.CopyRequest.Start
+	109, // 97: shoal.v1.CopyResponse.source:type_name -> shoal.v1.CopySource
+	18,  // 98: shoal.v1.WaitResponse.status:type_name -> shoal.v1.TaskStatus
+	120, // 99: shoal.v1.ImageListResponse.images:type_name -> shoal.v1.Image
+	120, // 100: shoal.v1.ImageInspectResponse.image:type_name -> shoal.v1.Image
+	182, // 101: shoal.v1.Volume.labels:type_name -> shoal.v1.Volume.LabelsEntry
+	136, // 102: shoal.v1.VolumeListResponse.volumes:type_name -> shoal.v1.Volume
+	183, // 103: shoal.v1.VolumeCreateRequest.labels:type_name -> shoal.v1.VolumeCreateRequest.LabelsEntry
+	136, // 104: shoal.v1.VolumeCreateResponse.volume:type_name -> shoal.v1.Volume
+	21,  // 105: shoal.v1.InfoResponse.node:type_name -> shoal.v1.NodeInfo
+	21,  // 106: shoal.v1.InitResponse.node:type_name -> shoal.v1.NodeInfo
+	21,  // 107: shoal.v1.InitResponse.lost:type_name -> shoal.v1.NodeInfo
+	21,  // 108: shoal.v1.JoinResponse.node:type_name -> shoal.v1.NodeInfo
+	184, // 109: shoal.v1.DoctorResponse.checks:type_name -> shoal.v1.DoctorResponse.Check
+	185, // 110: shoal.v1.DoctorResponse.objects:type_name -> shoal.v1.DoctorResponse.Object
+	18,  // 111: shoal.v1.ReportRequest.TasksEntry.value:type_name -> shoal.v1.TaskStatus
+	177, // 112: shoal.v1.KernelResponse.Server.backends:type_name -> shoal.v1.KernelResponse.Backend
+	109, // 113: shoal.v1.CopyRequest.Start.source:type_name -> shoal.v1.CopySource
+	23,  // 114: shoal.v1.Control.CreateNetwork:input_type -> shoal.v1.CreateNetworkRequest
+	25,  // 115: shoal.v1.Control.ListNetworks:input_type -> shoal.v1.ListNetworksRequest
+	27,  // 116: shoal.v1.Control.RemoveNetwork:input_type -> shoal.v1.RemoveNetworkRequest
+	29,  // 117: shoal.v1.Control.ConnectNetwork:input_type -> shoal.v1.ConnectNetworkRequest
+	31,  // 118: shoal.v1.Control.DisconnectNetwork:input_type -> shoal.v1.DisconnectNetworkRequest
+	37,  // 119: shoal.v1.Control.CreateService:input_type -> shoal.v1.CreateServiceRequest
+	39,  // 120: shoal.v1.Control.UpdateService:input_type -> shoal.v1.UpdateServiceRequest
+	41,  // 121: shoal.v1.Control.ListServices:input_type -> shoal.v1.ListServicesRequest
+	43,  // 122: shoal.v1.Control.RemoveService:input_type -> shoal.v1.RemoveServiceRequest
+	45,  // 123: shoal.v1.Control.CreateTask:input_type -> shoal.v1.CreateTaskRequest
+	47,  // 124: shoal.v1.Control.ListTasks:input_type -> shoal.v1.ListTasksRequest
+	49,  // 125: shoal.v1.Control.StopTask:input_type -> shoal.v1.StopTaskRequest
+	51,  // 126: shoal.v1.Control.StartTask:input_type -> shoal.v1.StartTaskRequest
+	53,  // 127: shoal.v1.Control.RenameTask:input_type -> shoal.v1.RenameTaskRequest
+	81,  // 128: shoal.v1.Control.CreateBlob:input_type -> shoal.v1.CreateBlobRequest
+	83,  // 129: shoal.v1.Control.UpdateBlob:input_type -> shoal.v1.UpdateBlobRequest
+	85,  // 130: shoal.v1.Control.ListBlobs:input_type -> shoal.v1.ListBlobsRequest
+	87,  // 131: shoal.v1.Control.RemoveBlob:input_type -> shoal.v1.RemoveBlobRequest
+	89,  // 132: shoal.v1.Control.TaskBlobs:input_type -> shoal.v1.TaskBlobsRequest
+	55,  // 133: shoal.v1.Control.ListNodes:input_type -> shoal.v1.ListNodesRequest
+	57,  // 134: shoal.v1.Control.UpdateNode:input_type -> shoal.v1.UpdateNodeRequest
+	59,  // 135: shoal.v1.Control.RemoveNode:input_type -> shoal.v1.RemoveNodeRequest
+	35,  // 136: shoal.v1.Control.Events:input_type -> shoal.v1.EventsRequest
+	33,  // 137: shoal.v1.Control.Watch:input_type -> shoal.v1.WatchRequest
+	69,  // 138: shoal.v1.Control.ShowToken:input_type -> shoal.v1.ShowTokenRequest
+	71,  // 139: shoal.v1.Control.RotateToken:input_type -> shoal.v1.RotateTokenRequest
+	73,  // 140: shoal.v1.Control.ShowCA:input_type -> shoal.v1.ShowCARequest
+	77,  // 141: shoal.v1.Control.RotateCA:input_type -> shoal.v1.RotateCARequest
+	75,  // 142: shoal.v1.Control.UnlockKey:input_type -> shoal.v1.UnlockKeyRequest
+	118, // 143: shoal.v1.Control.SaveSnapshot:input_type -> shoal.v1.SaveSnapshotRequest
+	64,  // 144: shoal.v1.Control.RenewCertificate:input_type -> shoal.v1.RenewCertificateRequest
+	67,  // 145: shoal.v1.Control.LeaveNode:input_type -> shoal.v1.LeaveNodeRequest
+	61,  // 146: shoal.v1.Control.JoinNode:input_type -> shoal.v1.JoinNodeRequest
+	79,  // 147: shoal.v1.Control.AdmitManager:input_type -> shoal.v1.AdmitManagerRequest
+	91,  // 148: shoal.v1.Control.Assignments:input_type -> shoal.v1.AssignmentsRequest
+	95,  // 149: shoal.v1.Control.Report:input_type -> shoal.v1.ReportRequest
+	97,  // 150: shoal.v1.Control.CheckEndpoints:input_type -> shoal.v1.CheckEndpointsRequest
+	121, // 151: shoal.v1.Node.ImageList:input_type -> shoal.v1.ImageListRequest
+	123, // 152: shoal.v1.Node.ImagePull:input_type -> shoal.v1.ImagePullRequest
+	125, // 153: shoal.v1.Node.ImageResolve:input_type -> shoal.v1.ImageResolveRequest
+	127, // 154: shoal.v1.Node.ImageRemove:input_type -> shoal.v1.ImageRemoveRequest
+	128, // 155: shoal.v1.Node.ImagePrune:input_type -> shoal.v1.ImagePruneRequest
+	130, // 156: shoal.v1.Node.ImageInspect:input_type -> shoal.v1.ImageInspectRequest
+	132, // 157: shoal.v1.Node.ImageLoad:input_type -> shoal.v1.ImageLoadRequest
+	134, // 158: shoal.v1.Node.ImageSave:input_type -> shoal.v1.ImageSaveRequest
+	137, // 159: shoal.v1.Node.VolumeList:input_type -> shoal.v1.VolumeListRequest
+	139, // 160: shoal.v1.Node.VolumeCreate:input_type -> shoal.v1.VolumeCreateRequest
+	141, // 161: shoal.v1.Node.VolumeRemove:input_type -> shoal.v1.VolumeRemoveRequest
+	105, // 162: shoal.v1.Node.Exec:input_type -> shoal.v1.ExecRequest
+	110, // 163: shoal.v1.Node.Copy:input_type -> shoal.v1.CopyRequest
+	107, // 164: shoal.v1.Node.Logs:input_type -> shoal.v1.LogsRequest
+	116, // 165: shoal.v1.Node.Wait:input_type -> shoal.v1.WaitRequest
+	112, // 166: shoal.v1.Node.Kill:input_type -> shoal.v1.KillRequest
+	114, // 167: shoal.v1.Node.Top:input_type -> shoal.v1.TopRequest
+	99,  // 168: shoal.v1.Node.Tasks:input_type -> shoal.v1.TasksRequest
+	101, // 169: shoal.v1.Node.Stats:input_type -> shoal.v1.StatsRequest
+	103, // 170: shoal.v1.Node.Kernel:input_type -> shoal.v1.KernelRequest
+	146, // 171: shoal.v1.Local.Info:input_type -> shoal.v1.InfoRequest
+	148, // 172: shoal.v1.Local.Init:input_type -> shoal.v1.InitRequest
+	150, // 173: shoal.v1.Local.Join:input_type -> shoal.v1.JoinRequest
+	152, // 174: shoal.v1.Local.Leave:input_type -> shoal.v1.LeaveRequest
+	154, // 175: shoal.v1.Local.Doctor:input_type -> shoal.v1.DoctorRequest
+	144, // 176: shoal.v1.Local.Unlock:input_type -> shoal.v1.UnlockRequest
+	143, // 177: shoal.v1.Local.RestoreSnapshot:input_type -> shoal.v1.RestoreSnapshotRequest
+	24,  // 178: shoal.v1.Control.CreateNetwork:output_type -> shoal.v1.CreateNetworkResponse
+	26,  // 179: shoal.v1.Control.ListNetworks:output_type -> shoal.v1.ListNetworksResponse
+	28,  // 180: shoal.v1.Control.RemoveNetwork:output_type -> shoal.v1.RemoveNetworkResponse
+	30,  // 181: shoal.v1.Control.ConnectNetwork:output_type -> shoal.v1.ConnectNetworkResponse
+	32,  // 182: shoal.v1.Control.DisconnectNetwork:output_type -> shoal.v1.DisconnectNetworkResponse
+	38,  // 183: shoal.v1.Control.CreateService:output_type -> shoal.v1.CreateServiceResponse
+	40,  // 184: shoal.v1.Control.UpdateService:output_type -> shoal.v1.UpdateServiceResponse
+	42,  // 185: shoal.v1.Control.ListServices:output_type -> shoal.v1.ListServicesResponse
+	44,  // 186: shoal.v1.Control.RemoveService:output_type -> shoal.v1.RemoveServiceResponse
+	46,  // 187: shoal.v1.Control.CreateTask:output_type -> shoal.v1.CreateTaskResponse
+	48,  // 188: shoal.v1.Control.ListTasks:output_type -> shoal.v1.ListTasksResponse
+	50,  // 189: shoal.v1.Control.StopTask:output_type -> shoal.v1.StopTaskResponse
+	52,  // 190: shoal.v1.Control.StartTask:output_type -> shoal.v1.StartTaskResponse
+	54,  // 191: shoal.v1.Control.RenameTask:output_type -> shoal.v1.RenameTaskResponse
+	82,  // 192: shoal.v1.Control.CreateBlob:output_type -> shoal.v1.CreateBlobResponse
+	84,  // 193: shoal.v1.Control.UpdateBlob:output_type -> shoal.v1.UpdateBlobResponse
+	86,  // 194: shoal.v1.Control.ListBlobs:output_type -> shoal.v1.ListBlobsResponse
+	88,  // 195: shoal.v1.Control.RemoveBlob:output_type -> shoal.v1.RemoveBlobResponse
+	90,  // 196: shoal.v1.Control.TaskBlobs:output_type -> shoal.v1.TaskBlobsResponse
+	56,  // 197: shoal.v1.Control.ListNodes:output_type -> shoal.v1.ListNodesResponse
+	58,  // 198: shoal.v1.Control.UpdateNode:output_type -> shoal.v1.UpdateNodeResponse
+	60,  // 199: shoal.v1.Control.RemoveNode:output_type -> shoal.v1.RemoveNodeResponse
+	36,  // 200: shoal.v1.Control.Events:output_type -> shoal.v1.Event
+	34,  // 201: shoal.v1.Control.Watch:output_type -> shoal.v1.WatchResponse
+	70,  // 202: shoal.v1.Control.ShowToken:output_type -> shoal.v1.ShowTokenResponse
+	72,  // 203: shoal.v1.Control.RotateToken:output_type -> shoal.v1.RotateTokenResponse
+	74,  // 204: shoal.v1.Control.ShowCA:output_type -> shoal.v1.ShowCAResponse
+	78,  // 205: shoal.v1.Control.RotateCA:output_type -> shoal.v1.RotateCAResponse
+	76,  // 206: shoal.v1.Control.UnlockKey:output_type -> shoal.v1.UnlockKeyResponse
+	119, // 207: shoal.v1.Control.SaveSnapshot:output_type -> shoal.v1.SaveSnapshotResponse
+	65,  // 208: shoal.v1.Control.RenewCertificate:output_type -> shoal.v1.RenewCertificateResponse
+	68,  // 209: shoal.v1.Control.LeaveNode:output_type -> shoal.v1.LeaveNodeResponse
+	62,  // 210: shoal.v1.Control.JoinNode:output_type -> shoal.v1.JoinNodeResponse
+	80,  // 211: shoal.v1.Control.AdmitManager:output_type -> shoal.v1.AdmitManagerResponse
+	92,  // 212: shoal.v1.Control.Assignments:output_type -> shoal.v1.AssignmentsResponse
+	96,  // 213: shoal.v1.Control.Report:output_type -> shoal.v1.ReportResponse
+	98,  // 214: shoal.v1.Control.CheckEndpoints:output_type -> shoal.v1.CheckEndpointsResponse
+	122, // 215: shoal.v1.Node.ImageList:output_type -> shoal.v1.ImageListResponse
+	124, // 216: shoal.v1.Node.ImagePull:output_type -> shoal.v1.ImagePullResponse
+	126, // 217: shoal.v1.Node.ImageResolve:output_type -> shoal.v1.ImageResolveResponse
+	129, // 218: shoal.v1.Node.ImageRemove:output_type -> shoal.v1.ImageRemoveResponse
+	129, // 219: shoal.v1.Node.ImagePrune:output_type -> shoal.v1.ImageRemoveResponse
+	131, // 220: shoal.v1.Node.ImageInspect:output_type -> shoal.v1.ImageInspectResponse
+	133, // 221: shoal.v1.Node.ImageLoad:output_type -> shoal.v1.ImageLoadResponse
+	135, // 222: shoal.v1.Node.ImageSave:output_type -> shoal.v1.ImageSaveResponse
+	138, // 223: shoal.v1.Node.VolumeList:output_type -> shoal.v1.VolumeListResponse
+	140, // 224: shoal.v1.Node.VolumeCreate:output_type -> shoal.v1.VolumeCreateResponse
+	142, // 225: shoal.v1.Node.VolumeRemove:output_type -> shoal.v1.VolumeRemoveResponse
+	106, // 226: shoal.v1.Node.Exec:output_type -> shoal.v1.ExecResponse
+	111, // 227: shoal.v1.Node.Copy:output_type -> shoal.v1.CopyResponse
+	108, // 228: shoal.v1.Node.Logs:output_type -> shoal.v1.LogsResponse
+	117, // 229: shoal.v1.Node.Wait:output_type -> shoal.v1.WaitResponse
+	113, // 230: shoal.v1.Node.Kill:output_type -> shoal.v1.KillResponse
+	115, // 231: shoal.v1.Node.Top:output_type -> shoal.v1.TopResponse
+	100, // 232: shoal.v1.Node.Tasks:output_type -> shoal.v1.TasksResponse
+	102, // 233: shoal.v1.Node.Stats:output_type -> shoal.v1.StatsResponse
+	104, // 234: shoal.v1.Node.Kernel:output_type -> shoal.v1.KernelResponse
+	147, // 235: shoal.v1.Local.Info:output_type -> shoal.v1.InfoResponse
+	149, // 236: shoal.v1.Local.Init:output_type -> shoal.v1.InitResponse
+	151, // 237: shoal.v1.Local.Join:output_type -> shoal.v1.JoinResponse
+	153, // 238: shoal.v1.Local.Leave:output_type -> shoal.v1.LeaveResponse
+	155, // 239: shoal.v1.Local.Doctor:output_type -> shoal.v1.DoctorResponse
+	145, // 240: shoal.v1.Local.Unlock:output_type -> shoal.v1.UnlockResponse
+	149, // 241: shoal.v1.Local.RestoreSnapshot:output_type -> shoal.v1.InitResponse
+	178, // [178:242] is the sub-list for method output_type
+	114, // [114:178] is the sub-list for method input_type
+	114, // [114:114] is the sub-list for extension type_name
+	114, // [114:114] is the sub-list for extension extendee
+	0,   // [0:114] is the sub-list for field type_name
 }
 
 func init() { file_shoal_v1_shoal_proto_init() }
@@ -12656,39 +12774,39 @@ func file_shoal_v1_shoal_proto_init() {
 		return
 	}
 	file_shoal_v1_shoal_proto_msgTypes[19].OneofWrappers = []any{}
-	file_shoal_v1_shoal_proto_msgTypes[37].OneofWrappers = []any{}
-	file_shoal_v1_shoal_proto_msgTypes[55].OneofWrappers = []any{}
-	file_shoal_v1_shoal_proto_msgTypes[103].OneofWrappers = []any{
+	file_shoal_v1_shoal_proto_msgTypes[39].OneofWrappers = []any{}
+	file_shoal_v1_shoal_proto_msgTypes[57].OneofWrappers = []any{}
+	file_shoal_v1_shoal_proto_msgTypes[105].OneofWrappers = []any{
 		(*ExecRequest_Start_)(nil),
 		(*ExecRequest_Stdin)(nil),
 		(*ExecRequest_StdinEof)(nil),
 		(*ExecRequest_Resize_)(nil),
 		(*ExecRequest_Signal)(nil),
 	}
-	file_shoal_v1_shoal_proto_msgTypes[104].OneofWrappers = []any{
+	file_shoal_v1_shoal_proto_msgTypes[106].OneofWrappers = []any{
 		(*ExecResponse_Stdout)(nil),
 		(*ExecResponse_Stderr)(nil),
 		(*ExecResponse_ExitCode)(nil),
 	}
-	file_shoal_v1_shoal_proto_msgTypes[108].OneofWrappers = []any{
+	file_shoal_v1_shoal_proto_msgTypes[110].OneofWrappers = []any{
 		(*CopyRequest_Start_)(nil),
 		(*CopyRequest_Data)(nil),
 		(*CopyRequest_Eof)(nil),
 	}
-	file_shoal_v1_shoal_proto_msgTypes[109].OneofWrappers = []any{
+	file_shoal_v1_shoal_proto_msgTypes[111].OneofWrappers = []any{
 		(*CopyResponse_Source)(nil),
 		(*CopyResponse_Data)(nil),
 		(*CopyResponse_Done)(nil),
 		(*CopyResponse_Failed)(nil),
 	}
-	file_shoal_v1_shoal_proto_msgTypes[173].OneofWrappers = []any{}
+	file_shoal_v1_shoal_proto_msgTypes[175].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_shoal_v1_shoal_proto_rawDesc), len(file_shoal_v1_shoal_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   184,
+			NumMessages:   186,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

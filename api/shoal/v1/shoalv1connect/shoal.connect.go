@@ -96,6 +96,8 @@ const (
 	ControlRemoveNodeProcedure = "/shoal.v1.Control/RemoveNode"
 	// ControlEventsProcedure is the fully-qualified name of the Control's Events RPC.
 	ControlEventsProcedure = "/shoal.v1.Control/Events"
+	// ControlWatchProcedure is the fully-qualified name of the Control's Watch RPC.
+	ControlWatchProcedure = "/shoal.v1.Control/Watch"
 	// ControlShowTokenProcedure is the fully-qualified name of the Control's ShowToken RPC.
 	ControlShowTokenProcedure = "/shoal.v1.Control/ShowToken"
 	// ControlRotateTokenProcedure is the fully-qualified name of the Control's RotateToken RPC.
@@ -208,6 +210,9 @@ type ControlClient interface {
 	RemoveNode(context.Context, *connect.Request[v1.RemoveNodeRequest]) (*connect.Response[v1.RemoveNodeResponse], error)
 	// Events streams what happens in the cluster, as the leader sees it.
 	Events(context.Context, *connect.Request[v1.EventsRequest]) (*connect.ServerStreamForClient[v1.Event], error)
+	// Watch streams how some services and tasks are: at first, whenever one of them is
+	// otherwise, and every second.
+	Watch(context.Context, *connect.Request[v1.WatchRequest]) (*connect.ServerStreamForClient[v1.WatchResponse], error)
 	// Join tokens and the cluster's authority.
 	ShowToken(context.Context, *connect.Request[v1.ShowTokenRequest]) (*connect.Response[v1.ShowTokenResponse], error)
 	RotateToken(context.Context, *connect.Request[v1.RotateTokenRequest]) (*connect.Response[v1.RotateTokenResponse], error)
@@ -378,6 +383,12 @@ func NewControlClient(httpClient connect.HTTPClient, baseURL string, opts ...con
 			connect.WithSchema(controlMethods.ByName("Events")),
 			connect.WithClientOptions(opts...),
 		),
+		watch: connect.NewClient[v1.WatchRequest, v1.WatchResponse](
+			httpClient,
+			baseURL+ControlWatchProcedure,
+			connect.WithSchema(controlMethods.ByName("Watch")),
+			connect.WithClientOptions(opts...),
+		),
 		showToken: connect.NewClient[v1.ShowTokenRequest, v1.ShowTokenResponse](
 			httpClient,
 			baseURL+ControlShowTokenProcedure,
@@ -484,6 +495,7 @@ type controlClient struct {
 	updateNode        *connect.Client[v1.UpdateNodeRequest, v1.UpdateNodeResponse]
 	removeNode        *connect.Client[v1.RemoveNodeRequest, v1.RemoveNodeResponse]
 	events            *connect.Client[v1.EventsRequest, v1.Event]
+	watch             *connect.Client[v1.WatchRequest, v1.WatchResponse]
 	showToken         *connect.Client[v1.ShowTokenRequest, v1.ShowTokenResponse]
 	rotateToken       *connect.Client[v1.RotateTokenRequest, v1.RotateTokenResponse]
 	showCA            *connect.Client[v1.ShowCARequest, v1.ShowCAResponse]
@@ -614,6 +626,11 @@ func (c *controlClient) Events(ctx context.Context, req *connect.Request[v1.Even
 	return c.events.CallServerStream(ctx, req)
 }
 
+// Watch calls shoal.v1.Control.Watch.
+func (c *controlClient) Watch(ctx context.Context, req *connect.Request[v1.WatchRequest]) (*connect.ServerStreamForClient[v1.WatchResponse], error) {
+	return c.watch.CallServerStream(ctx, req)
+}
+
 // ShowToken calls shoal.v1.Control.ShowToken.
 func (c *controlClient) ShowToken(ctx context.Context, req *connect.Request[v1.ShowTokenRequest]) (*connect.Response[v1.ShowTokenResponse], error) {
 	return c.showToken.CallUnary(ctx, req)
@@ -708,6 +725,9 @@ type ControlHandler interface {
 	RemoveNode(context.Context, *connect.Request[v1.RemoveNodeRequest]) (*connect.Response[v1.RemoveNodeResponse], error)
 	// Events streams what happens in the cluster, as the leader sees it.
 	Events(context.Context, *connect.Request[v1.EventsRequest], *connect.ServerStream[v1.Event]) error
+	// Watch streams how some services and tasks are: at first, whenever one of them is
+	// otherwise, and every second.
+	Watch(context.Context, *connect.Request[v1.WatchRequest], *connect.ServerStream[v1.WatchResponse]) error
 	// Join tokens and the cluster's authority.
 	ShowToken(context.Context, *connect.Request[v1.ShowTokenRequest]) (*connect.Response[v1.ShowTokenResponse], error)
 	RotateToken(context.Context, *connect.Request[v1.RotateTokenRequest]) (*connect.Response[v1.RotateTokenResponse], error)
@@ -874,6 +894,12 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 		connect.WithSchema(controlMethods.ByName("Events")),
 		connect.WithHandlerOptions(opts...),
 	)
+	controlWatchHandler := connect.NewServerStreamHandler(
+		ControlWatchProcedure,
+		svc.Watch,
+		connect.WithSchema(controlMethods.ByName("Watch")),
+		connect.WithHandlerOptions(opts...),
+	)
 	controlShowTokenHandler := connect.NewUnaryHandler(
 		ControlShowTokenProcedure,
 		svc.ShowToken,
@@ -1000,6 +1026,8 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 			controlRemoveNodeHandler.ServeHTTP(w, r)
 		case ControlEventsProcedure:
 			controlEventsHandler.ServeHTTP(w, r)
+		case ControlWatchProcedure:
+			controlWatchHandler.ServeHTTP(w, r)
 		case ControlShowTokenProcedure:
 			controlShowTokenHandler.ServeHTTP(w, r)
 		case ControlRotateTokenProcedure:
@@ -1125,6 +1153,10 @@ func (UnimplementedControlHandler) RemoveNode(context.Context, *connect.Request[
 
 func (UnimplementedControlHandler) Events(context.Context, *connect.Request[v1.EventsRequest], *connect.ServerStream[v1.Event]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.Events is not implemented"))
+}
+
+func (UnimplementedControlHandler) Watch(context.Context, *connect.Request[v1.WatchRequest], *connect.ServerStream[v1.WatchResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("shoal.v1.Control.Watch is not implemented"))
 }
 
 func (UnimplementedControlHandler) ShowToken(context.Context, *connect.Request[v1.ShowTokenRequest]) (*connect.Response[v1.ShowTokenResponse], error) {
