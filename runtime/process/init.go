@@ -25,7 +25,7 @@ import (
 const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 // initMain is PID 1 of a task: DIR CGROUP…. File 3 takes the error of a start; it is
-// closed when the program runs.
+// closed when the program runs. File 4 has a byte when it is to, and ends with the shim.
 func initMain(args []string) int {
 	// Mounts, capabilities and the fork itself belong to one thread.
 	goruntime.LockOSThread()
@@ -41,10 +41,15 @@ func initMain(args []string) int {
 	for i := range cg {
 		cg[i], _ = strconv.Atoi(args[1+i])
 	}
-	group := cgroup.Restore(cg[0], 4, cg[1], cg[2])
+	group := cgroup.Restore(cg[0], 5, cg[1], cg[2])
 	sigs := make(chan os.Signal, 64)
 	signal.Notify(sigs)
 	signal.Ignore(syscall.SIGTTIN, syscall.SIGTTOU)
+	gate := os.NewFile(4, "gate")
+	if n, _ := gate.Read(make([]byte, 1)); n == 0 {
+		return fail(errors.New("the task's shim is gone"), 125)
+	}
+	gate.Close()
 	var rec record
 	if err := readJSON(filepath.Join(args[0], taskFile), &rec); err != nil {
 		return fail(err, 125)

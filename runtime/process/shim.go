@@ -98,6 +98,11 @@ type shim struct {
 	once      sync.Once
 	out, err  sink
 
+	begin     chan struct{} // closed when the program is to run
+	beginOnce sync.Once
+	begun     chan struct{} // closed when it does, or can't
+	beginErr  error         // why it can't
+
 	mu      sync.Mutex
 	foreign *foreign         // of a task whose program an executor runs
 	early   []syscall.Signal // that came before the program ran
@@ -127,7 +132,7 @@ func shimMain(args []string) int {
 	signal.Ignore(syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGPIPE)
 	ending := make(chan os.Signal, 1)
 	signal.Notify(ending, syscall.SIGTERM)
-	s := &shim{dir: args[0], socket: args[1], changed: make(chan struct{}), done: make(chan struct{}), attached: make(chan struct{})}
+	s := &shim{dir: args[0], socket: args[1], changed: make(chan struct{}), done: make(chan struct{}), attached: make(chan struct{}), begin: make(chan struct{}), begun: make(chan struct{})}
 	var rec record
 	var err error
 	if s.record, err = os.ReadFile(filepath.Join(s.dir, taskFile)); err == nil {
@@ -171,6 +176,9 @@ func shimMain(args []string) int {
 	b, _ := json.Marshal(ready{DNSPort: port})
 	_, _ = report.Write(b)
 	report.Close()
+	if s.foreign == nil {
+		go s.program()
+	}
 	go s.accept(ln)
 	go s.halt(ending)
 	s.mend(ln, mend)
@@ -349,9 +357,7 @@ func (s *shim) losing(why error) {
 	})
 }
 
-// start runs the program. The thread that forks must live as long as the child:
-// a parent-death signal is about the thread (prctl(2), PR_SET_PDEATHSIG), so
-// one goroutine keeps it from fork to wait.
+// start runs the program.
 func (s *shim) start() error {
 	s.mu.Lock()
 	st := s.status.State
@@ -368,20 +374,33 @@ func (s *shim) start() error {
 		case <-time.After(attachWait):
 		}
 	}
-	started := make(chan error, 1)
-	go func() {
-		goruntime.LockOSThread()
-		err := s.runInit(started)
-		if err != nil {
-			started <- err
-		}
-	}()
-	return <-started
+	s.beginOnce.Do(func() { close(s.begin) })
+	<-s.begun
+	return s.beginErr
 }
 
-// runInit starts task-init, tells on started that the program runs, and waits
-// for the end. An error means that the program did not start.
-func (s *shim) runInit(started chan<- error) error {
+// program runs the program once it is to, and sees to its end. The thread that forks
+// must live as long as the child: a parent-death signal is about the thread (prctl(2),
+// PR_SET_PDEATHSIG), so one goroutine keeps it from fork to wait.
+func (s *shim) program() {
+	goruntime.LockOSThread()
+	told := false
+	err := s.runInit(func() {
+		told = true
+		close(s.begun)
+	})
+	if !told {
+		<-s.begin
+		s.beginErr = err
+		close(s.begun)
+	}
+}
+
+// runInit starts task-init, has it go on when the program is to run, tells that it does,
+// and waits for the end. An error means that the program did not start. To start this
+// binary takes longer than all that task-init does, so that is done while the agent
+// wires the task.
+func (s *shim) runInit(started func()) error {
 	// Opened out here: in the task's own mount namespace a file that is open for
 	// writing would keep its /sys from being made read-only.
 	group, err := cgroup.Open(s.cgroup)
@@ -395,6 +414,11 @@ func (s *shim) runInit(started chan<- error) error {
 		return err
 	}
 	defer errR.Close()
+	gateR, gateW, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer gateW.Close()
 	outR, outW, err := os.Pipe()
 	if err != nil {
 		return err
@@ -411,7 +435,7 @@ func (s *shim) runInit(started chan<- error) error {
 	if s.tty != nil {
 		cmd.Stdout, cmd.Stderr = s.programIn, s.programIn
 	}
-	cmd.ExtraFiles = append([]*os.File{errW}, files...)
+	cmd.ExtraFiles = append([]*os.File{errW, gateR}, files...)
 	cmd.Env = []string{}
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC,
@@ -420,6 +444,7 @@ func (s *shim) runInit(started chan<- error) error {
 	}
 	err = cmd.Start()
 	errW.Close()
+	gateR.Close()
 	outW.Close()
 	logErrW.Close()
 	if s.programIn != nil {
@@ -437,6 +462,9 @@ func (s *shim) runInit(started chan<- error) error {
 	var logs sync.WaitGroup
 	logs.Go(func() { s.log.copy(outR, io.TeeReader(outR, &s.out), false) })
 	logs.Go(func() { s.log.copy(logErrR, io.TeeReader(logErrR, &s.err), true) })
+	<-s.begin
+	_, _ = gateW.Write([]byte{1})
+	gateW.Close()
 	// init closes the pipe without a word once the program is executed.
 	msg, _ := readAll(errR, 4096)
 	startErr := string(msg)
@@ -453,7 +481,7 @@ func (s *shim) runInit(started chan<- error) error {
 		for _, sig := range early {
 			s.signal(sig)
 		}
-		started <- nil
+		started()
 	}
 	err = cmd.Wait()
 	code := 0
@@ -536,6 +564,15 @@ func (s *shim) stop(sig syscall.Signal, grace time.Duration) {
 // childOf finds the only child of a process. The program may have ended
 // already: then it is 0.
 func childOf(pid int) int {
+	// By thread (proc_pid_task(5)), where the kernel has CONFIG_PROC_CHILDREN: to look
+	// at all processes of the node takes milliseconds.
+	lists, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+	for _, l := range lists {
+		b, _ := os.ReadFile(l)
+		if child, err := strconv.Atoi(string(bytes.TrimSpace(b))); err == nil {
+			return child
+		}
+	}
 	pids, err := proc.PIDs()
 	if err != nil {
 		return 0
