@@ -202,6 +202,7 @@ func (r *runner) watchListening(ctx context.Context, t spec.Task) {
 	var deaf time.Time
 	ports := held{all: open}
 	var opens opening
+	soon := readyFirst
 	others := !in && r.plumbing.served(t)
 	for {
 		up, err := r.rt.Listening(ctx, r.id, !in && others)
@@ -229,7 +230,9 @@ func (r *runner) watchListening(ctx context.Context, t spec.Task) {
 			open, deaf, in = true, time.Time{}, true
 			r.judge(func(f *fitness) { f.quiet, f.idle, f.deaf = false, false, "" })
 		case !open:
-			if wait = readyInterval; idle {
+			// Most listen within milliseconds of their start.
+			wait, soon = soon, min(2*soon, readyInterval)
+			if idle {
 				wait = doubtInterval
 				r.judge(func(f *fitness) { f.idle = true })
 			}

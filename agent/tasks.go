@@ -42,7 +42,8 @@ const (
 	// the replica has yet to accept: packets on the way, or in a busy kernel's queues.
 	inFlight      = 100 * time.Millisecond
 	readyTimeout  = 3 * time.Second       // for its program to listen
-	readyInterval = 15 * time.Millisecond // between looks at it
+	readyFirst    = 2 * time.Millisecond  // between the first two looks at it; doubled from look to look
+	readyInterval = 15 * time.Millisecond // and at most
 )
 
 // plumbing is what a runner needs of the rest of the agent.
