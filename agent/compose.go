@@ -18,6 +18,14 @@ type assignment struct {
 	Nodes    []spec.Node    `json:"nodes"`
 	Trust    *trust         `json:"trust,omitempty"` // nil: as before
 	Level    int            `json:"level,omitempty"` // feature level of the cluster
+	// told is of the one that came whole, which this one was made from by what changed;
+	// nil: of the disk. Until another comes whole a Version has one content.
+	told *uint64
+}
+
+// follows tells whether nothing but changes was told between two assignments.
+func (a *assignment) follows(before *assignment) bool {
+	return a != nil && before != nil && (a == before || a.told != nil && a.told == before.told)
 }
 
 // known tells that the managers have said what there is to be: without, an empty

@@ -166,7 +166,9 @@ func TestHold(t *testing.T) {
 	nets := []spec.Network{{ID: "n"}}
 	first := &spec.View{Complete: true, Networks: nets, Endpoints: []spec.Endpoint{e("a", "1", spec.EndpointActive), e("d", "1", spec.EndpointDraining)}}
 	p := newProgress()
-	want := func(gen uint64, v *spec.View) { p.update(func(p *progress) { p.routesWanted(gen, v) }) }
+	want := func(gen uint64, v *spec.View) {
+		p.update(func(p *progress) { p.routesWanted(gen, v, spec.ChangedAll) })
+	}
 	want(1, &spec.View{})
 	want(2, first)
 	p.held = true

@@ -77,12 +77,13 @@ type member struct {
 	ingress  *reconcile.Loop[ingress.State, ingress.State]
 
 	view        atomic.Pointer[spec.View] // the last that was composed
-	composeWake chan struct{}             // size 1
-	changedAt   atomic.Int64              // when a loop's pass that changed the kernel ended; Unix nanoseconds
-	reportWake  chan struct{}             // size 1
-	assignWake  chan struct{}             // size 1
-	certWake    chan struct{}             // size 1
-	saveWake    chan struct{}             // size 1
+	made        made
+	composeWake chan struct{} // size 1
+	changedAt   atomic.Int64  // when a loop's pass that changed the kernel ended; Unix nanoseconds
+	reportWake  chan struct{} // size 1
+	assignWake  chan struct{} // size 1
+	certWake    chan struct{} // size 1
+	saveWake    chan struct{} // size 1
 	progress    *progress
 	paths       *paths
 	claims      *claims
@@ -504,12 +505,31 @@ func (m *member) compose() {
 	if assigned != nil {
 		nodes = assigned.Nodes
 	}
-	wires, was := overlay.Desired(v), m.view.Load()
+	was := m.view.Load()
+	differs := func(v, was *spec.View) spec.Change {
+		if !assigned.follows(m.made.of) {
+			return spec.ChangedAll
+		}
+		return v.Changes(was)
+	}
+	// What is made of a View is kept while what it is made of does: most Views bring
+	// something that is only for some.
+	changed := differs(v, m.made.view)
+	var wires *overlay.State
+	if changed.In(overlay.Reads) {
+		s := overlay.Desired(v)
+		wires = &s
+	}
 	// Set under the progress lock, so that no pass is noted before the
 	// generation it belongs to.
 	m.progress.update(func(p *progress) {
-		gens := generations{overlay: m.overlay.Set(wires)}
-		p.routesWanted(gens.overlay, v)
+		var gens generations
+		if wires != nil {
+			gens.overlay = m.overlay.Set(*wires)
+		} else {
+			gens.overlay = m.overlay.Keep()
+		}
+		p.routesWanted(gens.overlay, v, changed)
 		shown := v
 		if p.held = p.routed == nil; !p.held {
 			var n int
@@ -525,7 +545,12 @@ func (m *member) compose() {
 		if p.routed == nil {
 			return
 		}
-		gens.vip = m.vip.Set(vip.Desired(shown))
+		if differs(shown, m.made.balanced).In(vip.Reads) {
+			gens.vip = m.vip.Set(vip.Desired(shown))
+		} else {
+			gens.vip = m.vip.Keep()
+		}
+		m.made.balanced = shown
 		if m.cfg.Ingress != nil {
 			gens.ingress = m.ingress.Set(ingress.Desired(shown))
 		}
@@ -537,9 +562,18 @@ func (m *member) compose() {
 		p.composed, p.want = ticket, gens
 		p.pending = append(p.pending, appliedRev{snap.Rev, gens})
 	})
-	if gone := vipsGone(was, m.view.Load()); len(gone) > 0 {
-		m.wg.Go(func() { m.hangUp(gone) })
+	if is := m.view.Load(); differs(is, was).In(spec.ChangedSelf | spec.ChangedServices) {
+		if gone := vipsGone(was, is); len(gone) > 0 {
+			m.wg.Go(func() { m.hangUp(gone) })
+		}
 	}
+	m.made.of, m.made.view = assigned, v
+}
+
+// made is of what the loops' wants were made last. It is the composing goroutine's.
+type made struct {
+	of             *assignment
+	view, balanced *spec.View // nil: of none
 }
 
 // vipsGone are the virtual IPs, by network, that were and are no more.
@@ -890,7 +924,8 @@ func toAssignment(msg *shoalv1.AssignmentsResponse, before *assignment) (*assign
 		a.Nodes = append(a.Nodes, v)
 	}
 	a.Trust = toTrust(msg.Trust)
-	if msg.Since != 0 {
+	if a.told = &a.Index; msg.Since != 0 {
+		a.told = before.told
 		gone := make(map[string]bool, len(msg.Gone))
 		for _, id := range msg.Gone {
 			gone[id] = true

@@ -24,6 +24,7 @@ type progress struct {
 	// that it has applied and of every later one; nil before the first complete
 	// one. held tells that a View awaits it.
 	views  []pendingView
+	wanted routes // of the newest
 	routed routes
 	held   bool
 }
@@ -84,10 +85,12 @@ func (p *progress) ticket() (t uint64) {
 
 // routesWanted notes a View that the overlay is to apply. What is not in it may
 // lose its routes from now on. p.mu is held.
-func (p *progress) routesWanted(gen uint64, v *spec.View) {
-	r := routesOf(v)
-	p.views = append(p.views, pendingView{gen, v.Complete, r})
-	p.routed.and(r)
+func (p *progress) routesWanted(gen uint64, v *spec.View, changed spec.Change) {
+	if changed.In(spec.ChangedNetworks | spec.ChangedEndpoints) {
+		p.wanted = routesOf(v)
+		p.routed.and(p.wanted)
+	}
+	p.views = append(p.views, pendingView{gen, v.Complete, p.wanted})
 }
 
 // routesMade notes the Views that the overlay has applied up to a generation,

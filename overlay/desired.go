@@ -15,6 +15,10 @@ import (
 	"github.com/shoalnet/shoal/spec"
 )
 
+// Reads are the parts of a View that Desired is made of: an endpoint's state counts only
+// where two nodes claim one address.
+const Reads = spec.ChangedSelf | spec.ChangedPeers | spec.ChangedNetworks | spec.ChangedServices | spec.ChangedEndpoints | spec.ChangedDrains | spec.ChangedSandboxes
+
 // Desired returns what the View asks of this node's kernel. It is pure.
 //
 // A View that does not know this node's own number or address yet asks for

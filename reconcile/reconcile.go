@@ -151,9 +151,11 @@ type Loop[W, H any] struct {
 
 	mu      sync.Mutex
 	want    W
+	wants   uint64 // how many there were
 	gen     uint64
 	told    bool   // by Wake, since the last pass began
 	worked  W      // what the newest pass worked on
+	workedN uint64 // and which of the wants that was
 	applied uint64 // newest generation that a clean pass worked on
 	last    Pass
 	objects map[string]*object
@@ -181,6 +183,17 @@ func (l *Loop[W, H]) OnObserve(fn func(have H)) { l.seen = fn }
 func (l *Loop[W, H]) Set(want W) uint64 {
 	l.mu.Lock()
 	l.want = want
+	l.wants++
+	l.gen++
+	gen := l.gen
+	l.mu.Unlock()
+	l.stir()
+	return gen
+}
+
+// Keep is Set of what is wanted already, without a comparison. There was a Set.
+func (l *Loop[W, H]) Keep() uint64 {
+	l.mu.Lock()
 	l.gen++
 	gen := l.gen
 	l.mu.Unlock()
@@ -331,17 +344,19 @@ func (l *Loop[W, H]) spared() bool {
 	l.mu.Lock()
 	want, gen := l.want, l.gen
 	// After a clean pass applied is what it worked on, or what was spared one since.
-	if !ok || l.told || !l.last.Clean() || l.applied == 0 || l.applied != l.last.Gen || gen == l.applied {
+	kept := l.workedN == l.wants
+	if !ok && !kept || l.told || !l.last.Clean() || l.applied == 0 || l.applied != l.last.Gen || gen == l.applied {
 		l.mu.Unlock()
 		return false
 	}
-	worked := l.worked
+	worked, n := l.worked, l.wants
 	l.mu.Unlock()
-	if !c.Same(worked, want) {
+	if !kept && !c.Same(worked, want) {
 		return false
 	}
 	l.mu.Lock()
 	l.last.Gen, l.applied = gen, gen
+	l.worked, l.workedN = want, n
 	l.mu.Unlock()
 	if l.opt.OnPass != nil {
 		l.opt.OnPass(Pass{Gen: gen, Spared: true})
@@ -353,7 +368,7 @@ func (l *Loop[W, H]) spared() bool {
 func (l *Loop[W, H]) pass(ctx context.Context) time.Duration {
 	l.mu.Lock()
 	want, gen := l.want, l.gen
-	l.told, l.worked = false, want
+	l.told, l.worked, l.workedN = false, want, l.wants
 	l.mu.Unlock()
 	if gen == 0 {
 		return l.opt.Period

@@ -310,10 +310,13 @@ func TestDiffNamesItsNextMoment(t *testing.T) {
 // same is a world whose wants can be compared, and that counts how often it is read.
 type same struct {
 	*world
-	observed int
+	observed, compared int
 }
 
-func (s *same) Same(a, b []string) bool { return slices.Equal(a, b) }
+func (s *same) Same(a, b []string) bool {
+	s.do(func() { s.compared++ })
+	return slices.Equal(a, b)
+}
 
 func (s *same) Observe(ctx context.Context, want []string) ([]string, error) {
 	s.do(func() { s.observed++ })
@@ -342,7 +345,12 @@ func TestTheSameWantNeedsNoPass(t *testing.T) {
 	// was read by then.
 	set := func(want ...string) (Pass, int) {
 		t.Helper()
-		gen := l.Set(want)
+		var gen uint64
+		if want == nil {
+			gen = l.Keep()
+		} else {
+			gen = l.Set(want)
+		}
 		eventually(t, "a pass for the want", func() bool { return l.Last().Gen == gen })
 		var last Pass
 		eventually(t, "the pass is told of", func() bool {
@@ -363,6 +371,14 @@ func TestTheSameWantNeedsNoPass(t *testing.T) {
 			t.Fatalf("the same again: %+v, applied %d, read %d times", p, l.Applied(), n)
 		}
 	}
+	if p, n := set(); !p.Spared || n != 1 || l.Applied() != p.Gen {
+		t.Fatalf("kept: %+v, applied %d, read %d times", p, l.Applied(), n)
+	}
+	w.do(func() {
+		if w.compared != 3 {
+			t.Errorf("compared %d times for three wants; what is kept needs none", w.compared)
+		}
+	})
 	if p, n := set("a", "b"); p.Spared || n != 2 || !slices.Equal(w.names(), []string{"a", "b"}) {
 		t.Fatalf("another: %+v, read %d times, have %v", p, n, w.names())
 	}
@@ -378,7 +394,9 @@ func TestTheSameWantNeedsNoPass(t *testing.T) {
 	if p, _ := set("c"); p.Clean() {
 		t.Fatalf("a broken one: %+v", p)
 	}
-	if p, _ := set("c"); p.Spared || p.Clean() || l.Applied() == p.Gen {
-		t.Fatalf("a broken one again: %+v, applied %d", p, l.Applied())
+	for _, again := range [][]string{{"c"}, nil} {
+		if p, _ := set(again...); p.Spared || p.Clean() || l.Applied() == p.Gen {
+			t.Fatalf("a broken one again: %+v, applied %d", p, l.Applied())
+		}
 	}
 }

@@ -106,9 +106,11 @@ type Endpoint struct {
 func (e Endpoint) Key() string { return e.Task + "/" + e.Network }
 
 // Equal compares all fields.
-func (e Endpoint) Equal(o Endpoint) bool {
+func (e Endpoint) Equal(o Endpoint) bool { return e.State == o.State && e.equalButState(&o) }
+
+func (e *Endpoint) equalButState(o *Endpoint) bool {
 	return e.Task == o.Task && e.TaskName == o.TaskName && e.Hostname == o.Hostname && e.Service == o.Service &&
-		e.Slot == o.Slot && e.Network == o.Network && e.State == o.State && e.Node == o.Node &&
+		e.Slot == o.Slot && e.Network == o.Network && e.Node == o.Node &&
 		slices.Equal(e.Addrs, o.Addrs) && slices.Equal(e.Aliases, o.Aliases)
 }
 

@@ -145,6 +145,9 @@ func (n Network) Contains(a netip.Addr) bool {
 	return !slices.Contains(n.Gateways, a) && slices.ContainsFunc(n.Subnets, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
+// Reads are the parts of a View that Desired is made of.
+const Reads = spec.ChangedSelf | spec.ChangedPeers | spec.ChangedNetworks | spec.ChangedServices | spec.ChangedEndpoints | spec.ChangedStates
+
 // Desired is the State that v asks for. It is pure, total (a View holds what
 // others gossiped; nonsense in it is left out, never a panic) and
 // deterministic.
