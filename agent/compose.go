@@ -1,6 +1,8 @@
 package agent
 
 import (
+	"cmp"
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -50,7 +52,8 @@ func (a *assignment) hostPorts() map[string][]spec.Port {
 		return nil
 	}
 	services := map[string][]spec.Port{}
-	for _, s := range a.Services {
+	for i := range a.Services {
+		s := &a.Services[i]
 		for _, p := range s.Ports {
 			if p.Mode == spec.PortHost {
 				services[s.ID] = append(services[s.ID], p)
@@ -58,7 +61,8 @@ func (a *assignment) hostPorts() map[string][]spec.Port {
 		}
 	}
 	out := map[string][]spec.Port{}
-	for _, t := range a.Tasks {
+	for i := range a.Tasks {
+		t := &a.Tasks[i]
 		if ports := slices.Concat(t.Ports, services[t.Service]); len(ports) > 0 {
 			out[t.ID] = ports
 		}
@@ -80,6 +84,45 @@ type inputs struct {
 	first bool
 	// refused tells of endpoints that are another's to have; nil: none are.
 	refused func(spec.Endpoint) bool
+	// managers is kept from View to View, of one caller; nil: by nobody.
+	managers *managers
+}
+
+// managers are the parts of a View that come from an assignment alone. The services are
+// most of a View: they are copied once for each assignment, and not for each View.
+type managers struct {
+	of       *assignment
+	present  map[string]bool
+	networks []spec.Network
+	services []spec.Service
+	agents   []netip.AddrPort
+}
+
+func (k *managers) take(a *assignment, present map[string]bool) {
+	if k.of == a && maps.Equal(k.present, present) {
+		return
+	}
+	*k = managers{of: a, present: present}
+	for _, n := range a.Networks {
+		if present[n.ID] && n.Wired() {
+			k.networks = append(k.networks, n)
+		}
+	}
+	for _, n := range a.Nodes {
+		for _, port := range []int{n.ControlPort, n.GossipPort} {
+			if n.Addr.IsValid() && port > 0 && port <= 65535 {
+				k.agents = append(k.agents, netip.AddrPortFrom(n.Addr, uint16(port)))
+			}
+		}
+	}
+	k.services = make([]spec.Service, 0, len(a.Services))
+	for i := range a.Services {
+		if slices.ContainsFunc(a.Services[i].Spec.Networks, func(n spec.NetworkAttachment) bool { return present[n.Network] }) {
+			k.services = append(k.services, a.Services[i])
+		}
+	}
+	spec.SortNetworks(k.networks)
+	spec.SortServices(k.services)
 }
 
 // met tells whether gossip has heard of every node that the managers call ready: the
@@ -116,14 +159,16 @@ func compose(in inputs) *spec.View {
 		}
 	}
 	if in.assigned != nil {
-		for _, t := range in.assigned.Tasks {
+		for i := range in.assigned.Tasks {
+			t := &in.assigned.Tasks[i]
 			if t.Node == in.self && t.Live() {
 				for _, a := range t.Attachments {
 					present[a.Network] = true
 				}
 			}
 		}
-		for _, s := range in.assigned.Services {
+		for i := range in.assigned.Services {
+			s := &in.assigned.Services[i]
 			if slices.ContainsFunc(s.Ports, func(p spec.Port) bool { return p.Mode != spec.PortHost }) {
 				// A bridge is on its own node only.
 				if n, ok := in.assigned.network(s.Ingress); ok && (n.Node == "" || n.Node == in.self) {
@@ -131,23 +176,9 @@ func compose(in inputs) *spec.View {
 				}
 			}
 		}
-		for _, n := range in.assigned.Networks {
-			if present[n.ID] && n.Wired() {
-				v.Networks = append(v.Networks, n)
-			}
-		}
-		for _, n := range in.assigned.Nodes {
-			for _, port := range []int{n.ControlPort, n.GossipPort} {
-				if n.Addr.IsValid() && port > 0 && port <= 65535 {
-					v.Agents = append(v.Agents, netip.AddrPortFrom(n.Addr, uint16(port)))
-				}
-			}
-		}
-		for _, s := range in.assigned.Services {
-			if slices.ContainsFunc(s.Spec.Networks, func(a spec.NetworkAttachment) bool { return present[a.Network] }) {
-				v.Services = append(v.Services, s)
-			}
-		}
+		k := cmp.Or(in.managers, &managers{})
+		k.take(in.assigned, present)
+		v.Networks, v.Services, v.Agents = k.networks, k.services, k.agents
 	}
 	if in.gossip != nil {
 		v.Peers = peers(in)
@@ -182,7 +213,7 @@ func compose(in inputs) *spec.View {
 			v.Sandboxes = append(v.Sandboxes, s)
 		}
 	}
-	v.Sort()
+	v.SortHere()
 	return v
 }
 

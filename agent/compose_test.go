@@ -157,6 +157,28 @@ func TestHostname(t *testing.T) {
 	}
 }
 
+// TestComposeKeepsNothingTooLong: what the managers said is taken over once, and again when
+// they say something else, or the node has other networks.
+func TestComposeKeepsNothingTooLong(t *testing.T) {
+	in := sources()
+	in.managers = &managers{}
+	first := compose(in)
+	if again := compose(in); &again.Services[0] != &first.Services[0] {
+		t.Error("services were copied again")
+	}
+	both := in
+	both.sandboxes = []spec.Sandbox{{Task: "t9", Attachments: []spec.Attachment{{Network: "db"}}}}
+	if v := compose(both); len(v.Networks) != 2 || len(v.Services) != 2 || len(first.Services) != 1 {
+		t.Errorf("with another network: %+v, before: %+v", v, first)
+	}
+	next := *in.assigned
+	next.Services = next.Services[1:]
+	in.assigned = &next
+	if v := compose(in); len(v.Services) != 0 || len(v.Networks) != 1 {
+		t.Errorf("without the service: %+v", v)
+	}
+}
+
 // TestHold: an endpoint is chosen only when the routes to it are made, whatever
 // the order in which Views and passes come.
 func TestHold(t *testing.T) {

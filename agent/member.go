@@ -493,7 +493,7 @@ func (m *member) compose() {
 	v := compose(inputs{
 		self: m.ident.NodeID, instance: m.cfg.Instance, assigned: assigned, gossip: snap, sandboxes: sandboxes, adopted: adopted,
 		underlay: spec.Underlay{Addr: m.ident.Addr, VXLANPort: m.ident.Cluster.DataPathPort}, first: !m.waited.Load(),
-		refused: m.claims.refused,
+		refused: m.claims.refused, managers: &m.made.managers,
 	})
 	m.claims.end(v)
 	if v.Complete {
@@ -573,6 +573,7 @@ func (m *member) compose() {
 // made is of what the loops' wants were made last. It is the composing goroutine's.
 type made struct {
 	of             *assignment
+	managers       managers
 	view, balanced *spec.View // nil: of none
 }
 

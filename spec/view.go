@@ -233,9 +233,24 @@ func (v *View) PathMTU(n Network, p Peer, v6 bool) int {
 // Sort puts every list in its documented order. The maker of a View calls it
 // once, before anyone else sees it.
 func (v *View) Sort() {
+	SortNetworks(v.Networks)
+	SortServices(v.Services)
+	v.SortHere()
+}
+
+// SortNetworks puts networks in the order of a View.
+func SortNetworks(ns []Network) {
+	slices.SortFunc(ns, func(a, b Network) int { return strings.Compare(a.ID, b.ID) })
+}
+
+// SortServices puts services in the order of a View.
+func SortServices(ss []Service) {
+	slices.SortFunc(ss, func(a, b Service) int { return strings.Compare(a.ID, b.ID) })
+}
+
+// SortHere is Sort of all but the networks and services.
+func (v *View) SortHere() {
 	slices.SortFunc(v.Peers, func(a, b Peer) int { return strings.Compare(a.ID, b.ID) })
-	slices.SortFunc(v.Networks, func(a, b Network) int { return strings.Compare(a.ID, b.ID) })
-	slices.SortFunc(v.Services, func(a, b Service) int { return strings.Compare(a.ID, b.ID) })
 	for _, list := range [][]Endpoint{v.Endpoints, v.Away} {
 		slices.SortFunc(list, func(a, b Endpoint) int {
 			// As their Keys, which are not made: a View may have 100,000.
