@@ -866,7 +866,7 @@ func (a *Agent) newMember(ident *identity, creds *peer.Credentials) (*member, er
 // that was left, or of an init or join that was cut short by the agent's death.
 func (a *Agent) removeClusterFiles() error {
 	errs := []error{durable.RemoveTwice(peer.Path(a.cfg.DataDir))}
-	for _, p := range []string{control.MarkPath(a.cfg.DataDir), control.RaftDir(a.cfg.DataDir), control.LostPath(a.cfg.DataDir), assignmentPath(a.cfg.DataDir), filepath.Join(a.cfg.DataDir, "gossip"), control.LockPath(a.cfg.DataDir)} {
+	for _, p := range []string{control.MarkPath(a.cfg.DataDir), control.RaftDir(a.cfg.DataDir), control.LostPath(a.cfg.DataDir), assignmentPath(a.cfg.DataDir), givenPath(a.cfg.DataDir), filepath.Join(a.cfg.DataDir, "gossip"), control.LockPath(a.cfg.DataDir)} {
 		errs = append(errs, os.RemoveAll(p))
 	}
 	return errors.Join(errs...)

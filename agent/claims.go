@@ -1,10 +1,18 @@
 package agent
 
 import (
+	"bytes"
+	"cmp"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -13,6 +21,7 @@ import (
 	"connectrpc.com/connect"
 
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/internal/durable"
 	"github.com/shoalnet/shoal/internal/sleep"
 	"github.com/shoalnet/shoal/spec"
 )
@@ -26,6 +35,9 @@ import (
 // that is new here, it counts until they do: a VIP is not to miss what is alive for want
 // of a manager. But never against what they have given: an address of that is not taken
 // from its task by who says that it has it, too.
+//
+// What they have given is kept in given.json, for an agent that starts while no manager
+// answers: nobody is given an address then, so who had it last still has.
 //
 // Tried and dropped: the managers' signature on each task in its node's record. It is
 // worth as much after the address has gone to another task, and a node that knows
@@ -57,6 +69,7 @@ type claims struct {
 	look      uint64               // number of the View that is being made, or was made last
 	made      uint64               // of the one that was made last
 	warned    map[string]time.Time
+	news      bool // what is given is not what was taken to be kept last
 }
 
 type claimKey struct{ node, task, network string }
@@ -72,6 +85,7 @@ type claim struct {
 	early   bool   // it counts before there is a verdict
 	doubted bool   // it was given, and the managers deny it now: a rename is on its way
 	queued  bool   // it is in claims.again
+	kept    bool   // it is known from given.json, and no manager has answered since
 	look    uint64 // View that it was last in
 }
 
@@ -121,15 +135,58 @@ func (c *claims) held(k claimKey, x *claim) bool {
 		if !ok || h == k {
 			continue
 		}
-		if y := c.known[h]; y != nil && y.verdict == given && y.look >= c.made && slices.Contains(y.e.Addrs, a) {
+		if y := c.known[h]; y != nil && y.verdict == given && (y.look >= c.made || y.kept) && slices.Contains(y.e.Addrs, a) {
 			return true
 		}
 	}
 	return false
 }
 
+// holds notes that k was given what it claims.
+func (c *claims) holds(k claimKey, x *claim) {
+	for _, a := range x.e.Addrs {
+		c.holders[holding{k.network, a}] = k
+	}
+}
+
+// given are the claims that the managers have said to be right, in order, if those are
+// others than at the last call.
+func (c *claims) given() (out []spec.Endpoint, news bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.news {
+		return nil, false
+	}
+	c.news = false
+	for _, x := range c.known {
+		if x.verdict == given {
+			out = append(out, x.e)
+		}
+	}
+	slices.SortFunc(out, func(a, b spec.Endpoint) int {
+		return cmp.Or(strings.Compare(a.Task, b.Task), strings.Compare(a.Network, b.Network))
+	})
+	return out, true
+}
+
+// remember takes what given was, of an agent before this one.
+func (c *claims) remember(eps []spec.Endpoint) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, e := range eps {
+		k := claimKey{e.Node, e.Task, e.Network}
+		if c.known[k] == nil && e.Node != c.self {
+			x := &claim{e: e, verdict: given, queued: true, kept: true}
+			c.known[k] = x
+			c.again = append(c.again, k)
+			c.holds(k, x)
+		}
+	}
+}
+
 // release forgets that k was given what it has claimed.
 func (c *claims) release(k claimKey, x *claim) {
+	c.news = c.news || x.verdict == given
 	for _, a := range x.e.Addrs {
 		if h := (holding{k.network, a}); c.holders[h] == k {
 			delete(c.holders, h)
@@ -168,7 +225,7 @@ func (c *claims) take(old bool) (keys []claimKey, eps []spec.Endpoint) {
 	perNode := map[string]int{}
 	for k, x := range c.known {
 		switch {
-		case old && x.look < c.made: // the newest View may be half made
+		case old && x.look < c.made && !x.kept: // the newest View may be half made
 			delete(c.known, k)
 			c.release(k, x)
 		case len(keys) < claimBatch && perNode[k.node] < claimPerNode && (x.verdict == pending || old && (x.verdict == wrong || x.doubted)):
@@ -202,7 +259,7 @@ func (c *claims) answered(keys []claimKey, eps []spec.Endpoint, no map[uint32]bo
 	}
 	if changed = was != c.answering; changed && c.answering {
 		for _, x := range c.known { // they have counted up to now
-			x.early = true
+			x.early, x.kept = true, false
 		}
 	}
 	for i, k := range keys {
@@ -220,10 +277,8 @@ func (c *claims) answered(keys []claimKey, eps []spec.Endpoint, no map[uint32]bo
 		default:
 			x.verdict, x.doubted = given, false
 		}
-		if x.verdict == given {
-			for _, a := range x.e.Addrs {
-				c.holders[holding{k.network, a}] = k
-			}
+		if c.news = c.news || (was == given) != (x.verdict == given); x.verdict == given {
+			c.holds(k, x)
 		}
 		if x.verdict == given && !x.queued {
 			x.queued = true
@@ -280,6 +335,110 @@ func (m *member) claimLoop() {
 			wake(m.claims.wake)
 		}
 	}
+}
+
+// keptGiven is given.json: claims that the managers said to be right, and who asked. A
+// line with the SHA-256 of the rest, in hex, is before it.
+type keptGiven struct {
+	Cluster string      `json:"cluster"`
+	Node    string      `json:"node"`
+	Given   []keptClaim `json:"given"`
+}
+
+type keptClaim struct {
+	On string `json:"on"` // node's ID
+	spec.Endpoint
+}
+
+func encodeGiven(eps []spec.Endpoint, cluster, node string) ([]byte, error) {
+	k := keptGiven{Cluster: cluster, Node: node, Given: []keptClaim{}}
+	for _, e := range eps {
+		k.Given = append(k.Given, keptClaim{e.Node, e})
+	}
+	b, err := json.Marshal(k)
+	if err != nil {
+		return nil, err
+	}
+	sum := sha256.Sum256(b)
+	return append([]byte(hex.EncodeToString(sum[:])+"\n"), b...), nil
+}
+
+func decodeGiven(b []byte, cluster, node string) ([]spec.Endpoint, error) {
+	head, body, _ := bytes.Cut(b, []byte("\n"))
+	if sum := sha256.Sum256(body); hex.EncodeToString(sum[:]) != string(head) {
+		return nil, errors.New("damaged: it is not what its checksum is of")
+	}
+	var k keptGiven
+	if err := json.Unmarshal(body, &k); err != nil {
+		return nil, fmt.Errorf("damaged: %w", err)
+	}
+	if k.Cluster != cluster || k.Node != node {
+		return nil, fmt.Errorf("not this node's: it is of node %s in cluster %s", k.Node, k.Cluster)
+	}
+	var out []spec.Endpoint
+	for _, c := range k.Given {
+		c.Endpoint.Node = c.On
+		out = append(out, c.Endpoint)
+	}
+	return out, nil
+}
+
+func givenPath(dataDir string) string { return filepath.Join(dataDir, "given.json") }
+
+func (m *member) givenPath() string { return givenPath(m.cfg.DataDir) }
+
+// loadGiven takes what an agent before this one was told of claims. Without it nobody is
+// known to have what he says, until a manager answers.
+func (m *member) loadGiven() {
+	b, err := os.ReadFile(m.givenPath())
+	if errors.Is(err, os.ErrNotExist) {
+		return
+	}
+	var eps []spec.Endpoint
+	if err == nil {
+		eps, err = decodeGiven(b, m.ident.Cluster.ID, m.ident.NodeID)
+	}
+	if err != nil {
+		m.log.Warn("whose address is whose is not known before a manager answers", "file", m.givenPath(), "error", err)
+		return
+	}
+	m.claims.remember(eps)
+}
+
+// keepGiven keeps what the managers said of claims, and at the end what they said last. It
+// costs what there is, not what changed: less than a twentieth of the time goes into it.
+func (m *member) keepGiven() {
+	const every, share = 2 * time.Second, 20
+	defer m.saveGiven()
+	for wait := every; sleep.For(m.ctx, wait); {
+		began := time.Now()
+		m.saveGiven()
+		wait = max(every, share*time.Since(began))
+	}
+}
+
+func (m *member) saveGiven() {
+	eps, news := m.claims.given()
+	if !news {
+		return
+	}
+	m.mu.Lock()
+	cluster, node := m.ident.Cluster.ID, m.ident.NodeID
+	m.mu.Unlock()
+	b, err := encodeGiven(eps, cluster, node)
+	if err == nil {
+		err = durable.WriteFile(m.givenPath(), b)
+	}
+	if m.kept.note("what the managers gave to whom", err); err != nil {
+		m.claims.keepAgain()
+	}
+}
+
+// keepAgain has given tell everything again.
+func (c *claims) keepAgain() {
+	c.mu.Lock()
+	c.news = true
+	c.mu.Unlock()
 }
 
 func (m *member) askClaims(eps []spec.Endpoint) (no map[uint32]bool, err error) {

@@ -218,3 +218,60 @@ func TestClaimsAreBounded(t *testing.T) {
 		t.Errorf("%d and %d are kept of what is gone", len(s.c.known), len(s.c.again))
 	}
 }
+
+// TestClaimsOutlastTheAgent: an agent that starts while no manager answers knows what
+// they gave, and to whom; once one answers that is only what it was before.
+func TestClaimsOutlastTheAgent(t *testing.T) {
+	before := newClaimSim(t)
+	web, gone, named := claimOf("a", "1"), claimOf("a", "5"), claimOf("a", "6")
+	before.shows(web, gone, named)
+	before.ask(false, nil)
+	eps, news := before.c.given()
+	if len(eps) != 3 || !news {
+		t.Fatalf("given: %v, %t", eps, news)
+	}
+	if _, news := before.c.given(); news {
+		t.Error("nothing is new")
+	}
+	b, err := encodeGiven(eps, "c", "self")
+	if err != nil {
+		t.Fatal(err)
+	}
+	eps, err = decodeGiven(b, "c", "self")
+	if err != nil || len(eps) != 3 || eps[0].Node != "a" || !sameClaim(eps[0], web) {
+		t.Fatalf("%v, %v", eps, err)
+	}
+	for name, bad := range map[string][]byte{"empty": nil, "cut": b[:len(b)-3], "other": append([]byte("0"), b[1:]...), "no sum": b[65:]} {
+		if got, err := decodeGiven(bad, "c", "self"); err == nil {
+			t.Errorf("%s: %v", name, got)
+		}
+	}
+	for _, whose := range [][2]string{{"d", "self"}, {"c", "other"}} {
+		if got, err := decodeGiven(b, whose[0], whose[1]); err == nil {
+			t.Errorf("of node %s in cluster %s: %v", whose[1], whose[0], got)
+		}
+	}
+
+	s := newClaimSim(t)
+	s.c.remember(eps)
+	thief := claimOf("b", "7")
+	thief.Addrs = web.Addrs
+	fresh := claimOf("b", "8")
+	silent := errors.New("no manager")
+	s.want("before gossip has brought the holder", s.shows(thief, fresh), "b/8")
+	s.ask(true, silent)
+	s.want("with the holder", s.shows(web, thief, fresh), "a/1", "b/8")
+	s.ask(true, silent)
+	renamed := named
+	renamed.TaskName = "other"
+	s.want("renamed meanwhile", s.shows(web, thief, fresh, renamed), "a/1", "b/8", "a/6")
+	// The managers answer: the address was given to another by now.
+	s.ask(false, nil, "a/1")
+	s.want("after the answer", s.shows(web, thief, fresh, renamed), "a/1", "b/7", "b/8", "a/6")
+	s.ask(true, nil, "a/1")
+	s.ask(true, nil, "a/1")
+	s.want("the one that had it", s.shows(web, thief, fresh, renamed), "b/7", "b/8", "a/6")
+	if _, ok := s.c.known[claimKey{"a", "5", "net"}]; ok {
+		t.Error("what nobody claims any more is remembered")
+	}
+}

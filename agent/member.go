@@ -258,6 +258,7 @@ func (m *member) asNode(role string) spec.Node {
 // start begins the node's work, once ident is complete.
 func (m *member) start() error {
 	m.loadAssignment()
+	m.loadGiven()
 	g, err := gossip.Open(gossip.Config{
 		NodeID: m.ident.NodeID, Name: m.ident.Name, Number: m.ident.Number, Role: m.ident.Role, Cluster: m.ident.Cluster.ID,
 		Addr: m.ident.Addr, Port: m.ident.GossipPort, ControlPort: m.ident.ControlPort, DataDir: m.cfg.DataDir, Log: m.log,
@@ -319,6 +320,7 @@ func (m *member) start() error {
 	m.wg.Go(m.imagesLoop)
 	m.wg.Go(m.pathLoop)
 	m.wg.Go(m.claimLoop)
+	m.wg.Go(m.keepGiven)
 	return nil
 }
 
