@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"time"
 
 	"connectrpc.com/connect"
@@ -17,6 +18,9 @@ import (
 const (
 	manageRetry  = time.Second
 	admitTimeout = 10 * time.Second // taking a voter out of raft may wait for the others
+	// manageCry is how long it may fail before a person is asked to look: a lost store is
+	// there again in a second, where the others have a leader.
+	manageCry = 10 * time.Second
 )
 
 // keepManager starts this node's manager, and goes on trying while that fails and
@@ -35,16 +39,18 @@ func (m *member) keepManager() {
 		return // the loop below looks at it
 	}
 	m.wg.Go(func() {
-		said := ""
+		said, saidAt, began := "", slog.LevelInfo, time.Now()
 		for m.ctx.Err() == nil && m.role() == spec.RoleManager {
 			var lost *control.StoreLostError
-			if text := err.Error(); text != said {
-				said = text
-				if errors.As(err, &lost) && lost.Expected() {
-					m.log.Info("manager", "waiting", err)
-				} else {
-					m.log.Error("this node can't work as a manager; trying again", "error", err)
-				}
+			what, level := "this node can't work as a manager; trying again", slog.LevelWarn
+			if errors.As(err, &lost) && lost.Expected() {
+				what, level = "manager: waiting", slog.LevelInfo
+			} else if time.Since(began) >= manageCry {
+				level = slog.LevelError
+			}
+			if text := err.Error(); text != said || level > saidAt {
+				said, saidAt = text, level
+				m.log.Log(m.ctx, level, what, "error", err)
 			}
 			if errors.As(err, &lost) {
 				if aerr := m.beginAnew(); aerr != nil {
