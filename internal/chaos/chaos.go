@@ -70,7 +70,9 @@ type world struct {
 	faults []*fault // that last now
 	logs   map[string]int64
 	disks  []string // mounted, to be filled
-	began  time.Time
+	// storeless are managers that lost their store, and may not vote yet.
+	storeless map[string]bool
+	began     time.Time
 	// caughtUp is a manager that has carried out all that was told before this quiet
 	// point; "": none is known yet. marks are the labels that were set to find out.
 	caughtUp string
@@ -86,7 +88,7 @@ func Run(ctx context.Context, o Options) (_ Report, err error) {
 	if o.Out == nil {
 		o.Out = io.Discard
 	}
-	w := &world{o: o, logs: map[string]int64{}, began: time.Now()}
+	w := &world{o: o, logs: map[string]int64{}, storeless: map[string]bool{}, began: time.Now()}
 	w.say("seed %d, %s, %d nodes", o.Seed, o.Duration, o.Nodes)
 	if err := w.up(ctx); err != nil {
 		return w.Report, err

@@ -22,6 +22,8 @@ type fault struct {
 	nodes []string // that it concerns
 	heal  func(context.Context) error
 	lossy bool // single requests may be lost, and nobody can say so
+	off   bool // the nodes have no power
+	mute  bool // the nodes' agents don't answer
 }
 
 // kind is a way to break something.
@@ -57,6 +59,7 @@ var kinds = []kind{
 	{name: "full-disk", do: (*world).fullDisk},
 	{name: "loss", do: (*world).loss},
 	{name: "data-path", do: (*world).dataPath},
+	{name: "lost-store", do: (*world).lostStore},
 }
 
 func (w *world) enabled() []kind {
@@ -87,10 +90,10 @@ func (w *world) injectOne(ctx context.Context) {
 
 func (w *world) heal(ctx context.Context, f *fault) {
 	w.say("  healed: %s %s", f.kind, strings.Join(f.nodes, " "))
-	w.faults = slices.DeleteFunc(w.faults, func(o *fault) bool { return o == f })
-	if err := f.heal(ctx); err != nil {
+	if err := f.heal(ctx); err != nil && ctx.Err() == nil {
 		w.problem("%s of %s can't be undone: %v", f.kind, strings.Join(f.nodes, " "), err)
 	}
+	w.faults = slices.DeleteFunc(w.faults, func(o *fault) bool { return o == f })
 }
 
 // well are nodes that no fault concerns.
@@ -124,7 +127,7 @@ func (w *world) killAgent(ctx context.Context) (*fault, error) {
 		return nil, err
 	}
 	w.say("  fault: kill -9 of %s's agent", n)
-	return &fault{nodes: []string{n}, heal: func(ctx context.Context) error { return w.lab.Start(ctx, n) }}, w.lab.KillAgent(n)
+	return w.fell(ctx, n, false)
 }
 
 func (w *world) powerLoss(ctx context.Context) (*fault, error) {
@@ -133,6 +136,15 @@ func (w *world) powerLoss(ctx context.Context) (*fault, error) {
 		return nil, err
 	}
 	w.say("  fault: %s loses its power", n)
+	return w.fell(ctx, n, true)
+}
+
+// fell ends a node's agent, or with whole all that runs on it.
+func (w *world) fell(ctx context.Context, n string, whole bool) (*fault, error) {
+	f := &fault{nodes: []string{n}, off: whole, mute: !whole, heal: func(ctx context.Context) error { return w.lab.Start(ctx, n) }}
+	if !whole {
+		return f, w.lab.KillAgent(n)
+	}
 	for _, t := range w.model.tasks {
 		if t.node == n {
 			t.ended = true
@@ -140,7 +152,7 @@ func (w *world) powerLoss(ctx context.Context) (*fault, error) {
 	}
 	kctx, cancel := context.WithTimeout(ctx, scaled(30*time.Second))
 	defer cancel()
-	return &fault{nodes: []string{n}, heal: func(ctx context.Context) error { return w.lab.Start(ctx, n) }}, w.lab.Kill(kctx, n)
+	return f, w.lab.Kill(kctx, n)
 }
 
 func (w *world) stopAgent(context.Context) (*fault, error) {
@@ -150,7 +162,7 @@ func (w *world) stopAgent(context.Context) (*fault, error) {
 	}
 	pid, _, _ := w.node(n)
 	w.say("  fault: %s's agent is stopped (SIGSTOP)", n)
-	return &fault{nodes: []string{n}, heal: func(context.Context) error { return syscall.Kill(pid, syscall.SIGCONT) }}, syscall.Kill(pid, syscall.SIGSTOP)
+	return &fault{nodes: []string{n}, mute: true, heal: func(context.Context) error { return syscall.Kill(pid, syscall.SIGCONT) }}, syscall.Kill(pid, syscall.SIGSTOP)
 }
 
 func (w *world) partition(context.Context) (*fault, error) {

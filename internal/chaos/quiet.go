@@ -64,6 +64,9 @@ func (w *world) quiet(ctx context.Context) error {
 	if err := w.checkObjects(l); err != nil {
 		return err
 	}
+	if err := w.counts(ctx); err != nil {
+		return err
+	}
 	if err := w.keepClients(ctx, l); err != nil {
 		return err
 	}
@@ -413,14 +416,14 @@ func (w *world) oracle(ctx context.Context) (said string, wrong error) {
 	var wg sync.WaitGroup
 	says := make([]string, len(w.lab.NodeList))
 	for i, n := range w.lab.NodeList {
-		dead := slices.ContainsFunc(w.faults, func(f *fault) bool { return f.kind == "power-loss" && slices.Contains(f.nodes, n.Name) })
-		if dead {
+		has := func(which func(*fault) bool) bool {
+			return slices.ContainsFunc(w.faults, func(f *fault) bool { return which(f) && slices.Contains(f.nodes, n.Name) })
+		}
+		if has(func(f *fault) bool { return f.off }) {
 			continue
 		}
 		alive = append(alive, n.Name)
-		if slices.ContainsFunc(w.faults, func(f *fault) bool {
-			return (f.kind == "kill-agent" || f.kind == "stop-agent") && slices.Contains(f.nodes, n.Name)
-		}) {
+		if has(func(f *fault) bool { return f.mute }) {
 			continue
 		}
 		wg.Go(func() {
@@ -449,7 +452,7 @@ var bad = regexp.MustCompile(`level=ERROR|^panic:|^fatal error:|WARNING: DATA RA
 
 // forgiven are ERROR lines that are for a person to act on: of a fault that one would
 // have to act on.
-var forgiven = regexp.MustCompile(`no space left on device`)
+var forgiven = regexp.MustCompile(`no space left on device|the managers' log \S+ of this node is lost`)
 
 func (w *world) checkLogs() {
 	for _, n := range w.lab.NodeList {
