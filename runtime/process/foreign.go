@@ -176,7 +176,7 @@ func (r *Runtime) box(id string) (runtime.Box, runtime.Executor, error) {
 
 // writeFiles puts what a container has in /etc into the task's directory.
 func (r *Runtime) writeFiles(t runtime.Task) error {
-	for name, b := range map[string][]byte{"resolv.conf": t.ResolvConf, "hosts": t.Hosts, "hostname": []byte(t.Hostname + "\n")} {
+	for name, b := range etcFiles(t) {
 		p := filepath.Join(r.taskDir(t.ID), name)
 		if err := os.WriteFile(p, b, 0o644); err != nil {
 			return err

@@ -2,12 +2,16 @@ package process
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"github.com/shoalnet/shoal/internal/durable"
+	"github.com/shoalnet/shoal/runtime"
 )
 
 // SetHosts implements runtime.Runtime.
@@ -35,6 +39,32 @@ func (r *Runtime) SetHosts(ctx context.Context, id, name string, addrs []netip.A
 		return fmt.Errorf("write %s: %w", file, err)
 	}
 	return f.Truncate(int64(len(text)))
+}
+
+// etcFiles are what a task has of its own in /etc, when it starts.
+func etcFiles(t runtime.Task) map[string][]byte {
+	return map[string][]byte{"resolv.conf": t.ResolvConf, "hosts": t.Hosts, "hostname": []byte(t.Hostname + "\n")}
+}
+
+// mendFiles writes those of a task's files that are gone from its directory as they were
+// when it started. What it has mounted are those that nobody can change any more: it gets
+// these in their place, by mendMounts.
+func (r *Runtime) mendFiles(t runtime.Task) error {
+	content := etcFiles(t)
+	var errs []error
+	for _, name := range covered(t.Netns) {
+		p := filepath.Join(r.taskDir(t.ID), name)
+		st, err := os.Lstat(p)
+		if err == nil && st.Mode().IsRegular() {
+			continue
+		}
+		if err == nil {
+			errs = append(errs, durable.PutAside(p))
+		}
+		// Whatever the umask.
+		errs = append(errs, os.WriteFile(p, content[name], 0o644), os.Chmod(p, 0o644))
+	}
+	return errors.Join(errs...)
 }
 
 // withHost is a hosts file (hosts(5)) in which name stands for addrs. Lines that

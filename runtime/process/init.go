@@ -132,7 +132,7 @@ func setUp(dir string, t record) error {
 	if err := mount("", "/", "", unix.MS_SLAVE|unix.MS_REC); err != nil {
 		return err
 	}
-	content := map[string][]byte{"resolv.conf": t.ResolvConf, "hosts": t.Hosts, "hostname": []byte(t.Hostname + "\n")}
+	content := etcFiles(t.Task)
 	if t.Netns != "" {
 		// Where that can't be had (no overlayfs in the kernel, or /etc is on two of
 		// them already) the agent looks after what is mounted below: keepMounts.

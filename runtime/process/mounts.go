@@ -283,6 +283,22 @@ func (r *Runtime) mountAgain(t inhabitant, files, dirs []string) error {
 	return err
 }
 
+// mountOver mounts a file that is at no place yet on another. Nothing can be mounted on one
+// that was deleted (dont_mount in vfs_unlink): a mount of such a file goes before.
+func mountOver(fd int, path string) error {
+	over := func() error {
+		return unix.MoveMount(fd, "", unix.AT_FDCWD, path, unix.MOVE_MOUNT_F_EMPTY_PATH)
+	}
+	err := over()
+	var st unix.Stat_t
+	if errors.Is(err, unix.ENOENT) && unix.Stat(path, &st) == nil && st.Nlink == 0 {
+		if err = unix.Unmount(path, unix.MNT_DETACH); err == nil {
+			err = over()
+		}
+	}
+	return err
+}
+
 // mendMain enters a task's namespaces and mounts what it has lost there.
 func mendMain([]string) int {
 	goruntime.LockOSThread()
@@ -310,7 +326,7 @@ func mendMain([]string) int {
 			}
 		}
 		if err == nil {
-			err = unix.MoveMount(4+i, "", unix.AT_FDCWD, real, unix.MOVE_MOUNT_F_EMPTY_PATH)
+			err = mountOver(4+i, real)
 		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("mount %s: %w", target, err))

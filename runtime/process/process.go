@@ -442,6 +442,10 @@ func (r *Runtime) adopt(id string) error {
 			return fmt.Errorf("task %s: %w", t.Name, err)
 		} else if x != nil && e.status.State == runtime.Running {
 			r.mind(e, x)
+		} else if x == nil {
+			if err := r.mendFiles(t); err != nil {
+				r.log.Warn("the files that a task has in /etc are gone from its directory, and can't be written again", "task", t.Name, "error", err)
+			}
 		}
 		select {
 		case r.mountsDue <- struct{}{}:

@@ -1,7 +1,9 @@
 package process
 
 import (
+	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -89,6 +91,33 @@ func TestALostRecordIsTheShims(t *testing.T) {
 		if err := f.Remove(f.ctx(), k.ID); err != nil || alive(pid) {
 			t.Errorf("%s: remove: %v", name, err)
 		}
+	}
+}
+
+// TestOwnFilesComeBack: a running task whose files for /etc are gone from its directory
+// has its name changed in what it finds at /etc/hosts all the same.
+func TestOwnFilesComeBack(t *testing.T) {
+	for name, damage := range map[string]func(dir string) error{
+		"all of it": os.RemoveAll,
+		"hosts":     func(d string) error { return os.Remove(filepath.Join(d, "hosts")) },
+		"a directory": func(d string) error {
+			p := filepath.Join(d, "hosts")
+			return errors.Join(os.Remove(p), os.Mkdir(p, 0o700))
+		},
+	} {
+		f := setup(t)
+		k := f.named("sleep", "1000")
+		was := f.own(k)
+		if err := damage(f.taskDir(k.ID)); err != nil {
+			t.Fatal(err)
+		}
+		f.again()
+		f.eventually(name+": the task has its own files", func() bool { return f.own(k) == was })
+		if err := f.SetHosts(f.ctx(), k.ID, k.Hostname, []netip.Addr{netip.MustParseAddr("10.9.8.7")}); err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		f.eventually(name+": the task finds its new address", func() bool { return strings.Contains(f.own(k), "10.9.8.7\t"+k.Hostname) })
 	}
 }
 
