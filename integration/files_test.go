@@ -15,75 +15,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/shoalnet/shoal/internal/chaos"
 	"github.com/shoalnet/shoal/lab"
 )
-
-// damages are what can befall a file or directory, of which peer is another node's.
-var damages = []struct {
-	name string
-	do   func(path, peer string, r *rand.Rand) error
-}{
-	{"gone", func(p, _ string, _ *rand.Rand) error { return os.RemoveAll(p) }},
-	{"empty", func(p, _ string, _ *rand.Rand) error { return emptied(p) }},
-	{"cut", func(p, _ string, r *rand.Rand) error {
-		return rewritten(p, func(b []byte) []byte { return b[:r.IntN(len(b)+1)] })
-	}},
-	{"noise", func(p, _ string, r *rand.Rand) error {
-		return rewritten(p, func(b []byte) []byte {
-			for i := range b {
-				b[i] = byte(r.Uint32())
-			}
-			return b
-		})
-	}},
-	{"one byte", func(p, _ string, r *rand.Rand) error {
-		return rewritten(p, func(b []byte) []byte {
-			if len(b) > 0 {
-				b[r.IntN(len(b))] ^= 1 << r.IntN(8)
-			}
-			return b
-		})
-	}},
-	{"a directory", func(p, _ string, _ *rand.Rand) error {
-		if err := os.RemoveAll(p); err != nil {
-			return err
-		}
-		return os.MkdirAll(filepath.Join(p, "x"), 0o700)
-	}},
-	{"a file", func(p, _ string, _ *rand.Rand) error {
-		if err := os.RemoveAll(p); err != nil {
-			return err
-		}
-		return os.WriteFile(p, []byte("x"), 0o600)
-	}},
-	{"another node's", func(p, peer string, _ *rand.Rand) error {
-		b, err := os.ReadFile(peer)
-		if err != nil {
-			return os.RemoveAll(p) // it has none such
-		}
-		return rewritten(p, func([]byte) []byte { return b })
-	}},
-}
-
-// emptied empties a file, or a directory.
-func emptied(p string) error {
-	if st, err := os.Stat(p); err != nil || !st.IsDir() {
-		return rewritten(p, func([]byte) []byte { return nil })
-	}
-	if err := os.RemoveAll(p); err != nil {
-		return err
-	}
-	return os.Mkdir(p, 0o700)
-}
-
-// rewritten replaces a file's content; a directory, or what is not there, stays.
-func rewritten(p string, fn func([]byte) []byte) error {
-	b, err := os.ReadFile(p)
-	if err != nil {
-		return nil
-	}
-	return os.WriteFile(p, fn(b), 0o600)
-}
 
 // TestFilesOfANode: whatever becomes of what a node keeps while its agent, or all of it,
 // is down, the node comes back: the same node, with the tasks that it had and no others,
@@ -236,12 +170,12 @@ func (s site) damage(r *rand.Rand, data, other, task string) (undo func() error,
 			continue
 		}
 		names = append(names, name)
-		d := damages[r.IntN(len(damages))]
 		peer, _ := filepath.Rel(data, p)
-		if err := d.do(p, filepath.Join(other, peer), r); err != nil {
+		how, err := chaos.Damage(p, filepath.Join(other, peer), r)
+		if err != nil {
 			s.Fatal(err)
 		}
-		did = append(did, rel+": "+d.name)
+		did = append(did, rel+": "+how)
 	}
 	return nil, strings.Join(did, "; ")
 }

@@ -60,6 +60,7 @@ var kinds = []kind{
 	{name: "loss", do: (*world).loss},
 	{name: "data-path", do: (*world).dataPath},
 	{name: "lost-store", do: (*world).lostStore},
+	{name: "torn-file", do: (*world).tornFile},
 }
 
 func (w *world) enabled() []kind {
