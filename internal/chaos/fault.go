@@ -61,6 +61,7 @@ var kinds = []kind{
 	{name: "data-path", do: (*world).dataPath},
 	{name: "lost-store", do: (*world).lostStore},
 	{name: "torn-file", do: (*world).tornFile},
+	{name: "lost-disk", do: (*world).lostDisk},
 }
 
 func (w *world) enabled() []kind {
