@@ -72,6 +72,7 @@ type world struct {
 	disks  []string // mounted, to be filled
 	// storeless are managers that lost their store, and may not vote yet.
 	storeless map[string]bool
+	disasters map[string]bool // that were
 	began     time.Time
 	// caughtUp is a manager that has carried out all that was told before this quiet
 	// point; "": none is known yet. marks are the labels that were set to find out.
@@ -88,7 +89,7 @@ func Run(ctx context.Context, o Options) (_ Report, err error) {
 	if o.Out == nil {
 		o.Out = io.Discard
 	}
-	w := &world{o: o, logs: map[string]int64{}, storeless: map[string]bool{}, began: time.Now()}
+	w := &world{o: o, logs: map[string]int64{}, storeless: map[string]bool{}, disasters: map[string]bool{}, began: time.Now()}
 	w.say("seed %d, %s, %d nodes", o.Seed, o.Duration, o.Nodes)
 	if err := w.up(ctx); err != nil {
 		return w.Report, err
@@ -113,6 +114,9 @@ func Run(ctx context.Context, o Options) (_ Report, err error) {
 		w.rng = rand.New(rand.NewPCG(o.Seed, uint64(r)))
 		w.say("round %d", r)
 		w.round(ctx)
+		if len(w.Problems) == 0 && ctx.Err() == nil {
+			w.disaster(ctx)
+		}
 		if len(w.Problems) > 0 {
 			w.explain(ctx)
 			break // what follows from it would hide it

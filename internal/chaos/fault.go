@@ -33,6 +33,8 @@ type kind struct {
 	why string
 	// do breaks it. A nil fault was over at once.
 	do func(*world, context.Context) (*fault, error)
+	// quiet: it is done at quiet points only, and do heals it, too.
+	quiet bool
 }
 
 // Kinds are the names of all faults; of those that are left out with the reason.
@@ -62,10 +64,15 @@ var kinds = []kind{
 	{name: "lost-store", do: (*world).lostStore},
 	{name: "torn-file", do: (*world).tornFile},
 	{name: "lost-disk", do: (*world).lostDisk},
+	{name: "lost-majority", do: (*world).lostMajority, quiet: true},
+	{name: "lost-managers", do: (*world).lostManagers, quiet: true},
 }
 
-func (w *world) enabled() []kind {
+func (w *world) enabled(quiet bool) []kind {
 	return slices.DeleteFunc(slices.Clone(kinds), func(k kind) bool {
+		if k.quiet != quiet {
+			return true
+		}
 		if len(w.o.Faults) > 0 {
 			return !slices.Contains(w.o.Faults, k.name)
 		}
@@ -74,7 +81,11 @@ func (w *world) enabled() []kind {
 }
 
 func (w *world) injectOne(ctx context.Context) {
-	k := pick(w, w.enabled())
+	ks := w.enabled(false)
+	if len(ks) == 0 {
+		return
+	}
+	k := pick(w, ks)
 	if slices.ContainsFunc(w.faults, func(f *fault) bool { return f.kind == k.name }) {
 		return
 	}
@@ -88,6 +99,32 @@ func (w *world) injectOne(ctx context.Context) {
 		f.kind = k.name
 		w.faults = append(w.faults, f)
 	}
+}
+
+// disasterAfter is how long a run has to be for disasters, if it was not asked for them:
+// a short one has commands and faults to give, and these take half a minute together.
+const disasterAfter = 4 * time.Minute
+
+// disaster does at a quiet point what can be done only there, at times, and each but
+// once where nobody asked for it.
+func (w *world) disaster(ctx context.Context) {
+	ks := w.enabled(true)
+	often := 2
+	if len(w.o.Faults) == 0 {
+		ks = slices.DeleteFunc(ks, func(k kind) bool { return w.o.Duration < disasterAfter || w.disasters[k.name] })
+		often = 4
+	}
+	if len(ks) == 0 || w.rng.IntN(often) > 0 {
+		return
+	}
+	k := pick(w, ks)
+	w.disasters[k.name] = true
+	w.Faults++
+	if _, err := k.do(w, ctx); err != nil && ctx.Err() == nil {
+		w.problem("%s: %v", k.name, err)
+		return
+	}
+	w.checkQuiet(ctx)
 }
 
 func (w *world) heal(ctx context.Context, f *fault) {

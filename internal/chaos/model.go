@@ -57,6 +57,30 @@ func newModel(nodes int) model {
 	return m
 }
 
+// clone is a copy that shares nothing with it.
+func (m *model) clone() model {
+	c := model{nets: map[string]*network{}, svcs: map[string]*service{}, tasks: map[string]*task{}, nodes: map[string]*node{}, next: m.next, removed: slices.Clone(m.removed)}
+	for k, v := range m.nets {
+		x := *v
+		c.nets[k] = &x
+	}
+	for k, v := range m.svcs {
+		x := *v
+		x.nets = slices.Clone(v.nets)
+		c.svcs[k] = &x
+	}
+	for k, v := range m.tasks {
+		x := *v
+		x.nets = slices.Clone(v.nets)
+		c.tasks[k] = &x
+	}
+	for k, v := range m.nodes {
+		x := *v
+		c.nodes[k] = &x
+	}
+	return c
+}
+
 func (m *model) name(kind string) string {
 	m.next++
 	return fmt.Sprintf("%s%d", kind, m.next)

@@ -119,3 +119,174 @@ func (w *world) addr(n string) string {
 	i := slices.IndexFunc(w.lab.NodeList, func(o lab.Node) bool { return o.Name == n })
 	return w.lab.NodeList[i].Addr.String()
 }
+
+// lostMajority loses all managers but one for good, who goes on alone and gets others.
+func (w *world) lostMajority(ctx context.Context) (*fault, error) {
+	ms := w.model.managers()
+	one := pick(w, ms)
+	lost := slices.DeleteFunc(slices.Clone(ms), func(n string) bool { return n == one })
+	if err := w.replicated(ctx, one); err != nil {
+		return nil, err
+	}
+	w.say("  fault: %s lose their power for good, %s is the only manager that is left", strings.Join(lost, ","), one)
+	if err := w.without(ctx, lost); err != nil {
+		return nil, err
+	}
+	if err := until(ctx, scaled(quietTime), func() error {
+		return w.did(ctx, one, "have a leader ("+one, "init", "--force-new-cluster")
+	}); err != nil {
+		return nil, err
+	}
+	return nil, w.successors(ctx, one, lost)
+}
+
+// lostManagers loses all managers with their disks. The cluster is made from a snapshot,
+// and is as it was then.
+func (w *world) lostManagers(ctx context.Context) (*fault, error) {
+	ms := w.model.managers()
+	one := pick(w, ms) // whose machine is there again at first
+	file := filepath.Join(w.lab.Dir, "cluster.snap")
+	if err := os.Remove(file); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	if err := w.did(ctx, pick(w, ms), "", "snapshot", "save", file); err != nil {
+		return nil, err
+	}
+	was := w.model.clone()
+	for range w.rng.IntN(3) { // what comes after it is not in it
+		if w.rng.IntN(2) == 0 || len(w.model.usable()) == 0 {
+			w.netCreate(ctx)
+		} else {
+			w.svcCreate(ctx, 1)
+		}
+	}
+	w.say("  fault: %s lose their power and their disks: no manager is left", strings.Join(ms, ","))
+	was.next = w.model.next
+	later := slices.DeleteFunc(sorted(w.model.svcs), func(s string) bool { return was.svcs[s] != nil })
+	w.model = was
+	if err := w.without(ctx, ms); err != nil {
+		return nil, err
+	}
+	for _, s := range later {
+		w.model.gone(s)
+	}
+	for _, n := range ms {
+		if err := w.wipe(n); err != nil {
+			return nil, err
+		}
+	}
+	if err := w.lab.Start(ctx, one); err != nil {
+		return nil, err
+	}
+	if err := until(ctx, scaled(quietTime), func() error {
+		return w.did(ctx, one, "in the cluster already", "snapshot", "restore", "--advertise-addr", w.addr(one), file)
+	}); err != nil {
+		return nil, err
+	}
+	w.forget(one) // the one of before: another has its name
+	w.model.nodes[one].availability = "active"
+	return nil, w.successors(ctx, one, slices.DeleteFunc(slices.Clone(ms), func(n string) bool { return n == one }))
+}
+
+// replicated waits until a manager has all that any of them has: what was acknowledged
+// a moment before a loss may be with others only, as docs/recovery.md says.
+func (w *world) replicated(ctx context.Context, one string) error {
+	var want float64
+	for _, n := range w.model.managers() {
+		r, err := w.raftOf(ctx, n)
+		if err != nil {
+			return err
+		}
+		want = max(want, r["commit_index"])
+	}
+	return until(ctx, scaled(askTime), func() error {
+		r, err := w.raftOf(ctx, one)
+		if err == nil && r["last_index"] < want {
+			err = fmt.Errorf("%s has the managers' log up to %g, want %g", one, r["last_index"], want)
+		}
+		return err
+	})
+}
+
+// without has nodes lose their power at once, and wants what was there before to be
+// served by what is left of it, though no manager leads.
+func (w *world) without(ctx context.Context, lost []string) error {
+	gone := func(n string) bool { return slices.Contains(lost, n) }
+	l, err := w.lists(ctx, w.caughtUp)
+	if err != nil {
+		return err
+	}
+	for _, n := range lost { // the cables first: nothing is agreed on by those that go last
+		if err := w.lab.Link(n, false); err != nil {
+			return err
+		}
+	}
+	for _, n := range lost {
+		if _, err := w.fell(ctx, n, true); err != nil {
+			return err
+		}
+	}
+	// What was begun after the last quiet point is nobody's to know yet.
+	l.svcs = slices.DeleteFunc(l.svcs, func(s svcInfo) bool { return w.model.svcs[s.Spec.Name] == nil })
+	l.tasks = slices.DeleteFunc(l.tasks, func(t taskInfo) bool { return gone(t.NodeName) })
+	left := slices.DeleteFunc(sorted(w.model.nodes), gone)
+	if err := until(ctx, scaled(settled), func() error { return w.probe(ctx, l, left, 20).err() }); err != nil {
+		return fmt.Errorf("without the managers %s:\n%w", strings.Join(lost, ", "), err)
+	}
+	w.say("  what is left serves, without managers")
+	return nil
+}
+
+// successors wants everything that was acknowledged to be there with the only manager
+// that is left, and has the lost ones replaced.
+func (w *world) successors(ctx context.Context, one string, lost []string) error {
+	if err := until(ctx, scaled(commandTime), func() error {
+		l, err := w.lists(ctx, one)
+		if err == nil {
+			err = w.checkObjects(l)
+		}
+		return err
+	}); err != nil {
+		return fmt.Errorf("%s is the only manager:\n%w", one, err)
+	}
+	for _, n := range lost {
+		// One of three is found again as it was. It must not count, and leaves.
+		kept := w.rng.IntN(3) == 0
+		es, err := os.ReadDir(w.data(n))
+		if kept = kept && len(es) > 0; !kept && err == nil {
+			err = w.wipe(n)
+		}
+		if err != nil {
+			return err
+		}
+		if kept {
+			w.say("  %s comes back with its disk", n)
+			if err := w.lab.Start(ctx, n); err != nil {
+				return err
+			}
+		}
+		if err := until(ctx, scaled(quietTime), func() error { return w.did(ctx, one, "no such node", "node", "rm", n) }); err != nil {
+			return err
+		}
+		w.forget(n)
+		if kept {
+			err = until(ctx, scaled(quietTime), func() error {
+				actx, cancel := context.WithTimeout(ctx, scaled(askTime))
+				defer cancel()
+				if _, err := w.lab.Run(actx, n, w.lab.Binary, "net", "ls"); err == nil || !strings.Contains(err.Error(), "in no cluster") {
+					return fmt.Errorf("%s, which counts no more, does not leave: %v", n, orNothing(err))
+				}
+				return nil
+			})
+		} else {
+			err = w.lab.Start(ctx, n)
+		}
+		if err != nil {
+			return err
+		}
+		if err := until(ctx, scaled(quietTime), func() error { return w.join(ctx, n, one, "manager") }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
