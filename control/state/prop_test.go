@@ -213,10 +213,18 @@ func TestRandomCommands(t *testing.T) {
 					c.round()
 				}
 			},
+			"role": func(t *rapid.T) {
+				role := rapid.SampledFrom([]string{spec.RoleManager, spec.RoleWorker}).Draw(t, "role")
+				c.apply(Command{UpdateNode: &UpdateNode{Ref: node(t).id, Role: &role}})
+			},
+			"save":   c.save,
+			"anew":   c.anew,
 			"clocks": c.clocks,
 			"time":   func(t *rapid.T) { c.pass(rapid.Int64Range(1, 60_000).Draw(t, "ms")) },
 		})
-		c.checkReplay(rapid.IntRange(1, len(c.log)).Draw(t, "cut"))
+		if len(c.log) > 0 {
+			c.checkReplay(rapid.IntRange(1, len(c.log)).Draw(t, "cut"))
+		}
 
 		// Whatever it has been through, a cluster whose nodes all return and
 		// stop failing comes to rest with what was asked for.
@@ -224,6 +232,11 @@ func TestRandomCommands(t *testing.T) {
 			n.fate = nil
 			c.back(n)
 			c.avail(n, spec.AvailabilityActive)
+		}
+		for _, n := range c.s.Nodes() {
+			if c.nodes[n.ID] == nil { // a lost manager: what it had is given back with it
+				c.must(Command{RemoveNode: &RemoveNode{Ref: n.ID}})
+			}
 		}
 		for _, v := range c.s.Services() {
 			sp := v.Spec.Clone()

@@ -101,7 +101,7 @@ func TestSnapshotRoundTrip(t *testing.T) {
 	s.addNode(&node{Node: nd, tasks: map[string]*task{}, expelled: true})
 	tk := filled.Value[spec.Task]()
 	tk.Service, tk.Node, tk.Name, tk.Status.Released = "", nd.ID, "one", true
-	s.put(&task{tk, 1, 2, 3, 4, spec.TaskRunning})
+	s.put(&task{Task: tk, seq: 1, rev: 2, started: 3, ended: 4, was: spec.TaskRunning})
 	b, err = s.Snapshot()
 	if err != nil {
 		t.Fatal(err)

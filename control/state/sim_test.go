@@ -30,13 +30,16 @@ type cluster struct {
 	tb
 	s     *State
 	log   [][]byte
-	now   int64 // by the clock of who leads
-	real  int64 // ms that have passed
+	base  []byte // what the log goes on from; nil: a new cluster
+	now   int64  // by the clock of who leads
+	real  int64  // ms that have passed
 	ids   int
 	nodes map[string]*simNode
 	// check invariants after each command, and that a refusal changed nothing
 	strict bool
 	level  int              // that commands are stamped with
+	first  uint64           // index of base
+	saved  []byte           // a snapshot from some time
 	shown  map[string]shown // by node, when strict
 	told   map[string]Delta // by node, as its messages make it, when strict
 }
@@ -99,7 +102,10 @@ type shown struct {
 func (c *cluster) checkShown() {
 	c.Helper()
 	now := map[string]shown{}
-	for id := range c.s.nodes {
+	for id, n := range c.s.nodes {
+		if n.expelled {
+			continue
+		}
 		a, err := c.s.AssignmentFor(id)
 		if err != nil {
 			c.Fatalf("%v", err)
@@ -171,7 +177,7 @@ func (c *cluster) apply(cmd Command) Result {
 		before = c.snapshot()
 	}
 	c.log = append(c.log, b)
-	r := c.s.Apply(uint64(len(c.log)), cmd)
+	r := c.s.Apply(c.first+uint64(len(c.log)), cmd)
 	if c.strict {
 		if r.Err != nil {
 			c.s.index--
@@ -392,6 +398,77 @@ func (c *cluster) clocks(t *rapid.T) {
 		rapid.SampledFrom(ns).Draw(t, "whose").clock = off
 	} else {
 		c.otherLeader(off)
+	}
+}
+
+// save keeps a snapshot, for anew.
+func (c *cluster) save(*rapid.T) { c.saved = c.snapshot() }
+
+// anew loses all managers but one, or all of them: the cluster goes on from what that one
+// has, or from a snapshot that may be old, on a node that may be new.
+func (c *cluster) anew(t *rapid.T) {
+	c.Helper()
+	b := c.snapshot()
+	if c.saved != nil && rapid.Bool().Draw(t, "old") {
+		b = c.saved
+	}
+	s, err := Restore(b)
+	if err != nil {
+		c.Fatalf("restore: %v\n%s", err, b)
+	}
+	self := spec.Node{}
+	var managers []spec.Node
+	for _, n := range s.Nodes() {
+		if x := s.nodes[n.ID]; n.Role == spec.RoleManager && !x.expelled {
+			managers = append(managers, n)
+			if c.nodes[n.ID] != nil {
+				self = n
+			}
+		}
+	}
+	fresh := self.ID == "" || rapid.Bool().Draw(t, "new machine")
+	if fresh {
+		name := fmt.Sprintf("r%d", c.ids)
+		if len(managers) > 0 && rapid.Bool().Draw(t, "same name") {
+			name = rapid.SampledFrom(managers).Draw(t, "name").Name
+		}
+		self = simSpec(c.id("node"), name, spec.RoleManager, 99)
+	}
+	was, index := slices.Clone(s.Services()), c.s.Index()
+	c.pass(1000) // generations are told apart by seconds
+	if _, err := s.Recover(self, generationEpoch.Add(time.Duration(c.real)*time.Millisecond+10*365*24*time.Hour), 0); errors.Is(err, ErrExists) && fresh {
+		return // another has its name by now
+	} else if err != nil {
+		c.Fatalf("recover by %s: %v", self.Name, err)
+	}
+	if s.Index() <= index {
+		c.Fatalf("the cluster made anew is at index %d, and was at %d", s.Index(), index)
+	}
+	for i, v := range s.Services() {
+		if i >= len(was) || !reflect.DeepEqual(v.Spec, was[i].Spec) {
+			c.Fatalf("service %s is %+v, and was %+v", v.ID, v.Spec, was)
+		}
+	}
+	c.s = s
+	c.base, c.first, c.log, c.told = c.snapshot(), s.Index(), nil, nil // each node's stream begins anew
+	checkInvariants(c, s)
+	if fresh {
+		c.nodes[self.ID] = &simNode{id: self.ID, up: true, tasks: map[string]spec.TaskStatus{}}
+	}
+	for _, n := range c.sorted() {
+		if x := s.nodes[n.id]; x == nil || x.expelled {
+			delete(c.nodes, n.id) // told so, it leaves
+			continue
+		}
+		if c.status(n, spec.NodeReady); !n.up {
+			c.status(n, spec.NodeDown)
+		}
+		c.reportAll(n)
+	}
+	for _, n := range s.Nodes() {
+		if c.nodes[n.ID] == nil { // it was removed after that snapshot: nobody hears of it
+			c.must(Command{SetNodeStatus: &SetNodeStatus{Nodes: []NodeStatus{{ID: n.ID, Status: spec.NodeDown}}}})
+		}
 	}
 }
 
@@ -636,6 +713,12 @@ func (c *cluster) checkReplay(cuts ...int) {
 	want := c.snapshot()
 	for _, cut := range append([]int{-1}, cuts...) {
 		s := New()
+		if c.base != nil {
+			var err error
+			if s, err = Restore(c.base); err != nil {
+				c.Fatalf("restore: %v\n%s", err, c.base)
+			}
+		}
 		for i, b := range c.log {
 			if i == cut {
 				snap, err := s.Snapshot()
@@ -651,7 +734,7 @@ func (c *cluster) checkReplay(cuts ...int) {
 			if err != nil {
 				c.Fatalf("%v", err)
 			}
-			s.Apply(uint64(i+1), cmd)
+			s.Apply(c.first+uint64(i+1), cmd)
 		}
 		got, err := s.Snapshot()
 		if err != nil || !bytes.Equal(got, want) {

@@ -212,7 +212,7 @@ func restore(b []byte) (*State, error) {
 		s.blobs[b.ID] = &b
 	}
 	for _, ts := range in.Tasks {
-		t := &task{ts.Task, ts.Seq, ts.Rev, ts.Started, ts.Ended, ts.Was}
+		t := &task{Task: ts.Task, seq: ts.Seq, rev: ts.Rev, started: ts.Started, ended: ts.Ended, was: ts.Was}
 		if s.tasks[t.ID] != nil || t.seq > s.seq {
 			return nil, fmt.Errorf("task %s is there twice, or has the number %d beyond the last", t.Name, t.seq)
 		}

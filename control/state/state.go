@@ -69,6 +69,7 @@ type task struct {
 	started int64          // when it was first seen running; Unix milliseconds, leader's clock; 0: never
 	ended   int64          // when it was seen to have ended
 	was     spec.TaskState // before it was lost; 0: never, or its node has said since that it lives
+	heard   uint64         // index at which its node's word was the newer one of its runs; not in a snapshot, after which all is told anew
 }
 
 type node struct {
@@ -447,7 +448,7 @@ func (s *State) AssignmentSince(nodeID string, since uint64, networks map[string
 	nets := map[string]bool{}
 	for _, id := range slices.Sorted(maps.Keys(n.tasks)) {
 		t := n.tasks[id]
-		if since == 0 || t.Version > since {
+		if since == 0 || max(t.Version, t.heard) > since {
 			a.Tasks = append(a.Tasks, t.Task)
 		}
 		if t.holds() {

@@ -230,7 +230,12 @@ func (s *State) report(t *task, st spec.TaskStatus, now int64) {
 	if st.Run < cur.Run || st.Run < t.Run && (st.State.Ended() || st.Released) || st.Run > maxRun {
 		return
 	}
-	t.Run = max(t.Run, st.Run) // managers whose state is an old one's again hear of it
+	if st.Run > t.Run { // managers whose state is an old one's again hear of it
+		t.Run, t.heard = st.Run, s.index
+		if n := s.nodes[t.Node]; n != nil {
+			n.changed = s.index
+		}
+	}
 	if st.Released && !st.State.Ended() {
 		if st.State = spec.TaskFailed; t.Desired != spec.DesiredRunning {
 			st.State = spec.TaskShutdown
