@@ -295,6 +295,7 @@ func TestTrust(t *testing.T) {
 			t.Fatal(err)
 		}
 		id["cluster"], id["number"], id["role"], id["addr"], id["control_port"], id["gossip_port"] = map[string]any{"id": "oldcluster", "pools": []string{"10.0.0.0/8"}, "subnet_size": 24, "data_path_port": 4789}, 1, "manager", "172.30.0.3", 2377, 7946
+		delete(id, "sum")
 		old, _ := json.Marshal(id)
 		if err := os.WriteFile(path, old, 0o600); err != nil {
 			t.Fatal(err)
