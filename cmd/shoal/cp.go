@@ -97,6 +97,9 @@ func (k copying) out(ctx context.Context, c *cli, ref, src, dst string) error {
 	var at archive.CopyInfo
 	if dst != "-" {
 		var err error
+		if err := notInPlaceOf(dst); err != nil {
+			return err
+		}
 		if dst, err = localPath(dst); err != nil {
 			return err
 		}

@@ -330,6 +330,9 @@ func (c *cli) imageSave() *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			out := c.out
 			if output != "" {
+				if err := notInPlaceOf(output); err != nil {
+					return err
+				}
 				f, ferr := os.CreateTemp(dirOf(output), ".shoal-save-")
 				if ferr != nil {
 					return ferr
@@ -366,6 +369,28 @@ func (c *cli) imageSave() *cobra.Command {
 	cmd.Flags().StringVarP(&output, "output", "o", "", "file to write (default: standard output)")
 	c.onNode(cmd, &node)
 	return cmd
+}
+
+// notInPlaceOf refuses to write a file where a device, a pipe or a socket is. Files are
+// written whole and then renamed, and whoever has it done by root to /dev/null has a file
+// there that everybody writes to and reads from.
+func notInPlaceOf(path string) error {
+	i, err := os.Stat(path)
+	if err != nil { // of a file that can't be written there, the write tells
+		return nil
+	}
+	what := ""
+	switch m := i.Mode(); {
+	case m&os.ModeDevice != 0:
+		what = "device"
+	case m&os.ModeNamedPipe != 0:
+		what = "pipe"
+	case m&os.ModeSocket != 0:
+		what = "socket"
+	default:
+		return nil
+	}
+	return fmt.Errorf("%s is a %s, no file to be replaced: write to standard output, and redirect that", path, what)
 }
 
 func dirOf(path string) string {

@@ -49,6 +49,9 @@ tasks keep on disks. With FILE - it goes to standard output.`,
 			if _, err := os.Lstat(path); err == nil && path != "-" && !force {
 				return fmt.Errorf("%s exists: give another file, or --force to replace it", path)
 			}
+			if err := notInPlaceOf(path); err != nil {
+				return err
+			}
 			resp, err := c.control().SaveSnapshot(cmd.Context(), connect.NewRequest(&shoalv1.SaveSnapshotRequest{}))
 			if err != nil {
 				return err

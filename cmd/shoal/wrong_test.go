@@ -122,7 +122,10 @@ var wrong = []struct {
 	{"run -- a", 125, noAgent}, {"exec t ls", 1, noAgent}, {"ps", 1, noAgent}, {"stop x", 1, noAgent}, {"rm x", 1, noAgent}, {"logs x", 1, noAgent},
 	{"port x", 1, noAgent}, {"stats", 1, noAgent}, {"events", 1, noAgent}, {"node ls", 1, noAgent}, {"node inspect x", 1, noAgent},
 	{"node inspect self", 1, noAgent}, {"node update --role worker x", 1, noAgent}, {"node rm x", 1, noAgent},
-	{"--socket /dev/null info", 1, "no agent answers at /dev/null"},
+	{"--socket /dev/null info", 1, "no agent answers at /dev/null"}, // A file is not made in the place of what is none: once /dev/null is a file, little works.
+	{"image save -o /dev/null web:1", 1, "/dev/null is a device, no file"},
+	{"snapshot save --force /dev/null", 1, "/dev/null is a device, no file"},
+	{"cp c1:/etc/hosts /dev/null", 1, "/dev/null is a device, no file"},
 }
 
 // TestDoctorOfAHungAgent: doctor is asked where something hangs, and must not hang itself.
