@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -167,6 +168,24 @@ func TestContainers(t *testing.T) {
 	if r := s.on("node1", "shoal", "exec", "web.1", "/bin/nope"); r.code != 127 {
 		t.Errorf("exec of nothing: %d, %s", r.code, r.err)
 	}
+
+	// A command has what the container has of capabilities and groups, however it is run.
+	s.ok("node1", "shoal run -d --name caps --cap-drop ALL --cap-add NET_ADMIN -u web --group-add extra --entrypoint /bin/busybox web:1 sleep 1000")
+	const status = "/bin/busybox grep -E ^(CapBnd|Groups): /proc/self/status"
+	for _, user := range []string{"", "-u web:web", "-u 0"} {
+		got := s.ok("node1", "shoal exec %s caps %s", user, status)
+		if groups, bnd, _ := strings.Cut(got, "\n"); !slices.Contains(strings.Fields(groups), "2000") || !strings.HasSuffix(bnd, "\t0000000000001000") {
+			t.Errorf("exec %s: %q, want NET_ADMIN alone and group 2000", user, got)
+		}
+	}
+	s.ok("node1", "shoal exec -d caps /bin/busybox sh -c '/bin/busybox grep CapBnd /proc/self/status > /tmp/detached'")
+	s.eventually(10*time.Second, func() error {
+		if got := s.on("node1", words("shoal exec caps /bin/busybox cat /tmp/detached")...).out; !strings.HasSuffix(got, "\t0000000000001000\n") {
+			return fmt.Errorf("exec -d: %q, want NET_ADMIN alone", got)
+		}
+		return nil
+	})
+	s.ok("node1", "shoal rm -f caps")
 
 	// Another platform, and a program of the node for an image.
 	other := build(t, "s390x", map[string]string{"whoami": bin + "/whoami"}, map[string]any{"Entrypoint": []string{"/whoami"}}).archive(t, "other:1")

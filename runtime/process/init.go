@@ -65,7 +65,7 @@ func initMain(args []string) int {
 	if err != nil {
 		return fail(err, exitCodeOf(err))
 	}
-	if err := errors.Join(dropCapabilities(), filterCalls()); err != nil {
+	if err := errors.Join(dropCapabilities(capabilitySet(keptCapabilities)), filterCalls()); err != nil {
 		return fail(err, 125)
 	}
 	null, err := os.Open(os.DevNull)
@@ -229,15 +229,33 @@ var keptCapabilities = []uintptr{
 	unix.CAP_SETUID, unix.CAP_SETFCAP, unix.CAP_SETPCAP, unix.CAP_NET_BIND_SERVICE, unix.CAP_SYS_CHROOT, unix.CAP_KILL, unix.CAP_AUDIT_WRITE,
 }
 
+// capabilitySet is a set of capabilities as the kernel shows it.
+func capabilitySet(caps []uintptr) (set uint64) {
+	for _, c := range caps {
+		set |= 1 << c
+	}
+	return set
+}
+
+// boundingSet is what a process and its children can have.
+func boundingSet(pid int) (uint64, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return 0, fmt.Errorf("the task has ended: %w", err)
+	}
+	for l := range strings.Lines(string(b)) {
+		if set, ok := strings.CutPrefix(l, "CapBnd:"); ok {
+			return strconv.ParseUint(strings.TrimSpace(set), 16, 64)
+		}
+	}
+	return 0, fmt.Errorf("process %d has no bounding set", pid)
+}
+
 // dropCapabilities limits what this thread's children can have: what is not in
 // the bounding set does not survive an exec (capabilities(7)).
-func dropCapabilities() error {
-	keep := map[uintptr]bool{}
-	for _, c := range keptCapabilities {
-		keep[c] = true
-	}
+func dropCapabilities(keep uint64) error {
 	for c := uintptr(0); c <= 63; c++ {
-		if keep[c] {
+		if keep&(1<<c) != 0 {
 			continue
 		}
 		if err := unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0); err != nil {
@@ -433,6 +451,25 @@ func credential(s string) (*syscall.Credential, string, error) {
 	return c, home, nil
 }
 
+// addGroups gives a program further groups, names or numbers, whoever its user is.
+func (p *program) addGroups(groups []string) error {
+	for _, name := range groups {
+		gid := name
+		if g, err := user.LookupGroup(name); err == nil {
+			gid = g.Gid
+		}
+		n, err := strconv.ParseUint(gid, 10, 32)
+		if err != nil {
+			return fmt.Errorf("group %q is not known to the task", name)
+		}
+		if p.attr.Sys.Credential == nil {
+			p.attr.Sys.Credential = &syscall.Credential{}
+		}
+		p.attr.Sys.Credential.Groups = append(p.attr.Sys.Credential.Groups, uint32(n))
+	}
+	return nil
+}
+
 // ---- exec ----
 
 // execArgs is what the agent tells task-exec, as one line of JSON on file 3.
@@ -476,6 +513,14 @@ func execMain([]string) int {
 	if err := setOOMScore(t.Spec.Resources.OOMScoreAdj); err != nil {
 		return fail(err)
 	}
+	// A container has other capabilities than a program of the node, and its commands have
+	// those, as in Docker: no more with --cap-drop, no fewer with --cap-add.
+	caps := capabilitySet(keptCapabilities)
+	if t.Executor != "" {
+		if caps, err = boundingSet(a.InitPID); err != nil {
+			return fail(err)
+		}
+	}
 	sigs := make(chan os.Signal, 64)
 	signal.Notify(sigs)
 	if err := enter(a.InitPID); err != nil {
@@ -493,7 +538,14 @@ func execMain([]string) int {
 	if err != nil {
 		return fail(err)
 	}
-	if err := errors.Join(dropCapabilities(), filterCalls()); err != nil {
+	if err := p.addGroups(t.Spec.Groups); err != nil {
+		return fail(err)
+	}
+	keeps := caps
+	if !a.Detach { // what the keeper needs for its own part
+		keeps |= capabilitySet(keptCapabilities)
+	}
+	if err := errors.Join(dropCapabilities(keeps), filterCalls()); err != nil {
 		return fail(err)
 	}
 	p.attr.Files = []uintptr{0, 1, 2}
@@ -503,7 +555,7 @@ func execMain([]string) int {
 	} else {
 		// The keeper is none of the task's processes: it has the group for the command.
 		files, n := group.Opened()
-		k, err := json.Marshal(keep{Credential: p.attr.Sys.Credential, TTY: a.TTY, CgroupVersion: group.Version(), CgroupFiles: len(files), CgroupOwn: n})
+		k, err := json.Marshal(keep{Credential: p.attr.Sys.Credential, Capabilities: caps, TTY: a.TTY, CgroupVersion: group.Version(), CgroupFiles: len(files), CgroupOwn: n})
 		if err != nil {
 			return fail(err)
 		}

@@ -19,7 +19,9 @@ import (
 // keep is what task-keep is told besides the command.
 type keep struct {
 	Credential *syscall.Credential `json:"credential,omitempty"`
-	TTY        bool                `json:"tty,omitempty"`
+	// Capabilities are the most that the command can have; the keeper may have more.
+	Capabilities uint64 `json:"capabilities"`
+	TTY          bool   `json:"tty,omitempty"`
 	// The files of the command's control group (cgroup.Restore), from file 4 on.
 	CgroupVersion int `json:"cgroup_version,omitempty"`
 	CgroupFiles   int `json:"cgroup_files,omitempty"`
@@ -54,6 +56,9 @@ func keepMain(args []string) int {
 	signal.Notify(sigs)
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		return fail(fmt.Errorf("subreaper: %w", err))
+	}
+	if err := dropCapabilities(k.Capabilities); err != nil { // this thread's, of which the command comes
+		return fail(err)
 	}
 	attr := &syscall.ProcAttr{Env: os.Environ(), Files: []uintptr{0, 1, 2}, Sys: &syscall.SysProcAttr{Setsid: true, Setctty: k.TTY, Credential: k.Credential}}
 	pid, err := group.Fork(args[1], args[2:], attr)
