@@ -114,7 +114,7 @@ func imageError(err error) error {
 	switch {
 	case err == nil:
 		return nil
-	case errors.Is(err, runtime.ErrNotFound), errors.Is(err, volume.ErrNotFound):
+	case errors.Is(err, runtime.ErrNotFound), errors.Is(err, runtime.ErrNoImage), errors.Is(err, volume.ErrNotFound):
 		return connect.NewError(connect.CodeNotFound, err)
 	case errors.Is(err, runtime.ErrUnavailable):
 		return connect.NewError(connect.CodeFailedPrecondition, err)

@@ -29,6 +29,9 @@ import (
 // ErrNotFound answers a call for a task that the runtime does not have.
 var ErrNotFound = errors.New("no such task")
 
+// ErrNoImage is that no image of the node has a name.
+var ErrNoImage = errors.New("no such image")
+
 // ErrClosing ends what waits for a task when the process that waits for it ends.
 var ErrClosing = errors.New("the node's agent ends; the task goes on")
 

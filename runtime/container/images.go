@@ -634,7 +634,7 @@ func (e *Executor) RemoveImage(ctx context.Context, ref string, force bool) ([]s
 		}
 	}
 	if len(hit) == 0 {
-		return nil, fmt.Errorf("%w: image %s", runtime.ErrNotFound, ref)
+		return nil, fmt.Errorf("%w: %s", runtime.ErrNoImage, ref)
 	}
 	// Another name keeps the content of one that is used.
 	last := !slices.ContainsFunc(all, func(i runtime.Image) bool {
@@ -772,7 +772,7 @@ func (e *Executor) Save(ctx context.Context, refs []string, w io.Writer) error {
 		img, err := e.find(ctx, c, r)
 		if err != nil {
 			if errdefs.IsNotFound(err) {
-				return fmt.Errorf("%w: image %s", runtime.ErrNotFound, r)
+				return fmt.Errorf("%w: %s", runtime.ErrNoImage, r)
 			}
 			return err
 		}
@@ -793,7 +793,7 @@ func (e *Executor) InspectImage(ctx context.Context, ref string) (runtime.Image,
 	}
 	img, err := e.find(ctx, c, ref)
 	if errdefs.IsNotFound(err) {
-		return runtime.Image{}, nil, fmt.Errorf("%w: image %s", runtime.ErrNotFound, ref)
+		return runtime.Image{}, nil, fmt.Errorf("%w: %s", runtime.ErrNoImage, ref)
 	}
 	if err != nil {
 		return runtime.Image{}, nil, err
