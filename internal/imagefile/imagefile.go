@@ -10,11 +10,13 @@ import (
 	"encoding/json"
 )
 
-// File is one of a layer or an archive: a directory if Data is nil.
+// File is one of a layer or an archive: a symbolic link if there is a Link, a directory if
+// Data is nil.
 type File struct {
 	Name string
 	Mode int64
 	Data []byte
+	Link string
 }
 
 // Image is an image of one layer.
@@ -42,7 +44,7 @@ func (i Image) Archive(name string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return pack([]File{{config, 0o644, i.Config}, {layer, 0o644, i.Layer}, {"manifest.json", 0o644, manifest}})
+	return pack([]File{{Name: config, Mode: 0o644, Data: i.Config}, {Name: layer, Mode: 0o644, Data: i.Layer}, {Name: "manifest.json", Mode: 0o644, Data: manifest}})
 }
 
 // Sum is the SHA-256 of b, in hex.
@@ -56,7 +58,10 @@ func pack(files []File) ([]byte, error) {
 	w := tar.NewWriter(&out)
 	for _, f := range files {
 		h := &tar.Header{Typeflag: tar.TypeReg, Name: f.Name, Mode: f.Mode, Size: int64(len(f.Data))}
-		if f.Data == nil {
+		switch {
+		case f.Link != "":
+			h.Typeflag, h.Linkname = tar.TypeSymlink, f.Link
+		case f.Data == nil:
 			h.Typeflag = tar.TypeDir
 		}
 		if err := w.WriteHeader(h); err != nil {
