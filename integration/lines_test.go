@@ -163,6 +163,9 @@ var dockerLines = map[string]typed{
 	`service update --env-add A=b --env-rm C web`:                {before: []string{"service update -q --env-add C=d web"}, ask: `exec web.1 env`, want: `(?s)^[^C]*A=b\n[^C]*$`},
 	`service update --publish-add 8080:80 --publish-rm 80 web`:   {ask: `port web`, want: `^80/tcp -> 0\.0\.0\.0:8080\n$`},
 	`service update --publish-add published=8443,target=443 web`: {ask: `port web`, want: `443/tcp -> 0\.0\.0\.0:8443\n`},
+	// Nothing of it is there, and Docker says nothing of that.
+	`service update --publish-rm 81 --env-rm NONE --label-rm none --container-label-rm none --constraint-rm node.role==none --mount-rm /none --secret-rm none --config-rm none --network-rm old --host-rm none --dns-rm 192.0.2.1 --group-rm none web`: {
+		before: []string{"old"}, ask: `service ps -q --filter desired-state=running web`, want: `^\w+\n$`},
 	`service update --network-add app --network-rm old web`: {before: []string{"-service rm web", "old", "service create -q --name web --network old --update-monitor 1ms nginx"},
 		ask: `run --rm --network app alpine wget -qO- http://web/`, want: `^hello\n$`, after: []string{"service rm web"}},
 	`service update --constraint-add node.role==worker --constraint-rm node.role==manager web`: {ask: `service ps --filter desired-state=running --format {{.Node}} web`, want: `^node[23]\n$`},

@@ -35,9 +35,12 @@ func TestWithoutPorts(t *testing.T) {
 	svc := func(ports []spec.Port) *shoalv1.Service {
 		return &shoalv1.Service{Spec: &shoalv1.ServiceSpec{Name: "web", Ports: api.Ports(ports)}, Ports: api.Ports(ports)}
 	}
+	const all = "*:8080->80/tcp, *:8081->80/udp, *:9000->90/tcp"
 	for rm, want := range map[string]string{
 		"80": "*:8081->80/udp, *:9000->90/tcp", "8080": "*:8081->80/udp, *:9000->90/tcp", "80/udp": "*:8080->80/tcp, *:9000->90/tcp",
-		"9000:90": "*:8080->80/tcp, *:8081->80/udp", "1:90": "", "81": "", "x": "",
+		"9000:90": "*:8080->80/tcp, *:8081->80/udp", "x": "",
+		// What is not published may be taken away, as with Docker.
+		"1:90": all, "81": all, "81/udp": all,
 	} {
 		left, err := withoutPorts(svc(ports), []string{rm})
 		if (err != nil) != (want == "") || err == nil && portsText(left) != want {
@@ -54,6 +57,30 @@ func TestWithoutPorts(t *testing.T) {
 		w.Ports[2].Published = 30000
 		if left, err := withoutPorts(w, []string{rm}); err != nil || portsText(left) != want {
 			t.Errorf("without %s: %q, %v", rm, portsText(left), err)
+		}
+	}
+}
+
+// TestAgain: an update that is typed again, or takes away what is not there, changes nothing,
+// as with Docker.
+func TestAgain(t *testing.T) {
+	one, err := client.ParsePublishes([]string{"8080:80", "90", "mode=host,target=80,published=8081"}, spec.PortIngress)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := morePorts(api.Ports(one[:2]), api.Ports(one[:2])); portsText(got) != portsText(api.Ports(one[:2])) {
+		t.Errorf("published again: %s", portsText(got))
+	}
+	if got := morePorts(api.Ports(one[:2]), api.Ports(one[2:])); len(got) != 3 {
+		t.Errorf("published in another mode: %s", portsText(got))
+	}
+	hosts := []string{"db:192.0.2.7", "db:192.0.2.8", "web=2001:db8::1"}
+	for rm, want := range map[string]string{
+		"db": "web=2001:db8::1", "db:192.0.2.8": "db:192.0.2.7 web=2001:db8::1", "db=192.0.2.7": "db:192.0.2.8 web=2001:db8::1",
+		"web": "db:192.0.2.7 db:192.0.2.8", "web:2001:db8::1": "db:192.0.2.7 db:192.0.2.8", "db:192.0.2.9": strings.Join(hosts, " "), "cache": strings.Join(hosts, " "),
+	} {
+		if got := strings.Join(dropHosts(hosts, []string{rm}), " "); got != want {
+			t.Errorf("hosts without %s: %s, want %s", rm, got, want)
 		}
 	}
 }

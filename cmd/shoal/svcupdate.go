@@ -306,11 +306,11 @@ ones run on (--update-failure-action). Another update resumes it; --rollback, or
 				return err
 			})
 			set("constraint-rm", func() error { sp.Constraints = drop(sp.Constraints, constraintRm); return nil })
-			set("constraint-add", func() error { sp.Constraints = append(sp.Constraints, constraintAdd...); return nil })
+			set("constraint-add", func() error { sp.Constraints = more(sp.Constraints, constraintAdd); return nil })
 			set("dns-rm", func() error { sp.Task.Dns = drop(sp.Task.Dns, dnsRm); return nil })
-			set("dns-add", func() error { sp.Task.Dns = append(sp.Task.Dns, dnsAdd...); return nil })
-			set("host-rm", func() error { sp.Task.ExtraHosts = drop(sp.Task.ExtraHosts, hostRm); return nil })
-			set("host-add", func() error { sp.Task.ExtraHosts = append(sp.Task.ExtraHosts, hostAdd...); return nil })
+			set("dns-add", func() error { sp.Task.Dns = more(sp.Task.Dns, dnsAdd); return nil })
+			set("host-rm", func() error { sp.Task.ExtraHosts = dropHosts(sp.Task.ExtraHosts, hostRm); return nil })
+			set("host-add", func() error { sp.Task.ExtraHosts = more(sp.Task.ExtraHosts, hostAdd); return nil })
 			set("network-rm", func() error {
 				for _, n := range networkRm {
 					nets, _, err := c.networks(ctx, n)
@@ -342,7 +342,7 @@ ones run on (--update-failure-action). Another update resumes it; --rollback, or
 			set("publish-rm", func() error { sp.Ports, err = withoutPorts(svc, publishRm); return err })
 			set("publish-add", func() error {
 				add, err := client.ParsePublishes(publishAdd, spec.PortIngress)
-				sp.Ports = append(sp.Ports, api.Ports(add)...)
+				sp.Ports = morePorts(sp.Ports, api.Ports(add))
 				return err
 			})
 			if err == nil {
@@ -469,7 +469,7 @@ ones run on (--update-failure-action). Another update resumes it; --rollback, or
 	f.StringArrayVar(&dnsAdd, "dns-add", nil, "add a resolver")
 	f.StringArrayVar(&dnsRm, "dns-rm", nil, "remove a resolver")
 	f.StringArrayVar(&hostAdd, "host-add", nil, "add a line of /etc/hosts, NAME:ADDRESS")
-	f.StringArrayVar(&hostRm, "host-rm", nil, "remove such a line")
+	f.StringArrayVar(&hostRm, "host-rm", nil, "remove such a line, or with a NAME alone all of that name")
 	health.add(f)
 	resources.add(f, true)
 	f.StringArrayVar(&secretAdd, "secret-add", nil, "give a secret, as with svc create --secret (repeatable)")
@@ -535,8 +535,31 @@ func drop(in, items []string) []string {
 	return slices.DeleteFunc(slices.Clone(in), func(e string) bool { return slices.Contains(items, e) })
 }
 
+// dropHosts removes lines of /etc/hosts: NAME:ADDRESS, or all of a NAME.
+func dropHosts(in, rm []string) []string {
+	return slices.DeleteFunc(slices.Clone(in), func(h string) bool {
+		name, addr, err := spec.ParseExtraHost(h)
+		return slices.ContainsFunc(rm, func(r string) bool {
+			n, a, rerr := spec.ParseExtraHost(r)
+			return h == r || err == nil && (name == r || rerr == nil && n == name && a == addr)
+		})
+	})
+}
+
+// morePorts adds published ports, but for those that are there: in the same mode, too.
+func morePorts(in, add []*shoalv1.Port) []*shoalv1.Port {
+	out := slices.Clone(in)
+	for _, p := range add {
+		if !slices.ContainsFunc(in, func(o *shoalv1.Port) bool { return proto.Equal(o, p) }) {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
 // withoutPorts removes published ports: by target port, as Docker has it, by both
-// numbers, or by the published one where no target has the number.
+// numbers, or by the published one where no target has the number. As with Docker
+// one that is not published may be taken away, so that a script may be run again.
 func withoutPorts(svc *shoalv1.Service, rm []string) ([]*shoalv1.Port, error) {
 	// A dynamic port's number is not in the spec.
 	numbers := map[*shoalv1.Port]uint32{}
@@ -559,11 +582,7 @@ func withoutPorts(svc *shoalv1.Service, rm []string) ([]*shoalv1.Port, error) {
 			if p.Published == 0 && !slices.ContainsFunc(left, is) {
 				is = func(w *shoalv1.Port) bool { return numbers[w] == uint32(p.Target) && w.Protocol == p.Protocol }
 			}
-			before := len(left)
 			left = slices.DeleteFunc(left, is)
-			if len(left) == before {
-				return nil, fmt.Errorf("service %s publishes no port %s", svc.Spec.Name, r)
-			}
 		}
 	}
 	return left, nil
