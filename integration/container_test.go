@@ -188,6 +188,8 @@ func TestContainers(t *testing.T) {
 	s.ok("node1", "shoal rm -f caps")
 
 	// Another platform, and a program of the node for an image.
+	s.ok("node1", "shoal run --rm --platform linux/amd64 --entrypoint /bin/busybox web:1 true")
+	s.fails("node1", "--platform linux/s390x: node node2 is linux/amd64, and runs no other", "shoal run --rm --platform linux/s390x --node node2 web:1")
 	other := build(t, "s390x", map[string]string{"whoami": bin + "/whoami"}, map[string]any{"Entrypoint": []string{"/whoami"}}).archive(t, "other:1")
 	if r := s.on("node1", "shoal", "image", "load", "-i", other); r.code == 0 || !strings.Contains(r.err, "platform") {
 		t.Errorf("image of another platform: %d, %s", r.code, r.err)

@@ -236,6 +236,7 @@ var dockerLines = map[string]typed{
 	`run -d --name c1 --network app nginx`:                                         {ask: `run --rm --network app alpine wget -qO- http://c1/`, want: `^hello\n$`},
 	`run --rm -i --network app alpine sh`:                                          {in: "echo hello\nexit 0\n", says: `^hello\n$`},
 	`run --rm alpine echo hello`:                                                   {says: `^hello\n$`},
+	`run --rm --platform linux/amd64 alpine echo hello`:                            {says: `^hello\n$`},
 	`run -d --restart unless-stopped --name c1 -p 8080:80 nginx`:                   {ask: `port c1 80/tcp`, want: `:8080\n$`},
 	`run --rm --entrypoint sh --read-only --cap-drop ALL nginx -c id`:              {says: `^uid=0\(root\)`},
 	`run --rm --network-alias db --network app nginx`:                              {until: `serving`},

@@ -37,3 +37,23 @@ func TestLoginIsNotShown(t *testing.T) {
 		t.Errorf("image of a program: %q", got)
 	}
 }
+
+// One platform has several names; another's variant is another platform.
+func TestPlatform(t *testing.T) {
+	for _, k := range []struct {
+		flag, node string
+		want       bool
+	}{
+		{"linux/amd64", "linux/amd64", true}, {"linux/x86_64", "linux/amd64", true}, {"linux/amd64/v1", "linux/amd64", true},
+		{"linux/arm64/v8", "linux/arm64", true}, {"linux/aarch64", "linux/arm64", true}, {"linux/arm/v7", "linux/arm", true},
+		{"linux/arm64", "linux/amd64", false}, {"linux/386", "linux/amd64", false}, {"linux/arm/v6", "linux/arm", false}, {"windows/amd64", "linux/amd64", false},
+		{"linux/amd64", "", false},
+	} {
+		p := platformFlag{k.flag}
+		if err := p.parse(nil); err != nil {
+			t.Errorf("%s: %v", k.flag, err)
+		} else if got := p.is(&shoalv1.NodeInfo{Platform: k.node}); got != k.want {
+			t.Errorf("%s on a node of %q: %t, want %t", k.flag, k.node, got, k.want)
+		}
+	}
+}

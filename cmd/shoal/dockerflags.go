@@ -59,7 +59,6 @@ var dockerRunFlags = map[string]string{
 	"mac-address":           "networks are routed: no other task sees a hardware address",
 	"memory-swappiness":     "use '--memory-swap'",
 	"oom-kill-disable":      "a task that is out of memory is ended; '--oom-score-adj' says who is first",
-	"platform":              "images are those of the node's platform: choose one with '--node', or a constraint",
 	"publish-all":           "name each port with '-p'",
 	"runtime":               "containers are run by runc",
 	"storage-opt":           "files are kept by containerd's snapshotter: use volumes",

@@ -147,14 +147,21 @@ func (c *cli) imageLs() *cobra.Command {
 func (c *cli) imagePull() *cobra.Command {
 	var node string
 	var quiet bool
+	var platform platformFlag
 	cmd := &cobra.Command{Use: "pull NAME[:TAG|@DIGEST]", Short: "Fetch an image to a node", Args: exactly(1),
 		Example: "  shoal image pull nginx\n  shoal image pull --node node2 registry.example.com:5000/web:1.4",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := spec.ValidateImage(args[0]); err != nil {
 				return err
 			}
+			if err := platform.parse(cmd); err != nil {
+				return err
+			}
 			id, err := c.nodeRef(cmd, node)
 			if err != nil {
+				return err
+			}
+			if err := platform.check(cmd.Context(), c, id); err != nil {
 				return err
 			}
 			auth, err := registryAuth(args[0])
@@ -194,6 +201,7 @@ func (c *cli) imagePull() *cobra.Command {
 			return errors.New("the node ended the pull without a word: see its agent's log")
 		}}
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "no progress")
+	platform.add(cmd.Flags())
 	c.onNode(cmd, &node)
 	return cmd
 }

@@ -51,6 +51,7 @@ func (c *cli) runCmd() *cobra.Command {
 	proxy := true
 	var restart, cidfile string
 	var stopTimeout int
+	var platform platformFlag
 	req := &shoalv1.CreateTaskRequest{}
 	cmd := &cobra.Command{
 		Use: "run [flags] IMAGE|-- [COMMAND] [ARG...]", Short: "Run a task on one node, this one by default", Args: cobra.ArbitraryArgs,
@@ -74,6 +75,9 @@ found; with -d it prints the task's ID once it runs.`,
 			}()
 			if len(args) == 0 {
 				return usageError(cmd, fmt.Errorf("no image and no command: name an image, or a program after --, like: shoal run --network app -- sleep 60"))
+			}
+			if err := platform.parse(cmd); err != nil {
+				return err
 			}
 			image, args := imageArgs(cmd, args)
 			tf.stopGrace = time.Duration(stopTimeout) * time.Second
@@ -115,6 +119,9 @@ found; with -d it prints the task's ID once it runs.`,
 					return err
 				}
 			}
+			if err := platform.check(cmd.Context(), c, req.Node); err != nil {
+				return err
+			}
 			t, err := c.createInto(cmd.Context(), req, cidfile)
 			if err != nil {
 				return err
@@ -141,6 +148,7 @@ found; with -d it prints the task's ID once it runs.`,
 	f.StringArrayVarP(&tf.publish, "publish", "p", nil, "port of this node that leads to the task: TARGET, PUBLISHED:TARGET or ADDRESS:PUBLISHED:TARGET, with /PROTOCOL (repeatable)")
 	f.StringVar(&tf.ip, "ip", "", "address on the first network (default: a free one)")
 	f.IntVar(&stopTimeout, "stop-timeout", int(spec.DefaultStopGrace/time.Second), "seconds between the stop signal and the kill")
+	platform.add(f)
 	tf.add(f, "h")
 	tf.image.add(f, false)
 	tf.resources.add(f, false)
