@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -186,6 +187,27 @@ func TestContainers(t *testing.T) {
 		return nil
 	})
 	s.ok("node1", "shoal rm -f caps")
+
+	// -P: what the image and --expose name, but for what is published anyway; an image that
+	// the node has not yet is fetched, or is not there.
+	exposing := build(t, "amd64", map[string]string{"whoami": bin + "/whoami"},
+		map[string]any{"Entrypoint": []string{"/whoami"}, "ExposedPorts": map[string]any{"80/tcp": map[string]any{}, "81/tcp": map[string]any{}, "53/udp": map[string]any{}}}).archive(t, "exposing:1")
+	s.ok("node1", "shoal image load -i %s --node node2", exposing)
+	s.ok("node1", "shoal run -d --name all -P -p 8081:81 --expose 90 --node node2 --pull never exposing:1")
+	ports := regexp.MustCompile(`^53/udp -> 0\.0\.0\.0:\d+ \(host\)\n80/tcp -> 0\.0\.0\.0:(\d+) \(host\)\n81/tcp -> 0\.0\.0\.0:8081 \(host\)\n90/tcp -> 0\.0\.0\.0:\d+ \(host\)$`)
+	published := s.ok("node1", "shoal port all")
+	if at := ports.FindStringSubmatch(published); at == nil {
+		t.Errorf("published of all: %q", published)
+	} else {
+		s.eventually(10*time.Second, func() error {
+			if r := s.on("node1", "curl", "-s", "-m", "5", "http://"+s.Nodes()[1].Addr.String()+":"+at[1]+"/"); !strings.Contains(r.out, "all") {
+				return fmt.Errorf("at its port: %+v", r)
+			}
+			return nil
+		})
+	}
+	s.ok("node1", "shoal rm -f all")
+	s.fails("node1", "no such image: exposing:1", "shoal run -P --pull never exposing:1")
 
 	// Another platform, and a program of the node for an image.
 	s.ok("node1", "shoal run --rm --platform linux/amd64 --entrypoint /bin/busybox web:1 true")

@@ -59,7 +59,6 @@ var dockerRunFlags = map[string]string{
 	"mac-address":           "networks are routed: no other task sees a hardware address",
 	"memory-swappiness":     "use '--memory-swap'",
 	"oom-kill-disable":      "a task that is out of memory is ended; '--oom-score-adj' says who is first",
-	"publish-all":           "name each port with '-p'",
 	"runtime":               "containers are run by runc",
 	"storage-opt":           "files are kept by containerd's snapshotter: use volumes",
 	"use-api-socket":        "tasks can't reach the agent",
@@ -73,7 +72,7 @@ func insteadOfFlag(cmd *cobra.Command, err error) string {
 	name, ok := strings.CutPrefix(err.Error(), "unknown flag: --")
 	if !ok {
 		if letter, _, is := strings.Cut(strings.TrimPrefix(err.Error(), "unknown shorthand flag: "), " in -"); is {
-			name = map[string]string{"'a'": "attach", "'P'": "publish-all", "'t'": "tty"}[letter]
+			name = map[string]string{"'a'": "attach", "'t'": "tty"}[letter]
 		}
 	}
 	tables := []map[string]string{dockerTaskFlags}

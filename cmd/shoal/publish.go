@@ -3,15 +3,19 @@ package main
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
 
+	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 
 	"github.com/shoalnet/shoal/api"
 	shoalv1 "github.com/shoalnet/shoal/api/shoal/v1"
+	"github.com/shoalnet/shoal/client"
 	"github.com/shoalnet/shoal/spec"
 )
 
@@ -107,6 +111,71 @@ func (c *cli) portCmd() *cobra.Command {
 		}}
 	c.outputFlag(cmd, "json")
 	return cmd
+}
+
+// exposed are the ports that --publish-all is of: those of the image, which its node must
+// have for that, and of --expose, but for those that are published anyway.
+func (c *cli) exposed(ctx context.Context, req *shoalv1.CreateTaskRequest, expose []string) ([]*shoalv1.Port, error) {
+	if ct := req.Spec.Container; ct.GetImage() != "" {
+		nodes, _, err := c.nodes(ctx, req.Node)
+		if err != nil {
+			return nil, err
+		}
+		of, err := c.exposedBy(ctx, nodes[0].Id, ct)
+		if err != nil {
+			return nil, err
+		}
+		expose = append(of, expose...)
+	}
+	all, err := client.ParsePublishes(expose, spec.PortHost)
+	if err != nil {
+		return nil, err
+	}
+	slices.SortFunc(all, func(a, b spec.Port) int {
+		return cmp.Or(cmp.Compare(a.Target, b.Target), cmp.Compare(a.Protocol, b.Protocol))
+	})
+	var out []*shoalv1.Port
+	for _, p := range api.Ports(slices.Compact(all)) {
+		if !slices.ContainsFunc(req.Ports, func(o *shoalv1.Port) bool { return o.Target == p.Target && o.Protocol == p.Protocol }) {
+			out = append(out, p)
+		}
+	}
+	return out, nil
+}
+
+// exposedBy are the ports that an image says it serves. It is fetched as the task would have
+// it fetched.
+func (c *cli) exposedBy(ctx context.Context, node string, ct *shoalv1.Container) ([]string, error) {
+	inspect := func() (out []string, err error) {
+		resp, err := c.node().ImageInspect(ctx, forNode(&shoalv1.ImageInspectRequest{Image: ct.Image}, node))
+		if err != nil {
+			return nil, err
+		}
+		var image struct {
+			Config struct{ ExposedPorts map[string]struct{} }
+		}
+		if err := json.Unmarshal(resp.Msg.Config, &image); err != nil {
+			return nil, fmt.Errorf("configuration of image %s: %w", ct.Image, err)
+		}
+		return slices.Sorted(maps.Keys(image.Config.ExposedPorts)), nil
+	}
+	if ct.Pull != spec.PullAlways {
+		out, err := inspect()
+		if connect.CodeOf(err) != connect.CodeNotFound || ct.Pull == spec.PullNever {
+			return out, err
+		}
+	}
+	stream, err := c.node().ImagePull(ctx, forNode(&shoalv1.ImagePullRequest{Image: ct.Image, Auth: ct.RegistryAuth}, node))
+	if err != nil {
+		return nil, err
+	}
+	defer stream.Close()
+	for stream.Receive() {
+	}
+	if err := stream.Err(); err != nil {
+		return nil, c.api().Explain(err)
+	}
+	return inspect()
 }
 
 func (c *cli) publishedOf(ctx context.Context, ref string) ([]spec.Port, error) {

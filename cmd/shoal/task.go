@@ -52,6 +52,7 @@ func (c *cli) runCmd() *cobra.Command {
 	var restart, cidfile string
 	var stopTimeout int
 	var platform platformFlag
+	var publishAll bool
 	req := &shoalv1.CreateTaskRequest{}
 	cmd := &cobra.Command{
 		Use: "run [flags] IMAGE|-- [COMMAND] [ARG...]", Short: "Run a task on one node, this one by default", Args: cobra.ArbitraryArgs,
@@ -122,6 +123,13 @@ found; with -d it prints the task's ID once it runs.`,
 			if err := platform.check(cmd.Context(), c, req.Node); err != nil {
 				return err
 			}
+			if publishAll {
+				more, err := c.exposed(cmd.Context(), req, tf.expose)
+				if err != nil {
+					return err
+				}
+				req.Ports = append(req.Ports, more...)
+			}
 			t, err := c.createInto(cmd.Context(), req, cidfile)
 			if err != nil {
 				return err
@@ -148,6 +156,7 @@ found; with -d it prints the task's ID once it runs.`,
 	f.StringArrayVarP(&tf.publish, "publish", "p", nil, "port of this node that leads to the task: TARGET, PUBLISHED:TARGET or ADDRESS:PUBLISHED:TARGET, with /PROTOCOL (repeatable)")
 	f.StringVar(&tf.ip, "ip", "", "address on the first network (default: a free one)")
 	f.IntVar(&stopTimeout, "stop-timeout", int(spec.DefaultStopGrace/time.Second), "seconds between the stop signal and the kill")
+	f.BoolVarP(&publishAll, "publish-all", "P", false, "publish each port that the image exposes, and each of --expose, at a free port of this node")
 	platform.add(f)
 	tf.add(f, "h")
 	tf.image.add(f, false)
