@@ -123,7 +123,7 @@ var dockerLines = map[string]typed{
 	`service create --name web --entrypoint /bin/sh nginx -c true`:                         {until: `restart \d in`, ask: `service inspect -f "{{json .Spec.TaskTemplate.ContainerSpec.Command}} {{json .Spec.TaskTemplate.ContainerSpec.Args}}" web`, want: `^\["/bin/sh"\] \["-c","true"\]\n$`},
 	`service create --name web --mount type=bind,src=/etc/ssl,dst=/etc/ssl,readonly nginx`: {ask: `exec web.1 sh -c "ls /etc/ssl; echo x > /etc/ssl/x"`, want: `(?s)certs.*Read-only file system`},
 	`service create --name web --mount type=tmpfs,destination=/run,tmpfs-size=16m nginx`:   {ask: `exec web.1 grep "tmpfs /run " /proc/mounts`, want: `size=16384k`},
-	`service create --name web -d -q --with-registry-auth registry.example.com/team/web:1`: {says: `digest could not be found out`},
+	`service create --name web -d -q --with-registry-auth registry.example.com/team/web:1`: {says: `^\w{12}\n$`, ask: `service inspect -f {{.Spec.TaskTemplate.ContainerSpec.Image}} web`, want: `^registry\.example\.com/team/web:1@sha256:`},
 	`service create --name web --log-opt max-size=10m nginx`:                               {ask: `service inspect -f "{{json .Spec.TaskTemplate.LogDriver}}" web`, want: `"max-size":"10485760"`},
 	`service ls`:                                  {says: `(?m)^ID .*NAME`},
 	`service ls -q`:                               {says: `^\w{12}\n$`},
@@ -187,7 +187,7 @@ var dockerLines = map[string]typed{
 	`service update --host-add db:192.0.2.7 --host-rm db:192.0.2.8 web`:          {before: []string{"service update -q --host-add db:192.0.2.8 web"}, ask: `exec web.1 cat /etc/hosts`, want: `(?s)^[^8]*192\.0\.2\.7\s+db\n[^8]*$`},
 	`service update --dns-add 9.9.9.9 --dns-rm 1.1.1.1 web`:                      {ask: `service inspect -f "{{json .Spec.TaskTemplate.ContainerSpec.DNSConfig.Nameservers}}" web`, want: `^\["9\.9\.9\.9"\]\n$`},
 	`service update --user nobody --workdir / web`:                               {ask: `exec web.1 sh -c "id -u; pwd"`, want: `^65534\n/\n$`},
-	`service update --with-registry-auth --image registry.example.com/web:2 web`: {left: "it would wait for a registry that is none: service create has it, with -d"},
+	`service update --with-registry-auth --image registry.example.com/web:2 web`: {ask: `service ls --filter name=web --format {{.Image}}`, want: `^registry\.example\.com/web:2\n$`},
 	`service update -d --force web`:                                              {},
 	`service update --endpoint-mode dnsrr web`:                                   {before: []string{"-service rm web", "service create -q --name web --network app --update-monitor 1ms nginx"}, ask: `service inspect -f {{.Spec.EndpointSpec.Mode}} web`, want: `^dnsrr\n$`},
 	`service update --stop-grace-period 1m --stop-signal INT web`:                {ask: `service inspect -f "{{.Spec.TaskTemplate.ContainerSpec.StopSignal}} {{.Spec.TaskTemplate.ContainerSpec.StopGracePeriod}}" web`, want: `^(SIG)?INT 60000000000\n$`, after: []string{"service rm web"}},
@@ -318,7 +318,9 @@ func (r *registry) dockerHub() {
 	if err != nil {
 		r.Fatal(err)
 	}
-	for _, name := range []string{"library/nginx:latest", "library/nginx:1.27", "library/nginx:1.28", "library/postgres:16", "library/redis:latest", "prom/node-exporter:latest"} {
+	for _, name := range []string{"library/nginx:latest", "library/nginx:1.27", "library/nginx:1.28", "library/postgres:16", "library/redis:latest", "prom/node-exporter:latest",
+		"team/web:1", "web:2"} { // the last two of registry.example.com, which is the same
+
 		repo, tag, _ := strings.Cut(name, ":")
 		r.push(anImage{server}, repo, tag)
 	}

@@ -73,7 +73,12 @@ func withRegistry(t *testing.T, name string, o lab.Options) *registry {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for path, text := range map[string]string{filepath.Join(certs, "ca.crt"): string(pemCert), filepath.Join(dir, "htpasswd"): htpasswd} {
+	named := filepath.Join(dir, "certs.d", "registry.example.com") // the plain one, by a name
+	if err := os.MkdirAll(named, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for path, text := range map[string]string{filepath.Join(certs, "ca.crt"): string(pemCert), filepath.Join(dir, "htpasswd"): htpasswd,
+		filepath.Join(named, "hosts.toml"): fmt.Sprintf("server = %q\n", "http://"+plain)} {
 		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
 			t.Fatal(err)
 		}
