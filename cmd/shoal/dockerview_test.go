@@ -108,3 +108,24 @@ func TestDockersFields(t *testing.T) {
 		t.Errorf("%v\n%s", err, out.String())
 	}
 }
+
+// TestLabelsThatAreNotThere: a label that one thing has and another has not is no mistake
+// in a template; a field that nothing has is.
+func TestLabelsThatAreNotThere(t *testing.T) {
+	v := object{"Spec": object{"Name": "web", "Labels": map[string]string{"a": "b"}}}
+	for format, want := range map[string]string{
+		"{{.Spec.Labels.a}}":                  "b",
+		"{{.Spec.Name}}: {{.Spec.Labels.no}}": "web: <no value>",
+		"{{index .Spec.Labels \"no\"}}.":      ".",
+		"{{.Spec.Nmae}}":                      "",
+		"{{.Labels.a}}":                       "",
+	} {
+		tmpl, err := newTemplate(format)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := fill(tmpl, v); got != want && want != "" || (err != nil) != (want == "") {
+			t.Errorf("%s: %q, %v; want %q", format, got, err, want)
+		}
+	}
+}

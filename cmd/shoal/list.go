@@ -438,24 +438,44 @@ func formatted[T any](c *cli, cmd *cobra.Command, format string, vs []T, docker 
 		return usageError(cmd, err)
 	}
 	for i, v := range vs {
-		var b bytes.Buffer
-		err := t.Execute(&b, v)
+		text, err := fill(t, v)
 		if err != nil && docker != nil {
 			d, derr := docker(i)
 			if derr != nil {
 				return derr
 			}
-			b.Reset()
-			if t.Execute(&b, d) == nil {
-				err = nil
+			if of, derr := fill(t, d); derr == nil {
+				text, err = of, nil
 			}
 		}
 		if err != nil {
 			return usageError(cmd, fmt.Errorf("--format %q: %w", format, err))
 		}
-		fmt.Fprintln(c.out, b.String())
+		fmt.Fprintln(c.out, text)
 	}
 	return nil
+}
+
+// noLabel is the error of a label, or an option, that a thing does not have: one may have it
+// and the next not, which is no mistake in a template as the name of no field is.
+var noLabel = regexp.MustCompile(`at <[^>]*\.(?:Labels|Options)\.([^.>]+)>: map has no entry for key "([^"]+)"`)
+
+// fill executes a template. A label that is not there is "<no value>", as Docker shows it.
+func fill(t *template.Template, v any) (string, error) {
+	var b bytes.Buffer
+	err := t.Execute(&b, v)
+	if err == nil {
+		return b.String(), nil
+	}
+	if m := noLabel.FindStringSubmatch(err.Error()); m == nil || m[1] != m[2] {
+		return "", err
+	}
+	if t, err = t.Clone(); err != nil {
+		return "", err
+	}
+	b.Reset()
+	err = t.Option("missingkey=default").Execute(&b, v)
+	return b.String(), err
 }
 
 func createdAt(ms int64) string {
