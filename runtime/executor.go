@@ -90,8 +90,6 @@ type Executor interface {
 	Resize(ctx context.Context, id string, rows, cols uint16) error
 	// CloseInput tells the program that no input follows.
 	CloseInput(ctx context.Context, id string) error
-	// Exec runs a command beside the program.
-	Exec(ctx context.Context, b Box, s ExecSpec) (Process, error)
 	// Files has do see the files of a task whose program has ended, as they were for it, in
 	// a directory, until the context that it gets ends: the task is started again.
 	// ErrNotFound: they are not kept.

@@ -12,7 +12,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"maps"
 	"os"
@@ -773,13 +772,4 @@ func (e *Executor) ownMounts() error {
 	return errors.Join(append(warnings, err)...)
 }
 
-// execDir is where the FIFOs of a command are.
-func (e *Executor) execDir() (string, error) {
-	d := filepath.Join(e.cfg.RunDir, "exec")
-	return d, os.MkdirAll(d, 0o700)
-}
-
 var _ runtime.Executor = (*Executor)(nil)
-
-// discard is for streams that nobody wants: the command's writes must not fail.
-var discard io.Writer = io.Discard

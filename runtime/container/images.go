@@ -461,6 +461,25 @@ func imageConfig(ctx context.Context, img client.Image) (*imageConf, error) {
 	return cfg, nil
 }
 
+// mergeEnv is an environment in which the later value of a variable is in the earlier
+// one's place.
+func mergeEnv(base, more []string) []string {
+	out := append([]string{}, base...)
+	for _, kv := range more {
+		k, _, _ := strings.Cut(kv, "=")
+		replaced := false
+		for i := range out {
+			if strings.HasPrefix(out[i], k+"=") {
+				out[i], replaced = kv, true
+			}
+		}
+		if !replaced {
+			out = append(out, kv)
+		}
+	}
+	return out
+}
+
 // apply puts the image's defaults where the user said nothing.
 func (c *imageConf) apply(s *spec.TaskSpec) error {
 	ic := c.Config
