@@ -36,6 +36,7 @@ type fakeAgent struct {
 	lines    map[string][]string // of a task; absent: its node does not have it
 	over     map[string]bool     // the task has no more
 	away     int                 // so many calls for output find no node
+	still    time.Duration       // it stands still for so long when it is next asked for tasks
 	creates  int
 	cut      func() // called while a service is made, once it is
 }
@@ -93,7 +94,12 @@ func (a *fakeAgent) put(id, service string, state spec.TaskState, lines ...strin
 	})
 }
 
-func (a *fakeAgent) ListTasks(_ context.Context, req *connect.Request[shoalv1.ListTasksRequest]) (*connect.Response[shoalv1.ListTasksResponse], error) {
+func (a *fakeAgent) ListTasks(ctx context.Context, req *connect.Request[shoalv1.ListTasksRequest]) (*connect.Response[shoalv1.ListTasksResponse], error) {
+	a.mu.Lock()
+	still := a.still
+	a.still = 0
+	a.mu.Unlock()
+	sleep.For(ctx, still)
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if s := req.Msg.Service; s != "" && a.services[s] == nil {

@@ -51,7 +51,8 @@ var ErrOutputGone = errors.New("the task was removed, and its output with it")
 // and does not give up by itself as long as the managers say that the task lives.
 func (c *Client) TaskLogs(ctx context.Context, t *shoalv1.Task, o LogOptions, s LogSink) error {
 	msg := &shoalv1.LogsRequest{Task: t.Id, Follow: o.Follow, Tail: o.Tail, SinceNs: nanos(o.Since), UntilNs: nanos(o.Until)}
-	var lost time.Time // since when nothing comes that should
+	var lost time.Time      // since when nothing comes that should
+	var forgotten time.Time // since when it is known that the managers have forgotten the task
 	shown, said := false, false
 	for {
 		heard, err := false, error(nil)
@@ -74,9 +75,13 @@ func (c *Client) TaskLogs(ctx context.Context, t *shoalv1.Task, o LogOptions, s 
 		switch {
 		case ctx.Err() != nil:
 			return ctx.Err()
-		case ferr == nil && now == nil && !missing && time.Since(lost) < logComing:
+		case ferr == nil && now == nil && !missing && (forgotten.IsZero() || time.Since(forgotten) < logComing):
 			// Forgotten by the managers; its node, which has not answered yet, keeps the
-			// output of what is removed by itself for a moment.
+			// output of what is removed by itself for a moment. That is counted from when
+			// this is known: who knew it may have stood still, and the node with him.
+			if forgotten.IsZero() {
+				forgotten = time.Now()
+			}
 		case ferr == nil && now == nil: // forgotten: so is its output
 			if shown || o.Follow {
 				return nil

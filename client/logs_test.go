@@ -213,3 +213,18 @@ func TestLastWordsOutlastTheirTask(t *testing.T) {
 		t.Errorf("got %q, want its last line", got)
 	}
 }
+
+// TestLastWordsAfterALongSilence: that the managers have forgotten a task is learned only
+// when the agents, which stood still, go on: then its node is asked once more.
+func TestLastWordsAfterALongSilence(t *testing.T) {
+	a := newFakeAgent(t)
+	a.put("t1", "", spec.TaskComplete, "done")
+	a.do(func() { delete(a.tasks, "t1"); a.away = 1; a.still = logComing + 100*time.Millisecond })
+	h := &heard{}
+	if err := New(a.socket).TaskLogs(t.Context(), &shoalv1.Task{Id: "t1", Name: "t1", Node: "n1"}, LogOptions{Follow: true}, h.sink()); err != nil {
+		t.Error(err)
+	}
+	if got := h.of("t1"); !slices.Equal(got, []string{"done"}) {
+		t.Errorf("got %q, want its last line", got)
+	}
+}
