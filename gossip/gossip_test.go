@@ -445,6 +445,29 @@ func TestEpochLostSamePlace(t *testing.T) {
 	c.eventually(10*time.Second, "different content is noticed", c.agreed)
 }
 
+// The disk was lost, and the new process is past where the one before was, at the same
+// epoch: what takes a reader from there to here does not lead there from what he has.
+func TestEpochLostAndOvertaken(t *testing.T) {
+	c := newCluster(t, Tuning{})
+	c.grow(3)
+	c.kill(2)
+	if err := os.RemoveAll(filepath.Join(c.dir, nodeID(2), "gossip")); err != nil {
+		t.Fatal(err)
+	}
+	// The others hear only its digest: what it says while it is alone they miss.
+	c.net.Partition(addrs(2))
+	n := c.start(2)
+	for i := range 10 {
+		n.put(i + 20)
+	}
+	if seq := n.Snapshot().Members[0].Seq; seq < 10 {
+		t.Fatalf("it is at %d, which is not past what the others have", seq)
+	}
+	c.net.Heal()
+	n.Join(addrPorts(nodeAddr(1)))
+	c.eventually(20*time.Second, "all of it is asked for", c.agreed)
+}
+
 func TestAddressChange(t *testing.T) {
 	c := newCluster(t, Tuning{})
 	c.grow(4)

@@ -577,7 +577,7 @@ func (g *Gossip) fetch(ctx context.Context, from peerAddr, wants []want, try boo
 			g.stats.fetched.Add(1)
 			ready = append(ready, g.release(d.node)...)
 		}
-		if out == broken && from.id != d.node {
+		if out == broken { // what is here is none of its states: all of it, then
 			g.askOwner(g.recs[d.node])
 		}
 	}
