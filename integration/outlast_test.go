@@ -1,7 +1,10 @@
 package integration
 
 import (
+	"bytes"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -33,7 +36,8 @@ func TestSessionsOutlastAgent(t *testing.T) {
 	begin("there", "", append(words("shoal run --rm --node node2 --name there --"), count(100, 4)...)...)
 	begin("short", "", words("shoal run --rm --name short -- sh -c 'sleep 4; echo done; exit 5'")...)
 	begin("exec", "", words("shoal exec base sleep 600")...)
-	begin("logs", "", words("shoal svc logs -f --tail 0 --raw chat")...)
+	heard := filepath.Join(t.TempDir(), "heard")
+	begin("logs", "", "sh", "-c", "shoal svc logs -f --tail 0 --raw chat > "+heard+"; code=$?; cat "+heard+"; exit $code")
 	s.eventually(slow(20*time.Second), func() error {
 		if got := s.on("node1", "shoal", "ps", "-q", "-f", "state=running").out; len(strings.Fields(got)) != 5 {
 			return fmt.Errorf("running: %q", got)
@@ -65,6 +69,14 @@ func TestSessionsOutlastAgent(t *testing.T) {
 	for _, p := range pids {
 		_ = syscall.Kill(p, syscall.SIGCONT)
 	}
+	// A service that is removed takes its output with it: it is followed again before that.
+	s.eventually(slow(20*time.Second), func() error {
+		b, err := os.ReadFile(heard)
+		if n := bytes.Count(b, []byte("\n")); err == nil && n < 30 {
+			err = fmt.Errorf("svc logs -f has shown %d lines of some 70", n)
+		}
+		return err
+	})
 	s.eventually(slow(40*time.Second), func() error {
 		if r := s.on("node1", "shoal", "svc", "rm", "chat"); r.code != 0 && !strings.Contains(r.err, "no such") {
 			return fmt.Errorf("svc rm: %s", r.err)
