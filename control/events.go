@@ -17,13 +17,13 @@ type eventLog struct {
 	mu      sync.Mutex
 	first   uint64 // number of ring[0]
 	ring    []*shoalv1.Event
-	changed chan struct{} // closed and replaced when there is more
+	changed bell
 }
 
 // eventMemory is how many events are remembered.
 const eventMemory = 1024
 
-func newEventLog() *eventLog { return &eventLog{changed: make(chan struct{})} }
+func newEventLog() *eventLog { return &eventLog{changed: make(bell)} }
 
 func (l *eventLog) add(at time.Time, events []state.Event) {
 	if len(events) == 0 {
@@ -38,8 +38,7 @@ func (l *eventLog) add(at time.Time, events []state.Event) {
 		l.ring = append([]*shoalv1.Event(nil), l.ring[over:]...)
 		l.first += uint64(over)
 	}
-	close(l.changed)
-	l.changed = make(chan struct{})
+	l.changed.ring()
 }
 
 // from returns the events from a number on, the number after the last, and what
@@ -55,12 +54,9 @@ func (l *eventLog) from(n uint64) ([]*shoalv1.Event, uint64, <-chan struct{}) {
 // Events streams what happens, until the client has enough or another manager
 // leads.
 func (s *service) Events(ctx context.Context, req *connect.Request[shoalv1.EventsRequest], stream *connect.ServerStream[shoalv1.Event]) error {
-	if err := s.m.verify(); err != nil {
+	term, err := s.m.sureTerm()
+	if err != nil {
 		return err
-	}
-	term, ok := s.m.term()
-	if !ok {
-		return errNotLeader()
 	}
 	_, next, _ := s.m.fsm.events.from(0)
 	if req.Msg.SinceMs > 0 {

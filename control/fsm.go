@@ -20,13 +20,13 @@ type fsm struct {
 
 	mu      sync.RWMutex
 	st      *state.State
-	changed chan struct{} // closed and replaced after each change
-	stuck   error         // why nothing more is applied; nil: all is
-	level   error         // why the last snapshot could not be restored: it is of a newer version
+	changed bell  // of each change
+	stuck   error // why nothing more is applied; nil: all is
+	level   error // why the last snapshot could not be restored: it is of a newer version
 }
 
 func newFSM(log *slog.Logger) *fsm {
-	return &fsm{log: log, events: newEventLog(), st: state.New(), changed: make(chan struct{})}
+	return &fsm{log: log, events: newEventLog(), st: state.New(), changed: make(bell)}
 }
 
 // read calls fn with the state, which fn must not keep.
@@ -41,11 +41,6 @@ func (f *fsm) next() <-chan struct{} {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
 	return f.changed
-}
-
-func (f *fsm) notify() {
-	close(f.changed)
-	f.changed = make(chan struct{})
 }
 
 // StuckError says that a manager met an entry of the log that it can't read. It applies
@@ -104,7 +99,7 @@ func (f *fsm) Apply(l *raft.Log) any {
 	if r.Err == nil {
 		// A refused command changed nothing: whoever waits for what it was
 		// refused for would be woken by its own trying.
-		f.notify()
+		f.changed.ring()
 	}
 	return r
 }
@@ -140,7 +135,7 @@ func (f *fsm) Restore(r io.ReadCloser) error {
 		return err
 	}
 	f.st, f.stuck, f.level = st, nil, nil
-	f.notify()
+	f.changed.ring()
 	return nil
 }
 

@@ -99,7 +99,7 @@ func (m *Manager) follows(id string, index uint64) {
 	defer m.mu.Unlock()
 	if index > m.applied[id] {
 		m.applied[id] = index
-		m.tidings()
+		m.tidings.ring()
 	}
 }
 
@@ -108,13 +108,7 @@ func (m *Manager) follows(id string, index uint64) {
 func (m *Manager) news() <-chan struct{} {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.newsCh
-}
-
-// tidings tells who waits for news. m.mu is held.
-func (m *Manager) tidings() {
-	close(m.newsCh)
-	m.newsCh = make(chan struct{})
+	return m.tidings
 }
 
 // wake has whoever waits on ch, of size 1, look again. It never blocks.
@@ -154,7 +148,7 @@ func (m *Manager) failing(id string, faults []*shoalv1.ReportRequest_Fault) {
 		m.faults[id] = faults
 	}
 	if !same {
-		m.tidings()
+		m.tidings.ring()
 	}
 }
 

@@ -100,7 +100,7 @@ type Manager struct {
 	told       map[string]bool                           // nodes that have said how all their tasks are
 	began      time.Time                                 // of the leadership
 	applied    map[string]uint64                         // by node: index of the newest assignment that it follows
-	newsCh     chan struct{}                             // of news
+	tidings    bell                                      // of news
 	faults     map[string][]*shoalv1.ReportRequest_Fault // by node: what it last said it can't do
 	gossipSeen map[string]gossipSeen                     // by node: which keys of gossip it has
 	shows      map[string]string                         // by node: digest of its certificate's root
@@ -132,7 +132,7 @@ func NewManager(cfg ManagerConfig) (*Manager, error) {
 	if cfg.HostRoutes == nil {
 		cfg.HostRoutes = func() []netip.Prefix { return nil }
 	}
-	m := &Manager{cfg: cfg, log: cfg.Log, fsm: newFSM(cfg.Log), lastSeen: map[string]time.Time{}, applied: map[string]uint64{}, newsCh: make(chan struct{}), wakeNodes: make(chan struct{}, 1), wakeVoters: make(chan struct{}, 1)}
+	m := &Manager{cfg: cfg, log: cfg.Log, fsm: newFSM(cfg.Log), lastSeen: map[string]time.Time{}, applied: map[string]uint64{}, tidings: make(bell), wakeNodes: make(chan struct{}, 1), wakeVoters: make(chan struct{}, 1)}
 	var err error
 	if m.store, err = openStore(cfg); err != nil {
 		return nil, err
@@ -406,6 +406,18 @@ func (m *Manager) term() (context.Context, bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.leadership, m.leadership != nil
+}
+
+// sureTerm is term once a majority has confirmed it, for a stream that ends with it.
+func (m *Manager) sureTerm() (context.Context, error) {
+	if err := m.verify(); err != nil {
+		return nil, err
+	}
+	term, ok := m.term()
+	if !ok {
+		return nil, errNotLeader()
+	}
+	return term, nil
 }
 
 // errNotLeader answers what only the leader can do. The Forwarder takes the

@@ -491,12 +491,9 @@ func clusterInfo(c state.Cluster) *shoalv1.Cluster {
 
 // Assignments streams a node's assignment while this manager leads.
 func (s *service) Assignments(ctx context.Context, req *connect.Request[shoalv1.AssignmentsRequest], stream *connect.ServerStream[shoalv1.AssignmentsResponse]) error {
-	if err := s.m.verify(); err != nil {
+	term, err := s.m.sureTerm()
+	if err != nil {
 		return err
-	}
-	term, ok := s.m.term()
-	if !ok {
-		return errNotLeader()
 	}
 	alive := time.NewTicker(s.m.cfg.Tuning.Alive)
 	defer alive.Stop()

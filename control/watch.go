@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"connectrpc.com/connect"
@@ -26,14 +27,11 @@ const (
 // manager leads. What changes again while it is told is told as it is then.
 func (s *service) Watch(ctx context.Context, req *connect.Request[shoalv1.WatchRequest], stream *connect.ServerStream[shoalv1.WatchResponse]) error {
 	if n := len(req.Msg.Services) + len(req.Msg.Tasks); n == 0 || n > maxWatched {
-		return invalid(errors.New("watch: name services or tasks, 1000 at most"))
+		return invalid(fmt.Errorf("watch: name services or tasks, %d at most", maxWatched))
 	}
-	if err := s.m.verify(); err != nil {
+	term, err := s.m.sureTerm()
+	if err != nil {
 		return err
-	}
-	term, ok := s.m.term()
-	if !ok {
-		return errNotLeader()
 	}
 	if err := s.m.awaitReports(ctx); err != nil {
 		return err
