@@ -181,19 +181,19 @@ func (l *Loop[W, H]) OnObserve(fn func(have H)) { l.seen = fn }
 // Set replaces what is wanted and wakes the loop. It returns the generation to
 // look for in Pass.Gen and Applied.
 func (l *Loop[W, H]) Set(want W) uint64 {
-	l.mu.Lock()
-	l.want = want
-	l.wants++
-	l.gen++
-	gen := l.gen
-	l.mu.Unlock()
-	l.stir()
-	return gen
+	return l.ask(func() {
+		l.want = want
+		l.wants++
+	})
 }
 
 // Keep is Set of what is wanted already, without a comparison. There was a Set.
-func (l *Loop[W, H]) Keep() uint64 {
+func (l *Loop[W, H]) Keep() uint64 { return l.ask(func() {}) }
+
+// ask begins a generation, of what change makes of the want.
+func (l *Loop[W, H]) ask(change func()) uint64 {
 	l.mu.Lock()
+	change()
 	l.gen++
 	gen := l.gen
 	l.mu.Unlock()
