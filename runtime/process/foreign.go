@@ -177,11 +177,7 @@ func (r *Runtime) box(id string) (runtime.Box, runtime.Executor, error) {
 // writeFiles puts what a container has in /etc into the task's directory.
 func (r *Runtime) writeFiles(t runtime.Task) error {
 	for name, b := range etcFiles(t) {
-		p := filepath.Join(r.taskDir(t.ID), name)
-		if err := os.WriteFile(p, b, 0o644); err != nil {
-			return err
-		}
-		if err := os.Chmod(p, 0o644); err != nil { // whatever the umask
+		if err := writeEtc(filepath.Join(r.taskDir(t.ID), name), b); err != nil {
 			return err
 		}
 	}

@@ -46,6 +46,14 @@ func etcFiles(t runtime.Task) map[string][]byte {
 	return map[string][]byte{"resolv.conf": t.ResolvConf, "hosts": t.Hosts, "hostname": []byte(t.Hostname + "\n")}
 }
 
+// writeEtc writes one of them, for all to read, whatever the umask.
+func writeEtc(path string, content []byte) error {
+	if err := os.WriteFile(path, content, 0o644); err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	return os.Chmod(path, 0o644)
+}
+
 // mendFiles writes those of a task's files that are gone from its directory as they were
 // when it started. What it has mounted are those that nobody can change any more: it gets
 // these in their place, by mendMounts.
@@ -61,8 +69,7 @@ func (r *Runtime) mendFiles(t runtime.Task) error {
 		if err == nil {
 			errs = append(errs, durable.PutAside(p))
 		}
-		// Whatever the umask.
-		errs = append(errs, os.WriteFile(p, content[name], 0o644), os.Chmod(p, 0o644))
+		errs = append(errs, writeEtc(p, content[name]))
 	}
 	return errors.Join(errs...)
 }

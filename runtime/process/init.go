@@ -192,10 +192,7 @@ func setUp(dir string, t record) error {
 // followed, as /etc/resolv.conf often is one.
 func bindFile(dir, target string, content []byte) error {
 	src := filepath.Join(dir, filepath.Base(target))
-	if err := os.WriteFile(src, content, 0o644); err != nil {
-		return fmt.Errorf("write %s: %w", src, err)
-	}
-	if err := os.Chmod(src, 0o644); err != nil { // whatever the umask
+	if err := writeEtc(src, content); err != nil {
 		return err
 	}
 	real, err := filepath.EvalSymlinks(target)
