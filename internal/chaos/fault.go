@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/shoalnet/shoal/internal/nl"
+	"github.com/shoalnet/shoal/lab"
 )
 
 // fault is one that lasts.
@@ -152,12 +153,18 @@ func (w *world) victim() (string, error) {
 }
 
 func (w *world) node(name string) (pid int, dir, netns string) {
+	n := w.labNode(name)
+	return n.PID, n.Dir, n.Netns
+}
+
+// labNode is zero where there is none of the name.
+func (w *world) labNode(name string) lab.Node {
 	for _, n := range w.lab.NodeList {
 		if n.Name == name {
-			return n.PID, n.Dir, n.Netns
+			return n
 		}
 	}
-	return 0, "", ""
+	return lab.Node{}
 }
 
 func (w *world) killAgent(ctx context.Context) (*fault, error) {

@@ -9,8 +9,6 @@ import (
 	"slices"
 	"strings"
 	"time"
-
-	"github.com/shoalnet/shoal/lab"
 )
 
 // wipe removes all that a node has on its disk.
@@ -115,10 +113,7 @@ func (w *world) join(ctx context.Context, n, manager, role string) error {
 	return nil
 }
 
-func (w *world) addr(n string) string {
-	i := slices.IndexFunc(w.lab.NodeList, func(o lab.Node) bool { return o.Name == n })
-	return w.lab.NodeList[i].Addr.String()
-}
+func (w *world) addr(n string) string { return w.labNode(n).Addr.String() }
 
 // lostMajority loses all managers but one for good, who goes on alone and gets others.
 func (w *world) lostMajority(ctx context.Context) (*fault, error) {

@@ -31,12 +31,7 @@ func until(ctx context.Context, limit time.Duration, try func() error) error {
 func (w *world) raftOf(ctx context.Context, node string) (map[string]float64, error) {
 	ctx, cancel := context.WithTimeout(ctx, scaled(askTime))
 	defer cancel()
-	socket := ""
-	for _, n := range w.lab.NodeList {
-		if n.Name == node {
-			socket = n.Socket
-		}
-	}
+	socket := w.labNode(node).Socket
 	tr := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", socket)
 	}}
