@@ -1,9 +1,6 @@
 package agent
 
 import (
-	"bytes"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -31,20 +28,12 @@ type cachedAssignment struct {
 	Sum *string `json:"sum,omitempty"`
 }
 
-// sumMember is what stands before the sum, sumEnd after.
-const (
-	sumMember = `,"sum":"`
-	sumEnd    = `"}`
-	sumLen    = len(sumMember) + 2*sha256.Size + len(sumEnd)
-)
-
 func encodeAssignment(a *assignment, id *identity) ([]byte, error) {
 	b, err := json.Marshal(cachedAssignment{Cluster: id.Cluster.ID, Node: id.NodeID, Identity: id, assignment: *a})
 	if err != nil {
 		return nil, err
 	}
-	sum := sha256.Sum256(b)
-	return append(b[:len(b)-1], sumMember+hex.EncodeToString(sum[:])+sumEnd...), nil
+	return compactSum.add(b), nil
 }
 
 // decodeAssignment reads what encodeAssignment wrote for this node, or a version
@@ -76,12 +65,8 @@ func parseCache(b []byte) (*cachedAssignment, error) {
 		return nil, fmt.Errorf("damaged: %w", err)
 	}
 	if c.Sum != nil {
-		cut := len(b) - sumLen
-		if cut < 0 || !bytes.HasPrefix(b[cut:], []byte(sumMember)) {
-			return nil, errors.New("damaged: its checksum is not at its end")
-		}
-		if sum := sha256.Sum256(append(slices.Clone(b[:cut]), '}')); hex.EncodeToString(sum[:]) != *c.Sum {
-			return nil, errors.New("damaged: it is not what its checksum is of")
+		if err := compactSum.check(b, *c.Sum); err != nil {
+			return nil, err
 		}
 	} else {
 		c.Identity = nil

@@ -49,7 +49,7 @@ func TestCachedAssignment(t *testing.T) {
 	fewer := cached()
 	fewer.Tasks = nil
 	less, _ := json.Marshal(fewer)
-	cut := bytes.LastIndex(whole, []byte(sumMember))
+	cut := bytes.LastIndex(whole, []byte(compactSum.member))
 	stranger := bytes.ReplaceAll(bytes.ReplaceAll(before, []byte(`"n1"`), []byte(`"n8"`)), []byte(`"n2"`), []byte(`"n9"`))
 	for name, k := range map[string]struct {
 		b    []byte

@@ -1,11 +1,8 @@
 package agent
 
 import (
-	"bytes"
 	"cmp"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -337,12 +334,12 @@ func (m *member) claimLoop() {
 	}
 }
 
-// keptGiven is given.json: claims that the managers said to be right, and who asked. A
-// line with the SHA-256 of the rest, in hex, is before it.
+// keptGiven is given.json: claims that the managers said to be right, and who asked.
 type keptGiven struct {
 	Cluster string      `json:"cluster"`
 	Node    string      `json:"node"`
 	Given   []keptClaim `json:"given"`
+	Sum     string      `json:"sum,omitempty"` // see compactSum
 }
 
 type keptClaim struct {
@@ -359,18 +356,16 @@ func encodeGiven(eps []spec.Endpoint, cluster, node string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	sum := sha256.Sum256(b)
-	return append([]byte(hex.EncodeToString(sum[:])+"\n"), b...), nil
+	return compactSum.add(b), nil
 }
 
 func decodeGiven(b []byte, cluster, node string) ([]spec.Endpoint, error) {
-	head, body, _ := bytes.Cut(b, []byte("\n"))
-	if sum := sha256.Sum256(body); hex.EncodeToString(sum[:]) != string(head) {
-		return nil, errors.New("damaged: it is not what its checksum is of")
-	}
 	var k keptGiven
-	if err := json.Unmarshal(body, &k); err != nil {
+	if err := json.Unmarshal(b, &k); err != nil {
 		return nil, fmt.Errorf("damaged: %w", err)
+	}
+	if err := compactSum.check(b, k.Sum); err != nil {
+		return nil, err
 	}
 	if k.Cluster != cluster || k.Node != node {
 		return nil, fmt.Errorf("not this node's: it is of node %s in cluster %s", k.Node, k.Cluster)

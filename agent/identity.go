@@ -3,8 +3,6 @@ package agent
 import (
 	"bytes"
 	"cmp"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,7 +10,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 
@@ -45,37 +42,13 @@ type identity struct {
 
 const identityFormat = 1
 
-// What stands around the sum, the last member of node.json: the SHA-256, in hex, of the
-// file without it. One digit that a disk changed is another address, port or root, and
-// reads as well. Versions of before neither write nor read it.
-const (
-	identitySum    = ",\n  \"sum\": \""
-	identitySumEnd = "\"\n}\n"
-	identityEnd    = "\n}\n" // where there is no sum
-)
-
 // encode is node.json.
 func (id *identity) encode() ([]byte, error) {
 	b, err := json.MarshalIndent(id, "", "  ")
 	if err != nil {
 		return nil, err
 	}
-	b = append(b, '\n')
-	sum := sha256.Sum256(b)
-	return append(b[:len(b)-len(identityEnd)], identitySum+hex.EncodeToString(sum[:])+identitySumEnd...), nil
-}
-
-// whole tells whether node.json is what its checksum, if it has one, is of.
-func whole(b []byte, sum *string) bool {
-	if sum == nil {
-		return true
-	}
-	body, ok := bytes.CutSuffix(b, []byte(identitySum+*sum+identitySumEnd))
-	if !ok {
-		return false
-	}
-	is := sha256.Sum256(append(slices.Clone(body), identityEnd...))
-	return *sum == hex.EncodeToString(is[:])
+	return indentedSum.add(append(b, '\n')), nil
 }
 
 func identityPath(dataDir string) string { return filepath.Join(dataDir, "node.json") }
@@ -125,7 +98,7 @@ func readIdentity(path string) (*identity, []byte, error) {
 		return nil, b, fmt.Errorf("%s is damaged: it is empty", path)
 	case err != nil:
 		return nil, b, fmt.Errorf("%s is damaged: %w", path, err)
-	case !whole(b, kept.Sum):
+	case kept.Sum != nil && indentedSum.check(b, *kept.Sum) != nil: // versions of before write none
 		return nil, b, fmt.Errorf("%s is damaged: it is not what its checksum is of", path)
 	case id.Format > identityFormat:
 		return nil, b, &newerIdentity{path, id.Format}
