@@ -63,7 +63,9 @@ type Tuning struct {
 	// it, 0.5 s of probe, 1.5 s of suspicion, 2 to 3 s in all. In that time a
 	// living node has to miss a dozen chances to refute, over UDP and TCP, by
 	// several paths, and our own pings besides (see member.holding). Shorter
-	// would buy little: the half second to "suspect" is the detector's.
+	// would buy little: the half second to "suspect" is the detector's. One
+	// survivor of many has nobody to confirm, and finds all of them dead after
+	// 4 s: 1 s until it accuses (AccuseAfter), 3 s of suspicion.
 	SuspicionMult, SuspicionMaxMult int
 	// GossipInterval is the time between gossip packets to 3 random nodes:
 	// suspicions and refutations travel by them.
@@ -74,8 +76,9 @@ type Tuning struct {
 
 	// PingInterval is the period of the detector; its timeout is ProbeTimeout.
 	PingInterval time.Duration
-	// SuspectAfter is how many pings in a row must fail.
-	SuspectAfter int
+	// SuspectAfter is how many pings in a row must fail for this node to suspect
+	// another, and AccuseAfter for it to say so to the others (see wall.accuse).
+	SuspectAfter, AccuseAfter int
 	// DirectPeers is the cluster size (without this node) up to which every
 	// change goes to all and every peer is pinged in each round; beyond, to
 	// random ones of this count.
@@ -130,11 +133,12 @@ func (t Tuning) withDefaults() Tuning {
 	def(&t.LookInterval, 250*time.Millisecond)
 	def(&t.LookMisses, 4)
 	def(&t.SuspicionMult, 3)
-	def(&t.SuspicionMaxMult, 4)
+	def(&t.SuspicionMaxMult, 2)
 	def(&t.GossipInterval, 100*time.Millisecond)
 	def(&t.PushPullInterval, 15*time.Second)
 	def(&t.PingInterval, 250*time.Millisecond)
 	def(&t.SuspectAfter, 2)
+	def(&t.AccuseAfter, 4)
 	def(&t.DirectPeers, 64)
 	def(&t.GapWait, 10*time.Millisecond)
 	def(&t.DigestInterval, 2*time.Second)

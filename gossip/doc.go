@@ -52,6 +52,9 @@
 // (config.go says why not sooner). A direct ping four times a second finds it
 // suspect after half a second. Suspect is advice; dead takes the endpoints out
 // of the [Snapshot]. The record stays and is back at once when the node is.
+// memberlist probes one node at a time; so what has answered none of our pings for
+// a second is suspected through it too (wall.accuse), that the deaths of many at
+// once are found at once.
 //
 // memberlist's verdict may come from another node's bad link. While the accused
 // still answers our own pings it is held suspect and its endpoints stay: never

@@ -74,6 +74,7 @@ type Gossip struct {
 		ran bool
 	}
 	ml    atomic.Pointer[memberlist.Memberlist]
+	tr    atomic.Pointer[tracked]
 	nodes atomic.Int64 // living members and this node, for the queues
 	own   memberlist.TransmitLimitedQueue
 	relay memberlist.TransmitLimitedQueue
@@ -261,6 +262,7 @@ func (g *Gossip) Run(ctx context.Context) error {
 		inner = g.socks
 	}
 	tr := track(inner, g.wall)
+	g.tr.Store(tr)
 	logger, sink := newLogger(g.log)
 	conf := g.memberlistConfig(tr)
 	conf.Logger = logger

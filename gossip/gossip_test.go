@@ -203,6 +203,67 @@ func TestDeadThenBackRestoresAll(t *testing.T) {
 	t.Logf("back after %s", c.eventually(15*time.Second, "back", c.agreed))
 }
 
+// Deaths of many at once are found side by side, by one survivor as well: the last of
+// them not long after the first.
+func TestManyDieAtOnce(t *testing.T) {
+	c := newCluster(t, Tuning{})
+	c.grow(8)
+	n := c.node(1)
+	var first time.Duration
+	start := time.Now()
+	c.net.Partition(addrs(1))
+	c.eventually(60*time.Second, "all dead", func() string {
+		dead := 0
+		for i := 2; i <= 8; i++ {
+			if liveness(n, i) == "dead" && endpointsOf(n, i) == 0 {
+				dead++
+			}
+		}
+		if dead > 0 && first == 0 {
+			first = time.Since(start)
+		}
+		if dead < 7 {
+			return fmt.Sprintf("%d of 7 are dead", dead)
+		}
+		return ""
+	})
+	last := time.Since(start)
+	t.Logf("the first dead after %s, the last after %s", first, last)
+	if last > 3*first/2 {
+		t.Errorf("dead one after the other: the first after %s, the last after %s", first, last)
+	}
+	c.net.Heal()
+	c.eventually(15*time.Second, "back", c.agreed)
+}
+
+// A node that one other does not reach is accused by it once, and says itself that it is
+// there, by way of the rest.
+func TestAccusedByOne(t *testing.T) {
+	c := newCluster(t, Tuning{})
+	c.grow(4)
+	c.net.Cut(nodeAddr(1), nodeAddr(4))
+	c.net.Cut(nodeAddr(4), nodeAddr(1))
+	n := c.node(1)
+	c.eventually(10*time.Second, "accused", func() string {
+		if n.Stats().Accused == 0 {
+			return "not yet"
+		}
+		return ""
+	})
+	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		for i := 1; i <= 3; i++ {
+			if l, e := liveness(c.node(i), 4), endpointsOf(c.node(i), 4); l == "dead" || e != 1 {
+				t.Fatalf("node %d has node 4 for %s, with %d endpoints", i, l, e)
+			}
+		}
+	}
+	if got := n.Stats().Accused; got != 1 {
+		t.Errorf("accused %d times", got)
+	}
+	c.net.Heal()
+	c.eventually(5*time.Second, "all well", c.agreed)
+}
+
 // memberlist's verdict alone does not take a node's endpoints away while it
 // answers.
 func TestDeadButAnsweringIsHeld(t *testing.T) {

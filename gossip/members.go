@@ -377,7 +377,10 @@ func (g *Gossip) ping(id string, addr netip.AddrPort, stalledNow bool) {
 			break
 		}
 		m.answers = false
-		if m.fails++; m.fails >= g.tune.SuspectAfter {
+		if m.fails++; m.fails == g.tune.AccuseAfter && m.up && m.reachable() {
+			g.wall.accuse(id)
+		}
+		if m.fails >= g.tune.SuspectAfter {
 			if m.suspect = true; m.holding {
 				m.holding = false
 				g.orphan(id, m)

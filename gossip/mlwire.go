@@ -235,3 +235,16 @@ func appendPushPull(b []byte, nodes, userLen int, join bool) []byte {
 	}
 	return append(b, 0xc2)
 }
+
+// suspectMessage encodes what memberlist says of a node that did not answer its probe.
+func suspectMessage(inc uint32, node, from string) []byte {
+	b := []byte{mlSuspect, 0x83}
+	str := func(s string) { b = append(binary.BigEndian.AppendUint16(append(b, 0xda), uint16(len(s))), s...) }
+	str("Incarnation")
+	b = binary.BigEndian.AppendUint32(append(b, 0xce), inc)
+	str("Node")
+	str(node)
+	str("From")
+	str(from)
+	return b
+}

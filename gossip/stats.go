@@ -10,11 +10,11 @@ import (
 
 // counters are the live ones behind Stats.
 type counters struct {
-	received, malformed, stray, dropped, oversize, rejected, sendErrors          atomic.Uint64
-	ownChanges, deltas, stale, gaps, repairs, rumours                            atomic.Uint64
-	digests, mismatches, fetches, fetched, fetchErrors, served, epochBumps, held atomic.Uint64
-	foreign, unassigned, future, forged, verified                                atomic.Uint64
-	pings, pingsLost, rejoins                                                    atomic.Uint64
+	received, malformed, stray, dropped, oversize, rejected, sendErrors                   atomic.Uint64
+	ownChanges, deltas, stale, gaps, repairs, rumours                                     atomic.Uint64
+	digests, mismatches, fetches, fetched, fetchErrors, served, epochBumps, held, accused atomic.Uint64
+	foreign, unassigned, future, forged, verified                                         atomic.Uint64
+	pings, pingsLost, rejoins                                                             atomic.Uint64
 }
 
 // Stats counts since Open; what says so is a momentary number.
@@ -50,6 +50,7 @@ type Stats struct {
 	Served      uint64 // fetches answered
 	EpochBumps  uint64 // times this node met a newer record of itself
 	Held        uint64 // nodes declared dead that still answered this one
+	Accused     uint64 // nodes of which this one told memberlist that they are silent
 
 	// Refused counts what never got as far as being understood, by reason:
 	// "source" (not from a node's address), "seal" (not sealed with a key of this
@@ -78,7 +79,7 @@ func (g *Gossip) Stats() Stats {
 		OwnChanges: c.ownChanges.Load(), Deltas: c.deltas.Load(), Stale: c.stale.Load(), Gaps: c.gaps.Load(),
 		Repairs: c.repairs.Load(), Rumours: c.rumours.Load(),
 		Digests: c.digests.Load(), Mismatches: c.mismatches.Load(), Fetches: c.fetches.Load(), Fetched: c.fetched.Load(),
-		FetchErrors: c.fetchErrors.Load(), Served: c.served.Load(), EpochBumps: c.epochBumps.Load(), Held: c.held.Load(),
+		FetchErrors: c.fetchErrors.Load(), Served: c.served.Load(), EpochBumps: c.epochBumps.Load(), Held: c.held.Load(), Accused: c.accused.Load(),
 		Foreign: c.foreign.Load(), Unassigned: c.unassigned.Load(), Future: c.future.Load(), Forged: c.forged.Load(), Verified: c.verified.Load(),
 		Refused: make(map[string]uint64, reasons), Keys: g.KeyIDs(),
 		Pings: c.pings.Load(), PingsLost: c.pingsLost.Load(), Rejoins: c.rejoins.Load(),
@@ -152,6 +153,7 @@ func (g *Gossip) Collector() prometheus.Collector {
 	counter("fetch_errors", "Fetches that failed.", func(s Stats) uint64 { return s.FetchErrors })
 	counter("mismatches", "Records that differed at the same sequence.", func(s Stats) uint64 { return s.Mismatches })
 	counter("epoch_bumps", "Newer records of this node met.", func(s Stats) uint64 { return s.EpochBumps })
+	counter("accused", "Nodes that answered no ping of this one, and were suspected for it.", func(s Stats) uint64 { return s.Accused })
 	counter("held", "Nodes declared dead that still answered.", func(s Stats) uint64 { return s.Held })
 	counter("pings_lost", "Pings without an answer in time.", func(s Stats) uint64 { return s.PingsLost })
 	counter("rejoins", "Attempts to join a lost peer.", func(s Stats) uint64 { return s.Rejoins })

@@ -102,6 +102,7 @@ type voucher struct {
 	raw        []byte
 	epoch, seq uint64
 	maxInc     uint32
+	inc        uint32 // the highest that was let in, of those it vouched for
 	path       path
 	told       time.Time // when the node itself was last told of it
 }
@@ -396,7 +397,7 @@ func (w *wall) alive(m swim) bool {
 			w.tellNode(id, at)
 			return false
 		}
-		v = voucher{raw: bytes.Clone(m.meta), epoch: n.epoch, seq: n.seq, maxInc: n.maxInc, path: n.path}
+		v = voucher{raw: bytes.Clone(m.meta), epoch: n.epoch, seq: n.seq, maxInc: n.maxInc, inc: v.inc, path: n.path}
 		w.mu.Lock()
 		w.heard[id] = v
 		w.mu.Unlock()
@@ -405,6 +406,7 @@ func (w *wall) alive(m swim) bool {
 		w.refuse(refusedClaim)
 		return false
 	}
+	w.reached(id, m.inc)
 	if id == w.g.cfg.NodeID {
 		w.g.outgrowMeta(v.epoch, v.seq)
 		w.outgrow(m.inc)
@@ -482,10 +484,36 @@ func (w *wall) accused(m swim) bool {
 		w.refuse(refusedClaim)
 		return false
 	}
+	w.reached(id, m.inc)
 	if id == w.g.cfg.NodeID {
 		w.outgrow(m.inc)
 	}
 	return true
+}
+
+// reached notes the incarnation in which a node was last spoken of.
+func (w *wall) reached(id string, inc uint32) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if v, ok := w.heard[id]; ok && inc > v.inc {
+		v.inc = inc
+		w.heard[id] = v
+	}
+}
+
+// accuse has memberlist suspect a node that has left this one's pings unanswered.
+// memberlist probes one node after the other, and with more time for each the more of
+// them are silent: where many have died at once it finds them one every two seconds.
+// What follows is as after its own probe: the others confirm it, and the accused, if it
+// hears of it, refutes.
+func (w *wall) accuse(id string) {
+	w.mu.Lock()
+	v, ok := w.heard[id]
+	w.mu.Unlock()
+	if tr := w.g.tr.Load(); ok && tr != nil {
+		w.g.stats.accused.Add(1)
+		tr.inject(suspectMessage(min(v.inc, v.maxInc), id, w.g.cfg.NodeID))
+	}
 }
 
 // outgrow follows memberlist's refutation of what is said of this node: its
