@@ -345,9 +345,12 @@ func (l *Loop[W, H]) spared() bool {
 	want, gen := l.want, l.gen
 	// After a clean pass applied is what it worked on, or what was spared one since.
 	kept := l.workedN == l.wants
-	if !ok && !kept || l.told || !l.last.Clean() || l.applied == 0 || l.applied != l.last.Gen || gen == l.applied {
+	settled := !l.told && l.last.Clean() && l.applied != 0 && l.applied == l.last.Gen
+	if !settled || gen == l.applied || !ok && !kept {
 		l.mu.Unlock()
-		return false
+		// The newest want may have been worked on by the pass that was beginning as this
+		// wake came.
+		return settled && gen == l.applied
 	}
 	worked, n := l.worked, l.wants
 	l.mu.Unlock()

@@ -400,3 +400,27 @@ func TestTheSameWantNeedsNoPass(t *testing.T) {
 		}
 	}
 }
+
+// TestAWakeThatAPassHasHeeded: a want that came as a pass was beginning is that pass's,
+// and its wake, which is heard afterwards, asks for nothing.
+func TestAWakeThatAPassHasHeeded(t *testing.T) {
+	w := &same{world: newWorld()}
+	told := 0
+	l := New("test", w, Options{Period: time.Hour, Log: slog.New(slog.DiscardHandler), OnPass: func(Pass) { told++ }})
+	gen := l.Set([]string{"a"})
+	l.pass(t.Context())
+	if !l.spared() || told != 1 || l.Applied() != gen {
+		t.Errorf("a second pass: told of %d, applied %d of %d", told, l.Applied(), gen)
+	}
+	l.Wake()
+	if l.spared() {
+		t.Error("no pass for a notice")
+	}
+	l.pass(t.Context())
+	w.do(func() { w.broken["b"] = true })
+	l.Set([]string{"b"})
+	l.pass(t.Context())
+	if l.spared() {
+		t.Error("no pass for what failed")
+	}
+}

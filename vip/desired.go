@@ -25,8 +25,8 @@ type Network struct {
 	Namespace string         // name under spec.NetnsDir
 	Subnets   []netip.Prefix // of spec.Network, in its order
 	Gateways  []netip.Addr   // of spec.Network, in its order
-	// Locals are the addresses of the network's endpoints on this node, in
-	// order: those that may be balanced to themselves (hairpin).
+	// Locals are the addresses of the network's endpoints on this node that have
+	// started, in order: those that may be balanced to themselves (hairpin).
 	Locals  []netip.Addr
 	Servers []Server // by VIP
 	// Orphans (wanted only) are the addresses, in order, of endpoints whose
@@ -62,6 +62,11 @@ type Server struct {
 type Backend struct {
 	Addr   netip.Addr
 	Weight int // 1: takes new connections; 0: keeps those it has
+}
+
+func (s Server) same(o Server) bool {
+	return s.VIP == o.VIP && s.Mark == o.Mark && s.Service == o.Service && s.Name == o.Name && s.Open == o.Open && s.Fault == o.Fault &&
+		slices.Equal(s.Backends, o.Backends)
 }
 
 // Takes lists the addresses of the backends that take new connections.
@@ -225,7 +230,7 @@ func desiredNetwork(v *spec.View, n spec.Network) Network {
 				continue
 			}
 			claimed[a] = true
-			if e.Node == v.Self {
+			if e.Node == v.Self && e.State != spec.EndpointStarting {
 				locals[a] = true
 			}
 			if e.Service == "" || dead || (e.State != spec.EndpointActive && e.State != spec.EndpointDraining) {

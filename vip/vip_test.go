@@ -74,7 +74,7 @@ func TestDesired(t *testing.T) {
 			ep("t5", "web", "aaa", "n1", spec.EndpointStarting, "10.0.1.15"),
 			ep("t6", "web", "bbb", "n1", spec.EndpointActive, "10.0.2.16"),
 			ep("t7", "", "aaa", "n1", spec.EndpointActive, "10.0.1.17"),
-		}}, "app i-net-app-aaa local=[10.0.1.11 10.0.1.15 10.0.1.17 fd00:1::11] orphans=[]\n" +
+		}}, "app i-net-app-aaa local=[10.0.1.11 10.0.1.17 fd00:1::11] orphans=[]\n" +
 			"  10.0.1.2 0x10000002 web [{10.0.1.11 1} {10.0.1.12 0} {10.0.1.13 0}]\n" +
 			"  fd00:1::2 0x11000002 web [{fd00:1::11 1}]\n"},
 		{"only suspects", spec.View{Networks: []spec.Network{netA}, Services: []spec.Service{web}, Endpoints: []spec.Endpoint{

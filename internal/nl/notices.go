@@ -62,7 +62,7 @@ type Notices struct {
 	ids    map[int32]*space
 	lost   uint64
 	closed bool
-	stir   func(Change) // see Run
+	stir   func(c Change, device bool) // see Run
 }
 
 // Change is where something changed: in a namespace, "" the host's, an nftables table
@@ -342,7 +342,7 @@ func (n *Notices) take(fd int, notice func(*space, uint16, []byte)) {
 			return
 		case errors.Is(err, unix.ENOBUFS):
 			n.lost++
-			n.stirred(Change{})
+			n.stirred(Change{}, true)
 			continue
 		case err != nil:
 			n.lost++
@@ -402,7 +402,7 @@ func (n *Notices) routeNotice(sp *space, typ uint16, body []byte) {
 	sp.kinds[k]++
 	// The host's own routes and neighbours are the host's affair.
 	if sp.id != -1 || k != 2 && k != 3 {
-		n.stirred(Change{Netns: sp.name})
+		n.stirred(Change{Netns: sp.name}, k == 0)
 	}
 }
 
@@ -434,7 +434,7 @@ func (n *Notices) nftNotice(sp *space, typ uint16, body []byte) {
 		t.parts[part]++
 	}
 	if sp.id != -1 || strings.HasPrefix(table, "shoal") {
-		n.stirred(Change{sp.name, table})
+		n.stirred(Change{sp.name, table}, false)
 	}
 }
 
@@ -454,27 +454,36 @@ func attr(b []byte, typ uint16) string {
 	return ""
 }
 
-func (n *Notices) stirred(c Change) {
+func (n *Notices) stirred(c Change, device bool) {
 	if n.stir != nil {
-		n.stir(c)
+		n.stir(c, device)
 	}
 }
 
-// settleTime is how long Run waits for more of the same before it tells of a
-// change: what makes a network sends some hundred notices.
-const settleTime = 20 * time.Millisecond
+// How long Run waits for more of the same before it tells of a change: what makes a
+// network sends some hundred notices. Most are of what their reader has just done itself,
+// and is to look at once more; that is not urgent, and takes nothing away from what is
+// being done there. Devices come and go with what others do.
+const (
+	settleTime = 20 * time.Millisecond // of devices
+	echoTime   = 120 * time.Millisecond
+)
 
 // Run calls wake some milliseconds after changes in the namespaces that are
 // followed, with where they were, until ctx ends. Of the host's namespace these are changes of links,
 // addresses, rules, settings and of tables that begin with "shoal".
 func (n *Notices) Run(ctx context.Context, wake func([]Change)) error {
-	moved := make(chan struct{}, 1)
+	moved, devices := make(chan struct{}, 1), make(chan struct{}, 1)
 	where := map[Change]bool{} // under n.mu
 	n.mu.Lock()
-	n.stir = func(c Change) {
+	n.stir = func(c Change, device bool) {
 		where[c] = true
+		ch := moved
+		if device {
+			ch = devices
+		}
 		select {
-		case moved <- struct{}{}:
+		case ch <- struct{}{}:
 		default:
 		}
 	}
@@ -490,23 +499,29 @@ func (n *Notices) Run(ctx context.Context, wake func([]Change)) error {
 			}
 		})
 	}
+	timer := time.NewTimer(time.Hour)
+	defer timer.Stop()
+	var due time.Time // when the timer is, if it has begun
+	within := func(d time.Duration) {
+		if at := time.Now().Add(d); due.IsZero() || at.Before(due) {
+			due = at
+			timer.Reset(d)
+		}
+	}
 	for ctx.Err() == nil {
 		select {
 		case <-ctx.Done():
 		case <-moved:
-			select {
-			case <-ctx.Done():
-			case <-time.After(settleTime):
-			}
-			select { // what came meanwhile is told with it
-			case <-moved:
-			default:
-			}
+			within(echoTime)
+		case <-devices:
+			within(settleTime)
+		case <-timer.C:
+			due = time.Time{}
 			n.mu.Lock()
 			all := slices.Collect(maps.Keys(where))
 			clear(where)
 			n.mu.Unlock()
-			if len(all) > 0 { // else what came in between was told of with what was before
+			if len(all) > 0 { // else what came was told of with what was before
 				wake(all)
 			}
 		}
