@@ -117,7 +117,8 @@ func addrs(as []netip.Addr) string {
 // Diff lists the operations that turn have into want, in the order to apply
 // them: per network the shared part, then servers to add or change, then those
 // to remove. There is one operation per VIP. While want is not Complete,
-// nothing is removed: no server, no backend, no hairpin.
+// nothing is removed: no server, no hairpin, and no backend but one whose address has
+// become a VIP.
 //
 // The VIP of a removed service stays as long as tasks of that service do that
 // were its backends, draining, so that removing a service ends its connections
@@ -187,7 +188,10 @@ func diffNetwork(w, h Network, complete bool) []reconcile.Op {
 		if !ok {
 			hs = Server{VIP: s.VIP}
 		} else if !complete {
-			s.Backends = keep(s.Backends, hs.Backends)
+			s.Backends = slices.DeleteFunc(keep(s.Backends, hs.Backends), func(b Backend) bool {
+				_, vip := w.Server(b.Addr) // was given to a service: no endpoint has it any more
+				return vip
+			})
 		}
 		if len(stuck) > 0 {
 			s.Backends = slices.DeleteFunc(slices.Clone(s.Backends), func(b Backend) bool { return stuck[b.Addr] })

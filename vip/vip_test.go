@@ -256,6 +256,10 @@ func TestDiffProperties(t *testing.T) {
 			if !want.Complete {
 				is := f.Dump()
 				for _, l := range strings.Split(before, "\n") {
+					// What is a VIP is no backend.
+					if a, ok := strings.CutPrefix(strings.TrimSpace(l), "backend "); ok && strings.Contains(is, "server "+strings.Fields(a)[0]+" ") {
+						continue
+					}
 					if k, _, _ := strings.Cut(strings.TrimSpace(l), " weight"); !strings.Contains(l, "server") && !strings.Contains(l, "namespace") && !strings.Contains(is, k) {
 						t.Fatalf("an incomplete view removed %q:\n%s", l, is)
 					}
@@ -283,6 +287,24 @@ func TestDiffProperties(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestAnAddressBecomesAVIP: a backend of before whose address is a service's by now is
+// none, though the View that says so is not complete. A server that was to be made anew
+// with it failed for as long as that lasted.
+func TestAnAddressBecomesAVIP(t *testing.T) {
+	v := &spec.View{Self: "n1", Instance: "i", Peers: []spec.Peer{{ID: "n1"}}, Networks: []spec.Network{netB},
+		Services: []spec.Service{svc("a", "vip", spec.VIPs{Network: "bbb", Addrs: []netip.Addr{ip("10.0.2.4")}}), svc("b", "vip", spec.VIPs{Network: "bbb", Addrs: []netip.Addr{ip("10.0.2.7")}})}}
+	old := []vip.Backend{{Addr: ip("10.0.2.7"), Weight: 1}, {Addr: ip("10.0.2.8"), Weight: 1}}
+	ops, _ := vip.Diff(vip.Desired(v), vip.State{Networks: []vip.Network{{ID: "bbb", Servers: []vip.Server{{VIP: ip("10.0.2.4"), Backends: old, Open: true}}}}}, time.Time{})
+	var got []string
+	for _, op := range ops {
+		got = append(got, op.String())
+	}
+	want := []string{"network db: vip 10.0.2.4: service a, backends 10.0.2.8", "network db: vip 10.0.2.7: service b, backends none"}
+	if !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
 }
 
 // TestOrder: what others need comes first, deletions last.
