@@ -20,6 +20,7 @@ import (
 	ingressnft "github.com/shoalnet/shoal/ingress/nft"
 	"github.com/shoalnet/shoal/internal/nl"
 	"github.com/shoalnet/shoal/internal/quiet"
+	"github.com/shoalnet/shoal/overlay"
 	"github.com/shoalnet/shoal/overlay/vxlan"
 	"github.com/shoalnet/shoal/runtime"
 	"github.com/shoalnet/shoal/runtime/cgroup"
@@ -144,7 +145,7 @@ func runAgent(ctx context.Context, cfg agent.Config, runDir, dataPath string, hi
 	if err := vxlan.Probe(); err != nil {
 		return err
 	}
-	notices, err := nl.Listen("")
+	notices, err := nl.Listen("", overlay.VIPLabel)
 	if err != nil {
 		// Then everything is read in every pass.
 		cfg.Log.Warn("the kernel's notices can't be had: the agent will use more of the processor", "error", err)

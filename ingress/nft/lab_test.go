@@ -544,7 +544,7 @@ func refusedSCTP(t testing.TB, ns string, to netip.Addr, port int) {
 // notices are the kernel's, as an agent in a namespace hears them.
 func notices(t testing.TB, host string) *nl.Notices {
 	t.Helper()
-	n, err := nl.Listen(host)
+	n, err := nl.Listen(host, overlay.VIPLabel)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -31,6 +31,7 @@ const (
 	Policies      // of routing policy
 	Qdiscs        // and classes and filters
 	Netconf       // forwarding, rp_filter and so on, as far as RTM_NEWNETCONF tells
+	VIPs          // that came, see Listen; those that go are Addrs and Routes
 	kinds    = iota
 )
 
@@ -52,7 +53,8 @@ const AllKinds Kind = 1<<kinds - 1
 //
 // A nil *Notices says of everything that it changed.
 type Notices struct {
-	host string // name of the namespace that stands for the host's
+	host  string // name of the namespace that stands for the host's
+	label string // of VIPs
 
 	mu     sync.Mutex
 	route  *socket
@@ -77,6 +79,7 @@ type space struct {
 	id     int32 // -1: the host's
 	epoch  uint64
 	kinds  [kinds]uint64
+	vip    [4]byte // the newest of VIPs
 	tables map[string]*tableNotices
 }
 
@@ -104,9 +107,11 @@ var routeGroups = []int{
 	unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV6_RULE, unix.RTNLGRP_IPV6_NETCONF,
 }
 
-// Listen opens the sockets in the host's namespace ("" is this process's own).
-func Listen(host string) (*Notices, error) {
-	n := &Notices{host: host, buf: make([]byte, 1<<16), names: map[string]*space{}, ids: map[int32]*space{}}
+// Listen opens the sockets in the host's namespace ("" is this process's own). A new
+// IPv4 address of lo with label vips, all of it, and what the kernel adds with it to
+// table local are of kind VIPs: they are many, and not every reader's.
+func Listen(host, vips string) (*Notices, error) {
+	n := &Notices{host: host, label: vips, buf: make([]byte, 1<<16), names: map[string]*space{}, ids: map[int32]*space{}}
 	err := Do(host, func() error {
 		var err error
 		if n.route, err = listen(unix.NETLINK_ROUTE, routeGroups); err != nil {
@@ -399,11 +404,34 @@ func (n *Notices) routeNotice(sp *space, typ uint16, body []byte) {
 	default:
 		return
 	}
+	if sp.id != -1 && n.ofVIP(sp, typ, body) {
+		k = kinds - 1
+	}
 	sp.kinds[k]++
 	// The host's own routes and neighbours are the host's affair.
 	if sp.id != -1 || k != 2 && k != 3 {
 		n.stirred(Change{Netns: sp.name}, k == 0)
 	}
+}
+
+// ofVIP tells whether a notice is of a VIP that came. The kernel tells of an address
+// before it adds to table local what comes with it (__inet_insert_ifa in
+// net/ipv4/devinet.c). The messages are ifaddrmsg (rtnetlink(7)) with its label in
+// attribute 3, and rtmsg with its destination in attribute 1.
+func (n *Notices) ofVIP(sp *space, typ uint16, body []byte) bool {
+	const lo, host, whole = 1, unix.RT_SCOPE_HOST, 32
+	switch {
+	case typ == unix.RTM_NEWADDR && len(body) >= unix.SizeofIfAddrmsg && n.label != "":
+		if body[0] != unix.AF_INET || body[1] != whole || body[3] != host || binary.NativeEndian.Uint32(body[4:]) != lo ||
+			attr(body[unix.SizeofIfAddrmsg:], unix.IFA_LABEL) != n.label {
+			return false
+		}
+		return copy(sp.vip[:], attrBytes(body[unix.SizeofIfAddrmsg:], unix.IFA_LOCAL)) == len(sp.vip)
+	case typ == unix.RTM_NEWROUTE && len(body) >= unix.SizeofRtMsg:
+		return body[0] == unix.AF_INET && body[1] == whole && body[4] == unix.RT_TABLE_LOCAL && body[5] == unix.RTPROT_KERNEL && body[6] == host &&
+			body[7] == unix.RTN_LOCAL && sp.vip != [4]byte{} && string(attrBytes(body[unix.SizeofRtMsg:], unix.RTA_DST)) == string(sp.vip[:])
+	}
+	return false
 }
 
 // nftNotice reads the table, and the chain or set, that a notice is of. In all
@@ -439,19 +467,21 @@ func (n *Notices) nftNotice(sp *space, typ uint16, body []byte) {
 }
 
 // attr is the text of the first attribute of a type, "" where there is none.
-func attr(b []byte, typ uint16) string {
+func attr(b []byte, typ uint16) string { return strings.TrimRight(string(attrBytes(b, typ)), "\x00") }
+
+// attrBytes is what the first attribute of a type holds, nil where there is none.
+func attrBytes(b []byte, typ uint16) []byte {
 	for len(b) >= unix.SizeofNlAttr {
 		l := int(binary.NativeEndian.Uint16(b))
 		if l < unix.SizeofNlAttr || l > len(b) {
-			return ""
+			return nil
 		}
 		if binary.NativeEndian.Uint16(b[2:])&nlaTypeMask == typ {
-			s := string(b[unix.SizeofNlAttr:l])
-			return strings.TrimRight(s, "\x00")
+			return b[unix.SizeofNlAttr:l]
 		}
 		b = b[min(len(b), (l+3)&^3):]
 	}
-	return ""
+	return nil
 }
 
 func (n *Notices) stirred(c Change, device bool) {
@@ -466,7 +496,7 @@ func (n *Notices) stirred(c Change, device bool) {
 // being done there. Devices come and go with what others do.
 const (
 	settleTime = 20 * time.Millisecond // of devices
-	echoTime   = 120 * time.Millisecond
+	echoTime   = 250 * time.Millisecond
 )
 
 // Run calls wake some milliseconds after changes in the namespaces that are

@@ -27,7 +27,7 @@ func TestNotices(t *testing.T) {
 		}
 		t.Cleanup(func() { _ = Remove(n) })
 	}
-	n, err := Listen(host)
+	n, err := Listen(host, "lo:vip")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -58,7 +58,7 @@ func TestNotices(t *testing.T) {
 	}
 	nft := func(s string) string { return "ip netns exec NS nft '" + s + "'" }
 	// Without an address of the link's own, which comes when the kernel gets round to it.
-	run("ip -n NS link add d0 type bridge && ip -n NS link set d0 addrgenmode none up")
+	run("ip -n NS link add d0 type bridge && ip -n NS link set d0 addrgenmode none up && ip -n NS link set lo up")
 	run(nft("table inet shoal-t { set a { type ipv4_addr; }; set b { type ipv4_addr; }; chain c { }; chain d { }; }"))
 	run(nft("table inet other { chain c { }; }"))
 	if at(ns).Since(Stamp{}) != AllKinds || !at(ns).Table(Stamp{}) {
@@ -77,6 +77,12 @@ func TestNotices(t *testing.T) {
 		{"ip -n NS addr add 192.0.2.1/24 dev d0", what{kinds: Addrs | Routes}}, // the connected one
 		{"ip -n NS route add 198.51.100.0/24 via 192.0.2.2", what{kinds: Routes}},
 		{"ip -n NS route add unreachable 198.51.101.0/24 table 77", what{kinds: Routes}},
+		{"ip -n NS addr add 192.0.2.9/32 dev lo scope host label lo:vip", what{kinds: VIPs}}, // with its entry in table local
+		{"ip -n NS addr add 192.0.2.10/32 dev lo scope host label lo:other", what{kinds: Addrs | Routes}},
+		{"ip -n NS addr add 192.0.2.11/32 dev lo label lo:vip", what{kinds: Addrs | Routes}}, // of another scope
+		{"ip -n NS route del local 192.0.2.9 dev lo table local", what{kinds: Routes}},
+		{"ip -n NS route add local 192.0.2.12 dev lo table local proto kernel scope host", what{kinds: Routes}},
+		{"ip -n NS addr del 192.0.2.9/32 dev lo label lo:vip", what{kinds: Addrs}}, // its entry was gone
 		{"ip -n NS neigh add 192.0.2.3 lladdr 02:00:00:00:00:01 dev d0", what{kinds: Neighs}},
 		{"ip -n NS rule add fwmark 1 lookup 77", what{kinds: Policies}},
 		{"ip -n NS link set d0 mtu 1400", what{kinds: Links}},
@@ -167,7 +173,7 @@ func TestNoticesLost(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = Remove(ns) })
-	n, err := Listen(ns)
+	n, err := Listen(ns, "")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -129,7 +129,7 @@ func netnsLike(prefix string) []string {
 }
 
 func (m *machine) dataplane() *Dataplane {
-	n, err := nl.Listen(m.ns)
+	n, err := nl.Listen(m.ns, overlay.VIPLabel)
 	if err != nil {
 		m.t.Fatal(err)
 	}

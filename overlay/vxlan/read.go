@@ -25,6 +25,7 @@ type place struct {
 	due    time.Time           // when all is read again, noticed or not
 	valid  bool                // stamps mean something
 	again  nl.Kind             // to be read whatever the stamps say
+	vips   bool                // some have come since addresses were read, see readRoute
 	fresh  bool                // some of it was read just now, or of settings is another than before
 	told   struct {            // what was made of it last; see report
 		of      *wants
@@ -165,6 +166,12 @@ func (d *Dataplane) readRoute(w *wants, p *place, changed nl.Kind, ours bool) er
 	if changed&nl.Links != 0 {
 		changed |= nl.Addrs | nl.Neighs
 	}
+	// VIPs that come are package vip's. Nothing is read for them, but neither addresses
+	// nor routes without the other: what the kernel adds with an address is known by it.
+	p.vips = p.vips || changed&nl.VIPs != 0
+	if p.vips && changed&nl.Routes != 0 {
+		changed |= nl.Addrs
+	}
 	if changed&nl.Addrs != 0 {
 		changed |= nl.Routes
 	}
@@ -202,6 +209,7 @@ func (d *Dataplane) readRoute(w *wants, p *place, changed nl.Kind, ours bool) er
 		if p.addrs, err = nl.Dump(func() ([]netlink.Addr, error) { return s.h.AddrList(nil, unix.AF_UNSPEC) }); err != nil {
 			return fmt.Errorf("list addresses of %s: %w", where, err)
 		}
+		p.vips = false
 	}
 	for _, a := range links {
 		if p.linked[a], err = s.connected(a, p.link(a.Dev)); err != nil {

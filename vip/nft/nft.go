@@ -95,7 +95,6 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
-	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -151,6 +150,13 @@ type reading struct {
 	have  vip.Network // without what its sysctls say
 }
 
+// of tells whether what was read stands for w too: what a network is, not what is wanted
+// of it, says where to look and what of that is ours.
+func (r *reading) of(w vip.Network) bool {
+	o := r.want
+	return o.ID == w.ID && o.Name == w.Name && o.Namespace == w.Namespace && slices.Equal(o.Subnets, w.Subnets) && slices.Equal(o.Gateways, w.Gateways)
+}
+
 // sweepPeriod is how long what was read counts without a notice.
 const sweepPeriod = 20 * time.Second
 
@@ -203,7 +209,7 @@ func (d *Dataplane) observe(w vip.Network, now time.Time) (vip.Network, error) {
 			fault = kern.IdleFault()
 		}
 	}
-	fresh := ok && r != nil && now.Before(r.due) && stamp.Since(r.stamp)&(nl.Links|nl.Addrs) == 0 && !stamp.Table(r.stamp) && reflect.DeepEqual(r.want, w)
+	fresh := ok && r != nil && now.Before(r.due) && stamp.Since(r.stamp)&(nl.Links|nl.Addrs|nl.VIPs) == 0 && !stamp.Table(r.stamp) && r.of(w)
 	err := nl.Do(w.Namespace, func() error {
 		sysctls()
 		if fresh {

@@ -8,6 +8,7 @@ import (
 
 	"github.com/shoalnet/shoal/internal/nl"
 	"github.com/shoalnet/shoal/vip"
+	"github.com/shoalnet/shoal/vip/internal/kern"
 	"github.com/shoalnet/shoal/vip/viptest"
 )
 
@@ -26,7 +27,7 @@ func TestConformance(t *testing.T) {
 	}
 	viptest.Run(t, viptest.Harness{
 		New: func(t testing.TB) vip.Dataplane {
-			n, err := nl.Listen("")
+			n, err := nl.Listen("", kern.Label)
 			if err != nil {
 				t.Fatal(err)
 			}

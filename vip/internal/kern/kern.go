@@ -30,6 +30,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"sync"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -161,31 +162,28 @@ func loAddr(a netip.Addr) *netlink.Addr {
 }
 
 // AddAddrs makes VIPs local addresses, and returns an error for each. It succeeds
-// for one that is a local address already. What is there is listed once: a look
-// for each VIP would cost by their square.
+// for one that is a local address already. What is there is listed once, and only where
+// one is there already: a look for each VIP would cost by their square.
 func AddAddrs(as []netip.Addr) []error {
 	errs := make([]error, len(as))
-	all := func(err error) []error {
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
 		for i, a := range as {
-			errs[i] = fmt.Errorf("vip %s: %w", a, err)
+			errs[i] = fmt.Errorf("vip %s: lo: %w", a, err)
 		}
 		return errs
 	}
-	lo, err := netlink.LinkByName("lo")
-	if err != nil {
-		return all(fmt.Errorf("lo: %w", err))
-	}
-	have, err := labelled(lo)
-	if err != nil {
-		return all(err)
-	}
+	have := sync.OnceValues(func() (map[netip.Addr]bool, error) { return labelled(lo) })
 	for i, a := range as {
-		if have[a] {
-			continue
-		}
-		switch err := netlink.AddrAdd(lo, loAddr(a)); {
+		err := netlink.AddrAdd(lo, loAddr(a))
+		switch {
 		case nl.Exists(err) && a.Is4():
-			errs[i] = fmt.Errorf("vip %s: lo has this address already, and it is not ours (no label %s)", a, Label)
+			ours, err := have()
+			if err != nil {
+				errs[i] = fmt.Errorf("vip %s: %w", a, err)
+			} else if !ours[a] {
+				errs[i] = fmt.Errorf("vip %s: lo has this address already, and it is not ours (no label %s)", a, Label)
+			}
 		case err != nil && !nl.Exists(err):
 			errs[i] = fmt.Errorf("vip %s: add address to lo: %w", a, err)
 		}
