@@ -51,6 +51,8 @@ type Server struct {
 	Service, Name string
 	Backends      []Backend // by address
 
+	// Addressed (observed only): the VIP is an address of lo, and ours.
+	Addressed bool
 	// Open (observed only): new connections are balanced, not refused.
 	Open bool
 	// Fault (observed only) says what of the server is missing or wrong
@@ -65,7 +67,7 @@ type Backend struct {
 }
 
 func (s Server) same(o Server) bool {
-	return s.VIP == o.VIP && s.Mark == o.Mark && s.Service == o.Service && s.Name == o.Name && s.Open == o.Open && s.Fault == o.Fault &&
+	return s.VIP == o.VIP && s.Mark == o.Mark && s.Service == o.Service && s.Name == o.Name && s.Addressed == o.Addressed && s.Open == o.Open && s.Fault == o.Fault &&
 		slices.Equal(s.Backends, o.Backends)
 }
 

@@ -7,6 +7,7 @@
 package nl
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -16,6 +17,7 @@ import (
 	"strings"
 
 	"github.com/vishvananda/netlink"
+	vnl "github.com/vishvananda/netlink/nl"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
@@ -261,6 +263,38 @@ func Dump[T any](fn func() (T, error)) (T, error) {
 			return v, err
 		}
 	}
+}
+
+// Addr is an address of a device.
+type Addr struct {
+	netip.Prefix
+	Label string // of IPv4
+}
+
+// LoAddrs lists the addresses of lo, of one family or of both ([unix.AF_UNSPEC]), in the
+// namespace of the calling thread. There may be thousands, and they are asked for at each
+// change: the messages (ifaddrmsg, rtnetlink(7)) are read for no more than this.
+func LoAddrs(family int) ([]Addr, error) {
+	const lo = 1 // in every namespace (LOOPBACK_IFINDEX in linux/net/flow.h)
+	return Dump(func() (out []Addr, err error) {
+		req := vnl.NewNetlinkRequest(unix.RTM_GETADDR, unix.NLM_F_DUMP)
+		req.AddData(vnl.NewIfInfomsg(family))
+		err = req.ExecuteIter(unix.NETLINK_ROUTE, unix.RTM_NEWADDR, func(m []byte) bool {
+			if len(m) < unix.SizeofIfAddrmsg || binary.NativeEndian.Uint32(m[4:]) != lo {
+				return true
+			}
+			attrs := m[unix.SizeofIfAddrmsg:]
+			b := attrBytes(attrs, unix.IFA_LOCAL)
+			if b == nil {
+				b = attrBytes(attrs, unix.IFA_ADDRESS)
+			}
+			if a, ok := netip.AddrFromSlice(b); ok {
+				out = append(out, Addr{netip.PrefixFrom(a, int(m[1])), attr(attrs, unix.IFA_LABEL)})
+			}
+			return true
+		})
+		return out, err
+	})
 }
 
 // HostRoutes lists the prefixes that this process's namespace reaches by a

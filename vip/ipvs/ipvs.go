@@ -195,7 +195,7 @@ func isNoNamespace(n vip.Network, err error) bool {
 // server gathers what is found of one VIP.
 type server struct {
 	vip.Server
-	addressed, served, service bool
+	served, service bool
 }
 
 func markOf(n vip.Network, a netip.Addr) uint32 {
@@ -218,7 +218,7 @@ func observe(w vip.Network, h *vip.Network) error {
 		return err
 	}
 	for a := range as {
-		get(a).addressed = true
+		get(a).Addressed = true
 	}
 	svcs, err := services(func(mark uint32) bool { _, ok := w.VIPOf(mark); return ok })
 	if err != nil {
@@ -261,7 +261,7 @@ func observe(w vip.Network, h *vip.Network) error {
 		slices.SortFunc(s.Backends, func(a, b vip.Backend) int { return a.Addr.Compare(b.Addr) })
 		switch {
 		case s.Fault != "":
-		case !s.addressed:
+		case !s.Addressed:
 			s.Fault = "its address is missing on lo"
 		case !s.service:
 			s.Fault = "its IPVS service is missing"
@@ -633,11 +633,7 @@ func setSome(ops []vip.SetServer) error {
 	}
 	defer h.Close()
 
-	vips := make([]netip.Addr, len(ops))
-	for i, op := range ops {
-		vips[i] = op.Want.VIP
-	}
-	if err := errors.Join(kern.AddAddrs(vips)...); err != nil {
+	if err := errors.Join(kern.AddAddrs(ops)...); err != nil {
 		return fail(err)
 	}
 	for _, f := range kern.Families(ops[0].Network) {

@@ -234,7 +234,7 @@ func (d *Dataplane) observe(w vip.Network, now time.Time) (vip.Network, error) {
 // server gathers what is found of one VIP.
 type server struct {
 	vip.Server
-	addressed, served bool
+	served bool
 }
 
 func observe(w vip.Network, h *vip.Network) error {
@@ -252,7 +252,7 @@ func observe(w vip.Network, h *vip.Network) error {
 		return err
 	}
 	for a := range as {
-		get(a).addressed = true
+		get(a).Addressed = true
 	}
 	for _, f := range kern.Families(w) {
 		if err := observeFamily(w, f, h, get); err != nil {
@@ -263,7 +263,7 @@ func observe(w vip.Network, h *vip.Network) error {
 		slices.SortFunc(s.Backends, func(a, b vip.Backend) int { return a.Addr.Compare(b.Addr) })
 		switch {
 		case s.Fault != "":
-		case !s.addressed:
+		case !s.Addressed:
 			s.Fault = "its address is missing on lo"
 		case s.served && !s.Open:
 			s.Fault = "its element in map vips is missing"
@@ -589,11 +589,7 @@ const ipsDstNAT = 1 << 5
 // old is removed.
 func setServers(ops []vip.SetServer) []error {
 	// Addresses first: until the VIP is local, packets for it would be routed.
-	vips := make([]netip.Addr, len(ops))
-	for i, op := range ops {
-		vips[i] = op.Want.VIP
-	}
-	errs := kern.AddAddrs(vips)
+	errs := kern.AddAddrs(ops)
 	for _, f := range kern.Families(ops[0].Network) {
 		var mine []int
 		for i, op := range ops {

@@ -173,7 +173,7 @@ func (f *Fake) Observe(ctx context.Context, want vip.State) (vip.State, error) {
 			all[a] = true
 		}
 		for _, v := range slices.SortedFunc(maps.Keys(all), netip.Addr.Compare) {
-			s := vip.Server{VIP: v}
+			s := vip.Server{VIP: v, Addressed: n.addrs[v]}
 			if fs := n.servers[v]; fs != nil {
 				s.Mark, s.Open = fs.mark, fs.open
 				for _, a := range slices.SortedFunc(maps.Keys(fs.backends), netip.Addr.Compare) {

@@ -122,25 +122,13 @@ func Locals(n vip.Network, f Family) []netip.Addr {
 // with our label, or an IPv6 address (those have no label) in the network's
 // subnet that is not its gateway.
 func Addrs(n vip.Network) (map[netip.Addr]bool, error) {
-	lo, err := netlink.LinkByName("lo")
-	if err != nil {
-		return nil, fmt.Errorf("network %s: lo: %w", n.Name, err)
-	}
-	list, err := nl.Dump(func() ([]netlink.Addr, error) { return netlink.AddrList(lo, netlink.FAMILY_ALL) })
+	list, err := nl.LoAddrs(unix.AF_UNSPEC)
 	if err != nil {
 		return nil, fmt.Errorf("network %s: list addresses of lo: %w", n.Name, err)
 	}
 	out := map[netip.Addr]bool{}
 	for _, a := range list {
-		ip, ok := netip.AddrFromSlice(a.IP)
-		if !ok {
-			continue
-		}
-		ip = ip.Unmap()
-		if bits, _ := a.Mask.Size(); bits != ip.BitLen() {
-			continue
-		}
-		if ip.Is4() && a.Label == Label || ip.Is6() && n.Contains(ip) {
+		if ip := a.Addr(); a.IsSingleIP() && (a.Label == Label || ip.Is6() && n.Contains(ip)) {
 			out[ip] = true
 		}
 	}
@@ -161,20 +149,25 @@ func loAddr(a netip.Addr) *netlink.Addr {
 	return out
 }
 
-// AddAddrs makes VIPs local addresses, and returns an error for each. It succeeds
+// AddAddrs makes the VIPs of ops local addresses, those that were not seen to be, and
+// returns an error for each. It succeeds
 // for one that is a local address already. What is there is listed once, and only where
 // one is there already: a look for each VIP would cost by their square.
-func AddAddrs(as []netip.Addr) []error {
-	errs := make([]error, len(as))
+func AddAddrs(ops []vip.SetServer) []error {
+	errs := make([]error, len(ops))
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
-		for i, a := range as {
-			errs[i] = fmt.Errorf("vip %s: lo: %w", a, err)
+		for i, op := range ops {
+			errs[i] = fmt.Errorf("vip %s: lo: %w", op.Want.VIP, err)
 		}
 		return errs
 	}
-	have := sync.OnceValues(func() (map[netip.Addr]bool, error) { return labelled(lo) })
-	for i, a := range as {
+	have := sync.OnceValues(labelled)
+	for i, op := range ops {
+		a := op.Want.VIP
+		if op.Have.Addressed {
+			continue
+		}
 		err := netlink.AddrAdd(lo, loAddr(a))
 		switch {
 		case nl.Exists(err) && a.Is4():
@@ -192,15 +185,15 @@ func AddAddrs(as []netip.Addr) []error {
 }
 
 // labelled lists the IPv4 addresses of lo that have our label.
-func labelled(lo netlink.Link) (map[netip.Addr]bool, error) {
-	list, err := nl.Dump(func() ([]netlink.Addr, error) { return netlink.AddrList(lo, netlink.FAMILY_V4) })
+func labelled() (map[netip.Addr]bool, error) {
+	list, err := nl.LoAddrs(unix.AF_INET)
 	if err != nil {
 		return nil, fmt.Errorf("list addresses of lo: %w", err)
 	}
 	out := map[netip.Addr]bool{}
-	for _, x := range list {
-		if ip, ok := netip.AddrFromSlice(x.IP); ok && x.Label == Label {
-			out[ip.Unmap()] = true
+	for _, a := range list {
+		if a.Label == Label {
+			out[a.Addr()] = true
 		}
 	}
 	return out, nil
