@@ -354,8 +354,14 @@ func (g *Gossip) ping(id string, addr netip.AddrPort, stalledNow bool) {
 	took := time.Since(start)
 	g.stats.pings.Add(1)
 	var silent memberlist.NoPingResponseError
+	accuse := false
 	g.mu.Lock()
-	defer g.mu.Unlock()
+	defer func() {
+		g.mu.Unlock()
+		if accuse {
+			g.wall.accuse(id)
+		}
+	}()
 	m := g.members[id]
 	if m == nil {
 		return
@@ -377,9 +383,8 @@ func (g *Gossip) ping(id string, addr netip.AddrPort, stalledNow bool) {
 			break
 		}
 		m.answers = false
-		if m.fails++; m.fails == g.tune.AccuseAfter && m.up && m.reachable() {
-			g.wall.accuse(id)
-		}
+		m.fails++
+		accuse = m.fails == g.tune.AccuseAfter && m.up && m.reachable()
 		if m.fails >= g.tune.SuspectAfter {
 			if m.suspect = true; m.holding {
 				m.holding = false

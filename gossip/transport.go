@@ -218,12 +218,11 @@ func (t *tracked) relayPackets() {
 	}
 }
 
-// inject hands memberlist a message of this node's own; it is lost where memberlist has
-// too much to do, as a packet would be.
+// inject hands memberlist a message of this node's own.
 func (t *tracked) inject(b []byte) {
 	select {
 	case t.in <- &memberlist.Packet{Buf: b, From: net.UDPAddrFromAddrPort(t.wall.g.addr), Timestamp: time.Now()}:
-	default:
+	case <-t.done:
 	}
 }
 
