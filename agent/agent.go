@@ -426,10 +426,10 @@ func (a *Agent) handler(local bool) http.Handler {
 	})
 	mux.HandleFunc(healthPattern, a.health)
 	mux.HandleFunc("GET /health/{port}", a.health)
-	nodePath, nodeHandler := shoalv1connect.NewNodeHandler(&nodeAPI{a})
+	nodePath, nodeHandler := shoalv1connect.NewNodeHandler(&nodeAPI{a}, peer.CompressLarge())
 	mux.Handle(nodePath, a.routeToNode(nodeHandler))
 	if local {
-		mux.Handle(shoalv1connect.NewLocalHandler(&localAPI{a}))
+		mux.Handle(shoalv1connect.NewLocalHandler(&localAPI{a}, peer.CompressLarge()))
 		// Who may use the socket may look where the agent's time goes.
 		mux.HandleFunc("/debug/pprof/", pprof.Index)
 		mux.HandleFunc("/debug/pprof/profile", pprof.Profile)

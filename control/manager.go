@@ -528,6 +528,6 @@ func rpcError(err error) error {
 // Handler serves the Control service. On a manager that does not lead every call
 // fails with CodeUnavailable.
 func (m *Manager) Handler() http.Handler {
-	_, h := shoalv1connect.NewControlHandler(&service{m}, connect.WithReadMaxBytes(state.MaxCommand), connect.WithInterceptors(peer.Owner{}, known{m}))
+	_, h := shoalv1connect.NewControlHandler(&service{m}, peer.CompressLarge(), connect.WithReadMaxBytes(state.MaxCommand), connect.WithInterceptors(peer.Owner{}, known{m}))
 	return h
 }

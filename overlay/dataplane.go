@@ -40,7 +40,13 @@ type Drop struct {
 type Change struct{ Netns, Table string }
 
 // Target is a Dataplane with [Diff] as a reconcile.Target.
-type Target struct{ Dataplane }
+type Target struct {
+	Dataplane
+	quiet *quiet
+}
+
+// quiet is of what Diff had nothing to say last.
+type quiet struct{ want, have State }
 
 var (
 	_ reconcile.Target[State, State] = Target{}
@@ -49,14 +55,22 @@ var (
 
 // Same implements reconcile.Comparer.
 func (Target) Same(a, b State) bool {
-	return a.Complete == b.Complete && a.UnderlayMTU == b.UnderlayMTU && a.Overhead == b.Overhead &&
-		maps.Equal(a.objects, b.objects) && maps.Equal(a.Owners, b.Owners) && maps.Equal(a.PortOwners, b.PortOwners)
+	return a.Alike(b) && maps.Equal(a.Owners, b.Owners) && maps.Equal(a.PortOwners, b.PortOwners)
 }
 
 // NewTarget makes a Target.
-func NewTarget(d Dataplane) Target { return Target{d} }
+func NewTarget(d Dataplane) Target { return Target{d, &quiet{}} }
 
-// Diff implements reconcile.Target.
-func (Target) Diff(want, have State, now time.Time) ([]reconcile.Op, time.Time) {
-	return Diff(want, have, now)
+// Diff implements reconcile.Target. Between the very two of which it had nothing to say
+// it has nothing to say again; that is each pass in which nothing happened.
+func (t Target) Diff(want, have State, now time.Time) ([]reconcile.Op, time.Time) {
+	q := t.quiet
+	if want.Is(q.want) && have.Is(q.have) {
+		return nil, time.Time{}
+	}
+	ops, next := Diff(want, have, now)
+	if *q = (quiet{}); len(ops) == 0 && next.IsZero() {
+		*q = quiet{want, have}
+	}
+	return ops, next
 }

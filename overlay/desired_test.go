@@ -271,3 +271,28 @@ func TestAway(t *testing.T) {
 	has(t, kernel(v), true, "route "+addr, spec.RouterAddr(v.Peers[2].Number).String())
 	has(t, kernel(v), false, "route "+addr, spec.RouterAddr(v.Peers[1].Number).String())
 }
+
+// TestTargetDiff: a Target has nothing to say again of what it had nothing to say of, and
+// of nothing else.
+func TestTargetDiff(t *testing.T) {
+	target := overlay.NewTarget(nil)
+	want := overlay.State{Complete: true}
+	want.Add(overlay.Addr{Netns: "a", Dev: "lo", Prefix: netip.MustParsePrefix("10.0.0.1/32")})
+	have := want.Clone()
+	said := func(want, have overlay.State) int {
+		ops, _ := target.Diff(want, have, time.Time{})
+		return len(ops)
+	}
+	less := have.Clone()
+	less.Remove(want.Objects()[0].Key())
+	more := want.Clone()
+	more.Add(overlay.Addr{Netns: "a", Dev: "lo", Prefix: netip.MustParsePrefix("10.0.0.2/32")})
+	for i, c := range []struct {
+		want, have overlay.State
+		ops        int
+	}{{want, less, 1}, {want, have, 0}, {want, have, 0}, {want, less, 1}, {want, less, 1}, {want, have, 0}, {more, have, 1}, {want, more, 1}, {want, have, 0}, {overlay.State{Complete: true}, have, 1}} {
+		if n := said(c.want, c.have); n != c.ops {
+			t.Errorf("%d: %d operations, want %d", i, n, c.ops)
+		}
+	}
+}

@@ -3,6 +3,7 @@ package overlay
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"net/netip"
 	"reflect"
 	"slices"
@@ -621,7 +622,14 @@ func (s State) Get(key any) Object { return s.objects[key] }
 
 // Is tells whether two are one set of objects, not only alike.
 func (s State) Is(o State) bool {
-	return reflect.ValueOf(s.objects).UnsafePointer() == reflect.ValueOf(o.objects).UnsafePointer()
+	return s.plain() == o.plain() && reflect.ValueOf(s.objects).UnsafePointer() == reflect.ValueOf(o.objects).UnsafePointer()
+}
+
+func (s State) plain() [3]any { return [3]any{s.Complete, s.UnderlayMTU, s.Overhead} }
+
+// Alike tells whether two say the same of the kernel.
+func (s State) Alike(o State) bool {
+	return s.plain() == o.plain() && maps.Equal(s.objects, o.objects)
 }
 
 // Len is the number of objects.

@@ -275,3 +275,7 @@ func verifyDigest(cs tls.ConnectionState, digest string) (Subject, error) {
 	}
 	return s, &WrongClusterError{Cluster: s.Cluster}
 }
+
+// CompressLarge has answers compressed that gain by it. Setting up a compressor costs
+// more than most calls, whose answers fit a packet as they are.
+func CompressLarge() connect.HandlerOption { return connect.WithCompressMinBytes(1 << 10) }

@@ -384,3 +384,62 @@ func lacking(a, b string) (out []string) {
 	}
 	return out
 }
+
+// TestNothingNew: what was read of a kernel in which nothing happened is what it was, and
+// whatever happens there makes it another.
+func TestNothingNew(t *testing.T) {
+	needKernel(t)
+	m := machines(t, 1)[0]
+	w := world{m}
+	v := w.View()
+	for _, s := range v.Sandboxes {
+		w.AddSandbox(s.Netns)
+	}
+	want := overlay.Desired(v)
+	d := w.Dataplane()
+	overlaytest.Converge(t, d, want)
+	look := func() overlay.State {
+		t.Helper()
+		have, err := d.Observe(t.Context(), want)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return have
+	}
+	// The kernel tells of some things later, such as of IPv6 addresses.
+	settled := func() (have overlay.State) {
+		t.Helper()
+		for end := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+			if was := have; look().Is(was) {
+				return was
+			}
+			if have = look(); time.Now().After(end) {
+				t.Fatal("always another, though nothing happens")
+			}
+		}
+	}
+	have := settled()
+	if ops, _ := overlay.Diff(want, have, time.Now()); len(ops) > 0 {
+		t.Fatalf("left to do: %v", ops)
+	}
+	var ovns, task string
+	for _, o := range want.Objects() {
+		if p, ok := o.(overlay.Port); ok {
+			ovns, task = p.Netns, p.TaskNetns
+		}
+	}
+	for _, line := range []string{
+		"ip -n " + ovns + " addr add 10.99.0.1/32 dev lo",
+		"ip netns exec " + ovns + " sysctl -q -w net.ipv4.conf.all.rp_filter=2", // of which there is no notice
+		"ip netns exec " + m.ns + " sysctl -q -w net.ipv4.ip_forward=0",
+		"ip -n " + task + " link set lo down",
+		"ip netns del " + ovns,
+	} {
+		run(t, "%s", line)
+		if now := look(); now.Is(have) || now.Alike(have) {
+			t.Errorf("%s: nothing new", line)
+		}
+		overlaytest.Converge(t, d, want)
+		have = settled()
+	}
+}

@@ -71,27 +71,37 @@ func (w *wants) has(key any) bool {
 	return slices.ContainsFunc(w.objects, func(o overlay.Object) bool { return o.Key() == key })
 }
 
-// Observe implements overlay.Dataplane.
+// seen is what the last Observe made of what it read.
+type seen struct {
+	want, have overlay.State
+	rest       overlay.State // of have, what is looked at each time
+}
+
+// Observe implements overlay.Dataplane. Where nothing was read anew, what it returns is
+// what it returned last (see [overlay.State.Is]).
 func (d *Dataplane) Observe(ctx context.Context, want overlay.State) (overlay.State, error) {
 	d.hangUp()
-	var have overlay.State
+	last := d.seen
+	d.seen = nil
+	anew := last == nil || !want.Is(last.want)
 	places := d.group(want)
 	snaps := map[string]*snap{}
 	now := time.Now()
 	for ns, w := range places {
 		if err := ctx.Err(); err != nil {
-			return have, err
+			return overlay.State{}, err
 		}
 		p, err := d.read(w, now)
 		switch {
 		case ns != "" && errors.Is(err, fs.ErrNotExist):
 			d.forgetPlace(ns)
+			anew = true
 			continue // absent, and so is all that would be in it
 		case err != nil:
 			d.forgetPlace(ns)
-			return have, err
+			return overlay.State{}, err
 		}
-		d.report(&have, w, p)
+		anew = anew || p.fresh || ns != "" && !p.knows(w)
 		snaps[ns] = &p.snap
 	}
 	for ns := range d.places {
@@ -99,11 +109,30 @@ func (d *Dataplane) Observe(ctx context.Context, want overlay.State) (overlay.St
 			d.forgetPlace(ns)
 		}
 	}
-	d.observeDevices(&have, want, snaps)
-	if err := d.observeHost(&have, want, d.places[""]); err != nil {
-		return have, err
+	host := d.places[""]
+	var rest overlay.State
+	d.tell(&rest, places[""], host)
+	host.told.of = places[""]
+	if err := d.observeHost(&rest, want, host); err != nil {
+		return overlay.State{}, err
 	}
-	return have, d.observeUnwanted(&have, places)
+	if err := d.observeUnwanted(&rest, places); err != nil {
+		return overlay.State{}, err
+	}
+	if !anew && rest.Alike(last.rest) {
+		d.seen = last
+		return last.have, nil
+	}
+	have := overlay.State{UnderlayMTU: rest.UnderlayMTU}
+	for ns, w := range places {
+		if p := d.places[ns]; ns != "" && p != nil {
+			d.report(&have, w, p)
+		}
+	}
+	d.observeDevices(&have, want, snaps)
+	rest.Each(have.Add)
+	d.seen = &seen{want, have, rest}
+	return have, nil
 }
 
 // group sorts what is wanted by namespaces. Of one of which the same is wanted as
@@ -141,10 +170,13 @@ func (d *Dataplane) group(want overlay.State) map[string]*wants {
 	return places
 }
 
-// report adds what was read of one namespace, all but its devices: as it was told last
-// where neither that nor what is wanted has changed.
+// knows tells whether what was told last of a namespace of Shoal's stands.
+func (p *place) knows(w *wants) bool { return !p.fresh && p.told.of == w && len(p.lacking) == 0 }
+
+// report adds what was read of a namespace of Shoal's, all but its devices: as it was told
+// last where neither that nor what is wanted has changed.
 func (d *Dataplane) report(have *overlay.State, w *wants, p *place) {
-	if p.fresh || p.told.of != w || len(p.lacking) > 0 || w.network == "" && w.task == "" {
+	if !p.knows(w) {
 		var s overlay.State
 		d.tell(&s, w, p)
 		p.told.of, p.told.objects = w, p.told.objects[:0]

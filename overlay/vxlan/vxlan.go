@@ -81,6 +81,7 @@ type Dataplane struct {
 		want   overlay.State
 		places map[string]*wants
 	}
+	seen *seen // nil: nothing, or an error
 	// routed is what the host's table was last seen to say (see forwarding):
 	// only for the case that someone flushes all nftables rules.
 	routed *[]string
@@ -110,6 +111,7 @@ func (d *Dataplane) Close() {
 		d.forgetPlace(ns)
 	}
 	clear(d.unwanted)
+	d.seen = nil
 }
 
 // hangUp closes the sockets that the last Apply calls left open.
