@@ -99,6 +99,8 @@ type member struct {
 	publishMu sync.Mutex  // orders SetEndpoints
 	said      atomic.Bool // gossip was told of all that runs here
 
+	renewal *renewal // certLoop's; nil: none is under way
+
 	saveMu sync.Mutex // one writer of each file at a time
 	kept   kept
 

@@ -145,12 +145,9 @@ func (m *member) standing(id string) (role string, index uint64) {
 func (m *member) takeNodes(a *assignment) {
 	m.nodes.Store(listOf(a))
 	if a.Trust != nil && len(a.Trust.Roots) > 0 {
-		changed, err := m.creds.SetRoots(a.Trust.Roots)
-		if err == nil && changed {
-			err = m.creds.Save(peer.Path(m.cfg.DataDir))
-		}
-		if err != nil {
-			m.log.Error("the cluster's roots can't be kept", "error", err)
+		// They are saved by certLoop.
+		if _, err := m.creds.SetRoots(a.Trust.Roots); err != nil {
+			m.log.Error("the cluster's roots can't be taken", "error", err)
 		}
 	}
 	m.peer.Recheck()
@@ -222,10 +219,12 @@ func (m *member) mindCertificate() error {
 		}
 	}
 	info, _ := m.creds.Info()
+	var err error
 	if info.Role != want || signs != "" && info.Root != signs || m.creds.Due() {
-		if err := m.renew(info.Role != want); err != nil {
-			return err
-		}
+		err = m.renew(info.Role != want)
+	}
+	if err := errors.Join(err, m.settleCertificate()); err != nil {
+		return err
 	}
 	if err := m.keepLock(); err != nil {
 		return err
@@ -236,7 +235,13 @@ func (m *member) mindCertificate() error {
 	return nil
 }
 
-// renew asks the managers for another certificate.
+// renewal is a certificate that is shown from now on, and what is left to be done for it.
+type renewal struct {
+	lock      *shoalv1.Lock // as it came with the certificate
+	otherRole bool          // connections of before show another role
+}
+
+// renew asks the managers for another certificate, and shows it.
 func (m *member) renew(otherRole bool) error {
 	ctx, cancel := context.WithTimeout(m.ctx, certTimeout)
 	defer cancel()
@@ -247,19 +252,34 @@ func (m *member) renew(otherRole bool) error {
 	if err := m.creds.Set(resp.Msg.Certificate.GetChain(), resp.Msg.Certificate.GetRoots()); err != nil {
 		return fmt.Errorf("renew this node's certificate: the managers' answer: %w", err)
 	}
-	if err := m.creds.Save(peer.Path(m.cfg.DataDir)); err != nil {
+	m.renewal = &renewal{resp.Msg.Lock, otherRole || m.renewal != nil && m.renewal.otherRole}
+	return nil
+}
+
+// settleCertificate does what is left to be done for the certificate and the roots that
+// this node shows and trusts: again, for as long as the disk refuses it.
+func (m *member) settleCertificate() error {
+	r := m.renewal
+	if r != nil && r.otherRole {
+		// Others know this node by the old one on the connections that it made.
+		m.peer.Redial()
+		r.otherRole = false
+	}
+	if m.creds.Unsaved() {
+		if err := m.creds.Save(peer.Path(m.cfg.DataDir)); err != nil {
+			return err
+		}
+	}
+	if r == nil {
+		return nil
+	}
+	if err := m.takeLock(r.lock); err != nil {
 		return err
 	}
-	if err := m.takeLock(resp.Msg.Lock); err != nil {
-		return err
-	}
+	m.renewal = nil
 	wake(m.reportWake)
 	info, _ := m.creds.Info()
 	m.log.Info("this node has another certificate", "role", info.Role, "until", info.Until.UTC().Format(time.RFC3339), "ca", info.Root)
-	if otherRole {
-		// Others know this node by the old one on the connections that it made.
-		m.peer.Redial()
-	}
 	return nil
 }
 

@@ -3,6 +3,7 @@ package integration
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -420,4 +421,86 @@ func TestAutolock(t *testing.T) {
 	unlock("node3", key, "wrong")
 	unlock("node3", rotated, "")
 	s.ok("node3", "shoal net ls")
+}
+
+// TestPromotedWithAFullDisk: a node whose disk is full while it is made a manager becomes
+// one when there is room again: with its certificate kept, with a lock, and shown to the
+// others as what it is. It went on as a worker for them, and waited for ever.
+func TestPromotedWithAFullDisk(t *testing.T) {
+	onlyNative(t)
+	t.Parallel()
+	s := own(t, "itfull", lab.Options{Nodes: 2, NoInit: true})
+	s.ok("node1", "shoal init --autolock --advertise-addr 172.30.0.1")
+	data := s.dataDir("node2")
+	if err := s.KillAgent("node2"); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.MkdirAll(data, 0o700), syscall.Mount("tmpfs", data, "tmpfs", 0, "size=64m")); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(data, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := s.Start(t.Context(), "node2"); err != nil {
+		t.Fatal(err)
+	}
+	s.ok("node2", "shoal join --token %s --advertise-addr 172.30.0.2 172.30.0.1", s.ok("node1", "shoal token show -q worker"))
+
+	ballast := filepath.Join(data, "ballast")
+	f, err := os.Create(ballast)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for size := 1 << 20; size > 0; {
+		if _, err := f.Write(make([]byte, size)); err != nil {
+			size /= 4
+		}
+	}
+	f.Close()
+	promoted := make(chan result, 1)
+	go func() { promoted <- s.on("node1", "shoal", "node", "promote", "node2") }()
+	s.eventually(slow(30*time.Second), func() error {
+		if r := s.on("node2", "shoal", "doctor"); r.code == 0 || !strings.Contains(r.out, "no space left on device") || !strings.Contains(r.out, "certificate") {
+			return fmt.Errorf("doctor: %d %s", r.code, r.out)
+		}
+		return nil
+	})
+	s.eventually(slow(30*time.Second), func() error {
+		b, err := os.ReadFile(filepath.Join(filepath.Dir(data), "agent.log"))
+		if n := strings.Count(string(b), "can't be brought up to date"); err != nil || n < 2 {
+			return fmt.Errorf("tried %d times: %v", n, err)
+		}
+		return nil
+	})
+	if _, err := os.Stat(filepath.Join(data, "raft", "log.db")); err == nil {
+		t.Error("it has a managers' log before it has a certificate for that")
+	}
+	if err := os.Remove(ballast); err != nil {
+		t.Fatal(err)
+	}
+	s.eventually(slow(60*time.Second), func() error {
+		if r := s.on("node2", "shoal", "doctor"); r.code != 0 {
+			return fmt.Errorf("doctor: %d %s", r.code, r.out)
+		}
+		if out := s.ok("node2", "shoal info -o json"); !strings.Contains(out, `"role": "manager"`) {
+			return fmt.Errorf("%s", out)
+		}
+		return nil
+	})
+	if r := <-promoted; r.code != 0 {
+		t.Logf("node promote: %d %s", r.code, r.err) // it waits for as long as it says
+	}
+	creds, err := peer.Load(peer.Path(data))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if info, _ := creds.Info(); info.Role != "manager" {
+		t.Errorf("the certificate that is kept is a %s's", info.Role)
+	}
+	if _, err := os.Stat(filepath.Join(data, "lock.json")); err != nil {
+		t.Errorf("no lock, though all managers have one: %v", err)
+	}
+	s.ok("node2", "shoal net create made-there")
 }

@@ -30,6 +30,9 @@ type Credentials struct {
 	roots []*x509.Certificate
 	since time.Time // when the certificate was set, with the monotonic clock
 	renew float64   // when to renew, as a part of its life; see RenewAt
+	// How often something was set, and how often it had been when it was last read or
+	// saved.
+	sets, saved uint64
 }
 
 // NewCredentials makes a key for a node that is about to get a certificate.
@@ -82,6 +85,7 @@ func Load(path string) (*Credentials, error) {
 	if err := c.Set(chain, roots); err != nil {
 		return nil, damaged(path, err)
 	}
+	c.saved = c.sets
 	return c, nil
 }
 
@@ -100,6 +104,7 @@ func (c *Credentials) Save(path string) error {
 	}
 	out := pem.EncodeToMemory(&pem.Block{Type: pemKey, Bytes: der})
 	c.mu.Lock()
+	sets := c.sets
 	for _, b := range c.chain {
 		out = append(out, pem.EncodeToMemory(&pem.Block{Type: pemCert, Bytes: b})...)
 	}
@@ -110,7 +115,17 @@ func (c *Credentials) Save(path string) error {
 	if err := durable.WriteTwice(path, out); err != nil {
 		return fmt.Errorf("the node's certificate: %w", err)
 	}
+	c.mu.Lock()
+	c.saved = max(c.saved, sets)
+	c.mu.Unlock()
 	return nil
+}
+
+// Unsaved tells whether something was set that no Save has kept yet.
+func (c *Credentials) Unsaved() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.sets != c.saved
 }
 
 // Set takes a certificate for the node's key (first, then what else to show with
@@ -143,6 +158,7 @@ func (c *Credentials) Set(chain, roots [][]byte) error {
 		c.since, c.renew = time.Now(), RenewAt(rand.Float64())
 	}
 	c.chain, c.leaf, c.roots = slices.Clone(chain), leaf, rs
+	c.sets++
 	return nil
 }
 
