@@ -99,7 +99,9 @@ type member struct {
 	publishMu sync.Mutex  // orders SetEndpoints
 	said      atomic.Bool // gossip was told of all that runs here
 
-	renewal *renewal // certLoop's; nil: none is under way
+	// certLoop's.
+	renewal  *renewal // nil: none is under way
+	leftover bool     // what it had as a manager is to be removed still
 
 	saveMu sync.Mutex // one writer of each file at a time
 	kept   kept

@@ -11,6 +11,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"connectrpc.com/connect"
@@ -213,15 +214,16 @@ func (m *member) mindCertificate() error {
 			signs = a.Trust.Signs
 		}
 	}
-	if want == spec.RoleWorker && role == spec.RoleManager {
-		if err := m.setRole(want); err != nil {
-			return err
-		}
+	var err error
+	switch {
+	case want == spec.RoleWorker && role == spec.RoleManager:
+		err = m.setRole(want)
+	case want == spec.RoleWorker && m.leftover:
+		err = m.giveUp()
 	}
 	info, _ := m.creds.Info()
-	var err error
 	if info.Role != want || signs != "" && info.Root != signs || m.creds.Due() {
-		err = m.renew(info.Role != want)
+		err = errors.Join(err, m.renew(info.Role != want))
 	}
 	if err := errors.Join(err, m.settleCertificate()); err != nil {
 		return err
@@ -291,13 +293,25 @@ func (m *member) setRole(role string) error {
 	name, number := m.ident.Name, m.ident.Number
 	m.mu.Unlock()
 	m.saveIdentity()
+	var err error
 	if role == spec.RoleManager {
+		m.leftover = false
 		m.keepManager()
-	} else if err := m.stopManager(); err != nil {
-		m.log.Error("the managers' log of before can't be removed", "error", err)
+	} else {
+		err = m.giveUp()
 	}
 	m.g.SetMeta(name, number, role)
 	wake(m.reportWake)
+	return err
+}
+
+// giveUp ends this node's part among the managers, and removes what it had for it: again,
+// for as long as the disk refuses that.
+func (m *member) giveUp() error {
+	err := m.stopManager()
+	if m.leftover = err != nil; m.leftover {
+		return fmt.Errorf("the managers' log of before can't be removed: %w", err)
+	}
 	return nil
 }
 
@@ -397,7 +411,7 @@ func certificateFindings(info peer.Info, role string, failed error, now time.Tim
 		out = append(out, finding{"warn", fmt.Sprintf("the certificate ends soon, at %s", until), retry})
 	}
 	if failed != nil {
-		out = append(out, finding{"warn", "the certificate or the role can't be brought up to date: " + failed.Error(), retry})
+		out = append(out, finding{"warn", "the certificate or the role can't be brought up to date: " + strings.ReplaceAll(failed.Error(), "\n", "; "), retry})
 	} else if info.Role != role {
 		out = append(out, finding{"warn", fmt.Sprintf("the certificate is a %s's, and this node is a %s", info.Role, role), retry})
 	}

@@ -503,4 +503,30 @@ func TestPromotedWithAFullDisk(t *testing.T) {
 		t.Errorf("no lock, though all managers have one: %v", err)
 	}
 	s.ok("node2", "shoal net create made-there")
+
+	// And the other way: what it had as a manager goes once the disk lets it.
+	store := filepath.Join(data, "raft")
+	stuck := filepath.Join(store, "stuck")
+	if err := errors.Join(os.Mkdir(stuck, 0o700), syscall.Mount("tmpfs", stuck, "tmpfs", 0, "")); err != nil {
+		t.Fatal(err)
+	}
+	s.ok("node1", "shoal node demote node2")
+	s.eventually(slow(30*time.Second), func() error {
+		if r := s.on("node2", "shoal", "doctor"); !strings.Contains(r.out, "the managers' log of before can't be removed") {
+			return fmt.Errorf("doctor: %d %s", r.code, r.out)
+		}
+		return nil
+	})
+	if err := syscall.Unmount(stuck, 0); err != nil {
+		t.Fatal(err)
+	}
+	s.eventually(slow(60*time.Second), func() error {
+		if _, err := os.Stat(store); !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("%s: %v", store, err)
+		}
+		if r := s.on("node2", "shoal", "doctor"); r.code != 0 {
+			return fmt.Errorf("doctor: %d %s", r.code, r.out)
+		}
+		return nil
+	})
 }
