@@ -257,8 +257,8 @@ func TestAccusedByOne(t *testing.T) {
 			}
 		}
 	}
-	if got := n.Stats().Accused; got != 1 {
-		t.Errorf("accused %d times", got)
+	if got := n.Stats().Accused; got > 2 { // one may be of a moment without a processor
+		t.Errorf("accused %d times in five seconds", got)
 	}
 	c.net.Heal()
 	c.eventually(5*time.Second, "all well", c.agreed)
