@@ -228,7 +228,7 @@ func (p *Peer) NodesBy(find func(id string) (addr string, err error)) *http.Clie
 type WrongClusterError struct{ Addr, Cluster string }
 
 func (e *WrongClusterError) Error() string {
-	return fmt.Sprintf("the join token is of another cluster than %s, which is of cluster %s: run 'shoal token show' on a manager there", e.Addr, e.Cluster)
+	return fmt.Sprintf("the join token is of another cluster than %s, which is of cluster %s, or of before 'shoal ca rotate' there: run 'shoal token show' on a manager there", e.Addr, e.Cluster)
 }
 
 // Joiner calls the manager at addr on behalf of a node without a certificate. It
