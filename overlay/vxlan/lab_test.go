@@ -268,19 +268,25 @@ func TestKernelConforms(t *testing.T) {
 	})
 }
 
-// TestCorrupted: what is changed by hand rather than deleted is as it was after
-// one pass, and so is what the kernel has on our account.
-func TestCorrupted(t *testing.T) {
-	needKernel(t)
-	m := machines(t, 1)[0]
+// converged gives a machine all that its View asks for, by a Dataplane of its own.
+func converged(t *testing.T, m *machine) (*machine, *Dataplane, overlay.State) {
+	t.Helper()
 	w := world{m}
 	v := w.View()
 	for _, s := range v.Sandboxes {
 		w.AddSandbox(s.Netns)
 	}
-	want := overlay.Desired(v)
-	d := w.Dataplane()
+	want, d := overlay.Desired(v), m.dataplane()
+	t.Cleanup(d.Close)
 	overlaytest.Converge(t, d, want)
+	return m, d, want
+}
+
+// TestCorrupted: what is changed by hand rather than deleted is as it was after
+// one pass, and so is what the kernel has on our account.
+func TestCorrupted(t *testing.T) {
+	needKernel(t)
+	m, d, want := converged(t, machines(t, 1)[0])
 	var (
 		ovns, task, host, eth, port, out string
 		remote                           overlay.Route
@@ -389,15 +395,7 @@ func lacking(a, b string) (out []string) {
 // whatever happens there makes it another.
 func TestNothingNew(t *testing.T) {
 	needKernel(t)
-	m := machines(t, 1)[0]
-	w := world{m}
-	v := w.View()
-	for _, s := range v.Sandboxes {
-		w.AddSandbox(s.Netns)
-	}
-	want := overlay.Desired(v)
-	d := w.Dataplane()
-	overlaytest.Converge(t, d, want)
+	m, d, want := converged(t, machines(t, 1)[0])
 	look := func() overlay.State {
 		t.Helper()
 		have, err := d.Observe(t.Context(), want)

@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"github.com/shoalnet/shoal/overlay"
-	"github.com/shoalnet/shoal/overlay/overlaytest"
 )
 
 // mutation is one thing that somebody may do in a namespace; DEV stands for one of
@@ -97,15 +96,7 @@ func TestMutations(t *testing.T) {
 	rng := rand.New(rand.NewPCG(seed, 0))
 	m := machines(t, 1)[0]
 	m.v6 = true
-	w := world{m}
-	v := w.View()
-	for _, s := range v.Sandboxes {
-		w.AddSandbox(s.Netns)
-	}
-	want := overlay.Desired(v)
-	d := m.dataplane()
-	t.Cleanup(d.Close)
-	overlaytest.Converge(t, d, want)
+	_, d, want := converged(t, m)
 	kinds := map[bool][]string{} // ovns or not: namespaces
 	for _, o := range want.Objects() {
 		switch o := o.(type) {
