@@ -100,8 +100,8 @@ type member struct {
 	said      atomic.Bool // gossip was told of all that runs here
 
 	// certLoop's.
-	renewal  *renewal // nil: none is under way
-	leftover bool     // what it had as a manager is to be removed still
+	renewed  *shoalv1.RenewCertificateResponse // by what the managers said; nil: that is done with
+	leftover bool                              // what it had as a manager is to be removed still
 
 	saveMu sync.Mutex // one writer of each file at a time
 	kept   kept

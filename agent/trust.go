@@ -147,7 +147,7 @@ func (m *member) takeNodes(a *assignment) {
 	m.nodes.Store(listOf(a))
 	if a.Trust != nil && len(a.Trust.Roots) > 0 {
 		// They are saved by certLoop.
-		if _, err := m.creds.SetRoots(a.Trust.Roots); err != nil {
+		if err := m.creds.SetRoots(a.Trust.Roots); err != nil {
 			m.log.Error("the cluster's roots can't be taken", "error", err)
 		}
 	}
@@ -237,12 +237,6 @@ func (m *member) mindCertificate() error {
 	return nil
 }
 
-// renewal is a certificate that is shown from now on, and what is left to be done for it.
-type renewal struct {
-	lock      *shoalv1.Lock // as it came with the certificate
-	otherRole bool          // connections of before show another role
-}
-
 // renew asks the managers for another certificate, and shows it.
 func (m *member) renew(otherRole bool) error {
 	ctx, cancel := context.WithTimeout(m.ctx, certTimeout)
@@ -254,31 +248,29 @@ func (m *member) renew(otherRole bool) error {
 	if err := m.creds.Set(resp.Msg.Certificate.GetChain(), resp.Msg.Certificate.GetRoots()); err != nil {
 		return fmt.Errorf("renew this node's certificate: the managers' answer: %w", err)
 	}
-	m.renewal = &renewal{resp.Msg.Lock, otherRole || m.renewal != nil && m.renewal.otherRole}
+	if otherRole {
+		// Others know this node by the old one on the connections that it made.
+		m.peer.Redial()
+	}
+	m.renewed = resp.Msg
 	return nil
 }
 
 // settleCertificate does what is left to be done for the certificate and the roots that
 // this node shows and trusts: again, for as long as the disk refuses it.
 func (m *member) settleCertificate() error {
-	r := m.renewal
-	if r != nil && r.otherRole {
-		// Others know this node by the old one on the connections that it made.
-		m.peer.Redial()
-		r.otherRole = false
-	}
 	if m.creds.Unsaved() {
 		if err := m.creds.Save(peer.Path(m.cfg.DataDir)); err != nil {
 			return err
 		}
 	}
-	if r == nil {
+	if m.renewed == nil {
 		return nil
 	}
-	if err := m.takeLock(r.lock); err != nil {
+	if err := m.takeLock(m.renewed.Lock); err != nil {
 		return err
 	}
-	m.renewal = nil
+	m.renewed = nil
 	wake(m.reportWake)
 	info, _ := m.creds.Info()
 	m.log.Info("this node has another certificate", "role", info.Role, "until", info.Until.UTC().Format(time.RFC3339), "ca", info.Root)

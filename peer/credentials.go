@@ -162,15 +162,15 @@ func (c *Credentials) Set(chain, roots [][]byte) error {
 	return nil
 }
 
-// SetRoots takes other roots to trust; it tells whether that changed anything.
-func (c *Credentials) SetRoots(roots [][]byte) (bool, error) {
+// SetRoots takes other roots to trust, if they are others.
+func (c *Credentials) SetRoots(roots [][]byte) error {
 	c.mu.Lock()
 	chain, have := c.chain, c.roots
 	c.mu.Unlock()
 	if slices.EqualFunc(have, roots, func(r *x509.Certificate, b []byte) bool { return slices.Equal(r.Raw, b) }) {
-		return false, nil
+		return nil
 	}
-	return true, c.Set(chain, roots)
+	return c.Set(chain, roots)
 }
 
 // RenewAt is the part of a certificate's life after which it is renewed, for a
