@@ -61,8 +61,7 @@ func (Target) Same(a, b State) bool {
 		// Whose an address is matters to servers that are to go. After a clean pass there
 		// is none but those that wait for Orphans, and of an incomplete want all stay.
 		claims := !a.Complete || len(x.Orphans) > 0 || len(y.Orphans) > 0
-		return x.ID == y.ID && x.Name == y.Name && x.Namespace == y.Namespace && x.Absent == y.Absent && x.Fault == y.Fault &&
-			slices.Equal(x.Subnets, y.Subnets) && slices.Equal(x.Gateways, y.Gateways) && slices.Equal(x.Locals, y.Locals) &&
+		return x.Is(y) && x.Absent == y.Absent && x.Fault == y.Fault && slices.Equal(x.Locals, y.Locals) &&
 			slices.Equal(x.Orphans, y.Orphans) && (!claims || slices.Equal(x.Claimed, y.Claimed)) &&
 			slices.EqualFunc(x.Servers, y.Servers, Server.same)
 	})

@@ -121,6 +121,11 @@ func (n Network) Server(vip netip.Addr) (Server, bool) {
 	return n.Servers[i], true
 }
 
+// Is tells whether two are one network: what is wanted, or found, of it may differ.
+func (n Network) Is(o Network) bool {
+	return n.ID == o.ID && n.Name == o.Name && n.Namespace == o.Namespace && slices.Equal(n.Subnets, o.Subnets) && slices.Equal(n.Gateways, o.Gateways)
+}
+
 // header is n without its servers, which is what operations carry along.
 func (n Network) header() Network {
 	n.Servers, n.Orphans, n.Claimed = nil, nil, nil

@@ -160,14 +160,12 @@ func diffNetwork(w, h Network, complete bool) []reconcile.Op {
 		ops = append(ops, SetNetwork{Want: hdr})
 	}
 	var last []reconcile.Op
-	stuck := map[netip.Addr]bool{} // VIPs that are not wanted, and stay for now
 	for _, s := range h.Servers {
 		if _, ok := w.Server(s.VIP); ok {
 			continue
 		}
 		if !complete {
-			stuck[s.VIP] = true
-			continue
+			continue // it stays for now
 		}
 		d := Server{VIP: s.VIP, Name: "removed", Backends: stay(s.Backends, w.Orphans)}
 		m, ok := w.MarkOf(s.VIP)
@@ -187,14 +185,13 @@ func diffNetwork(w, h Network, complete bool) []reconcile.Op {
 		hs, ok := h.Server(s.VIP)
 		if !ok {
 			hs = Server{VIP: s.VIP}
-		} else if !complete {
-			s.Backends = slices.DeleteFunc(keep(s.Backends, hs.Backends), func(b Backend) bool {
-				_, vip := w.Server(b.Addr) // was given to a service: no endpoint has it any more
-				return vip
-			})
 		}
-		if len(stuck) > 0 {
-			s.Backends = slices.DeleteFunc(slices.Clone(s.Backends), func(b Backend) bool { return stuck[b.Addr] })
+		if !complete {
+			s.Backends = slices.DeleteFunc(keep(s.Backends, hs.Backends), func(b Backend) bool {
+				_, was := h.Server(b.Addr)
+				_, is := w.Server(b.Addr)
+				return was || is // what is a VIP here can't be reached as an endpoint
+			})
 		}
 		if !ok || !matches(s, hs) {
 			ops = append(ops, SetServer{Network: hdr, Want: s, Have: hs})

@@ -145,16 +145,8 @@ type Dataplane struct {
 // reading is what was last read of a namespace, and of what.
 type reading struct {
 	stamp nl.Stamp
-	due   time.Time // when it is read again, noticed or not
-	want  vip.Network
+	due   time.Time   // when it is read again, noticed or not
 	have  vip.Network // without what its sysctls say
-}
-
-// of tells whether what was read stands for w too: what a network is, not what is wanted
-// of it, says where to look and what of that is ours.
-func (r *reading) of(w vip.Network) bool {
-	o := r.want
-	return o.ID == w.ID && o.Name == w.Name && o.Namespace == w.Namespace && slices.Equal(o.Subnets, w.Subnets) && slices.Equal(o.Gateways, w.Gateways)
 }
 
 // sweepPeriod is how long what was read counts without a notice.
@@ -209,13 +201,13 @@ func (d *Dataplane) observe(w vip.Network, now time.Time) (vip.Network, error) {
 			fault = kern.IdleFault()
 		}
 	}
-	fresh := ok && r != nil && now.Before(r.due) && stamp.Since(r.stamp)&(nl.Links|nl.Addrs|nl.VIPs) == 0 && !stamp.Table(r.stamp) && r.of(w)
+	fresh := ok && r != nil && now.Before(r.due) && stamp.Since(r.stamp)&(nl.Links|nl.Addrs|nl.VIPs) == 0 && !stamp.Table(r.stamp) && r.have.Is(w)
 	err := nl.Do(w.Namespace, func() error {
 		sysctls()
 		if fresh {
 			return nil
 		}
-		r = &reading{stamp: stamp, due: now.Add(sweepPeriod + rand.N(sweepPeriod/2)), want: w,
+		r = &reading{stamp: stamp, due: now.Add(sweepPeriod + rand.N(sweepPeriod/2)),
 			have: vip.Network{ID: w.ID, Name: w.Name, Namespace: w.Namespace, Subnets: w.Subnets, Gateways: w.Gateways}}
 		return observe(w, &r.have)
 	})

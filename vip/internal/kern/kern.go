@@ -150,9 +150,9 @@ func loAddr(a netip.Addr) *netlink.Addr {
 }
 
 // AddAddrs makes the VIPs of ops local addresses, those that were not seen to be, and
-// returns an error for each. It succeeds
-// for one that is a local address already. What is there is listed once, and only where
-// one is there already: a look for each VIP would cost by their square.
+// returns an error for each. It succeeds for one that is a local address already. What
+// is there is listed once, and only where one is there already: a look for each VIP
+// would cost by their square.
 func AddAddrs(ops []vip.SetServer) []error {
 	errs := make([]error, len(ops))
 	lo, err := netlink.LinkByName("lo")
@@ -168,8 +168,7 @@ func AddAddrs(ops []vip.SetServer) []error {
 		if op.Have.Addressed {
 			continue
 		}
-		err := netlink.AddrAdd(lo, loAddr(a))
-		switch {
+		switch err := netlink.AddrAdd(lo, loAddr(a)); {
 		case nl.Exists(err) && a.Is4():
 			ours, err := have()
 			if err != nil {
