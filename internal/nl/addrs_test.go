@@ -2,25 +2,15 @@ package nl
 
 import (
 	"net/netip"
-	"os"
 	"os/exec"
 	"slices"
 	"testing"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/shoalnet/shoal/spec"
 )
 
 func TestLoAddrs(t *testing.T) {
-	if os.Getuid() != 0 {
-		t.Skip("needs root")
-	}
-	ns := "t-" + spec.NewID()
-	if err := Create(ns); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = Remove(ns) })
+	ns := testSpace(t)
 	for _, line := range []string{
 		"ip link set lo up",
 		"ip link add d0 type bridge", "ip addr add 192.0.2.1/24 dev d0", // of another device

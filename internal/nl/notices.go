@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math/bits"
 	"os"
 	"runtime"
 	"slices"
@@ -385,32 +386,32 @@ func nsid(oob []byte) int32 {
 }
 
 func (n *Notices) routeNotice(sp *space, typ uint16, body []byte) {
-	k := -1
+	var k Kind
 	switch typ {
 	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
-		k = 0
+		k = Links
 	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
-		k = 1
+		k = Addrs
 	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
-		k = 2
+		k = Routes
 	case unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH:
-		k = 3
+		k = Neighs
 	case unix.RTM_NEWRULE, unix.RTM_DELRULE:
-		k = 4
+		k = Policies
 	case unix.RTM_NEWQDISC, unix.RTM_DELQDISC, unix.RTM_NEWTCLASS, unix.RTM_DELTCLASS, unix.RTM_NEWTFILTER, unix.RTM_DELTFILTER:
-		k = 5
+		k = Qdiscs
 	case unix.RTM_NEWNETCONF, unix.RTM_DELNETCONF:
-		k = 6
+		k = Netconf
 	default:
 		return
 	}
 	if sp.id != -1 && n.ofVIP(sp, typ, body) {
-		k = kinds - 1
+		k = VIPs
 	}
-	sp.kinds[k]++
+	sp.kinds[bits.TrailingZeros8(uint8(k))]++
 	// The host's own routes and neighbours are the host's affair.
-	if sp.id != -1 || k != 2 && k != 3 {
-		n.stirred(Change{Netns: sp.name}, k == 0)
+	if sp.id != -1 || k != Routes && k != Neighs {
+		n.stirred(Change{Netns: sp.name}, k == Links)
 	}
 }
 

@@ -13,20 +13,25 @@ import (
 	"github.com/shoalnet/shoal/spec"
 )
 
+// testSpace is a namespace of the test's own.
+func testSpace(t *testing.T) string {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("needs root")
+	}
+	ns := "t-" + spec.NewID()
+	if err := Create(ns); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = Remove(ns) })
+	return ns
+}
+
 // TestNotices: what changes in a namespace differs in the next stamp, as its kind
 // and of its table, and nothing else does; also when the name has come to stand
 // for another namespace.
 func TestNotices(t *testing.T) {
-	if os.Getuid() != 0 {
-		t.Skip("needs root")
-	}
-	host, ns := "t-"+spec.NewID(), "t-"+spec.NewID()
-	for _, n := range []string{host, ns} {
-		if err := Create(n); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { _ = Remove(n) })
-	}
+	host, ns := testSpace(t), testSpace(t)
 	n, err := Listen(host, "lo:vip")
 	if err != nil {
 		t.Fatal(err)
@@ -165,14 +170,7 @@ func TestNotices(t *testing.T) {
 // TestNoticesLost: when more happened than the socket holds, everything counts as
 // changed.
 func TestNoticesLost(t *testing.T) {
-	if os.Getuid() != 0 {
-		t.Skip("needs root")
-	}
-	ns := "t-" + spec.NewID()
-	if err := Create(ns); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = Remove(ns) })
+	ns := testSpace(t)
 	n, err := Listen(ns, "")
 	if err != nil {
 		t.Fatal(err)
